@@ -1,0 +1,125 @@
+"""Every error of this package, and whose doing it is.
+
+::
+
+    PostcopyError
+    ├── WrongState           you: not possible now; the status stays as it is
+    ├── Refused              you: not possible at all with these settings, said before anything moved
+    │   └── HostCannot       this host lacks something; ``cure`` is what to do about it
+    ├── KernelError          a kernel call failed: its name, errno and the cure
+    │   └── PageExists       harmless: another thread placed the page before us
+    ├── ChannelError         the way to the peer
+    │   ├── CannotConnect    nobody there, or no such address: nothing was sent
+    │   ├── CannotListen     the address is taken or not ours
+    │   └── ChannelBroken    it worked and then broke: pause and recover, or fail before switchover
+    ├── StreamError          the peer's (or a file's) bytes are wrong; ``offset`` says where
+    │   └── StreamCut        they end too early
+    ├── GuestError           the guest itself cannot go on: a vCPU failed, a device refused its state
+    ├── EngineDied           the engine process is gone; the guest's process decides what that means
+    └── MigrationFailed      what a caller of the Python API gets for a migration that did not happen
+        ├── MigrationCancelled
+        └── NeedsRecovery    after switchover: both sides hold all they have and wait for ``recover``
+
+A message is one line: what, why, and (after a semicolon) what to do.
+"""
+
+import errno as _errno
+import os
+
+
+class PostcopyError(Exception):
+    """The root; never raised itself."""
+
+
+class WrongState(PostcopyError):
+    """You asked for something that the present state does not allow; nothing has changed."""
+
+
+class Refused(PostcopyError):
+    """The settings cannot work; refused before any state changed."""
+
+
+class HostCannot(Refused):
+    """This host lacks what was asked for.
+
+    :param what: what is missing, and why it is needed.
+    :param cure: the one command or action that mends it.
+    """
+
+    def __init__(self, what: str, cure: str) -> None:
+        super().__init__(f"{what}; {cure}")
+        self.cure = cure
+
+
+class KernelError(PostcopyError):
+    """A kernel call failed.
+
+    :param call: the call or ioctl by its kernel name.
+    :param errno: as the kernel gave it.
+    :param detail: what it was about (an address, a path), and the cure where there is one.
+    """
+
+    def __init__(self, call: str, errno: int, detail: str = "") -> None:
+        name = _errno.errorcode.get(errno, str(errno))
+        text = f"{call} failed: {os.strerror(errno)} ({name})"
+        super().__init__(f"{text}: {detail}" if detail else text)
+        self.call = call
+        self.errno = errno
+        self.detail = detail
+
+
+class PageExists(KernelError):
+    """Another thread placed this page before us; what is there is at least as new."""
+
+
+class ChannelError(PostcopyError):
+    """Something about the way to the peer."""
+
+
+class CannotConnect(ChannelError):
+    """The peer could not be reached; nothing has been sent."""
+
+
+class CannotListen(ChannelError):
+    """The address cannot be listened on."""
+
+
+class ChannelBroken(ChannelError):
+    """The channel worked and then broke, or the peer closed it too early."""
+
+
+class StreamError(PostcopyError):
+    """The bytes of a peer or a file are not a migration stream that we can take.
+
+    :param message: what is wrong, in QEMU's words where QEMU has any.
+    :param offset: bytes from the start of the stream (or package) to the element at fault.
+    """
+
+    def __init__(self, message: str, offset: int | None = None) -> None:
+        super().__init__(message if offset is None else f"{message} (at byte {offset:#x})")
+        self.message = message
+        self.offset = offset
+
+
+class StreamCut(StreamError):
+    """The stream ended in the middle of an element."""
+
+
+class GuestError(PostcopyError):
+    """The guest cannot go on, or cannot take what it was given."""
+
+
+class EngineDied(PostcopyError):
+    """The engine process ended without having finished."""
+
+
+class MigrationFailed(PostcopyError):
+    """The migration did not happen; the source's guest is where it was."""
+
+
+class MigrationCancelled(MigrationFailed):
+    """Somebody cancelled it; the source's guest runs on."""
+
+
+class NeedsRecovery(MigrationFailed):
+    """Broken after switchover: nothing is lost; both sides wait to be recovered."""
