@@ -1,7 +1,7 @@
 """What one x86-64 vCPU is between two instructions, whichever accelerator ran it.
 
-Every accelerator fills a :class:`CpuState` and can be loaded from one; ``cpu_section`` turns it into
-the section that QEMU calls ``cpu``.  The values are the architecture's (Intel SDM volume 3, AMD APM
+Every accelerator fills a :class:`CpuState` and can be loaded from one; ``cpu_section`` turns it
+into the section that QEMU calls ``cpu``.  The values are the architecture's (Intel SDM volume 3, AMD APM
 volume 2), the orders are QEMU's.  The defaults are those of a processor after reset, except that
 ``mp_state`` is *runnable*.
 
@@ -21,10 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-GENERAL = (
-    ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi")
-    + ("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15")
-)  # fmt: skip
+GENERAL = tuple("rax rcx rdx rbx rsp rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15".split())
 """Names of ``CpuState.regs`` in QEMU's order, which is the instruction encoding's."""
 
 SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs")
@@ -190,10 +187,8 @@ def flat_long_mode(*, rip: int, rsp: int, cr3: int, privilege: int = 3) -> CpuSt
     """
     code = Segment(0x08 | privilege, 0, 0xFFFFFFFF, 0x00AF9B00 | privilege << 13)
     data = Segment(0x10 | privilege, 0, 0xFFFFFFFF, 0x00CF9300 | privilege << 13)
-    flat = {name: data for name in SEGMENTS if name != "cs"}
-    state = CpuState(
-        rip=rip, rflags=0x3002, cs=code, cr0=0x80050033, cr3=cr3, cr4=0x620, efer=0xD00, **flat
-    )
+    state = CpuState(rip=rip, rflags=0x3002, cr0=0x80050033, cr3=cr3, cr4=0x620, efer=0xD00)
+    state = replace(state, cs=code, es=data, ss=data, ds=data, fs=data, gs=data)
     return state.with_regs(rsp=rsp)
 
 
