@@ -1,9 +1,9 @@
 """What one x86-64 vCPU is between two instructions, whichever accelerator ran it.
 
 Every accelerator fills a :class:`CpuState` and can be loaded from one; ``cpu_section`` turns it
-into the section that QEMU calls ``cpu``.  The values are the architecture's (Intel SDM volume 3, AMD APM
-volume 2), the orders are QEMU's.  The defaults are those of a processor after reset, except that
-``mp_state`` is *runnable*.
+into the section that QEMU calls ``cpu``.  The values are the architecture's (Intel SDM volume 3,
+AMD APM volume 2), the orders are QEMU's.  The defaults are those of a processor after reset,
+except that ``mp_state`` is *runnable*.
 
 What KVM knows and QEMU's section has no room for:
 
@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-GENERAL = tuple("rax rcx rdx rbx rsp rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15".split())
+GENERAL = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
 """Names of ``CpuState.regs`` in QEMU's order, which is the instruction encoding's."""
 
 SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs")
