@@ -1,0 +1,361 @@
+"""Capabilities and parameters: what a user may set before and during a migration.
+
+Names, defaults, ranges and complaints are those of QEMU 10.0 (``qapi/migration.json``), so that
+QEMU's clients and scripts find what they know; the complaints were compared with a real one.
+What we have added ourselves starts with ``x-`` and is marked ``ours``.
+"""
+
+import enum
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
+
+from postcopy.errors import Refused
+
+
+class Capability(enum.StrEnum):
+    """QEMU's migration capabilities in QEMU's order; all are off at first."""
+
+    XBZRLE = "xbzrle"
+    RDMA_PIN_ALL = "rdma-pin-all"
+    AUTO_CONVERGE = "auto-converge"
+    ZERO_BLOCKS = "zero-blocks"
+    EVENTS = "events"
+    POSTCOPY_RAM = "postcopy-ram"
+    X_COLO = "x-colo"
+    RELEASE_RAM = "release-ram"
+    RETURN_PATH = "return-path"
+    PAUSE_BEFORE_SWITCHOVER = "pause-before-switchover"
+    MULTIFD = "multifd"
+    DIRTY_BITMAPS = "dirty-bitmaps"
+    POSTCOPY_BLOCKTIME = "postcopy-blocktime"
+    LATE_BLOCK_ACTIVATE = "late-block-activate"
+    X_IGNORE_SHARED = "x-ignore-shared"
+    VALIDATE_UUID = "validate-uuid"
+    BACKGROUND_SNAPSHOT = "background-snapshot"
+    ZERO_COPY_SEND = "zero-copy-send"
+    POSTCOPY_PREEMPT = "postcopy-preempt"
+    SWITCHOVER_ACK = "switchover-ack"
+    DIRTY_LIMIT = "dirty-limit"
+    MAPPED_RAM = "mapped-ram"
+
+
+C = Capability
+
+SUPPORTED = frozenset(
+    {
+        C.EVENTS,
+        C.POSTCOPY_RAM,
+        C.POSTCOPY_BLOCKTIME,
+        C.RETURN_PATH,
+        C.PAUSE_BEFORE_SWITCHOVER,
+        # QEMU sends or skips disks with these two; we have no disks, so both hold of themselves.
+        C.LATE_BLOCK_ACTIVATE,
+        C.ZERO_BLOCKS,
+    }
+)
+"""What this version can do; switching on any other capability is refused by name."""
+
+_NOT_WITH_BACKGROUND_SNAPSHOT = (
+    C.POSTCOPY_RAM,
+    C.DIRTY_BITMAPS,
+    C.POSTCOPY_BLOCKTIME,
+    C.LATE_BLOCK_ACTIVATE,
+    C.RETURN_PATH,
+    C.MULTIFD,
+    C.PAUSE_BEFORE_SWITCHOVER,
+    C.AUTO_CONVERGE,
+    C.RELEASE_RAM,
+    C.RDMA_PIN_ALL,
+    C.XBZRLE,
+    C.X_COLO,
+    C.VALIDATE_UUID,
+    C.ZERO_COPY_SEND,
+)
+
+# (these together, the complaint), in the order in which QEMU looks at them.
+_CONFLICTS: tuple[tuple[frozenset[Capability], str], ...] = (
+    (
+        frozenset({C.POSTCOPY_RAM, C.X_IGNORE_SHARED}),
+        "Postcopy is not compatible with ignore-shared",
+    ),
+    (frozenset({C.POSTCOPY_RAM, C.MULTIFD}), "Postcopy is not yet compatible with multifd"),
+    *(
+        (
+            frozenset({C.BACKGROUND_SNAPSHOT, other}),
+            f"Background-snapshot is not compatible with {other.value}",
+        )
+        for other in _NOT_WITH_BACKGROUND_SNAPSHOT
+    ),
+)
+_LATER_CONFLICTS: tuple[tuple[frozenset[Capability], str], ...] = (
+    (
+        frozenset({C.DIRTY_LIMIT, C.AUTO_CONVERGE}),
+        "dirty-limit conflicts with auto-converge either of then available currently",
+    ),
+    (frozenset({C.MULTIFD, C.XBZRLE}), "Multifd is not compatible with xbzrle"),
+    (frozenset({C.MAPPED_RAM, C.XBZRLE}), "Mapped-ram migration is incompatible with xbzrle"),
+    (
+        frozenset({C.MAPPED_RAM, C.POSTCOPY_RAM}),
+        "Mapped-ram migration is incompatible with postcopy",
+    ),
+)
+# (this, needs this, the complaint)
+_NEEDS: tuple[tuple[Capability, Capability, str], ...] = (
+    (
+        C.ZERO_COPY_SEND,
+        C.MULTIFD,
+        "Zero copy only available for non-compressed non-TLS multifd migration",
+    ),
+    (C.POSTCOPY_PREEMPT, C.POSTCOPY_RAM, "Postcopy preempt requires postcopy-ram"),
+    (
+        C.SWITCHOVER_ACK,
+        C.RETURN_PATH,
+        "Capability 'switchover-ack' requires capability 'return-path'",
+    ),
+)
+# What the destination's listener must know before its first connection.
+_BEFORE_INCOMING: tuple[tuple[Capability, str], ...] = (
+    (C.POSTCOPY_PREEMPT, "Postcopy preempt must be set before incoming starts"),
+    (C.MULTIFD, "Multifd must be set before incoming starts"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """The capabilities that are on; immutable, so a migration keeps those it began with."""
+
+    on: frozenset[Capability] = frozenset()
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Self:
+        """The set with these names, unchecked: for what another process of ours has checked."""
+        return cls(frozenset(Capability(name) for name in names))
+
+    def __iter__(self) -> Iterator[Capability]:
+        return (capability for capability in Capability if capability in self.on)
+
+    def enabled(self, capability: Capability) -> bool:
+        """Whether it is on."""
+        return capability in self.on
+
+    def with_changes(
+        self, changes: Mapping[Capability, bool], *, incoming_started: bool = False
+    ) -> "Capabilities":
+        """The set after ``changes``, all of them or none.
+
+        :param incoming_started: this side is a destination that already listens.
+        :raises Refused: QEMU has a rule against the combination (then in QEMU's words), or we do
+            not implement one of them.
+        """
+        wanted = {c for c in Capability if changes.get(c, c in self.on)}
+        for complaint in self._complaints(wanted, incoming_started=incoming_started):
+            raise Refused(complaint)
+        for capability in Capability:
+            if capability in wanted - self.on - SUPPORTED:
+                raise Refused(f"Capability '{capability}' is not implemented by postcopy yet")
+        return Capabilities(frozenset(wanted))
+
+    def _complaints(self, wanted: set[Capability], *, incoming_started: bool) -> Iterator[str]:
+        yield from (text for together, text in _CONFLICTS if together <= wanted)
+        yield from (text for one, needs, text in _NEEDS if one in wanted and needs not in wanted)
+        if incoming_started:
+            fresh = wanted - self.on
+            yield from (text for one, text in _BEFORE_INCOMING if one in fresh)
+        yield from (text for together, text in _LATER_CONFLICTS if together <= wanted)
+
+    def to_qapi(self) -> list[dict[str, Any]]:
+        """As ``query-migrate-capabilities`` returns it: all of them, in QEMU's order."""
+        return [{"state": c in self.on, "capability": c.value} for c in Capability]
+
+
+class Kind(enum.Enum):
+    """What values a parameter takes; the value is QEMU's name for it in a complaint."""
+
+    SIZE = "uint64"
+    UINT32 = "uint32_t"
+    UINT8 = "uint8_t"
+    BOOLEAN = "boolean"
+    STRING = "StrOrNull"
+    CHOICE = "enum"
+
+
+_LARGEST = {Kind.SIZE: 2**64 - 1, Kind.UINT32: 2**32 - 1, Kind.UINT8: 255}
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What is allowed for one parameter."""
+
+    kind: Kind
+    least: int = 0
+    most: int = 2**64 - 1
+    expects: str = ""
+    """The complaint's end; the default names the range."""
+    choices: tuple[str, ...] = ()
+    only: tuple[str, ...] | None = None
+    """Valid in QEMU, but of those we implement only these."""
+    mebibytes: bool = False
+    """A bare number means MiB in HMP."""
+    ours: bool = False
+
+    def accept(self, name: str, value: object) -> object:
+        """``value`` if its type is right, in the form in which it is kept.
+
+        :raises Refused: in QEMU's words.
+        """
+        match self.kind:
+            case Kind.BOOLEAN if not isinstance(value, bool):
+                raise Refused(f"Invalid parameter type for '{name}', expected: boolean")
+            case Kind.STRING if not isinstance(value, str | None):
+                raise Refused(f"Invalid parameter type for '{name}', expected: StrOrNull")
+            case Kind.CHOICE if not isinstance(value, str):
+                raise Refused(f"Invalid parameter type for '{name}', expected: string")
+            case Kind.SIZE | Kind.UINT32 | Kind.UINT8:
+                return self._accept_number(name, value)
+        return "" if value is None else value
+
+    def _accept_number(self, name: str, value: object) -> int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            if self.kind is Kind.SIZE and -(2**63) <= value < 0:
+                return value + 2**64  # as QEMU: JSON's -1 is the largest size
+            if 0 <= value <= _LARGEST[self.kind]:
+                return value
+        raise Refused(f"Parameter '{name}' expects {self.kind.value}")
+
+    def check(self, name: str, value: object) -> None:
+        """Whether we can work with ``value``.
+
+        :raises Refused: out of range, or not implemented.
+        """
+        if isinstance(value, int) and not self.least <= value <= self.most:
+            expects = self.expects or f"expects a value between {self.least} and {self.most}"
+            # QEMU's complaints about ranges write C names, all but the x- ones.
+            shown = name if name.startswith("x-") else name.replace("-", "_")
+            raise Refused(f"Parameter '{shown}' {expects}")
+        if self.choices and value not in self.choices:
+            raise Refused(f"Parameter '{name}' does not accept value '{value}'")
+        if self.only is not None and value not in self.only:
+            raise Refused(f"Value '{value}' of parameter '{name}' is not implemented by postcopy")
+
+
+def _parameter(kind: Kind, default: object, **rule: Any) -> Any:
+    return field(default=default, metadata={"rule": Rule(kind, **rule)})
+
+
+def _size(default: int, **rule: Any) -> Any:
+    return _parameter(Kind.SIZE, default, **rule)
+
+
+def _percent(default: int, most: int) -> Any:
+    return _parameter(
+        Kind.UINT8,
+        default,
+        least=1,
+        most=most,
+        expects=f"expects an integer in the range of 1 to {most}",
+    )
+
+
+def _uint8(default: int, least: int, most: int) -> Any:
+    return _parameter(Kind.UINT8, default, least=least, most=most)
+
+
+def _choice(*choices: str, default: str, **rule: Any) -> Any:
+    return _parameter(Kind.CHOICE, default, choices=choices, **rule)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Everything that can be tuned.  Bandwidths are bytes per second, times milliseconds.
+
+    The Python name is QEMU's with ``_`` for ``-``.  Order: that of QEMU's schema.
+    """
+
+    announce_initial: int = _size(50, most=100000)
+    announce_max: int = _size(550, most=100000)
+    announce_rounds: int = _size(5, most=1000)
+    announce_step: int = _size(100, most=10000)
+    throttle_trigger_threshold: int = _percent(50, most=100)
+    cpu_throttle_initial: int = _percent(20, most=99)
+    cpu_throttle_increment: int = _percent(10, most=99)
+    cpu_throttle_tailslow: bool = _parameter(Kind.BOOLEAN, default=False)
+    # A stream that its user thinks is secret must never go out in the clear.
+    tls_creds: str = _parameter(Kind.STRING, "", only=("",))
+    tls_hostname: str = _parameter(Kind.STRING, "")
+    tls_authz: str = _parameter(Kind.STRING, "")
+    max_bandwidth: int = _size(128 << 20, mebibytes=True)
+    avail_switchover_bandwidth: int = _size(0, mebibytes=True)
+    downtime_limit: int = _size(
+        300, most=2000 * 1000, expects="expects an integer in the range of 0 to (2000 * 1000) ms"
+    )
+    x_checkpoint_delay: int = _parameter(Kind.UINT32, 20000)
+    multifd_channels: int = _uint8(2, 1, 255)
+    xbzrle_cache_size: int = _size(64 << 20)
+    max_postcopy_bandwidth: int = _size(0)
+    max_cpu_throttle: int = _parameter(Kind.UINT8, 99)
+    multifd_compression: str = _choice("none", "zlib", "zstd", default="none")
+    multifd_zlib_level: int = _uint8(1, 0, 9)
+    multifd_qatzip_level: int = _uint8(1, 1, 9)
+    multifd_zstd_level: int = _uint8(1, 0, 20)
+    x_vcpu_dirty_limit_period: int = _size(1000, least=1, most=1000)
+    vcpu_dirty_limit: int = _size(1, least=1, expects="must be greater than 1 MB/s")
+    mode: str = _choice("normal", "cpr-reboot", "cpr-transfer", default="normal", only=("normal",))
+    zero_page_detection: str = _choice("none", "legacy", "multifd", default="multifd")
+    direct_io: bool = _parameter(Kind.BOOLEAN, default=False)
+    x_dirty_tracking: str = _choice("auto", "pagemap", "kvm", default="auto", ours=True)
+    """How writes to guest memory are noticed; ``auto`` takes the best that this host has."""
+
+    def with_changes(self, changes: Mapping[str, object]) -> "Parameters":
+        """The parameters after ``changes`` (by QEMU's names), all of them or none.
+
+        :raises Refused: a name, type or value that QEMU would refuse too, in QEMU's words; or one
+            that we do not implement.
+        """
+        accepted = {
+            python_name(name): rule.accept(name, changes[name])
+            for name, rule in rules().items()
+            if name in changes
+        }
+        for name in changes:
+            if name not in rules():
+                raise Refused(f"Parameter '{name}' is unexpected")
+        changed = replace(self, **accepted)  # type: ignore[arg-type]
+        for name, rule in rules().items():
+            rule.check(name, getattr(changed, python_name(name)))
+        for rule_of_two in _TOGETHER:
+            rule_of_two(changed)
+        return changed
+
+    def to_qapi(self) -> dict[str, Any]:
+        """As ``query-migrate-parameters`` returns it, ours included."""
+        return {name: getattr(self, python_name(name)) for name in rules()}
+
+
+def _check_max_throttle(parameters: Parameters) -> None:
+    if not parameters.cpu_throttle_initial <= parameters.max_cpu_throttle <= 99:
+        raise Refused(
+            "Parameter 'max_cpu_throttle' expects an integer in the range of"
+            " cpu_throttle_initial to 99"
+        )
+
+
+def _check_cache_size(parameters: Parameters) -> None:
+    size = parameters.xbzrle_cache_size
+    if size < 4096 or size & (size - 1):
+        raise Refused(
+            "Parameter 'xbzrle_cache_size' expects a power of two no less than the target page size"
+        )
+
+
+_TOGETHER: tuple[Callable[[Parameters], None], ...] = (_check_max_throttle, _check_cache_size)
+
+
+def python_name(name: str) -> str:
+    """The attribute of :class:`Parameters` for QEMU's ``name``."""
+    return name.replace("-", "_")
+
+
+def rules() -> dict[str, Rule]:
+    """The rule of every parameter by QEMU's name, in the order of QEMU's schema."""
+    return {f.name.replace("_", "-"): f.metadata["rule"] for f in fields(Parameters)}

@@ -1,0 +1,181 @@
+"""What a migration tells about itself: figures frozen at the moment of asking.
+
+The figures are those of QEMU's ``query-migrate`` (``MigrationInfo`` in ``qapi/migration.json``);
+the fault latencies are QEMU 10.1's.  What QEMU does not measure is apart, in :class:`Measured`.
+Everything here crosses from the engine's process to the guest's as JSON: see ``to_wire``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from postcopy.status import AFTER_SWITCHOVER, Status
+
+LATENCY_BUCKETS = 24
+"""Fault latencies are counted by power of two: [1, 2) us up to [2**23, 2**24) us."""
+
+_WITH_FIGURES = AFTER_SWITCHOVER | {
+    Status.ACTIVE,
+    Status.CANCELLING,
+    Status.PRE_SWITCHOVER,
+    Status.DEVICE,
+    Status.COMPLETED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RamStatistics:
+    """How much memory went over; the ``ram`` member of ``query-migrate``.
+
+    ``transferred``, ``remaining`` and ``total`` are bytes, as are the ``*_bytes``; ``duplicate``
+    (zero pages) and ``normal`` are pages; ``dirty_pages_rate`` and ``pages_per_second`` are pages
+    per second; ``mbps`` is 10**6 bits per second.
+    """
+
+    transferred: int = 0
+    remaining: int = 0
+    total: int = 0
+    duplicate: int = 0
+    normal: int = 0
+    normal_bytes: int = 0
+    dirty_pages_rate: int = 0
+    mbps: float = 0.0
+    dirty_sync_count: int = 0
+    postcopy_requests: int = 0
+    page_size: int = 4096
+    multifd_bytes: int = 0
+    pages_per_second: int = 0
+    precopy_bytes: int = 0
+    downtime_bytes: int = 0
+    postcopy_bytes: int = 0
+    dirty_sync_missed_zero_copy: int = 0
+
+    def to_qapi(self) -> dict[str, Any]:
+        """The ``ram`` member by QEMU's names."""
+        return {f.name.replace("_", "-"): getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What we measure beyond QEMU, in microseconds; ``None`` or empty when not measured.
+
+    ``guest_downtime_us`` is how long no vCPU ran, as the guest's own clock would say;
+    ``overlapped_blocktime_us`` how long all vCPUs waited for pages at the same time.
+    """
+
+    guest_downtime_us: int | None = None
+    blocktime_us: tuple[int, ...] = ()
+    overlapped_blocktime_us: int | None = None
+    fault_latency_p50_us: int | None = None
+    fault_latency_p99_us: int | None = None
+    fault_latency_max_us: int | None = None
+
+    def to_qapi(self) -> dict[str, Any]:
+        """The ``x-postcopy`` member: only what was measured."""
+        members = {f.name.replace("_", "-"): getattr(self, f.name) for f in fields(self)}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in members.items()
+            if value is not None and value != ()
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationInfo:
+    """One side of a migration as its user sees it.
+
+    ``incoming`` says which side; a side that is not migrating has the status ``none``.
+    ``socket_address`` are QAPI ``SocketAddress`` objects.  Latencies are averages in nanoseconds;
+    a vCPU that never waited has 0.
+    """
+
+    status: Status = Status.NONE
+    incoming: bool = False
+    ram: RamStatistics | None = None
+    total_time_ms: int | None = None
+    downtime_ms: int | None = None
+    expected_downtime_ms: int | None = None
+    setup_time_ms: int | None = None
+    cpu_throttle_percentage: int | None = None
+    error_desc: str | None = None
+    blocked_reasons: tuple[str, ...] = ()
+    postcopy_blocktime_ms: int | None = None
+    postcopy_vcpu_blocktime_ms: tuple[int, ...] = ()
+    postcopy_latency_ns: int | None = None
+    postcopy_non_vcpu_latency_ns: int | None = None
+    postcopy_vcpu_latency_ns: tuple[int, ...] = ()
+    postcopy_latency_dist: tuple[int, ...] = ()
+    socket_address: tuple[Mapping[str, Any], ...] = ()
+    measured: Measured | None = None
+
+    def to_qapi(self) -> dict[str, Any]:
+        """The answer to ``query-migrate``: only what QEMU tells on this side in this status."""
+        answer: dict[str, Any] = {}
+        if self.blocked_reasons and not self.incoming:
+            answer["blocked-reasons"] = list(self.blocked_reasons)
+        if self.status is Status.NONE:
+            return answer
+        answer["status"] = self.status.value
+        answer |= self._destination() if self.incoming else self._source()
+        if self.error_desc is not None:
+            answer["error-desc"] = self.error_desc
+        measured = self.measured.to_qapi() if self.measured else {}
+        if measured:
+            answer["x-postcopy"] = measured
+        return answer
+
+    def _source(self) -> dict[str, Any]:
+        if self.status not in _WITH_FIGURES:
+            return {}
+        times = {"total-time": self.total_time_ms, "setup-time": self.setup_time_ms}
+        # What it will be, until it is known what it was.
+        if self.downtime_ms is not None:
+            times["downtime"] = self.downtime_ms
+        else:
+            times["expected-downtime"] = self.expected_downtime_ms
+        times["cpu-throttle-percentage"] = self.cpu_throttle_percentage
+        answer: dict[str, Any] = _present(times)
+        if self.ram is not None:
+            answer["ram"] = self.ram.to_qapi()
+        return answer
+
+    def _destination(self) -> dict[str, Any]:
+        answer: dict[str, Any] = {}
+        if self.socket_address:
+            answer["socket-address"] = [dict(address) for address in self.socket_address]
+        if self.status is not Status.COMPLETED or self.postcopy_blocktime_ms is None:
+            return answer
+        answer["postcopy-blocktime"] = self.postcopy_blocktime_ms
+        answer["postcopy-vcpu-blocktime"] = list(self.postcopy_vcpu_blocktime_ms)
+        if self.postcopy_latency_ns is not None:
+            answer["postcopy-latency"] = self.postcopy_latency_ns
+            answer["postcopy-latency-dist"] = list(self.postcopy_latency_dist)
+            answer["postcopy-vcpu-latency"] = list(self.postcopy_vcpu_latency_ns)
+        return answer | _present({"postcopy-non-vcpu-latency": self.postcopy_non_vcpu_latency_ns})
+
+    def to_wire(self) -> dict[str, Any]:
+        """Everything, as JSON can carry it; :meth:`from_wire` gives an equal object."""
+        return asdict(self) | {"status": self.status.value}
+
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any]) -> "MigrationInfo":
+        """What :meth:`to_wire` gave on the other side.
+
+        :raises TypeError: a member that this version does not know: the two sides differ.
+        """
+        values = _tuples(wire)
+        values["status"] = Status(wire["status"])
+        if wire.get("ram") is not None:
+            values["ram"] = RamStatistics(**wire["ram"])
+        if wire.get("measured") is not None:
+            values["measured"] = Measured(**_tuples(wire["measured"]))
+        return cls(**values)
+
+
+def _present(values: Mapping[str, int | None]) -> dict[str, int]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    # JSON has no tuples: lists come back as what they were.
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
