@@ -1,0 +1,180 @@
+"""Where a migration goes to or comes from: QEMU's URIs.
+
+The forms and the error texts are QEMU 10's (``qapi/migration.json``, ``docs/devel/migration``)::
+
+    tcp:HOST:PORT    tcp:[::1]:4444, tcp:0:4444 (any IPv4 address), tcp::4444 (any address)
+    unix:PATH
+    fd:NUMBER        or a name given to the monitor by getfd, which the monitor resolves
+    file:PATH[,offset=N]
+    exec:COMMAND     run by /bin/sh -c
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from postcopy.errors import Refused
+
+SUN_PATH_BYTES = 108
+"""Room for a Unix socket's path and its closing zero, see unix(7)."""
+
+_INET = re.compile(r"(?:\[(?P<v6>[0-9a-fA-F:.%\w]+)\]|(?P<host>[^:,\[\]]*)):(?P<port>[0-9]+)")
+_SIZE = re.compile(r"(?P<hex>0[xX][0-9a-fA-F]+)|(?P<decimal>[0-9]+)(?P<unit>[bBkKmMgGtT]?)")
+_UNITS = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40}
+
+
+@dataclass(frozen=True)
+class TcpAddress:
+    """A TCP host (a name, an address, or ``""`` for any) and port (0: the kernel chooses)."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"tcp:{host}:{self.port}"
+
+    def to_qapi(self) -> dict[str, object]:
+        """QAPI's ``SocketAddress``; its port is text."""
+        return {"type": "inet", "host": self.host, "port": str(self.port)}
+
+
+@dataclass(frozen=True)
+class UnixAddress:
+    """A Unix stream socket."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}"
+
+    def to_qapi(self) -> dict[str, object]:
+        """QAPI's ``SocketAddress``."""
+        return {"type": "unix", "path": self.path}
+
+
+@dataclass(frozen=True)
+class FdAddress:
+    """An open descriptor: its number in this process, or a name which the monitor resolves."""
+
+    fd: int | str
+
+    def __str__(self) -> str:
+        return f"fd:{self.fd}"
+
+    def to_qapi(self) -> dict[str, object]:
+        """QAPI's ``SocketAddress``."""
+        return {"type": "fd", "str": str(self.fd)}
+
+    @property
+    def number(self) -> int:
+        """The descriptor's number.
+
+        :raises Refused: it is a name that nobody has resolved.
+        """
+        if isinstance(self.fd, str):
+            raise Refused(f"File descriptor named '{self.fd}' has not been found")
+        return self.fd
+
+
+@dataclass(frozen=True)
+class FileAddress:
+    """A file, and the byte in it where the stream starts."""
+
+    path: str
+    offset: int = 0
+
+    def __str__(self) -> str:
+        return f"file:{self.path},offset={self.offset:#x}" if self.offset else f"file:{self.path}"
+
+    def to_qapi(self) -> None:
+        """A file has no ``SocketAddress``: query-migrate leaves it out."""
+
+
+@dataclass(frozen=True)
+class ExecAddress:
+    """A shell command that takes the stream on its input, or gives it on its output."""
+
+    command: str
+
+    def __str__(self) -> str:
+        return f"exec:{self.command}"
+
+    def to_qapi(self) -> None:
+        """A command has no ``SocketAddress``: query-migrate leaves it out."""
+
+
+Address = TcpAddress | UnixAddress | FdAddress | FileAddress | ExecAddress
+
+
+def parse(uri: str) -> Address:
+    """Read a migration URI.
+
+    :raises Refused: no such protocol, or its address makes no sense; the text is QEMU's.
+    """
+    protocol, colon, rest = uri.partition(":")
+    if not colon or protocol not in _PARSERS:
+        raise Refused(f"unknown migration protocol: {uri}")
+    if "\0" in rest:
+        raise Refused(f"a zero byte in the address: {uri!r}")
+    return _PARSERS[protocol](rest)
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes, as QEMU reads sizes: ``0x..``, or decimal with b, k, M, G or T; else None."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        return None
+    if match["hex"]:
+        return int(match["hex"], 16)
+    return int(match["decimal"]) << _UNITS[match["unit"].lower()]
+
+
+def _parse_tcp(rest: str) -> TcpAddress:
+    match = _INET.fullmatch(rest)
+    # int() of a thousand digits is slow, and of five is enough.
+    if match is None or len(match["port"]) > 5 or int(match["port"]) > 0xFFFF:
+        raise Refused(f"error parsing address '{rest}'")
+    return TcpAddress(match["v6"] or match["host"] or "", int(match["port"]))
+
+
+def _parse_unix(rest: str) -> UnixAddress:
+    if not rest:
+        raise Refused("invalid Unix socket address")
+    if len(rest.encode()) >= SUN_PATH_BYTES:
+        raise Refused(f"UNIX socket path '{rest}' is too long: it must be < {SUN_PATH_BYTES} bytes")
+    return UnixAddress(rest)
+
+
+def _parse_fd(rest: str) -> FdAddress:
+    if not rest:
+        raise Refused("Invalid file descriptor number ''")
+    is_number = rest.isascii() and rest.isdigit() and len(rest) < 10
+    return FdAddress(int(rest) if is_number else rest)
+
+
+def _parse_file(rest: str) -> FileAddress:
+    path, comma, offset_text = rest.partition(",offset=")
+    offset = parse_size(offset_text) if comma else 0
+    if offset is None:
+        raise Refused(f"file URI has bad offset {offset_text}: Invalid argument")
+    if offset >= 1 << 63:
+        raise Refused(f"file URI has bad offset {offset_text}: Numerical result out of range")
+    if not path:
+        raise Refused("file URI has no path; give file:PATH[,offset=N]")
+    return FileAddress(path, offset)
+
+
+def _parse_exec(rest: str) -> ExecAddress:
+    if not rest:
+        raise Refused("exec URI has no command; give exec:COMMAND")
+    return ExecAddress(rest)
+
+
+_PARSERS: dict[str, Callable[[str], Address]] = {
+    "tcp": _parse_tcp,
+    "unix": _parse_unix,
+    "fd": _parse_fd,
+    "file": _parse_file,
+    "exec": _parse_exec,
+}

@@ -1,0 +1,164 @@
+"""What all channels have in common: whole sends, counters, and being woken from another thread."""
+
+import abc
+import threading
+from collections.abc import Sequence
+from typing import Self
+
+from postcopy.errors import ChannelBroken
+
+Buffer = bytes | bytearray | memoryview
+"""What can be sent: contiguous bytes.  (``collections.abc.Buffer`` comes with Python 3.12.)"""
+
+IOV_MAX = 1024
+"""Pieces the kernel takes in one gathering call, see sysconf(_SC_IOV_MAX)."""
+
+
+class Channel(abc.ABC):
+    """Bytes to and from one peer.
+
+    One thread may send while another receives; each direction has its lock, so that records of
+    two senders never mix and ``close`` never pulls a descriptor from under a running call.
+
+    :param description: the peer in one word, ``tcp:127.0.0.1:4444``; it stands in every error.
+    """
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+        self.sent_bytes = 0
+        self.received_bytes = 0
+        self._sending = threading.Lock()
+        self._receiving = threading.Lock()
+        self._ending = threading.Lock()  # nobody wakes a descriptor that is being closed
+        self._aborted = False  # somebody called shutdown
+        self._shut = False  # calls are refused from here
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    @abc.abstractmethod
+    def can_return(self) -> bool:
+        """Whether the peer can answer on it (a return path)."""
+
+    def send(self, data: Buffer) -> None:
+        """Send all of ``data``; the interpreter lock is free while the kernel takes it.
+
+        :raises ChannelBroken: the peer is gone, or ``shutdown`` was called.
+        """
+        self.send_many((data,))
+
+    def send_many(self, buffers: Sequence[Buffer]) -> None:
+        """Send all of the buffers, in order, gathered into few kernel calls.
+
+        :raises ChannelBroken: the peer is gone, or ``shutdown`` was called.
+        """
+        left = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
+        left.reverse()  # the next one to send is at the end, where it is cheap to take off
+        with self._sending:
+            while left:
+                try:
+                    n_sent = self._send_some(left[: -IOV_MAX - 1 : -1])
+                except (OSError, ValueError) as failure:
+                    raise self._broken(failure) from failure
+                self.sent_bytes += n_sent
+                _drop(left, n_sent)
+
+    def receive_into(self, view: memoryview) -> int:
+        """Receive at least one byte into ``view``, as many as there are and fit.
+
+        :return: the number of bytes; 0 = the peer has ended the stream.
+        :raises ChannelBroken: the peer is gone, or ``shutdown`` was called.
+        """
+        with self._receiving:
+            try:
+                n_received = self._receive_some(view)
+            except (OSError, ValueError) as failure:
+                raise self._broken(failure) from failure
+            # A socket shut down on this side reads as ended, which would look like a peer's end.
+            if n_received == 0 and self._shut:
+                raise self._broken(None)
+            self.received_bytes += n_received
+            return n_received
+
+    def shutdown(self) -> None:
+        """Break the channel: threads that wait in ``send`` or ``receive_into`` raise.
+
+        From any thread, any number of times; nothing is freed before ``close``.
+        """
+        self._aborted = True
+        self._stop_calls()
+
+    def close(self) -> None:
+        """Let go of it; what was sent still arrives.  Any number of times.
+
+        :raises ChannelBroken: what was sent is known not to have arrived (a full disk, a command
+            that failed).
+        """
+        self._stop_calls()
+        with self._sending, self._receiving:
+            with self._ending:
+                if self._closed:
+                    return
+                self._closed = True
+            self._close()
+
+    @abc.abstractmethod
+    def fileno(self) -> int:
+        """A descriptor to poll, or to hand to another process."""
+
+    @abc.abstractmethod
+    def bound_buffers(self, n_bytes: int) -> None:
+        """Let the kernel hold no more than about ``n_bytes`` each way, so nothing queues for long.
+
+        Without meaning, and without effect, on a file or a pipe.
+        """
+
+    @abc.abstractmethod
+    def pending_output(self) -> int:
+        """Bytes sent that the peer has not taken yet (its kernel has not, on TCP)."""
+
+    def watch(self, seconds: float) -> None:  # noqa: B027  only TCP needs to do anything
+        """Break by itself when a TCP peer's host is silent for ``seconds``; else no effect."""
+
+    @abc.abstractmethod
+    def _send_some(self, pieces: list[memoryview]) -> int:
+        """Send one byte or more of the pieces, in one call."""
+
+    @abc.abstractmethod
+    def _receive_some(self, view: memoryview) -> int:
+        """Receive one byte or more; 0 = end."""
+
+    @abc.abstractmethod
+    def _wake(self) -> None:
+        """Make calls that wait in the kernel return."""
+
+    def _stop_calls(self) -> None:
+        with self._ending:
+            self._shut = True
+            if not self._closed:
+                self._wake()
+
+    @abc.abstractmethod
+    def _close(self) -> None:
+        """Free the descriptors; nobody is in a call."""
+
+    def _broken(self, failure: Exception | None) -> ChannelBroken:
+        if self._shut or self._closed:
+            return ChannelBroken(f"{self.description}: closed on this side")
+        reason = failure.strerror if isinstance(failure, OSError) else None
+        return ChannelBroken(f"{self.description}: {reason or failure}")
+
+
+def _drop(left: list[memoryview], n_sent: int) -> None:
+    """Take ``n_sent`` bytes off; ``left`` ends with the next piece."""
+    while n_sent:
+        piece = left.pop()
+        if n_sent < len(piece):
+            left.append(piece[n_sent:])
+            return
+        n_sent -= len(piece)

@@ -1,0 +1,101 @@
+"""A channel over descriptors that are no sockets: a file, a pipe, a device."""
+
+import array
+import fcntl
+import os
+import select
+import stat
+import termios
+
+from postcopy.channel.channel import Channel
+from postcopy.errors import ChannelBroken
+
+
+class DescriptorChannel(Channel):
+    """Takes over one descriptor for each direction that there is.
+
+    A pipe cannot be shut down like a socket, so nobody waits in ``read`` or ``write``: they wait
+    in ``poll``, for the pipe or for the wake-up descriptor.
+
+    :param description: the peer, as it stands in errors.
+    :param reading: where ``receive_into`` reads, or None.
+    :param writing: where ``send`` writes, or None; may be the same as ``reading``.
+    """
+
+    def __init__(
+        self, description: str, *, reading: int | None = None, writing: int | None = None
+    ) -> None:
+        super().__init__(description)
+        self._reading = reading
+        self._writing = writing
+        self._woken = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        for fd in {reading, writing} - {None}:
+            if fd is not None and not stat.S_ISREG(os.fstat(fd).st_mode):
+                os.set_blocking(fd, False)
+
+    @property
+    def can_return(self) -> bool:
+        """Only where both directions are open."""
+        return self._reading is not None and self._writing is not None
+
+    def fileno(self) -> int:
+        """The descriptor written to, or else the one read from."""
+        fd = self._writing if self._writing is not None else self._reading
+        return -1 if fd is None else fd
+
+    def bound_buffers(self, n_bytes: int) -> None:
+        """No effect: a file has none, and a pipe's is small."""
+
+    def pending_output(self) -> int:
+        """Bytes in the pipe; 0 for a file."""
+        count = array.array("i", [0])
+        writing = self._writing
+        if writing is None or not stat.S_ISFIFO(os.fstat(writing).st_mode):
+            return 0
+        fcntl.ioctl(writing, termios.FIONREAD, count)
+        return count[0]
+
+    def _send_some(self, pieces: list[memoryview]) -> int:
+        if self._writing is None:
+            raise ValueError("it can only be read from")
+        while True:
+            self._wait_for(self._writing, select.POLLOUT)
+            try:
+                return os.writev(self._writing, pieces)
+            except BlockingIOError:
+                continue  # another process filled the pipe between poll and write
+
+    def _receive_some(self, view: memoryview) -> int:
+        if self._reading is None:
+            raise ValueError("it can only be written to")
+        while True:
+            self._wait_for(self._reading, select.POLLIN)
+            try:
+                return os.readv(self._reading, [view])
+            except BlockingIOError:
+                continue
+
+    def _wait_for(self, fd: int, event: int) -> None:
+        poll = select.poll()
+        poll.register(fd, event)
+        poll.register(self._woken, select.POLLIN)
+        if any(ready == self._woken for ready, _ in poll.poll()):
+            raise ValueError("shut down")
+
+    def _wake(self) -> None:
+        os.eventfd_write(self._woken, 1)
+
+    def _close(self) -> None:
+        fds = {self._reading, self._writing, self._woken} - {None}
+        self._reading = self._writing = None
+        failures = [failure for fd in fds if fd is not None and (failure := _close_one(fd))]
+        if failures:
+            raise ChannelBroken(f"{self.description}: {failures[0].strerror}")
+
+
+def _close_one(fd: int) -> OSError | None:
+    try:
+        os.close(fd)
+    except OSError as failure:
+        return failure
+    return None

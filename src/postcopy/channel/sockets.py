@@ -1,0 +1,82 @@
+"""A channel over a connected stream socket, TCP or Unix."""
+
+import array
+import fcntl
+import socket
+import termios
+
+from postcopy.channel.channel import Channel
+
+KEEPALIVE_PROBES = 3
+"""How many unanswered probes make up the silence after which TCP gives up."""
+
+
+class SocketChannel(Channel):
+    """Takes over a connected, blocking stream socket.
+
+    :param connected: the socket; the channel owns it from here.
+    :param description: the peer, as it stands in errors.
+    """
+
+    def __init__(self, connected: socket.socket, description: str) -> None:
+        super().__init__(description)
+        self._socket = connected
+        self._is_tcp = connected.family in (socket.AF_INET, socket.AF_INET6)
+        connected.settimeout(None)
+        if self._is_tcp:
+            # A page request must not wait until there is more to send.
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    @property
+    def can_return(self) -> bool:
+        """Every socket goes both ways."""
+        return True
+
+    def fileno(self) -> int:
+        """The socket's descriptor."""
+        return self._socket.fileno()
+
+    def bound_buffers(self, n_bytes: int) -> None:
+        """See :meth:`Channel.bound_buffers`; the kernel doubles it for its own book-keeping."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, n_bytes)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, n_bytes)
+
+    def pending_output(self) -> int:
+        """See :meth:`Channel.pending_output`; 0 once it is closed.  SIOCOUTQ, see tcp(7)."""
+        count = array.array("i", [0])
+        try:
+            fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, count)
+        except (OSError, ValueError):
+            return 0
+        return count[0]
+
+    def watch(self, seconds: float) -> None:
+        """See :meth:`Channel.watch`; both for an idle connection and for one with data to send."""
+        if not self._is_tcp:
+            return
+        probe_s = max(1, round(seconds / (KEEPALIVE_PROBES + 1)))
+        for option, value in (
+            (socket.TCP_KEEPIDLE, probe_s),
+            (socket.TCP_KEEPINTVL, probe_s),
+            (socket.TCP_KEEPCNT, KEEPALIVE_PROBES),
+            (socket.TCP_USER_TIMEOUT, max(1, int(seconds * 1000))),
+        ):
+            self._socket.setsockopt(socket.IPPROTO_TCP, option, value)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    def _send_some(self, pieces: list[memoryview]) -> int:
+        if len(pieces) == 1:
+            return self._socket.send(pieces[0])
+        return self._socket.sendmsg(pieces)
+
+    def _receive_some(self, view: memoryview) -> int:
+        return self._socket.recv_into(view)
+
+    def _wake(self) -> None:
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return  # not connected any more: nobody can be waiting
+
+    def _close(self) -> None:
+        self._socket.close()
