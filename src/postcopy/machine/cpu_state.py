@@ -19,7 +19,7 @@ interrupt shadow, SMM and triple fault flags (``KVM_GET_VCPU_EVENTS``)
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Self
 
 GENERAL = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
 """Names of ``CpuState.regs`` in QEMU's order, which is the instruction encoding's."""
@@ -100,8 +100,8 @@ class CpuState:
     ``xmm`` and ``ymm_high`` are 128 bit integers (bits 0-127 and 128-255 of the YMM registers);
     ``mtrr_variable`` alternates base and mask.  ``tsc`` counts since reset, ``tsc_khz`` is 0 where
     nobody knows the rate.  ``msrs`` holds model specific registers that have no field here
-    (those of QEMU's optional subsections); ``opaque`` whole optional subsections that only QEMU
-    understands, by name, passed on as they came.
+    (those of QEMU's optional subsections); ``opaque`` the values of whole optional subsections that
+    only QEMU understands, by name, passed on as they came.
     """
 
     regs: tuple[int, ...] = (0,) * 16
@@ -158,7 +158,7 @@ class CpuState:
     halted: int = 0
     interrupt_request: int = 0
     msrs: Mapping[int, int] = field(default_factory=dict)
-    opaque: Mapping[str, bytes] = field(default_factory=dict)
+    opaque: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def privilege(self) -> int:
@@ -185,8 +185,8 @@ def flat_long_mode(*, rip: int, rsp: int, cr3: int, privilege: int = 3) -> CpuSt
 
     :param cr3: guest physical address of the top page table.
     """
-    code = Segment(0x08 | privilege, 0, 0xFFFFFFFF, 0x00AF9B00 | privilege << 13)
-    data = Segment(0x10 | privilege, 0, 0xFFFFFFFF, 0x00CF9300 | privilege << 13)
+    code = Segment(0x08 | privilege, 0, 0xFFFFFFFF, 0x00A09B00 | privilege << 13)
+    data = Segment(0x10 | privilege, 0, 0xFFFFFFFF, 0x00C09300 | privilege << 13)
     state = CpuState(rip=rip, rflags=0x3002, cr0=0x80050033, cr3=cr3, cr4=0x620, efer=0xD00)
     state = replace(state, cs=code, es=data, ss=data, ds=data, fs=data, gs=data)
     return state.with_regs(rsp=rsp)

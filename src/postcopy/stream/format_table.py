@@ -16,8 +16,8 @@ class FormatTable:
     """
 
     def __init__(self, formats: Iterable[Format], per_cpu: Iterable[Format] = ()) -> None:
-        self._per_cpu = {format.name: format for format in per_cpu}
-        self._formats = {format.name: format for format in formats} | self._per_cpu
+        self._per_cpu = {each.name: each for each in per_cpu}
+        self._formats = {each.name: each for each in formats} | self._per_cpu
 
     def payload_length(
         self, name: str, instance: int, version: int, data: memoryview
