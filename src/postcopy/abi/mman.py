@@ -1,0 +1,32 @@
+"""What ``<sys/mman.h>``, ``<linux/memfd.h>`` and ``<linux/falloc.h>`` say, as far as we use it."""
+
+HEADER = "<sys/mman.h> <linux/mman.h> <linux/memfd.h> <linux/falloc.h>"
+
+PROT_NONE = 0x0
+PROT_READ = 0x1
+PROT_WRITE = 0x2
+
+MAP_SHARED = 0x01
+MAP_PRIVATE = 0x02
+MAP_ANONYMOUS = 0x20
+MAP_NORESERVE = 0x4000
+MAP_POPULATE = 0x8000
+MAP_HUGETLB = 0x40000
+
+MADV_DONTNEED = 4  # anonymous: the page is gone; shared: only unmapped
+MADV_REMOVE = 9  # shared: punch a hole
+MADV_HUGEPAGE = 14
+MADV_NOHUGEPAGE = 15
+MADV_PAGEOUT = 21
+MADV_POPULATE_READ = 22  # 5.14
+MADV_POPULATE_WRITE = 23  # 5.14
+
+MFD_CLOEXEC = 0x1
+MFD_ALLOW_SEALING = 0x2
+MFD_HUGETLB = 0x4
+MFD_HUGE_SHIFT = 26
+MFD_HUGE_2MB = 21 << MFD_HUGE_SHIFT  # the page size's logarithm, shifted
+MFD_HUGE_1GB = 30 << MFD_HUGE_SHIFT
+
+FALLOC_FL_KEEP_SIZE = 0x1
+FALLOC_FL_PUNCH_HOLE = 0x2

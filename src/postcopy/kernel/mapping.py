@@ -1,0 +1,163 @@
+"""Memory mapped into this process, and the only way to touch what may be missing.
+
+Python code that touches a missing page waits for it *holding the interpreter lock*; if the pager is
+a thread of the same process, it never gets to run, and all hangs.  :meth:`Mapping.read` and
+:meth:`Mapping.write` let go of the lock while they touch memory.  :meth:`Mapping.view` does not,
+and is for memory that no userfaultfd watches in this process.
+"""
+
+import ctypes
+import weakref
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from postcopy.abi import mman
+from postcopy.kernel import calls
+
+_PAGE_BYTES = 4096  # mincore's unit on x86, whatever the mapping's own page size is
+
+Buffer = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
+
+
+class Mapping:
+    """A range of this process's memory.
+
+    :param address: as ``mmap`` gave it; the mapping belongs to this object from now on.
+    """
+
+    def __init__(self, address: int, length_bytes: int) -> None:
+        self._address = address
+        self._length = length_bytes
+        self._viewed: weakref.ref[ctypes.Array[ctypes.c_uint8]] | None = None
+        self._closed = False
+
+    @classmethod
+    def shared(
+        cls, fd: int, length_bytes: int, offset: int = 0, *, writable: bool = True
+    ) -> "Mapping":
+        """Map a file's bytes; writes go to the file.  The descriptor may be closed afterwards.
+
+        :param offset: in the file, a multiple of its page size.
+        :raises KernelError: ``ENOMEM`` if huge pages are short.
+        """
+        protection = mman.PROT_READ | (mman.PROT_WRITE if writable else 0)
+        return cls(calls.mmap(length_bytes, protection, mman.MAP_SHARED, fd, offset), length_bytes)
+
+    @classmethod
+    def anonymous(cls, length_bytes: int) -> "Mapping":
+        """Map private memory that is all zeros and takes no room until it is touched."""
+        flags = mman.MAP_PRIVATE | mman.MAP_ANONYMOUS | mman.MAP_NORESERVE
+        return cls(calls.mmap(length_bytes, mman.PROT_READ | mman.PROT_WRITE, flags), length_bytes)
+
+    @property
+    def address(self) -> int:
+        """Where the mapping begins in this process."""
+        return self._address
+
+    @property
+    def length(self) -> int:
+        """Bytes mapped."""
+        return self._length
+
+    def read(self, offset: int, length_bytes: int) -> bytes:
+        """Copy bytes out; waits for missing pages without holding the interpreter lock.
+
+        :raises ValueError: the range is not inside the mapping, or the mapping is closed.
+        """
+        address = self._checked(offset, length_bytes)
+        # Not ctypes.string_at(): that keeps the lock.
+        buffer = ctypes.create_string_buffer(length_bytes)
+        ctypes.memmove(buffer, address, length_bytes)
+        return buffer.raw
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """Copy bytes in; waits for missing pages without holding the interpreter lock.
+
+        :param data: contiguous, of this process's ordinary memory.
+        :raises ValueError: the range is not inside the mapping, or the mapping is closed.
+        """
+        if isinstance(data, bytes):
+            ctypes.memmove(self._checked(offset, len(data)), data, len(data))
+            return
+        source = np.frombuffer(data, np.uint8)
+        address = self._checked(offset, source.size)
+        ctypes.memmove(address, source.ctypes.data, source.size)
+
+    def view(self) -> npt.NDArray[np.uint8]:
+        """The whole mapping as an array of bytes.
+
+        Only for memory that no userfaultfd watches in this process: touching a missing page through
+        it stops every Python thread.  The memory stays mapped until the last view is gone, even if
+        :meth:`close` is called before.
+
+        :raises ValueError: the mapping is closed.
+        """
+        address = self._checked(0, self._length)
+        exported = self._viewed() if self._viewed is not None else None
+        if exported is None:
+            exported = (ctypes.c_uint8 * self._length).from_address(address)
+            self._viewed = weakref.ref(exported)
+        return np.frombuffer(memoryview(exported).cast("B"), np.uint8)
+
+    def resident(self) -> npt.NDArray[np.bool_]:
+        """Which pages are in memory: one element per 4 KiB.
+
+        For shared memory that means in the file, whoever put them there; for anonymous memory,
+        mapped here.  (``mincore(2)``.)
+        """
+        address = self._checked(0, self._length)
+        result = np.empty(-(-self._length // _PAGE_BYTES), np.uint8)
+        calls.mincore(address, self._length, result.ctypes.data)
+        return (result & 1).astype(np.bool_)
+
+    def populate(self, offset: int, length_bytes: int) -> None:
+        """Bring pages into memory, writable, keeping what they hold (``MADV_POPULATE_WRITE``).
+
+        :raises KernelError: ``ENOMEM``; ``EFAULT`` where a userfaultfd would have to be asked.
+        """
+        address = self._checked(offset, length_bytes)
+        calls.madvise(address, length_bytes, mman.MADV_POPULATE_WRITE)
+
+    def discard(self, offset: int, length_bytes: int) -> None:
+        """Forget pages (``MADV_DONTNEED``).
+
+        Anonymous pages are gone and fault as missing.  Shared pages are only unmapped here and keep
+        their contents: :func:`postcopy.kernel.memfd.punch_hole` is what empties them.
+        """
+        address = self._checked(offset, length_bytes)
+        calls.madvise(address, length_bytes, mman.MADV_DONTNEED)
+
+    def close(self) -> None:
+        """Unmap, now or when the last :meth:`view` is gone.  Harmless when closed."""
+        if self._closed:
+            return
+        self._closed = True
+        exported = self._viewed() if self._viewed is not None else None
+        if exported is None:
+            calls.munmap(self._address, self._length)
+            return
+        # A view into unmapped memory would end the process at its next use, so the view wins.
+        last = weakref.finalize(exported, calls.munmap, self._address, self._length)
+        last.atexit = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _checked(self, offset: int, length_bytes: int) -> int:
+        if self._closed:
+            raise ValueError("the mapping is closed")
+        if offset < 0 or length_bytes < 0 or offset + length_bytes > self._length:
+            end = offset + length_bytes
+            raise ValueError(f"[{offset:#x}, {end:#x}) is not inside {self._length:#x} bytes")
+        return self._address + offset

@@ -1,0 +1,77 @@
+"""Memory that has a descriptor, so that two processes can map it."""
+
+import errno
+import os
+
+from postcopy.abi import mman
+from postcopy.errors import HostCannot, KernelError
+from postcopy.kernel import calls
+
+
+def create(name: str, size_bytes: int, *, huge_page_size: int | None = None) -> int:
+    """Make a memfd whose pages are all holes, and return its descriptor (not inherited by exec).
+
+    :param name: shown in ``/proc/PID/maps``.
+    :param huge_page_size: bytes, such as ``2 << 20``: take pages of this size from the host's pool,
+        and reserve them now.
+    :raises HostCannot: there are not enough huge pages; the cure says how many to ask for.
+    :raises KernelError: otherwise.
+    """
+    flags = mman.MFD_CLOEXEC
+    if huge_page_size is not None:
+        flags |= mman.MFD_HUGETLB | (huge_page_size.bit_length() - 1) << mman.MFD_HUGE_SHIFT
+    try:
+        fd = os.memfd_create(name, flags)
+    except OSError as error:
+        raise KernelError("memfd_create", error.errno or 0, f"for {name}") from error
+    try:
+        os.ftruncate(fd, size_bytes)
+        if huge_page_size is not None:
+            _check_huge_pages(fd, size_bytes, huge_page_size)
+    except OSError as error:
+        os.close(fd)
+        raise KernelError("ftruncate", error.errno or 0, f"{size_bytes} bytes") from error
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_huge_pages(fd: int, size_bytes: int, huge_page_size: int) -> None:
+    # Mapping reserves the pages and fails if there are too few.  Without it a shortage would be a
+    # SIGBUS later, in the middle of somebody's guest.
+    try:
+        address = calls.mmap(size_bytes, mman.PROT_READ | mman.PROT_WRITE, mman.MAP_SHARED, fd)
+    except KernelError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        needed = -(-size_bytes // huge_page_size)
+        raise HostCannot(
+            f"not enough free huge pages of {huge_page_size >> 10} KiB for {size_bytes} bytes",
+            _huge_page_cure(needed, huge_page_size),
+        ) from error
+    calls.munmap(address, size_bytes)
+
+
+def _huge_page_cure(needed: int, huge_page_size: int) -> str:
+    if huge_page_size == 2 << 20:
+        return f"sysctl vm.nr_hugepages={needed} (or more, if others use them too)"
+    kibibytes = huge_page_size >> 10
+    return f"echo {needed} > /sys/kernel/mm/hugepages/hugepages-{kibibytes}kB/nr_hugepages"
+
+
+def punch_hole(fd: int, offset: int, length_bytes: int) -> None:
+    """Take pages back: whoever maps them finds them missing again.
+
+    :raises KernelError: ``EINVAL`` if the range is empty, ``EPERM`` if the memfd is sealed.
+    """
+    mode = mman.FALLOC_FL_PUNCH_HOLE | mman.FALLOC_FL_KEEP_SIZE
+    calls.fallocate(fd, mode, offset, length_bytes)
+
+
+def allocate(fd: int, offset: int, length_bytes: int) -> None:
+    """Fill holes with zero pages now, so that nobody waits for them later.
+
+    :raises KernelError: ``ENOSPC`` or ``ENOMEM`` if the host has not so much memory.
+    """
+    calls.fallocate(fd, mman.FALLOC_FL_KEEP_SIZE, offset, length_bytes)

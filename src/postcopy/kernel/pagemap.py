@@ -1,0 +1,140 @@
+"""Which pages of a process were written: ``PAGEMAP_SCAN`` on ``/proc/PID/pagemap``.
+
+With a userfaultfd of the feature ``WP_ASYNC`` registered for write-protection, this is dirty
+tracking from outside: nobody waits for a handler, and the scan reports and protects in one step, so
+no write is lost between the two.  Writes through *another* mapping (``pwrite`` on the memfd, the
+engine's own mapping) are not seen.
+"""
+
+import ctypes
+import errno
+import os
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from postcopy.abi.pagemap import PAGEMAP_SCAN, PageCategory, ScanFlag, pm_scan_arg
+from postcopy.errors import KernelError
+from postcopy.kernel.calls import ioctl
+
+_CURES = {
+    errno.ENOTTY: "this kernel has no PAGEMAP_SCAN; use Linux 6.7 or newer",
+    errno.EPERM: "the range is not registered with a userfaultfd of the feature WP_ASYNC",
+    errno.ESRCH: "the process is gone",
+}
+_OPEN_CURES = {
+    errno.EACCES: "needs the process's own user or CAP_SYS_PTRACE",
+    errno.ENOENT: "there is no such process",
+}
+
+
+class PagemapScanner:
+    """Asks about the pages of one process.  Not for two threads at once: it has one buffer.
+
+    :param pid: the process, 0 for this one.
+    :param capacity: ranges that one kernel call can report; more take more calls.
+    :raises KernelError: the process is gone or not ours.
+    """
+
+    def __init__(self, pid: int, *, capacity: int = 1 << 16) -> None:
+        path = f"/proc/{pid or 'self'}/pagemap"
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            code = error.errno or 0
+            cure = _OPEN_CURES.get(code, "")
+            raise KernelError("open", code, f"{path}; {cure}") from error
+        self._prepare(fd, capacity)
+
+    @classmethod
+    def from_fd(cls, fd: int, *, capacity: int = 1 << 16) -> Self:
+        """Take over a descriptor of ``/proc/self/pagemap`` that the process itself has opened.
+
+        It goes on speaking of that process wherever it is sent, and asks for no privilege here.
+        """
+        scanner = cls.__new__(cls)
+        scanner._prepare(fd, capacity)  # noqa: SLF001 - our own class, made without __init__
+        return scanner
+
+    def _prepare(self, fd: int, capacity: int) -> None:
+        self._fd = fd
+        self._regions = np.empty((capacity, 3), np.uint64)  # start, end, categories
+
+    def scan(
+        self,
+        start: int,
+        end: int,
+        *,
+        protect: bool,
+        categories: PageCategory = PageCategory.WRITTEN,
+    ) -> npt.NDArray[np.uint64]:
+        """Find the pages that are all of ``categories``.
+
+        :param start: an address in the scanned process, as is ``end``; multiples of the page size.
+        :param protect: write-protect what is found, so that the next scan finds only what was
+            written since.  The range must be registered for ``WP_ASYNC``.
+        :return: shape ``(n, 2)``: ``[start, end)`` addresses, ascending, never touching each other.
+        :raises KernelError: ``ENOTTY``, ``EPERM`` or ``ESRCH``, each with its cure.
+        """
+        flags = ScanFlag.WP_MATCHING | ScanFlag.CHECK_WPASYNC if protect else 0
+        argument = pm_scan_arg(
+            size=ctypes.sizeof(pm_scan_arg),
+            flags=flags,
+            end=end,
+            vec=self._regions.ctypes.data,
+            vec_len=len(self._regions),
+            category_mask=categories,
+            return_mask=categories,
+        )
+        found: list[npt.NDArray[np.uint64]] = []
+        at = start
+        while at < end:
+            argument.start = at
+            count = self._ask(argument)
+            if count:
+                _append(found, self._regions[:count, :2].copy())
+            if argument.walk_end <= at:
+                raise KernelError("PAGEMAP_SCAN", errno.EIO, f"stands still at {at:#x}")
+            at = argument.walk_end
+        return np.concatenate(found) if found else np.empty((0, 2), np.uint64)
+
+    def _ask(self, argument: pm_scan_arg) -> int:
+        try:
+            return ioctl(self._fd, PAGEMAP_SCAN, argument)
+        except KernelError as error:
+            where = f"[{argument.start:#x}, {argument.end:#x})"
+            cure = _CURES.get(error.errno, "")
+            raise KernelError(error.call, error.errno, f"{where}; {cure}") from error
+
+    def fileno(self) -> int:
+        """The pagemap's descriptor."""
+        return self._fd
+
+    def close(self) -> None:
+        """Close the descriptor.  Harmless when closed."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _append(found: list[npt.NDArray[np.uint64]], more: npt.NDArray[np.uint64]) -> None:
+    # A full buffer can cut a range in two: mend it, so that callers see whole runs.
+    if found and found[-1][-1, 1] == more[0, 0]:
+        more[0, 0] = found[-1][-1, 0]
+        found[-1] = found[-1][:-1]
+        if not len(found[-1]):
+            found.pop()
+    found.append(more)

@@ -1,0 +1,259 @@
+"""A userfaultfd: faults on somebody's memory, told to us instead of to the kernel.
+
+Some facts, measured (``docs`` has more):
+
+* Placing a run stops at a page that is there already: the call reports the bytes before it, and
+  the next call, which begins at that page, is refused with ``EEXIST``.
+* While the address space changes, or an event of such a change (remove, unmap, remap, fork) waits
+  to be read, placing is refused with ``EAGAIN``: read the events, then go on.
+* When the last descriptor is closed, all waiting threads go on and read *zeros*.  Whoever owns the
+  memory must therefore hold a duplicate while a page is missing.
+* A second userfaultfd cannot register the same range (``EBUSY``).
+"""
+
+import errno
+import os
+from types import TracebackType
+from typing import Self
+
+from postcopy.abi import userfaultfd as abi
+from postcopy.abi.ioctl import Argument, Ioctl
+from postcopy.abi.userfaultfd import Feature, RangeIoctl, RegisterMode
+from postcopy.errors import KernelError, PageExists
+from postcopy.kernel import userfaultfd_open
+from postcopy.kernel.calls import ioctl
+from postcopy.kernel.faults import MESSAGE, Event, parse
+
+NO_FEATURES = Feature(0)
+
+
+class Userfaultfd:
+    """One descriptor, ours from now on, with the features that it was opened with.
+
+    All addresses are of the process that opened it, in whichever process this object lives.
+    All of it may be used from several threads at once.
+    """
+
+    def __init__(self, fd: int, features: Feature) -> None:
+        self.fd = fd
+        self.features = features
+
+    @classmethod
+    def open(cls, features: Feature = NO_FEATURES, *, user_mode_only: bool = False) -> Self:
+        """Make a userfaultfd for this process's memory; not inherited by exec, never blocking.
+
+        :param user_mode_only: faults inside system calls (and in ``KVM_RUN``) get ``EFAULT``
+            instead of waiting; any user may have this.
+        :raises HostCannot: not allowed, or a feature is missing; the cure is the least privilege
+            that does.
+        """
+        return cls(userfaultfd_open.open_with(features, user_mode_only=user_mode_only), features)
+
+    @classmethod
+    def from_fd(cls, fd: int, features: Feature = NO_FEATURES) -> Self:
+        """Take over a descriptor that another process opened with ``features``."""
+        os.set_blocking(fd, False)  # a blocking userfaultfd answers poll with an error
+        return cls(fd, features)
+
+    def fileno(self) -> int:
+        """For ``poll``: readable when events are pending."""
+        return self.fd
+
+    def register(self, address: int, length_bytes: int, mode: RegisterMode) -> RangeIoctl:
+        """Watch a range, or change how it is watched; ``mode`` replaces what was there.
+
+        :return: the requests that the range takes.
+        :raises KernelError: ``EBUSY`` if another userfaultfd watches it; ``EINVAL`` if such memory
+            cannot be watched so (this is how a kernel says that it cannot).
+        """
+        argument = abi.uffdio_register(abi.uffdio_range(address, length_bytes), mode)
+        self._request(abi.UFFDIO_REGISTER, argument, address, length_bytes)
+        return RangeIoctl(argument.ioctls)
+
+    def unregister(self, address: int, length_bytes: int) -> None:
+        """Watch a range no more: waiting threads go on, and what is missing reads as zeros."""
+        argument = abi.uffdio_range(address, length_bytes)
+        self._request(abi.UFFDIO_UNREGISTER, argument, address, length_bytes)
+
+    def copy(
+        self,
+        destination: int,
+        source: int,
+        length_bytes: int,
+        *,
+        protect: bool = False,
+        wake: bool = True,
+    ) -> int:
+        """Place pages at ``destination``, whole or not at all, and wake who waits for them.
+
+        :param source: an address in *this* process.
+        :param protect: place them write-protected; the range must be registered for ``WP``.
+        :return: the bytes placed.  Fewer than asked: the next page exists already, or the address
+            space changed; 0: it is changing now.  Read the events, then go on from there.
+        :raises PageExists: the first page exists already.
+        :raises KernelError: otherwise; ``ESRCH`` if the process is gone, ``ENOENT`` if the range is
+            not registered (any more).
+        """
+        mode = (abi.UFFDIO_COPY_MODE_WP if protect else 0) | (
+            0 if wake else abi.UFFDIO_COPY_MODE_DONTWAKE
+        )
+        argument = abi.uffdio_copy(destination, source, length_bytes, mode)
+        try:
+            ioctl(self.fd, abi.UFFDIO_COPY, argument)
+        except KernelError as error:
+            return _placed(error, argument.copy, destination, length_bytes)
+        return length_bytes
+
+    def zeropage(self, address: int, length_bytes: int, *, wake: bool = True) -> int:
+        """Place pages of zeros, which takes no memory if the range is anonymous.
+
+        :return: the bytes placed, as with :meth:`copy`.
+        :raises PageExists: the first page exists already.
+        :raises KernelError: ``EINVAL`` for huge pages, which have no page of zeros.
+        """
+        mode = 0 if wake else abi.UFFDIO_ZEROPAGE_MODE_DONTWAKE
+        argument = abi.uffdio_zeropage(abi.uffdio_range(address, length_bytes), mode)
+        try:
+            ioctl(self.fd, abi.UFFDIO_ZEROPAGE, argument)
+        except KernelError as error:
+            return _placed(error, argument.zeropage, address, length_bytes)
+        return length_bytes
+
+    def map_existing(
+        self, address: int, length_bytes: int, *, protect: bool = False, wake: bool = True
+    ) -> int:
+        """Map pages that the file already has (``UFFDIO_CONTINUE``): the answer to a minor fault.
+
+        :return: the bytes mapped, as with :meth:`copy`.
+        :raises PageExists: the first page is mapped already.
+        :raises KernelError: ``EFAULT`` if the file does not have the page.
+        """
+        mode = (abi.UFFDIO_CONTINUE_MODE_WP if protect else 0) | (
+            0 if wake else abi.UFFDIO_CONTINUE_MODE_DONTWAKE
+        )
+        argument = abi.uffdio_continue(abi.uffdio_range(address, length_bytes), mode)
+        try:
+            ioctl(self.fd, abi.UFFDIO_CONTINUE, argument)
+        except KernelError as error:
+            return _placed(error, argument.mapped, address, length_bytes)
+        return length_bytes
+
+    def poison(self, address: int, length_bytes: int, *, wake: bool = True) -> int:
+        """Mark missing pages as lost: whoever touches one gets ``SIGBUS``, never zeros.
+
+        :return: the bytes marked, as with :meth:`copy`.
+        :raises PageExists: the first page exists already.
+        """
+        mode = 0 if wake else abi.UFFDIO_POISON_MODE_DONTWAKE
+        argument = abi.uffdio_poison(abi.uffdio_range(address, length_bytes), mode)
+        try:
+            ioctl(self.fd, abi.UFFDIO_POISON, argument)
+        except KernelError as error:
+            return _placed(error, argument.updated, address, length_bytes)
+        return length_bytes
+
+    def move(
+        self,
+        destination: int,
+        source: int,
+        length_bytes: int,
+        *,
+        allow_holes: bool = False,
+        wake: bool = True,
+    ) -> int:
+        """Move anonymous pages within the process, without copying them.
+
+        :param source: an address in the process *watched*; its pages are missing afterwards.
+        :param allow_holes: pass over pages that ``source`` does not have.
+        :return: the bytes moved, as with :meth:`copy`.
+        :raises PageExists: the first page exists already.
+        :raises KernelError: ``ENOENT`` at a hole; ``EBUSY`` if a page is pinned or shared by fork.
+        """
+        mode = (abi.UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES if allow_holes else 0) | (
+            0 if wake else abi.UFFDIO_MOVE_MODE_DONTWAKE
+        )
+        argument = abi.uffdio_move(destination, source, length_bytes, mode)
+        try:
+            ioctl(self.fd, abi.UFFDIO_MOVE, argument)
+        except KernelError as error:
+            return _placed(error, argument.move, destination, length_bytes)
+        return length_bytes
+
+    def write_protect(
+        self, address: int, length_bytes: int, *, protect: bool, wake: bool = True
+    ) -> None:
+        """Protect a range against writes, or allow them again and wake who waits to write.
+
+        :param wake: only means something when writes are allowed again.
+        :raises KernelError: ``EAGAIN`` while the address space changes: read the events, try again;
+            ``ENOENT`` if the range is not registered for ``WP``.
+        """
+        mode = abi.UFFDIO_WRITEPROTECT_MODE_WP if protect else 0
+        if not (wake or protect):
+            mode |= abi.UFFDIO_WRITEPROTECT_MODE_DONTWAKE
+        argument = abi.uffdio_writeprotect(abi.uffdio_range(address, length_bytes), mode)
+        self._request(abi.UFFDIO_WRITEPROTECT, argument, address, length_bytes)
+
+    def wake(self, address: int, length_bytes: int) -> None:
+        """Let waiting threads try again.
+
+        Those whose page is still missing are told of again, which is how the successor of a dead
+        pager learns of faults that were read but never answered.
+        """
+        self._request(
+            abi.UFFDIO_WAKE, abi.uffdio_range(address, length_bytes), address, length_bytes
+        )
+
+    def read_events(self, limit: int = 32) -> list[Event]:
+        """Take up to ``limit`` pending events, oldest first; none pending is an empty list.
+
+        :raises KernelError: ``EINVAL`` if the descriptor has not been through its handshake.
+        """
+        try:
+            return parse(os.read(self.fd, limit * MESSAGE.size))
+        except BlockingIOError:
+            return []
+        except OSError as error:
+            raise KernelError("read", error.errno or 0, "of a userfaultfd") from error
+
+    def close(self) -> None:
+        """Close the descriptor (see above what the last one does).  Harmless when closed."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _request(
+        self, request: Ioctl[Argument], argument: Argument, address: int, length_bytes: int
+    ) -> None:
+        try:
+            ioctl(self.fd, request, argument)
+        except KernelError as error:
+            raise _located(error, address, length_bytes) from error
+
+
+def _placed(error: KernelError, done: int, address: int, length_bytes: int) -> int:
+    """What a placing request that did not do all has done.
+
+    The kernel's own answer is signed: bytes, or the negative errno again if it did nothing.
+    """
+    if error.errno == errno.EAGAIN:
+        return max(done, 0)
+    if error.errno == errno.EEXIST:
+        raise PageExists(error.call, error.errno, f"at {address:#x}") from None
+    raise _located(error, address, length_bytes) from None
+
+
+def _located(error: KernelError, address: int, length_bytes: int) -> KernelError:
+    where = f"[{address:#x}, {address + length_bytes:#x})"
+    return KernelError(error.call, error.errno, where)

@@ -1,0 +1,129 @@
+"""Getting a userfaultfd: two doors, and for each refusal the least privilege that opens one."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from postcopy.abi import userfaultfd as abi
+from postcopy.abi.userfaultfd import Feature
+from postcopy.errors import HostCannot, KernelError
+from postcopy.kernel.calls import ioctl, ioctl_plain, syscall
+
+DEVICE = Path("/dev/userfaultfd")
+_SYSCALL_NUMBERS = {"x86_64": 323, "aarch64": 282, "riscv64": 282, "ppc64le": 364, "s390x": 355}
+
+SINCE = {
+    Feature.PAGEFAULT_FLAG_WP: "5.7",
+    Feature.MINOR_HUGETLBFS: "5.13",
+    Feature.MINOR_SHMEM: "5.14",
+    Feature.EXACT_ADDRESS: "5.18",
+    Feature.WP_HUGETLBFS_SHMEM: "5.19",
+    Feature.WP_UNPOPULATED: "6.4",
+    Feature.POISON: "6.6",
+    Feature.WP_ASYNC: "6.7",
+    Feature.MOVE: "6.8",
+}
+"""The Linux that brought a feature, for those that a living kernel may lack."""
+
+
+def open_with(features: Feature, *, user_mode_only: bool = False) -> int:
+    """Open a userfaultfd and shake hands about ``features``.
+
+    :raises HostCannot: no door opens, or a feature is missing.
+    """
+    fd = open_raw(user_mode_only=user_mode_only)
+    try:
+        handshake(fd, features)
+    except KernelError as error:
+        os.close(fd)
+        raise _refused(features, error, user_mode_only=user_mode_only) from error
+    return fd
+
+
+def supported_features(*, user_mode_only: bool = True) -> Feature:
+    """All that this kernel has, whether we know its name or not.
+
+    :raises HostCannot: there is no userfaultfd for us.
+    """
+    fd = open_raw(user_mode_only=user_mode_only)
+    try:
+        return handshake(fd, Feature(0))
+    finally:
+        os.close(fd)
+
+
+def handshake(fd: int, features: Feature) -> Feature:
+    """Ask for features; a descriptor can do this once.
+
+    :return: all that the kernel has.
+    :raises KernelError: ``EINVAL`` if one is missing; ``EPERM`` if ``EVENT_FORK`` is not allowed.
+    """
+    argument = abi.uffdio_api(abi.UFFD_API, features)
+    ioctl(fd, abi.UFFDIO_API, argument)
+    return Feature(argument.features)
+
+
+def open_raw(*, user_mode_only: bool = False) -> int:
+    """Open a userfaultfd that has not yet shaken hands, by the first door that opens.
+
+    :raises HostCannot: none does.
+    """
+    refusals: list[KernelError] = []
+    doors: tuple[Callable[[int], int], ...] = (by_device, by_syscall)
+    for door in doors:
+        try:
+            return door(flags_for(user_mode_only=user_mode_only))
+        except KernelError as error:
+            refusals.append(error)
+    what = f"no userfaultfd for this user ({'; '.join(map(str, refusals))})"
+    raise HostCannot(what, _cure(refusals))
+
+
+def flags_for(*, user_mode_only: bool) -> int:
+    """The flags of both doors.  ``O_NONBLOCK``: without it ``poll`` only ever says ``POLLERR``."""
+    return os.O_CLOEXEC | os.O_NONBLOCK | (abi.UFFD_USER_MODE_ONLY if user_mode_only else 0)
+
+
+def by_device(flags: int) -> int:
+    """Open through ``/dev/userfaultfd`` (Linux 6.1), for which file permissions are enough."""
+    try:
+        device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise KernelError("open", error.errno or 0, str(DEVICE)) from error
+    try:
+        return ioctl_plain(device, abi.USERFAULTFD_IOC_NEW, flags)
+    finally:
+        os.close(device)
+
+
+def by_syscall(flags: int) -> int:
+    """Open by ``userfaultfd(2)``, which asks for ``CAP_SYS_PTRACE`` unless a sysctl says no."""
+    number = _SYSCALL_NUMBERS.get(os.uname().machine)
+    if number is None:
+        raise KernelError("userfaultfd", errno.ENOSYS, f"on {os.uname().machine}")
+    return syscall("userfaultfd", number, flags)
+
+
+def _cure(refusals: list[KernelError]) -> str:
+    if any(error.errno in {errno.EMFILE, errno.ENFILE} for error in refusals):
+        return "raise the limit of open files (ulimit -n)"
+    if all(error.errno in {errno.ENOENT, errno.ENOSYS} for error in refusals):
+        return "use a kernel with CONFIG_USERFAULTFD"
+    if DEVICE.exists():
+        return f"setfacl -m u:{os.getuid()}:rw {DEVICE}"
+    return "sysctl vm.unprivileged_userfaultfd=1"
+
+
+def _refused(features: Feature, error: KernelError, *, user_mode_only: bool) -> HostCannot:
+    missing = features & ~supported_features(user_mode_only=user_mode_only)
+    if not missing:
+        # Only EVENT_FORK is a matter of privilege: it hands out the child's memory.
+        return HostCannot(f"userfaultfd refused {features!r} ({error})", "run with CAP_SYS_PTRACE")
+    names = ", ".join(member.name or hex(member) for member in missing)
+    versions = [SINCE[member] for member in missing if member in SINCE]
+    newest = max(
+        versions, key=lambda version: [int(part) for part in version.split(".")], default=""
+    )
+    cure = f"use Linux {newest} or newer" if newest else "use a kernel that is built with it"
+    return HostCannot(f"this kernel's userfaultfd has no {names}", cure)
