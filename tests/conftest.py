@@ -1,0 +1,25 @@
+"""What every test has: markers, and a deadline for the things that must not hang.
+
+A thread that dies of an exception fails its test: pytest makes a warning of it
+(``PytestUnhandledThreadExceptionWarning``), and ``filterwarnings = error`` a failure of that.
+"""
+
+import pytest
+
+from fakes.waiting import wait_until
+
+MARKERS = (
+    "kvm: needs /dev/kvm",
+    "qemu: needs a real qemu-system-x86_64, version 10 or newer",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
+
+
+@pytest.fixture
+def deadline():
+    """``deadline(condition, timeout_s, what)``: look until it holds, see :mod:`fakes.waiting`."""
+    return wait_until
