@@ -116,11 +116,12 @@ def _cure(refusals: list[KernelError]) -> str:
 
 
 def _refused(features: Feature, error: KernelError, *, user_mode_only: bool) -> HostCannot:
-    missing = features & ~supported_features(user_mode_only=user_mode_only)
+    supported = supported_features(user_mode_only=user_mode_only)
+    missing = Feature(int(features) & ~int(supported))  # Feature's own ~ forgets unknown bits
     if not missing:
         # Only EVENT_FORK is a matter of privilege: it hands out the child's memory.
         return HostCannot(f"userfaultfd refused {features!r} ({error})", "run with CAP_SYS_PTRACE")
-    names = ", ".join(member.name or hex(member) for member in missing)
+    names = ", ".join(member.name or "" for member in missing) or hex(missing)
     versions = [SINCE[member] for member in missing if member in SINCE]
     newest = max(
         versions, key=lambda version: [int(part) for part in version.split(".")], default=""
