@@ -15,6 +15,11 @@ What KVM knows and QEMU's section has no room for:
 interrupt shadow, SMM and triple fault flags (``KVM_GET_VCPU_EVENTS``)
     the shadow lasts for one instruction and only delays interrupts, of which there are none;
     there is no SMM without firmware.
+machine check registers (the other way round: QEMU has them, we do without)
+    ``mcg_*`` and ``mce_banks`` are carried from stream to stream and never read from or written to
+    KVM, whose number of banks QEMU's section could not hold.
+all other MSRs of ``KVM_GET_MSR_INDEX_LIST``
+    describe the host (capabilities, microcode) or features that only a kernel with interrupts uses.
 """
 
 from collections.abc import Mapping
@@ -165,6 +170,15 @@ class CpuState:
         """The current privilege level, 0 to 3."""
         return self.ss.flags >> 13 & 3
 
+    @property
+    def runs(self) -> bool:
+        """Whether there is anything to run.
+
+        A halted vCPU, or one that waits for another's start signal, stands still for ever in a
+        machine without interrupts.
+        """
+        return not self.halted and self.mp_state == MP_RUNNABLE
+
     def reg(self, name: str) -> int:
         """A general register by its name, such as ``rax``."""
         return self.regs[GENERAL.index(name)]
@@ -212,9 +226,6 @@ MSRS: tuple[Msr, ...] = (
     Msr(0x174, "sysenter_cs"),
     Msr(0x175, "sysenter_esp"),
     Msr(0x176, "sysenter_eip"),
-    Msr(0x179, "mcg_cap"),
-    Msr(0x17A, "mcg_status"),
-    Msr(0x17B, "mcg_ctl"),
     Msr(0x277, "pat"),
     Msr(0x2FF, "mtrr_deftype"),
     Msr(0xC0000081, "star"),
@@ -227,6 +238,5 @@ MSRS: tuple[Msr, ...] = (
     Msr(0x4B564D01, "system_time_msr"),
     *_run(0x200, "mtrr_variable", 16),
     *(Msr(index, "mtrr_fixed", number) for number, index in enumerate(_FIXED_MTRRS)),
-    *_run(0x400, "mce_banks", 40),
 )
-"""Every MSR that has a field.  FS, GS and EFER are not here: they travel with the segments."""
+"""The MSRs that have a field.  FS, GS and EFER are not here: they travel with the segments."""
