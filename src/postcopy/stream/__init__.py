@@ -1,0 +1,1 @@
+"""QEMU's migration stream, version 3: bytes from and to records; no socket, no kernel, no side."""

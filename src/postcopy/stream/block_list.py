@@ -1,0 +1,110 @@
+"""RAM's START section: the list of the blocks that the source has.
+
+The list has no count.  It begins with the sum of all sizes, and ends where they add up to it.  QEMU
+reads on when they do not, and takes pages for names; here that is an error.
+
+What an entry consists of depends on what both sides have agreed on: :class:`EntryForm`.
+"""
+
+import struct
+from dataclasses import dataclass
+
+from postcopy.stream.configuration import encode_name
+from postcopy.stream.layout import Receiver
+from postcopy.stream.numbers import (
+    FLAGS_MASK,
+    RAM_SECTION_NAME,
+    RAM_SECTION_VERSION,
+    TARGET_PAGE_BYTES,
+    RamFlag,
+    SectionType,
+)
+from postcopy.stream.ram_records import refuse_flags
+from postcopy.stream.reader import StreamBuffer
+from postcopy.stream.records import BlockEntry, RamSetup
+
+
+@dataclass(frozen=True, slots=True)
+class EntryForm:
+    """Which of the optional fields an entry has.
+
+    ``page_sizes``: RAM postcopy was advised, so blocks of huge pages say so.  ``addresses``: the
+    capability ``x-ignore-shared`` is on.  The header of a mapped-ram file will be the third.
+    """
+
+    page_sizes: bool = False
+    addresses: bool = False
+
+
+def encode_block_list(setup: RamSetup, form: EntryForm) -> bytes:
+    """Write RAM's START section whole, from type byte to footer."""
+    total = sum(block.size_bytes for block in setup.blocks)
+    parts = [
+        struct.pack(">BI", SectionType.START, setup.section_id),
+        encode_name(RAM_SECTION_NAME),
+        struct.pack(">IIQ", 0, RAM_SECTION_VERSION, total | RamFlag.MEM_SIZE),
+        *(_encode_entry(block, form) for block in setup.blocks),
+        struct.pack(">QBI", RamFlag.EOS, SectionType.FOOTER, setup.section_id),
+    ]
+    return b"".join(parts)
+
+
+def _encode_entry(block: BlockEntry, form: EntryForm) -> bytes:
+    entry = encode_name(block.name) + struct.pack(">Q", block.size_bytes)
+    if form.page_sizes and block.page_size_bytes not in {None, TARGET_PAGE_BYTES}:
+        entry += struct.pack(">Q", block.page_size_bytes)
+    if form.addresses:
+        entry += struct.pack(">Q", block.guest_address or 0)
+    return entry
+
+
+def read_block_list(
+    reader: StreamBuffer, receiver: Receiver, form: EntryForm
+) -> tuple[BlockEntry, ...]:
+    """Read the body of the section from the total to its EOS.
+
+    :raises StreamError: the blocks are not the receiver's, or do not add up.
+    """
+    word = reader.u64()
+    if word & FLAGS_MASK != RamFlag.MEM_SIZE:
+        refuse_flags(reader, word & FLAGS_MASK)
+    left = total = word & ~FLAGS_MASK
+    blocks: dict[str, BlockEntry] = {}
+    while left:
+        block = _read_entry(reader, receiver, form, total)
+        if block.name in blocks:
+            reader.fail(f'RAM block "{block.name}" is listed twice')
+        blocks[block.name] = block
+        left -= block.size_bytes
+        if left < 0:
+            reader.fail(f"RAM blocks add up to {total - left:#x} bytes, not {total:#x}")
+    if missing := receiver.layout.keys() - blocks.keys():
+        reader.fail(f'RAM block "{min(missing)}" of this side is not in the list')
+    if (word := reader.u64()) != RamFlag.EOS:
+        refuse_flags(reader, word & FLAGS_MASK)
+    return tuple(blocks.values())
+
+
+def _read_entry(
+    reader: StreamBuffer, receiver: Receiver, form: EntryForm, total: int
+) -> BlockEntry:
+    name = reader.name()
+    if not name:  # the first byte of the EOS record: the list has ended too early
+        reader.fail(f"RAM blocks add up to less than the {total:#x} bytes promised", 1)
+    local = receiver.layout.get(name)
+    if local is None and name not in receiver.ignored_blocks:
+        reader.fail(f'Unknown ramblock "{name}", cannot accept migration', len(name.encode()))
+    size = reader.u64()
+    if local is not None and size != local.size_bytes:
+        reader.fail(
+            f"Size mismatch: {name}: {size:#x} != {local.size_bytes:#x}: Invalid argument", 8
+        )
+    page_size = None
+    if form.page_sizes and local is not None and local.page_size_bytes != TARGET_PAGE_BYTES:
+        page_size = reader.u64()
+        if page_size != local.page_size_bytes:
+            reader.fail(
+                f"Mismatched RAM page size {name} (local) {local.page_size_bytes} != {page_size}", 8
+            )
+    address = reader.u64() if form.addresses else None
+    return BlockEntry(name, size, page_size, address)

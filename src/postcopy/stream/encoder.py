@@ -1,0 +1,86 @@
+"""The encoder: everything of a stream but pages and commands, as bytes.
+
+Pages are in :mod:`postcopy.stream.ram_encoder`, commands in :mod:`postcopy.stream.commands`.
+"""
+
+import struct
+from typing import Literal
+
+from postcopy.stream.block_list import EntryForm, encode_block_list
+from postcopy.stream.commands import encode_command
+from postcopy.stream.configuration import encode_configuration, encode_header, encode_name
+from postcopy.stream.numbers import RamFlag, SectionType
+from postcopy.stream.records import Configuration, DeviceSection, RamSetup
+
+__all__ = (
+    "RamPart",
+    "description",
+    "device_section",
+    "encode_command",
+    "end_of_stream",
+    "footer",
+    "ram_setup",
+    "stream_start",
+)
+
+
+def stream_start(configuration: Configuration) -> bytes:
+    """Write the header and the configuration section."""
+    return encode_header() + encode_configuration(configuration)
+
+
+def footer(section_id: int) -> bytes:
+    """Write the footer of a section."""
+    return struct.pack(">BI", SectionType.FOOTER, section_id)
+
+
+def ram_setup(setup: RamSetup, *, postcopy: bool, addresses: bool = False) -> bytes:
+    """Write RAM's START section whole.
+
+    :param postcopy: RAM postcopy has been advised, so blocks of huge pages say their page size.
+    :param addresses: the capability ``x-ignore-shared`` is on.
+    """
+    return encode_block_list(setup, EntryForm(postcopy, addresses))
+
+
+def device_section(section: DeviceSection) -> bytes:
+    """Write a FULL section whole."""
+    return b"".join(
+        (
+            struct.pack(">BI", SectionType.FULL, section.section_id),
+            encode_name(section.name),
+            struct.pack(">II", section.instance, section.version),
+            section.payload,
+            footer(section.section_id),
+        )
+    )
+
+
+def end_of_stream() -> bytes:
+    """Write the end; in precopy a description follows."""
+    return bytes((SectionType.EOF,))
+
+
+def description(text: str) -> bytes:
+    """Write the description of the device sections, a JSON text."""
+    raw = text.encode()
+    return struct.pack(">BI", SectionType.DESCRIPTION, len(raw)) + raw
+
+
+class RamPart:
+    """What stands around the pages of a PART or END section of RAM.
+
+    A sender writes ``head``, the records, ``tail``: in one ``sendmsg``, without joining them.
+    """
+
+    def __init__(
+        self,
+        section_id: int,
+        kind: Literal[SectionType.PART, SectionType.END] = SectionType.PART,
+    ) -> None:
+        self.head = struct.pack(">BI", kind, section_id)
+        self.tail = struct.pack(">Q", RamFlag.EOS) + footer(section_id)
+
+    def around(self, *records: bytes | memoryview) -> bytes:
+        """Write the section whole; for few pages."""
+        return b"".join((self.head, *records, self.tail))

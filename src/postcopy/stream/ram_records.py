@@ -1,0 +1,152 @@
+"""RAM records: pages and zero pages, decoded run by run.
+
+Every record is led by a word: the page's byte offset in its block, and flags in the low bits.  All
+but the first of a block carry CONTINUE and no name, so a run of pages is a run of records of 4104
+bytes, and one of zero pages of 9 bytes.  How far a run goes is found by looking at all the words
+at once; the pages are handed out where they lie in the buffer.
+
+What has arrived whole is handed out at once: somebody may be waiting for that page.
+"""
+
+from typing import NoReturn
+
+import numpy as np
+
+from postcopy.stream.layout import Limits, Receiver
+from postcopy.stream.numbers import (
+    FLAGS_MASK,
+    HEADER_BYTES,
+    PAGE_RECORD_BYTES,
+    TARGET_PAGE_BYTES,
+    ZERO_RECORD_BYTES,
+    RamFlag,
+)
+from postcopy.stream.reader import Incomplete, StreamBuffer
+from postcopy.stream.records import Offsets, Pages, ZeroPages
+
+_PAGE = int(RamFlag.PAGE)
+_ZERO = int(RamFlag.ZERO)
+_CONTINUE = int(RamFlag.CONTINUE)
+_EOS = int(RamFlag.EOS)
+_FLAGS_OF = np.uint64(FLAGS_MASK)
+_OFFSET_OF = ~_FLAGS_OF
+
+_REFUSED = {
+    RamFlag.XBZRLE: "xbzrle is not supported; switch the capability off at the source",
+    RamFlag.MULTIFD_FLUSH: "multifd is not supported; switch the capability off at the source",
+    RamFlag.HOOK: "RDMA is not supported; migrate over a socket or into a file",
+}
+
+
+def refuse_flags(reader: StreamBuffer, flags: int) -> NoReturn:
+    """Raise the error for a record, whose word has just been read, that is not for us."""
+    for flag, message in _REFUSED.items():
+        if flags & ~_CONTINUE == flag:
+            reader.fail(message, HEADER_BYTES)
+    reader.fail(f"Unknown combination of migration flags: {flags:#x}", HEADER_BYTES)
+
+
+class RamRecords:
+    """The RAM records of one channel, which remembers the block named last."""
+
+    def __init__(self, receiver: Receiver, limits: Limits) -> None:
+        self._receiver = receiver
+        self._limits = limits
+        self.block: str | None = None
+        self._last_offset = 0  # of the last page in the block
+        self._dropping = False
+
+    def forget(self) -> None:
+        """Forget the block named last: a new connection names its blocks afresh."""
+        self.block = None
+
+    def read(self, reader: StreamBuffer) -> Pages | ZeroPages | None:
+        """Read the pages that are there, as many of one kind and block as follow one another.
+
+        Commits what it has read, dropped pages too.
+
+        :return: ``None``: an EOS has been read.
+        :raises Incomplete: no whole record is there.
+        :raises StreamError: the next record is wrong.
+        """
+        while True:
+            word = reader.u64()
+            flags = word & FLAGS_MASK
+            if word == _EOS:
+                reader.commit()
+                return None
+            kind = flags & ~_CONTINUE
+            if kind not in {_PAGE, _ZERO}:
+                self._refuse(reader, word)
+            if flags & _CONTINUE:
+                if self.block is None:
+                    reader.fail("Ack, bad migration stream!", HEADER_BYTES)
+                reader.rollback()
+                record = self._read_run(reader, kind)
+            else:
+                record = self._read_named(reader, word & ~FLAGS_MASK, kind)
+            reader.commit()
+            if not self._dropping:
+                return record
+
+    def _refuse(self, reader: StreamBuffer, word: int) -> NoReturn:
+        if word & FLAGS_MASK == _EOS:
+            reader.fail(f"Illegal RAM offset {word & ~FLAGS_MASK:x}", HEADER_BYTES)
+        refuse_flags(reader, word & FLAGS_MASK)
+
+    def _read_named(self, reader: StreamBuffer, offset: int, kind: int) -> Pages | ZeroPages:
+        name = reader.name()
+        local = self._receiver.layout.get(name)
+        if local is None and name not in self._receiver.ignored_blocks:
+            reader.fail(f"Can't find block {name}", len(name.encode()))
+        last = local.size_bytes - TARGET_PAGE_BYTES if local is not None else offset
+        if offset > last:
+            reader.fail(f"Illegal RAM offset {offset:x}", 1 + len(name.encode()) + HEADER_BYTES)
+        offsets = np.array([offset], np.uint64)
+        record: Pages | ZeroPages
+        if kind == _PAGE:
+            record = Pages(name, offsets, reader.rows(1, TARGET_PAGE_BYTES, 0, TARGET_PAGE_BYTES))
+            reader.skip(TARGET_PAGE_BYTES)
+        else:
+            if value := reader.u8():
+                reader.fail(f"Found a zero page with value {value}", 1)
+            record = ZeroPages(name, offsets)
+        self.block, self._last_offset, self._dropping = name, last, local is None
+        return record
+
+    def _read_run(self, reader: StreamBuffer, kind: int) -> Pages | ZeroPages:
+        assert self.block is not None
+        if kind == _PAGE:
+            offsets = self._offsets(reader, kind, PAGE_RECORD_BYTES, self._limits.pages_per_record)
+            count = len(offsets)
+            rows = reader.rows(count, PAGE_RECORD_BYTES, HEADER_BYTES, TARGET_PAGE_BYTES)
+            reader.skip(count * PAGE_RECORD_BYTES)
+            return Pages(self.block, offsets, rows)
+        offsets = self._offsets(reader, kind, ZERO_RECORD_BYTES, self._limits.zero_pages_per_record)
+        self._check_zeros(reader, len(offsets))
+        reader.skip(len(offsets) * ZERO_RECORD_BYTES)
+        return ZeroPages(self.block, offsets)
+
+    def _offsets(self, reader: StreamBuffer, kind: int, stride: int, limit: int) -> Offsets:
+        # The caller knows that the first record is of the kind; at least it is there or Incomplete.
+        count = min(reader.available // stride, limit)
+        if not count:
+            raise Incomplete
+        words = reader.words(count, stride)
+        offsets = words & _OFFSET_OF
+        good = (words & _FLAGS_OF) == kind | _CONTINUE
+        if not self._dropping:
+            good &= offsets <= self._last_offset
+        if good.all():
+            return offsets
+        run = int(good.argmin())
+        if not run:
+            reader.fail(f"Illegal RAM offset {int(offsets[0]):x}")
+        return offsets[:run]
+
+    def _check_zeros(self, reader: StreamBuffer, count: int) -> None:
+        values = reader.rows(count, ZERO_RECORD_BYTES, HEADER_BYTES, 1)
+        if values.any():
+            first = int(values[:, 0].astype(bool).argmax())
+            reader.skip(first * ZERO_RECORD_BYTES + HEADER_BYTES)
+            reader.fail(f"Found a zero page with value {int(values[first, 0])}")

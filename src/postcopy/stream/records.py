@@ -1,0 +1,254 @@
+"""What a stream can say, as frozen records.
+
+Each record means the same to the decoder that yields it and to the encoder that writes it.
+Records that hold arrays compare by identity; all others by value.
+"""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from postcopy.stream.numbers import SectionType
+
+Offsets: TypeAlias = npt.NDArray[np.uint64]
+"""Byte offsets of target pages in their block, shape ``(n,)``."""
+
+PageRows: TypeAlias = npt.NDArray[np.uint8]
+"""Contents of target pages, shape ``(n, 4096)``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """The section behind the header.
+
+    ``page_bits`` is sent only for targets with a variable page size, ``capabilities`` holds
+    validated ones only, ``uuid`` is 16 bytes or absent.
+    """
+
+    machine: str
+    page_bits: int | None = None
+    capabilities: tuple[str, ...] = ()
+    uuid: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlockEntry:
+    """One RAM block in the list of RAM's START section.
+
+    ``page_size_bytes`` is there for huge pages under postcopy, ``guest_address`` only with the
+    capability ``x-ignore-shared``.
+    """
+
+    name: str
+    size_bytes: int
+    page_size_bytes: int | None = None
+    guest_address: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RamSetup:
+    """RAM's START section, whole: the blocks that the source has."""
+
+    section_id: int
+    blocks: tuple[BlockEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RamBody:
+    """A PART or END section of RAM begins; pages follow."""
+
+    kind: SectionType
+
+
+@dataclass(frozen=True, slots=True)
+class RamBodyEnd:
+    """A PART or END section of RAM has ended, its footer was right."""
+
+    kind: SectionType
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pages:
+    """Target pages of one block, in the order of the wire.
+
+    ``data[i]`` belongs at byte ``offsets[i]`` of the block.  ``data`` is a view into the decoder's
+    buffer: valid only until the next call to the decoder.
+    """
+
+    block: str
+    offsets: Offsets
+    data: PageRows
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ZeroPages:
+    """Target pages of one block that are all zero."""
+
+    block: str
+    offsets: Offsets
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSection:
+    """A FULL section: one device's state; ``payload`` is opaque here."""
+
+    section_id: int
+    name: str
+    instance: int
+    version: int
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class OpenReturnPath:
+    """From now on the destination may answer on the same socket."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """To be answered with a :class:`Pong` of the same value."""
+
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class PostcopyAdvise:
+    """Postcopy may follow.
+
+    ``page_sizes`` is the bitwise OR of the page sizes of all blocks, in bytes; both numbers are
+    ``None`` when RAM takes no part in postcopy.
+    """
+
+    page_sizes: int | None = None
+    target_page_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PostcopyListen:
+    """Arm the pager, and read RAM from the main channel beside whatever else goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class PostcopyRun:
+    """Run the guest; nothing behind it in the package counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class RamDiscard:
+    """Ranges ``(start, length)`` of a block, in bytes, whose content is stale."""
+
+    block: str
+    ranges: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """Elements of a stream, without header, that are to be decoded on their own."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PostcopyResume:
+    """Recovery is done; go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecvBitmap:
+    """Recovery: tell which pages of this block you have."""
+
+    block: str
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchoverStart:
+    """The source's guest has stopped; the rest follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndOfStream:
+    """The source has nothing more to say, but for a description in precopy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """The JSON that describes the device sections; see :mod:`postcopy.stream.description`."""
+
+    text: str
+
+
+CommandRecord: TypeAlias = (
+    OpenReturnPath
+    | Ping
+    | PostcopyAdvise
+    | PostcopyListen
+    | PostcopyRun
+    | RamDiscard
+    | Package
+    | PostcopyResume
+    | RecvBitmap
+    | SwitchoverStart
+)
+
+Record: TypeAlias = (
+    Configuration
+    | RamSetup
+    | RamBody
+    | RamBodyEnd
+    | Pages
+    | ZeroPages
+    | DeviceSection
+    | CommandRecord
+    | EndOfStream
+    | Description
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Shut:
+    """The destination's last word; 0 = all is well."""
+
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """The answer to a :class:`Ping`."""
+
+    value: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestPages:
+    """Send these pages now.  ``block`` is ``None`` on the wire for the block asked for last."""
+
+    block: str | None
+    start: int
+    length_bytes: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RecvBitmapReply:
+    """Which target pages of a block have been received; shape ``(pages,)``, bool."""
+
+    block: str
+    bitmap: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeAck:
+    """The destination is ready to go on after a recovery."""
+
+    value: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchoverAck:
+    """The destination's devices are ready for the switchover."""
+
+
+ReturnPathMessage: TypeAlias = (
+    Shut | Pong | RequestPages | RecvBitmapReply | ResumeAck | SwitchoverAck
+)
