@@ -1,0 +1,62 @@
+"""Who runs the guest's code: KVM where it is, a software CPU elsewhere."""
+
+import importlib.util
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from postcopy.errors import HostCannot
+from postcopy.kernel.mapping import Mapping
+from postcopy.machine.config import MachineConfig
+from postcopy.machine.cpu import Cpu, Ports
+from postcopy.machine.kvm_cpu import KvmAccelerator
+
+
+class Accelerator(Protocol):
+    """What makes vCPUs for one machine, and knows its memory."""
+
+    @property
+    def name(self) -> str:
+        """``kvm`` or ``unicorn``."""
+
+    def create_cpu(self, index: int, ports: Ports) -> Cpu:
+        """The vCPU of that number, in its reset state."""
+
+    def start_dirty_log(self) -> None:
+        """Begin to note which pages vCPUs write.
+
+        :raises HostCannot: this accelerator has no such log.
+        """
+
+    def stop_dirty_log(self) -> None:
+        """Stop noting; harmless when not started."""
+
+    def fetch_dirty_log(self) -> npt.NDArray[np.uint8]:
+        """One bit for each 4 KiB page written since the last call, lowest bit first."""
+
+    def close(self) -> None:
+        """After the vCPUs have been closed."""
+
+
+def choose(config: MachineConfig, ram: Mapping) -> Accelerator:
+    """Make the accelerator that the settings ask for.
+
+    :raises HostCannot: this host has it not; with ``auto``, it has none at all.
+    """
+    if config.accel == "unicorn":
+        return _unicorn(ram)
+    try:
+        return KvmAccelerator(ram)
+    except HostCannot:
+        if config.accel == "kvm" or importlib.util.find_spec("unicorn") is None:
+            raise
+    return _unicorn(ram)
+
+
+def _unicorn(ram: Mapping) -> Accelerator:
+    if importlib.util.find_spec("unicorn") is None:
+        raise HostCannot("the software CPU is not installed", "pip install 'postcopy[unicorn]'")
+    from postcopy.machine.unicorn_accelerator import UnicornAccelerator
+
+    return UnicornAccelerator(ram)

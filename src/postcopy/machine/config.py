@@ -1,0 +1,105 @@
+"""What a machine is to be like, and what cannot be, said before anything is made."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from postcopy.errors import Refused
+from postcopy.machine import boot
+
+MOST_VCPUS = 64
+MOST_MEMORY_BYTES = 3 << 30
+"""From 3 GiB on QEMU's microvm has its hole for devices, and its RAM would not be in one piece."""
+
+HUGE_PAGE_BYTES = 2 << 20
+LOAD_ADDRESS = 0x10000
+
+Accelerator = Literal["auto", "kvm", "unicorn"]
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    """One machine.
+
+    :param memory_bytes: RAM from guest address 0 on, a multiple of 2 MiB.
+    :param vcpus: 1 to 64.
+    :param accel: ``auto`` takes KVM where it is, else the software CPU.
+    :param image: raw 64-bit code and data; None for a destination, whose memory is to come.
+    :param load_address: where the image's first byte goes.
+    :param entry: where every vCPU begins; a vCPU finds its number in RDI, the size of the memory in
+        bytes in RSI, and 512 bytes of stack at RSP.
+    :param privilege: 3 (port I/O allowed) or 0.  Under some nested hypervisors code at privilege 0
+        is emulated and a thousand times slower.
+    :param huge_pages: back the memory with the host's 2 MiB pages.
+    """
+
+    memory_bytes: int
+    vcpus: int = 1
+    accel: Accelerator = "auto"
+    image: bytes | None = None
+    load_address: int = LOAD_ADDRESS
+    entry: int = LOAD_ADDRESS
+    privilege: int = 3
+    huge_pages: bool = False
+
+    @property
+    def page_size_bytes(self) -> int:
+        """The unit in which the memory is missing, placed and discarded."""
+        return HUGE_PAGE_BYTES if self.huge_pages else 4096
+
+    def check(self) -> None:
+        """Refuse what cannot be.
+
+        :raises Refused: which setting, why, and what would do.
+        """
+        self._check_machine()
+        if self.image is not None:
+            self._check_image(self.image)
+
+    def _check_machine(self) -> None:
+        memory = self.memory_bytes
+        if memory <= 0 or memory % HUGE_PAGE_BYTES:
+            raise Refused(f"memory of {memory} bytes is not a multiple of 2 MiB; give whole MiB")
+        if memory > MOST_MEMORY_BYTES:
+            raise Refused(f"memory of {memory >> 20} MiB is too much for this machine; 3072 MiB do")
+        if not 1 <= self.vcpus <= MOST_VCPUS:
+            raise Refused(f"{self.vcpus} vCPUs cannot be; give 1 to {MOST_VCPUS}")
+        if self.privilege not in {0, 3}:
+            raise Refused(f"privilege {self.privilege} cannot be; give 3 (user) or 0 (kernel)")
+        if self.accel not in {"auto", "kvm", "unicorn"}:
+            raise Refused(f"no accelerator is called {self.accel!r}; give auto, kvm or unicorn")
+
+    def _check_image(self, image: bytes) -> None:
+        first, end = self.load_address, self.load_address + len(image)
+        if not image:
+            raise Refused("the image is empty; give a file of raw 64-bit code")
+        if first < boot.RESERVED_END:
+            raise Refused(
+                f"an image at {first:#x} would lie on the page tables; load it at "
+                f"{boot.RESERVED_END:#x} or above"
+            )
+        if end > self.memory_bytes:
+            raise Refused(
+                f"an image of {len(image)} bytes at {first:#x} does not fit into "
+                f"{self.memory_bytes >> 20} MiB of memory; give more memory or a smaller image"
+            )
+        if not first <= self.entry < end:
+            raise Refused(
+                f"entry {self.entry:#x} is outside the image [{first:#x}, {end:#x}); "
+                "it is an address, not an offset"
+            )
+
+
+def read_image(path: str | Path) -> bytes:
+    """Read a file of raw code.
+
+    :raises Refused: it cannot be read, or is larger than any machine's memory.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            image = file.read(MOST_MEMORY_BYTES + 1)
+    except OSError as error:
+        raise Refused(f"image {path} cannot be read: {error.strerror}; check the path") from error
+    if len(image) > MOST_MEMORY_BYTES:
+        raise Refused(f"image {path} is larger than any machine's memory; give raw 64-bit code")
+    return image

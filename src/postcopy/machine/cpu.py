@@ -1,0 +1,75 @@
+"""What an accelerator gives the machine: one virtual CPU that runs until something happens.
+
+Two of them exist: :class:`~postcopy.machine.kvm_cpu.KvmCpu` (hardware) and, where there is no KVM,
+``UnicornCpu`` (software).  Both start from the same :class:`~postcopy.machine.cpu_state.CpuState`
+and give their state back as one, so a guest may move from either to the other.
+"""
+
+import enum
+from dataclasses import dataclass
+from typing import Protocol
+
+from postcopy.machine.cpu_state import CpuState
+
+
+class ExitReason(enum.Enum):
+    """Why a vCPU came back from the guest."""
+
+    INTERRUPTED = "interrupted"  # by kick(); also by any signal: enter again unless told to stop
+    SERVED = "served"  # an IN or OUT has been handed to the ports: enter again
+    HALTED = "halted"  # HLT; there are no interrupts, so nothing will ever wake it
+    SHUTDOWN = "shutdown"  # a triple fault: the guest has killed itself
+    FAILED = "failed"  # the accelerator cannot go on; ``detail`` says what it said
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """One return from the guest; ``detail`` is for a person to read."""
+
+    reason: ExitReason
+    detail: str = ""
+
+
+class Ports(Protocol):
+    """What the guest's IN and OUT reach.  Called on the vCPU's thread, in the middle of enter()."""
+
+    def read(self, port: int, size_bytes: int) -> int:
+        """What IN finds at the port; a port where nothing is reads as all ones."""
+
+    def write(self, port: int, size_bytes: int, value: int) -> None:
+        """What OUT does; a port where nothing is swallows it."""
+
+
+class Cpu(Protocol):
+    """One virtual CPU.
+
+    All but :meth:`kick` belong to the vCPU's own thread, or to whoever knows that it is parked.
+    """
+
+    def enter(self) -> Exit:
+        """Run the guest until it exits or is kicked, and say why it stopped.
+
+        Whatever the guest did is complete when this returns ``INTERRUPTED``, and only then is
+        :meth:`get_state` whole: after ``SERVED`` an IN may still lack its answer.
+        """
+
+    def kick(self) -> None:
+        """Make the present or the next enter() return ``INTERRUPTED`` soon; from any thread.
+
+        Holds until :meth:`unkick`, so a kick that comes just before the entry is not lost.
+        """
+
+    def unkick(self) -> None:
+        """Let enter() run the guest again."""
+
+    def get_state(self) -> CpuState:
+        """The architectural state of a vCPU that stands still."""
+
+    def set_state(self, state: CpuState) -> None:
+        """Take over a state.
+
+        :raises GuestError: this CPU cannot have it (say which register and why).
+        """
+
+    def close(self) -> None:
+        """Give everything back to the host; the vCPU never runs again."""

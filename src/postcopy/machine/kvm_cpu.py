@@ -1,0 +1,140 @@
+"""vCPUs run by the host's hardware."""
+
+import signal
+import threading
+
+import numpy as np
+import numpy.typing as npt
+
+from postcopy.abi import kvm as abi
+from postcopy.errors import GuestError, KernelError
+from postcopy.kernel.kvm import Kvm, KvmVcpu
+from postcopy.kernel.mapping import Mapping
+from postcopy.machine import cpuid
+from postcopy.machine.cpu import Exit, ExitReason, Ports
+from postcopy.machine.cpu_state import CpuState
+from postcopy.machine.kvm_state import read_kvm_state, write_kvm_state
+from postcopy.machine.signals import KICK
+
+_RAM_SLOT = 0
+
+_INTERRUPTED = Exit(ExitReason.INTERRUPTED)
+_SERVED = Exit(ExitReason.SERVED)
+_HALTED = Exit(ExitReason.HALTED)
+_SHUTDOWN = Exit(ExitReason.SHUTDOWN, "triple fault")
+
+
+class KvmAccelerator:
+    """One KVM machine whose memory is one slot from address 0 on.
+
+    :raises HostCannot: there is no usable KVM.
+    """
+
+    name = "kvm"
+
+    def __init__(self, ram: Mapping) -> None:
+        self._ram = ram
+        with Kvm() as kvm:
+            self._cpuid = kvm.supported_cpuid()
+            self._vm = kvm.create_vm()
+        self._set_memory(log_dirty=False)
+
+    def create_cpu(self, index: int, ports: Ports) -> "KvmCpu":
+        """The vCPU of that number; its CPUID offers what :mod:`~postcopy.machine.cpuid` leaves."""
+        vcpu = self._vm.create_vcpu(index)
+        vcpu.set_cpuid(cpuid.carried(self._cpuid, index))
+        return KvmCpu(vcpu, ports)
+
+    def start_dirty_log(self) -> None:
+        """KVM begins with nothing dirty."""
+        self._set_memory(log_dirty=True)
+
+    def stop_dirty_log(self) -> None:
+        """KVM forgets what it has noted."""
+        self._set_memory(log_dirty=False)
+
+    def fetch_dirty_log(self) -> npt.NDArray[np.uint8]:
+        """See :meth:`postcopy.kernel.kvm.KvmVm.dirty_log`."""
+        return self._vm.dirty_log(_RAM_SLOT, self._ram.length)
+
+    def close(self) -> None:
+        """The kernel frees the machine when its vCPUs are closed too."""
+        self._vm.close()
+
+    def _set_memory(self, *, log_dirty: bool) -> None:
+        self._vm.set_memory(_RAM_SLOT, 0, self._ram.length, self._ram.address, log_dirty=log_dirty)
+
+
+class KvmCpu:
+    """One vCPU: :class:`postcopy.machine.cpu.Cpu` over ``KVM_RUN``."""
+
+    def __init__(self, vcpu: KvmVcpu, ports: Ports) -> None:
+        self._vcpu = vcpu
+        self._ports = ports
+        self._thread: int | None = None
+
+    def enter(self) -> Exit:
+        """See :meth:`postcopy.machine.cpu.Cpu.enter`."""
+        self._thread = threading.get_ident()
+        try:
+            reason = self._vcpu.enter()
+        except KernelError as error:
+            return Exit(ExitReason.FAILED, str(error))
+        if reason is abi.Exit.INTR:
+            return _INTERRUPTED
+        if reason is abi.Exit.IO:
+            self._serve_port()
+            return _SERVED
+        if reason is abi.Exit.HLT:
+            return _HALTED
+        if reason is abi.Exit.SHUTDOWN:
+            return _SHUTDOWN
+        return Exit(ExitReason.FAILED, self._describe(reason))
+
+    def kick(self) -> None:
+        """First the flag, then the signal: whichever side of the entry it meets, it works."""
+        self._vcpu.ask_exit()
+        if self._thread is not None:
+            signal.pthread_kill(self._thread, KICK)
+
+    def unkick(self) -> None:
+        """See :meth:`postcopy.machine.cpu.Cpu.unkick`."""
+        self._vcpu.allow_entry()
+
+    def get_state(self) -> CpuState:
+        """See :meth:`postcopy.machine.cpu.Cpu.get_state`."""
+        return read_kvm_state(self._vcpu)
+
+    def set_state(self, state: CpuState) -> None:
+        """See :meth:`postcopy.machine.cpu.Cpu.set_state`."""
+        try:
+            write_kvm_state(self._vcpu, state)
+        except KernelError as error:
+            raise GuestError(f"this host's KVM does not take the vCPU's state: {error}") from error
+
+    def close(self) -> None:
+        """The vCPU's thread must have ended."""
+        self._vcpu.close()
+
+    def _serve_port(self) -> None:
+        access = self._vcpu.run.io
+        data = self._vcpu.port_data()
+        port, size = access.port, access.size
+        outward = access.direction == abi.KVM_EXIT_IO_OUT
+        for at in range(0, len(data), size):
+            if outward:
+                value = int.from_bytes(data[at : at + size], "little")
+                self._ports.write(port, size, value)
+            else:
+                data[at : at + size] = self._ports.read(port, size).to_bytes(size, "little")
+
+    def _describe(self, reason: abi.Exit) -> str:
+        run = self._vcpu.run
+        if reason is abi.Exit.FAIL_ENTRY:
+            why = f"hardware reason {run.fail_entry.hardware_entry_failure_reason:#x}"
+            return f"the processor refuses the vCPU's state: {why}"
+        if reason is abi.Exit.MMIO:
+            return f"access to address {run.mmio.phys_addr:#x}, where nothing is"
+        if reason is abi.Exit.INTERNAL_ERROR:
+            return f"KVM could not go on: internal error {run.internal.suberror}"
+        return f"KVM gave up with KVM_EXIT_{reason.name}"

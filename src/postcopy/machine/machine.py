@@ -1,0 +1,278 @@
+"""The small x86-64 machine: RAM, vCPUs, a serial port and a switch to turn itself off.
+
+On the wire it is QEMU's ``microvm`` at its smallest.  It knows nothing of migration but what
+:class:`postcopy.guest.Guest` asks of any guest.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from postcopy.errors import GuestError, Refused, StreamError, WrongState
+from postcopy.guest import DeviceState, Region, VcpuThread
+from postcopy.kernel import memfd
+from postcopy.kernel.mapping import Buffer, Mapping
+from postcopy.machine import accelerator, boot, sections
+from postcopy.machine.config import MachineConfig
+from postcopy.machine.ports import PortBus
+from postcopy.machine.run_control import OnEvent, RunControl
+from postcopy.machine.run_state import RunState
+from postcopy.machine.serial_port import SerialPort
+from postcopy.machine.signals import install_kick_handler
+from postcopy.machine.vcpu import Vcpu
+
+RAM_NAME = "microvm.ram"
+
+
+class Machine:
+    """One machine, from :meth:`start` to :meth:`close`; satisfies ``postcopy.guest.Guest``.
+
+    Every method may be called from any thread.  Those that touch guest memory may have to wait for
+    missing pages, without holding the interpreter lock.
+
+    :param on_event: see :class:`~postcopy.machine.run_control.RunControl`.
+    :param on_serial: gets what the guest writes to its serial port.
+    :raises Refused: the settings cannot work.
+    :raises HostCannot: this host cannot run such a machine.
+    """
+
+    machine_name = "microvm"
+
+    def __init__(
+        self,
+        config: MachineConfig,
+        *,
+        on_event: OnEvent = lambda _name, _data: None,
+        on_serial: Callable[[bytes], None] = lambda _data: None,
+    ) -> None:
+        config.check()
+        install_kick_handler()
+        self.config = config
+        huge = config.page_size_bytes if config.huge_pages else None
+        self._ram_fd = memfd.create(RAM_NAME, config.memory_bytes, huge_page_size=huge)
+        self._ram = Mapping.shared(self._ram_fd, config.memory_bytes)
+        self._vcpus: list[Vcpu] = []
+        try:
+            self._accelerator = accelerator.choose(config, self._ram)
+        except BaseException:
+            self._free_ram()
+            raise
+        self.run_control = RunControl(self._vcpus, on_event)
+        self._serial = SerialPort(on_serial)
+        self._closed = False
+        self._make_vcpus()
+
+    def _make_vcpus(self) -> None:
+        ports = PortBus(self._serial, self.run_control.guest_shutdown)
+        try:
+            for index in range(self.config.vcpus):
+                cpu = self._accelerator.create_cpu(index, ports)
+                self._vcpus.append(Vcpu(index, cpu, self.run_control.vcpu_ended))
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self, *, paused: bool = False, incoming: bool = False) -> None:
+        """Boot the image, or wait for a guest to come.
+
+        :param paused: do not run before :meth:`cont`; with ``incoming``, not even on arrival.
+        :param incoming: leave the memory alone; the guest is not ours before :meth:`resume`.
+        :raises WrongState: the machine has been started.
+        :raises Refused: there is nothing to boot.
+        """
+        if not incoming:
+            if self.config.image is None:
+                raise Refused("a machine without an image has nothing to boot; give an image")
+            if self.run_state is RunState.PRELAUNCH:
+                self._boot()
+        self.run_control.start(paused=paused, incoming=incoming)
+
+    @property
+    def accelerator_name(self) -> str:
+        """``kvm`` or ``unicorn``."""
+        return self._accelerator.name
+
+    @property
+    def run_state(self) -> RunState:
+        """What the machine is doing; its ``value`` is QEMU's name for it."""
+        return self.run_control.state
+
+    def set_run_state(self, state: RunState) -> None:
+        """See :meth:`RunControl.set_state`; for ``POSTMIGRATE``."""
+        self.run_control.set_state(state)
+
+    @property
+    def owned(self) -> bool:
+        """Whether the guest is ours to run."""
+        return self.run_control.owned
+
+    @property
+    def failure(self) -> GuestError | None:
+        """Why the state is ``INTERNAL_ERROR``."""
+        return self.run_control.failure
+
+    def fail(self, reason: str) -> None:
+        """The guest cannot go on, and whoever says so knows why (such as a page that is lost)."""
+        self.run_control.fail(reason)
+
+    def stop(self) -> None:
+        """The user's stop: see :meth:`RunControl.stop`."""
+        self.run_control.stop()
+
+    def cont(self) -> None:
+        """The user's cont: see :meth:`RunControl.cont`.
+
+        :raises WrongState: the guest must not, or cannot, run here now.
+        """
+        self.run_control.cont()
+
+    def give_up(self, reason: str) -> None:
+        """From now on the guest never runs here by itself: see :meth:`RunControl.give_up`."""
+        self.run_control.give_up(reason)
+
+    def take(self) -> None:
+        """The guest is ours again; it does not run by that alone."""
+        self.run_control.take()
+
+    # What an engine asks: postcopy.guest.Guest.
+
+    def regions(self) -> Sequence[Region]:
+        """The one RAM block, whatever the size."""
+        region = Region(
+            name=RAM_NAME,
+            size_bytes=self.config.memory_bytes,
+            page_size_bytes=self.config.page_size_bytes,
+            guest_address=0,
+            host_address=self._ram.address,
+            fd=self._ram_fd,
+        )
+        return (region,)
+
+    def vcpu_threads(self) -> Sequence[VcpuThread]:
+        """The threads that run vCPUs; they are the same for the machine's whole life."""
+        return tuple(vcpu.thread for vcpu in self._vcpus)
+
+    def pause(self) -> None:
+        """Park the vCPUs, also those that wait for a missing page; harmless when done."""
+        self.run_control.pause()
+
+    def resume(self) -> None:
+        """Go back to what the guest was doing before :meth:`pause`, or where it came from.
+
+        :raises WrongState: the guest was given up.
+        :raises GuestError: the guest is in no state to run.
+        """
+        self.run_control.resume()
+
+    def save_devices(self) -> Sequence[DeviceState]:
+        """The sections of a stopped machine, ``globalstate`` last.
+
+        :raises WrongState: it runs.
+        """
+        if self.run_state is RunState.RUNNING:
+            raise WrongState("the state of a running guest cannot be saved; pause it first")
+        cpus = [vcpu.get_state() for vcpu in self._vcpus]
+        moving = self.run_control.state_to_move.value
+        return sections.encode_devices(cpus, self._serial.state, moving)
+
+    def load_devices(self, states: Sequence[DeviceState]) -> None:
+        """Take over what another machine's :meth:`save_devices` gave.
+
+        :raises GuestError: it does not fit this machine; nothing runs.
+        :raises WrongState: this machine runs.
+        """
+        if self.run_state is RunState.RUNNING:
+            raise WrongState("a running guest cannot be given another's state; stop it first")
+        try:
+            arrived = sections.decode_devices(states, self.config.vcpus)
+        except StreamError as error:
+            raise GuestError(f"the device state cannot be read: {error}") from error
+        for vcpu, cpu in zip(self._vcpus, arrived.cpus, strict=True):
+            vcpu.set_state(cpu)
+        self._serial.state = arrived.serial
+        self.run_control.arrive(_known_run_state(arrived.run_state))
+
+    # Memory, by guest address.
+
+    def read_memory(self, address: int, length: int) -> bytes:
+        """Copy guest memory out; waits for missing pages without the interpreter lock.
+
+        :raises ValueError: the range is not all RAM.
+        """
+        return self._ram.read(address, length)
+
+    def write_memory(self, address: int, data: Buffer) -> None:
+        """Copy into guest memory; see :meth:`read_memory`."""
+        self._ram.write(address, data)
+
+    def host_address(self, guest_address: int) -> int:
+        """Where a guest address is in this process.
+
+        :raises ValueError: there is no RAM.
+        """
+        if not 0 <= guest_address < self.config.memory_bytes:
+            raise ValueError(f"no RAM at {guest_address:#x}")
+        return self._ram.address + guest_address
+
+    def start_dirty_log(self) -> None:
+        """Begin to note which pages the vCPUs write.
+
+        :raises HostCannot: the accelerator has no such log.
+        """
+        self._accelerator.start_dirty_log()
+
+    def stop_dirty_log(self) -> None:
+        """Stop noting."""
+        self._accelerator.stop_dirty_log()
+
+    def fetch_dirty_log(self) -> npt.NDArray[np.uint8]:
+        """Fetch and clear the log: one bit for each 4 KiB page, page 0 in bit 0 of byte 0.
+
+        Only the vCPUs' writes are in it, not those of :meth:`write_memory` or of an engine.
+        """
+        return self._accelerator.fetch_dirty_log()
+
+    def close(self) -> None:
+        """Stop for good and give everything back; harmless when done."""
+        if self._closed:
+            return
+        self._closed = True
+        self.run_control.close()
+        for vcpu in self._vcpus:
+            vcpu.close()
+        self._accelerator.close()
+        self._free_ram()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _boot(self) -> None:
+        config = self.config
+        boot.prepare_memory(self._ram, config.image, config.load_address)
+        for vcpu in self._vcpus:
+            vcpu.set_state(
+                boot.boot_state(
+                    index=vcpu.index,
+                    memory_bytes=config.memory_bytes,
+                    entry=config.entry,
+                    privilege=config.privilege,
+                )
+            )
+
+    def _free_ram(self) -> None:
+        self._ram.close()
+        os.close(self._ram_fd)
+
+
+def _known_run_state(name: str) -> RunState:
+    try:
+        return RunState(name)
+    except ValueError:
+        # A state that only QEMU has (such as suspended): the guest was not running.
+        return RunState.PAUSED

@@ -1,0 +1,226 @@
+"""Who may run the guest, and whether it runs.
+
+Two parties stop and start a machine: its user (``stop``, ``cont``) and an engine that moves it
+(``pause``, ``resume``).  An engine's pause comes on top of what the user wants and goes back to it.
+And there may be nobody here who may run it at all: once the guest has been given up to a
+destination, two copies would run, so nothing short of :meth:`RunControl.take` starts it again.
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from postcopy.errors import GuestError, WrongState
+from postcopy.machine.cpu import Exit, ExitReason
+from postcopy.machine.run_state import RunState
+from postcopy.machine.vcpu import Vcpu, park_all
+
+OnEvent = Callable[[str, Mapping[str, Any]], None]
+
+_NOT_HERE_YET = "the guest has not arrived yet"
+
+
+class RunControl:
+    """The run state of one machine.
+
+    Invariant: vCPUs are wanted only while the state is ``RUNNING``, and it is ``RUNNING`` only
+    while the guest is ours.  Starts and stops keep to an order of their own (``_order``); the state
+    has a lock that is never held while waiting, because the vCPUs' threads take it too.
+
+    :param on_event: gets QEMU's ``STOP``, ``RESUME``, ``SHUTDOWN`` and ``GUEST_PANICKED``, in the
+        order of what happened; may come on any thread and must not wait for the machine.
+    """
+
+    def __init__(self, vcpus: Sequence[Vcpu], on_event: OnEvent) -> None:
+        self._vcpus = vcpus
+        self._on_event = on_event
+        self._order = threading.Lock()
+        self._lock = threading.RLock()
+        self._state = RunState.PRELAUNCH
+        self._interrupted: RunState | None = None  # what the engine's pause came on top of
+        self._not_ours: str | None = None
+        self._autostart = True
+        self.failure: GuestError | None = None
+
+    @property
+    def state(self) -> RunState:
+        """What the machine is doing now."""
+        return self._state
+
+    @property
+    def owned(self) -> bool:
+        """Whether the guest is ours to run."""
+        return self._not_ours is None
+
+    @property
+    def state_to_move(self) -> RunState:
+        """What the guest does when nobody is moving it: what its destination must know."""
+        return self._interrupted or self._state
+
+    def start(self, *, paused: bool, incoming: bool) -> None:
+        """The machine's first start.
+
+        :raises WrongState: it has been started before.
+        """
+        with self._order:
+            if self._state is not RunState.PRELAUNCH:
+                raise WrongState(f"the machine has been started; it is {self._state.value}")
+            self._autostart = not paused
+            if incoming:
+                self._not_ours = _NOT_HERE_YET
+                self._become(RunState.INMIGRATE)
+            elif not paused:
+                self._go()
+
+    def stop(self) -> None:
+        """The user's stop; where the guest is not running it says what shall be later."""
+        with self._order:
+            if self._state is RunState.INMIGRATE:
+                self._autostart = False
+            elif self._interrupted is RunState.RUNNING:
+                self._interrupted = RunState.PAUSED
+            elif self._state is RunState.RUNNING:
+                self._halt(RunState.PAUSED)
+
+    def cont(self) -> None:
+        """The user's cont.
+
+        :raises WrongState: the guest is elsewhere, has ended, or is just being moved.
+        """
+        with self._order:
+            if self._state is RunState.INMIGRATE:
+                self._autostart = True
+                return
+            self._check_ours()
+            if self._state.needs_reset:
+                raise WrongState("Resetting the Virtual Machine is required")
+            if self._state is RunState.FINISH_MIGRATE:
+                raise WrongState("Migration is not finalized yet")
+            self._go()
+
+    def pause(self) -> None:
+        """An engine's stop: park the vCPUs, and remember what the guest was doing."""
+        with self._order:
+            if self._state in {RunState.FINISH_MIGRATE, RunState.INMIGRATE, RunState.POSTMIGRATE}:
+                return
+            park_all(self._vcpus)
+            with self._lock:
+                self._interrupted = self._state
+                self._become(RunState.FINISH_MIGRATE)
+
+    def resume(self) -> None:
+        """An engine's start: go back to what the guest was doing, here or where it came from.
+
+        :raises WrongState: the guest is elsewhere.
+        :raises GuestError: the guest cannot run.
+        """
+        with self._order:
+            if self._state is RunState.INMIGRATE:
+                self._not_ours = None
+            self._check_ours()
+            if self._state is RunState.INTERNAL_ERROR:
+                raise self.failure or GuestError("the guest is in state internal-error")
+            goal = self._interrupted or RunState.RUNNING
+            if self._state is RunState.INMIGRATE and goal is RunState.RUNNING:
+                goal = RunState.RUNNING if self._autostart else RunState.PAUSED
+            self._interrupted = None
+            if goal is RunState.RUNNING:
+                self._go()
+            else:
+                self._become(goal)
+
+    def arrive(self, state: RunState) -> None:
+        """The guest that has come was doing this; it will again after :meth:`resume`."""
+        with self._order:
+            self._interrupted = state
+
+    def give_up(self, reason: str) -> None:
+        """The guest is another's: whatever happens, it does not run here any more.
+
+        :param reason: one line that a user who says ``cont`` gets to read.
+        :raises WrongState: it runs; pause it first.
+        """
+        with self._order:
+            if self._state is RunState.RUNNING:
+                raise WrongState("a running guest cannot be given up; pause it first")
+            self._not_ours = reason
+
+    def take(self) -> None:
+        """The guest is ours (again); it does not run by that alone."""
+        with self._order:
+            self._not_ours = None
+
+    def set_state(self, state: RunState) -> None:
+        """Say what a guest that stands still is standing still for, such as ``POSTMIGRATE``.
+
+        :raises WrongState: it runs, or shall be made to run this way.
+        """
+        with self._order:
+            if RunState.RUNNING in {state, self._state}:
+                raise WrongState(f"cannot go from {self._state.value} to {state.value} by name")
+            self._become(state)
+
+    def fail(self, reason: str) -> None:
+        """The guest cannot go on.  Does not wait: allowed on a vCPU's own thread."""
+        with self._lock:
+            if self.failure is None:
+                self.failure = GuestError(reason)
+            self._end(RunState.INTERNAL_ERROR)
+
+    def guest_shutdown(self, exit_code: int) -> None:
+        """The guest has switched itself off.  Does not wait: called on a vCPU's own thread."""
+        with self._lock:
+            if not self._state.needs_reset:
+                data = {"guest": True, "reason": "guest-shutdown", "exit-code": exit_code}
+                self._on_event("SHUTDOWN", data)
+                self._end(RunState.SHUTDOWN)
+
+    def vcpu_ended(self, vcpu: Vcpu, exit_: Exit) -> None:
+        """A vCPU cannot go on, and so the guest.  Called on the vCPU's thread."""
+        reason = f"vCPU {vcpu.index} cannot go on: {exit_.detail}"
+        with self._lock:
+            if exit_.reason is ExitReason.SHUTDOWN:
+                self._on_event("GUEST_PANICKED", {"action": "pause", "reason": reason})
+            self.fail(reason)
+
+    def close(self) -> None:
+        """Park the vCPUs for good, without any event."""
+        with self._order:
+            park_all(self._vcpus)
+
+    def _check_ours(self) -> None:
+        if self._not_ours is not None:
+            raise WrongState(f"the guest must not run here: {self._not_ours}")
+
+    def _go(self) -> None:
+        with self._lock:
+            if self._state is RunState.RUNNING:
+                return
+            self._state = RunState.RUNNING
+            self._on_event("RESUME", {})
+            # Under the lock: a guest that ends at once must find its other vCPUs wanted already,
+            # or nobody would stop them again.
+            for vcpu in self._vcpus:
+                vcpu.want()
+
+    def _halt(self, state: RunState) -> None:
+        park_all(self._vcpus)
+        with self._lock:
+            if self._state is RunState.RUNNING:  # else the guest has ended meanwhile
+                self._become(state)
+
+    def _end(self, state: RunState) -> None:
+        for vcpu in self._vcpus:
+            vcpu.unwant()
+        if self._interrupted is not None:
+            # It ended while an engine was stopping it: that is what moves with it.
+            self._interrupted = state
+        else:
+            self._become(state)
+
+    def _become(self, state: RunState) -> None:
+        with self._lock:
+            was_running = self._state is RunState.RUNNING
+            self._state = state
+            if was_running:
+                self._on_event("STOP", {})

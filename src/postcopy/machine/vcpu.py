@@ -1,0 +1,135 @@
+"""One vCPU and the thread that runs it, for the machine's whole life."""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from postcopy.guest import VcpuThread
+from postcopy.machine.cpu import Cpu, Exit, ExitReason
+from postcopy.machine.cpu_state import CpuState
+
+MOST_VAIN_INTERRUPTS = 16
+"""So often a vCPU may be interrupted by nobody at one instruction; more means a poisoned page."""
+
+
+class Vcpu:
+    """A vCPU that runs when it is wanted and is parked when not.
+
+    Invariant, kept under one lock: ``_inside`` while its thread is in the guest or on its way, and
+    then nobody else touches the CPU.  :meth:`want` and :meth:`unwant` may come from any thread,
+    :meth:`wait_parked` from any but this vCPU's own.
+
+    :param on_end: called on the vCPU's thread when the guest cannot go on (``SHUTDOWN``,
+        ``FAILED``); it must not wait for this vCPU.
+    """
+
+    def __init__(self, index: int, cpu: Cpu, on_end: Callable[["Vcpu", Exit], None]) -> None:
+        self.index = index
+        self._cpu = cpu
+        self._on_end = on_end
+        self._changed = threading.Condition()
+        self._wanted = False
+        self._inside = False
+        self._halted = False
+        self._ended = False
+        self._closing = False
+        self._vain_interrupts = 0
+        self._vain_address = 0
+        self._thread = threading.Thread(target=self.run, name=f"vcpu-{index}", daemon=True)
+        self._thread.start()
+
+    def run(self) -> None:
+        """The thread: into the guest, out again, and see why."""
+        while self._wait_until_wanted():
+            # Only an interrupted CPU is whole: an IN that was served still waits for its answer.
+            exit_ = self._cpu.enter()
+            while exit_.reason is ExitReason.SERVED:
+                exit_ = self._cpu.enter()
+            if exit_.reason is ExitReason.INTERRUPTED:
+                exit_ = self._unless_in_vain(exit_)
+            if exit_.reason is ExitReason.HALTED:
+                self._halted = True
+            elif exit_.reason is not ExitReason.INTERRUPTED:
+                self._ended = True
+                self._on_end(self, exit_)
+
+    def want(self) -> None:
+        """Let the vCPU run, unless the guest has halted it or it has ended."""
+        with self._changed:
+            self._wanted = True
+            self._cpu.unkick()
+            self._changed.notify_all()
+
+    def unwant(self) -> None:
+        """Ask the vCPU to park; see :meth:`wait_parked`."""
+        with self._changed:
+            self._wanted = False
+            self._cpu.kick()
+            self._changed.notify_all()
+
+    def wait_parked(self) -> None:
+        """Return when the vCPU is out of the guest and touches no memory."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._inside)
+
+    @property
+    def thread(self) -> VcpuThread:
+        """The kernel's number of the thread: faults of this vCPU are reported under it."""
+        return VcpuThread(self.index, self._thread.native_id or 0)
+
+    def get_state(self) -> CpuState:
+        """The state of a parked vCPU."""
+        return replace(self._cpu.get_state(), halted=int(self._halted))
+
+    def set_state(self, state: CpuState) -> None:
+        """Give a parked vCPU another state.
+
+        :raises GuestError: this CPU cannot have it.
+        """
+        self._cpu.set_state(state)
+        self._halted = bool(state.halted)
+        self._ended = False
+
+    def close(self) -> None:
+        """End the thread and give the CPU back."""
+        with self._changed:
+            self._closing = True
+        self.unwant()
+        self._thread.join()
+        self._cpu.close()
+
+    def _wait_until_wanted(self) -> bool:
+        with self._changed:
+            self._inside = False
+            if not self._may_run():
+                self._vain_interrupts = 0
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._closing or self._may_run())
+            self._inside = not self._closing
+            return self._inside
+
+    def _may_run(self) -> bool:
+        return self._wanted and not (self._halted or self._ended or self._closing)
+
+    def _unless_in_vain(self, exit_: Exit) -> Exit:
+        # A vCPU that touches a poisoned page is interrupted by SIGBUS each time it tries.  The
+        # kernel does not tell us the page, but there is no way past that instruction.
+        if not self._wanted:
+            return exit_
+        address = self._cpu.get_state().rip
+        if address != self._vain_address:
+            self._vain_address, self._vain_interrupts = address, 0
+        self._vain_interrupts += 1
+        if self._vain_interrupts <= MOST_VAIN_INTERRUPTS:
+            return exit_
+        self._vain_interrupts = 0
+        what = f"the instruction at {address:#x} touches a page that is lost (poisoned)"
+        return Exit(ExitReason.FAILED, what)
+
+
+def park_all(vcpus: Sequence[Vcpu]) -> None:
+    """Stop every vCPU; on return none of them is in the guest."""
+    for vcpu in vcpus:
+        vcpu.unwant()
+    for vcpu in vcpus:
+        vcpu.wait_parked()
