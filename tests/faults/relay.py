@@ -162,8 +162,9 @@ class Relay:
             while chunk := origin.recv(CHUNK_BYTES):
                 self._hold_back()
                 allowed = self._allowed(connection, number, way, len(chunk))
-                target.sendall(chunk[:allowed])
+                # Recorded first: who has received a byte finds it in the record.
                 connection.recorded[way] += chunk[:allowed]
+                target.sendall(chunk[:allowed])
                 if self._allowed(connection, number, way, 1) == 0:
                     connection.close()
                     return
