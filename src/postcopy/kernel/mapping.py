@@ -116,7 +116,10 @@ class Mapping:
     def populate(self, offset: int, length_bytes: int) -> None:
         """Bring pages into memory, writable, keeping what they hold (``MADV_POPULATE_WRITE``).
 
-        :raises KernelError: ``ENOMEM``; ``EFAULT`` where a userfaultfd would have to be asked.
+        Where a userfaultfd watches, this waits for missing pages as a write would, without holding
+        the interpreter lock.
+
+        :raises KernelError: ``ENOMEM`` if the host has not so much memory.
         """
         address = self._checked(offset, length_bytes)
         calls.madvise(address, length_bytes, mman.MADV_POPULATE_WRITE)

@@ -1,0 +1,81 @@
+"""memfds: holes, huge pages, and what is said when the host has too few."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from postcopy.errors import HostCannot, KernelError
+from postcopy.kernel import calls, memfd
+from postcopy.kernel.mapping import Mapping
+
+PAGE = 4096
+HUGE = 2 << 20
+
+
+def free_huge_pages() -> int:
+    path = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+    return int(path.read_text()) if path.exists() else 0
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_a_memfd_begins_as_a_hole_and_can_be_made_one_again():
+    fd = memfd.create("hole", 4 * PAGE)
+    try:
+        assert (os.fstat(fd).st_size, os.fstat(fd).st_blocks) == (4 * PAGE, 0)
+        assert not os.get_inheritable(fd)
+        memfd.allocate(fd, 0, 4 * PAGE)
+        assert os.fstat(fd).st_blocks == 4 * PAGE // 512
+        os.pwrite(fd, b"x" * PAGE, PAGE)
+        memfd.punch_hole(fd, PAGE, PAGE)
+        assert os.pread(fd, 1, PAGE) == b"\0"
+        assert (os.fstat(fd).st_size, os.fstat(fd).st_blocks) == (4 * PAGE, 3 * PAGE // 512)
+    finally:
+        os.close(fd)
+
+
+def test_an_empty_hole_is_refused():
+    fd = memfd.create("hole", PAGE)
+    with pytest.raises(KernelError) as refused:
+        memfd.punch_hole(fd, 0, 0)
+    os.close(fd)
+    assert refused.value.errno == errno.EINVAL
+
+
+def test_too_few_huge_pages_are_refused_with_the_number_that_would_do():
+    wanted = free_huge_pages() + 1000
+    before = open_descriptors()
+    with pytest.raises(HostCannot, match="not enough free huge pages") as refused:
+        memfd.create("huge", wanted * HUGE, huge_page_size=HUGE)
+    assert f"vm.nr_hugepages={wanted}" in refused.value.cure
+    assert open_descriptors() == before
+
+
+def test_huge_pages_of_another_size_have_a_cure_of_their_own(monkeypatch):
+    def full(*_):
+        raise KernelError("mmap", errno.ENOMEM)
+
+    monkeypatch.setattr(calls, "mmap", full)
+    monkeypatch.setattr(os, "memfd_create", lambda *_: os.open("/dev/zero", os.O_RDONLY))
+    monkeypatch.setattr(os, "ftruncate", lambda *_: None)
+    with pytest.raises(HostCannot, match="hugepages-1048576kB"):
+        memfd.create("huge", 1, huge_page_size=1 << 30)
+
+
+def test_a_huge_memfd_holds_what_is_written():
+    if free_huge_pages() < 1:
+        pytest.skip("needs a huge page: sysctl vm.nr_hugepages=4")
+    fd = memfd.create("huge", HUGE, huge_page_size=HUGE)
+    with Mapping.shared(fd, HUGE) as memory:
+        memory.write(HUGE - 4, b"last")
+        assert memory.read(HUGE - 4, 4) == b"last"
+    os.close(fd)
+
+
+def test_a_name_too_long_is_the_kernels_error():
+    with pytest.raises(KernelError, match="memfd_create"):
+        memfd.create("x" * 300, PAGE)
