@@ -165,7 +165,7 @@ class ReturnPathDecoder:
             case ReturnPathType.PONG:
                 return Pong(self._reader.u32())
             case ReturnPathType.REQ_PAGES | ReturnPathType.REQ_PAGES_ID:
-                return self._read_request(length)
+                return self._read_request(kind, length)
             case ReturnPathType.RECV_BITMAP:
                 return self._read_bitmap(length)
             case ReturnPathType.RESUME_ACK:
@@ -210,9 +210,9 @@ class ReturnPathDecoder:
             reader.fail(f"RP: no block '{name}'", length)
         return name, block
 
-    def _read_request(self, length: int) -> RequestPages:
+    def _read_request(self, kind: ReturnPathType, length: int) -> RequestPages:
         reader = self._reader
-        if length < _REQUEST_BYTES:
+        if kind is ReturnPathType.REQ_PAGES_ID and length <= _REQUEST_BYTES:
             reader.fail(
                 f"RP: Received 'REQ_PAGES_ID' message (0x0003) with incorrect length {length} "
                 f"expecting more than {_REQUEST_BYTES}",
@@ -220,8 +220,8 @@ class ReturnPathDecoder:
             )
         start, wanted = reader.u64(), reader.u32()
         name = self._block
-        if length > _REQUEST_BYTES:
-            name, _ = self._read_name(ReturnPathType.REQ_PAGES_ID, length - _REQUEST_BYTES)
+        if kind is ReturnPathType.REQ_PAGES_ID:
+            name, _ = self._read_name(kind, length - _REQUEST_BYTES)
         if name is None:
             reader.fail("RP: request for the same block as before, with none before", length)
         self._check_request(name, start, wanted)
