@@ -1,0 +1,108 @@
+"""The workloads: guests that know what they did.  ``workloads/README.md`` describes the layout."""
+
+import struct
+from dataclasses import dataclass, replace
+from importlib import resources
+from typing import Final
+
+from postcopy.errors import Refused
+
+NAMES: Final = ("hammer", "idle", "sweep")
+BASE_ADDRESS: Final = 0x200000
+PAGE_BYTES: Final = 4096
+
+_PARAMETERS_AT = 0x40
+_PARAMETERS = struct.Struct("<8s9Q")
+_MAGIC = b"PCYWRK01"
+_SEED = 0x9E3779B97F4A7C15
+_SAY_RUNNING = 1
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One workload with its parameters: all that is needed to run it and to check its memory.
+
+    :param slice_bytes: what each vCPU fills, whole pages; slices follow one another.
+    :param hot_bytes: what each vCPU visits, from the beginning of its slice.
+    :param delay_cycles: least TSC cycles from one visit to the next; 0 is full speed.
+    :param exit_after: vCPU 0 switches the machine off after so many visits; 0 is never.
+    :param say_running: vCPU 0 writes ``R`` to the serial port when its slice is filled.
+    """
+
+    name: str
+    memory_bytes: int
+    vcpus: int
+    slice_bytes: int
+    hot_bytes: int
+    seed: int = _SEED
+    delay_cycles: int = 0
+    exit_after: int = 0
+    say_running: bool = False
+
+    @property
+    def pages(self) -> int:
+        """Pages of all slices together."""
+        return self.vcpus * self.slice_bytes // PAGE_BYTES
+
+    def slice_address(self, vcpu: int) -> int:
+        """Where the slice of a vCPU begins."""
+        return BASE_ADDRESS + vcpu * self.slice_bytes
+
+    def image(self) -> bytes:
+        """The image, parameters patched in; load and enter it at 0x10000."""
+        directory = resources.files("postcopy.machine") / "workloads"
+        image = bytearray((directory / f"{self.name}.bin").read_bytes())
+        _PARAMETERS.pack_into(
+            image,
+            _PARAMETERS_AT,
+            _MAGIC,
+            self.vcpus,
+            BASE_ADDRESS,
+            self.slice_bytes,
+            self.hot_bytes,
+            self.seed,
+            self.delay_cycles,
+            _SAY_RUNNING if self.say_running else 0,
+            self.exit_after,
+            self.memory_bytes,
+        )
+        return bytes(image)
+
+
+def load(
+    name: str,
+    memory_bytes: int,
+    vcpus: int = 1,
+    *,
+    fill_bytes: int | None = None,
+    hot_bytes: int | None = None,
+    delay_cycles: int | None = None,
+    seed: int = _SEED,
+) -> Workload:
+    """A workload cut to a machine; change more with :func:`dataclasses.replace`.
+
+    :param fill_bytes: of all vCPUs together; all memory from 2 MiB on, or half of it for ``idle``.
+    :param hot_bytes: of all vCPUs together; half the memory for ``hammer``, all that is filled for
+        ``sweep``.
+    :param delay_cycles: 50 000 (about 20 us) for ``sweep``, else none.
+    :raises Refused: there is no such workload, or it does not fit.
+    """
+    if name not in NAMES:
+        raise Refused(f"no workload is called {name!r}; give {', '.join(NAMES)}")
+    room = memory_bytes - BASE_ADDRESS
+    fill = fill_bytes if fill_bytes is not None else room // (2 if name == "idle" else 1)
+    hot = hot_bytes if hot_bytes is not None else memory_bytes // 2 if name == "hammer" else fill
+    slice_bytes = _whole_pages(fill, vcpus)
+    hot_slice = min(_whole_pages(hot, vcpus), slice_bytes)
+    if fill > room or hot_slice < PAGE_BYTES:
+        raise Refused(
+            f"{name} cannot fill {fill} bytes of {memory_bytes >> 20} MiB with {vcpus} vCPUs; "
+            "it needs a page for each and leaves the first 2 MiB alone"
+        )
+    workload = Workload(name, memory_bytes, vcpus, slice_bytes, hot_slice, seed)
+    delay = delay_cycles if delay_cycles is not None else 50_000 if name == "sweep" else 0
+    return replace(workload, delay_cycles=delay)
+
+
+def _whole_pages(total_bytes: int, shares: int) -> int:
+    return total_bytes // shares // PAGE_BYTES * PAGE_BYTES
