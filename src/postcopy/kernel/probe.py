@@ -78,6 +78,9 @@ def _safely(name: str, probe: Callable[[], Iterable[Finding]]) -> list[Finding]:
     except HostCannot as error:
         what = str(error).removesuffix(f"; {error.cure}")
         return [Finding(name, available=False, detail=what, cure=error.cure)]
+    except KernelError as error:
+        cure = error.detail.rpartition("; ")[2] or "report it: this is unforeseen"
+        return [Finding(name, available=False, detail=str(error), cure=cure)]
     except Exception as error:
         # Whatever a strange host does is a finding, not a reason to keep quiet about the rest.
         detail = f"{type(error).__name__}: {error}"
