@@ -69,11 +69,9 @@ def read_record(read: Read, vcpu: int) -> Record | None:
     magic, *fields = _FIELDS.unpack_from(raw)
     if magic != _MAGIC:
         return None
-    return Record(
-        *fields,
-        np.frombuffer(raw, "<u8", 64, _GAPS),
-        np.frombuffer(raw, "<u8", 64 * _PARTS, _LATENCIES),
-    )
+    gaps = np.frombuffer(raw, "<u8", 64, _GAPS)
+    latencies = np.frombuffer(raw, "<u8", 64 * _PARTS, _LATENCIES)
+    return Record(*[*fields, gaps, latencies])
 
 
 def read_records(read: Read, workload: Workload) -> list[Record]:
