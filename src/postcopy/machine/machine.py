@@ -97,8 +97,28 @@ class Machine:
 
     @property
     def run_state(self) -> RunState:
-        """What the machine is doing; its ``value`` is QEMU's name for it."""
+        """What the machine is doing, by QEMU's name (it is a string)."""
         return self.run_control.state
+
+    @property
+    def running(self) -> bool:
+        """Whether the vCPUs run."""
+        return self.run_state is RunState.RUNNING
+
+    @property
+    def memory_bytes(self) -> int:
+        """How much RAM there is."""
+        return self.config.memory_bytes
+
+    @property
+    def ram_name(self) -> str:
+        """The name of the one RAM block."""
+        return RAM_NAME
+
+    @property
+    def vcpus(self) -> Sequence[VcpuThread]:
+        """As :meth:`vcpu_threads`, for the monitor."""
+        return self.vcpu_threads()
 
     def set_run_state(self, state: RunState) -> None:
         """See :meth:`RunControl.set_state`; for ``POSTMIGRATE``."""
@@ -172,7 +192,7 @@ class Machine:
 
         :raises WrongState: it runs.
         """
-        if self.run_state is RunState.RUNNING:
+        if self.running:
             raise WrongState("the state of a running guest cannot be saved; pause it first")
         cpus = [vcpu.get_state() for vcpu in self._vcpus]
         moving = self.run_control.state_to_move.value
@@ -184,7 +204,7 @@ class Machine:
         :raises GuestError: it does not fit this machine; nothing runs.
         :raises WrongState: this machine runs.
         """
-        if self.run_state is RunState.RUNNING:
+        if self.running:
             raise WrongState("a running guest cannot be given another's state; stop it first")
         try:
             arrived = sections.decode_devices(states, self.config.vcpus)
@@ -200,21 +220,22 @@ class Machine:
     def read_memory(self, address: int, length: int) -> bytes:
         """Copy guest memory out; waits for missing pages without the interpreter lock.
 
-        :raises ValueError: the range is not all RAM.
+        :raises Refused: some of it is not RAM.
         """
+        self._check_ram(address, length)
         return self._ram.read(address, length)
 
     def write_memory(self, address: int, data: Buffer) -> None:
         """Copy into guest memory; see :meth:`read_memory`."""
+        self._check_ram(address, len(data))
         self._ram.write(address, data)
 
     def host_address(self, guest_address: int) -> int:
         """Where a guest address is in this process.
 
-        :raises ValueError: there is no RAM.
+        :raises Refused: there is no RAM.
         """
-        if not 0 <= guest_address < self.config.memory_bytes:
-            raise ValueError(f"no RAM at {guest_address:#x}")
+        self._check_ram(guest_address, 1)
         return self._ram.address + guest_address
 
     def start_dirty_log(self) -> None:
@@ -264,6 +285,12 @@ class Machine:
                     privilege=config.privilege,
                 )
             )
+
+    def _check_ram(self, address: int, length: int) -> None:
+        end = self.config.memory_bytes
+        if address < 0 or length < 0 or address + length > end:
+            what = f"no RAM at [{address:#x}, {address + length:#x})"
+            raise Refused(f"{what}; it reaches from 0 to {end:#x}")
 
     def _free_ram(self) -> None:
         self._ram.close()

@@ -3,7 +3,7 @@
 import enum
 
 
-class RunState(enum.Enum):
+class RunState(enum.StrEnum):
     """The values are what QMP, HMP and the stream's ``globalstate`` section say."""
 
     PRELAUNCH = "prelaunch"  # made, never started
