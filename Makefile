@@ -1,0 +1,45 @@
+# Each target does all of its own set-up: `make demo` in a fresh checkout works.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+CODE := src tests benchmarks scripts
+
+.PHONY: help venv demo test check bench clean
+
+help:
+	@echo "make demo   a running guest moves, and you watch"
+	@echo "make test   the whole test suite (installs QEMU when root)"
+	@echo "make check  format, lint, types, layers, spelling"
+	@echo "make bench  measure, side by side with a real QEMU"
+
+venv: $(VENV)/.ready
+
+# Made again only when the settings change.
+$(VENV)/.ready: pyproject.toml scripts/requirements.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python scripts/requirements.py > $(VENV)/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --root-user-action=ignore \
+		-r $(VENV)/requirements.txt -e .
+	touch $@
+
+demo: venv
+	$(BIN)/postcopy demo
+
+test: venv
+	.ci/install-qemu --if-root
+	$(BIN)/python -m pytest $(PYTEST)
+
+check: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell $(CODE) docs *.md changelog.d .ci Makefile pyproject.toml
+
+bench: venv
+	.ci/install-qemu --if-root
+	$(BIN)/postcopy bench $(BENCH)
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,134 @@
+"""The rules of the house that a machine can check; CONTRIBUTING.md says why they are."""
+
+import ast
+import re
+import subprocess
+import sys
+
+from house.project import ROOT, files, modules, text
+
+MAX_LINES = 500
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+
+# Put together here, so that this file does not find itself.
+REGISTRIES = [".".join(name) for name in (("pypi", "org"), ("deb", "debian"), ("npmjs", "org"))]
+REGISTRIES += ["python" + "hosted", "node" + "source", "snapshot." + "debian"]
+MACHINE_PATHS = re.compile(r"(?<![\w.])/" + r"(work|farm|tmp/v|root/\.pyenv)(?![\w])")
+
+
+def calls_in(path):
+    """Every call of a module: (line, dotted name of what is called, the call)."""
+    for node in ast.walk(ast.parse(text(path))):
+        if isinstance(node, ast.Call):
+            yield node.lineno, ast.unparse(node.func), node
+
+
+def test_there_is_something_to_look_at():
+    assert len(modules("src")) > 20
+    assert len(modules("tests")) > 5
+
+
+def test_no_file_is_too_long():
+    lengths = {path: len(text(path).splitlines()) for path in modules("src", "tests", "benchmarks")}
+    assert {path: n for path, n in lengths.items() if n > MAX_LINES} == {}
+
+
+def test_no_file_names_a_registry_or_a_path_of_one_machine():
+    found = []
+    for path in files():
+        for number, line in enumerate((text(path) or "").splitlines(), 1):
+            if MACHINE_PATHS.search(line) or any(host in line for host in REGISTRIES):
+                found.append(f"{path}:{number}: {line.strip()}")
+    assert found == []
+
+
+def test_machine_paths_are_recognised():
+    for place in ("work/main", "tmp/v/bin/python", "root/.pyenv"):
+        assert MACHINE_PATHS.search(f"x=/{place}")
+        assert not MACHINE_PATHS.search(f"x/net/a{place}")
+        assert not MACHINE_PATHS.search(f"../{place}")
+
+
+def test_each_module_says_what_it_is():
+    # An empty __init__.py of a test folder has nothing to say.
+    bare = [
+        path
+        for path in modules("src", "tests", "benchmarks", "scripts")
+        if text(path).strip() and not ast.get_docstring(ast.parse(text(path)))
+    ]
+    assert bare == []
+
+
+def test_no_test_sleeps():
+    sleeping = [
+        f"{path}:{line}"
+        for path in modules("tests")
+        for line, name, _ in calls_in(path)
+        if name in ("time.sleep", "sleep", "asyncio.sleep")
+    ]
+    assert sleeping == []
+
+
+def test_only_the_command_line_prints():
+    exempt = {ROOT.joinpath("src/postcopy/status.py").relative_to(ROOT)}
+    printing = [
+        f"{path}:{line}"
+        for path in modules("src")
+        if "cli" not in path.parts and path not in exempt
+        for line, name, _ in calls_in(path)
+        if name == "print"
+    ]
+    assert printing == []
+
+
+def test_each_skip_has_its_reason():
+    bare = []
+    for path in modules("tests"):
+        for line, name, call in calls_in(path):
+            if name in ("pytest.skip", "pytest.importorskip"):
+                has_reason = bool(call.args or call.keywords)
+            elif name in ("pytest.mark.skip", "pytest.mark.skipif", "pytest.mark.xfail"):
+                has_reason = any(keyword.arg == "reason" for keyword in call.keywords)
+            else:
+                continue
+            if not has_reason:
+                bare.append(f"{path}:{line}")
+    assert bare == []
+
+
+def test_links_of_the_documents_lead_somewhere():
+    pages = [path for path in files() if path.suffix == ".md"]
+    assert pages
+    broken = []
+    for page in pages:
+        for target in LINK.findall(FENCE.sub("", text(page))):
+            if re.match(r"[a-z]+:|#", target):
+                continue
+            if not (ROOT / page.parent / target.split("#")[0]).exists():
+                broken.append(f"{page}: {target}")
+    assert broken == []
+
+
+def test_imports_go_down_only():
+    outcome = subprocess.run(
+        [sys.executable, "-c", "from importlinter.cli import lint_imports_command as run; run()"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+
+
+def test_the_page_of_statuses_is_current():
+    drawn = subprocess.run(
+        [sys.executable, "scripts/draw_status.py", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert drawn.returncode == 0, drawn.stderr
