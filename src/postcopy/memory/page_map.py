@@ -1,0 +1,77 @@
+"""What the destination has of each page, in memory that outlives an engine.
+
+One byte a page in a memfd that the guest's process keeps.  When an engine dies, the next one maps
+the same bytes and knows what had been placed; recovery after a broken network sends them to the
+source as QEMU's received-bitmap.
+"""
+
+import os
+import threading
+
+import numpy as np
+import numpy.typing as npt
+
+from postcopy.kernel import memfd
+from postcopy.kernel.mapping import Mapping
+from postcopy.memory.runs import Indices, Mask
+
+MISSING, REQUESTED, RECEIVED = 0, 1, 2
+
+
+def create(pages: int) -> int:
+    """Make the memory of a page map for ``pages`` pages, all missing; return its descriptor."""
+    return memfd.create("postcopy-page-map", _rounded(pages))
+
+
+def _rounded(pages: int) -> int:
+    return max(4096, -(-pages // 4096) * 4096)
+
+
+class PageMap:
+    """The state of every page of one RAM block.
+
+    Invariant, kept under ``lock``: a page goes from missing by way of requested to received, and
+    back to missing only by :meth:`forget` (a discard), never while the guest runs.
+    """
+
+    def __init__(self, fd: int, pages: int) -> None:
+        self._mapping = Mapping.shared(fd, _rounded(pages))
+        self.states: npt.NDArray[np.uint8] = self._mapping.view()[:pages]
+        self.lock = threading.Lock()
+        os.close(fd)
+
+    def request(self, page: int) -> bool:
+        """Note that ``page`` is being asked for; return whether nobody had asked before."""
+        with self.lock:
+            if self.states[page] != MISSING:
+                return False
+            self.states[page] = REQUESTED
+            return True
+
+    def is_received(self, page: int) -> bool:
+        """Tell whether the page is in place."""
+        return bool(self.states[page] == RECEIVED)
+
+    def receive(self, pages: Indices | slice) -> None:
+        """Note that these pages are in place, whole."""
+        with self.lock:
+            self.states[pages] = RECEIVED
+
+    def forget(self, start: int, end: int) -> None:
+        """Note that pages ``start`` to ``end`` (not included) are to come again."""
+        with self.lock:
+            self.states[start:end] = MISSING
+
+    def missing(self) -> Mask:
+        """Return the mask of pages that are not in place."""
+        missing: Mask = self.states != RECEIVED
+        return missing
+
+    def requested(self) -> Indices:
+        """Return the pages that were asked for and have not come."""
+        return np.flatnonzero(self.states == REQUESTED)
+
+    def close(self) -> None:
+        """Unmap; the memory itself lives on with the guest's process."""
+        self.states = np.empty(0, np.uint8)
+        self._mapping.close()

@@ -1,0 +1,72 @@
+"""One RAM block as an engine has it: its own mapping, and where the guest's process has it."""
+
+import os
+
+import numpy as np
+import numpy.typing as npt
+
+from postcopy.guest import Region
+from postcopy.kernel import memfd
+from postcopy.kernel.mapping import Mapping
+
+TARGET_PAGE_BYTES = 4096
+"""The page of the wire, whatever the block's own page is."""
+
+
+class RamBlock:
+    """The memory of one block, mapped into the engine.
+
+    No userfaultfd watches the engine's mapping: reading or writing :attr:`pages` never waits for a
+    fault that the engine itself would have to mend.
+
+    :param region: what the guest's process says of it; ``region.fd`` becomes ours.
+    """
+
+    def __init__(self, region: Region) -> None:
+        self.name = region.name
+        self.size_bytes = region.size_bytes
+        self.page_size_bytes = region.page_size_bytes
+        self.host_address = region.host_address
+        self._fd = region.fd
+        self._fd_offset = region.fd_offset
+        self._mapping = Mapping.shared(region.fd, region.size_bytes, region.fd_offset)
+        self.pages: npt.NDArray[np.uint8] = self._mapping.view().reshape(-1, TARGET_PAGE_BYTES)
+
+    @property
+    def page_count(self) -> int:
+        """Pages of the block's own size."""
+        return self.size_bytes // self.page_size_bytes
+
+    @property
+    def target_pages_per_page(self) -> int:
+        """How many pages of the wire make one page of this block."""
+        return self.page_size_bytes // TARGET_PAGE_BYTES
+
+    def resident(self) -> npt.NDArray[np.bool_]:
+        """Tell which pages (of the block's own size) have memory behind them; the others are zero.
+
+        Reading one of those would allocate it, which a guest of mostly unused memory would pay for.
+        """
+        per_page = self.target_pages_per_page
+        resident = self._mapping.resident()
+        if per_page == 1:
+            return resident
+        return np.logical_or.reduceat(resident, np.arange(0, len(resident), per_page))
+
+    def discard(self, start: int, end: int) -> None:
+        """Free the pages ``start`` to ``end`` (not included), so that a touch finds them missing."""
+        memfd.punch_hole(
+            self._fd,
+            self._fd_offset + start * self.page_size_bytes,
+            (end - start) * self.page_size_bytes,
+        )
+
+    def populate(self, offset_bytes: int, length_bytes: int) -> None:
+        """Take memory from the kernel now, so that the first touch of a page costs nothing later."""
+        self._mapping.populate(offset_bytes, length_bytes)
+
+    def close(self) -> None:
+        """Unmap and close; the guest keeps its memory."""
+        self.pages = np.empty((0, TARGET_PAGE_BYTES), np.uint8)
+        self._mapping.close()
+        os.close(self._fd)

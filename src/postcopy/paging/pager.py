@@ -1,0 +1,87 @@
+"""Read faults, ask for the pages, and keep the time.
+
+One thread, ``pager``, runs :meth:`Pager.run`.  It lives in the engine's process, never in the guest's:
+whoever can fault on guest memory must not be the one who mends the fault.
+
+A page is asked for once, however many threads fault on it.  A fault that is read although its page
+has just been placed (the message was queued before) only wakes its thread again.
+"""
+
+import os
+import select
+import time
+from collections.abc import Callable, Sequence
+
+from postcopy.kernel.faults import Pagefault
+from postcopy.kernel.userfaultfd import Userfaultfd
+from postcopy.memory.ram_block import RamBlock
+from postcopy.paging.blocktime import Blocktime
+from postcopy.paging.ram import PagedRam
+
+Request = tuple[RamBlock, int]
+"""A block, and the number of the page that is wanted."""
+
+
+class Pager:
+    """Serves one userfaultfd until :meth:`stop`.
+
+    :param ask: how a page is asked for; gets all requests of one batch of faults.
+    """
+
+    def __init__(
+        self,
+        userfaultfd: Userfaultfd,
+        ram: PagedRam,
+        blocktime: Blocktime,
+        ask: Callable[[Sequence[Request]], None],
+    ) -> None:
+        self._userfaultfd = userfaultfd
+        self._ram = ram
+        self._blocktime = blocktime
+        self._ask = ask
+        self._stop_reader, self._stop_writer = os.pipe2(os.O_CLOEXEC)
+        self.faults = 0
+
+    def run(self) -> None:
+        """Serve faults until told to stop."""
+        poll = select.poll()
+        poll.register(self._userfaultfd.fd, select.POLLIN)
+        poll.register(self._stop_reader, select.POLLIN)
+        while all(fd != self._stop_reader for fd, _ in poll.poll()):
+            faults = [e for e in self._userfaultfd.read_events() if isinstance(e, Pagefault)]
+            wanted = [request for fault in faults if (request := self._note(fault)) is not None]
+            if wanted:
+                self._ask(wanted)
+        os.close(self._stop_reader)
+
+    def stop(self) -> None:
+        """Make :meth:`run` return; faults that come later wait."""
+        os.close(self._stop_writer)  # its reader sees the end of the pipe
+
+    def ask_again(self) -> None:
+        """Ask once more for everything asked for and not received: after a recovery."""
+        for paged in self._ram:
+            pages = paged.pages.requested()
+            if len(pages):
+                self._ask([(paged.block, int(page)) for page in pages])
+
+    def _note(self, fault: Pagefault) -> Request | None:
+        """Take one fault into the books; return the page to ask for, if nobody has yet."""
+        now_ns = time.monotonic_ns()
+        self.faults += 1
+        found = self._ram.find(fault.address)
+        if found is None:
+            return None
+        paged, page = found
+        block = paged.block
+        key = (block.name, page)
+        self._blocktime.fault(key, fault.thread_id, now_ns)
+        if paged.pages.request(page):
+            return block, page
+        if paged.pages.is_received(page):
+            # Placed between the fault and our reading of it.
+            self._blocktime.placed((key,), now_ns)
+            self._userfaultfd.wake(
+                block.host_address + page * block.page_size_bytes, block.page_size_bytes
+            )
+        return None

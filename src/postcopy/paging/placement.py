@@ -1,0 +1,169 @@
+"""Put arriving pages in place: whole, and once.
+
+Before the guest runs here, pages are simply written, and a later copy wins.  Once memory is under
+userfaultfd (``listen``), a page is placed atomically by ``UFFDIO_COPY``; one that is there already is
+left alone, since the guest may have written to it.
+
+Called by the threads that read channels.  Each thread has a :class:`Placement` of its own; what they
+share is the page map (which has a lock) and the kernel, which refuses a page that exists.
+"""
+
+import time
+
+import numpy as np
+import numpy.typing as npt
+
+from postcopy.errors import PageExists, StreamError
+from postcopy.kernel.userfaultfd import Userfaultfd
+from postcopy.memory.page_map import RECEIVED
+from postcopy.memory.ram_block import TARGET_PAGE_BYTES
+from postcopy.memory.runs import Indices, index_runs
+from postcopy.paging.blocktime import Blocktime
+from postcopy.paging.ram import Paged, PagedRam
+
+_STAGED_PAGES = 512
+
+
+class Placement:
+    """Places the pages of one channel."""
+
+    def __init__(self, ram: PagedRam, blocktime: Blocktime) -> None:
+        self._ram = ram
+        self._blocktime = blocktime
+        self._userfaultfd: Userfaultfd | None = None
+        self._staged = np.empty((_STAGED_PAGES, TARGET_PAGE_BYTES), np.uint8)
+        # The host page being put together from target pages: a huge page comes in 512 pieces.
+        self._partial: tuple[str, int, npt.NDArray[np.uint8], int] | None = None
+
+    def listen(self, userfaultfd: Userfaultfd) -> None:
+        """From now on pages are placed under the guest's eyes."""
+        self._userfaultfd = userfaultfd
+
+    def pages(
+        self, name: str, offsets: npt.NDArray[np.uint64], data: npt.NDArray[np.uint8]
+    ) -> None:
+        """Place target pages of block ``name``.
+
+        :param offsets: byte offsets in the block, shape ``(n,)``.
+        :param data: their contents, shape ``(n, 4096)``.
+        """
+        paged = self._ram[name]
+        target = (offsets // TARGET_PAGE_BYTES).astype(np.int64)
+        if self._userfaultfd is None:
+            self._write(paged, target, data)
+        elif paged.block.target_pages_per_page > 1:
+            for page, content in zip(target.tolist(), data, strict=True):
+                self._gather(paged, page, content)
+        else:
+            self._place(paged, target, data)
+
+    def zeros(self, name: str, offsets: npt.NDArray[np.uint64]) -> None:
+        """Place target pages that are all zero."""
+        paged = self._ram[name]
+        target = (offsets // TARGET_PAGE_BYTES).astype(np.int64)
+        if self._userfaultfd is None:
+            self._write_zeros(paged, target)
+        elif paged.block.target_pages_per_page > 1:
+            for page in target.tolist():
+                self._gather(paged, page, None)
+        else:
+            self._place(paged, target, None)
+
+    # --- before the guest runs
+
+    @staticmethod
+    def _write(paged: Paged, target: Indices, data: npt.NDArray[np.uint8]) -> None:
+        pages = paged.block.pages
+        first, last = int(target[0]), int(target[-1])
+        if last - first + 1 == len(target) and (len(target) == 1 or (np.diff(target) == 1).all()):
+            pages[first : last + 1] = data
+        else:
+            pages[target] = data
+        paged.pages.receive(target // paged.block.target_pages_per_page)
+
+    @staticmethod
+    def _write_zeros(paged: Paged, target: Indices) -> None:
+        # Memory that has received nothing yet reads as zeros as it is.
+        host = target // paged.block.target_pages_per_page
+        stale = target[paged.pages.states[host] == RECEIVED]
+        if len(stale):
+            paged.block.pages[stale] = 0
+        paged.pages.receive(host)
+
+    # --- under userfaultfd
+
+    def _place(self, paged: Paged, target: Indices, data: npt.NDArray[np.uint8] | None) -> None:
+        wanted = paged.pages.states[target] != RECEIVED
+        if not wanted.all():
+            target = target[wanted]
+            data = None if data is None else data[wanted]
+        for first in range(0, len(target), _STAGED_PAGES):
+            part = target[first : first + _STAGED_PAGES]
+            source = 0
+            if data is not None:
+                source = self._stage(data[first : first + _STAGED_PAGES])
+            for start, end in index_runs(part).tolist():
+                address = source + start * TARGET_PAGE_BYTES if source else None
+                self._place_run(paged, int(part[start]), end - start, address)
+
+    def _stage(self, data: npt.NDArray[np.uint8]) -> int:
+        """Bring pages together that headers separate; return the address."""
+        if len(data) == 1:
+            return int(data.ctypes.data)
+        self._staged[: len(data)] = data
+        return int(self._staged.ctypes.data)
+
+    def _place_run(self, paged: Paged, page: int, count: int, source: int | None) -> None:
+        """Place ``count`` pages from ``page`` on (of the block's own size), skipping what exists."""
+        assert self._userfaultfd is not None
+        block = paged.block
+        size = block.page_size_bytes
+        done = 0
+        while done < count:
+            address = block.host_address + (page + done) * size
+            length = (count - done) * size
+            try:
+                if source is None:
+                    placed = self._userfaultfd.zeropage(address, length)
+                else:
+                    placed = self._userfaultfd.copy(address, source + done * size, length)
+            except PageExists:
+                placed = size
+            done += placed // size
+        paged.pages.receive(slice(page, page + count))
+        self._wake_books(block.name, page, page + count)
+
+    def _wake_books(self, name: str, start: int, end: int) -> None:
+        if not self._blocktime.waiting:
+            return
+        arrived = [key for key in list(self._blocktime.waiting) if key[0] == name]
+        arrived = [key for key in arrived if start <= key[1] < end]
+        if arrived:
+            self._blocktime.placed(arrived, time.monotonic_ns())
+
+    # --- huge pages: whole, or not at all
+
+    def _gather(self, paged: Paged, target: int, content: npt.NDArray[np.uint8] | None) -> None:
+        """Take one piece of a huge page; place the page with its last piece."""
+        per_page = paged.block.target_pages_per_page
+        page, piece = divmod(target, per_page)
+        if piece == 0:
+            whole = np.zeros((per_page, TARGET_PAGE_BYTES), np.uint8)
+            self._partial = (paged.block.name, page, whole, 0)
+        if self._partial is None or self._partial[:2] + self._partial[3:] != (
+            paged.block.name,
+            page,
+            piece,
+        ):
+            raise StreamError(
+                f"pieces of a huge page out of order: block {paged.block.name}, page {page}, "
+                f"piece {piece}"
+            )
+        _, _, whole, _ = self._partial
+        if content is not None:
+            whole[piece] = content
+        self._partial = (paged.block.name, page, whole, piece + 1)
+        if piece + 1 == per_page:
+            self._partial = None
+            if not paged.pages.is_received(page):
+                self._place_run(paged, page, 1, int(whole.ctypes.data))

@@ -1,0 +1,52 @@
+"""All RAM of the arriving guest: which block and page an address or a record means."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from postcopy.guest import Region
+from postcopy.memory.page_map import PageMap
+from postcopy.memory.ram_block import RamBlock
+
+
+@dataclass(frozen=True, slots=True)
+class Paged:
+    """One RAM block with the map of its pages."""
+
+    block: RamBlock
+    pages: PageMap
+
+
+class PagedRam:
+    """The blocks of a guest that is arriving; takes over the descriptors it is given."""
+
+    def __init__(self, regions: Sequence[Region], page_maps: Sequence[int]) -> None:
+        blocks = [RamBlock(region) for region in regions]
+        self._by_name = {
+            block.name: Paged(block, PageMap(fd, block.page_count))
+            for block, fd in zip(blocks, page_maps, strict=True)
+        }
+
+    def __iter__(self) -> Iterator[Paged]:
+        return iter(self._by_name.values())
+
+    def __getitem__(self, name: str) -> Paged:
+        return self._by_name[name]
+
+    def find(self, host_address: int) -> tuple[Paged, int] | None:
+        """Return the block and the number of the page at an address of the guest's process."""
+        for paged in self:
+            offset = host_address - paged.block.host_address
+            if 0 <= offset < paged.block.size_bytes:
+                return paged, offset // paged.block.page_size_bytes
+        return None
+
+    @property
+    def missing_pages(self) -> int:
+        """Pages that are not in place, over all blocks."""
+        return sum(int(paged.pages.missing().sum()) for paged in self)
+
+    def close(self) -> None:
+        """Let go of all memory."""
+        for paged in self:
+            paged.pages.close()
+            paged.block.close()
