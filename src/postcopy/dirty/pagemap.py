@@ -1,0 +1,51 @@
+"""Dirty tracking by ``PAGEMAP_SCAN`` and asynchronous write-protection (Linux 6.7).
+
+The guest's process arms a userfaultfd with ``WP_ASYNC``; the kernel then lifts the protection of a
+page at its first write, by itself, and remembers.  The engine reads and renews it from outside, for
+any kind of guest.  Not seen are writes past the guest's own mapping (``pwrite`` to the memfd, another
+mapping); nobody makes such writes to a source's memory.
+"""
+
+import numpy as np
+
+from postcopy.kernel.pagemap import PagemapScanner
+from postcopy.link.guest_proxy import GuestProxy
+from postcopy.memory.ram_block import RamBlock
+from postcopy.memory.runs import Mask
+
+
+class PagemapTracker:
+    """Tracks the writes of one guest."""
+
+    def __init__(self, guest: GuestProxy) -> None:
+        self._guest = guest
+        self._scanner: PagemapScanner | None = None
+
+    def start(self) -> None:
+        """Arm the protection; nothing is protected yet, so all counts as written."""
+        self._guest.watch_writes()
+        self._scanner = PagemapScanner(self._guest.process_id)
+
+    def collect(self, block: RamBlock, start: int, end: int, *, protect: bool) -> Mask:
+        """Return which pages were written, and protect them again if asked."""
+        assert self._scanner is not None
+        size = block.page_size_bytes
+        base = block.host_address
+        found = self._scanner.scan(base + start * size, base + end * size, protect=protect)
+        ranges = (found - np.uint64(base)) // np.uint64(size)
+        return _mask(ranges.astype(np.int64) - start, end - start)
+
+    def stop(self) -> None:
+        """Disarm."""
+        if self._scanner is not None:
+            self._scanner.close()
+            self._scanner = None
+            self._guest.unwatch_writes()
+
+
+def _mask(ranges: "np.ndarray[tuple[int, int], np.dtype[np.int64]]", length: int) -> Mask:
+    """Turn ``[start, end)`` ranges into a mask, without a statement a range."""
+    edges = np.zeros(length + 1, np.int8)
+    edges[ranges[:, 0]] = 1
+    edges[ranges[:, 1]] -= 1
+    return np.cumsum(edges[:-1], dtype=np.int8).view(np.bool_)
