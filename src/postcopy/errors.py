@@ -40,7 +40,7 @@ class Refused(PostcopyError):
 
 
 class HostCannot(Refused):
-    """This host lacks what was asked for.
+    """What was asked for is lacking on this host.
 
     :param what: what is missing, and why it is needed.
     :param cure: the one command or action that mends it.

@@ -73,8 +73,10 @@ class Progress:
     Invariant, kept under one lock: the status only ever changes along :data:`MOVES`.
     """
 
-    def __init__(self, on_change: Callable[[Status], None] = lambda _: None) -> None:
-        self._status = Status.NONE
+    def __init__(
+        self, on_change: Callable[[Status], None] = lambda _: None, begin: Status = Status.NONE
+    ) -> None:
+        self._status = begin
         self._changed = threading.Condition()
         self._on_change = on_change
 

@@ -1,0 +1,320 @@
+"""The migration subsystem of one guest's process: what its monitor drives.
+
+It checks what may be asked when, starts an engine for each migration, mirrors the engine's status, and
+decides what an engine's death means.  The figures are the engine's; it is asked for them.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from postcopy.channel.address import FdAddress, parse
+from postcopy.errors import EngineDied, HostCannot, PostcopyError, WrongState
+from postcopy.events import EventBus
+from postcopy.kernel.userfaultfd import Userfaultfd
+from postcopy.link.engine_process import EnginePool, EngineProcess
+from postcopy.link.guest_service import MISSING_FEATURES, GuestService, OwnedGuest
+from postcopy.link.rpc import Link
+from postcopy.parameters import Capabilities, Capability, Parameters
+from postcopy.statistics import MigrationInfo
+from postcopy.status import AFTER_SWITCHOVER, ENDED, Progress, Status
+
+_INFO_TIMEOUT_S = 5
+
+
+class MigrationControl:
+    """Both directions of one guest; any thread may call any method.
+
+    :param incoming: this process waits for a guest to come.
+    :param on_moved: called when the guest has moved away for good.
+    :param on_incoming_failed: called with the reason when no guest will come.
+    """
+
+    def __init__(
+        self,
+        guest: OwnedGuest,
+        events: EventBus,
+        *,
+        incoming: bool = False,
+        on_moved: Callable[[], None] = lambda: None,
+        on_incoming_failed: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._guest = guest
+        self._events = events
+        self._awaits = incoming
+        self._on_moved = on_moved
+        self._on_incoming_failed = on_incoming_failed
+        self._engines = EnginePool()
+        self._service = GuestService(guest)
+        self._lock = threading.RLock()
+        # Under the lock: what is set, and the engine at work.
+        self._capabilities = Capabilities()
+        self._parameters = Parameters()
+        self._engine: EngineProcess | None = None
+        self._is_incoming = incoming
+        self._listening = False
+        self._exit_on_error = False
+        self._last = MigrationInfo(incoming=incoming)
+        self._addresses: tuple[Mapping[str, Any], ...] = ()
+        self._error: str | None = None
+        self.progress = Progress(self._tell)
+
+    def prepare(self) -> None:
+        """Start what takes time: an engine, and for a destination its memory."""
+        if self._awaits:
+            self._start_engine().call("prepare_destination")
+        else:
+            self._engines.prepare()
+
+    def close(self) -> None:
+        """End whatever is going on; the process is leaving."""
+        with self._lock:
+            engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.end()
+        self._engines.close()
+
+    # --- settings
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What is on."""
+        return self._capabilities
+
+    @property
+    def parameters(self) -> Parameters:
+        """What is set."""
+        return self._parameters
+
+    def set_capabilities(self, changes: Mapping[Capability, bool]) -> None:
+        """Switch capabilities, all of them or none."""
+        with self._lock:
+            # A destination that waits may still be told; QEMU refuses some by name then.
+            if self._busy and not (self._awaits and self.progress.status is Status.SETUP):
+                raise WrongState("There's a migration process in progress")
+            changed = self._capabilities.with_changes(changes, incoming_started=self._listening)
+            if changed.enabled(Capability.POSTCOPY_RAM) and self._awaits:
+                _check_host()
+            self._capabilities = changed
+            if self._listening and self._engine is not None and self._engine.link is not None:
+                self._engine.link.call("set_capabilities", capabilities=list(changed))
+
+    def set_parameters(self, changes: Mapping[str, object]) -> None:
+        """Set parameters by QEMU's names; a migration under way takes them over."""
+        with self._lock:
+            self._parameters = self._parameters.with_changes(changes)
+            if self._busy and not self._is_incoming:
+                self._tell_engine("set_parameters", parameters=self._parameters.to_qapi())
+
+    # --- orders
+
+    def migrate(self, uri: str, *, resume: bool = False) -> None:
+        """Begin to send the guest to ``uri``."""
+        with self._lock:
+            if resume:
+                raise WrongState("Cannot resume if there is no paused migration")
+            self._check_can_start()
+            address = parse(uri)
+            self._is_incoming = False
+            self._error = None
+            fds = []
+            if isinstance(address, FdAddress):
+                fds.append(os.dup(address.number))
+            link = self._start_engine()
+            self.progress.move(Status.SETUP)
+        try:
+            link.call("start_source", fds=fds, uri=uri, **self._settings())
+        except EngineDied:
+            pass  # the end of the link has been dealt with, and the status says so
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def incoming(self, uri: str, *, exit_on_error: bool = True) -> None:
+        """Listen for a guest."""
+        with self._lock:
+            if not self._awaits:
+                raise WrongState("'-incoming' was not specified on the command line")
+            if self._listening:
+                raise WrongState("The incoming migration has already been started")
+            address = parse(uri)
+            fds = [os.dup(address.number)] if isinstance(address, FdAddress) else []
+            engine = self._engine
+            link = engine.link if engine is not None else None
+            if link is None or self.progress.status is not Status.NONE:
+                link = self._start_engine()
+            self._exit_on_error = exit_on_error
+            self._error = None
+            try:
+                self._addresses = tuple(link.call("listen", fds=fds, uri=uri, **self._settings()))
+            finally:
+                for fd in fds:
+                    os.close(fd)
+            self._listening = True
+            self.progress.move(Status.SETUP)
+        link.note("accept")
+
+    def start_postcopy(self) -> None:
+        """Switch over as soon as possible."""
+        if not self._capabilities.enabled(Capability.POSTCOPY_RAM):
+            raise WrongState(
+                "Enable postcopy with migrate_set_capability before the start of migration"
+            )
+        if self.progress.status is Status.NONE:
+            raise WrongState("Postcopy must be started after migration has been started")
+        if self._busy and not self._is_incoming:
+            self._tell_engine("start_postcopy")
+
+    def cancel(self) -> None:
+        """Give up the outgoing migration."""
+        if self._is_incoming or not self._busy:
+            return
+        if self.progress.status in AFTER_SWITCHOVER:
+            raise WrongState("Postcopy migration in progress, cannot cancel.")
+        self._tell_engine("cancel")
+
+    def continue_(self, state: Status) -> None:
+        """Leave ``pre-switchover``."""
+        if self.progress.status is not state:
+            raise WrongState(f"Migration not in expected state: {self.progress.status.value}")
+        self._tell_engine("proceed")
+
+    def pause(self) -> None:
+        """Break a postcopy on purpose."""
+        if self.progress.status not in {Status.POSTCOPY_ACTIVE, Status.POSTCOPY_RECOVER}:
+            raise WrongState(
+                "migrate-pause is currently only supported during postcopy-active or "
+                "postcopy-recover state"
+            )
+        self._tell_engine("pause")
+
+    def recover(self, uri: str) -> None:
+        """Listen anew for the source of a paused postcopy."""
+        parse(uri)
+        if self.progress.status is not Status.POSTCOPY_PAUSED or not self._is_incoming:
+            raise WrongState("Migrate recover can only be run when postcopy is paused.")
+        raise WrongState("recovery of a paused postcopy is not implemented yet")
+
+    def info(self) -> MigrationInfo:
+        """How it stands: the engine's figures as of now, or the last it gave."""
+        engine = self._engine
+        if self._busy and engine is not None and engine.link is not None:
+            try:
+                self._last = MigrationInfo.from_wire(
+                    engine.link.call("info", timeout_s=_INFO_TIMEOUT_S)
+                )
+            except (EngineDied, TimeoutError):
+                pass  # then what we have is the best there is
+        return replace(
+            self._last,
+            status=self.progress.status,
+            incoming=self._is_incoming,
+            error_desc=self._error,
+            socket_address=self._addresses if self._is_incoming else (),
+        )
+
+    # --- the engine
+
+    @property
+    def _busy(self) -> bool:
+        return self.progress.status not in ENDED
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "capabilities": list(self._capabilities),
+            "parameters": self._parameters.to_qapi(),
+        }
+
+    def _check_can_start(self) -> None:
+        status = self.progress.status
+        if status is Status.POSTCOPY_PAUSED:
+            raise WrongState("Can't migrate the vm that was paused due to previous migration")
+        if status not in ENDED:
+            raise WrongState("There's a migration process in progress")
+        if not self._guest.owned:
+            raise WrongState("Guest is waiting for an incoming migration")
+
+    def _start_engine(self) -> Link:
+        engine = self._engines.take()
+        handlers = self._service.handlers() | {"status": self._on_status, "passed": self._on_pass}
+        self._engine = engine
+        return engine.connect(handlers, lambda: self._engine_ended(engine))
+
+    def _tell_engine(self, name: str, **arguments: Any) -> None:
+        engine = self._engine
+        if engine is not None and engine.link is not None:
+            engine.link.note(name, **arguments)
+
+    # --- what the engine tells; on the link's reader thread
+
+    def _on_pass(self, number: int) -> None:
+        if self._capabilities.enabled(Capability.EVENTS):
+            self._events.emit("MIGRATION_PASS", {"pass": number})
+
+    def _on_status(self, status: str, error: str | None, info: dict[str, Any]) -> None:
+        to = Status(status)
+        self._last = MigrationInfo.from_wire(info)
+        self._error = error
+        if to is Status.COMPLETED:
+            self._completed()
+        self.progress.move(to)
+        if to in ENDED:
+            self._end_engine(to)
+
+    def _completed(self) -> None:
+        if self._is_incoming:
+            self._awaits = False
+        else:
+            self._on_moved()
+
+    def _end_engine(self, status: Status) -> None:
+        with self._lock:
+            engine, self._engine = self._engine, None
+            self._listening = False
+        if engine is not None:
+            engine.end()
+        if status is Status.FAILED and self._is_incoming:
+            self._service.unwatch_missing()
+            if self._exit_on_error:
+                self._on_incoming_failed(self._error or "the migration failed")
+        elif not self._is_incoming or status is Status.COMPLETED:
+            self._engines.prepare()
+
+    def _engine_ended(self, engine: EngineProcess) -> None:
+        """The link is gone: nothing new if we ended it, or if it had finished."""
+        if self._engine is not engine or not self._busy:
+            return
+        self._error = "the engine process died unexpectedly; start the migration again"
+        status = self.progress.status
+        if status in AFTER_SWITCHOVER:
+            self.progress.move(
+                Status.POSTCOPY_PAUSED, only_from=AFTER_SWITCHOVER - {Status.POSTCOPY_PAUSED}
+            )
+            return
+        if not self._is_incoming:
+            self._service.unwatch_writes()
+            if self._guest.owned:
+                self._resume_guest()
+        to = Status.CANCELLED if status is Status.CANCELLING else Status.FAILED
+        self.progress.move(to)
+        self._end_engine(to)
+
+    def _resume_guest(self) -> None:
+        try:
+            self._guest.resume()
+        except PostcopyError as error:
+            self._error = f"{self._error}; and the guest cannot go on: {error}"
+
+    def _tell(self, status: Status) -> None:
+        if self._capabilities.enabled(Capability.EVENTS):
+            self._events.emit("MIGRATION", {"status": status.value})
+
+
+def _check_host() -> None:
+    """Refuse postcopy on a host that cannot do it, before anything moves."""
+    try:
+        Userfaultfd.open(MISSING_FEATURES).close()
+    except HostCannot as error:
+        raise HostCannot(f"Postcopy is not supported: {error}", error.cure) from error

@@ -1,0 +1,83 @@
+"""Start engine processes, and keep one ready.
+
+Starting an interpreter and importing numpy takes a tenth of a second or two.  So one engine is always
+started ahead: it waits, idle, for a job.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+
+from postcopy.link.rpc import Handler, Link
+
+
+class EngineProcess:
+    """One engine: a process of its own, and our end of the link to it."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "postcopy.engine", "--link", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                # A Ctrl-C is for the monitor; the engine ends with its link.
+                start_new_session=True,
+            )
+        self._socket = ours
+        self.link: Link | None = None
+
+    @property
+    def process_id(self) -> int:
+        """The engine's process."""
+        return self._process.pid
+
+    def connect(self, handlers: Mapping[str, Handler], on_end: Callable[[], None]) -> Link:
+        """Begin to talk to it."""
+        self.link = Link(self._socket, handlers, on_end=on_end, name="engine-link")
+        self.link.start()
+        return self.link
+
+    def end(self) -> None:
+        """Let it go: it ends by itself when the link does."""
+        if self.link is None:
+            self._socket.close()
+        else:
+            self.link.close()
+        threading.Thread(target=self._process.wait, name="engine-reaper", daemon=True).start()
+
+    def kill(self) -> None:
+        """End it at once, whatever it does."""
+        os.kill(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+class EnginePool:
+    """Hands out engines, and starts the next one ahead."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._spare: EngineProcess | None = None
+
+    def prepare(self) -> None:
+        """Have one ready."""
+        with self._lock:
+            if self._spare is None:
+                self._spare = EngineProcess()
+
+    def take(self) -> EngineProcess:
+        """Return a fresh engine."""
+        with self._lock:
+            engine, self._spare = self._spare, None
+        return engine or EngineProcess()
+
+    def close(self) -> None:
+        """Let the one that waits go."""
+        with self._lock:
+            if self._spare is not None:
+                self._spare.end()
+                self._spare = None

@@ -1,0 +1,99 @@
+"""The guest as its engine sees it: the methods of :class:`postcopy.guest.Guest`, over the link."""
+
+import base64
+from collections.abc import Sequence
+from typing import Any
+
+from postcopy.guest import DeviceState, Region, VcpuThread
+from postcopy.kernel.userfaultfd import Userfaultfd
+from postcopy.link.rpc import Link
+
+
+class GuestProxy:
+    """A guest in another process.
+
+    Besides what every guest can do, this has what only the owner of an address space can: arming
+    its userfaultfds, and noting that the guest has changed hands.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        description = link.call("describe")
+        self._machine_name: str = description["machine"]
+        self.process_id: int = description["pid"]
+        self._threads = tuple(VcpuThread(*thread) for thread in description["vcpu_threads"])
+        self.kvm: bool = description["kvm"]
+
+    @property
+    def machine_name(self) -> str:
+        """What the configuration section says."""
+        return self._machine_name
+
+    def regions(self) -> Sequence[Region]:
+        """The RAM blocks; each call opens new descriptors, which the caller closes."""
+        described, fds = self._link.call("regions")
+        return [Region(**{**region, "fd": fd}) for region, fd in zip(described, fds, strict=True)]
+
+    def vcpu_threads(self) -> Sequence[VcpuThread]:
+        """The threads that run vCPUs."""
+        return self._threads
+
+    def page_maps(self) -> Sequence[int]:
+        """Descriptors of the page maps that the guest's process keeps, one a region."""
+        fds: Sequence[int] = self._link.call("page_maps")[1]
+        return fds
+
+    def pause(self) -> None:
+        """Stop every vCPU."""
+        self._link.call("pause")
+
+    def resume(self) -> None:
+        """Let the vCPUs run, unless the guest or its user wants it stopped."""
+        self._link.call("resume")
+
+    def save_devices(self) -> Sequence[DeviceState]:
+        """The state of all devices of the stopped guest."""
+        return [
+            DeviceState(name, instance, version, base64.b64decode(payload))
+            for name, instance, version, payload in self._link.call("save_devices")
+        ]
+
+    def load_devices(self, states: Sequence[DeviceState]) -> None:
+        """Give the devices their state."""
+        self._link.call("load_devices", states=encode_states(states))
+
+    def give_up(self) -> None:
+        """The other side may run the guest from now on; this one never does by itself again."""
+        self._link.call("give_up")
+
+    def take_back(self) -> None:
+        """The other side has said that it does not run the guest: it is ours again."""
+        self._link.call("take_back")
+
+    def watch_writes(self) -> None:
+        """Arm asynchronous write-protection over all RAM."""
+        self._link.call("watch_writes")
+
+    def unwatch_writes(self) -> None:
+        """Take it off again."""
+        self._link.call("unwatch_writes")
+
+    def watch_missing(self) -> Userfaultfd:
+        """Register all RAM for missing faults and hand over the userfaultfd; the guest keeps one."""
+        return Userfaultfd.from_fd(self._link.call("watch_missing")[1][0])
+
+    def unwatch_missing(self) -> None:
+        """All pages are in place: take the registration off, and with it every waiting fault."""
+        self._link.call("unwatch_missing")
+
+    def kvm_dirty_log(self, action: str) -> bytes:
+        """Start, stop, or fetch (and clear) KVM's dirty log: packed bits, one a 4 KiB page."""
+        return base64.b64decode(self._link.call("kvm_dirty_log", action=action))
+
+
+def encode_states(states: Sequence[DeviceState]) -> list[list[Any]]:
+    """Device states as JSON can carry them."""
+    return [
+        [state.name, state.instance, state.version, base64.b64encode(state.payload).decode()]
+        for state in states
+    ]

@@ -1,0 +1,173 @@
+"""What a guest's process does for its engine: the other end of :mod:`postcopy.link.guest_proxy`.
+
+It keeps what must outlive an engine: the memory, the userfaultfds, the page maps.  While any page is
+missing, the descriptor kept here is what makes a thread that touches it wait instead of reading zeros.
+"""
+
+import base64
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from postcopy.abi.userfaultfd import Feature, RegisterMode
+from postcopy.guest import DeviceState, Guest
+from postcopy.kernel.userfaultfd import Userfaultfd
+from postcopy.link.guest_proxy import encode_states
+from postcopy.link.rpc import Descriptors, Handler
+from postcopy.memory import page_map
+
+
+class OwnedGuest(Guest, Protocol):
+    """A guest in this process, which knows whether it may run here."""
+
+    @property
+    def accelerator_name(self) -> str:
+        """``kvm`` if KVM can keep a dirty log of it."""
+
+    @property
+    def owned(self) -> bool:
+        """Whether it may run here."""
+
+    def give_up(self, reason: str) -> None:
+        """Never run by itself from now on: the other side owns the guest."""
+
+    def take(self) -> None:
+        """It is ours (again)."""
+
+    def start_dirty_log(self) -> None:
+        """Begin to note the writes of the vCPUs."""
+
+    def stop_dirty_log(self) -> None:
+        """Stop noting."""
+
+    def fetch_dirty_log(self) -> npt.NDArray[np.uint8]:
+        """Fetch and clear the log: packed bits, one a 4 KiB page."""
+
+
+WRITE_FEATURES = Feature.WP_ASYNC | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_UNPOPULATED
+MISSING_FEATURES = Feature.MISSING_SHMEM | Feature.MISSING_HUGETLBFS | Feature.THREAD_ID
+
+
+class GuestService:
+    """Answers an engine's calls for one guest.
+
+    Invariant: ``_missing`` is open exactly while some page may be missing; whoever closes it has
+    made sure that none is.
+    """
+
+    def __init__(self, guest: OwnedGuest) -> None:
+        self._guest = guest
+        self._lock = threading.Lock()
+        self._writes: Userfaultfd | None = None
+        self._missing: Userfaultfd | None = None
+        self._page_maps: list[int] = []
+
+    def handlers(self) -> dict[str, Handler]:
+        """The calls of the engine, by name."""
+        guest = self._guest
+        return {
+            "describe": self._describe,
+            "regions": self._regions,
+            "page_maps": self._page_map_descriptors,
+            "pause": guest.pause,
+            "resume": guest.resume,
+            "save_devices": lambda: encode_states(guest.save_devices()),
+            "load_devices": self._load_devices,
+            "give_up": lambda: guest.give_up("the destination runs it"),
+            "take_back": guest.take,
+            "watch_writes": self._watch_writes,
+            "unwatch_writes": self.unwatch_writes,
+            "watch_missing": self._watch_missing,
+            "unwatch_missing": self.unwatch_missing,
+            "kvm_dirty_log": self._kvm_dirty_log,
+        }
+
+    def _describe(self) -> dict[str, Any]:
+        return {
+            "machine": self._guest.machine_name,
+            "pid": os.getpid(),
+            "kvm": self._guest.accelerator_name == "kvm",
+            "vcpu_threads": [[t.index, t.thread_id] for t in self._guest.vcpu_threads()],
+        }
+
+    def _regions(self) -> tuple[list[dict[str, Any]], Descriptors]:
+        regions = self._guest.regions()
+        described = [
+            {name: getattr(region, name) for name in region.__slots__ if name != "fd"}
+            for region in regions
+        ]
+        return described, Descriptors(region.fd for region in regions)
+
+    def _page_map_descriptors(self) -> tuple[None, Descriptors]:
+        with self._lock:
+            if not self._page_maps:
+                self._page_maps = [
+                    page_map.create(region.size_bytes // region.page_size_bytes)
+                    for region in self._guest.regions()
+                ]
+            return None, Descriptors(self._page_maps)
+
+    def _load_devices(self, states: Sequence[Sequence[Any]]) -> None:
+        self._guest.load_devices(
+            [
+                DeviceState(name, instance, version, base64.b64decode(payload))
+                for name, instance, version, payload in states
+            ]
+        )
+
+    def _kvm_dirty_log(self, action: str) -> str:
+        if action == "start":
+            self._guest.start_dirty_log()
+        elif action == "stop":
+            self._guest.stop_dirty_log()
+        else:
+            return base64.b64encode(self._guest.fetch_dirty_log().tobytes()).decode()
+        return ""
+
+    # --- userfaultfds
+
+    def _watch_writes(self) -> None:
+        with self._lock:
+            if self._writes is None:
+                self._writes = self._watch(WRITE_FEATURES, RegisterMode.WP)
+
+    def unwatch_writes(self) -> None:
+        """Take the write-protection off, if it is on."""
+        with self._lock:
+            self._unwatch(self._writes)
+            self._writes = None
+
+    def _watch_missing(self) -> tuple[None, Descriptors]:
+        with self._lock:
+            if self._missing is None:
+                self._missing = self._watch(MISSING_FEATURES, RegisterMode.MISSING)
+            return None, Descriptors([self._missing.fd])
+
+    def unwatch_missing(self) -> None:
+        """Every page is in place: let go of the userfaultfd and of the page maps."""
+        with self._lock:
+            self._unwatch(self._missing)
+            self._missing = None
+            for fd in self._page_maps:
+                os.close(fd)
+            self._page_maps = []
+
+    def _watch(self, features: Feature, mode: RegisterMode) -> Userfaultfd:
+        watch = Userfaultfd.open(features)
+        try:
+            for region in self._guest.regions():
+                watch.register(region.host_address, region.size_bytes, mode)
+        except BaseException:
+            watch.close()
+            raise
+        return watch
+
+    def _unwatch(self, watch: Userfaultfd | None) -> None:
+        if watch is not None:
+            for region in self._guest.regions():
+                watch.unregister(region.host_address, region.size_bytes)
+            watch.close()
