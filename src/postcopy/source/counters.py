@@ -1,0 +1,111 @@
+"""The figures of one outgoing migration, and how they become QEMU's.
+
+Counted by the sending threads; each counter has one writer at a time (the sender's lock).  Readers may
+see a moment's mixture, which does not matter for figures that a person looks at.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from postcopy.statistics import Measured, MigrationInfo, RamStatistics
+from postcopy.status import Status
+
+_WINDOW_S = 0.1
+
+
+@dataclass
+class Counters:
+    """What has happened so far."""
+
+    total_bytes: int = 0
+    normal_pages: int = 0
+    zero_pages: int = 0
+    precopy_bytes: int = 0
+    downtime_bytes: int = 0
+    postcopy_bytes: int = 0
+    syncs: int = 0
+    requests: int = 0
+    dirty_pages_per_second: int = 0
+    page_bytes: int = 4096
+
+
+class Rate:
+    """Bytes a second over the last tenth of a second or more."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._since = clock()
+        self._bytes = 0
+        self.bytes_per_second = 0.0
+
+    def add(self, sent_bytes: int) -> None:
+        """Count bytes that went out."""
+        self._bytes += sent_bytes
+        elapsed = self._clock() - self._since
+        if elapsed >= _WINDOW_S or not self.bytes_per_second:
+            self.bytes_per_second = self._bytes / max(elapsed, 1e-6)
+        if elapsed >= _WINDOW_S:
+            self._since = self._clock()
+            self._bytes = 0
+
+
+class Clock:
+    """When the stages of the migration began, in monotonic seconds; 0 = not yet."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.set_up = 0.0
+        self.stopped = 0.0
+        self.handed_over = 0.0
+        self.confirmed = 0.0
+        self.ended = 0.0
+
+    def milliseconds(self, begin: float, end: float) -> int | None:
+        """The time between two stages, once both have been reached."""
+        return round((end - begin) * 1000) if begin and end else None
+
+    @property
+    def total_ms(self) -> int:
+        """The time since the start, or until the end."""
+        return round(((self.ended or time.monotonic()) - self.started) * 1000)
+
+
+def describe(
+    counters: Counters, rate: Rate, clock: Clock, status: Status, remaining_bytes: int
+) -> MigrationInfo:
+    """Put the figures together as ``query-migrate`` wants them."""
+    transferred = counters.precopy_bytes + counters.downtime_bytes + counters.postcopy_bytes
+    per_second = rate.bytes_per_second
+    if clock.ended:
+        per_second = transferred / max(clock.ended - clock.started, 1e-6)
+    ram = RamStatistics(
+        transferred=transferred,
+        remaining=remaining_bytes,
+        total=counters.total_bytes,
+        duplicate=counters.zero_pages,
+        normal=counters.normal_pages,
+        normal_bytes=counters.normal_pages * counters.page_bytes,
+        dirty_pages_rate=counters.dirty_pages_per_second,
+        mbps=per_second * 8 / 1e6,
+        dirty_sync_count=counters.syncs,
+        postcopy_requests=counters.requests,
+        page_size=counters.page_bytes,
+        pages_per_second=round(per_second / counters.page_bytes),
+        precopy_bytes=counters.precopy_bytes,
+        downtime_bytes=counters.downtime_bytes,
+        postcopy_bytes=counters.postcopy_bytes,
+    )
+    silence_us = None
+    if clock.stopped and clock.confirmed:
+        silence_us = round((clock.confirmed - clock.stopped) * 1e6)
+    expected = round(remaining_bytes / per_second * 1000) if per_second else 300
+    return MigrationInfo(
+        status=status,
+        ram=ram,
+        total_time_ms=clock.total_ms,
+        setup_time_ms=clock.milliseconds(clock.started, clock.set_up) or 0,
+        downtime_ms=clock.milliseconds(clock.stopped, clock.handed_over),
+        expected_downtime_ms=expected,
+        measured=Measured(guest_downtime_us=silence_us),
+    )

@@ -1,0 +1,93 @@
+"""The pages that the destination does not have as they are now.
+
+A page is *pending* if it was never sent, or is known to have been written since.  Writes that the
+tracker has not been asked about yet come on top; :meth:`DirtyPages.collect` adds them.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from postcopy.dirty.tracker import DirtyTracker
+from postcopy.memory.ram_block import RamBlock
+from postcopy.memory.runs import Mask
+
+CHUNK_BYTES = 64 << 20
+"""How much memory is protected, and then sent, at a time."""
+
+
+class BlockPages:
+    """The pages of one block, in pages of its own size.
+
+    Changed by the sending thread alone, or under the lock of the push once requests come in.
+    """
+
+    def __init__(self, block: RamBlock) -> None:
+        self.block = block
+        self.pending: Mask = np.ones(block.page_count, np.bool_)
+        self.resident: Mask = np.ones(block.page_count, np.bool_)
+        """Pages that may hold something; the others have no memory behind them and are zero."""
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """First and end page of each chunk."""
+        step = max(1, CHUNK_BYTES // self.block.page_size_bytes)
+        for start in range(0, self.block.page_count, step):
+            yield start, min(start + step, self.block.page_count)
+
+
+class DirtyPages:
+    """What is still to send, over all blocks."""
+
+    def __init__(self, blocks: list[RamBlock], tracker: DirtyTracker) -> None:
+        self._tracker = tracker
+        self.blocks = [BlockPages(block) for block in blocks]
+        self.syncs = 0
+        self._expected_bytes = 0  # that the chunks still to come in this round will add
+
+    def start(self) -> None:
+        """Begin to track; every page is pending."""
+        self._tracker.start()
+        # After tracking has begun: memory that comes to be behind a page later counts as written.
+        for pages in self.blocks:
+            pages.resident = pages.block.resident()
+
+    def collect(self, pages: BlockPages, start: int, end: int) -> None:
+        """Protect a chunk and add what was written in it."""
+        written = self._tracker.collect(pages.block, start, end, protect=True)
+        found_bytes = int(np.count_nonzero(written)) * pages.block.page_size_bytes
+        self._expected_bytes = max(0, self._expected_bytes - found_bytes)
+        pages.pending[start:end] |= written
+        pages.resident[start:end] |= written
+
+    def estimate_bytes(self) -> int:
+        """Bytes that would be left to send if the guest stopped now; protects nothing."""
+        self.syncs += 1
+        self._expected_bytes = sum(self._count(pages, add=False) for pages in self.blocks)
+        return self._expected_bytes
+
+    def collect_all(self) -> int:
+        """Add every write of a guest that has stopped; return the bytes left to send."""
+        self.syncs += 1
+        self._expected_bytes = 0
+        return sum(self._count(pages, add=True) for pages in self.blocks)
+
+    @property
+    def remaining_bytes(self) -> int:
+        """Bytes left as far as is known without asking the tracker."""
+        return self._expected_bytes + sum(
+            int(np.count_nonzero(pages.pending)) * pages.block.page_size_bytes
+            for pages in self.blocks
+        )
+
+    def stop(self) -> None:
+        """Stop tracking."""
+        self._tracker.stop()
+
+    def _count(self, pages: BlockPages, *, add: bool) -> int:
+        block = pages.block
+        written = self._tracker.collect(block, 0, block.page_count, protect=False)
+        if add:
+            pages.pending |= written
+            pages.resident |= written
+            return int(np.count_nonzero(pages.pending)) * block.page_size_bytes
+        return int(np.count_nonzero(pages.pending | written)) * block.page_size_bytes

@@ -1,0 +1,108 @@
+"""Puts pages on the wire: finds the zero ones, stages the others, and keeps to the bandwidth limit."""
+
+import threading
+
+import numpy as np
+
+from postcopy.channel.channel import Channel
+from postcopy.channel.rate_limit import RateLimiter
+from postcopy.memory.ram_block import TARGET_PAGE_BYTES
+from postcopy.memory.runs import Indices, Mask
+from postcopy.memory.zero_pages import zero_pages
+from postcopy.source.counters import Counters, Rate
+from postcopy.source.dirty_pages import BlockPages
+from postcopy.stream.encoder import RamPart
+from postcopy.stream.numbers import SectionType
+from postcopy.stream.ram_encoder import PageEncoder
+from postcopy.stream.records import Offsets
+
+BATCH_PAGES = 256
+"""Target pages sent in one go: a mebibyte."""
+
+RAM_SECTION_ID = 2
+"""As QEMU's own machines have it; 0 is taken for "never seen" by its reader."""
+
+
+class PageSender:
+    """Sends the pages of one channel; one thread at a time.
+
+    :param limiter: shared with whoever else sends under the same limit.
+    """
+
+    def __init__(self, channel: Channel, limiter: RateLimiter, counters: Counters) -> None:
+        self._channel = channel
+        self._limiter = limiter
+        self._counters = counters
+        self._encoder = PageEncoder(BATCH_PAGES)
+        self._part = RamPart(RAM_SECTION_ID)
+        self._unpaced_bytes = 0
+        self._counted_bytes = channel.sent_bytes
+        self.rate = Rate()
+        self.phase = "precopy_bytes"
+
+    def send(self, pages: BlockPages, batch: Indices, behind: bytes = b"") -> None:
+        """Send these pages of a block, as one PART section.
+
+        :param batch: pages of the block's own size.
+        :param behind: a command to send behind them in the same call.
+        """
+        per_page = pages.block.target_pages_per_page
+        if per_page == 1:
+            self._send_target(pages, batch, pages.resident[batch], behind)
+            return
+        for page in batch.tolist():
+            target = np.arange(page * per_page, (page + 1) * per_page)
+            resident = np.full(per_page, pages.resident[page])
+            for first in range(0, per_page, BATCH_PAGES):
+                part = slice(first, first + BATCH_PAGES)
+                self._send_target(pages, target[part], resident[part], b"")
+        if behind:
+            self._channel.send(behind)
+
+    def pace(self, interrupt: threading.Event) -> None:
+        """Sleep as long as the bandwidth limit wants it, unless interrupted."""
+        spent, self._unpaced_bytes = self._unpaced_bytes, 0
+        self._limiter.wait(spent, interrupt)
+        self.count()
+
+    def end_of_ram(self) -> bytes:
+        """Return RAM's END section."""
+        return RamPart(RAM_SECTION_ID, SectionType.END).around()
+
+    def count(self) -> None:
+        """Bring the counters up to what the channel has sent."""
+        sent = self._channel.sent_bytes - self._counted_bytes
+        self._counted_bytes += sent
+        self.rate.add(sent)
+        setattr(self._counters, self.phase, getattr(self._counters, self.phase) + sent)
+
+    def _send_target(
+        self,
+        pages: BlockPages,
+        target: Indices,
+        resident: Mask,
+        behind: bytes,
+    ) -> None:
+        block = pages.block
+        empty = ~resident
+        present = target[resident]
+        if len(present):
+            empty[resident] = zero_pages(block.pages, present)
+        buffers: list[bytes | memoryview] = [self._part.head]
+        # Zero pages first, so that a block's name is said by whichever comes first; but a huge page
+        # must come in the order of its pieces, whatever they hold.
+        full = target if block.target_pages_per_page > 1 and not empty.all() else target[~empty]
+        zeros = target[empty] if len(full) < len(target) else target[:0]
+        if len(zeros):
+            buffers.append(self._encoder.zeros(block.name, _offsets(zeros)))
+        if len(full):
+            buffers.append(self._encoder.pages(block.name, _offsets(full), block.pages))
+        buffers += [self._part.tail, behind]
+        self._channel.send_many(buffers)
+        self._unpaced_bytes += sum(len(buffer) for buffer in buffers)
+        self._counters.normal_pages += len(full)
+        self._counters.zero_pages += len(zeros)
+
+
+def _offsets(target: Indices) -> Offsets:
+    return target.astype(np.uint64) * np.uint64(TARGET_PAGE_BYTES)

@@ -1,0 +1,102 @@
+"""After switchover: bring the pages that the destination lacks.
+
+Two threads send.  ``source`` pushes what is pending, from the page last asked for onwards; the thread
+``return-path`` sends what a vCPU waits for, at once and past the bandwidth limit.  They share the
+sender's lock; an urgent page gets it before the next batch of the push.
+"""
+
+import threading
+
+import numpy as np
+
+from postcopy.memory.runs import Indices, next_set
+from postcopy.source.counters import Counters
+from postcopy.source.dirty_pages import BlockPages, DirtyPages
+from postcopy.source.flight_window import FlightWindow
+from postcopy.source.page_sender import PageSender
+from postcopy.stream.commands import encode_command
+from postcopy.stream.records import Ping
+
+PUSH_BYTES = 128 << 10
+"""A batch of the push: what an urgent page may find itself behind in the sender."""
+
+WINDOW_BYTES = 512 << 10
+"""What it may find itself behind on the wire; see docs/decisions."""
+
+
+class PostcopyPush:
+    """The pages of one migration after switchover.
+
+    Invariant, under ``_lock``: a page that is not pending has been handed to the channel, once.
+    """
+
+    def __init__(
+        self, dirty: DirtyPages, sender: PageSender, counters: Counters, interrupt: threading.Event
+    ) -> None:
+        self._dirty = dirty
+        self._sender = sender
+        self._counters = counters
+        self._interrupt = interrupt
+        self._by_name = {pages.block.name: pages for pages in dirty.blocks}
+        self._lock = threading.Lock()
+        self._urgent_done = threading.Condition()
+        self._urgent = 0
+        self._position: tuple[int, int] = (0, 0)  # number of a block, page there
+        self.window = FlightWindow(WINDOW_BYTES)
+
+    def run(self) -> None:
+        """Push until nothing is pending."""
+        while True:
+            with self._lock:
+                batch = self._next_batch()
+                if batch is None:
+                    return
+                self._send(*batch)
+            self._let_urgent_by()
+            self.window.wait()
+            self._sender.pace(self._interrupt)
+
+    def serve(self, name: str, start_bytes: int, length_bytes: int) -> None:
+        """Send the pages of one request, unless they are on their way already."""
+        with self._urgent_done:
+            self._urgent += 1
+        try:
+            with self._lock:
+                self._counters.requests += 1
+                pages = self._by_name[name]
+                size = pages.block.page_size_bytes
+                first, end = start_bytes // size, -(-(start_bytes + length_bytes) // size)
+                wanted = np.flatnonzero(pages.pending[first:end]) + first
+                if len(wanted):
+                    pages.pending[wanted] = False
+                    self._sender.send(pages, wanted)
+                    self._position = (self._dirty.blocks.index(pages), end)
+        finally:
+            with self._urgent_done:
+                self._urgent -= 1
+                self._urgent_done.notify_all()
+
+    def _let_urgent_by(self) -> None:
+        """A lock is not fair: without this, the push would take it back before anybody else."""
+        with self._urgent_done:
+            self._urgent_done.wait_for(lambda: not self._urgent)
+
+    def _send(self, pages: BlockPages, batch: Indices) -> None:
+        pages.pending[batch] = False
+        sent_bytes = len(batch) * pages.block.page_size_bytes
+        self._sender.send(pages, batch, behind=encode_command(Ping(self.window.sent(sent_bytes))))
+
+    def _next_batch(
+        self,
+    ) -> tuple[BlockPages, Indices] | None:
+        number, page = self._position
+        count = len(self._dirty.blocks)
+        # Once round all blocks, and once more over the part of the first that was skipped.
+        for step in range(count + 1):
+            pages = self._dirty.blocks[(number + step) % count]
+            limit = max(1, PUSH_BYTES // pages.block.page_size_bytes)
+            batch = next_set(pages.pending, page if step == 0 else 0, limit)
+            if len(batch):
+                self._position = ((number + step) % count, int(batch[-1]) + 1)
+                return pages, batch
+        return None

@@ -1,0 +1,103 @@
+"""Send the memory of a guest that goes on writing to it.
+
+A round goes once through all memory, chunk by chunk: protect a chunk, then send what is pending in it.
+At the end of a round the tracker is asked how much was written meanwhile.  Rounds end when the rest
+could be sent within the downtime that the user allows, or when the user asks for postcopy.
+
+The decisive figure is looked at between rounds only: within a round it says little, since the chunks
+that have had their turn are being written again while the others shrink.
+"""
+
+import enum
+import time
+from collections.abc import Callable
+
+from postcopy.memory.runs import next_set
+from postcopy.parameters import Parameters
+from postcopy.source.counters import Counters
+from postcopy.source.dirty_pages import BlockPages, DirtyPages
+from postcopy.source.orders import Orders
+from postcopy.source.page_sender import BATCH_PAGES, PageSender
+
+
+class Outcome(enum.Enum):
+    """Why the rounds ended."""
+
+    SMALL_ENOUGH = enum.auto()
+    POSTCOPY = enum.auto()
+    CANCELLED = enum.auto()
+
+
+class Precopy:
+    """The rounds of one migration.
+
+    :param parameters: read anew each time, since the user may change them meanwhile.
+    :param on_pass: told of each beginning round, by its number.
+    """
+
+    def __init__(
+        self,
+        dirty: DirtyPages,
+        sender: PageSender,
+        counters: Counters,
+        orders: Orders,
+        parameters: Callable[[], Parameters],
+        on_pass: Callable[[int], None],
+    ) -> None:
+        self._dirty = dirty
+        self._sender = sender
+        self._counters = counters
+        self._orders = orders
+        self._parameters = parameters
+        self._on_pass = on_pass
+
+    def run(self) -> Outcome:
+        """Send round after round until there is a reason to stop."""
+        self._dirty.syncs = 1  # tracking begins with everything dirty: QEMU counts that as well
+        while True:
+            self._counters.syncs = self._dirty.syncs
+            self._on_pass(self._dirty.syncs)
+            began = time.monotonic()
+            outcome = self._round()
+            if outcome is not None:
+                return outcome
+            left_bytes = self._dirty.estimate_bytes()
+            self._note_dirty_rate(left_bytes, time.monotonic() - began)
+            if left_bytes <= self._affordable_bytes():
+                return Outcome.SMALL_ENOUGH
+
+    def _round(self) -> Outcome | None:
+        for pages in self._dirty.blocks:
+            for start, end in pages.chunks():
+                if (outcome := self._interrupted()) is not None:
+                    return outcome
+                self._dirty.collect(pages, start, end)
+                outcome = self._send(pages, start, end)
+                if outcome is not None:
+                    return outcome
+        return None
+
+    def _send(self, pages: BlockPages, start: int, end: int) -> Outcome | None:
+        while len(batch := next_set(pages.pending[:end], start, BATCH_PAGES)):
+            if (outcome := self._interrupted()) is not None:
+                return outcome
+            pages.pending[batch] = False
+            self._sender.send(pages, batch)
+            self._sender.pace(self._orders.interrupt)
+            start = int(batch[-1]) + 1
+        return None
+
+    def _interrupted(self) -> Outcome | None:
+        self._orders.interrupt.clear()
+        if self._orders.cancelled:
+            return Outcome.CANCELLED
+        return Outcome.POSTCOPY if self._orders.postcopy_wanted else None
+
+    def _affordable_bytes(self) -> float:
+        parameters = self._parameters()
+        bandwidth = parameters.avail_switchover_bandwidth or self._sender.rate.bytes_per_second
+        return bandwidth * parameters.downtime_limit / 1000
+
+    def _note_dirty_rate(self, left_bytes: int, elapsed_s: float) -> None:
+        pages = left_bytes / self._counters.page_bytes
+        self._counters.dirty_pages_per_second = round(pages / max(elapsed_s, 1e-3))

@@ -1,0 +1,116 @@
+"""What the destination says: the thread ``return-path`` reads it.
+
+Page requests are served from this very thread, so that no hand-over between threads stands between a
+vCPU that waits and its page.
+"""
+
+import threading
+from collections.abc import Callable
+
+from postcopy.channel.channel import Channel
+from postcopy.errors import ChannelBroken, PostcopyError, StreamError
+from postcopy.stream.identity import is_ours
+from postcopy.stream.records import Pong, RequestPages, ResumeAck, Shut
+from postcopy.stream.return_path import ReturnPathDecoder
+
+_READ_BYTES = 1 << 16
+
+
+class ReturnPath:
+    """The answers of one destination.
+
+    :param serve: sends pages that are asked for: block, start and length in bytes.
+    :param on_pong: told of every pong.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        decoder: ReturnPathDecoder,
+        serve: Callable[[str, int, int], None],
+        on_pong: Callable[[int], None],
+    ) -> None:
+        self._channel = channel
+        self._decoder = decoder
+        self._serve = serve
+        self._on_pong = on_pong
+        self._changed = threading.Condition()
+        # Under `_changed`: what has been said so far, and why nothing more will come.
+        self._pongs: set[int] = set()
+        self._shut: int | None = None
+        self._end: PostcopyError | None = None
+        self.peer_is_ours = False
+
+    def start(self) -> None:
+        """Begin to listen."""
+        threading.Thread(target=self.run, name="return-path", daemon=True).start()
+
+    def run(self) -> None:
+        """Take messages until the destination has had its last word, or the channel breaks."""
+        view = memoryview(bytearray(_READ_BYTES))
+        try:
+            while self._shut is None and (count := self._channel.receive_into(view)):
+                self._decoder.feed(view[:count])
+                while (message := self._decoder.next_message()) is not None:
+                    self._take(message)
+            end: PostcopyError = ChannelBroken(f"{self._channel.description} closed the connection")
+        except PostcopyError as error:
+            end = error
+        with self._changed:
+            self._end = end
+            self._changed.notify_all()
+        if self._shut is None:
+            self._channel.shutdown()  # wake a sender that waits for a peer who is gone
+
+    def wait_pong(self, value: int) -> None:
+        """Wait until the destination has come to our ping ``value``.
+
+        :raises ChannelBroken: it never will; StreamError: it says that it failed.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: value in self._pongs or self._over)
+            if value not in self._pongs:
+                raise self._reason()
+
+    def wait_shut(self) -> None:
+        """Wait for the destination's last word.
+
+        :raises StreamError: it says that the guest has not arrived.
+        :raises ChannelBroken: it says nothing any more.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._over)
+            if self._shut != 0:
+                raise self._reason()
+
+    @property
+    def refused(self) -> bool:
+        """Whether the destination has said that it did not take the guest."""
+        return bool(self._shut)
+
+    @property
+    def _over(self) -> bool:
+        return self._shut is not None or self._end is not None
+
+    def _reason(self) -> PostcopyError:
+        if self._shut:
+            return StreamError("the destination could not take the guest; its own error says why")
+        return self._end or ChannelBroken("the return path has ended")
+
+    def _take(self, message: object) -> None:
+        if isinstance(message, RequestPages):
+            assert message.block is not None  # the decoder has filled it in
+            self._serve(message.block, message.start, message.length_bytes)
+        elif isinstance(message, Pong):
+            self.peer_is_ours |= is_ours(message.value)
+            self._on_pong(message.value)
+            with self._changed:
+                self._pongs.add(message.value)
+                self._changed.notify_all()
+        elif isinstance(message, Shut):
+            with self._changed:
+                self._shut = message.value
+                self._changed.notify_all()
+        elif isinstance(message, ResumeAck):
+            with self._changed:
+                self._changed.notify_all()

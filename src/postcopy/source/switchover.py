@@ -1,0 +1,187 @@
+"""The moment in which the guest changes sides.
+
+Ownership: until :meth:`Switchover._commit` has been called the guest is ours, and any failure lets it
+run on here.  From then on only the destination's own word that it does not run the guest
+(``SHUT`` with an error) or the certainty that it never got the last byte gives it back.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from postcopy.channel.channel import Channel
+from postcopy.errors import ChannelBroken, MigrationCancelled
+from postcopy.guest import DeviceState
+from postcopy.link.guest_proxy import GuestProxy
+from postcopy.memory.runs import next_set, runs
+from postcopy.parameters import Capabilities, Capability
+from postcopy.source.counters import Clock, Counters
+from postcopy.source.dirty_pages import DirtyPages
+from postcopy.source.orders import Orders
+from postcopy.source.page_sender import BATCH_PAGES, PageSender
+from postcopy.source.return_path import ReturnPath
+from postcopy.status import Progress, Status
+from postcopy.stream import encoder
+from postcopy.stream.commands import DISCARD_VERSION, command, encode_command
+from postcopy.stream.configuration import encode_name
+from postcopy.stream.numbers import Command
+from postcopy.stream.records import (
+    DeviceSection,
+    Package,
+    Ping,
+    PostcopyListen,
+    PostcopyRun,
+    SwitchoverStart,
+)
+
+OURS_ONLY = frozenset({"serial"})
+"""Device sections that a real QEMU does not know."""
+
+FIRST_DEVICE_ID = 10
+_RANGES_PER_COMMAND = 4000  # 64 KiB, less the name
+LAST_PING = 5
+PACKAGE_PING = 3
+
+
+class Switchover:
+    """Stops the guest and hands it over, by precopy or by postcopy."""
+
+    def __init__(
+        self,
+        guest: GuestProxy,
+        channel: Channel,
+        return_path: ReturnPath | None,
+        dirty: DirtyPages,
+        sender: PageSender,
+        orders: Orders,
+        progress: Progress,
+        capabilities: Capabilities,
+        counters: Counters,
+        clock: Clock,
+        describe: Callable[[Sequence[DeviceState]], str],
+    ) -> None:
+        self._guest = guest
+        self._channel = channel
+        self._return_path = return_path
+        self._dirty = dirty
+        self._sender = sender
+        self._orders = orders
+        self._progress = progress
+        self._capabilities = capabilities
+        self._counters = counters
+        self._clock = clock
+        self._describe = describe
+        self.stopped = False
+        self.committed = False
+
+    def stop_guest(self) -> None:
+        """Stop the vCPUs and find out what is left to send."""
+        self._clock.stopped = time.monotonic()
+        self.stopped = True
+        self._guest.pause()
+        if self._capabilities.enabled(Capability.PAUSE_BEFORE_SWITCHOVER):
+            self._progress.move(Status.PRE_SWITCHOVER)
+            self._orders.wait_to_proceed()
+            self._check_cancelled()
+        self._progress.move(Status.DEVICE)
+        self._dirty.collect_all()
+        self._counters.syncs = self._dirty.syncs
+
+    def complete_precopy(self) -> None:
+        """Send the rest while the guest stands still, and hand it over."""
+        self._channel.send(encode_command(SwitchoverStart()))
+        for pages in self._dirty.blocks:
+            start = 0
+            while len(batch := next_set(pages.pending, start, BATCH_PAGES)):
+                self._check_cancelled()
+                pages.pending[batch] = False
+                self._sender.send(pages, batch)
+                start = int(batch[-1]) + 1
+        states = self._devices()
+        self._channel.send_many([self._sender.end_of_ram(), _sections(states)])
+        if self._return_path is not None:
+            # Before the last byte: only when it answers has the destination taken all that it needs.
+            self._channel.send(encode_command(Ping(LAST_PING)))
+            self._return_path.wait_pong(LAST_PING)
+        self._check_cancelled()
+        self._commit()
+        self._channel.send(encoder.end_of_stream())
+        self._clock.handed_over = time.monotonic()
+        self._channel.send(encoder.description(self._describe(states)))
+        if self._return_path is not None:
+            self._return_path.wait_shut()
+        self._clock.confirmed = time.monotonic()
+
+    def start_postcopy(self) -> None:
+        """Say what the destination must forget, and hand the guest over without it."""
+        self._channel.send(encode_command(SwitchoverStart()))
+        self._send_discards()
+        states = self._devices()
+        self._check_cancelled()
+        package = encode_command(
+            Package(
+                encode_command(PostcopyListen())
+                + _sections(states)
+                + encode_command(Ping(PACKAGE_PING))
+                + encode_command(PostcopyRun())
+            )
+        )
+        self._commit()
+        try:
+            # RUN is the last byte of it: a send that fails has not delivered it.
+            self._channel.send_many([encode_command(Ping(2)), package])
+        except ChannelBroken:
+            self.committed = False
+            raise
+        self._clock.handed_over = time.monotonic()
+        self._channel.send(encode_command(Ping(4)))
+
+    def _commit(self) -> None:
+        self._guest.give_up()
+        self.committed = True
+
+    def _devices(self) -> list[DeviceState]:
+        states = self._guest.save_devices()
+        if self._return_path is not None and not self._return_path.peer_is_ours:
+            states = [state for state in states if state.name not in OURS_ONLY]
+        return list(states)
+
+    def _send_discards(self) -> None:
+        if not any(pages.pending.any() for pages in self._dirty.blocks):
+            # QEMU 10 never leaves its discard state when it gets no discard at all.
+            self._dirty.blocks[0].pending[0] = True
+        for pages in self._dirty.blocks:
+            ranges = runs(pages.pending) * np.int64(pages.block.page_size_bytes)
+            ranges[:, 1] -= ranges[:, 0]
+            self._channel.send_many(_discards(pages.block.name, ranges))
+
+    def _check_cancelled(self) -> None:
+        if self._orders.cancelled:
+            raise MigrationCancelled("cancelled by the user")
+
+
+def _sections(states: Sequence[DeviceState]) -> bytes:
+    """Write the FULL sections of all devices."""
+    return b"".join(
+        encoder.device_section(
+            DeviceSection(number, state.name, state.instance, state.version, state.payload)
+        )
+        for number, state in enumerate(states, FIRST_DEVICE_ID)
+    )
+
+
+def _discards(name: str, ranges: npt.NDArray[np.int64]) -> list[bytes]:
+    """Write the commands that make the destination forget ranges of a block.
+
+    :param ranges: start and length in bytes, shape ``(n, 2)``; there may be many.
+    """
+    head = bytes((DISCARD_VERSION,)) + encode_name(name) + b"\0"
+    return [
+        command(
+            Command.POSTCOPY_RAM_DISCARD,
+            head + ranges[first : first + _RANGES_PER_COMMAND].astype(">u8").tobytes(),
+        )
+        for first in range(0, len(ranges), _RANGES_PER_COMMAND)
+    ]
