@@ -1,0 +1,77 @@
+"""The destination's memory before and at switchover: taking it early, and emptying what must come again."""
+
+import threading
+from collections.abc import Sequence
+
+from postcopy.errors import KernelError
+from postcopy.memory.runs import runs
+from postcopy.paging.ram import PagedRam
+
+_STEP_BYTES = 32 << 20
+
+
+class Populating:
+    """Take memory from the kernel in the background while nobody has called yet.
+
+    The first touch of a page costs more than carrying it (``docs/decisions``), so it is done while
+    the destination waits.  Nothing depends on it: it stops as soon as it is told to, and when memory
+    is short it does nothing.
+    """
+
+    def __init__(self, ram: PagedRam, budget_bytes: int) -> None:
+        self._ram = ram
+        self._budget_bytes = budget_bytes
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="populate", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the step at hand, and wait for that."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        left = self._budget_bytes
+        for paged in self._ram:
+            for offset in range(0, paged.block.size_bytes, _STEP_BYTES):
+                length = min(_STEP_BYTES, paged.block.size_bytes - offset)
+                left -= length
+                if self._stopped.is_set() or left < 0:
+                    return
+                try:
+                    paged.block.populate(offset, length)
+                except KernelError:
+                    return  # no memory to spare: pages are taken as they come
+
+
+def memory_to_spare_bytes() -> int:
+    """How much memory may be taken early: half of what the host has left."""
+    with open("/proc/meminfo") as lines:  # noqa: PTH123 - not a file anybody edits
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024 // 2
+    return 0
+
+
+def discard(ram: PagedRam, name: str, ranges: Sequence[tuple[int, int]]) -> None:
+    """Empty ranges of a block: the source will send these pages again.
+
+    :param ranges: start and length, in bytes, of whole pages of the block.
+    """
+    paged = ram[name]
+    size = paged.block.page_size_bytes
+    for start, length in ranges:
+        first, end = start // size, (start + length) // size
+        paged.pages.forget(first, end)
+        paged.block.discard(first, end)
+
+
+def empty_missing(ram: PagedRam) -> None:
+    """Empty every page that has not been received, so that a touch of it is a missing fault."""
+    for paged in ram:
+        for first, end in runs(paged.pages.missing()).tolist():
+            paged.block.discard(first, end)

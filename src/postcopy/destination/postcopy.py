@@ -1,0 +1,161 @@
+"""Postcopy at the destination: the memory goes under userfaultfd, the devices load, the guest runs.
+
+The package is taken apart in two steps.  What must be done before another page may be placed
+(emptying what is missing, starting the pager) happens at once, on the thread that reads the main
+channel.  Then the thread ``package`` loads the devices and runs the guest, while the first goes on
+reading: a device that touches a missing page waits for that very thread.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+
+from postcopy.destination.incoming_ram import empty_missing
+from postcopy.destination.return_path import ReturnPath
+from postcopy.errors import PostcopyError, StreamError
+from postcopy.guest import DeviceState
+from postcopy.kernel.userfaultfd import Userfaultfd
+from postcopy.link.guest_proxy import GuestProxy
+from postcopy.paging.blocktime import Blocktime
+from postcopy.paging.pager import Pager
+from postcopy.paging.ram import PagedRam
+from postcopy.parameters import Capabilities, Capability
+from postcopy.statistics import Measured, MigrationInfo
+from postcopy.status import Progress, Status
+from postcopy.stream import records
+from postcopy.stream.decoder import Decoder
+
+
+class Postcopy:
+    """From LISTEN to the last page.
+
+    :param on_failure: called when the package could not be loaded, to wake the main channel's reader.
+    """
+
+    def __init__(
+        self,
+        guest: GuestProxy,
+        ram: PagedRam,
+        blocktime: Blocktime,
+        return_path: ReturnPath,
+        progress: Progress,
+        on_failure: Callable[[], None],
+    ) -> None:
+        self._guest = guest
+        self._on_failure = on_failure
+        self._ram = ram
+        self._blocktime = blocktime
+        self._return_path = return_path
+        self._progress = progress
+        self._userfaultfd: Userfaultfd | None = None
+        self._pager: Pager | None = None
+        self._pager_thread: threading.Thread | None = None
+        self._package_thread: threading.Thread | None = None
+        self.failure: PostcopyError | None = None
+        self.listening = False
+
+    def prepare(self) -> None:
+        """Register the memory (ADVISE): if this host cannot do postcopy, it is said now."""
+        self._userfaultfd = self._guest.watch_missing()
+
+    def take_package(self, decoder: Decoder, data: bytes) -> Userfaultfd:
+        """Listen, and begin to load what the package holds.
+
+        :return: what pages are to be placed through from now on.
+        """
+        decoder.feed(data)
+        if not isinstance(decoder.next_record(), records.PostcopyListen):
+            raise StreamError("the package does not begin with POSTCOPY_LISTEN")
+        if self._userfaultfd is None or not self._return_path.is_open or self.listening:
+            raise StreamError("CMD_POSTCOPY_LISTEN in wrong postcopy state")
+        empty_missing(self._ram)
+        self._pager = Pager(
+            self._userfaultfd, self._ram, self._blocktime, self._return_path.request
+        )
+        self._pager_thread = _start("pager", self._pager.run)
+        self.listening = True
+        self._package_thread = _start("package", lambda: self._load(decoder))
+        return self._userfaultfd
+
+    def finish(self) -> None:
+        """All pages have been sent: take the memory from under userfaultfd.
+
+        What was never sent was zero at the source; its memory has been emptied, so it reads as zeros.
+
+        :raises PostcopyError: the package could not be loaded.
+        """
+        assert self._package_thread is not None
+        self._package_thread.join()
+        if self.failure is not None:
+            raise self.failure
+        self._guest.unwatch_missing()
+        self.close()
+
+    def close(self) -> None:
+        """Stop the pager and let go of the userfaultfd."""
+        if self._pager is not None and self._pager_thread is not None:
+            self._pager.stop()
+            self._pager_thread.join()
+            self._pager = None
+        if self._userfaultfd is not None:
+            self._userfaultfd.close()
+            self._userfaultfd = None
+
+    def info(self, status: Status, capabilities: Capabilities) -> MigrationInfo:
+        """What ``query-migrate`` says at the destination."""
+        info = MigrationInfo(status=status, incoming=True)
+        if not capabilities.enabled(Capability.POSTCOPY_BLOCKTIME):
+            return info
+        report = self._blocktime.report()
+        measured = Measured(
+            blocktime_us=report.vcpu_us,
+            overlapped_blocktime_us=report.overlapped_us,
+            fault_latency_p50_us=round(report.p50_us),
+            fault_latency_p99_us=round(report.p99_us),
+            fault_latency_max_us=round(report.max_us),
+        )
+        return replace(
+            info,
+            postcopy_blocktime_ms=report.overlapped_us // 1000,
+            postcopy_vcpu_blocktime_ms=tuple(us // 1000 for us in report.vcpu_us),
+            postcopy_latency_ns=report.mean_ns,
+            postcopy_non_vcpu_latency_ns=report.others_mean_ns,
+            postcopy_vcpu_latency_ns=report.vcpu_mean_ns,
+            postcopy_latency_dist=report.distribution,
+            measured=measured,
+        )
+
+    # --- the thread "package"
+
+    def _load(self, decoder: Decoder) -> None:
+        try:
+            self._load_package(decoder)
+        except PostcopyError as error:
+            self.failure = error
+            self._on_failure()
+
+    def _load_package(self, decoder: Decoder) -> None:
+        devices: list[DeviceState] = []
+        while not isinstance(record := decoder.next_record(), records.PostcopyRun):
+            if record is None:
+                decoder.finish()
+                raise StreamError("the package ends without POSTCOPY_RUN")
+            if isinstance(record, records.DeviceSection):
+                devices.append(
+                    DeviceState(record.name, record.instance, record.version, record.payload)
+                )
+            elif isinstance(record, records.Ping):
+                # The pong says that the device state was accepted.
+                self._guest.load_devices(devices)
+                devices = []
+                self._return_path.pong(record.value)
+        if devices:
+            self._guest.load_devices(devices)
+        self._progress.move(Status.POSTCOPY_ACTIVE)
+        self._guest.resume()
+
+
+def _start(name: str, run: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    return thread

@@ -1,0 +1,70 @@
+"""What the destination says back: pongs, page requests, the verdict.
+
+Shared by the loader (pongs), the pager (requests) and the thread that loads the package; one lock
+keeps their messages whole and the "same block as last time" of requests true.
+"""
+
+import threading
+from collections.abc import Sequence
+
+from postcopy.channel.channel import Channel
+from postcopy.memory.ram_block import RamBlock
+from postcopy.stream import return_path as wire
+from postcopy.stream.identity import answer
+from postcopy.stream.records import Pong, RequestPages, ResumeAck, Shut
+
+
+class ReturnPath:
+    """The way back to the source, over the main channel's socket; closed until it is opened."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._channel: Channel | None = None
+        self._last_block: str | None = None
+
+    def open(self, channel: Channel) -> None:
+        """Use this channel from now on; block names have to be said afresh."""
+        with self._lock:
+            self._channel = channel
+            self._last_block = None
+
+    def close(self) -> None:
+        """Say nothing more."""
+        with self._lock:
+            self._channel = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the source has opened it."""
+        return self._channel is not None
+
+    def pong(self, value: int) -> None:
+        """Answer a ping.  The one ping by which two of us recognise each other comes back inverted."""
+        self._send(wire.encode_message(Pong(answer(value))))
+
+    def shut(self, *, failed: bool) -> None:
+        """Say, as the last thing, whether the guest has arrived."""
+        self._send(wire.encode_message(Shut(1 if failed else 0)))
+
+    def resume_ack(self) -> None:
+        """Say that the recovery may go on."""
+        self._send(wire.encode_message(ResumeAck(1)))
+
+    def request(self, wanted: Sequence[tuple[RamBlock, int]]) -> None:
+        """Ask for pages, all in one write."""
+        with self._lock:
+            if self._channel is None:
+                return  # paused: everything requested is asked for again after recovery
+            data = b"".join(self._request(block, page) for block, page in wanted)
+            self._channel.send(data)
+
+    def _request(self, block: RamBlock, page: int) -> bytes:
+        name = None if block.name == self._last_block else block.name
+        self._last_block = block.name
+        size = block.page_size_bytes
+        return wire.encode_message(RequestPages(name, page * size, size))
+
+    def _send(self, data: bytes) -> None:
+        with self._lock:
+            if self._channel is not None:
+                self._channel.send(data)
