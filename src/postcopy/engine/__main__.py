@@ -1,0 +1,25 @@
+"""``python -m postcopy.engine --link FD``: started by a guest's process, never by hand."""
+
+import argparse
+import gc
+import socket
+import sys
+
+from postcopy.engine.service import EngineService
+
+_SWITCH_INTERVAL_S = 0.0005
+"""How long one thread of the engine may keep the others from running: a page may be waited for."""
+
+
+def main() -> None:
+    """Serve one guest's process until it closes the link."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--link", type=int, required=True, help="descriptor of the Unix socket")
+    arguments = parser.parse_args()
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    gc.freeze()  # what importing has made lives as long as the process
+    EngineService(socket.socket(fileno=arguments.link)).run()
+
+
+if __name__ == "__main__":
+    main()
