@@ -1,5 +1,6 @@
 """Streams for tests: a small layout, sections whose format is known, and all records as bytes."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -71,33 +72,31 @@ class Writer:
     def __init__(self) -> None:
         self.pages = PageEncoder()
         self.section_id = SECTION
+        self._writers = {
+            Configuration: stream_start,
+            RamSetup: self._setup,
+            RamBody: lambda record: RamPart(self.section_id, record.kind).head,
+            RamBodyEnd: lambda record: RamPart(self.section_id, record.kind).tail,
+            Pages: self._pages,
+            ZeroPages: lambda record: self.pages.zeros(record.block, record.offsets),
+            DeviceSection: device_section,
+            EndOfStream: lambda _: end_of_stream(),
+            Description: lambda record: description(record.text),
+        }
 
     def write(self, records: Iterable[Record]) -> bytes:
         return b"".join(map(self.one, records))
 
     def one(self, record: Record) -> bytes:
-        match record:
-            case Configuration():
-                return stream_start(record)
-            case RamSetup():
-                self.section_id = record.section_id
-                return ram_setup(record, postcopy=False)
-            case RamBody():
-                return RamPart(self.section_id, record.kind).head
-            case RamBodyEnd():
-                return RamPart(self.section_id, record.kind).tail
-            case Pages():
-                source = SOURCES[record.block]
-                return bytes(self.pages.pages(record.block, record.offsets, source))
-            case ZeroPages():
-                return self.pages.zeros(record.block, record.offsets)
-            case DeviceSection():
-                return device_section(record)
-            case EndOfStream():
-                return end_of_stream()
-            case Description():
-                return description(record.text)
-        return encode_command(record)
+        write = self._writers.get(type(record), encode_command)
+        return write(record)
+
+    def _setup(self, record: RamSetup) -> bytes:
+        self.section_id = record.section_id
+        return ram_setup(record, postcopy=False)
+
+    def _pages(self, record: Pages) -> bytes:
+        return bytes(self.pages.pages(record.block, record.offsets, SOURCES[record.block]))
 
 
 def flat(records: Iterable[Record]) -> Iterator[object]:
@@ -123,7 +122,7 @@ def decode(data: bytes, decoder: Decoder | UrgentDecoder, cuts: Sequence[int] = 
     """Feed ``data`` in pieces that end at ``cuts``, and take what comes after each."""
     found: list[object] = []
     edges = [0, *sorted(cuts), len(data)]
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in itertools.pairwise(edges):
         decoder.feed(data[begin:end])
         found += drain(decoder)
     return found

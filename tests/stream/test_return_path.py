@@ -1,5 +1,6 @@
 """Messages of the return path come out as they went in; wrong ones are refused by name."""
 
+import itertools
 import struct
 
 import numpy as np
@@ -67,7 +68,7 @@ def decode(raw, cuts=(), layout=LAYOUT):
     decoder = ReturnPathDecoder(layout)
     found = []
     edges = [0, *sorted(cuts), len(raw)]
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in itertools.pairwise(edges):
         free = decoder.buffer()
         free[: end - begin] = raw[begin:end]
         decoder.received(end - begin)

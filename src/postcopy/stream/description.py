@@ -9,7 +9,7 @@ Source: QEMU's ``migration/savevm.c`` and ``scripts/analyze-migration.py``; ``wi
 import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from postcopy.errors import StreamError
 from postcopy.stream.numbers import TARGET_PAGE_BYTES, SectionType
@@ -67,9 +67,18 @@ def parse_description(text: str) -> Mapping[str, Any]:
         parsed = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise StreamError(f"description is not JSON: {error}") from error
-    if not isinstance(parsed, dict) or not isinstance(parsed.get("devices"), list):
-        raise StreamError("description lists no devices")
-    return parsed
+    devices = parsed.get("devices") if isinstance(parsed, dict) else None
+    if not isinstance(devices, list) or not all(map(_has_identity, devices)):
+        raise StreamError("description lists no devices by name and instance")
+    return cast("Mapping[str, Any]", parsed)
+
+
+def _has_identity(device: object) -> bool:
+    return (
+        isinstance(device, dict)
+        and isinstance(device.get("name"), str)
+        and isinstance(device.get("instance_id"), int)
+    )
 
 
 def described_bytes(device: Device, *, depth: int = 0) -> int:

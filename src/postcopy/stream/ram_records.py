@@ -28,6 +28,8 @@ _PAGE = int(RamFlag.PAGE)
 _ZERO = int(RamFlag.ZERO)
 _CONTINUE = int(RamFlag.CONTINUE)
 _EOS = int(RamFlag.EOS)
+# Where pages and zero pages alternate, runs are short: look at so many records before at all.
+_PROBE_RECORDS = 8
 _FLAGS_OF = np.uint64(FLAGS_MASK)
 _OFFSET_OF = ~_FLAGS_OF
 
@@ -128,18 +130,22 @@ class RamRecords:
         return ZeroPages(self.block, offsets)
 
     def _offsets(self, reader: StreamBuffer, kind: int, stride: int, limit: int) -> Offsets:
-        # The caller knows that the first record is of the kind; at least it is there or Incomplete.
+        # The caller knows that the first record is of the kind.
         count = min(reader.available // stride, limit)
         if not count:
             raise Incomplete
+        offsets = self._good_offsets(reader, kind, stride, min(count, _PROBE_RECORDS))
+        if len(offsets) == _PROBE_RECORDS < count:
+            offsets = self._good_offsets(reader, kind, stride, count)
+        return offsets
+
+    def _good_offsets(self, reader: StreamBuffer, kind: int, stride: int, count: int) -> Offsets:
         words = reader.words(count, stride)
         offsets = words & _OFFSET_OF
         good = (words & _FLAGS_OF) == kind | _CONTINUE
         if not self._dropping:
             good &= offsets <= self._last_offset
-        if good.all():
-            return offsets
-        run = int(good.argmin())
+        run = count if good.all() else int(good.argmin())
         if not run:
             reader.fail(f"Illegal RAM offset {int(offsets[0]):x}")
         return offsets[:run]
