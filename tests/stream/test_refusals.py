@@ -427,7 +427,8 @@ def test_packages_do_not_nest():
         (READY + part()[:-1], "the footer of a section of ram"),
         (READY + part()[:-6], "a section of ram"),
         (READY + device_section(device(b"abc"))[:-6], "section timer"),
-        (READY + encode_command(Package(bytes(5000)))[:-4900], "a command"),
+        (READY + encode_command(Package(bytes(5000)))[:-4900], "command PACKAGED"),
+        (READY + b"\x08\0", "a command"),
         (READY + b"\0\6\0\0\0\2{", "the description"),
     ],
 )

@@ -135,6 +135,12 @@ def read_command(reader: StreamBuffer, context: CommandContext) -> CommandRecord
     return _DECODERS[known](payload, context)
 
 
+def name_command(reader: StreamBuffer) -> str:
+    """Say which command stands behind the cursor, as far as it is there; for messages."""
+    number = int.from_bytes(reader.rest()[:2], "big") if reader.available >= 2 else 0
+    return f"command {Command(number).name}" if 0 < number <= max(Command) else "a command"
+
+
 def _known(reader: StreamBuffer, number: int, length: int) -> Command:
     if number == Command.INVALID or number > max(Command):
         reader.fail(f"MIG_CMD {number:#x} unknown (len {length:#x})", HEAD_BYTES)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection
 
 from postcopy.errors import Refused, StreamError
 from postcopy.stream.block_list import EntryForm, read_block_list
-from postcopy.stream.commands import CommandContext, read_command
+from postcopy.stream.commands import CommandContext, name_command, read_command
 from postcopy.stream.configuration import read_configuration, read_header
 from postcopy.stream.decoder_input import DecoderInput
 from postcopy.stream.layout import DeviceFormats, Expected, Layout, Limits, Receiver
@@ -214,7 +214,7 @@ class Decoder(DecoderInput):
 
     def _read_command(self) -> Record | None:
         offset = self._reader.position - 1
-        self._element = "a command"
+        self._element = name_command(self._reader)
         record = read_command(self._reader, self._commands)
         if isinstance(record, PostcopyAdvise):
             self._note_advise(record, offset)
