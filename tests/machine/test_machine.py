@@ -5,7 +5,7 @@ import pytest
 
 from fakes.waiting import wait_until
 from machine.machines import MIB, Watched, config_for, need, wait_for_progress, wait_for_work
-from postcopy.errors import Refused, WrongState
+from postcopy.errors import HostCannot, Refused, WrongState
 from postcopy.machine import oracle, workload
 from postcopy.machine.config import MachineConfig
 from postcopy.machine.machine import Machine
@@ -35,6 +35,7 @@ def test_serial_output_and_switching_off(accelerator):
         wait_until(lambda: machine.run_state is RunState.SHUTDOWN)
         assert bytes(watched.serial) == b"Hi"
         assert watched.events == ["RESUME", "SHUTDOWN", "STOP"]
+        assert machine.exit_code == 5
         with pytest.raises(WrongState, match="Resetting the Virtual Machine is required"):
             machine.cont()
 
@@ -211,3 +212,34 @@ def test_state_of_a_running_guest_is_not_given(accelerator):
             watched.machine.save_devices()
         with pytest.raises(WrongState, match="stop it first"):
             watched.machine.load_devices([])
+
+
+def test_huge_pages():
+    need("kvm")
+    work = workload.load("hammer", 8 * MIB)
+    try:
+        watched = Watched(config_for(work, "kvm", huge_pages=True))
+    except HostCannot as error:
+        pytest.skip(f"needs huge pages: {error}")
+    with watched:
+        machine = watched.machine
+        assert machine.regions()[0].page_size_bytes == 2 * MIB
+        machine.start()
+        wait_for_work(machine, work)
+        wait_for_progress(machine, work)
+        machine.pause()
+        assert oracle.verify(machine.read_memory, work).ok
+
+
+def test_addresses_outside_the_ram():
+    need("kvm")
+    with Watched(MachineConfig(2 * MIB, accel="kvm")) as watched:
+        machine = watched.machine
+        for attempt in (
+            lambda: machine.read_memory(2 * MIB - 1, 2),
+            lambda: machine.write_memory(-1, b"x"),
+            lambda: machine.host_address(2 * MIB),
+        ):
+            with pytest.raises(Refused, match="it reaches from 0 to 0x200000"):
+                attempt()
+        assert machine.tsc_khz > 0

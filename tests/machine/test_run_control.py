@@ -45,6 +45,10 @@ class Spinner:
         pass
 
 
+def nothing():
+    pass
+
+
 class Bench:
     def __init__(self):
         self.events = []
@@ -76,7 +80,7 @@ def bench():
 
 def test_the_user_stops_and_continues(bench):
     control = bench.control
-    control.start(paused=True, incoming=False)
+    control.start(nothing, paused=True, incoming=False)
     assert control.state is R.PRELAUNCH
     control.cont()
     control.cont()
@@ -88,7 +92,7 @@ def test_the_user_stops_and_continues(bench):
 
 def test_an_engine_stops_on_top_of_the_user(bench):
     control = bench.control
-    control.start(paused=False, incoming=False)
+    control.start(nothing, paused=False, incoming=False)
     control.stop()
     control.pause()
     assert control.state is R.FINISH_MIGRATE
@@ -99,7 +103,7 @@ def test_an_engine_stops_on_top_of_the_user(bench):
 
 def test_the_user_stops_while_an_engine_has_stopped(bench):
     control = bench.control
-    control.start(paused=False, incoming=False)
+    control.start(nothing, paused=False, incoming=False)
     control.pause()
     control.pause()
     with pytest.raises(WrongState, match="Migration is not finalized yet"):
@@ -121,7 +125,7 @@ def test_the_user_stops_while_an_engine_has_stopped(bench):
 )
 def test_arriving(bench, paused, moved, then):
     control = bench.control
-    control.start(paused=paused, incoming=True)
+    control.start(nothing, paused=paused, incoming=True)
     assert control.state is R.INMIGRATE
     assert not control.owned
     control.arrive(moved)
@@ -132,7 +136,7 @@ def test_arriving(bench, paused, moved, then):
 
 def test_cont_before_arrival_says_what_shall_be_then(bench):
     control = bench.control
-    control.start(paused=True, incoming=True)
+    control.start(nothing, paused=True, incoming=True)
     control.cont()
     assert control.state is R.INMIGRATE
     control.resume()
@@ -141,7 +145,7 @@ def test_cont_before_arrival_says_what_shall_be_then(bench):
 
 def test_a_vcpu_that_fails(bench):
     control = bench.control
-    control.start(paused=False, incoming=False)
+    control.start(nothing, paused=False, incoming=False)
     bench.leave(ExitReason.FAILED)
     assert control.state is R.INTERNAL_ERROR
     assert bench.events == ["RESUME", "STOP"]
@@ -154,7 +158,7 @@ def test_a_vcpu_that_fails(bench):
 
 def test_the_guest_ends_while_an_engine_stops_it(bench):
     control = bench.control
-    control.start(paused=False, incoming=False)
+    control.start(nothing, paused=False, incoming=False)
     control.pause()
     control.guest_shutdown(0)
     assert control.state is R.FINISH_MIGRATE
@@ -173,7 +177,7 @@ def test_a_vcpu_interrupted_for_ever_at_one_place_fails(bench):
     control = bench.control
     bench.cpu.exit = Exit(ExitReason.INTERRUPTED)
     bench.cpu.wake.clear = lambda: None  # it comes out again and again
-    control.start(paused=False, incoming=False)
+    control.start(nothing, paused=False, incoming=False)
     bench.cpu.wake.set()
     assert bench.ended.wait(10)
     assert "touches a page that is lost" in str(control.failure)

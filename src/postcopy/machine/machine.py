@@ -64,6 +64,8 @@ class Machine:
         self._serial = SerialPort(on_serial)
         self._closed = False
         self._make_vcpus()
+        self.tsc_khz = self._vcpus[0].get_state().tsc_khz
+        """The rate of the guest's time stamp counter; 0 where the accelerator does not know it."""
 
     def _make_vcpus(self) -> None:
         ports = PortBus(self._serial, self.run_control.guest_shutdown)
@@ -83,12 +85,8 @@ class Machine:
         :raises WrongState: the machine has been started.
         :raises Refused: there is nothing to boot.
         """
-        if not incoming:
-            if self.config.image is None:
-                raise Refused("a machine without an image has nothing to boot; give an image")
-            if self.run_state is RunState.PRELAUNCH:
-                self._boot()
-        self.run_control.start(paused=paused, incoming=incoming)
+        prepare = self._nothing if incoming else self._boot
+        self.run_control.start(prepare, paused=paused, incoming=incoming)
 
     @property
     def accelerator_name(self) -> str:
@@ -128,6 +126,11 @@ class Machine:
     def owned(self) -> bool:
         """Whether the guest is ours to run."""
         return self.run_control.owned
+
+    @property
+    def exit_code(self) -> int | None:
+        """What the guest wrote to the exit port when it switched itself off."""
+        return self.run_control.exit_code
 
     @property
     def failure(self) -> GuestError | None:
@@ -273,8 +276,13 @@ class Machine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _nothing(self) -> None:
+        """An arriving guest finds memory untouched and vCPUs in their reset state."""
+
     def _boot(self) -> None:
         config = self.config
+        if config.image is None:
+            raise Refused("a machine without an image has nothing to boot; give an image")
         boot.prepare_memory(self._ram, config.image, config.load_address)
         for vcpu in self._vcpus:
             vcpu.set_state(

@@ -39,8 +39,10 @@ class RunControl:
         self._state = RunState.PRELAUNCH
         self._interrupted: RunState | None = None  # what the engine's pause came on top of
         self._not_ours: str | None = None
+        self._started = False
         self._autostart = True
         self.failure: GuestError | None = None
+        self.exit_code: int | None = None
 
     @property
     def state(self) -> RunState:
@@ -57,14 +59,17 @@ class RunControl:
         """What the guest does when nobody is moving it: what its destination must know."""
         return self._interrupted or self._state
 
-    def start(self, *, paused: bool, incoming: bool) -> None:
+    def start(self, prepare: Callable[[], None], *, paused: bool, incoming: bool) -> None:
         """The machine's first start.
 
+        :param prepare: puts memory and vCPUs in order, before anything runs.
         :raises WrongState: it has been started before.
         """
         with self._order:
-            if self._state is not RunState.PRELAUNCH:
+            if self._started:
                 raise WrongState(f"the machine has been started; it is {self._state.value}")
+            prepare()
+            self._started = True
             self._autostart = not paused
             if incoming:
                 self._not_ours = _NOT_HERE_YET
@@ -168,11 +173,14 @@ class RunControl:
             self._end(RunState.INTERNAL_ERROR)
 
     def guest_shutdown(self, exit_code: int) -> None:
-        """The guest has switched itself off.  Does not wait: called on a vCPU's own thread."""
+        """The guest has switched itself off.  Does not wait: called on a vCPU's own thread.
+
+        :param exit_code: what it wrote to the exit port.
+        """
         with self._lock:
             if not self._state.needs_reset:
-                data = {"guest": True, "reason": "guest-shutdown", "exit-code": exit_code}
-                self._on_event("SHUTDOWN", data)
+                self.exit_code = exit_code
+                self._on_event("SHUTDOWN", {"guest": True, "reason": "guest-shutdown"})
                 self._end(RunState.SHUTDOWN)
 
     def vcpu_ended(self, vcpu: Vcpu, exit_: Exit) -> None:
@@ -180,7 +188,7 @@ class RunControl:
         reason = f"vCPU {vcpu.index} cannot go on: {exit_.detail}"
         with self._lock:
             if exit_.reason is ExitReason.SHUTDOWN:
-                self._on_event("GUEST_PANICKED", {"action": "pause", "reason": reason})
+                self._on_event("GUEST_PANICKED", {"action": "pause"})
             self.fail(reason)
 
     def close(self) -> None:
