@@ -275,7 +275,10 @@ class Parameters:
     announce_initial: int = _size(50, most=100000)
     announce_max: int = _size(550, most=100000)
     announce_rounds: int = _size(5, most=1000)
-    announce_step: int = _size(100, most=10000)
+    # QEMU refuses 0 and says that 0 is allowed.
+    announce_step: int = _size(
+        100, least=1, most=10000, expects="expects a value between 0 and 10000"
+    )
     throttle_trigger_threshold: int = _percent(50, most=100)
     cpu_throttle_initial: int = _percent(20, most=99)
     cpu_throttle_increment: int = _percent(10, most=99)

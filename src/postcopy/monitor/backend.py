@@ -1,0 +1,147 @@
+"""What a monitor needs from the rest: two protocols, and the event bus.
+
+The guest's process implements them; tests use ``tests/fakes/monitor_backend.py``.  All methods may
+be called from any thread, several at a time.  What they refuse they refuse with a
+:class:`~postcopy.errors.PostcopyError`, whose text the client gets.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from postcopy.events import EventBus
+from postcopy.guest import VcpuThread
+from postcopy.parameters import Capabilities, Capability, Parameters
+from postcopy.statistics import MigrationInfo
+from postcopy.status import Status
+
+
+class MachineControl(Protocol):
+    """The guest as its operator handles it."""
+
+    @property
+    def run_state(self) -> str:
+        """QEMU's ``RunState``: running, paused, inmigrate, finish-migrate, postmigrate..."""
+
+    @property
+    def running(self) -> bool:
+        """Whether the vCPUs run."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """How much RAM the guest has."""
+
+    @property
+    def ram_name(self) -> str:
+        """The name of its (first) RAM block, such as ``microvm.ram``."""
+
+    @property
+    def vcpus(self) -> Sequence[VcpuThread]:
+        """The vCPUs and their threads, in order of their numbers."""
+
+    def stop(self) -> None:
+        """Stop the vCPUs and emit ``STOP``; harmless when stopped."""
+
+    def cont(self) -> None:
+        """Let them run and emit ``RESUME``; harmless when running.
+
+        :raises WrongState: a migration owns the guest just now.
+        """
+
+    def quit(self) -> None:
+        """Ask the process to end; returns at once, so that the client gets its answer."""
+
+    def host_address(self, guest_address: int) -> int:
+        """Where this process has that byte of guest RAM.
+
+        :raises Refused: there is no RAM at ``guest_address``.
+        """
+
+    def read_memory(self, address: int, length: int) -> bytes:
+        """Guest RAM; waits, without the interpreter lock, for a page that is still missing.
+
+        :raises Refused: some of it is not RAM.
+        """
+
+
+class MigrationControl(Protocol):
+    """The migration subsystem of one guest, in both directions."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What is on."""
+
+    @property
+    def parameters(self) -> Parameters:
+        """What is set."""
+
+    def set_capabilities(self, changes: Mapping[Capability, bool]) -> None:
+        """Switch capabilities, all of them or none.
+
+        :raises Refused: see :meth:`~postcopy.parameters.Capabilities.with_changes`.
+        :raises WrongState: a migration is in progress.
+        """
+
+    def set_parameters(self, changes: Mapping[str, object]) -> None:
+        """Set parameters by QEMU's names, all of them or none; works during a migration too.
+
+        :raises Refused: see :meth:`~postcopy.parameters.Parameters.with_changes`.
+        """
+
+    def migrate(self, uri: str, *, resume: bool = False) -> None:
+        """Begin to send the guest to ``uri``, or with ``resume`` go on with a paused postcopy.
+
+        Returns as soon as it has begun.
+
+        :raises Refused: not such a URI, or not with these capabilities.
+        :raises WrongState: not now.
+        """
+
+    def incoming(self, uri: str, *, exit_on_error: bool = True) -> None:
+        """Listen at ``uri`` for a guest.
+
+        :param exit_on_error: end the process when the migration fails.
+        :raises WrongState: not started to wait for one, or already listening.
+        """
+
+    def start_postcopy(self) -> None:
+        """Switch over as soon as possible; harmless before ``migrate`` and after the switchover.
+
+        :raises WrongState: the capability ``postcopy-ram`` is off.
+        """
+
+    def cancel(self) -> None:
+        """Give up the outgoing migration; harmless when there is none.
+
+        :raises WrongState: after the switchover there is no way back.
+        """
+
+    def continue_(self, state: Status) -> None:
+        """Leave ``pre-switchover``.
+
+        :raises WrongState: the status is not ``state``.
+        """
+
+    def pause(self) -> None:
+        """Break a postcopy on purpose; ``migrate-pause``.  Must return without waiting.
+
+        :raises WrongState: no postcopy is active.
+        """
+
+    def recover(self, uri: str) -> None:
+        """Listen anew for the source of a paused postcopy.  Must return without waiting.
+
+        :raises WrongState: no incoming postcopy is paused.
+        """
+
+    def info(self) -> MigrationInfo:
+        """How it stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """All that a monitor works on."""
+
+    machine: MachineControl
+    migration: MigrationControl
+    events: EventBus

@@ -1,0 +1,122 @@
+"""The arguments of an HMP command: flags, words, numbers, a dump format."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from postcopy.errors import Refused
+from postcopy.monitor.hmp_expression import Expression
+
+_ESCAPES = {"n": "\n", "r": "\r", "\\": "\\", "'": "'", '"': '"'}
+_FORMATS, _SIZES = "oduxci", {"b": 1, "h": 2, "w": 4, "g": 8, "L": 8}
+
+
+class BadUsage(Exception):
+    """The line does not fit the command; the text is QEMU's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """One argument; ``take`` cuts it off the line and returns it with the rest."""
+
+    name: str
+    take: Callable[[str, str], tuple[Any, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class DumpFormat:
+    """``/COUNTfs``: how many, in which format, of how many bytes; ``None`` means as last time."""
+
+    count: int = 1
+    form: str | None = None
+    size_bytes: int | None = None
+
+
+def word(line: str, command: str) -> tuple[str, str]:
+    """A word, or anything in double quotes."""
+    line = line.lstrip()
+    if not line or (line.startswith('"') and not _closed(line)):
+        raise BadUsage(f"{command}: string expected")
+    if not line.startswith('"'):
+        text, _, rest = line.partition(" ")
+        return text, rest
+    text, position = "", 1
+    while line[position] != '"':
+        if line[position] == "\\":
+            position += 1
+            if line[position] not in _ESCAPES:
+                raise BadUsage(f"unsupported escape code: '\\{line[position]}'")
+            text += _ESCAPES[line[position]]
+        else:
+            text += line[position]
+        position += 1
+    return text, line[position + 1 :]
+
+
+def _closed(line: str) -> bool:
+    position = 1
+    while position < len(line) and line[position] != '"':
+        position += 2 if line[position] == "\\" else 1
+    return position < len(line)
+
+
+def words(line: str, command: str) -> tuple[str, str]:  # noqa: ARG001  the signature of all
+    """The rest of the line."""
+    return line.strip(), ""
+
+
+def switch(line: str, command: str) -> tuple[bool, str]:  # noqa: ARG001  the signature of all
+    """``on`` or ``off``."""
+    text, _, rest = line.strip().partition(" ")
+    if text not in {"on", "off"}:
+        raise BadUsage("Expected 'on' or 'off'")
+    return text == "on", rest
+
+
+def number(line: str, command: str) -> tuple[int, str]:  # noqa: ARG001  the signature of all
+    """An expression of 64 bits."""
+    try:
+        expression = Expression(line)
+    except Refused as error:
+        raise BadUsage(str(error)) from error
+    return expression.value, expression.rest
+
+
+def dump_format(line: str, command: str) -> tuple[DumpFormat, str]:  # noqa: ARG001
+    """``/4xb`` and the like, or nothing."""
+    line = line.lstrip()
+    if not line.startswith("/"):
+        return DumpFormat(), line
+    text, _, rest = line[1:].partition(" ")
+    letters = text.lstrip("0123456789")
+    digits = text[: len(text) - len(letters)]
+    form: str | None = None
+    size_bytes: int | None = None
+    for letter in letters:
+        if letter in _FORMATS:
+            form = letter
+        elif letter in _SIZES:
+            size_bytes = _SIZES[letter]
+        else:
+            raise BadUsage(f"invalid char in format: '{letter}'")
+    return DumpFormat(int(digits[:9] or "1"), form, size_bytes), rest
+
+
+def parse(command: str, line: str, flags: str, arguments: Sequence[Argument]) -> Mapping[str, Any]:
+    """The arguments in ``line``, flags by their letter.
+
+    :raises BadUsage: the line does not fit.
+    """
+    found: dict[str, Any] = dict.fromkeys(flags, False)
+    line = line.strip()
+    while flags and line.startswith("-"):
+        flag, _, line = line.partition(" ")
+        if len(flag) != 2 or flag[1] not in flags:
+            raise BadUsage(f"{command}: unsupported option {flag[:2]}")
+        found[flag[1]] = True
+        line = line.lstrip()
+    for argument in arguments:
+        found[argument.name], line = argument.take(line, command)
+    if line.strip():
+        raise BadUsage(f"{command}: extraneous characters at the end of line")
+    return found

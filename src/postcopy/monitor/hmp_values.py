@@ -1,0 +1,89 @@
+"""Values of parameters as people type them: ``1.5G``, ``0x10``, ``on``."""
+
+import re
+
+from postcopy.errors import Refused
+from postcopy.parameters import Kind, Rule
+
+_SIZE = re.compile(
+    r"\s*\+?(?:(?P<hex>0[xX][0-9a-fA-F]+)|(?P<whole>[0-9]+)(?P<fraction>\.[0-9]*)?"
+    r"(?P<unit>[bBkKmMgGtTpPeE]?))"
+)
+_INTEGER = re.compile(r"\s*(?P<sign>[-+]?)(?:(?P<hex>0[xX][0-9a-fA-F]+)|(?P<digits>[0-9]+))")
+_SHIFTS = {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
+_SIZE_HINT = (
+    "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"
+    "and exabytes, respectively."
+)
+
+
+class OutOfRange(ValueError):
+    """A number, but not one of 64 bits."""
+
+
+def parse_size(text: str, *, default_unit: str = "b") -> int:
+    """Bytes from a number with an optional suffix; fractions are allowed with one (``1.5k``).
+
+    :param default_unit: what a bare number counts.
+    :raises ValueError: no such number; :class:`OutOfRange` when it is negative or too large.
+    """
+    found = _SIZE.fullmatch(text)
+    if found is None:
+        if re.fullmatch(r"\s*-[0-9]+[a-zA-Z]?", text):
+            raise OutOfRange(text)
+        raise ValueError(text)
+    unit = (found["unit"] or default_unit).lower()
+    shift = _SHIFTS[unit]
+    if found["hex"]:
+        value = int(found["hex"], 16) << shift
+    else:
+        value = int(found["whole"]) << shift
+        digits = (found["fraction"] or ".")[1:]
+        if digits.strip("0") and not shift:
+            raise ValueError(text)
+        value += (int(digits or "0") << shift) // 10 ** len(digits)
+    if value >= 2**64:
+        raise OutOfRange(text)
+    return value
+
+
+def parse_value(name: str, rule: Rule, text: str) -> object:
+    """The value of parameter ``name`` that ``text`` means, not yet checked against its range.
+
+    :raises Refused: in QEMU's words, which may be several lines.
+    """
+    if rule.mebibytes:
+        try:
+            return parse_size(text, default_unit="m")
+        except ValueError:
+            raise Refused(f"Invalid size {text}") from None
+    match rule.kind:
+        case Kind.SIZE:
+            return _size(name, text)
+        case Kind.UINT8 | Kind.UINT32:
+            return _integer(name, text)
+        case Kind.BOOLEAN:
+            if text not in {"on", "off"}:
+                raise Refused(f"Parameter '{name}' expects 'on' or 'off'")
+            return text == "on"
+    return text
+
+
+def _size(name: str, text: str) -> int:
+    try:
+        return parse_size(text)
+    except OutOfRange:
+        raise Refused(f"Value '{text}' is out of range for parameter '{name}'") from None
+    except ValueError:
+        expects = "expects a non-negative number below 2^64"
+        raise Refused(f"Parameter '{name}' {expects}\n{_SIZE_HINT}") from None
+
+
+def _integer(name: str, text: str) -> int:
+    found = _INTEGER.fullmatch(text)
+    value = 2**64
+    if found:
+        value = int(found["hex"], 16) if found["hex"] else int(found["digits"])
+    if value >= 2**64 or found is None:
+        raise Refused(f"Parameter '{name}' expects uint64")
+    return -value if found["sign"] == "-" else value

@@ -1,0 +1,55 @@
+"""The layout of HMP's ``xp``: guest memory as numbers or characters."""
+
+from collections.abc import Callable, Iterator
+
+from postcopy.errors import Refused
+
+_WIDTHS: dict[str, Callable[[int], int]] = {
+    "o": lambda size_bytes: (size_bytes * 8 + 2) // 3,
+    "x": lambda size_bytes: size_bytes * 2,
+    "u": lambda size_bytes: (size_bytes * 8 * 10 + 32) // 33,
+    "d": lambda size_bytes: (size_bytes * 8 * 10 + 32) // 33,
+    "c": lambda _: 0,
+}
+
+
+def dump(
+    read: Callable[[int, int], bytes], address: int, count: int, form: str, size_bytes: int
+) -> Iterator[str]:
+    """The lines that show ``count`` items from ``address`` on; stops where there is no RAM.
+
+    :param form: one of ``x d u o c``; ``c`` shows every byte whatever the size.
+    """
+    line_bytes = 8 if size_bytes == 1 else 16
+    total_bytes = count * size_bytes
+    item_bytes = 1 if form == "c" else size_bytes
+    for offset in range(0, total_bytes, line_bytes):
+        start = f"{address + offset:016x}:"
+        try:
+            data = read(address + offset, min(line_bytes, total_bytes - offset))
+        except Refused:
+            yield f"{start} Cannot access memory"
+            return
+        items = (data[i : i + item_bytes] for i in range(0, len(data), item_bytes))
+        yield " ".join([start, *(_item(item, form) for item in items)])
+
+
+def _item(item: bytes, form: str) -> str:
+    width = _WIDTHS[form](len(item))
+    # As in QEMU, only the widest numbers have a sign.
+    value = int.from_bytes(item, "little", signed=form == "d" and len(item) == 8)
+    match form:
+        case "x":
+            return f"0x{value:0{width}x}"
+        case "o":
+            return (f"0{value:o}" if value else "0").rjust(width)
+        case "c":
+            return f"'{_character(value)}'"
+    return f"{value:{width}d}"
+
+
+def _character(code: int) -> str:
+    named = {0x0A: "\\n", 0x0D: "\\r", 0x27: "\\'", 0x5C: "\\\\"}
+    if code in named:
+        return named[code]
+    return chr(code) if 32 <= code < 127 else f"\\x{code:02x}"

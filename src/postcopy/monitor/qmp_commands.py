@@ -1,0 +1,156 @@
+"""The QMP commands, one table of them: name, arguments, what to do.
+
+A command gets checked arguments and returns what stands after ``"return"``.
+"""
+
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from postcopy.errors import Refused
+from postcopy.monitor import memory_file, version
+from postcopy.monitor.addresses import CHANNELS, uri_of_call
+from postcopy.monitor.backend import Backend
+from postcopy.monitor.hmp import Hmp
+from postcopy.monitor.schema import (
+    NOTHING,
+    Struct,
+    anything,
+    array,
+    boolean,
+    enumeration,
+    integer,
+    size,
+    string,
+)
+from postcopy.parameters import Capability, rules
+from postcopy.status import Status
+
+Arguments = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One row of the table.
+
+    :ivar out_of_band: ``exec-oob`` may run it while another command is being executed, so it must
+        not wait for anything.
+    """
+
+    name: str
+    run: Callable[[Backend, Arguments], object]
+    arguments: Struct = NOTHING
+    out_of_band: bool = False
+
+
+def _migrate(backend: Backend, arguments: Arguments) -> None:
+    backend.migration.migrate(uri_of_call(arguments), resume=arguments.get("resume", False))
+
+
+def _migrate_incoming(backend: Backend, arguments: Arguments) -> None:
+    exit_on_error = arguments.get("exit-on-error", True)
+    backend.migration.incoming(uri_of_call(arguments), exit_on_error=exit_on_error)
+
+
+def _set_capabilities(backend: Backend, arguments: Arguments) -> None:
+    changes = {Capability(c["capability"]): c["state"] for c in arguments["capabilities"]}
+    backend.migration.set_capabilities(changes)
+
+
+def _query_status(backend: Backend, _: Arguments) -> dict[str, Any]:
+    return {"status": backend.machine.run_state, "running": backend.machine.running}
+
+
+def _query_cpus_fast(backend: Backend, _: Arguments) -> list[dict[str, Any]]:
+    return [
+        {
+            "cpu-index": vcpu.index,
+            "thread-id": vcpu.thread_id,
+            "qom-path": f"/machine/unattached/device[{vcpu.index}]",
+            "target": "x86_64",
+        }
+        for vcpu in backend.machine.vcpus
+    ]
+
+
+def _quit(backend: Backend, _: Arguments) -> None:
+    backend.events.emit("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
+    backend.machine.quit()
+
+
+def _pmemsave(backend: Backend, arguments: Arguments) -> None:
+    memory_file.save(backend.machine, arguments["val"], arguments["size"], arguments["filename"])
+
+
+def _human_monitor_command(backend: Backend, arguments: Arguments) -> str:
+    if arguments.get("cpu-index", 0) not in range(max(1, len(backend.machine.vcpus))):
+        raise Refused("Parameter 'cpu-index' expects a CPU number")
+    return Hmp(backend, interactive=False).run(arguments["command-line"]).replace("\n", "\r\n")
+
+
+_URI_OR_CHANNELS = {"uri": string, "channels": CHANNELS}
+_CAPABILITY = Struct({"capability": enumeration(*Capability), "state": boolean})
+
+_TABLE = (
+    Command("query-migrate", lambda b, _: b.migration.info().to_qapi()),
+    Command(
+        "migrate",
+        _migrate,
+        Struct(optional=_URI_OR_CHANNELS | {"detach": boolean, "resume": boolean}),
+    ),
+    Command(
+        "migrate-incoming",
+        _migrate_incoming,
+        Struct(optional=_URI_OR_CHANNELS | {"exit-on-error": boolean}),
+    ),
+    Command("migrate-start-postcopy", lambda b, _: b.migration.start_postcopy()),
+    Command("migrate_cancel", lambda b, _: b.migration.cancel()),
+    Command(
+        "migrate-continue",
+        lambda b, a: b.migration.continue_(Status(a["state"])),
+        Struct({"state": enumeration(*(status.value for status in Status))}),
+    ),
+    Command("migrate-pause", lambda b, _: b.migration.pause(), out_of_band=True),
+    Command(
+        "migrate-recover",
+        lambda b, a: b.migration.recover(a["uri"]),
+        Struct({"uri": string}),
+        out_of_band=True,
+    ),
+    Command(
+        "migrate-set-capabilities",
+        _set_capabilities,
+        Struct({"capabilities": array(_CAPABILITY)}),
+    ),
+    Command("query-migrate-capabilities", lambda b, _: b.migration.capabilities.to_qapi()),
+    Command(
+        "migrate-set-parameters",
+        lambda b, a: b.migration.set_parameters(a),
+        # Each parameter's own rule checks its value.
+        Struct(optional=dict.fromkeys(rules(), anything)),
+    ),
+    Command("query-migrate-parameters", lambda b, _: b.migration.parameters.to_qapi()),
+    Command("stop", lambda b, _: b.machine.stop()),
+    Command("cont", lambda b, _: b.machine.cont()),
+    Command("query-status", _query_status),
+    Command("quit", _quit),
+    Command(
+        "human-monitor-command",
+        _human_monitor_command,
+        Struct({"command-line": string}, {"cpu-index": integer}),
+    ),
+    Command("query-commands", lambda _b, _a: [{"name": name} for name in COMMANDS]),
+    Command("query-version", lambda _b, _a: version.query_version()),
+    Command("query-name", lambda _b, _a: {}),
+    Command("query-uuid", lambda _b, _a: {"UUID": str(uuid.UUID(int=0))}),
+    Command("pmemsave", _pmemsave, Struct({"val": size, "size": size, "filename": string})),
+    Command("query-cpus-fast", _query_cpus_fast),
+)
+
+COMMANDS: dict[str, Command] = {
+    command.name: command
+    # Negotiation is the session's own business, but clients expect to see it listed.
+    for command in (Command("qmp_capabilities", lambda _b, _a: {}), *_TABLE)
+}
+"""Every QMP command by its name."""

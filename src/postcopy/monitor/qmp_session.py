@@ -1,0 +1,176 @@
+"""One QMP client from its greeting to its end.
+
+Three threads a client: the *reader* takes requests apart and runs those out of band at once; the
+*worker* runs the others one after another, so one that waits for a missing page holds up neither
+``migrate-recover`` nor other clients; the *writer* sends answers and events in the order in which
+they were made.
+"""
+
+import json
+import logging
+import queue
+import socket
+import threading
+from typing import Any
+
+from postcopy.errors import PostcopyError
+from postcopy.events import Event
+from postcopy.monitor import qmp_messages
+from postcopy.monitor.backend import Backend
+from postcopy.monitor.json_stream import JsonError, JsonStream
+from postcopy.monitor.qmp_commands import COMMANDS
+from postcopy.monitor.qmp_messages import QmpError, Request
+from postcopy.monitor.schema import Struct, array, enumeration
+
+_log = logging.getLogger(__name__)
+
+_MAX_WAITING_REQUESTS = 64
+_MAX_UNSENT_MESSAGES = 4096
+_FLUSH_SECONDS = 1.0
+
+_NEGOTIATION = Struct(optional={"enable": array(enumeration("oob"))})
+
+
+class QmpSession:
+    """Serves one client on a connected socket, which it owns from here on."""
+
+    def __init__(self, connection: socket.socket, backend: Backend) -> None:
+        self._connection = connection
+        self._backend = backend
+        self._negotiated = False  # written by the reader alone, as is the next
+        self._out_of_band = False
+        self._requests: queue.Queue[tuple[object, Request] | None] = queue.Queue(
+            _MAX_WAITING_REQUESTS
+        )
+        self._unsent: queue.Queue[dict[str, Any] | None] = queue.Queue(_MAX_UNSENT_MESSAGES)
+        self._worker = threading.Thread(target=self._work, name="qmp-worker", daemon=True)
+        self._writer = threading.Thread(target=self._write, name="qmp-writer", daemon=True)
+
+    def run(self) -> None:
+        """Serve until the client goes or :meth:`close` is called; the caller is the reader."""
+        self._unsent.put(qmp_messages.greeting())
+        unsubscribe = self._backend.events.subscribe(self._on_event)
+        self._writer.start()
+        self._worker.start()
+        try:
+            self._read()
+        finally:
+            unsubscribe()
+            self._end(self._requests)
+            self.close()
+            self._connection.close()
+
+    def close(self) -> None:
+        """Send what is still unsent, for a second at most, and end; any thread may call it."""
+        self._end(self._unsent)
+        if self._writer.is_alive():
+            self._writer.join(_FLUSH_SECONDS)
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        try:
+            self._connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            _log.debug("the client was gone already")
+
+    @staticmethod
+    def _end(messages: "queue.Queue[Any]") -> None:
+        try:
+            messages.put_nowait(None)
+        except queue.Full:
+            _log.debug("dropped %d messages of a client that is gone", messages.qsize())
+
+    # Section: the reader
+
+    def _read(self) -> None:
+        stream = JsonStream()
+        while data := self._receive():
+            for message in stream.feed(data):
+                self._take(message)
+
+    def _receive(self) -> bytes:
+        try:
+            return self._connection.recv(65536)
+        except OSError:
+            return b""
+
+    def _take(self, message: object) -> None:
+        if isinstance(message, JsonError):
+            self._unsent.put(qmp_messages.failed(None, QmpError(str(message))))
+            return
+        try:
+            request = qmp_messages.parse(message, out_of_band_allowed=self._out_of_band)
+            if self._is_negotiation(request):
+                self._unsent.put(qmp_messages.answered(message, None))
+            elif request.out_of_band:
+                self._unsent.put(self._answer(message, request))
+            else:
+                # Blocks when the client asks faster than we answer: then it has to wait.
+                self._requests.put((message, request))
+        except QmpError as error:
+            self._unsent.put(qmp_messages.failed(message, error))
+
+    def _is_negotiation(self, request: Request) -> bool:
+        name = request.command
+        if self._negotiated and name == "qmp_capabilities":
+            raise QmpError(
+                "Capabilities negotiation is already complete, command ignored", "CommandNotFound"
+            )
+        if not self._negotiated and name != "qmp_capabilities":
+            raise QmpError(
+                "Expecting capabilities negotiation with 'qmp_capabilities'", "CommandNotFound"
+            )
+        if name in COMMANDS and request.out_of_band and not COMMANDS[name].out_of_band:
+            raise QmpError(f"The command {name} does not support OOB")
+        if self._negotiated:
+            return False
+        try:
+            enable = _NEGOTIATION(request.arguments, "").get("enable", [])
+        except PostcopyError as error:
+            raise QmpError(str(error)) from error
+        self._negotiated, self._out_of_band = True, "oob" in enable
+        return True
+
+    # Section: the worker, and the reader for what is out of band
+
+    def _work(self) -> None:
+        while (item := self._requests.get()) is not None:
+            self._unsent.put(self._answer(*item))
+
+    def _answer(self, message: object, request: Request) -> dict[str, Any]:
+        try:
+            return qmp_messages.answered(message, self._execute(request))
+        except QmpError as error:
+            return qmp_messages.failed(message, error)
+
+    def _execute(self, request: Request) -> object:
+        command = COMMANDS.get(request.command)
+        if command is None:
+            raise QmpError(f"The command {request.command} has not been found", "CommandNotFound")
+        try:
+            return command.run(self._backend, command.arguments(request.arguments, ""))
+        except PostcopyError as error:
+            raise QmpError(str(error)) from error
+        except Exception as error:
+            _log.exception("internal error in %s", command.name)
+            text = f"internal error in {command.name}: {type(error).__name__}; see the log"
+            raise QmpError(text) from error
+
+    # Section: the writer
+
+    def _on_event(self, event: Event) -> None:
+        if not self._negotiated:
+            return
+        try:
+            self._unsent.put_nowait(event.to_qmp())
+        except queue.Full:
+            _log.warning("a QMP client does not read its events and is cut off")
+            self._hang_up()
+
+    def _write(self) -> None:
+        while (message := self._unsent.get()) is not None:
+            try:
+                self._connection.sendall(json.dumps(message).encode() + b"\r\n")
+            except OSError:
+                self._hang_up()
+                return

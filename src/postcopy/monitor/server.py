@@ -1,0 +1,150 @@
+"""Listens for monitor clients and gives each a session and a thread."""
+
+import contextlib
+import logging
+import socket
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from postcopy.errors import CannotListen, Refused
+from postcopy.monitor.backend import Backend
+from postcopy.monitor.hmp_console import HmpSession
+from postcopy.monitor.qmp_session import QmpSession
+
+_log = logging.getLogger(__name__)
+
+
+class Session(Protocol):
+    """What serves one client."""
+
+    def run(self) -> None:
+        """Serve until the client goes."""
+
+    def close(self) -> None:
+        """End from another thread, after what was answered has been sent."""
+
+
+class MonitorServer:
+    """Serves any number of clients at one address.
+
+    Whoever can connect can do everything, as with QEMU's monitors: give it a Unix socket in a
+    directory of your own, or a loopback address.
+
+    :param address: ``unix:PATH`` or ``tcp:HOST:PORT`` (port 0: the kernel chooses); what QEMU
+        takes after a comma (``server=on,wait=off``) is accepted and changes nothing.
+    :raises Refused: not such an address.
+    :raises CannotListen: somebody else listens there, or it is not ours.
+    """
+
+    def __init__(
+        self, address: str, backend: Backend, session: Callable[[socket.socket, Backend], Session]
+    ) -> None:
+        self._backend = backend
+        self._make_session = session
+        self._listener, self._path = _listen(address.partition(",")[0])
+        # Guards the next two; a session is in the set from its accept to its end.
+        self._lock = threading.Lock()
+        self._sessions: set[Session] = set()
+        self._closed = False
+        self._thread = threading.Thread(target=self._accept, name="monitor", daemon=True)
+        self._thread.start()
+
+    @property
+    def address(self) -> str:
+        """Where clients find it, with the port that the kernel chose."""
+        if self._path is not None:
+            return f"unix:{self._path}"
+        host, port = self._listener.getsockname()[:2]
+        return f"tcp:[{host}]:{port}" if ":" in host else f"tcp:{host}:{port}"
+
+    def close(self) -> None:
+        """Send what is still unsent, end all sessions, and take the address away."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            sessions = list(self._sessions)
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+        for session in sessions:
+            session.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                if self._closed:
+                    return
+                _log.warning("cannot accept a monitor client", exc_info=True)
+                threading.Event().wait(0.1)  # out of descriptors, most likely: let some go
+                continue
+            session = self._make_session(connection, self._backend)
+            with self._lock:
+                self._sessions.add(session)
+                closed = self._closed
+            if closed:
+                connection.close()
+                return
+            threading.Thread(
+                target=self._serve, args=(session,), name="monitor-client", daemon=True
+            ).start()
+
+    def _serve(self, session: Session) -> None:
+        try:
+            session.run()
+        except Exception:
+            _log.exception("a monitor client's session ended with an error")
+        finally:
+            with self._lock:
+                self._sessions.discard(session)
+
+
+def serve_qmp(address: str, backend: Backend) -> MonitorServer:
+    """Serve QMP at ``address``; see :class:`MonitorServer`."""
+    return MonitorServer(address, backend, QmpSession)
+
+
+def serve_hmp(address: str, backend: Backend) -> MonitorServer:
+    """Serve HMP at ``address``; see :class:`MonitorServer`."""
+    return MonitorServer(address, backend, HmpSession)
+
+
+def _listen(address: str) -> tuple[socket.socket, Path | None]:
+    kind, _, place = address.partition(":")
+    try:
+        if kind == "unix" and place:
+            return _listen_unix(Path(place)), Path(place)
+        host, _, port = place.rpartition(":")
+        if kind == "tcp" and port.isdecimal():
+            return _listen_tcp(host.strip("[]"), int(port)), None
+    except OSError as error:
+        raise CannotListen(f"cannot listen at {address}: {error.strerror or error}") from error
+    raise Refused(f"'{address}' is no monitor address; give unix:PATH or tcp:HOST:PORT")
+
+
+def _listen_unix(path: Path) -> socket.socket:
+    if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
+        with socket.socket(socket.AF_UNIX) as probe:
+            if probe.connect_ex(str(path)) != 0:
+                path.unlink()  # left behind by a process that was killed
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        listener.bind(str(path))
+        listener.listen()
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _listen_tcp(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family)

@@ -1,0 +1,28 @@
+"""What we say we are.
+
+Clients ask for the version to know which commands and members to expect; ours are QEMU 10.0's, so
+that is the version, and the package tells the truth.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+QEMU_VERSION = {"major": 10, "minor": 0, "micro": 2}
+
+
+def package() -> str:
+    """Our own name and version."""
+    try:
+        return f"postcopy {version('postcopy')}"
+    except PackageNotFoundError:  # run from a source tree that was not installed
+        return "postcopy"
+
+
+def query_version() -> dict[str, Any]:
+    """The answer to ``query-version``, and part of QMP's greeting."""
+    return {"qemu": dict(QEMU_VERSION), "package": package()}
+
+
+def text() -> str:
+    """The answer to HMP's ``info version``."""
+    return "{major}.{minor}.{micro}".format(**QEMU_VERSION) + f" ({package()})"

@@ -1,0 +1,118 @@
+"""A machine and a migration subsystem for monitors, with no guest and no engine behind them.
+
+They refuse what a QEMU without ``-incoming`` refuses before any migration, in the same words.
+"""
+
+import threading
+
+from postcopy.errors import Refused, WrongState
+from postcopy.events import EventBus
+from postcopy.monitor.backend import Backend
+from postcopy.parameters import Capabilities, Capability, Parameters
+from postcopy.statistics import MigrationInfo
+from postcopy.status import Status
+
+
+class FakeMachine:
+    """64 MiB of RAM; ``hold`` makes a reader of memory wait, as a missing page does."""
+
+    memory_bytes = 64 << 20
+    ram_name = "ram"
+    vcpus = ()
+
+    def __init__(self, events):
+        self._events = events
+        self.run_state = "running"
+        self.ram = bytearray(self.memory_bytes)
+        self.page_is_there = threading.Event()
+        self.page_is_there.set()
+        self.reader_waits = threading.Event()
+        self.has_quit = threading.Event()
+
+    @property
+    def running(self):
+        return self.run_state == "running"
+
+    def stop(self):
+        if self.running:
+            self.run_state = "paused"
+            self._events.emit("STOP")
+
+    def cont(self):
+        if not self.running:
+            self.run_state = "running"
+            self._events.emit("RESUME")
+
+    def quit(self):
+        self.has_quit.set()
+
+    def host_address(self, guest_address):
+        if guest_address >= self.memory_bytes:
+            raise Refused("no RAM there")
+        return 0x7F0000000000 + guest_address
+
+    def read_memory(self, address, length):
+        if address + length > self.memory_bytes:
+            raise Refused(f"no RAM at {address:#x}")
+        self.reader_waits.set()
+        assert self.page_is_there.wait(30)
+        return bytes(self.ram[address : address + length])
+
+
+class FakeMigration:
+    """Keeps settings and calls; :attr:`now` is what ``info`` answers."""
+
+    def __init__(self):
+        self.capabilities = Capabilities()
+        self.parameters = Parameters()
+        self.calls = []
+        self.now = MigrationInfo()
+        self.breaks = False
+
+    def set_capabilities(self, changes):
+        self.capabilities = self.capabilities.with_changes(changes)
+
+    def set_parameters(self, changes):
+        self.parameters = self.parameters.with_changes(changes)
+
+    def migrate(self, uri, *, resume=False):
+        if self.breaks:
+            raise ZeroDivisionError("a mistake of ours")
+        if resume:
+            raise WrongState("Cannot resume if there is no paused migration")
+        if uri.startswith("bad:"):
+            raise Refused(f"unknown migration protocol: {uri}")
+        self.calls.append(("migrate", uri))
+
+    def incoming(self, uri, *, exit_on_error=True):
+        raise WrongState("'-incoming' was not specified on the command line")
+
+    def start_postcopy(self):
+        if not self.capabilities.enabled(Capability.POSTCOPY_RAM):
+            raise WrongState(
+                "Enable postcopy with migrate_set_capability before the start of migration"
+            )
+
+    def cancel(self):
+        self.calls.append(("cancel",))
+
+    def continue_(self, state):
+        if self.now.status is not state or state is not Status.PRE_SWITCHOVER:
+            raise WrongState(f"Migration not in expected state: {self.now.status.value}")
+
+    def pause(self):
+        raise WrongState(
+            "migrate-pause is currently only supported during postcopy-active or"
+            " postcopy-recover state"
+        )
+
+    def recover(self, uri):
+        raise WrongState("Migrate recover can only be run when postcopy is paused.")
+
+    def info(self):
+        return self.now
+
+
+def make_backend():
+    events = EventBus()
+    return Backend(FakeMachine(events), FakeMigration(), events)
