@@ -195,7 +195,7 @@ def flat_long_mode(*, rip: int, rsp: int, cr3: int, privilege: int = 3) -> CpuSt
     """A vCPU about to run 64-bit code with paging on and segments that do nothing.
 
     Everything a small guest may use is switched on: SSE, no-execute, write protection, and port I/O
-    from privilege 3 (IOPL 3 in the flags).  Interrupts are off.
+    from privilege 3 (IOPL 3 in the flags).  Interrupts are off, and there are no descriptor tables.
 
     :param cr3: guest physical address of the top page table.
     """
@@ -203,6 +203,7 @@ def flat_long_mode(*, rip: int, rsp: int, cr3: int, privilege: int = 3) -> CpuSt
     data = Segment(0x10 | privilege, 0, 0xFFFFFFFF, 0x00C09300 | privilege << 13)
     state = CpuState(rip=rip, rflags=0x3002, cr0=0x80050033, cr3=cr3, cr4=0x620, efer=0xD00)
     state = replace(state, cs=code, es=data, ss=data, ds=data, fs=data, gs=data)
+    state = replace(state, gdt=DescriptorTable(0, 0), idt=DescriptorTable(0, 0))
     return state.with_regs(rsp=rsp)
 
 
