@@ -40,9 +40,23 @@ class Connection:
         self.server = server
         self.recorded = {way: bytearray() for way in Way}
         self.cut = threading.Event()
+        self._ways_open = len(Way)
+        self._lock = threading.Lock()
 
     def ends(self, way):
         return (self.client, self.server) if way is Way.UP else (self.server, self.client)
+
+    def end_of_way(self):
+        """Nothing more goes one way; after the second, let go of the sockets.
+
+        Shutting down alone is not enough on TCP: a peer that goes on sending would fill the
+        buffers and wait, where a socket that is gone makes it fail.
+        """
+        with self._lock:
+            self._ways_open -= 1
+            if self._ways_open == 0:
+                self.client.close()
+                self.server.close()
 
     def close(self):
         """Break both sides, at once: what is on its way is lost."""
@@ -128,9 +142,6 @@ class Relay:
             thread.join(10)
             assert not thread.is_alive(), f"{thread.name} of the relay hangs"
         self._door.close()
-        for connection in self.connections:
-            connection.client.close()
-            connection.server.close()
 
     def _start(self, work, *arguments):
         thread = threading.Thread(target=work, args=arguments, name=work.__name__, daemon=True)
@@ -171,6 +182,8 @@ class Relay:
             target.shutdown(socket.SHUT_WR)  # an end, not a break: the other way stays open
         except OSError:
             connection.close()  # one side broke, so the other has to see it
+        finally:
+            connection.end_of_way()
 
     def _hold_back(self):
         if self._delay_s:
