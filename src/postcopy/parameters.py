@@ -180,7 +180,7 @@ class Kind(enum.Enum):
     CHOICE = "enum"
 
 
-_LARGEST = {Kind.SIZE: 2**64 - 1, Kind.UINT32: 2**32 - 1, Kind.UINT8: 255}
+_LARGEST = {Kind.UINT32: 2**32 - 1, Kind.UINT8: 255}
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,12 +216,13 @@ class Rule:
         return "" if value is None else value
 
     def _accept_number(self, name: str, value: object) -> int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            if self.kind is Kind.SIZE and -(2**63) <= value < 0:
-                return value + 2**64  # as QEMU: JSON's -1 is the largest size
-            if 0 <= value <= _LARGEST[self.kind]:
-                return value
-        raise Refused(f"Parameter '{name}' expects {self.kind.value}")
+        if not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**64:
+            raise Refused(f"Parameter '{name}' expects {Kind.SIZE.value}")
+        if self.kind is Kind.SIZE:
+            return value % 2**64  # as QEMU: JSON's -1 is the largest size
+        if not 0 <= value <= _LARGEST[self.kind]:
+            raise Refused(f"Parameter '{name}' expects {self.kind.value}")
+        return value
 
     def check(self, name: str, value: object) -> None:
         """Whether we can work with ``value``.
