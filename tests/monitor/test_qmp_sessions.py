@@ -41,6 +41,25 @@ def test_answers_keep_the_order_of_requests(ours):
     assert [ours.reply()["id"] for _ in requests] == list(range(200))
 
 
+def test_a_script_may_read_its_answers_after_its_last_request(ours):
+    ours.negotiate()
+    ours.send(b'{"execute": "query-status"}' * 20)
+    ours.socket.shutdown(socket.SHUT_WR)
+    assert [ours.reply()["return"]["running"] for _ in range(20)] == [True] * 20
+    assert ours.socket.recv(1) == b""
+
+
+def test_a_client_that_never_reads_is_cut_off_and_its_threads_end(ours, backend, server):
+    ours.negotiate()
+    before = {t for t in threading.enumerate() if t.name.startswith("qmp-")}
+    assert before
+    for _ in range(20000):
+        backend.events.emit("MIGRATION", {"status": "x" * 100})
+    for thread in before:
+        thread.join(DEADLINE_SECONDS)
+        assert not thread.is_alive()
+
+
 def test_events_go_to_negotiated_clients_only(ours, connect, backend):
     ours.negotiate()
     late = connect()

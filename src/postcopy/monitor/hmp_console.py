@@ -1,7 +1,6 @@
 """HMP for a person: a prompt on a terminal, a pipe, or a socket."""
 
 import contextlib
-import readline
 import socket
 import sys
 from typing import TextIO
@@ -54,6 +53,11 @@ class HmpConsole:
 
 
 def _complete_commands() -> None:
+    try:
+        import readline
+    except ImportError:  # a Python that was built without it: lines cannot be edited
+        return
+
     def complete(text: str, state: int) -> str | None:
         found = completions(text)
         return found[state] if state < len(found) else None

@@ -56,16 +56,26 @@ class QmpSession:
             self._read()
         finally:
             unsubscribe()
-            self._end(self._requests)
-            self.close()
-            self._connection.close()
+            self._finish()
+
+    def _finish(self) -> None:
+        # A script may send all its requests, close its side, and only then read the answers.
+        if self._try_end(self._requests):
+            self._worker.join(_FLUSH_SECONDS)
+        self.close()
+        self._connection.close()
+        # Nobody sends any more; the worker may still wait for a page, and ends after that.
+        self._requests.put(None)
 
     def close(self) -> None:
         """Send what is still unsent, for a second at most, and end; any thread may call it."""
-        self._end(self._unsent)
+        self._try_end(self._unsent)
         if self._writer.is_alive():
             self._writer.join(_FLUSH_SECONDS)
         self._hang_up()
+        if self._writer.is_alive():
+            # It was stuck in a client that does not read; now it throws away what is left.
+            self._unsent.put(None)
 
     def _hang_up(self) -> None:
         try:
@@ -74,11 +84,12 @@ class QmpSession:
             _log.debug("the client was gone already")
 
     @staticmethod
-    def _end(messages: "queue.Queue[Any]") -> None:
+    def _try_end(messages: "queue.Queue[Any]") -> bool:
         try:
             messages.put_nowait(None)
         except queue.Full:
-            _log.debug("dropped %d messages of a client that is gone", messages.qsize())
+            return False
+        return True
 
     # Section: the reader
 
@@ -168,9 +179,16 @@ class QmpSession:
             self._hang_up()
 
     def _write(self) -> None:
+        client_is_there = True
+        # Goes on without a client, so that nobody waits for room in a queue that nobody empties.
         while (message := self._unsent.get()) is not None:
-            try:
-                self._connection.sendall(json.dumps(message).encode() + b"\r\n")
-            except OSError:
-                self._hang_up()
-                return
+            if client_is_there:
+                client_is_there = self._send(message)
+
+    def _send(self, message: dict[str, Any]) -> bool:
+        try:
+            self._connection.sendall(json.dumps(message).encode() + b"\r\n")
+        except OSError:
+            self._hang_up()
+            return False
+        return True
