@@ -1,10 +1,11 @@
-"""A real QEMU: started, spoken to over QMP, and killed.  Its guest never runs (``-S``)."""
+"""A real QEMU: started, spoken to over QMP, and killed."""
 
 import itertools
 import json
 import shutil
 import socket
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,58 +21,75 @@ MACHINES = {"none": ("none", "ram"), "microvm": (MICROVM, "microvm.ram")}
 """Name on the wire: what ``-M`` wants, and the name of the RAM block."""
 
 
-class RealQemu:
-    """One QEMU whose RAM is a private mapping of ``ram``, a file."""
+class QmpRefused(Exception):
+    """QEMU answered a command with an error."""
 
-    def __init__(self, machine: str, ram: Path, folder: Path, *arguments: str) -> None:
+
+class QemuProcess:
+    """One QEMU, whatever its machine; ``events`` keeps all that came while answers were read."""
+
+    def __init__(self, folder: Path, arguments: Sequence[str]) -> None:
         if shutil.which(BINARY) is None:
             pytest.skip(f"needs {BINARY}: run .ci/install-qemu")
-        option, block = MACHINES[machine]
         folder.mkdir(parents=True, exist_ok=True)
-        size = ram.stat().st_size
-        command = [BINARY, "-display", "none", "-nodefaults", "-S", "-accel", "tcg"]
-        command += ["-M", f"{option},memory-backend={block}", "-m", f"{size >> 20}M"]
-        command += ["-object", f"memory-backend-file,id={block},mem-path={ram},size={size},"
-                    "share=off,x-use-canonical-path-for-ramblock-id=off"]  # fmt: skip
-        if machine == "microvm":
-            (folder / "bios").write_bytes(bytes(BIOS_BYTES))
-            command += ["-bios", str(folder / "bios")]
         self._ours, theirs = socket.socketpair()
         self._ours.settimeout(TIMEOUT_S)
+        command = [BINARY, "-display", "none", "-nodefaults", *arguments]
         command += ["-chardev", f"socket,id=qmp,fd={theirs.fileno()}", "-mon", "qmp,mode=control"]
         self._log = folder / "qemu.log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [*command, *arguments],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                pass_fds=[theirs.fileno()],
+                command, stdout=log, stderr=subprocess.STDOUT, pass_fds=[theirs.fileno()]
             )
         theirs.close()
         self._lines = self._ours.makefile("r")
         self._ids = itertools.count()
-        self("qmp_capabilities")
+        self.events: list[dict] = []
+        try:
+            self("qmp_capabilities")
+        except BaseException:
+            self.close()
+            raise
 
-    def __enter__(self) -> "RealQemu":
+    def __enter__(self):
         return self
 
     def __exit__(self, *_) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._lines.close()
-        self._ours.close()
+        self.close()
 
     def __call__(self, command: str, **arguments):
-        """Do one QMP command and give what it returns; events are dropped."""
+        """Do one QMP command and give what it returns; events are put aside."""
         number = next(self._ids)
         order = {"execute": command, "id": number, "arguments": arguments}
-        self._ours.sendall(json.dumps(order).encode() + b"\n")
-        for line in self._lines:
-            answer = json.loads(line)
-            if answer.get("id") == number:
-                assert "return" in answer, answer
-                return answer["return"]
-        raise AssertionError(f"QEMU went away: {self._log.read_text()}")
+        try:
+            self._ours.sendall(json.dumps(order).encode() + b"\n")
+            for line in self._lines:
+                answer = json.loads(line)
+                if "event" in answer:
+                    self.events.append(answer)
+                elif answer.get("id") == number:
+                    if "return" not in answer:
+                        raise QmpRefused(answer["error"]["desc"])
+                    return answer["return"]
+        except ConnectionError:
+            pass  # it has ended, and its log says why
+        raise AssertionError(f"QEMU went away: {self.log}")
+
+    @property
+    def log(self) -> str:
+        """What QEMU has written to its standard output and error."""
+        return self._log.read_text()
+
+    def kill(self) -> None:
+        """End it at once, as a crash would."""
+        self._process.kill()
+        self._process.wait()
+
+    def close(self) -> None:
+        """End it, and let go of what belongs to it."""
+        self.kill()
+        self._lines.close()
+        self._ours.close()
 
     def capabilities(self, *names: str) -> None:
         """Switch capabilities on."""
@@ -89,3 +107,26 @@ class RealQemu:
 
         wait_until(reached, TIMEOUT_S, f"migration {status}")
         return info
+
+
+class RealQemu(QemuProcess):
+    """One QEMU whose RAM is a private mapping of ``ram``, a file; its guest never runs."""
+
+    def __init__(self, machine: str, ram: Path, folder: Path, *arguments: str) -> None:
+        option, block = MACHINES[machine]
+        size = ram.stat().st_size
+        command = ["-S", "-accel", "tcg"]
+        command += ["-M", f"{option},memory-backend={block}", "-m", f"{size >> 20}M"]
+        command += ["-object", f"memory-backend-file,id={block},mem-path={ram},size={size},"
+                    "share=off,x-use-canonical-path-for-ramblock-id=off"]  # fmt: skip
+        if machine == "microvm":
+            command += bios(folder)
+        super().__init__(folder, [*command, *arguments])
+
+
+def bios(folder: Path) -> list[str]:
+    """The arguments for a firmware that does nothing: a microvm does not start without one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "bios"
+    path.write_bytes(bytes(BIOS_BYTES))
+    return ["-bios", str(path)]

@@ -19,6 +19,7 @@ CODE = b"\xeb\xfe"
         ({"vcpus": 65}, "65 vCPUs cannot be"),
         ({"privilege": 1}, "privilege 1 cannot be"),
         ({"accel": "tcg"}, "no accelerator is called 'tcg'"),
+        ({"machine_type": "pc"}, "no machine is called 'pc'; give microvm or none"),
         ({"image": b""}, "the image is empty"),
         ({"load_address": 0x6000}, "would lie on the page tables"),
         ({"image": bytes(2 * MIB)}, "does not fit into 2 MiB of memory"),

@@ -15,6 +15,10 @@ HUGE_PAGE_BYTES = 2 << 20
 LOAD_ADDRESS = 0x10000
 
 Accelerator = Literal["auto", "kvm", "unicorn"]
+MachineType = Literal["microvm", "none"]
+
+RAM_NAMES: dict[MachineType, str] = {"microvm": "microvm.ram", "none": "ram"}
+"""What QEMU calls the RAM block of each of the machines that we can be on the wire."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class MachineConfig:
     :param privilege: 3 (port I/O allowed) or 0.  Under some nested hypervisors code at privilege 0
         is emulated and a thousand times slower.
     :param huge_pages: back the memory with the host's 2 MiB pages.
+    :param machine_type: what the machine is called on the wire, and with it its RAM block: only a
+        machine of the same type takes its guest, be it ours or QEMU's ``-M``.  Nothing else differs.
     """
 
     memory_bytes: int
@@ -41,6 +47,12 @@ class MachineConfig:
     entry: int = LOAD_ADDRESS
     privilege: int = 3
     huge_pages: bool = False
+    machine_type: MachineType = "microvm"
+
+    @property
+    def ram_name(self) -> str:
+        """The name of the one RAM block."""
+        return RAM_NAMES[self.machine_type]
 
     @property
     def page_size_bytes(self) -> int:
@@ -68,6 +80,8 @@ class MachineConfig:
             raise Refused(f"privilege {self.privilege} cannot be; give 3 (user) or 0 (kernel)")
         if self.accel not in {"auto", "kvm", "unicorn"}:
             raise Refused(f"no accelerator is called {self.accel!r}; give auto, kvm or unicorn")
+        if self.machine_type not in RAM_NAMES:
+            raise Refused(f"no machine is called {self.machine_type!r}; give microvm or none")
 
     def _check_image(self, image: bytes) -> None:
         first, end = self.load_address, self.load_address + len(image)

@@ -1,7 +1,7 @@
 """The small x86-64 machine: RAM, vCPUs, a serial port and a switch to turn itself off.
 
-On the wire it is QEMU's ``microvm`` at its smallest.  It knows nothing of migration but what
-:class:`postcopy.guest.Guest` asks of any guest.
+On the wire it is QEMU's ``microvm`` at its smallest, or ``none`` if told so.  It knows nothing of
+migration but what :class:`postcopy.guest.Guest` asks of any guest.
 """
 
 import os
@@ -24,8 +24,6 @@ from postcopy.machine.serial_port import SerialPort
 from postcopy.machine.signals import install_kick_handler
 from postcopy.machine.vcpu import Vcpu
 
-RAM_NAME = "microvm.ram"
-
 
 class Machine:
     """One machine, from :meth:`start` to :meth:`close`; satisfies ``postcopy.guest.Guest``.
@@ -39,8 +37,6 @@ class Machine:
     :raises HostCannot: this host cannot run such a machine.
     """
 
-    machine_name = "microvm"
-
     def __init__(
         self,
         config: MachineConfig,
@@ -52,7 +48,7 @@ class Machine:
         install_kick_handler()
         self.config = config
         huge = config.page_size_bytes if config.huge_pages else None
-        self._ram_fd = memfd.create(RAM_NAME, config.memory_bytes, huge_page_size=huge)
+        self._ram_fd = memfd.create(config.ram_name, config.memory_bytes, huge_page_size=huge)
         self._ram = Mapping.shared(self._ram_fd, config.memory_bytes)
         self._vcpus: list[Vcpu] = []
         try:
@@ -89,6 +85,11 @@ class Machine:
         self.run_control.start(prepare, paused=paused, incoming=incoming)
 
     @property
+    def machine_name(self) -> str:
+        """What it is on the wire: ``microvm`` or ``none``."""
+        return self.config.machine_type
+
+    @property
     def accelerator_name(self) -> str:
         """``kvm`` or ``unicorn``."""
         return self._accelerator.name
@@ -111,7 +112,7 @@ class Machine:
     @property
     def ram_name(self) -> str:
         """The name of the one RAM block."""
-        return RAM_NAME
+        return self.config.ram_name
 
     @property
     def vcpus(self) -> Sequence[VcpuThread]:
@@ -165,7 +166,7 @@ class Machine:
     def regions(self) -> Sequence[Region]:
         """The one RAM block, whatever the size."""
         region = Region(
-            name=RAM_NAME,
+            name=self.config.ram_name,
             size_bytes=self.config.memory_bytes,
             page_size_bytes=self.config.page_size_bytes,
             guest_address=0,

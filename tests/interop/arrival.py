@@ -1,0 +1,36 @@
+"""Checks of a guest that has moved: it goes on counting, and not a page of it is wrong."""
+
+from fakes.waiting import wait_until
+from postcopy.machine import oracle, records
+from postcopy.machine.records import Read
+from postcopy.machine.workload import Workload
+
+GOES_ON_S = 30
+
+
+def iterations(read: Read, workload: Workload) -> list[int]:
+    """How far each vCPU has come."""
+    return [record.iterations for record in records.read_records(read, workload)]
+
+
+def wait_until_beyond(read: Read, workload: Workload, before: list[int]) -> None:
+    """Until every vCPU has come further than ``before``."""
+
+    def beyond() -> bool:
+        now = iterations(read, workload)
+        return all(a > b for a, b in zip(now, before, strict=True))
+
+    wait_until(beyond, GOES_ON_S, "the guest does not go on counting")
+
+
+def check_goes_on(read: Read, workload: Workload, left_at: list[int]) -> None:
+    """It has come beyond where it left, and does so again."""
+    wait_until_beyond(read, workload, left_at)
+    wait_until_beyond(read, workload, iterations(read, workload))
+
+
+def check_memory(read: Read, workload: Workload) -> None:
+    """Of a guest that stands still: every page of the workload."""
+    found = oracle.verify(read, workload)
+    assert found.ok, found
+    assert found.pages_checked > workload.pages

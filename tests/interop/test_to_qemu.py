@@ -1,0 +1,92 @@
+"""Our running guest moves to a real QEMU and goes on counting there."""
+
+import pytest
+
+from fakes.waiting import wait_until
+from interop.arrival import check_goes_on, check_memory, iterations
+from interop.our_guest import OurGuest
+from interop.qemu_guest import QemuGuest
+from machine.machines import MIB, need
+from postcopy.machine import workload as workloads
+from postcopy.parameters import Capability as C
+from postcopy.status import Status
+
+pytestmark = pytest.mark.qemu
+
+MEMORY_BYTES = 32 * MIB
+HOT_BYTES = 8 * MIB
+
+
+def hammer(vcpus):
+    return workloads.load("hammer", MEMORY_BYTES, vcpus, hot_bytes=HOT_BYTES)
+
+
+def our_guest(workload, accelerator, qemu):
+    need(accelerator)
+    return OurGuest.running(workload, accelerator, machine_type=qemu.machine)
+
+
+def check_arrived(qemu, workload, ours):
+    """The guest runs there, whole, and no longer here."""
+    qemu.wait_migration("completed")
+    check_goes_on(qemu.read_memory, workload, iterations(ours.machine.read_memory, workload))
+    assert not ours.machine.running
+    assert not ours.machine.owned
+    qemu("stop")
+    check_memory(qemu.read_memory, workload)
+
+
+def address(way, folder):
+    return f"unix:{folder / 'migration'}" if way == "unix" else "tcp:127.0.0.1:0"
+
+
+@pytest.mark.parametrize(
+    ("machine", "accelerator", "vcpus", "way"),
+    [
+        ("microvm", "kvm", 1, "tcp"),
+        ("microvm", "kvm", 2, "unix"),
+        ("microvm", "tcg", 1, "unix"),
+        ("microvm", "tcg", 2, "tcp"),
+        ("none", "kvm", 1, "unix"),
+        ("none", "tcg", 1, "tcp"),
+    ],
+)
+class TestOurRunningGuest:
+    """``none`` has no machine with more than one CPU."""
+
+    def test_by_precopy(self, tmp_path, machine, accelerator, vcpus, way):
+        workload = hammer(vcpus)
+        with (
+            QemuGuest(tmp_path, machine, accelerator, MEMORY_BYTES, vcpus) as qemu,
+            our_guest(workload, "kvm", qemu) as ours,
+        ):
+            qemu.capabilities("events")
+            ours.migration.migrate(qemu.listen(address(way, tmp_path)))
+            assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
+            check_arrived(qemu, workload, ours)
+            names = qemu.event_names()
+            assert names[:4] == ["setup", "active", "RESUME", "completed"], names
+
+    @pytest.mark.parametrize("when", ["at once", "after a round"])
+    def test_by_postcopy(self, tmp_path, machine, accelerator, vcpus, way, when):
+        workload = hammer(vcpus)
+        with (
+            QemuGuest(tmp_path, machine, accelerator, MEMORY_BYTES, vcpus) as qemu,
+            our_guest(workload, "kvm", qemu) as ours,
+        ):
+            qemu.capabilities("events", "postcopy-ram", "postcopy-blocktime")
+            ours.switch_on(C.POSTCOPY_RAM)
+            if when == "after a round":
+                ours.migration.set_parameters({"downtime-limit": 0})
+            ours.migration.migrate(qemu.listen(address(way, tmp_path)))
+            if when == "after a round":
+                wait_until(lambda: ours.events.count("MIGRATION_PASS") > 1, 20, "no second round")
+            ours.migration.start_postcopy()
+            assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
+            check_arrived(qemu, workload, ours)
+            assert "postcopy-active" in ours.events
+            names = qemu.event_names()
+            assert names[:4] == ["setup", "active", "postcopy-active", "RESUME"], names
+            info = qemu("query-migrate")
+            assert len(info["postcopy-vcpu-blocktime"]) == vcpus
+            assert info["postcopy-blocktime"] >= 0
