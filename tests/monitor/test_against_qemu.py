@@ -119,7 +119,7 @@ BAD_JSON = [
     b'{"execute" "a"}\n',
     b"[1 2]\n",
     b"[1,2,{}]\n",
-    b"tru\n",
+    b"x\n",
 ]
 
 

@@ -35,7 +35,8 @@ class _Token:
 
 
 _SPACE = re.compile(rb"[ \t\r\n]*")
-_IN_STRING = rb"(?:[^%s\\\x00-\x1f\xfe\xff]|\\[\x20-\xfd])*"
+# Possessive: a long string that has not ended yet must not be tried in every shorter form.
+_IN_STRING = rb"(?:[^%s\\\x00-\x1f\xfe\xff]++|\\[\x20-\xfd])*+"
 _DOUBLE, _SINGLE = _IN_STRING % b'"', _IN_STRING % b"'"
 _WHOLE = (
     (_Kind.PUNCTUATION, re.compile(rb"[][{},:]")),
