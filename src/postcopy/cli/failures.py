@@ -1,0 +1,84 @@
+"""What a failed command says, and the exit code with which it says it."""
+
+import traceback
+from typing import Final
+
+import click
+
+from postcopy.errors import NeedsRecovery, PostcopyError, Refused
+
+DONE: Final = 0
+FAILED: Final = 1
+USAGE: Final = 2
+REFUSED: Final = 3
+NEEDS_RECOVERY: Final = 4
+
+
+class CommandFailed(Exception):
+    """A command has done its work, and the outcome is not good; the message says all."""
+
+    def __init__(self, message: str, exit_code: int = FAILED) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def report(error: BaseException, *, debug: bool = False) -> int:
+    """Print ``error`` as one line on stderr, with its traceback before it if asked for.
+
+    :return: the exit code.
+    """
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else FAILED
+    if debug:
+        traceback.print_exception(error)
+    line, code = _verdict(error)
+    if line:
+        click.echo(f"postcopy: {' '.join(line.split())}", err=True)
+    return code
+
+
+def _verdict(error: BaseException) -> tuple[str, int]:
+    if isinstance(error, PostcopyError):
+        return str(error), _exit_code(error)
+    if isinstance(error, click.ClickException | click.exceptions.Exit | click.Abort):
+        return _of_click(error)
+    match error:
+        case CommandFailed():
+            return str(error), error.exit_code
+        case KeyboardInterrupt():
+            return "interrupted", FAILED
+        case OSError() if error.strerror:
+            about = f"{error.filename}: " if error.filename else ""
+            return f"{about}{error.strerror}; look at it and try again", FAILED
+    what = f"unexpected {type(error).__name__}: {error}"
+    return f"{what}; a mistake in postcopy; 'postcopy --debug ...' shows the traceback", FAILED
+
+
+def _exit_code(error: PostcopyError) -> int:
+    match error:
+        case NeedsRecovery():
+            return NEEDS_RECOVERY
+        case Refused():
+            return REFUSED
+    return FAILED
+
+
+def _of_click(
+    error: click.ClickException | click.exceptions.Exit | click.Abort,
+) -> tuple[str, int]:
+    match error:
+        case click.exceptions.NoArgsIsHelpError():
+            click.echo(error.format_message(), err=True)
+            return "", USAGE
+        case click.exceptions.Exit():
+            return "", error.exit_code
+        case click.UsageError():
+            return f"{error.format_message().rstrip('.')}; {_where_help_is(error)}", USAGE
+        case click.ClickException():
+            return error.format_message(), error.exit_code
+    return "interrupted", FAILED
+
+
+def _where_help_is(error: click.UsageError) -> str:
+    command = error.ctx.command_path if error.ctx else "postcopy"
+    return f"see '{command} --help'"

@@ -1,0 +1,137 @@
+"""A guest's process: machine, migration and monitors, put together and taken apart again."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from postcopy.cli import terminal
+from postcopy.cli.failures import DONE, FAILED
+from postcopy.cli.run_settings import DEFER, STDIO, RunSettings
+from postcopy.events import EventBus
+from postcopy.link.control import MigrationControl
+from postcopy.machine.config import MachineConfig
+from postcopy.machine.machine import Machine
+from postcopy.machine.run_state import RunState
+from postcopy.monitor.backend import Backend
+from postcopy.monitor.hmp_console import HmpConsole
+from postcopy.monitor.server import serve_hmp, serve_qmp
+
+
+class _OperatedMachine(Machine):
+    """A machine whose operator can end its process."""
+
+    def __init__(self, config: MachineConfig, process: "GuestProcess") -> None:
+        super().__init__(config, on_event=process.tell, on_serial=process.serial_output())
+        self._process = process
+
+    def quit(self) -> None:
+        """Ask the process to end; returns at once."""
+        self._process.end(DONE)
+
+
+class GuestProcess:
+    """One guest's process from its command line to its exit code.
+
+    The main thread waits; any thread may end the wait by :meth:`end`.
+    """
+
+    def __init__(self, settings: RunSettings) -> None:
+        self.events = EventBus()
+        self._settings = settings
+        self._over = threading.Event()
+        self._exit_code = DONE
+        self._cleanup = contextlib.ExitStack()
+
+    def run(self) -> int:
+        """Serve until told to end.
+
+        Does not return when threads may still be waiting in calls that nothing will end, such as
+        the console on standard input: the process is left at once then.
+
+        :return: the exit code.
+        """
+        self._name_process()
+        with self._cleanup:
+            self._start()
+            self._over.wait()
+        sys.stdout.flush()
+        os._exit(self._exit_code)
+
+    def end(self, exit_code: int) -> None:
+        """Ask the process to end; the first exit code that is not 0 counts."""
+        self._exit_code = self._exit_code or exit_code
+        self._over.set()
+
+    def tell(self, name: str, data: Mapping[str, Any]) -> None:
+        """Hand an event of the machine to whoever listens."""
+        self.events.emit(name, data)
+
+    def serial_output(self) -> Callable[[bytes], None]:
+        """Where the guest's serial port goes."""
+        return terminal.serial_output(self._settings.serial, self._cleanup)
+
+    def _start(self) -> None:
+        settings = self._settings
+        incoming = settings.incoming is not None
+        machine = _OperatedMachine(settings.machine, self)
+        self._cleanup.callback(machine.close)
+        control = MigrationControl(
+            machine,
+            self.events,
+            incoming=incoming,
+            on_moved=lambda: machine.set_run_state(RunState.POSTMIGRATE),
+            on_incoming_failed=self._incoming_failed,
+        )
+        self._cleanup.callback(control.close)
+        self._catch_signals()
+        machine.start(paused=settings.paused, incoming=incoming)
+        if incoming:
+            control.prepare()
+        else:
+            threading.Thread(target=control.prepare, name="prepare", daemon=True).start()
+        backend = Backend(machine, control, self.events)
+        self._serve(backend)
+        if settings.incoming not in {None, DEFER}:
+            control.incoming(str(settings.incoming))
+        if STDIO in settings.monitors:
+            self._open_console(backend)
+
+    def _serve(self, backend: Backend) -> None:
+        for address in self._settings.qmps:
+            self._cleanup.callback(serve_qmp(address, backend).close)
+        for address in self._settings.monitors:
+            if address != STDIO:
+                self._cleanup.callback(serve_hmp(address, backend).close)
+
+    def _open_console(self, backend: Backend) -> None:
+        """The console has a thread of its own: the main thread must stay free for signals."""
+        self._cleanup.callback(terminal.restorer())
+        console = HmpConsole(backend, sys.stdin, sys.stdout)
+        threading.Thread(
+            target=self._converse, args=(console,), name="console", daemon=True
+        ).start()
+
+    def _converse(self, console: HmpConsole) -> None:
+        try:
+            console.run()
+        finally:
+            self.end(DONE)
+
+    def _incoming_failed(self, reason: str) -> None:
+        click.echo(f"postcopy: the incoming migration failed: {reason}", err=True)
+        self.end(FAILED)
+
+    def _catch_signals(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: self.end(DONE))
+
+    def _name_process(self) -> None:
+        if self._settings.name:
+            Path("/proc/self/comm").write_text(self._settings.name)

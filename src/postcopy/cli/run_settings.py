@@ -1,0 +1,84 @@
+"""The options of ``postcopy run``, checked against each other."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from postcopy.errors import Refused
+from postcopy.machine import workload
+from postcopy.machine.config import MachineConfig
+
+DEFER = "defer"
+STDIO = "stdio"
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """One guest's process.
+
+    :param incoming: a URI to listen at, ``defer``, or None for a guest that boots.
+    :param monitors: addresses of HMP monitors; ``stdio`` at most once.
+    :param qmps: addresses of QMP monitors.
+    :param serial: ``stdio``, ``none`` or ``file:PATH``.
+    """
+
+    machine: MachineConfig
+    incoming: str | None
+    paused: bool
+    monitors: tuple[str, ...]
+    qmps: tuple[str, ...]
+    name: str | None
+    serial: str
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Self:
+        """The settings that the options mean.
+
+        :raises Refused: they do not go together.
+        """
+        monitors = tuple(options["monitors"])
+        if not monitors and not options["qmps"] and sys.stdin.isatty():
+            monitors = (STDIO,)
+        if monitors.count(STDIO) > 1:
+            raise Refused("--monitor stdio is given twice; there is one standard input")
+        if options["serial"] not in {STDIO, NONE} and not options["serial"].startswith("file:"):
+            raise Refused(f"no serial port at {options['serial']!r}; give stdio, none or file:PATH")
+        return cls(
+            machine=_machine(options),
+            incoming=options["incoming"],
+            paused=options["paused"],
+            monitors=tuple(place for place in monitors if place != NONE),
+            qmps=tuple(place for place in options["qmps"] if place != NONE),
+            name=options["name"],
+            serial=options["serial"],
+        )
+
+
+def _machine(options: Mapping[str, Any]) -> MachineConfig:
+    load_address = options["load_address"]
+    config = MachineConfig(
+        memory_bytes=options["memory"],
+        vcpus=options["smp"],
+        accel=options["accel"],
+        image=_image(options),
+        load_address=load_address,
+        entry=load_address if options["entry"] is None else options["entry"],
+        privilege=int(options["privilege"]),
+        huge_pages=options["huge_pages"],
+    )
+    config.check()
+    return config
+
+
+def _image(options: Mapping[str, Any]) -> bytes | None:
+    image, name = options["image"], options["workload"]
+    if options["incoming"] is not None:
+        return None  # as with QEMU, a kernel may be named; what comes replaces it
+    if bool(image) == bool(name):
+        raise Refused("a guest needs just one of --image, --workload and --incoming; give one")
+    if image:
+        return Path(image).read_bytes()
+    return workload.load(name, options["memory"], options["smp"]).image()
