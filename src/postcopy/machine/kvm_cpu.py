@@ -13,7 +13,7 @@ from postcopy.kernel.mapping import Mapping
 from postcopy.machine import cpuid
 from postcopy.machine.cpu import Exit, ExitReason, Ports
 from postcopy.machine.cpu_state import CpuState
-from postcopy.machine.kvm_state import read_kvm_state, write_kvm_state
+from postcopy.machine.kvm_state import read_kvm_state, with_lost_iopl, write_kvm_state
 from postcopy.machine.signals import KICK
 
 _RAM_SLOT = 0
@@ -72,6 +72,7 @@ class KvmCpu:
         self._vcpu = vcpu
         self._ports = ports
         self._thread: int | None = None
+        self._loaded: CpuState | None = None
 
     def enter(self) -> Exit:
         """See :meth:`postcopy.machine.cpu.Cpu.enter`."""
@@ -103,7 +104,7 @@ class KvmCpu:
 
     def get_state(self) -> CpuState:
         """See :meth:`postcopy.machine.cpu.Cpu.get_state`."""
-        return read_kvm_state(self._vcpu)
+        return with_lost_iopl(read_kvm_state(self._vcpu), self._loaded)
 
     def set_state(self, state: CpuState) -> None:
         """See :meth:`postcopy.machine.cpu.Cpu.set_state`."""
@@ -111,6 +112,7 @@ class KvmCpu:
             write_kvm_state(self._vcpu, state)
         except KernelError as error:
             raise GuestError(f"this host's KVM does not take the vCPU's state: {error}") from error
+        self._loaded = state
 
     def close(self) -> None:
         """The vCPU's thread must have ended."""

@@ -30,6 +30,7 @@ from postcopy.machine.xsave import KNOWN_COMPONENTS, read_xsave, write_xsave
 
 _CR4_PROTECTION_KEYS: Final = 1 << 22
 _PKRU: Final = 1 << 9
+_IOPL: Final = 3 << 12
 _PLAIN: Final = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer")
 _SEGMENT_BITS: Final = {
     # field of struct kvm_segment: first bit in a descriptor's second dword, mask
@@ -94,6 +95,18 @@ def write_kvm_state(vcpu: KvmVcpu, state: CpuState) -> tuple[int, ...]:
     except KernelError as error:
         raise GuestError(f"this host's KVM refuses the state of a vCPU: {error}") from error
     return skipped
+
+
+def with_lost_iopl(state: CpuState, loaded: CpuState | None) -> CpuState:
+    """``state`` as read, with the I/O privilege that the host's KVM may have forgotten.
+
+    Under PVM (a KVM for nested guests) RFLAGS loses IOPL when the guest runs, and port I/O works
+    regardless.  Elsewhere the guest's next OUT would then be a fault.  User code cannot change
+    IOPL, so as long as it had no way into a kernel, the value that was loaded is still the true one.
+    """
+    if loaded is None or loaded.privilege != 3 or loaded.lstar or loaded.idt.limit:
+        return state
+    return replace(state, rflags=state.rflags | loaded.rflags & _IOPL)
 
 
 def _segment(kvm: abi.kvm_segment) -> Segment:

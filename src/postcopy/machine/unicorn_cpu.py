@@ -60,6 +60,7 @@ class UnicornCpu:
         self._memory = (memory_address, memory_bytes)
         self._kicked = threading.Event()
         self._exception: int | None = None
+        self._fault_address = 0
         self._stopped = False
         self._may_halt = False
         self._engine: Any = None
@@ -134,6 +135,7 @@ class UnicornCpu:
 
     def _on_exception(self, engine: Any, number: int, _data: object) -> None:
         self._exception = number
+        self._fault_address = self._loaded().fault_address
         engine.emu_stop()
 
     def _on_block(self, engine: Any, _address: int, _size: int, _data: object) -> None:
@@ -163,10 +165,9 @@ class UnicornCpu:
         return Exit(ExitReason.SHUTDOWN, detail)
 
     def _where(self) -> str:
-        registers = self._loaded()
-        where = f"RIP {registers.rip:#x}"
+        where = f"RIP {self._loaded().rip:#x}"
         if self._exception == _PAGE_FAULT:
-            where += f", touching address {registers.fault_address:#x}"
+            where += f", touching address {self._fault_address:#x}"
         return where
 
     def _host_tsc(self) -> int:

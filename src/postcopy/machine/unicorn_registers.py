@@ -43,7 +43,7 @@ _HOST_MSRS: Final = frozenset({0x10, 0x4B564D00, 0x4B564D01})
 """The TSC has a place of its own; unicorn offers no kvmclock."""
 
 _NAMED: Final = {"cr0": "CR0", "cr3": "CR3", "cr4": "CR4", "mxcsr": "MXCSR"}
-"""CR2 is not among those read back: starting the engine writes nonsense to it."""
+"""CR2 is not among those read back: starting or stopping the engine writes nonsense to it."""
 
 
 class UnicornRegisters:
@@ -65,7 +65,7 @@ class UnicornRegisters:
 
     @property
     def fault_address(self) -> int:
-        """CR2: the address of the last page fault."""
+        """CR2; right only inside the hook of a page fault, see ``_NAMED``."""
         return int(self._read("CR2"))
 
     @property
