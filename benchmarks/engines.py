@@ -1,0 +1,186 @@
+"""The two engines behind one small class: a process, its monitor, its guest's memory."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+from benchmarks.clock import Clock
+from benchmarks.qmp import Qmp, QmpFailed
+from benchmarks.workload import Workload
+
+_LOG_TAIL_CHARACTERS: Final = 600
+
+
+class GuestMemory:
+    """Guest memory below 3 GiB through ``/proc/PID/mem``: no monitor in the way, the guest runs on.
+
+    A page that has not arrived gives OSError (EIO) and is not waited for.
+    """
+
+    def __init__(self, pid: int, ram_at: int) -> None:
+        self._fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY)
+        self._ram_at = ram_at
+
+    def read(self, address: int, n_bytes: int) -> bytes:
+        """See :class:`benchmarks.workload.Memory`."""
+        found = b""
+        while len(found) < n_bytes:
+            at = self._ram_at + address + len(found)
+            part = os.pread(self._fd, n_bytes - len(found), at)
+            if not part:
+                raise OSError(f"guest memory ends at {address + len(found):#x}")
+            found += part
+        return found
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self._fd)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every process of one run has in common; ``directory`` has its sockets and logs."""
+
+    directory: Path
+    accelerator: str
+    memory_mib: int
+    workload: Workload
+    clock: Clock
+
+
+class Engine:
+    """A source with the measuring guest in it, or a destination that waits for one."""
+
+    title: ClassVar[str]
+
+    def __init__(self, role: str, setup: Setup) -> None:
+        self.role = role
+        self._setup = setup
+        self._memory: GuestMemory | None = None
+        self._log = setup.directory / f"{role}.log"
+        qmp_path = setup.directory / f"{role}.qmp"
+        command = self.command(setup, qmp_path, incoming=role == "destination")
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
+        try:
+            self.qmp = Qmp(qmp_path, lambda: self.process.poll() is None)
+        except QmpFailed as error:
+            self.process.kill()
+            self.process.wait()
+            raise QmpFailed(f"{self.title}, {role}: {error}\n{self.log_tail()}") from None
+        self.set_capabilities("events")
+
+    @classmethod
+    def command(cls, setup: Setup, qmp_path: Path, *, incoming: bool) -> list[str]:
+        """The command line; writes the guest's image to the run's directory where one is needed."""
+        raise NotImplementedError
+
+    @classmethod
+    def version(cls) -> str:
+        """One line that says what was measured."""
+        raise NotImplementedError
+
+    def set_capabilities(self, *names: str) -> None:
+        """Switch migration capabilities on."""
+        wanted = [{"capability": name, "state": True} for name in names]
+        self.qmp.execute("migrate-set-capabilities", capabilities=wanted)
+
+    def info(self) -> dict[str, Any]:
+        """The answer to ``query-migrate``."""
+        answer: dict[str, Any] = self.qmp.execute("query-migrate")
+        return answer
+
+    @property
+    def memory(self) -> GuestMemory:
+        """The guest's memory."""
+        if self._memory is None:
+            answer = self.qmp.hmp("gpa2hva 0x7000")
+            self._memory = GuestMemory(self.process.pid, int(answer.split()[-1], 16) - 0x7000)
+        return self._memory
+
+    def event_tsc(self, name: str, status: str | None = None) -> int | None:
+        """The host TSC at an event, by the engine's own timestamp; None if there was none."""
+        event = self.qmp.find_event(name, status)
+        if event is None:
+            return None
+        stamp = event["timestamp"]
+        return self._setup.clock.from_wall_clock(stamp["seconds"], stamp["microseconds"])
+
+    def log_tail(self) -> str:
+        """The end of what the process said."""
+        return self._log.read_text(errors="replace")[-_LOG_TAIL_CHARACTERS:].strip()
+
+    def close(self) -> None:
+        """End the process and all that belongs to it."""
+        if self._memory is not None:
+            self._memory.close()
+        self.process.kill()
+        self.process.wait()
+        self.qmp.close()
+
+
+class Qemu(Engine):
+    """A real QEMU, as its users start it: machine ``pc``, memory as it comes."""
+
+    title = "QEMU"
+    executable: ClassVar = "qemu-system-x86_64"
+
+    @classmethod
+    def command(cls, setup: Setup, qmp_path: Path, *, incoming: bool) -> list[str]:
+        """See :class:`Engine`."""
+        disk = setup.directory / "boot.img"
+        if not incoming:
+            disk.write_bytes(setup.workload.disk(setup.clock.hz))
+        return [
+            *(cls.executable, "-display", "none", "-nodefaults", "-machine", "pc"),
+            *("-accel", setup.accelerator, "-m", str(setup.memory_mib), "-smp", "1"),
+            *("-qmp", f"unix:{qmp_path},server=on,wait=off"),
+            *("-drive", f"file={disk},format=raw,if=none,id=boot,readonly=on"),
+            *("-device", "virtio-blk-pci,drive=boot"),
+            *(("-incoming", "defer") if incoming else ()),
+        ]
+
+    @classmethod
+    def version(cls) -> str:
+        """See :class:`Engine`."""
+        if shutil.which(cls.executable) is None:
+            return ""
+        return _first_line([cls.executable, "--version"])
+
+
+class Postcopy(Engine):
+    """Our machine and engine, as this checkout has them."""
+
+    title = "postcopy"
+
+    @classmethod
+    def command(cls, setup: Setup, qmp_path: Path, *, incoming: bool) -> list[str]:
+        """See :class:`Engine`."""
+        image = setup.directory / "measure.bin"
+        if not incoming:
+            image.write_bytes(setup.workload.image(setup.clock.hz))
+        return [
+            *(sys.executable, "-m", "postcopy", "run", "--accel", setup.accelerator),
+            *("--memory", f"{setup.memory_mib}M", "--smp", "1", "--monitor", "none"),
+            *("--qmp", f"unix:{qmp_path}"),
+            *(("--incoming", "defer") if incoming else ("--image", str(image))),
+        ]
+
+    @classmethod
+    def version(cls) -> str:
+        """See :class:`Engine`."""
+        described = _first_line(["git", "describe", "--always", "--dirty"])
+        return f"postcopy {described or 'of unknown revision'}"
+
+
+def _first_line(command: list[str]) -> str:
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    )
+    return done.stdout.split("\n", 1)[0]

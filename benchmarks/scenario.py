@@ -1,0 +1,157 @@
+"""What is measured, of whom, and what is to be reached: data, no action."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from benchmarks.engines import Engine, Postcopy, Qemu
+from benchmarks.workload import MIB, Workload
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An engine with some capabilities switched on; one column of a table."""
+
+    name: str
+    title: str
+    engine: type[Engine]
+    capabilities: tuple[str, ...] = ()
+
+
+QEMU: Final = Contender("qemu", "QEMU", Qemu)
+OURS: Final = Contender("postcopy", "postcopy", Postcopy)
+QEMU_PREEMPT: Final = Contender("qemu-preempt", "QEMU, preempt", Qemu, ("postcopy-preempt",))
+CONTENDERS: Final = (QEMU, OURS, QEMU_PREEMPT)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bound of the ratio ours / QEMU: at least or at most that."""
+
+    ratio: float
+    at_least: bool = False
+
+    def reached(self, ratio: float) -> bool:
+        """Whether a ratio is within the bound."""
+        return ratio >= self.ratio if self.at_least else ratio <= self.ratio
+
+    def __str__(self) -> str:
+        return f"{'≥' if self.at_least else '≤'} {self.ratio:g}"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of a table: the key of a run's figures, and what to call it."""
+
+    key: str
+    title: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to do to a guest.
+
+    :param switch_after_passes: None is precopy to the end; otherwise migrate-start-postcopy when
+        the bitmap has been synchronised so many times more than at the start; 0 is at once.
+    :param stop_first: the guest is stopped before: the stream alone.
+    """
+
+    name: str
+    title: str
+    workload: Workload
+    figures: tuple[Figure, ...]
+    contenders: tuple[Contender, ...]
+    targets: Mapping[str, Target]
+    switch_after_passes: int | None = None
+    stop_first: bool = False
+
+    @property
+    def is_postcopy(self) -> bool:
+        """Whether it switches to postcopy."""
+        return self.switch_after_passes is not None
+
+
+_STREAM: Final = (
+    Figure("mib_s", "sent / total time, MiB/s"),
+    Figure("total_ms", "total time, ms"),
+    Figure("sent_mib", "sent, MiB"),
+)
+_LOAD: Final = (
+    Figure("syncs", "bitmap synchronisations"),
+    Figure("source_cpu_s", "CPU time of the source, s"),
+    Figure("destination_cpu_s", "CPU time of the destination, s"),
+    Figure("others_cpus", "CPUs busy with others"),
+)
+_PRECOPY: Final = (
+    *_STREAM,
+    Figure("guest_downtime_ms", "downtime the guest saw, ms"),
+    Figure("reported_downtime_ms", "downtime the engine reports, ms"),
+    Figure("longest_gap_ms", "longest gap the guest saw, ms"),
+    Figure("rate_kept", "guest's rate while migrating / before"),
+    Figure("rate_before", "guest's rate before, M/s"),
+    Figure("rate_source", "guest's rate while migrating, M/s"),
+    Figure("rate_destination", "guest's rate after, M/s"),
+    *_LOAD,
+)
+_POSTCOPY: Final = (
+    Figure("guest_downtime_ms", "longest stop of the guest at the switch, ms"),
+    Figure("fault_p50_us", "fault latency the guest saw, p50, µs"),
+    Figure("fault_p90_us", "fault latency the guest saw, p90, µs"),
+    Figure("fault_p99_us", "fault latency the guest saw, p99, µs"),
+    Figure("fault_max_us", "fault latency the guest saw, max, µs"),
+    Figure("total_ms", "total time, ms"),
+    Figure("faults", "faults the guest saw"),
+    Figure("requests", "page requests the source got"),
+    Figure("blocked_ms", "guest blocked in postcopy, ms"),
+    Figure("to_stop_ms", "from migrate to the stop, ms"),
+    Figure("command_to_stop_ms", "from migrate-start-postcopy to the stop, ms"),
+    Figure("postcopy_ms", "from the stop to the end, ms"),
+    Figure("reported_downtime_ms", "downtime the engine reports, ms"),
+    Figure("sent_mib", "sent, MiB"),
+    Figure("rate_before", "guest's rate before, M/s"),
+    Figure("rate_source", "guest's rate until the stop, M/s"),
+    Figure("rate_postcopy", "guest's rate in postcopy, M/s"),
+    Figure("rate_settled", "guest's rate after, M/s"),
+    Figure("recovery_ms", "from the stop to half of that rate, ms"),
+    *_LOAD,
+)
+_FASTER_STREAM: Final = {"mib_s": Target(1.5, at_least=True)}
+_PRECOPY_TARGETS: Final = {
+    **_FASTER_STREAM,
+    "guest_downtime_ms": Target(1.0),
+    "rate_kept": Target(1.0, at_least=True),
+}
+_POSTCOPY_TARGETS: Final = {
+    "guest_downtime_ms": Target(0.5),
+    "fault_p50_us": Target(0.25),
+    "fault_p99_us": Target(0.25),
+    "total_ms": Target(1.2),
+}
+_TWO: Final = (QEMU, OURS)
+
+
+def cases(scale: float = 1.0) -> dict[str, Case]:
+    """All cases by name, in the order in which they run.
+
+    :param scale: of the guest's hot sets and fill; 1 is what the targets are about.
+    """
+
+    def mib(amount: int) -> int:
+        return max(1, int(amount * scale)) * MIB
+
+    walker = Workload(mib(64), mib(512), random=False)
+    reader = Workload(mib(64), mib(512), random=False, write_fraction=0.0)
+    hammer = Workload(mib(256), mib(512), random=True)
+    found = (
+        Case("precopy", "precopy, hot set written at full speed", walker, _PRECOPY, _TWO,
+             _PRECOPY_TARGETS),
+        Case("idle", "precopy, guest only reads", reader, _PRECOPY, _TWO,
+             {**_FASTER_STREAM, "guest_downtime_ms": Target(1.0)}),
+        Case("stopped", "precopy, guest stopped before: the stream alone", walker,
+             (*_STREAM, *_LOAD), _TWO, _FASTER_STREAM, stop_first=True),
+        Case("postcopy", "postcopy after the first pass, hot set written at random", hammer,
+             _POSTCOPY, CONTENDERS, _POSTCOPY_TARGETS, switch_after_passes=1),
+        Case("now", "postcopy at once, hot set written at random", hammer, _POSTCOPY, CONTENDERS,
+             {}, switch_after_passes=0),
+    )  # fmt: skip
+    return {case.name: case for case in found}
