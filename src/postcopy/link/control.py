@@ -259,9 +259,10 @@ class MigrationControl:
         self._error = error
         if to is Status.COMPLETED:
             self._completed()
-        self.progress.move(to)
         if to in ENDED:
-            self._end_engine(to)
+            self._settle(to)
+        else:
+            self.progress.move(to)
 
     def _completed(self) -> None:
         if self._is_incoming:
@@ -269,18 +270,24 @@ class MigrationControl:
         else:
             self._on_moved()
 
-    def _end_engine(self, status: Status) -> None:
+    def _settle(self, status: Status) -> None:
+        """Say that it has ended, and let go of the engine.
+
+        Under the lock: who has seen the end and closes us finds nothing still going on.
+        """
+        no_guest_comes = status is Status.FAILED and self._is_incoming
         with self._lock:
+            self.progress.move(status)
             engine, self._engine = self._engine, None
             self._listening = False
-        if engine is not None:
-            engine.end()
-        if status is Status.FAILED and self._is_incoming:
-            self._service.unwatch_missing()
-            if self._exit_on_error:
-                self._on_incoming_failed(self._error or "the migration failed")
-        elif not self._is_incoming or status is Status.COMPLETED:
-            self._engines.prepare()
+            if engine is not None:
+                engine.end()
+            if no_guest_comes:
+                self._service.unwatch_missing()
+            elif not self._is_incoming or status is Status.COMPLETED:
+                self._engines.prepare()
+        if no_guest_comes and self._exit_on_error:
+            self._on_incoming_failed(self._error or "the migration failed")
 
     def _engine_ended(self, engine: EngineProcess) -> None:
         """The link is gone: nothing new if we ended it, or if it had finished."""
@@ -298,8 +305,7 @@ class MigrationControl:
             if self._guest.owned:
                 self._resume_guest()
         to = Status.CANCELLED if status is Status.CANCELLING else Status.FAILED
-        self.progress.move(to)
-        self._end_engine(to)
+        self._settle(to)
 
     def _resume_guest(self) -> None:
         try:

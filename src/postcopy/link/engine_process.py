@@ -62,11 +62,12 @@ class EnginePool:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._spare: EngineProcess | None = None
+        self._closed = False
 
     def prepare(self) -> None:
-        """Have one ready."""
+        """Have one ready, unless the pool is closed."""
         with self._lock:
-            if self._spare is None:
+            if self._spare is None and not self._closed:
                 self._spare = EngineProcess()
 
     def take(self) -> EngineProcess:
@@ -78,6 +79,7 @@ class EnginePool:
     def close(self) -> None:
         """Let the one that waits go."""
         with self._lock:
+            self._closed = True
             if self._spare is not None:
                 self._spare.end()
                 self._spare = None

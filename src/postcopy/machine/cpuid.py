@@ -54,6 +54,12 @@ def carried(entries: Iterable[kvm_cpuid_entry2], vcpu: int) -> list[kvm_cpuid_en
     return [_carried(kvm_cpuid_entry2.from_buffer_copy(entry), vcpu) for entry in entries]
 
 
+def physical_address_bits(entries: Iterable[kvm_cpuid_entry2]) -> int:
+    """How many bits a guest physical address has; 36 where CPUID does not say it."""
+    leaves = (entry.eax & 0xFF for entry in entries if entry.function == 0x80000008)
+    return next(leaves, 36)
+
+
 def _carried(entry: kvm_cpuid_entry2, vcpu: int) -> kvm_cpuid_entry2:
     if entry.function in _EMPTY_LEAVES or (entry.function == 0x7 and entry.index > 0):
         _empty(entry)

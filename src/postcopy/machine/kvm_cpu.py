@@ -43,7 +43,7 @@ class KvmAccelerator:
         """The vCPU of that number; its CPUID offers what :mod:`~postcopy.machine.cpuid` leaves."""
         vcpu = self._vm.create_vcpu(index)
         vcpu.set_cpuid(cpuid.carried(self._cpuid, index))
-        return KvmCpu(vcpu, ports)
+        return KvmCpu(vcpu, ports, cpuid.physical_address_bits(self._cpuid))
 
     def start_dirty_log(self) -> None:
         """KVM begins with nothing dirty."""
@@ -66,11 +66,15 @@ class KvmAccelerator:
 
 
 class KvmCpu:
-    """One vCPU: :class:`postcopy.machine.cpu.Cpu` over ``KVM_RUN``."""
+    """One vCPU: :class:`postcopy.machine.cpu.Cpu` over ``KVM_RUN``.
 
-    def __init__(self, vcpu: KvmVcpu, ports: Ports) -> None:
+    :param address_bits: of a guest physical address, as its CPUID says.
+    """
+
+    def __init__(self, vcpu: KvmVcpu, ports: Ports, address_bits: int) -> None:
         self._vcpu = vcpu
         self._ports = ports
+        self._address_bits = address_bits
         self._thread: int | None = None
         self._loaded: CpuState | None = None
 
@@ -109,7 +113,7 @@ class KvmCpu:
     def set_state(self, state: CpuState) -> None:
         """See :meth:`postcopy.machine.cpu.Cpu.set_state`."""
         try:
-            write_kvm_state(self._vcpu, state)
+            write_kvm_state(self._vcpu, state, self._address_bits)
         except KernelError as error:
             raise GuestError(f"this host's KVM does not take the vCPU's state: {error}") from error
         self._loaded = state

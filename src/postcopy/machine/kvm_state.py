@@ -28,6 +28,7 @@ from postcopy.machine.cpu_state import (
 )
 from postcopy.machine.xsave import KNOWN_COMPONENTS, read_xsave, write_xsave
 
+MOST_ADDRESS_BITS: Final = 52
 _CR4_PROTECTION_KEYS: Final = 1 << 22
 _PKRU: Final = 1 << 9
 _IOPL: Final = 3 << 12
@@ -74,12 +75,15 @@ def read_kvm_state(vcpu: KvmVcpu) -> CpuState:
     return replace(state, xstate_bv=state.xstate_bv & KNOWN_COMPONENTS)
 
 
-def write_kvm_state(vcpu: KvmVcpu, state: CpuState) -> tuple[int, ...]:
+def write_kvm_state(
+    vcpu: KvmVcpu, state: CpuState, address_bits: int = MOST_ADDRESS_BITS
+) -> tuple[int, ...]:
     """Load a state into a vCPU that has its CPUID and stands still.
 
     Whether a halted vCPU runs is the machine's business (:attr:`CpuState.runs`): without an
     interrupt controller KVM knows runnable ones only.
 
+    :param address_bits: of a guest physical address here.
     :return: the MSRs that this host does not have and that held nothing, for the log.
     :raises GuestError: this host refuses a value that the guest needs; which one is said.
     """
@@ -87,7 +91,7 @@ def write_kvm_state(vcpu: KvmVcpu, state: CpuState) -> tuple[int, ...]:
         _write_sregs(vcpu, state)
         _write_xcr0(vcpu, state.xcr0)
         _write_vectors(vcpu, state)
-        skipped = _write_msrs(vcpu, state)
+        skipped = _write_msrs(vcpu, _with_short_mtrr_masks(state, address_bits))
         _write_regs(vcpu, state)
         vcpu.set_debugregs(_debugregs(state))
         vcpu.set_mp_state(abi.kvm_mp_state(abi.KVM_MP_STATE_RUNNABLE))
@@ -212,6 +216,17 @@ def _msr_values(state: CpuState) -> Iterable[tuple[int, int]]:
         value = getattr(state, msr.field)
         yield msr.index, value if msr.position is None else value[msr.position]
     yield from state.msrs.items()
+
+
+def _with_short_mtrr_masks(state: CpuState, address_bits: int) -> CpuState:
+    """MTRR masks without address bits that a guest does not have here.
+
+    QEMU on KVM sends masks filled up with ones to 52 bits, whatever its host has, and cuts them off
+    when it loads them, as we do here: else KVM refuses them.
+    """
+    shortest = (1 << address_bits) - 1
+    pairs = enumerate(state.mtrr_variable)
+    return replace(state, mtrr_variable=tuple(v & shortest if n % 2 else v for n, v in pairs))
 
 
 def _debugregs(state: CpuState) -> abi.kvm_debugregs:

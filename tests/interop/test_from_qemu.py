@@ -1,0 +1,83 @@
+"""A guest of ours comes back from a real QEMU, where it has been running."""
+
+import pytest
+
+from fakes.waiting import wait_until
+from interop.arrival import check_goes_on, check_memory, iterations, wait_until_beyond
+from interop.our_guest import OurGuest
+from interop.qemu_guest import QemuGuest
+from machine.machines import MIB, need
+from postcopy.machine import workload as workloads
+from postcopy.parameters import Capability
+from postcopy.status import Status
+
+pytestmark = pytest.mark.qemu
+
+MEMORY_BYTES = 32 * MIB
+HOT_BYTES = 8 * MIB
+
+
+def send_to_qemu(workload, qemu):
+    """Bring our guest into QEMU, where it works on."""
+    with OurGuest.running(workload, "kvm") as ours:
+        ours.migration.migrate(qemu.listen("tcp:127.0.0.1:0"))
+        assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
+        left_at = iterations(ours.machine.read_memory, workload)
+    qemu.wait_migration("completed")
+    wait_until_beyond(qemu.read_memory, workload, left_at)
+
+
+def check_back(ours, workload, qemu):
+    assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
+    qemu.wait_migration("completed")
+    read = ours.machine.read_memory
+    check_goes_on(read, workload, iterations(qemu.read_memory, workload))
+    assert ours.machine.owned
+    ours.machine.stop()
+    check_memory(read, workload)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "vcpus", "way"),
+    [("kvm", 1, "unix"), ("kvm", 2, "tcp"), ("tcg", 1, "tcp"), ("tcg", 2, "unix")],
+)
+class TestBackFromQemu:
+    def test_by_precopy(self, tmp_path, accelerator, vcpus, way):
+        need("kvm")
+        workload = workloads.load("hammer", MEMORY_BYTES, vcpus, hot_bytes=HOT_BYTES)
+        with (
+            QemuGuest(tmp_path, "microvm", accelerator, MEMORY_BYTES, vcpus) as qemu,
+            OurGuest.waiting(workload, "kvm") as ours,
+        ):
+            send_to_qemu(workload, qemu)
+            qemu.parameters(max_bandwidth=1 << 40)
+            where = f"unix:{tmp_path / 'back'}" if way == "unix" else "tcp:127.0.0.1:0"
+            qemu("migrate", uri=ours.listen(where))
+            check_back(ours, workload, qemu)
+
+    @pytest.mark.parametrize("when", ["at once", "after a round"])
+    def test_by_postcopy(self, tmp_path, accelerator, vcpus, way, when):
+        need("kvm")
+        workload = workloads.load("hammer", MEMORY_BYTES, vcpus, hot_bytes=HOT_BYTES)
+        with (
+            QemuGuest(tmp_path, "microvm", accelerator, MEMORY_BYTES, vcpus) as qemu,
+            OurGuest.waiting(workload, "kvm") as ours,
+        ):
+            send_to_qemu(workload, qemu)
+            qemu.capabilities("postcopy-ram")
+            ours.switch_on(Capability.POSTCOPY_RAM, Capability.POSTCOPY_BLOCKTIME)
+            # QEMU takes a limit of 0 for "now"; with this one it could never send the hot set.
+            qemu.parameters(max_bandwidth=100 * MIB, downtime_limit=1)
+            where = f"unix:{tmp_path / 'back'}" if way == "unix" else "tcp:127.0.0.1:0"
+            qemu("migrate", uri=ours.listen(where))
+            if when == "after a round":
+                wait_until(lambda: rounds(qemu) > 1, 20, "no second round")
+            qemu("migrate-start-postcopy")
+            check_back(ours, workload, qemu)
+            assert "postcopy-active" in ours.events
+            info = ours.migration.info()
+            assert len(info.postcopy_vcpu_blocktime_ms) == vcpus
+
+
+def rounds(qemu):
+    return qemu("query-migrate").get("ram", {}).get("dirty-sync-count", 0)
