@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Iterator
 
 from postcopy.abi import mman
 from postcopy.errors import HostCannot, KernelError
@@ -75,3 +76,22 @@ def allocate(fd: int, offset: int, length_bytes: int) -> None:
     :raises KernelError: ``ENOSPC`` or ``ENOMEM`` if the host has not so much memory.
     """
     calls.fallocate(fd, mman.FALLOC_FL_KEEP_SIZE, offset, length_bytes)
+
+
+def data_ranges(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Find the parts of ``[start, end)`` that have memory (or swap) behind them; holes are zeros.
+
+    :return: byte ranges ``(first, end)``, ascending, in units of the descriptor's pages.
+    """
+    at = start
+    while at < end:
+        try:
+            first = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return  # nothing but a hole up to the end of the file
+            raise KernelError("lseek(SEEK_DATA)", error.errno or 0) from error
+        if first >= end:
+            return
+        at = os.lseek(fd, first, os.SEEK_HOLE)
+        yield first, min(at, end)

@@ -42,16 +42,22 @@ class RamBlock:
         """How many pages of the wire make one page of this block."""
         return self.page_size_bytes // TARGET_PAGE_BYTES
 
-    def resident(self) -> npt.NDArray[np.bool_]:
-        """Tell which pages (of the block's own size) have memory behind them; the others are zero.
+    def has_data(self, start: int, end: int) -> npt.NDArray[np.bool_]:
+        """Tell which pages ``start`` to ``end`` have anything behind them; the others are zero.
 
         Reading one of those would allocate it, which a guest of mostly unused memory would pay for.
+        Not ``mincore``: it takes a page that is swapped out for one that is not there.
         """
-        per_page = self.target_pages_per_page
-        resident = self._mapping.resident()
-        if per_page == 1:
-            return resident
-        return np.logical_or.reduceat(resident, np.arange(0, len(resident), per_page))
+        found = np.zeros(end - start, np.bool_)
+        for first, last in memfd.data_ranges(
+            self._fd,
+            self._fd_offset + start * self.page_size_bytes,
+            self._fd_offset + end * self.page_size_bytes,
+        ):
+            first_page = (first - self._fd_offset) // self.page_size_bytes - start
+            end_page = -(-(last - self._fd_offset) // self.page_size_bytes) - start
+            found[first_page:end_page] = True
+        return found
 
     def discard(self, start: int, end: int) -> None:
         """Free the pages ``start`` to ``end`` (not included), so that a touch finds them missing."""

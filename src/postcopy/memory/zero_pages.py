@@ -8,6 +8,9 @@ from postcopy.memory.runs import Indices, Mask
 _SAMPLES = (0, 257, 511)
 """Words looked at first: a page that has a bit set in one of them needs no further look."""
 
+_TOGETHER = 256
+"""Pages looked at together: a mebibyte, which stays in the processor's cache."""
+
 
 def zero_pages(memory: npt.NDArray[np.uint8], pages: Indices) -> Mask:
     """Tell for each of ``pages`` whether it is all zero.
@@ -21,6 +24,8 @@ def zero_pages(memory: npt.NDArray[np.uint8], pages: Indices) -> Mask:
         if not maybe.any():
             return maybe
         maybe &= words[pages, sample] == 0
-    for candidate in np.flatnonzero(maybe).tolist():
-        maybe[candidate] = not words[pages[candidate]].any()
+    candidates = np.flatnonzero(maybe)
+    for first in range(0, len(candidates), _TOGETHER):
+        some = candidates[first : first + _TOGETHER]
+        maybe[some] = np.bitwise_or.reduce(words[pages[some]], axis=1) == 0
     return maybe

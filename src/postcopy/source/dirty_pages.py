@@ -25,8 +25,8 @@ class BlockPages:
     def __init__(self, block: RamBlock) -> None:
         self.block = block
         self.pending: Mask = np.ones(block.page_count, np.bool_)
-        self.resident: Mask = np.ones(block.page_count, np.bool_)
-        """Pages that may hold something; the others have no memory behind them and are zero."""
+        self.has_data: Mask = np.zeros(block.page_count, np.bool_)
+        """Pages known to have memory behind them; the others were holes when last looked at."""
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """First and end page of each chunk."""
@@ -47,9 +47,6 @@ class DirtyPages:
     def start(self) -> None:
         """Begin to track; every page is pending."""
         self._tracker.start()
-        # After tracking has begun: memory that comes to be behind a page later counts as written.
-        for pages in self.blocks:
-            pages.resident = pages.block.resident()
 
     def collect(self, pages: BlockPages, start: int, end: int) -> None:
         """Protect a chunk and add what was written in it."""
@@ -57,7 +54,8 @@ class DirtyPages:
         found_bytes = int(np.count_nonzero(written)) * pages.block.page_size_bytes
         self._expected_bytes = max(0, self._expected_bytes - found_bytes)
         pages.pending[start:end] |= written
-        pages.resident[start:end] |= written
+        # After protecting: a hole that gets memory from now on counts as written next time.
+        self._look_for_data(pages, start, end)
 
     def estimate_bytes(self) -> int:
         """Bytes that would be left to send if the guest stopped now; protects nothing."""
@@ -83,11 +81,17 @@ class DirtyPages:
         """Stop tracking."""
         self._tracker.stop()
 
+    @staticmethod
+    def _look_for_data(pages: BlockPages, start: int, end: int) -> None:
+        known, pending = pages.has_data[start:end], pages.pending[start:end]
+        if (pending & ~known).any():
+            known |= pages.block.has_data(start, end)
+
     def _count(self, pages: BlockPages, *, add: bool) -> int:
         block = pages.block
         written = self._tracker.collect(block, 0, block.page_count, protect=False)
         if add:
             pages.pending |= written
-            pages.resident |= written
+            self._look_for_data(pages, 0, block.page_count)
             return int(np.count_nonzero(pages.pending)) * block.page_size_bytes
         return int(np.count_nonzero(pages.pending | written)) * block.page_size_bytes

@@ -48,14 +48,14 @@ class PageSender:
         """
         per_page = pages.block.target_pages_per_page
         if per_page == 1:
-            self._send_target(pages, batch, pages.resident[batch], behind)
+            self._send_target(pages, batch, pages.has_data[batch], behind)
             return
         for page in batch.tolist():
             target = np.arange(page * per_page, (page + 1) * per_page)
-            resident = np.full(per_page, pages.resident[page])
+            has_data = np.full(per_page, pages.has_data[page])
             for first in range(0, per_page, BATCH_PAGES):
                 part = slice(first, first + BATCH_PAGES)
-                self._send_target(pages, target[part], resident[part], b"")
+                self._send_target(pages, target[part], has_data[part], b"")
         if behind:
             self._channel.send(behind)
 
@@ -80,14 +80,14 @@ class PageSender:
         self,
         pages: BlockPages,
         target: Indices,
-        resident: Mask,
+        has_data: Mask,
         behind: bytes,
     ) -> None:
         block = pages.block
-        empty = ~resident
-        present = target[resident]
+        empty = ~has_data
+        present = target[has_data]
         if len(present):
-            empty[resident] = zero_pages(block.pages, present)
+            empty[has_data] = zero_pages(block.pages, present)
         buffers: list[bytes | memoryview] = [self._part.head]
         # Zero pages first, so that a block's name is said by whichever comes first; but a huge page
         # must come in the order of its pieces, whatever they hold.
