@@ -39,7 +39,7 @@ check: venv
 
 bench: venv
 	.ci/install-qemu --if-root
-	$(BIN)/postcopy bench $(BENCH)
+	$(BIN)/python -m benchmarks $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import signal
 import sys
 import time
@@ -21,8 +22,14 @@ _QUIET_CPUS: Final = 0.3
 
 
 def main() -> int:
-    """Run what the command line asks for; 1 if any run failed or a guest's memory is damaged."""
+    """Run what the command line asks for; exit code.
+
+    0 done, 1 a run failed or a guest's memory is damaged, 3 something is missing here.
+    """
     options = _options()
+    if missing := _missing(options):
+        print(missing, file=sys.stderr)
+        return 3
     # Ends with all processes ended, as an interrupt does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     everything = cases(_QUICK_SCALE if options.quick else 1.0)
@@ -52,8 +59,8 @@ def _options() -> argparse.Namespace:
     )
     names, contenders = tuple(cases()), tuple(one.name for one in CONTENDERS)
     add = parser.add_argument
-    add("--cases", type=_list_of(names), help=f"of {','.join(names)}; default: all")
-    add("--engines", type=_list_of(contenders), default=contenders, help="default: all")
+    add("--cases", type=_ListOf(names), help=f"of {','.join(names)}; default: all")
+    add("--engines", type=_ListOf(contenders), default=contenders, help="default: all")
     add("--repeat", type=int, help="runs of each; default 5, with --quick 1")
     add("--quick", action="store_true", help="a small guest, two cases: does it work at all?")
     add("--ram", type=int, help="MiB of guest memory; default 1024, with --quick 512")
@@ -73,7 +80,7 @@ def _options() -> argparse.Namespace:
     return options
 
 
-class _list_of:  # noqa: N801 - used as a function
+class _ListOf:
     """Takes a comma-separated list of known names."""
 
     def __init__(self, known: Sequence[str]) -> None:
@@ -110,6 +117,19 @@ def _run(
     except (RuntimeError, OSError) as error:  # one run that fails must not end the others
         return {"error": f"{type(error).__name__}: {error}", "busy_cpus_before": busy_cpus}
     return result
+
+
+def _missing(options: argparse.Namespace) -> str:
+    """What this host lacks, with the cure; empty if nothing."""
+    if options.accel == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return "needs /dev/kvm: run as root or join group kvm"
+    if os.geteuid() != 0:
+        return "needs root, to read guest memory through /proc/PID/mem: run with sudo"
+    engines = {one.engine for one in CONTENDERS if one.name in options.engines}
+    for engine in engines:
+        if not engine.version():
+            return f"needs {engine.title}: run .ci/install-qemu, or choose --engines postcopy"
+    return ""
 
 
 def _head(options: argparse.Namespace, clock: Clock) -> dict[str, Mapping[str, Any]]:
