@@ -1,0 +1,98 @@
+"""One QMP connection: ``qemu.qmp`` with this package's errors."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterable, Mapping
+from typing import Any
+
+from qemu.qmp import (
+    ConnectError,
+    ExecInterruptedError,
+    ExecuteError,
+    QMPClient,
+    QMPError,
+    StateError,
+)
+
+from postcopy.client import addresses
+from postcopy.errors import CannotConnect, ChannelBroken, Refused
+
+# The client logs each lost connection with a traceback, and then raises it as well.
+logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
+
+
+class Connection:
+    """A negotiated QMP connection; made by :meth:`connect`.
+
+    :ivar address: as the user gave it.
+    """
+
+    def __init__(self, address: str, client: QMPClient) -> None:
+        self.address = address
+        self._client = client
+
+    @classmethod
+    async def connect(cls, address: str, *, timeout_s: float = 10.0) -> "Connection":
+        """Connect once and negotiate.
+
+        :raises Refused: not an address.
+        :raises CannotConnect: nobody is there, or it does not speak QMP.
+        """
+        where = addresses.parse(address)
+        client = QMPClient(address)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await client.connect(where)
+        except TimeoutError as error:
+            await _hang_up(client)
+            why = (
+                f"no QMP greeting within {timeout_s:g} s; a monitor may serve one client at a time"
+            )
+            raise CannotConnect(f"cannot use QMP at {address}: {why}") from error
+        except ConnectError as error:
+            await _hang_up(client)
+            raise CannotConnect(_why_not(address, error)) from error
+        return cls(address, client)
+
+    async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        """Do one command and return what it returns.
+
+        :raises Refused: the machine refuses it; the text is the machine's.
+        :raises ChannelBroken: the connection ended before the answer came.
+        """
+        try:
+            return await self._client.execute(command, arguments)
+        except ExecuteError as error:
+            raise Refused(str(error)) from error
+        except (ExecInterruptedError, StateError) as error:
+            text = f"the QMP connection to {self.address} ended; is the machine still running?"
+            raise ChannelBroken(text) from error
+
+    def listen(self) -> contextlib.AbstractContextManager[AsyncIterable[Mapping[str, Any]]]:
+        """Every event while the context lasts; iterate over what it gives."""
+        return self._client.listener()
+
+    async def close(self) -> None:
+        """Hang up; harmless when the other side was quicker."""
+        await _hang_up(self._client)
+
+
+async def _hang_up(client: QMPClient) -> None:
+    with contextlib.suppress(QMPError, OSError, EOFError, asyncio.IncompleteReadError):
+        await client.disconnect()
+
+
+def _why_not(address: str, error: ConnectError) -> str:
+    cause: BaseException = error.exc
+    while isinstance(getattr(cause, "exc", None), BaseException):
+        cause = cause.exc  # type: ignore[attr-defined]
+    if isinstance(cause, OSError) and cause.strerror:
+        reason = cause.strerror
+    elif isinstance(cause, EOFError):
+        reason = "it hung up"
+    else:
+        reason = str(cause) or type(cause).__name__
+    return (
+        f"cannot reach QMP at {address}: {reason}; start the machine there with '--qmp {address}'"
+    )

@@ -1,0 +1,97 @@
+"""Start ``postcopy run`` in a process of its own, and end it."""
+
+import asyncio
+import contextlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from postcopy.client.connection import Connection
+from postcopy.errors import CannotConnect, PostcopyError, Refused
+
+_START_TIMEOUT_S: Final = 30.0
+_END_TIMEOUT_S: Final = 10.0
+_POLL_S: Final = 0.01
+_REFUSED_CODES: Final = frozenset({2, 3})
+
+
+class MachineProcess:
+    """A ``postcopy run`` that we have started, with a folder of its own for its socket.
+
+    It ends with the process that started it, even if that is killed: its monitor on standard input
+    then comes to its end.
+    """
+
+    def __init__(self, process: asyncio.subprocess.Process, folder: Path) -> None:
+        self._process = process
+        self.folder = folder
+
+    @classmethod
+    async def start(cls, options: Mapping[str, object]) -> tuple["MachineProcess", Connection]:
+        """Start one with these options of ``postcopy run`` and wait until its QMP answers.
+
+        :raises Refused: it refused its options.
+        :raises CannotConnect: it ended, or its QMP did not come.
+        """
+        folder = Path(tempfile.mkdtemp(prefix="postcopy-"))
+        qmp = f"unix:{folder / 'qmp'}"
+        with (folder / "stderr").open("wb") as stderr:
+            process = await asyncio.create_subprocess_exec(
+                *[sys.executable, "-m", "postcopy", "run", "--monitor", "stdio", "--qmp", qmp],
+                *_command_line(options),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=stderr,
+                start_new_session=True,  # a Ctrl-C is for whoever drives it
+            )
+        started = cls(process, folder)
+        try:
+            return started, await started._connect(qmp)
+        except BaseException:
+            await started.end()
+            raise
+
+    async def _connect(self, qmp: str) -> Connection:
+        deadline = asyncio.get_running_loop().time() + _START_TIMEOUT_S
+        while self._process.returncode is None:
+            if (self.folder / "qmp").exists():
+                with contextlib.suppress(CannotConnect):
+                    return await Connection.connect(qmp)
+            if asyncio.get_running_loop().time() > deadline:
+                raise CannotConnect(f"'postcopy run' did not answer within {_START_TIMEOUT_S:g} s")
+            await asyncio.sleep(_POLL_S)
+        raise self._why_it_ended(self._process.returncode)
+
+    def _why_it_ended(self, exit_code: int) -> PostcopyError:
+        lines = (self.folder / "stderr").read_text(errors="replace").strip().splitlines()
+        text = lines[-1].removeprefix("postcopy: ") if lines else f"exit code {exit_code}"
+        kind = Refused if exit_code in _REFUSED_CODES else CannotConnect
+        return kind(text)
+
+    async def end(self) -> None:
+        """End it if it has not, and clean up; harmless when done."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+            try:
+                await asyncio.wait_for(self._process.wait(), _END_TIMEOUT_S)
+            except TimeoutError:
+                self._process.kill()
+                await self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _command_line(options: Mapping[str, object]) -> list[str]:
+    line: list[str] = []
+    for name, value in options.items():
+        option = f"--{name.replace('_', '-')}"
+        if value is True:
+            line.append(option)
+        elif value is not None and value is not False:
+            line += [option, str(value)]
+    return line

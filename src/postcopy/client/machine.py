@@ -1,0 +1,210 @@
+"""A machine that somebody runs, or that we have started, driven over QMP."""
+
+import contextlib
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal, Self, TypedDict, Unpack
+
+from postcopy.client.connection import Connection
+from postcopy.client.launch import MachineProcess
+from postcopy.client.migration import Migration, Postcopy
+from postcopy.errors import PostcopyError, Refused
+from postcopy.parameters import Capability
+
+ANY_PORT: Final = "tcp:127.0.0.1:0"
+
+
+class RunOptions(TypedDict, total=False):
+    """The options of ``postcopy run``; see ``postcopy run --help``."""
+
+    workload: Literal["hammer", "idle", "sweep"]
+    image: str
+    load_address: int
+    entry: int
+    privilege: Literal[0, 3]
+    memory: str
+    smp: int
+    accel: Literal["auto", "kvm", "unicorn"]
+    huge_pages: bool
+    incoming: str
+    paused: bool
+    name: str
+    serial: str
+
+
+class MigrateOptions(TypedDict, total=False):
+    """How to migrate; see :meth:`Machine.migrate`."""
+
+    postcopy: Postcopy
+    bandwidth: int
+    downtime_limit_ms: int
+
+
+class Machine:
+    """One machine with a QMP monitor: ours or a real QEMU.
+
+    Use it in ``async with``: at the end a machine that we started ends, and one that we only
+    connected to goes on.  All methods belong to the event loop that it was made in, and raise
+    :class:`~postcopy.errors.ChannelBroken` when the machine is gone.
+    """
+
+    def __init__(self, connection: Connection, process: MachineProcess | None = None) -> None:
+        self._connection = connection
+        self._process = process
+
+    @classmethod
+    async def connect(cls, address: str) -> Self:
+        """Connect to the QMP monitor at ``unix:PATH`` or ``tcp:HOST:PORT``.
+
+        :raises Refused: not such an address.
+        :raises CannotConnect: nobody is there, or it does not speak QMP.
+        """
+        return cls(await Connection.connect(address))
+
+    @classmethod
+    async def start(cls, **options: Unpack[RunOptions]) -> Self:
+        """Start ``postcopy run`` with these options, and connect to it.
+
+        :raises Refused: the options cannot work.
+        :raises CannotConnect: it ended at once; the text says why.
+        """
+        process, connection = await MachineProcess.start(options)
+        return cls(connection, process)
+
+    @property
+    def address(self) -> str:
+        """Where its QMP monitor is."""
+        return self._connection.address
+
+    async def close(self) -> None:
+        """Hang up, and end the machine if we started it; harmless when done."""
+        await self._connection.close()
+        if self._process is not None:
+            await self._process.end()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        """Do one QMP command.
+
+        :raises Refused: the machine refuses it; the text is the machine's own.
+        """
+        return await self._connection.execute(command, arguments)
+
+    async def run_state(self) -> str:
+        """QEMU's ``RunState``, such as ``running``, ``paused`` or ``postmigrate``."""
+        state: str = (await self.execute("query-status"))["status"]
+        return state
+
+    async def stop(self) -> None:
+        """Stop the vCPUs."""
+        await self.execute("stop")
+
+    async def cont(self) -> None:
+        """Let them run."""
+        await self.execute("cont")
+
+    async def quit(self) -> None:
+        """End the machine's process."""
+        with contextlib.suppress(PostcopyError):  # it may hang up before it answers
+            await self.execute("quit")
+        await self.close()
+
+    async def migration_info(self) -> Mapping[str, Any]:
+        """What ``query-migrate`` answers."""
+        answer: Mapping[str, Any] = await self.execute("query-migrate")
+        return answer
+
+    async def set_capabilities(self, changes: Mapping[str, bool]) -> None:
+        """Switch migration capabilities by QEMU's names, all of them or none."""
+        states = [{"capability": str(name), "state": on} for name, on in changes.items()]
+        await self.execute("migrate-set-capabilities", {"capabilities": states})
+
+    async def set_parameters(self, changes: Mapping[str, Any]) -> None:
+        """Set migration parameters by QEMU's names, all of them or none."""
+        await self.execute("migrate-set-parameters", changes)
+
+    async def incoming(self, uri: str = ANY_PORT) -> str:
+        """Listen for a guest, if the machine does not already; return the URI to migrate to.
+
+        :raises Refused: it was not started to wait for a guest.
+        """
+        info = await self.migration_info()
+        if info.get("status", "none") not in {"setup", "active"}:
+            await self.execute("migrate-incoming", {"uri": uri})
+            info = await self.migration_info()
+        return _uri_of(info, uri)
+
+    async def read_memory(self, address: int, length_bytes: int) -> bytes:
+        """Guest memory from a guest address on; the machine must be on this host."""
+        with tempfile.TemporaryDirectory(prefix="postcopy-") as folder:
+            file = Path(folder) / "memory"
+            await self.save_memory(file, address, length_bytes)
+            return file.read_bytes()
+
+    async def save_memory(self, file: Path, address: int, length_bytes: int) -> None:
+        """Have the machine write its memory to ``file``, a path as the machine's host sees it."""
+        arguments = {"val": address, "size": length_bytes, "filename": str(file)}
+        await self.execute("pmemsave", arguments)
+
+    async def migrate(
+        self,
+        uri: str | None = None,
+        *,
+        to: "Machine | None" = None,
+        **options: Unpack[MigrateOptions],
+    ) -> Migration:
+        """Begin to move the guest away, and watch it go.
+
+        :param uri: where to; may be left out with ``to``, and then ``to`` says where it listens.
+        :param to: the destination, if we may drive it as well: it is told the capabilities and to
+            listen, and asked at the end for what only it knows.
+        :param options: ``postcopy`` is when to switch over (see :data:`Postcopy`), ``bandwidth`` the
+            most bytes a second before that, ``downtime_limit_ms`` the longest stop to aim at.
+        :raises Refused: one of the machines refuses; nothing has moved.
+        """
+        postcopy = options.get("postcopy")
+        if uri is None and to is None:
+            raise Refused("no destination: give a URI, or the machine to go to")
+        await self._set_up(postcopy, options)
+        if to is not None:
+            await to.set_capabilities(_capabilities(postcopy, destination=True))
+            uri = await to.incoming(uri or ANY_PORT)
+        await self.execute("migrate", {"uri": uri})
+        if postcopy == "now":
+            await self.execute("migrate-start-postcopy")
+        theirs = None if to is None else to._connection  # noqa: SLF001 - one of our own class
+        return Migration(self._connection, theirs, postcopy)
+
+    async def _set_up(self, postcopy: Postcopy, options: MigrateOptions) -> None:
+        await self.set_capabilities(_capabilities(postcopy, destination=False))
+        wanted = {
+            "max-bandwidth": options.get("bandwidth"),
+            "downtime-limit": options.get("downtime_limit_ms"),
+        }
+        changes = {name: value for name, value in wanted.items() if value is not None}
+        if changes:
+            await self.set_parameters(changes)
+
+
+def _capabilities(postcopy: Postcopy, *, destination: bool) -> dict[str, bool]:
+    wanted = [Capability.EVENTS]
+    if postcopy is not None:
+        wanted.append(Capability.POSTCOPY_RAM)
+        if destination:
+            wanted.append(Capability.POSTCOPY_BLOCKTIME)
+    return {capability.value: True for capability in wanted}
+
+
+def _uri_of(info: Mapping[str, Any], asked: str) -> str:
+    """Where a destination listens: the port is the kernel's choice if 0 was asked for."""
+    address = next(iter(info.get("socket-address", ())), None)
+    if address is None or not asked.endswith(":0"):
+        return asked
+    host = f"[{address['host']}]" if ":" in address["host"] else address["host"]
+    return f"tcp:{host}:{address['port']}"

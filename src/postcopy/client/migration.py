@@ -1,0 +1,188 @@
+"""One outgoing migration as its user sees it."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any, Final, Literal
+
+from postcopy.client.connection import Connection
+from postcopy.client.progress import STOPPED, Phase, Progress, ProgressTracker
+from postcopy.client.result import Result
+from postcopy.errors import (
+    MigrationCancelled,
+    MigrationFailed,
+    NeedsRecovery,
+    PostcopyError,
+)
+from postcopy.status import Status
+
+Postcopy = Literal["now", "first-round", "manual"] | float | None
+"""When to switch to postcopy: never, at once, when all memory has been sent once, when
+:meth:`Migration.start_postcopy` says so, or after so many seconds."""
+
+_INTERVAL_S: Final = 0.1
+_DESTINATION_TIMEOUT_S: Final = 10.0
+_DESTINATION_ENDS: Final = frozenset({"completed", "failed", "postcopy-paused"})
+
+
+class Migration:
+    """A migration that has begun; :meth:`postcopy.client.Machine.migrate` makes it.
+
+    It is watched from its beginning to its end, whether anybody asks or not, by one task of the
+    running event loop; all methods belong to that loop.
+    """
+
+    def __init__(
+        self, source: Connection, destination: Connection | None, postcopy: Postcopy
+    ) -> None:
+        self._source = source
+        self._destination = destination
+        self._postcopy = postcopy
+        self._tracker = ProgressTracker(postcopy_planned=postcopy is not None)
+        self._last = self._tracker.take({})
+        self._listeners: set[asyncio.Queue[Progress | None]] = set()
+        self._wake = asyncio.Event()
+        self._task = asyncio.create_task(self._watch(), name="migration")
+        # Whoever does not ask for the result does not want to hear that nobody did.
+        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    @property
+    def status(self) -> Status:
+        """As the source said when it was last asked, at most a tenth of a second ago."""
+        return self._last.status
+
+    @property
+    def progress(self) -> Progress:
+        """The last look at it."""
+        return self._last
+
+    async def events(self) -> AsyncGenerator[Progress, None]:
+        """Yield each look at the migration, about ten a second and one at each change of status.
+
+        Ends when it ends, whichever way; :meth:`result` tells which.  Any number of tasks may
+        listen; one that comes late begins with what is now.
+        """
+        queue: asyncio.Queue[Progress | None] = asyncio.Queue()
+        queue.put_nowait(self._last)
+        if self._task.done():
+            queue.put_nowait(None)
+        self._listeners.add(queue)
+        try:
+            while (progress := await queue.get()) is not None:
+                yield progress
+        finally:
+            self._listeners.discard(queue)
+
+    async def result(self) -> Result:
+        """Wait for the end.
+
+        :raises MigrationCancelled: somebody cancelled it; the guest is where it was.
+        :raises NeedsRecovery: it broke after the switchover; both sides wait.
+        :raises MigrationFailed: it failed; the guest is where it was.
+        :raises ChannelBroken: the source's monitor is gone; what became of the guest is unknown.
+        """
+        return await asyncio.shield(self._task)
+
+    async def start_postcopy(self) -> None:
+        """Switch over as soon as possible; harmless after the switchover.
+
+        :raises Refused: the migration was begun without postcopy.
+        """
+        self._postcopy = "manual"
+        await self._source.execute("migrate-start-postcopy")
+        self._wake.set()
+
+    async def cancel(self) -> None:
+        """Ask for its end; :meth:`result` says whether it came to that.
+
+        :raises Refused: after the switchover there is no way back.
+        """
+        await self._source.execute("migrate_cancel")
+        self._wake.set()
+
+    # --- the watching task
+
+    async def _watch(self) -> Result:
+        pump = asyncio.create_task(self._pump(), name="migration-events")
+        try:
+            answer = await self._until_stopped()
+            theirs = await self._ask_destination(answer)
+            return _outcome(answer, theirs)
+        finally:
+            pump.cancel()
+            for queue in self._listeners:
+                queue.put_nowait(None)
+
+    async def _pump(self) -> None:
+        """Look at once when the source tells of a change."""
+        with self._source.listen() as events:
+            async for event in events:
+                if event["event"].startswith("MIGRATION"):
+                    self._wake.set()
+
+    async def _until_stopped(self) -> Mapping[str, Any]:
+        while True:
+            self._wake.clear()
+            answer: Mapping[str, Any] = await self._source.execute("query-migrate")
+            progress = self._tracker.take(answer)
+            if progress.status is Status.NONE:
+                continue  # asked before it had begun
+            self._publish(progress)
+            if progress.phase in STOPPED:
+                return answer
+            if self._postcopy_is_due(progress):
+                await self.start_postcopy()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), _INTERVAL_S)
+
+    def _publish(self, progress: Progress) -> None:
+        self._last = progress
+        for queue in self._listeners:
+            queue.put_nowait(progress)
+
+    def _postcopy_is_due(self, progress: Progress) -> bool:
+        if progress.phase is not Phase.PRECOPY:
+            return False
+        match self._postcopy:
+            case "first-round":
+                return progress.round > 1
+            case "now":
+                return True
+            case float() | int() as seconds:
+                return progress.elapsed_ms >= seconds * 1000
+        return False
+
+    async def _ask_destination(self, answer: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What the destination says when it has ended too; empty if it cannot be asked."""
+        theirs: Mapping[str, Any] = {}
+        if self._destination is None:
+            return theirs
+        completed = answer["status"] == Status.COMPLETED.value
+        with contextlib.suppress(TimeoutError, PostcopyError):
+            async with asyncio.timeout(_DESTINATION_TIMEOUT_S if completed else 1):
+                while theirs.get("status") not in _DESTINATION_ENDS:
+                    theirs = await self._destination.execute("query-migrate")
+                    await asyncio.sleep(_INTERVAL_S / 10)
+        return theirs
+
+
+def _outcome(source: Mapping[str, Any], destination: Mapping[str, Any]) -> Result:
+    status = Status(source["status"])
+    why = _reason(source, destination)
+    if status is Status.COMPLETED and destination.get("status") in {None, "completed", "active"}:
+        return Result.of(source, destination)
+    if status is Status.CANCELLED:
+        raise MigrationCancelled("the migration was cancelled; the guest runs on where it was")
+    if status is Status.FAILED:
+        raise MigrationFailed(f"the migration failed: {why}; the guest is where it was")
+    raise NeedsRecovery(
+        f"the migration broke after the switchover: {why}; nothing is lost: "
+        "give 'migrate-recover' to the destination and 'migrate' with resume to the source"
+    )
+
+
+def _reason(source: Mapping[str, Any], destination: Mapping[str, Any]) -> str:
+    ours, theirs = source.get("error-desc"), destination.get("error-desc")
+    if theirs and theirs != ours:
+        return f"{ours or 'no reason given'} (the destination says: {theirs})"
+    return ours or "no reason given"

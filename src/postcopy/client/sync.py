@@ -1,0 +1,140 @@
+"""The client without ``async``, for scripts: same names, same arguments, blocking.
+
+Every call runs the asynchronous one on an event loop in a thread of its own.  Any thread may call.
+"""
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from functools import cache
+from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar, Unpack
+
+from postcopy.client.machine import Machine as AsyncMachine
+from postcopy.client.machine import MigrateOptions, RunOptions
+from postcopy.client.migration import Migration as AsyncMigration
+from postcopy.client.progress import Progress
+from postcopy.status import Status
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """The one event loop of all twins; it has no state but the tasks of those who use it."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="postcopy-client", daemon=True).start()
+    return loop
+
+
+def _wait(work: Coroutine[Any, Any, R]) -> R:
+    waiting = asyncio.run_coroutine_threadsafe(work, _loop())
+    try:
+        return waiting.result()
+    except BaseException:
+        waiting.cancel()  # a Ctrl-C here ends the work there
+        raise
+
+
+class _Twin(Protocol):
+    @property
+    def asynchronous(self) -> Any:
+        """The object that does the work."""
+
+
+def _blocking(
+    method: Callable[Concatenate[Any, P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate[_Twin, P], R]:
+    """Make the blocking twin of an asynchronous method, with its signature and its words."""
+
+    def call(self: _Twin, /, *arguments: P.args, **options: P.kwargs) -> R:
+        return _wait(method(self.asynchronous, *arguments, **options))
+
+    call.__name__, call.__doc__ = method.__name__, method.__doc__
+    return call
+
+
+class Migration:
+    """Blocking twin of :class:`postcopy.client.Migration`."""
+
+    def __init__(self, asynchronous: AsyncMigration) -> None:
+        self.asynchronous = asynchronous
+
+    @property
+    def status(self) -> Status:
+        """As the source said when it was last asked."""
+        return self.asynchronous.status
+
+    @property
+    def progress(self) -> Progress:
+        """The last look at it."""
+        return self.asynchronous.progress
+
+    def events(self) -> Iterator[Progress]:
+        """Yield each look at the migration until it ends."""
+        looks = self.asynchronous.events()
+        try:
+            while (progress := _wait(_next(looks))) is not None:
+                yield progress
+        finally:
+            _wait(looks.aclose())
+
+    result = _blocking(AsyncMigration.result)
+    start_postcopy = _blocking(AsyncMigration.start_postcopy)
+    cancel = _blocking(AsyncMigration.cancel)
+
+
+class Machine:
+    """Blocking twin of :class:`postcopy.client.Machine`; use it in ``with``."""
+
+    def __init__(self, asynchronous: AsyncMachine) -> None:
+        self.asynchronous = asynchronous
+
+    @classmethod
+    def connect(cls, address: str) -> Self:
+        """As :meth:`postcopy.client.Machine.connect`."""
+        return cls(_wait(AsyncMachine.connect(address)))
+
+    @classmethod
+    def start(cls, **options: Unpack[RunOptions]) -> Self:
+        """As :meth:`postcopy.client.Machine.start`."""
+        return cls(_wait(AsyncMachine.start(**options)))
+
+    @property
+    def address(self) -> str:
+        """Where its QMP monitor is."""
+        return self.asynchronous.address
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def migrate(
+        self,
+        uri: str | None = None,
+        *,
+        to: "Machine | None" = None,
+        **options: Unpack[MigrateOptions],
+    ) -> Migration:
+        """As :meth:`postcopy.client.Machine.migrate`."""
+        theirs = None if to is None else to.asynchronous
+        return Migration(_wait(self.asynchronous.migrate(uri, to=theirs, **options)))
+
+    close = _blocking(AsyncMachine.close)
+    execute = _blocking(AsyncMachine.execute)
+    run_state = _blocking(AsyncMachine.run_state)
+    stop = _blocking(AsyncMachine.stop)
+    cont = _blocking(AsyncMachine.cont)
+    quit = _blocking(AsyncMachine.quit)
+    migration_info = _blocking(AsyncMachine.migration_info)
+    set_capabilities = _blocking(AsyncMachine.set_capabilities)
+    set_parameters = _blocking(AsyncMachine.set_parameters)
+    incoming = _blocking(AsyncMachine.incoming)
+    read_memory = _blocking(AsyncMachine.read_memory)
+    save_memory = _blocking(AsyncMachine.save_memory)
+
+
+async def _next(looks: AsyncGenerator[Progress, None]) -> Progress | None:
+    return await anext(looks, None)
