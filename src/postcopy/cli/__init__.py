@@ -15,6 +15,9 @@ from postcopy.cli import failures
 
 COMMANDS: Final = {
     "run": "postcopy.cli.run",
+    "migrate": "postcopy.cli.migrate",
+    "doctor": "postcopy.cli.doctor",
+    "demo": "postcopy.cli.demo",
 }
 """Subcommand: the module that has a click command of that name."""
 

@@ -41,3 +41,21 @@ class Number(click.ParamType[int]):
             return value if isinstance(value, int) else int(value, 0)
         except ValueError:
             self.fail(f"{value!r} is no number; write it in decimal or with 0x", param, ctx)
+
+
+class PostcopyTime(click.ParamType[str | float]):
+    """When to switch to postcopy: ``now``, ``after=first-round`` or ``after=5s``."""
+
+    name = "when"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | float:
+        """As the client's ``postcopy`` takes it."""
+        text = str(value).removeprefix("after=")
+        if text in {"now", "first-round"}:
+            return text
+        try:
+            return float(text.removesuffix("s"))
+        except ValueError:
+            self.fail(f"{value!r} is no time; give now, after=first-round or after=5s", param, ctx)

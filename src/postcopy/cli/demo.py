@@ -1,0 +1,139 @@
+"""``postcopy demo``: a running guest moves, and you watch."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+import click
+
+from postcopy.cli.failures import CommandFailed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from postcopy.cli.demo_guest import DemoGuest
+    from postcopy.client import Machine, Migration, Result
+
+_ROUNDS = 2
+_SOFTWARE = "no KVM here: a software CPU runs a smaller guest (see 'postcopy doctor')"
+
+
+@click.command(short_help="Watch a busy guest move, and its memory be checked.")
+def demo() -> None:
+    """Move a guest that never stops writing from one process to another.
+
+    Precopy cannot win against its writes, so after two rounds postcopy takes over.  In the end every
+    page is checked.
+    """
+    from postcopy.cli import drive
+
+    drive.run(_demo())
+
+
+async def _demo() -> None:
+    import tempfile
+    from pathlib import Path
+
+    from postcopy.cli.demo_guest import DemoGuest
+    from postcopy.machine import workload
+
+    memory, vcpus = _size()
+    guest = DemoGuest(workload.load("hammer", memory << 20, vcpus))
+    async with _machines(memory, vcpus) as (source, destination):
+        click.echo("the guest fills its memory ...")
+        await guest.wait_until_running(source)
+        await guest.calibrate(source)
+        result = await _move(source, destination)
+        stops = await guest.longest_stops_ms(destination)
+        await destination.stop()
+        _report(result, stops)
+        with tempfile.TemporaryDirectory(prefix="postcopy-demo-") as folder:
+            await _check(guest, destination, source, Path(folder))
+
+
+def _size() -> tuple[int, int]:
+    """MiB of memory and vCPUs of the guest."""
+    import os
+
+    if os.access("/dev/kvm", os.R_OK | os.W_OK):
+        return 512, 2
+    click.echo(_SOFTWARE)
+    return 64, 2
+
+
+@contextlib.asynccontextmanager
+async def _machines(memory: int, vcpus: int) -> AsyncIterator[tuple["Machine", "Machine"]]:
+    import asyncio
+
+    from postcopy.client import Machine
+
+    click.echo(
+        f"starting two machines of {vcpus} vCPUs and {memory} MiB: 'postcopy run --workload hammer' "
+        "and 'postcopy run --incoming defer'"
+    )
+    size = f"{memory}M"
+    async with contextlib.AsyncExitStack() as machines:
+        begun = await asyncio.gather(
+            Machine.start(workload="hammer", memory=size, smp=vcpus, name="demo-source"),
+            Machine.start(incoming="defer", memory=size, smp=vcpus, name="demo-target"),
+            return_exceptions=True,
+        )
+        for machine in begun:
+            if isinstance(machine, Machine):
+                machines.push_async_callback(machine.close)
+        for machine in begun:
+            if isinstance(machine, BaseException):
+                raise machine
+        source, destination = begun
+        assert isinstance(source, Machine)
+        assert isinstance(destination, Machine)
+        yield source, destination
+
+
+async def _move(source: "Machine", destination: "Machine") -> "Result":
+    import asyncio
+
+    from postcopy.cli import progress_view
+    from postcopy.cli.drive import Watch
+
+    migration = await source.migrate(to=destination, postcopy="manual")
+    view = progress_view.choose(as_json=False)
+    switch = asyncio.create_task(_switch_after_rounds(migration))
+    with view:
+        result = await Watch(migration, view).until_end()
+    if not await switch:
+        click.echo("precopy was quick enough on this host: postcopy had nothing to do")
+    return result
+
+
+async def _switch_after_rounds(migration: "Migration") -> bool:
+    """Switch to postcopy when two rounds are over; return whether it came to that."""
+    from postcopy.client import Phase
+
+    async for progress in migration.events():
+        if progress.phase is Phase.PRECOPY and progress.round > _ROUNDS:
+            await migration.start_postcopy()
+            return True
+    return False
+
+
+def _report(result: "Result", stops: tuple[float, float]) -> None:
+    from postcopy.cli import report
+
+    rows = list(report.lines(result))
+    before, since = stops
+    longest = f"{since:.1f} ms: the longest stop of any vCPU"
+    if since <= before:
+        longest = f"less than {before:.1f} ms, its longest stop of all, before the migration"
+    rows.insert(1, ("downtime, by the guest", longest))
+    click.echo()
+    click.echo(report.text(rows))
+
+
+async def _check(
+    guest: "DemoGuest", destination: "Machine", source: "Machine", folder: "Path"
+) -> None:
+    found = await guest.check(destination, source, folder)
+    if not found.ok:
+        raise CommandFailed(f"the memory is NOT what the guest wrote: {found.fault()}")
+    click.echo(f"memory verified: {found.pages} pages")
