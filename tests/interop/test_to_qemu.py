@@ -77,7 +77,8 @@ class TestOurRunningGuest:
             qemu.capabilities("events", "postcopy-ram", "postcopy-blocktime")
             ours.switch_on(Capability.POSTCOPY_RAM)
             if when == "after a round":
-                ours.migration.set_parameters({"downtime-limit": 0})
+                # At this pace the guest writes faster than it is sent.
+                ours.migration.set_parameters({"downtime-limit": 0, "max-bandwidth": 100 * MIB})
             ours.migration.migrate(qemu.listen(address(way, tmp_path)))
             if when == "after a round":
                 wait_until(lambda: ours.events.count("MIGRATION_PASS") > 1, 20, "no second round")

@@ -14,6 +14,8 @@ from postcopy.stream.records import Pong, RequestPages, ResumeAck, Shut
 from postcopy.stream.return_path import ReturnPathDecoder
 
 _READ_BYTES = 1 << 16
+_LAST_WORD_S = 1.0
+_ITS_ERROR = "its own error says why"
 
 
 class ReturnPath:
@@ -53,9 +55,13 @@ class ReturnPath:
                 self._decoder.feed(view[:count])
                 while (message := self._decoder.next_message()) is not None:
                     self._take(message)
-            end: PostcopyError = ChannelBroken(f"{self._channel.description} closed the connection")
+            end: PostcopyError = ChannelBroken(
+                f"{self._channel.description}: the destination closed the connection; {_ITS_ERROR}"
+            )
         except PostcopyError as error:
             end = error
+            if isinstance(error.__cause__, ConnectionError):  # not ended by ourselves
+                end = ChannelBroken(f"{error}: the destination is gone; {_ITS_ERROR}")
         with self._changed:
             self._end = end
             self._changed.notify_all()
@@ -83,6 +89,15 @@ class ReturnPath:
             if self._shut != 0:
                 raise self._reason()
 
+    def explain(self, error: ChannelBroken) -> PostcopyError:
+        """Why a send failed: what the destination has said or done, which the send cannot know.
+
+        Its last word may still be on its way to us; a broken channel ends soon, though.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._over, _LAST_WORD_S)
+            return self._reason() if self._over else error
+
     @property
     def refused(self) -> bool:
         """Whether the destination has said that it did not take the guest."""
@@ -94,7 +109,7 @@ class ReturnPath:
 
     def _reason(self) -> PostcopyError:
         if self._shut:
-            return StreamError("the destination could not take the guest; its own error says why")
+            return StreamError(f"the destination could not take the guest; {_ITS_ERROR}")
         return self._end or ChannelBroken("the return path has ended")
 
     def _take(self, message: object) -> None:

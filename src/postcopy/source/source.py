@@ -14,7 +14,7 @@ from postcopy.channel.channel import Channel
 from postcopy.channel.connect import connect
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.dirty.tracker import choose
-from postcopy.errors import MigrationCancelled, PostcopyError, Refused
+from postcopy.errors import ChannelBroken, MigrationCancelled, PostcopyError, Refused
 from postcopy.guest import DeviceState
 from postcopy.link.guest_proxy import GuestProxy
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
@@ -245,6 +245,8 @@ class Source:
 
     def _fail(self, error: PostcopyError) -> None:
         """Decide whose the guest is, and say so."""
+        if isinstance(error, ChannelBroken) and self._return_path is not None:
+            error = self._return_path.explain(error)
         self.error = error
         self._clock.ended = time.monotonic()
         if self._progress.status is Status.POSTCOPY_ACTIVE:
