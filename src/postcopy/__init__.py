@@ -1,0 +1,83 @@
+"""Running memory that moves: live migration of a guest, by precopy and postcopy.
+
+The public names, most important first; each is imported when it is first used.  ``docs/api.md``
+tells of them::
+
+    from postcopy import Machine
+
+    async with await Machine.start(workload="hammer") as source:
+        migration = await source.migrate("tcp:there:4444", postcopy="first-round")
+        async for progress in migration.events():
+            ...
+        result = await migration.result()
+
+``postcopy.client.sync`` has ``Machine`` and ``Migration`` for scripts without ``async``.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from postcopy.client import (
+        FaultLatency,
+        Machine,
+        Migration,
+        Phase,
+        Postcopy,
+        Progress,
+        Result,
+    )
+    from postcopy.errors import (
+        CannotConnect,
+        ChannelBroken,
+        MigrationCancelled,
+        MigrationFailed,
+        NeedsRecovery,
+        PostcopyError,
+        Refused,
+    )
+    from postcopy.status import Status
+
+__all__ = [
+    "Machine",
+    "Migration",
+    "Progress",
+    "Phase",
+    "Status",
+    "Result",
+    "FaultLatency",
+    "Postcopy",
+    "PostcopyError",
+    "Refused",
+    "MigrationFailed",
+    "MigrationCancelled",
+    "NeedsRecovery",
+    "CannotConnect",
+    "ChannelBroken",
+]
+
+_ELSEWHERE = {
+    "postcopy.errors": {
+        "PostcopyError",
+        "Refused",
+        "MigrationFailed",
+        "MigrationCancelled",
+        "NeedsRecovery",
+        "CannotConnect",
+        "ChannelBroken",
+    },
+    "postcopy.status": {"Status"},
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    for module, names in _ELSEWHERE.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    return getattr(importlib.import_module("postcopy.client"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
