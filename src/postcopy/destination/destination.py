@@ -125,7 +125,7 @@ class Destination:
         if self._postcopy.listening:
             self._postcopy.finish()
             self._return_path.shut(failed=False)
-            self._progress.move(Status.COMPLETED)
+            self._end(Status.COMPLETED)
         else:
             self._complete_precopy()
         self._drain(channel, decoder)
@@ -141,10 +141,12 @@ class Destination:
     def _complete_precopy(self) -> None:
         if not self._ram_seen:
             raise StreamError("the stream ended without any RAM: nothing has arrived")
+        if self._advised:
+            self._guest.unwatch_missing()  # it was in vain: nothing will mend a fault
         self._load_devices()
         self._guest.resume()
         self._return_path.shut(failed=False)
-        self._progress.move(Status.COMPLETED)
+        self._end(Status.COMPLETED)
 
     @staticmethod
     def _drain(channel: Channel, decoder: Decoder) -> None:
@@ -243,7 +245,12 @@ class Destination:
         except ChannelBroken:
             pass  # nobody is there to hear it
         if self._progress.status not in {Status.COMPLETED, Status.FAILED}:
-            self._progress.move(Status.FAILED)
+            self._end(Status.FAILED)
+
+    def _end(self, status: Status) -> None:
+        """Say that it is over.  Whoever hears it may end this process: nothing outside may be left."""
+        self._listener.close()
+        self._progress.move(status)
 
     def _let_go(self) -> None:
         self._populating.stop()

@@ -47,6 +47,7 @@ class DirtyPages:
     def start(self) -> None:
         """Begin to track; every page is pending."""
         self._tracker.start()
+        self.syncs = 1  # everything is dirty: QEMU counts that as well
 
     def collect(self, pages: BlockPages, start: int, end: int) -> None:
         """Protect a chunk and add what was written in it."""

@@ -32,7 +32,7 @@ class Precopy:
     """The rounds of one migration.
 
     :param parameters: read anew each time, since the user may change them meanwhile.
-    :param on_pass: told of each beginning round, by its number.
+    :param on_pass: told how often the tracker has been asked, as QEMU counts its passes.
     """
 
     def __init__(
@@ -53,15 +53,15 @@ class Precopy:
 
     def run(self) -> Outcome:
         """Send round after round until there is a reason to stop."""
-        self._dirty.syncs = 1  # tracking begins with everything dirty: QEMU counts that as well
         while True:
             self._counters.syncs = self._dirty.syncs
-            self._on_pass(self._dirty.syncs)
             began = time.monotonic()
             outcome = self._round()
             if outcome is not None:
                 return outcome
             left_bytes = self._dirty.estimate_bytes()
+            self._counters.syncs = self._dirty.syncs
+            self._on_pass(self._dirty.syncs)
             self._note_dirty_rate(left_bytes, time.monotonic() - began)
             if left_bytes <= self._affordable_bytes():
                 return Outcome.SMALL_ENOUGH

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 
 from postcopy.channel.address import parse
 from postcopy.channel.channel import Channel
-from postcopy.channel.connect import connect
 from postcopy.channel.rate_limit import RateLimiter
+from postcopy.channel.sockets import SocketChannel
 from postcopy.dirty.tracker import choose
 from postcopy.errors import ChannelBroken, MigrationCancelled, PostcopyError, Refused
 from postcopy.guest import DeviceState
 from postcopy.link.guest_proxy import GuestProxy
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
 from postcopy.parameters import Capabilities, Capability, Parameters
+from postcopy.source.connecting import connect_unless_cancelled
 from postcopy.source.counters import Clock, Counters, Rate, describe
 from postcopy.source.dirty_pages import DirtyPages
 from postcopy.source.orders import Orders
@@ -131,7 +132,7 @@ class Source:
     def _set_up(self) -> None:
         address = parse(self._wishes.uri)
         tracker = choose(self._parameters.x_dirty_tracking, self._guest)
-        self._channel = channel = connect(address)
+        self._channel = channel = connect_unless_cancelled(address, self.orders)
         blocks = [RamBlock(region) for region in self._guest.regions()]
         self._counters.total_bytes = sum(block.size_bytes for block in blocks)
         self._dirty = DirtyPages(blocks, tracker)
@@ -144,12 +145,13 @@ class Source:
             )
         self._send_set_up(channel, blocks, postcopy=postcopy)
         self._dirty.start()
+        self._on_pass(self._dirty.syncs)
         self._clock.set_up = time.monotonic()
         self._progress.move(Status.ACTIVE)
 
     def _send_set_up(self, channel: Channel, blocks: list[RamBlock], *, postcopy: bool) -> None:
         parts = [encoder.stream_start(Configuration(self._guest.machine_name))]
-        if channel.can_return:
+        if self._is_answered(channel, postcopy=postcopy):
             self._open_return_path(channel, blocks)
             greeting: list[CommandRecord] = [OpenReturnPath(), Ping(1), Ping(IDENTITY_PING)]
             parts += map(encode_command, greeting)
@@ -168,6 +170,11 @@ class Source:
         )
         parts.append(encoder.ram_setup(RamSetup(RAM_SECTION_ID, tuple(entries)), postcopy=postcopy))
         channel.send(b"".join(parts))
+
+    def _is_answered(self, channel: Channel, *, postcopy: bool) -> bool:
+        """Whether there is a return path; a command (``gzip > file``) has one only if it is said."""
+        told = postcopy or self._wishes.capabilities.enabled(Capability.RETURN_PATH)
+        return channel.can_return and (told or isinstance(channel, SocketChannel))
 
     def _open_return_path(self, channel: Channel, blocks: list[RamBlock]) -> None:
         assert self._push is not None
@@ -247,7 +254,8 @@ class Source:
         """Decide whose the guest is, and say so."""
         if isinstance(error, ChannelBroken) and self._return_path is not None:
             error = self._return_path.explain(error)
-        self.error = error
+        cancelled = self._progress.status is Status.CANCELLING
+        self.error = None if cancelled else error
         self._clock.ended = time.monotonic()
         if self._progress.status is Status.POSTCOPY_ACTIVE:
             self._progress.move(Status.POSTCOPY_PAUSED)
@@ -266,7 +274,6 @@ class Source:
                     f"{error}; the destination may be running the guest, so it stays stopped here: "
                     "'cont' takes it back"
                 )
-        cancelled = self._progress.status is Status.CANCELLING
         self._progress.move(Status.CANCELLED if cancelled else Status.FAILED)
 
     def _let_go(self) -> None:
