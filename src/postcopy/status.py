@@ -46,7 +46,8 @@ MOVES: dict[Status, frozenset[Status]] = {
     S.DEVICE: frozenset({S.COMPLETED, S.POSTCOPY_ACTIVE, S.CANCELLING, S.FAILED}),
     S.CANCELLING: frozenset({S.CANCELLED, S.FAILED}),
     # From here each side holds pages that the other lacks, so there is no way back.  A broken
-    # channel only pauses, for as long as it takes; FAILED means that the guest is lost.
+    # channel only pauses, for as long as it takes; FAILED means that the guest is lost or, at the
+    # source, that the destination has left without ever running it.
     S.POSTCOPY_ACTIVE: frozenset({S.COMPLETED, S.POSTCOPY_PAUSED, S.FAILED}),
     S.POSTCOPY_PAUSED: frozenset({S.POSTCOPY_RECOVER_SETUP, S.POSTCOPY_RECOVER, S.FAILED}),
     S.POSTCOPY_RECOVER_SETUP: frozenset({S.POSTCOPY_RECOVER, S.POSTCOPY_PAUSED}),

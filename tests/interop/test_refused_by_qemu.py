@@ -106,3 +106,34 @@ def test_nobody_there(ours, workload, qemu):
     qemu.kill()
     ours.migration.migrate(address)
     check_failed(ours, workload, "refused")
+
+
+def test_one_with_fewer_vcpus_in_postcopy(tmp_path):
+    """The package has gone out, and the destination has said that it cannot take what is in it."""
+    need("kvm")
+    workload = workloads.load("hammer", MEMORY_BYTES, 2, hot_bytes=8 * MIB)
+    with (
+        QemuGuest(tmp_path, "microvm", "tcg", MEMORY_BYTES) as qemu,
+        OurGuest.running(workload, "kvm") as ours,
+    ):
+        qemu.capabilities("postcopy-ram")
+        ours.switch_on(Capability.POSTCOPY_RAM)
+        ours.migration.migrate(qemu.listen("tcp:127.0.0.1:0", exit_on_error=False))
+        ours.migration.start_postcopy()
+        check_failed(ours, workload, "destination")
+        assert "Unknown savevm section or instance 'cpu_common' 1" in qemu.log
+
+
+def test_one_that_is_killed_in_postcopy(ours, workload, qemu):
+    """It may have been running the guest: we keep it, stopped, and do not run it again."""
+    qemu.capabilities("postcopy-ram")
+    ours.switch_on(Capability.POSTCOPY_RAM)
+    ours.migration.set_parameters({"max-postcopy-bandwidth": MIB})
+    ours.migration.migrate(qemu.listen("tcp:127.0.0.1:0"))
+    ours.migration.start_postcopy()
+    wait_until(lambda: qemu("query-status")["running"], 20, "the guest does not run there")
+    qemu.kill()
+    assert ours.wait_end() is Status.POSTCOPY_PAUSED
+    assert "the destination" in ours.error
+    assert not ours.machine.running
+    assert not ours.machine.owned

@@ -23,6 +23,7 @@ class ReturnPath:
 
     :param serve: sends pages that are asked for: block, start and length in bytes.
     :param on_pong: told of every pong.
+    :param on_end: called when nothing more will come, and nothing can be sent any more.
     """
 
     def __init__(
@@ -31,16 +32,19 @@ class ReturnPath:
         decoder: ReturnPathDecoder,
         serve: Callable[[str, int, int], None],
         on_pong: Callable[[int], None],
+        on_end: Callable[[], None],
     ) -> None:
         self._channel = channel
         self._decoder = decoder
         self._serve = serve
         self._on_pong = on_pong
+        self._on_end = on_end
         self._changed = threading.Condition()
         # Under `_changed`: what has been said so far, and why nothing more will come.
         self._pongs: set[int] = set()
         self._shut: int | None = None
         self._end: PostcopyError | None = None
+        self._closed_in_order = False
         self.peer_is_ours = False
 
     def start(self) -> None:
@@ -55,6 +59,7 @@ class ReturnPath:
                 self._decoder.feed(view[:count])
                 while (message := self._decoder.next_message()) is not None:
                     self._take(message)
+            self._closed_in_order = self._shut is None
             end: PostcopyError = ChannelBroken(
                 f"{self._channel.description}: the destination closed the connection; {_ITS_ERROR}"
             )
@@ -65,8 +70,9 @@ class ReturnPath:
         with self._changed:
             self._end = end
             self._changed.notify_all()
-        if self._shut is None:
+        if self._shut != 0:
             self._channel.shutdown()  # wake a sender that waits for a peer who is gone
+        self._on_end()
 
     def wait_pong(self, value: int) -> None:
         """Wait until the destination has come to our ping ``value``.
@@ -102,6 +108,15 @@ class ReturnPath:
     def refused(self) -> bool:
         """Whether the destination has said that it did not take the guest."""
         return bool(self._shut)
+
+    def ended_before(self, ping: int) -> bool:
+        """Whether the destination has left, by its own will, without having come to our ping.
+
+        Its words arrive in order: had it got there, the pong would have come before the end.  When
+        the channel broke instead, nobody knows.
+        """
+        with self._changed:
+            return ping not in self._pongs and (self.refused or self._closed_in_order)
 
     @property
     def _over(self) -> bool:

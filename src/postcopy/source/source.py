@@ -27,7 +27,7 @@ from postcopy.source.page_sender import RAM_SECTION_ID, PageSender
 from postcopy.source.postcopy import PostcopyPush
 from postcopy.source.precopy import Outcome, Precopy
 from postcopy.source.return_path import ReturnPath
-from postcopy.source.switchover import Switchover
+from postcopy.source.switchover import PACKAGE_PING, Switchover
 from postcopy.statistics import MigrationInfo
 from postcopy.status import AFTER_SWITCHOVER, Progress, Status
 from postcopy.stream import encoder
@@ -180,7 +180,11 @@ class Source:
         assert self._push is not None
         layout = {b.name: BlockLayout(b.size_bytes, b.page_size_bytes) for b in blocks}
         self._return_path = ReturnPath(
-            channel, ReturnPathDecoder(layout), self._push.serve, self._push.window.pong
+            channel,
+            ReturnPathDecoder(layout),
+            self._push.serve,
+            self._push.window.pong,
+            self._push.window.close,
         )
         self._return_path.start()
 
@@ -237,6 +241,8 @@ class Source:
         self._sender.count()
         self._sender.phase = "postcopy_bytes"
         self._limiter.set_rate(self._parameters.max_postcopy_bandwidth)
+        # Should it not take the devices, nothing of ours lies unread between its last word and us.
+        self._return_path.wait_pong(PACKAGE_PING)
         self._push.run()
         self._channel.send_many([self._sender.end_of_ram(), encoder.end_of_stream()])
         self._return_path.wait_shut()
@@ -257,7 +263,8 @@ class Source:
         cancelled = self._progress.status is Status.CANCELLING
         self.error = None if cancelled else error
         self._clock.ended = time.monotonic()
-        if self._progress.status is Status.POSTCOPY_ACTIVE:
+        never_ran_there = self._never_ran_there()
+        if self._progress.status is Status.POSTCOPY_ACTIVE and not never_ran_there:
             self._progress.move(Status.POSTCOPY_PAUSED)
             return
         if self._dirty is not None:
@@ -266,7 +273,7 @@ class Source:
         # Where nobody can answer (a file, a command) nobody runs the guest by itself either.
         refused = self._return_path is None or self._return_path.refused
         if switchover is not None and switchover.stopped:
-            if not switchover.committed or refused:
+            if not switchover.committed or refused or never_ran_there:
                 self._guest.take_back()
                 self._guest.resume()
             else:
@@ -275,6 +282,14 @@ class Source:
                     "'cont' takes it back"
                 )
         self._progress.move(Status.CANCELLED if cancelled else Status.FAILED)
+
+    def _never_ran_there(self) -> bool:
+        """Whether the destination has ended before the last thing in the package, which is RUN."""
+        return (
+            self._progress.status is Status.POSTCOPY_ACTIVE
+            and self._return_path is not None
+            and self._return_path.ended_before(PACKAGE_PING)
+        )
 
     def _let_go(self) -> None:
         """Close what is open, unless it is needed for a recovery."""

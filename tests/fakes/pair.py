@@ -1,0 +1,282 @@
+"""Two machines with their migration subsystems in one process, and a guest that moves between them.
+
+The engines are processes of their own, as always.  Everything waits with a deadline, and closing a
+:class:`Journey` ends all of it, also when the test has failed half-way.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fakes.waiting import wait_until
+from machine.machines import MIB, config_for, need, wait_for_progress, wait_for_work
+from postcopy.channel.address import TcpAddress
+from postcopy.events import Event, EventBus
+from postcopy.link.control import MigrationControl
+from postcopy.machine import oracle
+from postcopy.machine.config import MachineConfig
+from postcopy.machine.machine import Machine
+from postcopy.machine.workload import PAGE_BYTES, Workload, load
+from postcopy.memory.page_map import PageMap
+from postcopy.parameters import Capability
+from postcopy.status import Status
+
+DEADLINE_S = 30.0
+POSTCOPY = (Capability.POSTCOPY_RAM, Capability.POSTCOPY_BLOCKTIME)
+QUICK: Mapping[str, object] = {"max-bandwidth": 1 << 40}
+"""Even a hammered guest converges."""
+NEVER_ENDS: Mapping[str, object] = {"max-bandwidth": 16 << 20, "downtime-limit": 0}
+"""A hammered guest never converges; a round over it takes a quarter of a second.
+
+Faster, and a vCPU that has to wait for a busy host's CPU may write nothing in a whole round.
+"""
+TRICKLE: Mapping[str, object] = NEVER_ENDS | {"max-postcopy-bandwidth": 64 << 10}
+"""After switchover, the push takes minutes: there is time to break it."""
+
+
+def hammer(memory_mib: int = 64, vcpus: int = 1, *, fill_kib: int = 8192) -> Workload:
+    """Writes at full speed to half of what it has filled."""
+    fill = fill_kib << 10
+    return load("hammer", memory_mib * MIB, vcpus, fill_bytes=fill, hot_bytes=fill // 2)
+
+
+def idle(memory_mib: int = 64, vcpus: int = 1, *, fill_kib: int = 4096) -> Workload:
+    return load("idle", memory_mib * MIB, vcpus, fill_bytes=fill_kib << 10)
+
+
+def tiny(accelerator: str, vcpus: int = 1) -> Workload:
+    """What an accelerator fills and hammers in a moment."""
+    return hammer(64, vcpus, fill_kib=8192 if accelerator == "kvm" else 512)
+
+
+class Side:
+    """One machine with its migration subsystem, and all that it told."""
+
+    def __init__(
+        self, config: MachineConfig, *, incoming: bool = False, paused: bool = False, kind=Machine
+    ) -> None:
+        self.events: list[Event] = []
+        self.failures: list[str] = []
+        bus = EventBus()
+        bus.subscribe(self.events.append)
+        self.machine = kind(config, on_event=bus.emit)
+        self.control = MigrationControl(
+            self.machine, bus, incoming=incoming, on_incoming_failed=self.failures.append
+        )
+        self.set((Capability.EVENTS,))
+        self.machine.start(incoming=incoming, paused=paused)
+        self.control.prepare()
+
+    def set(
+        self,
+        capabilities: Iterable[Capability] = (),
+        parameters: Mapping[str, object] | None = None,
+    ) -> None:
+        changes = dict.fromkeys(capabilities, True)
+        if changes:
+            self.control.set_capabilities(changes)
+        if parameters:
+            self.control.set_parameters(parameters)
+
+    @property
+    def status(self) -> Status:
+        return self.control.progress.status
+
+    @property
+    def error(self) -> str | None:
+        return self.control.info().error_desc
+
+    def wait(self, *wanted: Status, timeout_s: float = DEADLINE_S) -> Status:
+        """Until the status is one of these; any other end of the migration fails at once."""
+        ends = {Status.COMPLETED, Status.FAILED, Status.CANCELLED, Status.POSTCOPY_PAUSED}
+        found = self.control.progress.wait(*wanted, *ends, timeout=timeout_s)
+        assert found in wanted, f"{found.value}: {self.error}"
+        return found
+
+    def wait_rounds(self, rounds: int) -> None:
+        """Until so many rounds of precopy are done."""
+
+        def reached() -> bool:
+            info = self.control.info()
+            assert info.status in {Status.SETUP, Status.ACTIVE}, info
+            return info.ram is not None and info.ram.dirty_sync_count > rounds
+
+        wait_until(reached, DEADLINE_S, f"{rounds} rounds")
+
+    def listen(self, uri: str = "tcp:127.0.0.1:0") -> str:
+        """Wait for a guest; return where the other side has to connect to."""
+        self.control.incoming(uri, exit_on_error=False)
+        where = self.control.info().socket_address
+        if where and where[0]["type"] == "inet":
+            return str(TcpAddress(where[0]["host"], int(where[0]["port"])))
+        return uri
+
+    def story(self) -> list[str]:
+        """The events in order, in one word each: statuses, ``PASS n``, ``STOP``, ``RESUME``."""
+        names = {"MIGRATION": "status", "MIGRATION_PASS": "pass"}
+        told = []
+        for event in tuple(self.events):
+            key = names.get(event.name)
+            word = str(event.data[key]) if key else event.name
+            told.append(f"PASS {word}" if key == "pass" else word)
+        return told
+
+    def engine_process_id(self) -> int:
+        engine = self.control._engine
+        assert engine is not None
+        return engine.process_id
+
+    def received(self) -> np.ndarray:
+        """Which pages a destination has, as its page map says."""
+        (fd,) = self.control._service._page_maps
+        pages = PageMap(os.dup(fd), self.machine.memory_bytes // PAGE_BYTES)
+        have = ~pages.missing()
+        pages.close()
+        return have
+
+    def ram(self) -> np.ndarray:
+        """A copy of all memory as it is, page by page; what is missing reads as zeros.
+
+        Read through the memfd, where no userfaultfd watches and holes stay holes.
+        """
+        fd, size = self.machine.regions()[0].fd, self.machine.memory_bytes
+        memory = np.zeros(size, np.uint8)
+        for start, end in _data_extents(fd, size):
+            memory[start:end] = np.frombuffer(os.pread(fd, end - start, start), np.uint8)
+        return memory.reshape(-1, PAGE_BYTES)
+
+    def close(self) -> None:
+        self.control.close()
+        self.machine.close()
+        missing = self.control._service._missing
+        if missing is not None:
+            missing.close()  # the process would end here, and nobody can fault any more
+
+
+@dataclass
+class Journey:
+    """A guest, where it is (``source``) and where it goes next (``destination``)."""
+
+    workload: Workload
+    accelerators: Sequence[str] = ("kvm", "kvm")
+    capabilities: Iterable[Capability] = ()
+    parameters: Mapping[str, object] = field(default_factory=lambda: dict(QUICK))
+    paused: bool = False
+    kind: type[Machine] = Machine
+
+    def __post_init__(self) -> None:
+        for name in self.accelerators:
+            need(name)
+        self.sides: list[Side] = []
+        config = config_for(self.workload, self.accelerators[0])
+        self.source = self._add(Side(config))
+        self.source.set(self.capabilities, self.parameters)
+        self.destination = self.new_destination()
+        wait_for_work(self.source.machine, self.workload)
+        if self.paused:
+            self.source.machine.stop()
+
+    def __enter__(self) -> "Journey":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for side in self.sides:
+            side.close()
+
+    def new_destination(self, **changes: object) -> Side:
+        """Another machine to go to, in place of the one that failed or was left out."""
+        config = MachineConfig(
+            **{
+                "memory_bytes": self.workload.memory_bytes,
+                "vcpus": self.workload.vcpus,
+                "accel": self.accelerators[-1],
+            }
+            | changes
+        )
+        self.destination = self._add(Side(config, incoming=True, kind=self.kind))
+        self.destination.set(self.capabilities)
+        return self.destination
+
+    def migrate(self, uri: str = "tcp:127.0.0.1:0") -> None:
+        """Begin."""
+        self.source.control.migrate(self.destination.listen(uri))
+
+    def finish(self) -> None:
+        """Both sides complete, and the guest is at its destination with nothing lost."""
+        self.source.wait(Status.COMPLETED)
+        self.destination.wait(Status.COMPLETED)
+        assert self.source.error is None
+        assert self.destination.error is None
+        assert not self.source.machine.owned
+        assert not self.source.machine.running
+        self.verify(self.destination)
+
+    def verify(self, side: Side) -> None:
+        """The guest works there, and each page of its memory is what it has made of it."""
+        machine = side.machine
+        assert machine.owned
+        if not self.paused:
+            assert machine.running
+            wait_for_progress(machine, self.workload)
+            machine.stop()
+        self.check_memory(machine.read_memory)
+        end = self.workload.slice_address(self.workload.vcpus)
+        assert not any(
+            os.pread(machine.regions()[0].fd, stop - start, start).strip(b"\0")
+            for start, stop in _data_extents(machine.regions()[0].fd, machine.memory_bytes, end)
+        ), "memory that the guest never touched is not zero"
+        if not self.paused:
+            machine.cont()
+
+    def check_memory(self, read) -> None:
+        found = oracle.verify(read, self.workload)
+        assert found.ok, found
+        assert found.writes > 0 or self.workload.name == "idle"
+
+    def verify_source(self) -> None:
+        """The guest has stayed where it was, and all is well."""
+        self.verify(self.source)
+
+    def turn(self) -> None:
+        """The guest has arrived: its destination is the next source."""
+        self.source.close()
+        self.source = self.destination
+        self.source.set(self.capabilities, self.parameters)
+        self.new_destination()
+
+    def _add(self, side: Side) -> Side:
+        self.sides.append(side)
+        return side
+
+
+def engines() -> list[int]:
+    """The engine processes that this process has started and that still are."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            command = (entry / "cmdline").read_bytes()
+        except OSError:
+            continue  # it has just ended
+        if parent == os.getpid() and b"postcopy.engine" in command:
+            found.append(int(entry.name))
+    return found
+
+
+def _data_extents(fd: int, size: int, start: int = 0) -> Iterable[tuple[int, int]]:
+    while start < size:
+        try:
+            start = os.lseek(fd, start, os.SEEK_DATA)
+        except OSError:
+            return  # nothing but a hole is left
+        end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        yield start, end
+        start = end

@@ -1,0 +1,84 @@
+"""Ways to carry a guest other than a connection: descriptors, commands, files."""
+
+import socket
+
+from fakes.pair import NEVER_ENDS, POSTCOPY, hammer
+from postcopy.status import Status
+
+
+def test_a_pair_of_descriptors(journey):
+    trip = journey(hammer(), capabilities=POSTCOPY, parameters=NEVER_ENDS)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        trip.destination.listen(f"fd:{theirs.fileno()}")
+        trip.source.control.migrate(f"fd:{ours.fileno()}")
+    trip.source.wait_rounds(1)
+    trip.source.control.start_postcopy()
+    trip.finish()
+
+
+def test_a_file_saved_and_loaded(journey, tmp_path):
+    trip = journey(hammer(), paused=True)
+    uri = f"file:{tmp_path}/saved"
+    trip.source.control.migrate(uri)
+    trip.source.wait(Status.COMPLETED)
+    trip.destination.listen(uri)
+    trip.finish()
+    assert (trip.destination.ram() == trip.source.ram()).all()
+
+
+def test_a_file_of_a_running_guest_behind_an_offset(journey, tmp_path):
+    trip = journey(hammer())
+    saved = tmp_path / "saved"
+    saved.write_bytes(b"X" * 8192)
+    uri = f"file:{saved},offset=0x1000"
+    trip.source.control.migrate(uri)
+    trip.source.wait(Status.COMPLETED)
+    assert saved.read_bytes()[:4100] == b"X" * 4096 + b"QEVM"
+    trip.destination.listen(uri)
+    trip.finish()
+
+
+def test_a_file_can_be_loaded_twice(journey, tmp_path):
+    trip = journey(hammer(), paused=True)
+    uri = f"file:{tmp_path}/saved"
+    trip.source.control.migrate(uri)
+    trip.source.wait(Status.COMPLETED)
+    for _ in range(2):
+        trip.destination.listen(uri)
+        trip.finish()
+        trip.new_destination()
+
+
+def test_commands(journey, tmp_path):
+    trip = journey(hammer())
+    trip.source.control.migrate(f"exec:gzip -1 > {tmp_path}/saved")
+    trip.source.wait(Status.COMPLETED)
+    trip.destination.listen(f"exec:gzip -dc {tmp_path}/saved")
+    trip.finish()
+
+
+def test_a_command_that_fails_leaves_the_guest_here(journey):
+    trip = journey(hammer())
+    trip.source.control.migrate("exec:cat > /dev/null; exit 3")
+    trip.source.wait(Status.FAILED)
+    assert "exit 3" in trip.source.error
+    trip.verify_source()
+
+
+def test_a_full_disk_leaves_the_guest_here(journey):
+    trip = journey(hammer())
+    trip.source.control.migrate("file:/dev/full")
+    trip.source.wait(Status.FAILED)
+    assert trip.source.error == "file:/dev/full: No space left on device"
+    trip.verify_source()
+
+
+def test_postcopy_into_a_file_is_refused(journey, tmp_path):
+    trip = journey(hammer(), capabilities=POSTCOPY)
+    trip.source.control.migrate(f"file:{tmp_path}/saved")
+    trip.source.wait(Status.FAILED)
+    assert trip.source.error == (
+        f"postcopy needs a channel that answers, which file:{tmp_path}/saved does not"
+    )
+    trip.verify_source()

@@ -1,0 +1,94 @@
+"""Precopy: the guest runs while its memory goes over, stands still for a moment, and runs there."""
+
+import pytest
+
+from fakes.pair import NEVER_ENDS, QUICK, hammer, idle, tiny
+from postcopy.parameters import Capability
+from postcopy.status import Status
+
+
+@pytest.mark.parametrize("workload", [idle(), hammer(), hammer(vcpus=4)], ids=["idle", "1", "4"])
+def test_moves(journey, workload):
+    trip = journey(workload)
+    trip.migrate()
+    trip.finish()
+
+
+@pytest.mark.parametrize("tracking", ["kvm", "pagemap"])
+def test_a_hammered_guest_loses_no_write_over_many_rounds(journey, tracking):
+    trip = journey(hammer(vcpus=2), parameters=NEVER_ENDS | {"x-dirty-tracking": tracking})
+    trip.migrate()
+    trip.source.wait_rounds(3)
+    trip.source.set(parameters=QUICK | {"downtime-limit": 2000})
+    trip.finish()
+    assert trip.source.control.info().ram.dirty_sync_count >= 4
+
+
+@pytest.mark.parametrize(
+    "accelerators", [("unicorn", "unicorn"), ("kvm", "unicorn"), ("unicorn", "kvm")], ids="-".join
+)
+def test_between_accelerators(journey, accelerators):
+    trip = journey(tiny("unicorn"), accelerators)
+    trip.migrate()
+    trip.finish()
+
+
+def test_kvm_tracking_of_a_guest_that_is_not_on_kvm_is_refused(journey):
+    trip = journey(tiny("unicorn"), ("unicorn",), parameters={"x-dirty-tracking": "kvm"})
+    trip.migrate()
+    trip.source.wait(Status.FAILED)
+    assert trip.source.error == "x-dirty-tracking=kvm needs a guest on KVM; use pagemap"
+    trip.verify_source()
+
+
+def test_two_gibibytes_that_are_mostly_empty(journey):
+    trip = journey(hammer(2048))
+    trip.migrate()
+    trip.finish()
+    ram = trip.source.control.info().ram
+    assert ram.transferred < 256 << 20
+    assert ram.duplicate > 2**19 - 2**15
+
+
+def test_over_a_unix_socket(journey, tmp_path):
+    trip = journey(hammer())
+    trip.migrate(f"unix:{tmp_path}/socket")
+    trip.finish()
+    assert not list(tmp_path.iterdir())
+
+
+def test_pauses_before_switchover_and_goes_on(journey):
+    trip = journey(hammer(), capabilities=[Capability.PAUSE_BEFORE_SWITCHOVER])
+    trip.migrate()
+    trip.source.wait(Status.PRE_SWITCHOVER)
+    assert not trip.source.machine.running
+    trip.source.control.continue_(Status.PRE_SWITCHOVER)
+    trip.finish()
+
+
+@pytest.mark.parametrize("capabilities", [[], [Capability.POSTCOPY_RAM]], ids=["plain", "advised"])
+def test_a_stopped_guest_moves_and_stays_stopped(journey, capabilities):
+    trip = journey(hammer(), capabilities=capabilities, paused=True)
+    trip.migrate()
+    trip.finish()
+    assert not trip.destination.machine.running
+    # Nobody has written since: all of the memory is the same on both sides, byte by byte.
+    assert (trip.destination.ram() == trip.source.ram()).all()
+    trip.destination.machine.cont()
+    trip.paused = False
+    trip.verify(trip.destination)
+
+
+def test_the_figures_add_up(journey):
+    trip = journey(hammer())
+    trip.migrate()
+    trip.finish()
+    info = trip.source.control.info()
+    ram = info.ram
+    assert ram.total == trip.workload.memory_bytes
+    assert ram.remaining == 0
+    assert ram.transferred == ram.precopy_bytes + ram.downtime_bytes
+    assert ram.normal_bytes == ram.normal * 4096 <= ram.transferred
+    assert ram.normal + ram.duplicate >= ram.total // 4096
+    assert 0 <= info.downtime_ms <= info.total_time_ms
+    assert info.setup_time_ms <= info.total_time_ms
