@@ -130,7 +130,12 @@ class GuestProcess:
 
     def _catch_signals(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda *_: self.end(DONE))
+            signal.signal(number, self._terminate)
+
+    def _terminate(self, number: int, _frame: object) -> None:
+        if not self._over.is_set():
+            click.echo(f"postcopy: terminating on signal {number}", err=True)
+        self.end(DONE)
 
     def _name_process(self) -> None:
         if self._settings.name:

@@ -50,7 +50,9 @@ def phase_name(progress: Progress) -> str:
 
 
 def figures(progress: Progress) -> str:
-    """The figures of one look, in one line."""
+    """The figures of one look, in one line; empty before there are any."""
+    if not progress.total_bytes:
+        return ""
     parts = [
         f"{progress.rate_bytes / _MIB:6.0f} MiB/s",
         f"{progress.remaining_bytes / _MIB:6.0f} MiB remaining",
@@ -108,7 +110,7 @@ class PlainView:
             return
         self._phase, self._shown_at_ms = phase, progress.elapsed_ms
         seconds = progress.elapsed_ms / 1000
-        click.echo(f"{seconds:7.2f} s {progress.fraction:4.0%}  {phase:<18}{figures(progress)}")
+        click.echo(f"{seconds:7.2f} s {progress.fraction:4.0%}  {phase:<18}{figures(progress)}".rstrip())
 
     def note(self, text: str) -> None:
         """Print it."""

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import AsyncIterable, Mapping
 from typing import Any
 
@@ -87,8 +88,8 @@ def _why_not(address: str, error: ConnectError) -> str:
     cause: BaseException = error.exc
     while isinstance(getattr(cause, "exc", None), BaseException):
         cause = cause.exc  # type: ignore[attr-defined]
-    if isinstance(cause, OSError) and cause.strerror:
-        reason = cause.strerror
+    if isinstance(cause, OSError) and cause.errno:
+        reason = os.strerror(cause.errno)  # asyncio puts words of its own into strerror
     elif isinstance(cause, EOFError):
         reason = "it hung up"
     else:

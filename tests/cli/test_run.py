@@ -1,0 +1,114 @@
+"""``postcopy run``: its monitors, its ends, and what it leaves behind."""
+
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fakes.commands import DEADLINE_S, POSTCOPY, Running, need_kvm
+from fakes.waiting import wait_until
+
+pytestmark = pytest.mark.kvm
+
+
+@pytest.fixture(autouse=True)
+def _kvm():
+    need_kvm()
+
+
+def ask_console(text, *options):
+    return subprocess.run(
+        [*POSTCOPY, "run", "--memory", "64M", "--monitor", "stdio", *options],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("last", ["quit\n", ""], ids=["quit", "end of input"])
+def test_a_console_answers_and_ends(last):
+    outcome = ask_console("info status\n" + last, "--workload", "idle")
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    assert "VM status: running" in outcome.stdout
+
+
+def test_paused_means_prelaunch():
+    assert "paused (prelaunch)" in ask_console("info status\n", "--workload", "idle", "-S").stdout
+
+
+def test_a_destination_waits():
+    assert "paused (inmigrate)" in ask_console("info status\n", "--incoming", "defer").stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_and_takes_its_sockets_away(tmp_path, number):
+    monitor = tmp_path / "hmp"
+    with Running(tmp_path, "qmp", "--workload", "idle", "--monitor", f"unix:{monitor}") as guest:
+        assert monitor.is_socket()
+        guest.process.send_signal(number)
+        assert guest.process.wait(DEADLINE_S) == 0
+        assert f"terminating on signal {number:d}" in guest.stderr
+        assert not guest.path.exists()
+        assert not monitor.exists()
+
+
+def test_quit_is_answered_before_the_end(tmp_path):
+    with Running(tmp_path, "qmp", "--workload", "idle") as guest:
+        assert guest.ask("quit") == {"return": {}}
+        assert guest.process.wait(DEADLINE_S) == 0
+
+
+def test_its_engine_ends_with_it(tmp_path):
+    with Running(tmp_path, "qmp", "--workload", "idle") as guest:
+        wait_until(lambda: children(guest.process.pid), DEADLINE_S, "an engine")
+        (engine,) = children(guest.process.pid)
+        guest.process.kill()
+        guest.process.wait(DEADLINE_S)
+        wait_until(lambda: ended(engine), DEADLINE_S, "the engine's end")
+
+
+def test_a_destination_that_gets_rubbish_ends_with_one_line(tmp_path):
+    uri = f"unix:{tmp_path}/incoming"
+    with Running(tmp_path, "qmp", "--incoming", uri) as guest:
+        wait_until((tmp_path / "incoming").is_socket, DEADLINE_S, "listening")
+        subprocess.run(
+            [*POSTCOPY[:1], "-c", SEND_RUBBISH, str(tmp_path / "incoming")], check=True, timeout=20
+        )
+        assert guest.process.wait(DEADLINE_S) == 1
+        said = guest.stderr.splitlines()
+        assert len(said) == 1
+        assert said[0].startswith("postcopy: the incoming migration failed: ")
+
+
+SEND_RUBBISH = """
+import socket, sys
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(sys.argv[1])
+connection.sendall(b"GET / HTTP/1.0" * 100)
+connection.close()
+"""
+
+
+def children(process_id):
+    """The processes that this one has started."""
+    return [
+        stat.parent
+        for stat in Path("/proc").glob("[0-9]*/stat")
+        if fields(stat)[1:2] == [str(process_id)]
+    ]
+
+
+def ended(process):
+    """Whether a process, named by its folder in /proc, is gone or waits to be buried."""
+    return fields(process / "stat")[:1] in ([], ["Z"])
+
+
+def fields(stat):
+    """State, parent and so on; none if the process is gone."""
+    try:
+        return stat.read_text(errors="replace").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []

@@ -1,0 +1,122 @@
+"""The command line as a user has it: real processes, on folders of their own."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fakes.waiting import wait_until
+
+DEADLINE_S = 30
+POSTCOPY = [sys.executable, "-m", "postcopy"]
+
+
+def need_kvm() -> None:
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        pytest.skip("needs /dev/kvm: run as root or join group kvm")
+
+
+def postcopy(*arguments: str, **options) -> subprocess.CompletedProcess:
+    """Run a command to its end."""
+    return subprocess.run(
+        [*POSTCOPY, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        **options,
+    )
+
+
+def one_line(outcome: subprocess.CompletedProcess) -> str:
+    """What stderr says, which is one line for an error."""
+    lines = outcome.stderr.splitlines()
+    assert len(lines) == 1, outcome.stderr
+    assert lines[0].startswith("postcopy: ")
+    return lines[0].removeprefix("postcopy: ")
+
+
+class Running:
+    """A ``postcopy run`` with a QMP socket, until the end of the context."""
+
+    def __init__(self, folder: Path, name: str, *options: str) -> None:
+        self.path = folder / name
+        self.qmp = f"unix:{self.path}"
+        self._options = options
+        self._stderr = folder / f"{name}.stderr"
+
+    def __enter__(self) -> "Running":
+        line = [*POSTCOPY, "run", "--memory", "64M", "--qmp", self.qmp, *self._options]
+        with self._stderr.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr
+            )
+        with contextlib.ExitStack() as cleanup:
+            cleanup.callback(self._end)
+            wait_until(self._answers, DEADLINE_S, "QMP")
+            cleanup.pop_all()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._end()
+
+    @property
+    def stderr(self) -> str:
+        return self._stderr.read_text()
+
+    def ask(self, command: str, **arguments):
+        """Do one QMP command."""
+        with self._connected() as connection, connection.makefile("rw") as stream:
+            stream.readline()
+            for request in ({"execute": "qmp_capabilities"},
+                            {"execute": command, "arguments": arguments}):  # fmt: skip
+                stream.write(json.dumps(request) + "\n")
+                stream.flush()
+                while "event" in (answer := json.loads(stream.readline())):
+                    pass
+            return answer
+
+    def migration_status(self) -> str | None:
+        return self.ask("query-migrate")["return"].get("status")
+
+    def _connected(self) -> socket.socket:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.settimeout(DEADLINE_S)
+            connection.connect(str(self.path))
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _answers(self) -> bool:
+        assert self.process.poll() is None, self.stderr
+        try:
+            self._connected().close()
+        except OSError:
+            return False
+        return True
+
+    def _end(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.communicate(timeout=DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.communicate()
+
+
+@contextlib.contextmanager
+def pair(folder: Path, workload: str = "idle"):
+    """A source with a guest that runs, and a destination that waits to be told."""
+    with (
+        Running(folder, "source", "--workload", workload) as source,
+        Running(folder, "target", "--incoming", "defer") as target,
+    ):
+        yield source, target
