@@ -3,9 +3,12 @@
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from benchmarks.scenario import OURS, QEMU, Case, Contender, Figure, Target
+
+NOISY_CPUS: Final = 0.2
+"""More CPUs than that busy with others make a run worth little, with two CPUs in all."""
 
 Results = Sequence[Mapping[str, Any]]
 """Of all runs: ``case``, ``contender``, and ``figures`` (perhaps ``verified``) or ``error``."""
@@ -51,9 +54,9 @@ class Line:
 
     @property
     def ratio(self) -> float | None:
-        """Our median by QEMU's; None when one is missing or QEMU's is 0."""
+        """Our median by QEMU's; None when there is none that means anything."""
         ours, theirs = self.spreads.get(OURS.name), self.spreads.get(QEMU.name)
-        if ours is None or theirs is None or not theirs.median:
+        if not self.figure.compared or ours is None or theirs is None or not theirs.median:
             return None
         return ours.median / theirs.median
 
@@ -119,6 +122,18 @@ def trouble(results: Results) -> list[str]:
     return found
 
 
+def noise(results: Results) -> str:
+    """Says so if others were busy during some runs; else empty."""
+    done = [result["figures"] for result in results if "figures" in result]
+    noisy = sum(figures.get("others_cpus", 0) > NOISY_CPUS for figures in done)
+    if not noisy:
+        return ""
+    return (
+        f"**Noisy: in {noisy} of {len(done)} runs others kept more than {NOISY_CPUS} CPUs busy. "
+        "Do not believe the ratios.**"
+    )
+
+
 def to_json(head: Mapping[str, Any], cases: Sequence[Case], results: Results) -> dict[str, Any]:
     """Everything: the head, the tables, every run."""
     tables = {
@@ -134,6 +149,7 @@ def to_json(head: Mapping[str, Any], cases: Sequence[Case], results: Results) ->
 def to_markdown(head: Mapping[str, Any], cases: Sequence[Case], results: Results) -> str:
     """The report that people read."""
     parts = ["# postcopy and QEMU, side by side", _head(head)]
+    parts += [warning] if (warning := noise(results)) else []
     parts += [_table(case, results) for case in cases]
     checked = [result["verified"]["ok"] for result in results if "verified" in result]
     if checked:

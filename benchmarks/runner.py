@@ -16,6 +16,7 @@ from benchmarks.timings import Figures, Moments, Observation, Offsets
 from benchmarks.workload import MIB, Records
 
 _UNLIMITED: Final = 1 << 40  # bytes per second
+_NO_DOWNTIME_MS: Final = 1
 _SETTLE_S: Final = 1.0
 _SETTLE_AFTER_POSTCOPY_S: Final = 2.0
 _ENDED: Final = ("completed", "failed", "cancelled", "postcopy-paused")
@@ -97,6 +98,8 @@ class Run:
             names = ("postcopy-ram", *self._contender.capabilities)
             self._source.set_capabilities(*names)
             self._destination.set_capabilities(*names, "postcopy-blocktime")
+            # With 300 ms, and no bandwidth limit, precopy may end before the command to switch comes.
+            self._source.qmp.execute("migrate-set-parameters", downtime_limit=_NO_DOWNTIME_MS)
         self._source.qmp.execute("migrate-set-parameters", max_bandwidth=_UNLIMITED)
         self._destination.qmp.execute("migrate-incoming", uri=self._uri)
 

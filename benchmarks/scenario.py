@@ -41,10 +41,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of a table: the key of a run's figures, and what to call it."""
+    """One line of a table: the key of a run's figures, and what to call it.
+
+    :param compared: whether a ratio of two engines says anything.
+    """
 
     key: str
     title: str
+    compared: bool = True
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ _LOAD: Final = (
     Figure("syncs", "bitmap synchronisations"),
     Figure("source_cpu_s", "CPU time of the source, s"),
     Figure("destination_cpu_s", "CPU time of the destination, s"),
-    Figure("others_cpus", "CPUs busy with others"),
+    Figure("others_cpus", "CPUs busy with others", compared=False),
 )
 _PRECOPY: Final = (
     *_STREAM,

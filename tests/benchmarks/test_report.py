@@ -74,6 +74,14 @@ def test_damaged_memory_is_trouble():
     assert "after 2 runs: 1 intact" in page
 
 
+def test_noise_is_told():
+    quiet, noisy = (result("qemu", {"others_cpus": cpus}) for cpus in (0.1, 0.9))
+    assert report.noise([quiet]) == ""
+    assert "in 1 of 2 runs" in report.to_markdown({}, [cases()["precopy"]], [quiet, noisy])
+    busy = [quiet, result("postcopy", {"others_cpus": 0.2})]
+    assert line(busy, "others_cpus").ratio is None
+
+
 def test_tables_have_a_column_for_each_engine_that_ran():
     figures = {"guest_downtime_ms": 10.0, "fault_p50_us": 100.0}
     ran = [result(name, figures, "postcopy") for name in ("qemu", "postcopy", "qemu-preempt")]
