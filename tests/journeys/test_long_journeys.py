@@ -1,6 +1,6 @@
 """More than one migration: to and fro, and two at once; and what both sides tell of one."""
 
-import os
+from pathlib import Path
 
 from fakes.pair import NEVER_ENDS, POSTCOPY, QUICK, hammer
 from fakes.waiting import wait_until
@@ -11,7 +11,7 @@ SLOW = NEVER_ENDS
 
 
 def descriptors():
-    return len(os.listdir("/proc/self/fd"))
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def test_ten_times_to_and_fro(journey):
