@@ -67,7 +67,7 @@ class TestBackFromQemu:
             qemu.capabilities("postcopy-ram")
             ours.switch_on(Capability.POSTCOPY_RAM, Capability.POSTCOPY_BLOCKTIME)
             # QEMU takes a limit of 0 for "now"; with this one it could never send the hot set.
-            qemu.parameters(max_bandwidth=100 * MIB, downtime_limit=1)
+            qemu.parameters(max_bandwidth=40 * MIB, downtime_limit=1)
             where = f"unix:{tmp_path / 'back'}" if way == "unix" else "tcp:127.0.0.1:0"
             qemu("migrate", uri=ours.listen(where))
             if when == "after a round":

@@ -1,0 +1,37 @@
+"""A large guest that writes all the time moves to a real QEMU: our pings bound what is under way."""
+
+import pytest
+
+from interop.arrival import check_goes_on, check_memory, iterations
+from interop.our_guest import OurGuest
+from interop.qemu_guest import QemuGuest
+from machine.machines import MIB, need
+from postcopy.machine import workload as workloads
+from postcopy.parameters import Capability
+from postcopy.status import Status
+
+pytestmark = pytest.mark.qemu
+
+MEMORY_BYTES = 256 * MIB
+
+
+def test_postcopy_of_a_hammered_guest(tmp_path):
+    """More than the window many times over goes through it, and urgent pages by its side."""
+    need("kvm")
+    workload = workloads.load("hammer", MEMORY_BYTES, 2)
+    with (
+        QemuGuest(tmp_path, "microvm", "kvm", MEMORY_BYTES, 2) as qemu,
+        OurGuest.running(workload, "kvm") as ours,
+    ):
+        qemu.capabilities("postcopy-ram", "postcopy-blocktime")
+        ours.switch_on(Capability.POSTCOPY_RAM)
+        ours.migration.migrate(qemu.listen("tcp:127.0.0.1:0"))
+        ours.migration.start_postcopy()
+        assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
+        qemu.wait_migration("completed")
+        check_goes_on(qemu.read_memory, workload, iterations(ours.machine.read_memory, workload))
+        qemu("stop")
+        check_memory(qemu.read_memory, workload)
+        ram = ours.migration.info().ram
+        assert ram.postcopy_requests
+        assert ram.postcopy_bytes > MEMORY_BYTES // 2
