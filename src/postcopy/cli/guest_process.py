@@ -39,13 +39,16 @@ class _OperatedMachine(Machine):
 class GuestProcess:
     """One guest's process from its command line to its exit code.
 
-    The main thread waits; any thread may end the wait by :meth:`end`.
+    The main thread waits at a pipe; any thread may end the wait by :meth:`end`.  A pipe and not a lock,
+    because the kernel may give a signal to a vCPU's thread: then only the pipe wakes the main one.
     """
 
     def __init__(self, settings: RunSettings) -> None:
         self.events = EventBus()
         self._settings = settings
-        self._over = threading.Event()
+        self._over = False
+        self._wake_reader, self._wake_writer = os.pipe()
+        os.set_blocking(self._wake_writer, False)
         self._exit_code = DONE
         self._cleanup = contextlib.ExitStack()
 
@@ -60,14 +63,17 @@ class GuestProcess:
         self._name_process()
         with self._cleanup:
             self._start()
-            self._over.wait()
+            while not self._over:
+                os.read(self._wake_reader, 1)
         sys.stdout.flush()
         os._exit(self._exit_code)
 
     def end(self, exit_code: int) -> None:
         """Ask the process to end; the first exit code that is not 0 counts."""
         self._exit_code = self._exit_code or exit_code
-        self._over.set()
+        self._over = True
+        with contextlib.suppress(BlockingIOError):  # full: then it wakes anyway
+            os.write(self._wake_writer, b"\0")
 
     def tell(self, name: str, data: Mapping[str, Any]) -> None:
         """Hand an event of the machine to whoever listens."""
@@ -97,9 +103,9 @@ class GuestProcess:
         else:
             threading.Thread(target=control.prepare, name="prepare", daemon=True).start()
         backend = Backend(machine, control, self.events)
-        self._serve(backend)
         if settings.incoming not in {None, DEFER}:
-            control.incoming(str(settings.incoming))
+            control.incoming(str(settings.incoming))  # before QMP: who finds that finds this too
+        self._serve(backend)
         if STDIO in settings.monitors:
             self._open_console(backend)
 
@@ -129,11 +135,12 @@ class GuestProcess:
         self.end(FAILED)
 
     def _catch_signals(self) -> None:
+        signal.set_wakeup_fd(self._wake_writer, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._terminate)
 
     def _terminate(self, number: int, _frame: object) -> None:
-        if not self._over.is_set():
+        if not self._over:
             click.echo(f"postcopy: terminating on signal {number}", err=True)
         self.end(DONE)
 

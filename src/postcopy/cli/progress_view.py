@@ -110,7 +110,9 @@ class PlainView:
             return
         self._phase, self._shown_at_ms = phase, progress.elapsed_ms
         seconds = progress.elapsed_ms / 1000
-        click.echo(f"{seconds:7.2f} s {progress.fraction:4.0%}  {phase:<18}{figures(progress)}".rstrip())
+        click.echo(
+            f"{seconds:7.2f} s {progress.fraction:4.0%}  {phase:<18}{figures(progress)}".rstrip()
+        )
 
     def note(self, text: str) -> None:
         """Print it."""

@@ -16,6 +16,6 @@ def parse(address: str) -> str | tuple[str, int]:
     if kind == "unix" and place:
         return place
     host, _, port = place.rpartition(":")
-    if kind == "tcp" and port.isdecimal():
+    if kind == "tcp" and ":" in place and port.isdecimal():
         return host.strip("[]") or "127.0.0.1", int(port)
     raise Refused(f"'{address}' is no QMP address; give unix:PATH or tcp:HOST:PORT")

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ class MachineProcess:
     then comes to its end.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process, folder: Path) -> None:
+    def __init__(self, process: "subprocess.Popen[bytes]", folder: Path) -> None:
         self._process = process
         self.folder = folder
 
@@ -39,11 +40,11 @@ class MachineProcess:
         folder = Path(tempfile.mkdtemp(prefix="postcopy-"))
         qmp = f"unix:{folder / 'qmp'}"
         with (folder / "stderr").open("wb") as stderr:
-            process = await asyncio.create_subprocess_exec(
-                *[sys.executable, "-m", "postcopy", "run", "--monitor", "stdio", "--qmp", qmp],
-                *_command_line(options),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.DEVNULL,
+            line = [sys.executable, "-m", "postcopy", "run", "--monitor", "stdio", "--qmp", qmp]
+            process = subprocess.Popen(
+                line + _command_line(options),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
                 stderr=stderr,
                 start_new_session=True,  # a Ctrl-C is for whoever drives it
             )
@@ -56,7 +57,7 @@ class MachineProcess:
 
     async def _connect(self, qmp: str) -> Connection:
         deadline = asyncio.get_running_loop().time() + _START_TIMEOUT_S
-        while self._process.returncode is None:
+        while self._process.poll() is None:
             if (self.folder / "qmp").exists():
                 with contextlib.suppress(CannotConnect):
                     return await Connection.connect(qmp)
@@ -73,14 +74,12 @@ class MachineProcess:
 
     async def end(self) -> None:
         """End it if it has not, and clean up; harmless when done."""
-        if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.terminate()
-            try:
-                await asyncio.wait_for(self._process.wait(), _END_TIMEOUT_S)
-            except TimeoutError:
-                self._process.kill()
-                await self._process.wait()
+        self._process.terminate()
+        try:
+            await asyncio.to_thread(self._process.wait, _END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            await asyncio.to_thread(self._process.wait)
         if self._process.stdin is not None:
             self._process.stdin.close()
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -136,9 +136,18 @@ class Machine:
         """
         info = await self.migration_info()
         if info.get("status", "none") not in {"setup", "active"}:
-            await self.execute("migrate-incoming", {"uri": uri})
+            await self._listen(uri)
             info = await self.migration_info()
         return _uri_of(info, uri)
+
+    async def _listen(self, uri: str) -> None:
+        # A machine that ends when its migration fails could not be asked why it did.
+        try:
+            await self.execute("migrate-incoming", {"uri": uri, "exit-on-error": False})
+        except Refused as error:
+            if "exit-on-error" not in str(error):
+                raise
+            await self.execute("migrate-incoming", {"uri": uri})  # QEMU before 9.1
 
     async def read_memory(self, address: int, length_bytes: int) -> bytes:
         """Guest memory from a guest address on; the machine must be on this host."""
