@@ -156,6 +156,6 @@ def cases(scale: float = 1.0) -> dict[str, Case]:
         Case("postcopy", "postcopy after the first pass, hot set written at random", hammer,
              _POSTCOPY, CONTENDERS, _POSTCOPY_TARGETS, switch_after_passes=1),
         Case("now", "postcopy at once, hot set written at random", hammer, _POSTCOPY, CONTENDERS,
-             {}, switch_after_passes=0),
+             _POSTCOPY_TARGETS, switch_after_passes=0),
     )  # fmt: skip
     return {case.name: case for case in found}

@@ -92,15 +92,15 @@ def test_rates_are_million_iterations_a_second():
 
 def test_faults_are_slow_accesses_between_resumption_and_end():
     stop = (3040 * MS, 41 * MS, 30 * MS, 0)
-    quick = (3050 * MS, 50_000, 50_000, 0)  # 50 us: the hypervisor's own
-    slow = [(3060 * MS + i * MS, 100_000 * i, 100_000 * i, 0) for i in range(1, 102)]
+    quick = (3050 * MS, 90_000, 90_000, 0)  # 90 us: the hypervisor's own
+    slow = [(3060 * MS + i * MS, 110_000 * i, 110_000 * i, 0) for i in range(1, 102)]
     late = (3600 * MS, 90 * MS, 90 * MS, 0)
     figures = observe(rows(stop, quick, *slow, late)).postcopy_figures()
     assert figures["faults"] == 101
-    assert figures["fault_p50_us"] == pytest.approx(5100)
-    assert figures["fault_p99_us"] == pytest.approx(10_000)
-    assert figures["fault_max_us"] == pytest.approx(10_100)
-    assert figures["blocked_ms"] == pytest.approx(0.05 + sum(range(1, 102)) / 10)
+    assert figures["fault_p50_us"] == pytest.approx(5610)
+    assert figures["fault_p99_us"] == pytest.approx(11_000)
+    assert figures["fault_max_us"] == pytest.approx(11_110)
+    assert figures["blocked_ms"] == pytest.approx(0.09 + sum(range(1, 102)) * 0.11)
 
 
 def test_recovery_is_when_half_the_settled_rate_is_seen():
