@@ -205,7 +205,7 @@ class MigrationControl:
                 self._last = MigrationInfo.from_wire(
                     engine.link.call("info", timeout_s=_INFO_TIMEOUT_S)
                 )
-            except (EngineDied, TimeoutError):
+            except (EngineDied, TimeoutError, WrongState):  # WrongState: not begun yet
                 pass  # then what we have is the best there is
         return replace(
             self._last,
