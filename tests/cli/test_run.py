@@ -47,7 +47,7 @@ def test_a_destination_waits():
 def test_a_signal_ends_it_and_takes_its_sockets_away(tmp_path, number):
     monitor = tmp_path / "hmp"
     with Running(tmp_path, "qmp", "--workload", "idle", "--monitor", f"unix:{monitor}") as guest:
-        assert monitor.is_socket()
+        wait_until(monitor.is_socket, DEADLINE_S, "the other monitor")
         guest.process.send_signal(number)
         assert guest.process.wait(DEADLINE_S) == 0
         assert f"terminating on signal {number:d}" in guest.stderr
