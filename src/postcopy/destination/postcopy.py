@@ -69,13 +69,35 @@ class Postcopy:
         if self._userfaultfd is None or not self._return_path.is_open or self.listening:
             raise StreamError("CMD_POSTCOPY_LISTEN in wrong postcopy state")
         empty_missing(self._ram)
-        self._pager = Pager(
-            self._userfaultfd, self._ram, self._blocktime, self._return_path.request
-        )
-        self._pager_thread = _start("pager", self._pager.run)
+        self._start_pager(self._userfaultfd)
         self.listening = True
         self._package_thread = _start("package", lambda: self._load(decoder))
         return self._userfaultfd
+
+    def settle(self) -> None:
+        """Wait until the package has either run the guest or failed: nothing between the two."""
+        if self._package_thread is not None:
+            self._package_thread.join()
+
+    def adopt(self) -> Userfaultfd:
+        """Take over from an engine that has died while the guest ran here.
+
+        Whatever it had asked for is asked for again: every thread that waits is woken, and faults
+        once more.
+        """
+        self._userfaultfd = userfaultfd = self._guest.watch_missing()
+        self.listening = True
+        for paged in self._ram:
+            paged.pages.forget_requests()
+        self._start_pager(userfaultfd)
+        for paged in self._ram:
+            userfaultfd.wake(paged.block.host_address, paged.block.size_bytes)
+        return userfaultfd
+
+    def ask_again(self) -> None:
+        """Ask once more for every page asked for and not received: the recovery is done."""
+        if self._pager is not None:
+            self._pager.ask_again()
 
     def finish(self) -> None:
         """All pages have been sent: take the memory from under userfaultfd.
@@ -84,8 +106,7 @@ class Postcopy:
 
         :raises PostcopyError: the package could not be loaded.
         """
-        assert self._package_thread is not None
-        self._package_thread.join()
+        self.settle()
         if self.failure is not None:
             raise self.failure
         self._guest.unwatch_missing()
@@ -124,6 +145,10 @@ class Postcopy:
             postcopy_latency_dist=report.distribution,
             measured=measured,
         )
+
+    def _start_pager(self, userfaultfd: Userfaultfd) -> None:
+        self._pager = Pager(userfaultfd, self._ram, self._blocktime, self._return_path.request)
+        self._pager_thread = _start("pager", self._pager.run)
 
     # --- the thread "package"
 

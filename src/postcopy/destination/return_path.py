@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 from postcopy.channel.channel import Channel
 from postcopy.memory.ram_block import RamBlock
+from postcopy.memory.runs import Mask
 from postcopy.stream import return_path as wire
 from postcopy.stream.identity import answer
-from postcopy.stream.records import Pong, RequestPages, ResumeAck, Shut
+from postcopy.stream.records import Pong, RecvBitmapReply, RequestPages, ResumeAck, Shut
 
 
 class ReturnPath:
@@ -21,12 +22,23 @@ class ReturnPath:
         self._lock = threading.Lock()
         self._channel: Channel | None = None
         self._last_block: str | None = None
+        self._requests_held = False
 
-    def open(self, channel: Channel) -> None:
-        """Use this channel from now on; block names have to be said afresh."""
+    def open(self, channel: Channel, *, hold_requests: bool = False) -> None:
+        """Use this channel from now on; block names have to be said afresh.
+
+        :param hold_requests: ask for no page before :meth:`release_requests`: a recovering source
+            cannot serve any yet.
+        """
         with self._lock:
             self._channel = channel
             self._last_block = None
+            self._requests_held = hold_requests
+
+    def release_requests(self) -> None:
+        """The source is ready to serve."""
+        with self._lock:
+            self._requests_held = False
 
     def close(self) -> None:
         """Say nothing more."""
@@ -46,6 +58,10 @@ class ReturnPath:
         """Say, as the last thing, whether the guest has arrived."""
         self._send(wire.encode_message(Shut(1 if failed else 0)))
 
+    def bitmap(self, block: str, received: Mask) -> None:
+        """Say which target pages of a block are in place."""
+        self._send(wire.encode_message(RecvBitmapReply(block, received)))
+
     def resume_ack(self) -> None:
         """Say that the recovery may go on."""
         self._send(wire.encode_message(ResumeAck(1)))
@@ -53,7 +69,7 @@ class ReturnPath:
     def request(self, wanted: Sequence[tuple[RamBlock, int]]) -> None:
         """Ask for pages, all in one write."""
         with self._lock:
-            if self._channel is None:
+            if self._channel is None or self._requests_held:
                 return  # paused: everything requested is asked for again after recovery
             data = b"".join(self._request(block, page) for block, page in wanted)
             self._channel.send(data)

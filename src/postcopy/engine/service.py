@@ -36,6 +36,7 @@ class EngineService:
         self._ram: PagedRam | None = None
         self._populating: Populating | None = None
         self._progress = Progress(self._report, Status.SETUP)
+        self._thread: threading.Thread | None = None
 
     def run(self) -> None:
         """Serve until the guest's process closes the link; then this process ends."""
@@ -56,6 +57,10 @@ class EngineService:
             "proceed": self._proceed,
             "cancel": self._cancel,
             "pause": self._pause,
+            "resume_source": self._resume_source,
+            "adopt_source": self._adopt_source,
+            "recover_destination": self._recover_destination,
+            "adopt_destination": self._adopt_destination,
             "info": self._info,
         }
 
@@ -68,16 +73,30 @@ class EngineService:
         parameters: Mapping[str, Any],
         fds: Sequence[int] = (),
     ) -> None:
-        wishes = Wishes(f"fd:{fds[0]}" if fds else uri, Capabilities.of(capabilities))
-        self._job = source = Source(
+        self._make_source(_uri(uri, fds), capabilities, parameters)
+        self._start("source", self._source.run)
+
+    def _make_source(
+        self, uri: str, capabilities: Sequence[str], parameters: Mapping[str, Any]
+    ) -> None:
+        self._job = Source(
             self._proxy(),
-            wishes,
+            Wishes(uri, Capabilities.of(capabilities)),
             Parameters().with_changes(parameters),
             self._progress,
             self._describe_devices,
             lambda number: self._link.note("passed", number=number),
         )
-        _start("source", source.run)
+
+    def _resume_source(self, uri: str, fds: Sequence[int] = ()) -> None:
+        self._join()
+        self._start("source", lambda: self._source.recover(_uri(uri, fds)))
+
+    def _adopt_source(self, capabilities: Sequence[str], parameters: Mapping[str, Any]) -> None:
+        """Stand in for an engine that has died after switchover."""
+        self._progress = Progress(self._report, Status.POSTCOPY_PAUSED)
+        self._make_source("", capabilities, parameters)
+        self._source.adopt()
 
     def _describe_devices(self, states: Sequence[DeviceState]) -> str:
         configuration = Configuration(self._proxy().machine_name)
@@ -117,9 +136,14 @@ class EngineService:
         parameters: Mapping[str, Any],  # noqa: ARG002 - none matters to a destination yet
         fds: Sequence[int] = (),
     ) -> list[dict[str, object]]:
-        listener = Listener(parse(f"fd:{fds[0]}" if fds else uri))
+        listener = Listener(parse(_uri(uri, fds)))
         if self._ram is None:
             self._prepare_destination()
+        return self._make_destination(listener, capabilities)
+
+    def _make_destination(
+        self, listener: Listener, capabilities: Sequence[str]
+    ) -> list[dict[str, object]]:
         assert self._ram is not None
         assert self._populating is not None
         self._job = Destination(
@@ -131,18 +155,54 @@ class EngineService:
             Capabilities.of(capabilities),
             self._progress,
         )
-        described = (address.to_qapi() for address in listener.addresses)
-        return [address for address in described if address is not None]
+        return _described(listener)
 
     def _accept(self) -> None:
-        assert isinstance(self._job, Destination)
-        _start("destination", self._job.run)
+        self._start("destination", self._destination.run)
+
+    def _recover_destination(self, uri: str, fds: Sequence[int] = ()) -> list[dict[str, object]]:
+        address = parse(_uri(uri, fds))
+        self._destination.stop_waiting()
+        self._join()
+        listener = Listener(address)
+        self._start("destination", lambda: self._destination.recover(listener))
+        return _described(listener)
+
+    def _adopt_destination(
+        self, uri: str, capabilities: Sequence[str], parameters: Mapping[str, Any]
+    ) -> list[dict[str, object]]:
+        """Stand in for an engine that has died while the guest ran; wait where it was reached."""
+        del parameters
+        self._progress = Progress(self._report, Status.POSTCOPY_PAUSED)
+        guest = self._proxy()
+        self._ram = PagedRam(guest.regions(), guest.page_maps())
+        self._populating = Populating(self._ram, 0)
+        listener = Listener(parse(uri))
+        addresses = self._make_destination(listener, capabilities)
+        self._destination.adopt()
+        self._start("destination", lambda: self._destination.recover(listener))
+        return addresses
+
+    @property
+    def _destination(self) -> Destination:
+        if not isinstance(self._job, Destination):
+            raise WrongState("this engine runs no incoming migration")
+        return self._job
 
     def _set_capabilities(self, capabilities: Sequence[str]) -> None:
         if isinstance(self._job, Destination):
             self._job.set_capabilities(Capabilities.of(capabilities))
 
     # --- both
+
+    def _start(self, name: str, run: Callable[[], None]) -> None:
+        self._thread = threading.Thread(target=_guarded, args=(run,), name=name, daemon=True)
+        self._thread.start()
+
+    def _join(self) -> None:
+        """Wait for a job that has paused to let go of everything."""
+        if self._thread is not None:
+            self._thread.join()
 
     def _pause(self) -> None:
         if self._job is not None:
@@ -170,8 +230,14 @@ class EngineService:
         )
 
 
-def _start(name: str, run: Callable[[], None]) -> None:
-    threading.Thread(target=_guarded, args=(run,), name=name, daemon=True).start()
+def _uri(uri: str, fds: Sequence[int]) -> str:
+    """Where to go; a descriptor that came along has a number of this process."""
+    return f"fd:{fds[0]}" if fds else uri
+
+
+def _described(listener: Listener) -> list[dict[str, object]]:
+    described = (address.to_qapi() for address in listener.addresses)
+    return [address for address in described if address is not None]
 
 
 def _guarded(run: Callable[[], None]) -> None:

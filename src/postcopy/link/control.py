@@ -6,11 +6,12 @@ decides what an engine's death means.  The figures are the engine's; it is asked
 
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from postcopy.channel.address import FdAddress, parse
+from postcopy.channel.address import Address, FdAddress, parse
 from postcopy.errors import EngineDied, HostCannot, PostcopyError, WrongState
 from postcopy.events import EventBus
 from postcopy.kernel.userfaultfd import Userfaultfd
@@ -59,6 +60,7 @@ class MigrationControl:
         self._last = MigrationInfo(incoming=incoming)
         self._addresses: tuple[Mapping[str, Any], ...] = ()
         self._error: str | None = None
+        self._last_uri = ""
         self.progress = Progress(self._tell)
 
     def prepare(self) -> None:
@@ -98,8 +100,9 @@ class MigrationControl:
             if changed.enabled(Capability.POSTCOPY_RAM) and self._awaits:
                 _check_host()
             self._capabilities = changed
-            if self._listening and self._engine is not None and self._engine.link is not None:
-                self._engine.link.call("set_capabilities", capabilities=list(changed))
+            if self._listening:
+                # A note, not a call: the engine may have something to tell that needs this lock.
+                self._tell_engine("set_capabilities", capabilities=list(changed))
 
     def set_parameters(self, changes: Mapping[str, object]) -> None:
         """Set parameters by QEMU's names; a migration under way takes them over."""
@@ -112,25 +115,21 @@ class MigrationControl:
 
     def migrate(self, uri: str, *, resume: bool = False) -> None:
         """Begin to send the guest to ``uri``."""
+        if resume:
+            self._resume(uri)
+            return
         with self._lock:
-            if resume:
-                raise WrongState("Cannot resume if there is no paused migration")
             self._check_can_start()
             address = parse(uri)
             self._is_incoming = False
             self._error = None
-            fds = []
-            if isinstance(address, FdAddress):
-                fds.append(os.dup(address.number))
             link = self._start_engine()
             self.progress.move(Status.SETUP)
-        try:
-            link.call("start_source", fds=fds, uri=uri, **self._settings())
-        except EngineDied:
-            pass  # the end of the link has been dealt with, and the status says so
-        finally:
-            for fd in fds:
-                os.close(fd)
+        with _descriptors(address) as fds:
+            try:
+                link.call("start_source", fds=fds, uri=uri, **self._settings())
+            except EngineDied:
+                pass  # the end of the link has been dealt with, and the status says so
 
     def incoming(self, uri: str, *, exit_on_error: bool = True) -> None:
         """Listen for a guest."""
@@ -140,18 +139,14 @@ class MigrationControl:
             if self._listening:
                 raise WrongState("The incoming migration has already been started")
             address = parse(uri)
-            fds = [os.dup(address.number)] if isinstance(address, FdAddress) else []
-            engine = self._engine
-            link = engine.link if engine is not None else None
+            link = self._living_engine()
             if link is None or self.progress.status is not Status.NONE:
                 link = self._start_engine()
             self._exit_on_error = exit_on_error
             self._error = None
-            try:
+            with _descriptors(address) as fds:
                 self._addresses = tuple(link.call("listen", fds=fds, uri=uri, **self._settings()))
-            finally:
-                for fd in fds:
-                    os.close(fd)
+            self._last_uri = _bound_uri(uri, self._addresses)
             self._listening = True
             self.progress.move(Status.SETUP)
         link.note("accept")
@@ -192,10 +187,37 @@ class MigrationControl:
 
     def recover(self, uri: str) -> None:
         """Listen anew for the source of a paused postcopy."""
-        parse(uri)
         if self.progress.status is not Status.POSTCOPY_PAUSED or not self._is_incoming:
             raise WrongState("Migrate recover can only be run when postcopy is paused.")
-        raise WrongState("recovery of a paused postcopy is not implemented yet")
+        with _descriptors(parse(uri)) as fds:
+            link = self._living_engine() or self._adopt_destination()
+            self._addresses = tuple(link.call("recover_destination", uri=uri, fds=fds))
+
+    def _resume(self, uri: str) -> None:
+        """Go on with a paused postcopy at ``uri``."""
+        if self.progress.status is not Status.POSTCOPY_PAUSED or self._is_incoming:
+            raise WrongState("Cannot resume if there is no paused migration")
+        with _descriptors(parse(uri)) as fds:
+            link = self._living_engine()
+            if link is None:
+                link = self._start_engine()
+                link.call("adopt_source", **self._settings())
+            link.call("resume_source", uri=uri, fds=fds)
+
+    def _living_engine(self) -> Link | None:
+        engine = self._engine
+        return engine.link if engine is not None else None
+
+    def _adopt_destination(self) -> Link:
+        """Start an engine in place of one that has died under a guest that runs here.
+
+        It listens where the dead one did, and serves again once the source has come back.
+        """
+        link = self._start_engine()
+        self._addresses = tuple(
+            link.call("adopt_destination", uri=self._last_uri, **self._settings())
+        )
+        return link
 
     def info(self) -> MigrationInfo:
         """How it stands: the engine's figures as of now, or the last it gave."""
@@ -293,19 +315,47 @@ class MigrationControl:
         """The link is gone: nothing new if we ended it, or if it had finished."""
         if self._engine is not engine or not self._busy:
             return
-        self._error = "the engine process died unexpectedly; start the migration again"
         status = self.progress.status
         if status in AFTER_SWITCHOVER:
-            self.progress.move(
-                Status.POSTCOPY_PAUSED, only_from=AFTER_SWITCHOVER - {Status.POSTCOPY_PAUSED}
-            )
+            self._engine_lost()
             return
+        self._error = "the engine process died unexpectedly; start the migration again"
         if not self._is_incoming:
             self._service.unwatch_writes()
             if self._guest.owned:
                 self._resume_guest()
+            else:
+                self._error = (
+                    "the engine process died while handing the guest over; the destination may be "
+                    "running it, so it stays stopped here: 'cont' takes it back"
+                )
         to = Status.CANCELLED if status is Status.CANCELLING else Status.FAILED
         self._settle(to)
+
+    def _engine_lost(self) -> None:
+        """Nothing is lost with an engine after switchover: all that it knew is here, or at the peer."""
+        self._engine = None
+        self._error = "the engine process died; no page is lost: recover the migration"
+        self.progress.move(
+            Status.POSTCOPY_PAUSED, only_from=AFTER_SWITCHOVER - {Status.POSTCOPY_PAUSED}
+        )
+        if self._is_incoming:
+            threading.Thread(
+                target=self._replace_engine, name="replace-engine", daemon=True
+            ).start()
+
+    def _replace_engine(self) -> None:
+        try:
+            self._adopt_destination()
+        except PostcopyError as error:
+            # Its address may be taken by now: migrate-recover with another one starts one again.
+            self._error = f"{self._error}; its successor could not listen: {error}"
+            self._end_engine()
+
+    def _end_engine(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.end()
 
     def _resume_guest(self) -> None:
         try:
@@ -324,3 +374,21 @@ def _check_host() -> None:
         Userfaultfd.open(MISSING_FEATURES).close()
     except HostCannot as error:
         raise HostCannot(f"Postcopy is not supported: {error}", error.cure) from error
+
+
+@contextmanager
+def _descriptors(address: Address) -> Iterator[list[int]]:
+    """The descriptors to send along with an address: an ``fd:`` means one of this process."""
+    fds = [os.dup(address.number)] if isinstance(address, FdAddress) else []
+    try:
+        yield fds
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def _bound_uri(uri: str, addresses: Sequence[Mapping[str, Any]]) -> str:
+    """Where we can be reached in fact: a port of 0 has become a real one."""
+    if addresses and addresses[0].get("type") == "inet":
+        return f"tcp:{addresses[0]['host']}:{addresses[0]['port']}"
+    return uri

@@ -62,6 +62,11 @@ class PageMap:
         with self.lock:
             self.states[start:end] = MISSING
 
+    def forget_requests(self) -> None:
+        """Forget who had asked for what: the engine that did is gone."""
+        with self.lock:
+            self.states[self.states == REQUESTED] = MISSING
+
     def missing(self) -> Mask:
         """Return the mask of pages that are not in place."""
         missing: Mask = self.states != RECEIVED

@@ -39,6 +39,10 @@ class Placement:
         """From now on pages are placed under the guest's eyes."""
         self._userfaultfd = userfaultfd
 
+    def forget_halves(self) -> None:
+        """Drop the pieces of a huge page that has not come whole: another connection begins."""
+        self._partial = None
+
     def pages(
         self, name: str, offsets: npt.NDArray[np.uint64], data: npt.NDArray[np.uint8]
     ) -> None:

@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 from postcopy.channel.channel import Channel
 from postcopy.errors import ChannelBroken, PostcopyError, StreamError
+from postcopy.memory.runs import Mask
 from postcopy.stream.identity import is_ours
-from postcopy.stream.records import Pong, RequestPages, ResumeAck, Shut
+from postcopy.stream.records import Pong, RecvBitmapReply, RequestPages, ResumeAck, Shut
 from postcopy.stream.return_path import ReturnPathDecoder
 
 _READ_BYTES = 1 << 16
@@ -44,12 +45,19 @@ class ReturnPath:
         self._pongs: set[int] = set()
         self._shut: int | None = None
         self._end: PostcopyError | None = None
-        self._closed_in_order = False
+        self._bitmaps: dict[str, Mask] = {}
+        self._resumed = False
+        self._thread = threading.Thread(target=self.run, name="return-path", daemon=True)
         self.peer_is_ours = False
 
     def start(self) -> None:
         """Begin to listen."""
-        threading.Thread(target=self.run, name="return-path", daemon=True).start()
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait until no more messages are taken: the channel has been closed or broken."""
+        if self._thread is not threading.current_thread():
+            self._thread.join()
 
     def run(self) -> None:
         """Take messages until the destination has had its last word, or the channel breaks."""
@@ -59,7 +67,6 @@ class ReturnPath:
                 self._decoder.feed(view[:count])
                 while (message := self._decoder.next_message()) is not None:
                     self._take(message)
-            self._closed_in_order = self._shut is None
             end: PostcopyError = ChannelBroken(
                 f"{self._channel.description}: the destination closed the connection; {_ITS_ERROR}"
             )
@@ -95,6 +102,27 @@ class ReturnPath:
             if self._shut != 0:
                 raise self._reason()
 
+    def wait_bitmap(self, block: str) -> Mask:
+        """Wait for the received-bitmap of a block: one bit a target page, set = received.
+
+        :raises ChannelBroken: it does not come any more.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: block in self._bitmaps or self._over)
+            if block not in self._bitmaps:
+                raise self._reason()
+            return self._bitmaps.pop(block)
+
+    def wait_resume_ack(self) -> None:
+        """Wait until the destination is ready to go on.
+
+        :raises ChannelBroken: it never will be.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._resumed or self._over)
+            if not self._resumed:
+                raise self._reason()
+
     def explain(self, error: ChannelBroken) -> PostcopyError:
         """Why a send failed: what the destination has said or done, which the send cannot know.
 
@@ -108,15 +136,6 @@ class ReturnPath:
     def refused(self) -> bool:
         """Whether the destination has said that it did not take the guest."""
         return bool(self._shut)
-
-    def ended_before(self, ping: int) -> bool:
-        """Whether the destination has left, by its own will, without having come to our ping.
-
-        Its words arrive in order: had it got there, the pong would have come before the end.  When
-        the channel broke instead, nobody knows.
-        """
-        with self._changed:
-            return ping not in self._pongs and (self.refused or self._closed_in_order)
 
     @property
     def _over(self) -> bool:
@@ -141,6 +160,11 @@ class ReturnPath:
             with self._changed:
                 self._shut = message.value
                 self._changed.notify_all()
+        elif isinstance(message, RecvBitmapReply):
+            with self._changed:
+                self._bitmaps[message.block] = message.bitmap
+                self._changed.notify_all()
         elif isinstance(message, ResumeAck):
             with self._changed:
+                self._resumed = True
                 self._changed.notify_all()

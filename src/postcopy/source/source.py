@@ -1,8 +1,8 @@
 """The source of one migration.
 
-Threads: ``source`` runs :meth:`Source.run`, from connecting to the end; ``return-path`` listens to the
-destination and serves its page requests.  The status is changed by the first alone, but for a
-user's cancel.
+Threads: ``source`` runs :meth:`Source.run`, from connecting to the end, and again :meth:`Source.recover`
+after a break; ``return-path`` listens to the destination and serves its page requests.  The status is
+changed by the first alone, but for a user's cancel.
 """
 
 import time
@@ -17,33 +17,20 @@ from postcopy.dirty.tracker import choose
 from postcopy.errors import ChannelBroken, MigrationCancelled, PostcopyError, Refused
 from postcopy.guest import DeviceState
 from postcopy.link.guest_proxy import GuestProxy
-from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
+from postcopy.memory.ram_block import RamBlock
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.source.connecting import connect_unless_cancelled
+from postcopy.source.connection import Connection
 from postcopy.source.counters import Clock, Counters, Rate, describe
 from postcopy.source.dirty_pages import DirtyPages
+from postcopy.source.opening import opening
 from postcopy.source.orders import Orders
-from postcopy.source.page_sender import RAM_SECTION_ID, PageSender
-from postcopy.source.postcopy import PostcopyPush
 from postcopy.source.precopy import Outcome, Precopy
-from postcopy.source.return_path import ReturnPath
+from postcopy.source.recovery import agree_on_what_is_missing
 from postcopy.source.switchover import PACKAGE_PING, Switchover
 from postcopy.statistics import MigrationInfo
 from postcopy.status import AFTER_SWITCHOVER, Progress, Status
 from postcopy.stream import encoder
-from postcopy.stream.commands import encode_command
-from postcopy.stream.identity import IDENTITY_PING
-from postcopy.stream.layout import BlockLayout
-from postcopy.stream.records import (
-    BlockEntry,
-    CommandRecord,
-    Configuration,
-    OpenReturnPath,
-    Ping,
-    PostcopyAdvise,
-    RamSetup,
-)
-from postcopy.stream.return_path import ReturnPathDecoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +64,12 @@ class Source:
         self._counters = Counters()
         self._clock = Clock()
         self._limiter = RateLimiter(parameters.max_bandwidth)
-        # Made by the steps of the migration, in this order.
-        self._channel: Channel | None = None
-        self._sender: PageSender | None = None
+        # Made by the steps of the migration, in this order; a recovery makes another connection.
         self._dirty: DirtyPages | None = None
-        self._push: PostcopyPush | None = None
-        self._return_path: ReturnPath | None = None
+        self._connection: Connection | None = None
         self._switchover: Switchover | None = None
+        self._ran_there = False
+        self._paused_by_user = False
 
     # --- called by the monitor, from other threads
 
@@ -92,13 +78,16 @@ class Source:
         before = frozenset({Status.SETUP, Status.ACTIVE, Status.PRE_SWITCHOVER, Status.DEVICE})
         if self._progress.move(Status.CANCELLING, only_from=before):
             self.orders.cancel()
-            if self._channel is not None:
-                self._channel.shutdown()  # wake a send that waits for a peer who does not read
+            self._break()  # wake a send that waits for a peer who does not read
 
     def pause(self) -> None:
-        """Break the postcopy on purpose."""
-        if self._channel is not None:
-            self._channel.shutdown()
+        """Break the connection on purpose."""
+        self._paused_by_user = True
+        self._break()
+
+    def _break(self) -> None:
+        if self._connection is not None:
+            self._connection.channel.shutdown()
 
     def set_parameters(self, parameters: Parameters) -> None:
         """Take over parameters that the user has changed meanwhile."""
@@ -111,17 +100,22 @@ class Source:
     def info(self) -> MigrationInfo:
         """The figures as they are now."""
         remaining = self._dirty.remaining_bytes if self._dirty is not None else 0
-        rate = self._sender.rate if self._sender is not None else Rate()
+        rate = self._connection.sender.rate if self._connection is not None else Rate()
         return describe(self._counters, rate, self._clock, self._progress.status, remaining)
 
     # --- the thread of the source
 
     def run(self) -> None:
         """Move the guest; whatever happens, leave it with exactly one owner."""
+        self._until_the_end(self._migrate)
+
+    def recover(self, uri: str) -> None:
+        """Go on with a broken postcopy, over another connection."""
+        self._until_the_end(lambda: self._resume(uri))
+
+    def _until_the_end(self, steps: Callable[[], None]) -> None:
         try:
-            self._set_up()
-            self._move()
-            self._finish()
+            steps()
             self._clock.ended = time.monotonic()
             self._progress.move(Status.COMPLETED)
         except PostcopyError as error:
@@ -129,71 +123,11 @@ class Source:
         finally:
             self._let_go()
 
-    def _set_up(self) -> None:
-        address = parse(self._wishes.uri)
-        tracker = choose(self._parameters.x_dirty_tracking, self._guest)
-        self._channel = channel = connect_unless_cancelled(address, self.orders)
-        blocks = [RamBlock(region) for region in self._guest.regions()]
-        self._counters.total_bytes = sum(block.size_bytes for block in blocks)
-        self._dirty = DirtyPages(blocks, tracker)
-        self._sender = PageSender(channel, self._limiter, self._counters)
-        self._push = PostcopyPush(self._dirty, self._sender, self._counters, self.orders.interrupt)
-        postcopy = self._wishes.capabilities.enabled(Capability.POSTCOPY_RAM)
-        if postcopy and not channel.can_return:
-            raise Refused(
-                f"postcopy needs a channel that answers, which {channel.description} does not"
-            )
-        self._send_set_up(channel, blocks, postcopy=postcopy)
-        self._dirty.start()
-        self._on_pass(self._dirty.syncs)
-        self._clock.set_up = time.monotonic()
-        self._progress.move(Status.ACTIVE)
-
-    def _send_set_up(self, channel: Channel, blocks: list[RamBlock], *, postcopy: bool) -> None:
-        parts = [encoder.stream_start(Configuration(self._guest.machine_name))]
-        if self._is_answered(channel, postcopy=postcopy):
-            self._open_return_path(channel, blocks)
-            greeting: list[CommandRecord] = [OpenReturnPath(), Ping(1), Ping(IDENTITY_PING)]
-            parts += map(encode_command, greeting)
-        if postcopy:
-            sizes = 0
-            for block in blocks:
-                sizes |= block.page_size_bytes
-            parts.append(encode_command(PostcopyAdvise(sizes, TARGET_PAGE_BYTES)))
-        entries = (
-            BlockEntry(
-                block.name,
-                block.size_bytes,
-                block.page_size_bytes if block.target_pages_per_page > 1 and postcopy else None,
-            )
-            for block in blocks
-        )
-        parts.append(encoder.ram_setup(RamSetup(RAM_SECTION_ID, tuple(entries)), postcopy=postcopy))
-        channel.send(b"".join(parts))
-
-    def _is_answered(self, channel: Channel, *, postcopy: bool) -> bool:
-        """Whether there is a return path; a command (``gzip > file``) has one only if it is said."""
-        told = postcopy or self._wishes.capabilities.enabled(Capability.RETURN_PATH)
-        return channel.can_return and (told or isinstance(channel, SocketChannel))
-
-    def _open_return_path(self, channel: Channel, blocks: list[RamBlock]) -> None:
-        assert self._push is not None
-        layout = {b.name: BlockLayout(b.size_bytes, b.page_size_bytes) for b in blocks}
-        self._return_path = ReturnPath(
-            channel,
-            ReturnPathDecoder(layout),
-            self._push.serve,
-            self._push.window.pong,
-            self._push.window.close,
-        )
-        self._return_path.start()
-
-    def _move(self) -> None:
-        assert self._dirty is not None
-        assert self._sender is not None
+    def _migrate(self) -> None:
+        connection, dirty = self._set_up()
         precopy = Precopy(
-            self._dirty,
-            self._sender,
+            dirty,
+            connection.sender,
             self._counters,
             self.orders,
             lambda: self._parameters,
@@ -202,28 +136,73 @@ class Source:
         outcome = precopy.run()
         if outcome is Outcome.CANCELLED:
             raise MigrationCancelled("cancelled by the user")
-        switchover = self._make_switchover()
+        self._switchover = switchover = self._make_switchover(connection, dirty)
         switchover.stop_guest()
-        self._sender.phase = "downtime_bytes"
-        self._on_pass(self._dirty.syncs)
+        connection.sender.phase = "downtime_bytes"
+        self._on_pass(dirty.syncs)
         if outcome is Outcome.SMALL_ENOUGH:
             switchover.complete_precopy()
         else:
             switchover.start_postcopy()
             self._progress.move(Status.POSTCOPY_ACTIVE)
-            self._complete_postcopy()
-        self._sender.count()
+            # Should it not take the devices, nothing of ours lies unread between its last word and us.
+            connection.answers.wait_pong(PACKAGE_PING)
+            self._ran_there = True
+            self._clock.confirmed = time.monotonic()
+            self._complete_postcopy(connection)
+        connection.sender.count()
+        dirty.stop()
+        connection.finish()
 
-    def _make_switchover(self) -> Switchover:
-        assert self._channel is not None
-        assert self._dirty is not None
-        assert self._sender is not None
-        self._switchover = Switchover(
+    def _set_up(self) -> tuple[Connection, DirtyPages]:
+        address = parse(self._wishes.uri)
+        tracker = choose(self._parameters.x_dirty_tracking, self._guest)
+        channel = connect_unless_cancelled(address, self.orders)
+        try:
+            blocks = [RamBlock(region) for region in self._guest.regions()]
+            self._counters.total_bytes = sum(block.size_bytes for block in blocks)
+            self._dirty = dirty = DirtyPages(blocks, tracker)
+        except BaseException:
+            channel.close()
+            raise
+        postcopy = self._wishes.capabilities.enabled(Capability.POSTCOPY_RAM)
+        if postcopy:
+            _check_answers(channel)
+        connection = self._connect(channel, dirty, answered=self._is_answered(channel))
+        answered = connection.return_path is not None
+        channel.send(
+            opening(self._guest.machine_name, blocks, answered=answered, postcopy=postcopy)
+        )
+        dirty.start()
+        self._on_pass(dirty.syncs)
+        self._clock.set_up = time.monotonic()
+        self._progress.move(Status.ACTIVE)
+        return connection, dirty
+
+    def _is_answered(self, channel: Channel) -> bool:
+        """Whether there is a return path; a command (``gzip > file``) has one only if it is said."""
+        on = self._wishes.capabilities.on
+        told = Capability.POSTCOPY_RAM in on or Capability.RETURN_PATH in on
+        return channel.can_return and (told or isinstance(channel, SocketChannel))
+
+    def _connect(self, channel: Channel, dirty: DirtyPages, *, answered: bool) -> Connection:
+        self._connection = Connection(
+            channel,
+            dirty,
+            self._limiter,
+            self._counters,
+            self.orders.interrupt,
+            answered=answered,
+        )
+        if self.orders.cancelled:
+            channel.shutdown()  # the user's cancel came before there was anything to break
+        return self._connection
+
+    def _make_switchover(self, connection: Connection, dirty: DirtyPages) -> Switchover:
+        return Switchover(
             self._guest,
-            self._channel,
-            self._return_path,
-            self._dirty,
-            self._sender,
+            connection,
+            dirty,
             self.orders,
             self._progress,
             self._wishes.capabilities,
@@ -231,49 +210,63 @@ class Source:
             self._clock,
             self._describe_devices,
         )
-        return self._switchover
 
-    def _complete_postcopy(self) -> None:
-        assert self._channel is not None
-        assert self._sender is not None
-        assert self._push is not None
-        assert self._return_path is not None
-        self._sender.count()
-        self._sender.phase = "postcopy_bytes"
+    def _complete_postcopy(self, connection: Connection) -> None:
+        connection.sender.count()
+        connection.sender.phase = "postcopy_bytes"
         self._limiter.set_rate(self._parameters.max_postcopy_bandwidth)
-        # Should it not take the devices, nothing of ours lies unread between its last word and us.
-        self._return_path.wait_pong(PACKAGE_PING)
-        self._push.run()
-        self._channel.send_many([self._sender.end_of_ram(), encoder.end_of_stream()])
-        self._return_path.wait_shut()
+        connection.push.run()
+        connection.channel.send_many([connection.sender.end_of_ram(), encoder.end_of_stream()])
+        connection.answers.wait_shut()
 
-    def _finish(self) -> None:
-        """Close the channel: for a file or a command this is when it proves to have worked."""
-        assert self._channel is not None
+    # --- recovery
+
+    def adopt(self) -> None:
+        """Take over a paused postcopy whose engine has died: all that it knew is in the memory."""
+        blocks = [RamBlock(region) for region in self._guest.regions()]
+        self._counters.total_bytes = sum(block.size_bytes for block in blocks)
+        self._dirty = DirtyPages(blocks, choose("pagemap", self._guest))
+
+    def _resume(self, uri: str) -> None:
         assert self._dirty is not None
+        self.error = None
+        self._paused_by_user = False
+        self._ran_there = True  # or nobody would answer as a destination that waits for recovery
+        self._clock.ended = 0.0
+        self._progress.move(Status.POSTCOPY_RECOVER_SETUP)
+        channel = connect_unless_cancelled(parse(uri), self.orders)
+        _check_answers(channel)
+        self._progress.move(Status.POSTCOPY_RECOVER)
+        connection = self._connect(channel, self._dirty, answered=True)
+        agree_on_what_is_missing(connection, self._dirty)
+        self._progress.move(Status.POSTCOPY_ACTIVE)
+        self._complete_postcopy(connection)
+        connection.sender.count()
         self._dirty.stop()
-        self._channel.close()
+        connection.finish()
 
     # --- when something went wrong
 
     def _fail(self, error: PostcopyError) -> None:
         """Decide whose the guest is, and say so."""
-        if isinstance(error, ChannelBroken) and self._return_path is not None:
-            error = self._return_path.explain(error)
+        return_path = self._connection.return_path if self._connection is not None else None
+        if isinstance(error, ChannelBroken) and return_path is not None:
+            error = return_path.explain(error)
+        if self._paused_by_user:
+            error = ChannelBroken("Postcopy migration is paused by the user")
         cancelled = self._progress.status is Status.CANCELLING
         self.error = None if cancelled else error
         self._clock.ended = time.monotonic()
-        never_ran_there = self._never_ran_there()
-        if self._progress.status is Status.POSTCOPY_ACTIVE and not never_ran_there:
+        # Where nobody can answer (a file, a command) nobody runs the guest by itself either.
+        refused = return_path is None or return_path.refused
+        if self._progress.status in AFTER_SWITCHOVER and not self._was_refused_before_it_ran():
             self._progress.move(Status.POSTCOPY_PAUSED)
             return
         if self._dirty is not None:
             self._dirty.stop()
         switchover = self._switchover
-        # Where nobody can answer (a file, a command) nobody runs the guest by itself either.
-        refused = self._return_path is None or self._return_path.refused
         if switchover is not None and switchover.stopped:
-            if not switchover.committed or refused or never_ran_there:
+            if not switchover.committed or refused:
                 self._guest.take_back()
                 self._guest.resume()
             else:
@@ -283,25 +276,27 @@ class Source:
                 )
         self._progress.move(Status.CANCELLED if cancelled else Status.FAILED)
 
-    def _never_ran_there(self) -> bool:
-        """Whether the destination has ended before the last thing in the package, which is RUN."""
-        return (
-            self._progress.status is Status.POSTCOPY_ACTIVE
-            and self._return_path is not None
-            and self._return_path.ended_before(PACKAGE_PING)
-        )
+    def _was_refused_before_it_ran(self) -> bool:
+        """Whether the destination has said, before it came to the end of the package, that it failed.
+
+        Only its own word counts: that the connection ended says nothing about who runs the guest.
+        """
+        connection = self._connection
+        return not self._ran_there and connection is not None and connection.answers.refused
 
     def _let_go(self) -> None:
-        """Close what is open, unless it is needed for a recovery."""
-        if self._push is not None:
-            self._push.window.close()
-        if self._channel is not None:
-            self._channel.shutdown()
-            try:
-                self._channel.close()
-            except PostcopyError:
-                pass  # it was over already
+        """Close what is open; the pages stay while they may be needed for a recovery."""
+        if self._connection is not None:
+            self._connection.abandon()
         if self._progress.status is Status.POSTCOPY_PAUSED or self._dirty is None:
             return
         for pages in self._dirty.blocks:
             pages.block.close()
+
+
+def _check_answers(channel: Channel) -> None:
+    if not channel.can_return:
+        channel.close()
+        raise Refused(
+            f"postcopy needs a channel that answers, which {channel.description} does not"
+        )

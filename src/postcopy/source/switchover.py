@@ -11,17 +11,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from postcopy.channel.channel import Channel
 from postcopy.errors import ChannelBroken, MigrationCancelled
 from postcopy.guest import DeviceState
 from postcopy.link.guest_proxy import GuestProxy
 from postcopy.memory.runs import next_set, runs
 from postcopy.parameters import Capabilities, Capability
+from postcopy.source.connection import Connection
 from postcopy.source.counters import Clock, Counters
 from postcopy.source.dirty_pages import DirtyPages
 from postcopy.source.orders import Orders
-from postcopy.source.page_sender import BATCH_PAGES, PageSender
-from postcopy.source.return_path import ReturnPath
+from postcopy.source.page_sender import BATCH_PAGES
 from postcopy.status import Progress, Status
 from postcopy.stream import encoder
 from postcopy.stream.commands import DISCARD_VERSION, command, encode_command
@@ -51,10 +50,8 @@ class Switchover:
     def __init__(
         self,
         guest: GuestProxy,
-        channel: Channel,
-        return_path: ReturnPath | None,
+        connection: Connection,
         dirty: DirtyPages,
-        sender: PageSender,
         orders: Orders,
         progress: Progress,
         capabilities: Capabilities,
@@ -63,10 +60,10 @@ class Switchover:
         describe: Callable[[Sequence[DeviceState]], str],
     ) -> None:
         self._guest = guest
-        self._channel = channel
-        self._return_path = return_path
+        self._channel = connection.channel
+        self._return_path = connection.return_path
+        self._sender = connection.sender
         self._dirty = dirty
-        self._sender = sender
         self._orders = orders
         self._progress = progress
         self._capabilities = capabilities

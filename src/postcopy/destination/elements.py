@@ -1,0 +1,182 @@
+"""What each element of an incoming stream does, and when it may come.
+
+One thread, ``destination``, calls this with the records in their order.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from postcopy.channel.channel import Channel
+from postcopy.destination.incoming_ram import discard
+from postcopy.destination.postcopy import Postcopy
+from postcopy.destination.return_path import ReturnPath
+from postcopy.errors import StreamError
+from postcopy.guest import DeviceState
+from postcopy.link.guest_proxy import GuestProxy
+from postcopy.memory.ram_block import TARGET_PAGE_BYTES
+from postcopy.memory.runs import Mask
+from postcopy.paging.placement import Placement
+from postcopy.paging.ram import PagedRam
+from postcopy.parameters import Capabilities, Capability
+from postcopy.status import Progress, Status
+from postcopy.stream import records
+from postcopy.stream.decoder import Decoder
+from postcopy.stream.layout import BlockLayout, DeviceFormats, Layout
+
+POSTCOPY_BUFFER_BYTES = 1 << 20
+"""What the kernel may hold of the main channel once urgent pages travel on it."""
+
+
+class Elements:
+    """The state of one incoming stream, over all its connections.
+
+    :param capabilities: looked at when they matter; a user may set them while nobody has called.
+    """
+
+    def __init__(
+        self,
+        guest: GuestProxy,
+        formats: DeviceFormats,
+        ram: PagedRam,
+        placement: Placement,
+        postcopy: Postcopy,
+        return_path: ReturnPath,
+        progress: Progress,
+        capabilities: Callable[[], Capabilities],
+    ) -> None:
+        self._guest = guest
+        self._formats = formats
+        self._ram = ram
+        self._placement = placement
+        self._postcopy = postcopy
+        self._return_path = return_path
+        self._progress = progress
+        self._capabilities = capabilities
+        self.channel: Channel | None = None
+        self.advised = False
+        self.ram_seen = False
+        self._devices: list[DeviceState] = []
+        self._handlers: dict[type[Any], Callable[[Any], None]] = {
+            records.RamSetup: self._ram_setup,
+            records.Pages: lambda r: placement.pages(r.block, r.offsets, r.data),
+            records.ZeroPages: lambda r: placement.zeros(r.block, r.offsets),
+            records.DeviceSection: self._device,
+            records.OpenReturnPath: self._open_return_path,
+            records.Ping: self._ping,
+            records.PostcopyAdvise: self._advise,
+            records.RamDiscard: self._discard,
+            records.Package: self._package,
+            records.RecvBitmap: self._recv_bitmap,
+            records.PostcopyResume: self._resume,
+        }
+
+    def take(self, record: records.Record) -> None:
+        """Do what a record says; those that say nothing to us are passed over.
+
+        :raises StreamError: it must not come now, or does not fit this side.
+        """
+        handler = self._handlers.get(type(record))
+        if handler is not None:
+            handler(record)
+
+    def load_devices(self) -> None:
+        """Give the guest the device states that have come."""
+        devices, self._devices = self._devices, []
+        if devices:
+            self._guest.load_devices(devices)
+
+    def layout(self) -> Layout:
+        """Our blocks, as a decoder needs to know them."""
+        return {
+            paged.block.name: BlockLayout(paged.block.size_bytes, paged.block.page_size_bytes)
+            for paged in self._ram
+        }
+
+    # --- precopy
+
+    def _ram_setup(self, setup: records.RamSetup) -> None:
+        self.ram_seen = True
+        theirs = {entry.name for entry in setup.blocks}
+        for paged in self._ram:
+            if paged.block.name not in theirs:
+                # QEMU does not notice: its guest would run with what happened to be in memory.
+                raise StreamError(f"the source has no RAM block '{paged.block.name}'")
+
+    def _device(self, section: records.DeviceSection) -> None:
+        self._devices.append(
+            DeviceState(section.name, section.instance, section.version, section.payload)
+        )
+
+    def _open_return_path(self, _: records.OpenReturnPath) -> None:
+        assert self.channel is not None
+        self._return_path.open(self.channel)
+
+    def _ping(self, ping: records.Ping) -> None:
+        if not self._return_path.is_open:
+            raise StreamError(f"CMD_PING ({ping.value:#x}) received with no return path")
+        # A pong says that everything before the ping has been taken, devices included.
+        self.load_devices()
+        self._return_path.pong(ping.value)
+
+    # --- postcopy
+
+    def _advise(self, advise: records.PostcopyAdvise) -> None:
+        wanted = self._capabilities().enabled(Capability.POSTCOPY_RAM)
+        if self.advised or self.ram_seen:
+            raise StreamError("CMD_POSTCOPY_ADVISE in wrong postcopy state (1)")
+        if advise.page_sizes is None or advise.target_page_bytes is None:
+            if wanted:
+                raise StreamError("RAM postcopy is enabled but have 0 byte advise")
+            raise StreamError("postcopy of dirty bitmaps is not supported: there are no disks")
+        if not wanted:
+            raise StreamError("RAM postcopy is disabled but have 16 byte advise")
+        ours = 0
+        for paged in self._ram:
+            ours |= paged.block.page_size_bytes
+        if advise.page_sizes != ours:
+            raise StreamError(
+                f"Postcopy needs matching RAM page sizes (s={advise.page_sizes:x} d={ours:x})"
+            )
+        if advise.target_page_bytes != TARGET_PAGE_BYTES:
+            raise StreamError(
+                "Postcopy needs matching target page sizes "
+                f"(s={advise.target_page_bytes} d={TARGET_PAGE_BYTES})"
+            )
+        self.advised = True
+        self._postcopy.prepare()
+
+    def _discard(self, command: records.RamDiscard) -> None:
+        if not self.advised or self._postcopy.listening:
+            raise StreamError("CMD_POSTCOPY_RAM_DISCARD in wrong postcopy state (0)")
+        discard(self._ram, command.block, command.ranges)
+
+    def _package(self, package: records.Package) -> None:
+        if not self.advised:
+            raise StreamError("CMD_POSTCOPY_LISTEN in wrong postcopy state (0)")
+        decoder = Decoder(self._formats, self.layout(), package=True)
+        assert self.channel is not None
+        self.channel.bound_buffers(POSTCOPY_BUFFER_BYTES)
+        self._placement.listen(self._postcopy.take_package(decoder, package.data))
+
+    # --- recovery
+
+    def _recv_bitmap(self, command: records.RecvBitmap) -> None:
+        self._check_recovering("CMD_RECV_BITMAP")
+        paged = self._ram[command.block]
+        received: Mask = ~paged.pages.missing()
+        self._return_path.bitmap(
+            command.block, np.repeat(received, paged.block.target_pages_per_page)
+        )
+
+    def _resume(self, _: records.PostcopyResume) -> None:
+        self._check_recovering("CMD_POSTCOPY_RESUME")
+        self._progress.move(Status.POSTCOPY_ACTIVE)
+        self._return_path.resume_ack()
+        self._return_path.release_requests()
+        self._postcopy.ask_again()
+
+    def _check_recovering(self, what: str) -> None:
+        if self._progress.status is not Status.POSTCOPY_RECOVER:
+            raise StreamError(f"{what}: not in a recovery, but {self._progress.status.value}")

@@ -1,0 +1,39 @@
+"""Go on where a broken postcopy stopped.
+
+Source: QEMU's ``docs/devel/migration/postcopy.rst``, "Postcopy Recovery".  The destination says which
+pages it has; whatever it has not is pending again.  A page that was under way when the link broke is
+sent again; one that had arrived never is, since the guest may have written to it.
+"""
+
+import numpy as np
+
+from postcopy.errors import StreamError
+from postcopy.memory.runs import Mask
+from postcopy.source.connection import Connection
+from postcopy.source.dirty_pages import BlockPages, DirtyPages
+from postcopy.stream.commands import encode_command
+from postcopy.stream.records import PostcopyResume, RecvBitmap
+
+
+def agree_on_what_is_missing(connection: Connection, dirty: DirtyPages) -> None:
+    """Ask for the received-bitmap of each block, then say that pages will flow again.
+
+    :raises ChannelBroken: this connection has broken too; nothing is lost, try again.
+    :raises StreamError: the peer is not the destination that we have lost.
+    """
+    for pages in dirty.blocks:
+        connection.channel.send(encode_command(RecvBitmap(pages.block.name)))
+        received = connection.answers.wait_bitmap(pages.block.name)
+        _take_over(pages, received)
+    connection.channel.send(encode_command(PostcopyResume()))
+    connection.answers.wait_resume_ack()
+
+
+def _take_over(pages: BlockPages, received: Mask) -> None:
+    per_page = pages.block.target_pages_per_page
+    if len(received) != len(pages.pending) * per_page:
+        raise StreamError(f"the bitmap of block '{pages.block.name}' is not as long as the block")
+    # A huge page is there when all of its pieces are.
+    whole: Mask = np.logical_and.reduceat(received, np.arange(0, len(received), per_page))
+    pages.pending = ~whole
+    pages.has_data |= pages.block.has_data(0, pages.block.page_count)
