@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from fakes.waiting import wait_until
 
 DEADLINE_S = 30
+END_S = 10
 POSTCOPY = [sys.executable, "-m", "postcopy"]
 
 
@@ -55,7 +57,11 @@ class Running:
         line = [*POSTCOPY, "run", "--memory", "64M", "--qmp", self.qmp, *self._options]
         with self._stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
-                line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr
+                line,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env=os.environ | {"PYTHONFAULTHANDLER": "1"},
             )
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(self._end)
@@ -106,10 +112,11 @@ class Running:
     def _end(self) -> None:
         self.process.terminate()
         try:
-            self.process.communicate(timeout=DEADLINE_S)
+            self.process.communicate(timeout=END_S)
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.communicate()
+            self.process.send_signal(signal.SIGABRT)  # says where each thread is
+            self.process.communicate(timeout=DEADLINE_S)
+            raise AssertionError(f"did not end when told to: {self.stderr}") from None
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from postcopy.client import Machine, Migration, Result
 
 _ROUNDS = 2
+_SOFTWARE_BANDWIDTH = 16 << 20  # a software CPU writes so slowly that precopy would win
 _SOFTWARE = "no KVM here: a software CPU runs a smaller guest (see 'postcopy doctor')"
 
 
@@ -37,13 +38,13 @@ async def _demo() -> None:
     from postcopy.cli.demo_guest import DemoGuest
     from postcopy.machine import workload
 
-    memory, vcpus = _size()
+    memory, vcpus, bandwidth = _size()
     guest = DemoGuest(workload.load("hammer", memory << 20, vcpus))
     async with _machines(memory, vcpus) as (source, destination):
         click.echo("the guest fills its memory ...")
         await guest.wait_until_running(source)
         await guest.calibrate(source)
-        result = await _move(source, destination)
+        result = await _move(source, destination, bandwidth)
         stops = await guest.longest_stops_ms(destination)
         await destination.stop()
         _report(result, stops)
@@ -51,14 +52,14 @@ async def _demo() -> None:
             await _check(guest, destination, source, Path(folder))
 
 
-def _size() -> tuple[int, int]:
-    """MiB of memory and vCPUs of the guest."""
+def _size() -> tuple[int, int, int | None]:
+    """MiB of memory, vCPUs, and the bandwidth limit in bytes a second (None: the default)."""
     import os
 
     if os.access("/dev/kvm", os.R_OK | os.W_OK):
-        return 512, 2
+        return 512, 2, None
     click.echo(_SOFTWARE)
-    return 64, 2
+    return 64, 2, _SOFTWARE_BANDWIDTH
 
 
 @contextlib.asynccontextmanager
@@ -90,13 +91,13 @@ async def _machines(memory: int, vcpus: int) -> AsyncIterator[tuple["Machine", "
         yield source, destination
 
 
-async def _move(source: "Machine", destination: "Machine") -> "Result":
+async def _move(source: "Machine", destination: "Machine", bandwidth: int | None) -> "Result":
     import asyncio
 
     from postcopy.cli import progress_view
     from postcopy.cli.drive import Watch
 
-    migration = await source.migrate(to=destination, postcopy="manual")
+    migration = await source.migrate(to=destination, postcopy="manual", bandwidth=bandwidth)
     view = progress_view.choose(as_json=False)
     switch = asyncio.create_task(_switch_after_rounds(migration))
     with view:

@@ -22,6 +22,8 @@ def lines(result: Result) -> Iterator[tuple[str, str]]:
         f"{result.normal_pages} with data, {result.zero_pages} zero, "
         f"{result.requested_pages} asked for by the destination",
     )
+    if not result.postcopy_bytes:
+        return
     latency = result.fault_latency
     if latency is not None:
         ms = [f"{us / 1000:.2f}" for us in (latency.p50_us, latency.p99_us, latency.max_us)]

@@ -37,8 +37,8 @@ class MigrateOptions(TypedDict, total=False):
     """How to migrate; see :meth:`Machine.migrate`."""
 
     postcopy: Postcopy
-    bandwidth: int
-    downtime_limit_ms: int
+    bandwidth: int | None
+    downtime_limit_ms: int | None
 
 
 class Machine:
