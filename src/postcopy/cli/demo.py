@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from postcopy.client import Machine, Migration, Result
 
 _ROUNDS = 2
+_DOWNTIME_LIMIT_MS = 30  # on a host so busy that the guest hardly writes, 300 ms let precopy win
 _SOFTWARE_BANDWIDTH = 16 << 20  # a software CPU writes so slowly that precopy would win
 _SOFTWARE = "no KVM here: a software CPU runs a smaller guest (see 'postcopy doctor')"
 
@@ -97,7 +98,9 @@ async def _move(source: "Machine", destination: "Machine", bandwidth: int | None
     from postcopy.cli import progress_view
     from postcopy.cli.drive import Watch
 
-    migration = await source.migrate(to=destination, postcopy="manual", bandwidth=bandwidth)
+    migration = await source.migrate(
+        to=destination, postcopy="manual", bandwidth=bandwidth, downtime_limit_ms=_DOWNTIME_LIMIT_MS
+    )
     view = progress_view.choose(as_json=False)
     switch = asyncio.create_task(_switch_after_rounds(migration))
     with view:
