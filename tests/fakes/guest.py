@@ -1,0 +1,102 @@
+"""A guest for a destination that runs in the test's own process: memory, and notes of what was asked."""
+
+import os
+
+from postcopy.abi.userfaultfd import RegisterMode
+from postcopy.channel.address import FdAddress
+from postcopy.channel.listen import Listener
+from postcopy.destination.destination import Destination
+from postcopy.destination.incoming_ram import Populating
+from postcopy.guest import Region, VcpuThread
+from postcopy.kernel import memfd
+from postcopy.kernel.mapping import Mapping
+from postcopy.kernel.userfaultfd import Userfaultfd
+from postcopy.link.guest_service import MISSING_FEATURES
+from postcopy.machine.device_formats import FORMATS
+from postcopy.memory import page_map
+from postcopy.paging.ram import PagedRam
+from postcopy.parameters import Capabilities
+from postcopy.status import Progress, Status
+
+RAM = "microvm.ram"
+
+
+class FakeGuest:
+    """The owner's side of a guest that never runs, so that nobody ever touches missing memory.
+
+    :ivar calls: what an engine has asked, in order.
+    """
+
+    machine_name = "microvm"
+
+    def __init__(self, memory_bytes: int) -> None:
+        self._size = memory_bytes
+        self._fd = memfd.create(RAM, memory_bytes)
+        self._mapping = Mapping.shared(self._fd, memory_bytes)
+        self._missing: Userfaultfd | None = None
+        self.calls: list[str] = []
+        self.devices: list[str] = []
+
+    def close(self) -> None:
+        self.unwatch_missing()
+        self._mapping.close()
+        os.close(self._fd)
+
+    def memory(self) -> bytes:
+        return os.pread(self._fd, self._size, 0)
+
+    def paged_ram(self) -> PagedRam:
+        region = Region(RAM, self._size, 4096, 0, self._mapping.address, os.dup(self._fd))
+        return PagedRam([region], [page_map.create(self._size // 4096)])
+
+    # --- as postcopy.link.guest_proxy.GuestProxy
+
+    def vcpu_threads(self):
+        return (VcpuThread(0, 1),)
+
+    def resume(self):
+        self.calls.append("resume")
+
+    def load_devices(self, states):
+        self.devices += [state.name for state in states]
+
+    def watch_missing(self):
+        self._missing = Userfaultfd.open(MISSING_FEATURES)
+        self._missing.register(self._mapping.address, self._size, RegisterMode.MISSING)
+        return Userfaultfd.from_fd(os.dup(self._missing.fd))
+
+    def unwatch_missing(self):
+        if self._missing is not None:
+            self._missing.unregister(self._mapping.address, self._size)
+            self._missing.close()
+            self._missing = None
+
+
+class LocalDestination:
+    """A destination in this process that reads from one descriptor, until its stream ends."""
+
+    def __init__(self, fd: int, memory_bytes: int, capabilities: Capabilities) -> None:
+        self.guest = FakeGuest(memory_bytes)
+        self.statuses: list[Status] = []
+        ram = self.guest.paged_ram()
+        populating = Populating(ram, 0)
+        populating.start()
+        self.job = Destination(
+            self.guest,
+            FORMATS,
+            Listener(FdAddress(fd)),
+            ram,
+            populating,
+            capabilities,
+            Progress(self.statuses.append, Status.SETUP),
+        )
+
+    def run(self) -> Status:
+        """Take all that comes; return how it ended."""
+        self.job.run()
+        return self.statuses[-1]
+
+    def close(self) -> None:
+        """Let go of what a paused postcopy has kept."""
+        self.job._postcopy.close()
+        self.guest.close()
