@@ -118,14 +118,13 @@ class MigrationControl:
         if resume:
             self._resume(uri)
             return
-        with self._lock:
-            self._check_can_start()
-            address = parse(uri)
-            self._is_incoming = False
-            self._error = None
-            link = self._start_engine()
-            self.progress.move(Status.SETUP)
-        with _descriptors(address) as fds:
+        with _descriptors(parse(uri)) as fds:  # refused before anything moves
+            with self._lock:
+                self._check_can_start()
+                self._is_incoming = False
+                self._error = None
+                link = self._start_engine()
+                self.progress.move(Status.SETUP)
             try:
                 link.call("start_source", fds=fds, uri=uri, **self._settings())
             except EngineDied:
