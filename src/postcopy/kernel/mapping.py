@@ -102,15 +102,16 @@ class Mapping:
             self._viewed = weakref.ref(exported)
         return np.frombuffer(memoryview(exported).cast("B"), np.uint8)
 
-    def resident(self) -> npt.NDArray[np.bool_]:
-        """Which pages are in memory: one element per 4 KiB.
+    def resident(self, offset: int = 0, length_bytes: int | None = None) -> npt.NDArray[np.bool_]:
+        """Which pages are in memory: one element per 4 KiB, of all or of a part.
 
         For shared memory that means in the file, whoever put them there; for anonymous memory,
         mapped here.  (``mincore(2)``.)
         """
-        address = self._checked(0, self._length)
-        result = np.empty(-(-self._length // _PAGE_BYTES), np.uint8)
-        calls.mincore(address, self._length, result.ctypes.data)
+        length = self._length - offset if length_bytes is None else length_bytes
+        address = self._checked(offset, length)
+        result = np.empty(-(-length // _PAGE_BYTES), np.uint8)
+        calls.mincore(address, length, result.ctypes.data)
         return (result & 1).astype(np.bool_)
 
     def populate(self, offset: int, length_bytes: int) -> None:

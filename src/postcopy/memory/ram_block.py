@@ -8,6 +8,7 @@ import numpy.typing as npt
 from postcopy.guest import Region
 from postcopy.kernel import memfd
 from postcopy.kernel.mapping import Mapping
+from postcopy.memory.runs import runs
 
 TARGET_PAGE_BYTES = 4096
 """The page of the wire, whatever the block's own page is."""
@@ -46,17 +47,19 @@ class RamBlock:
         """Tell which pages ``start`` to ``end`` have anything behind them; the others are zero.
 
         Reading one of those would allocate it, which a guest of mostly unused memory would pay for.
-        Not ``mincore``: it takes a page that is swapped out for one that is not there.
+        What is in memory the kernel tells at once; what is not may be swapped out, or a hole, and is
+        looked up run by run.
         """
-        found = np.zeros(end - start, np.bool_)
-        for first, last in memfd.data_ranges(
-            self._fd,
-            self._fd_offset + start * self.page_size_bytes,
-            self._fd_offset + end * self.page_size_bytes,
-        ):
-            first_page = (first - self._fd_offset) // self.page_size_bytes - start
-            end_page = -(-(last - self._fd_offset) // self.page_size_bytes) - start
-            found[first_page:end_page] = True
+        size = self.page_size_bytes
+        per_page = self.target_pages_per_page
+        resident = self._mapping.resident(start * size, (end - start) * size)
+        found: npt.NDArray[np.bool_] = resident
+        if per_page > 1:
+            found = np.logical_or.reduceat(resident, np.arange(0, len(resident), per_page))
+        for first, last in runs(~found).tolist():
+            base = self._fd_offset + start * size
+            for begin, stop in memfd.data_ranges(self._fd, base + first * size, base + last * size):
+                found[(begin - base) // size : -(-(stop - base) // size)] = True
         return found
 
     def discard(self, start: int, end: int) -> None:
