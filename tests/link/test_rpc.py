@@ -1,0 +1,172 @@
+"""Calls and notes between two ends; here both are in one process."""
+
+import os
+import socket
+import threading
+
+import pytest
+
+from fakes.waiting import wait_until
+from postcopy.errors import EngineDied, HostCannot, KernelError, PostcopyError, StreamError
+from postcopy.link.rpc import Descriptors, Link
+
+
+class Ends:
+    """Two links, and what came to the second one."""
+
+    def __init__(self):
+        first, second = socket.socketpair()
+        self.ended = []
+        self.notes = []
+        self.release = threading.Event()
+        handlers = {
+            "add": lambda a, b: a + b,
+            "note": self.notes.append,
+            "slow": lambda: self.release.wait(10),
+            "open": lambda: ("read end", Descriptors(self.pipe)),
+            "take": lambda fds: [os.read(fd, 10).decode() for fd in fds],
+            "fail": self.fail,
+            "break": lambda: 1 // 0,
+            "long": lambda n: "x" * n,
+        }
+        self.pipe = os.pipe()
+        self.far = Link(second, handlers, on_end=lambda: self.ended.append("far"))
+        self.near = Link(first, {"add": lambda a, b: -a - b}, on_end=self._near_ended)
+        self.far.start()
+        self.near.start()
+
+    def _near_ended(self):
+        self.ended.append("near")
+
+    @staticmethod
+    def fail(kind):
+        errors = {
+            "stream": StreamError("bad bytes", 16),
+            "kernel": KernelError("UFFDIO_COPY", 14, "at 0x1000"),
+            "host": HostCannot("no userfaultfd", "run as root"),
+        }
+        raise errors[kind]
+
+    def close(self):
+        self.near.close()
+        wait_until(lambda: sorted(self.ended) == ["far", "near"], 10, "both ends end")
+
+
+@pytest.fixture
+def ends():
+    made = Ends()
+    yield made
+    made.close()
+    for fd in made.pipe:
+        os.close(fd)
+
+
+def test_calls_both_ways(ends):
+    assert ends.near.call("add", a=1, b=2) == 3
+    assert ends.far.call("add", a=1, b=2) == -3
+
+
+def test_notes_keep_their_order(ends):
+    ends.far._handlers["note"] = lambda n: ends.notes.append(int(n))
+    for number in range(500):
+        ends.near.note("note", n=number)
+    wait_until(lambda: len(ends.notes) == 500)
+    assert ends.notes == list(range(500))
+
+
+def test_a_call_that_waits_holds_up_no_other(ends):
+    slow = threading.Thread(target=ends.near.call, args=("slow",))
+    slow.start()
+    assert ends.near.call("add", a=2, b=2) == 4
+    assert slow.is_alive()
+    ends.release.set()
+    slow.join(10)
+    assert not slow.is_alive()
+
+
+def test_a_caller_may_give_up(ends):
+    with pytest.raises(TimeoutError):
+        ends.near.call("slow", timeout_s=0.01)
+    ends.release.set()
+    assert ends.near.call("add", a=1, b=1) == 2
+
+
+def test_descriptors_come_with_the_answer(ends):
+    result, fds = ends.near.call("open")
+    assert result == "read end"
+    os.write(ends.pipe[1], b"hello")
+    assert os.read(fds[0], 10) == b"hello"
+    for fd in fds:
+        os.close(fd)
+
+
+def test_descriptors_come_with_the_call_and_in_order(ends):
+    pipes = [os.pipe() for _ in range(3)]
+    for number, (_, writing) in enumerate(pipes):
+        os.write(writing, str(number).encode())
+    assert ends.near.call("take", fds=[reading for reading, _ in pipes]) == ["0", "1", "2"]
+    for pair in pipes:
+        for fd in pair:
+            os.close(fd)
+
+
+def test_many_descriptors_from_many_threads_find_their_calls(ends):
+    found = []
+
+    def ask(number):
+        reading, writing = os.pipe()
+        os.write(writing, str(number).encode())
+        found.append(ends.near.call("take", fds=[reading]) == [str(number)])
+        os.close(reading)
+        os.close(writing)
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(32)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert found == [True] * 32
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "text"),
+    [
+        ("stream", StreamError, "bad bytes (at byte 0x10)"),
+        ("kernel", KernelError, "UFFDIO_COPY failed: Bad address (EFAULT): at 0x1000"),
+        ("host", HostCannot, "no userfaultfd; run as root"),
+    ],
+)
+def test_an_error_comes_back_as_what_it_was(ends, kind, error, text):
+    with pytest.raises(error) as caught:
+        ends.near.call("fail", kind=kind)
+    assert type(caught.value) is error
+    assert str(caught.value) == text
+
+
+def test_a_mistake_of_ours_does_not_leave_the_caller_waiting(ends):
+    with pytest.raises(PostcopyError, match=r"internal error in break: .*please report it"):
+        ends.near.call("break")
+
+
+def test_long_messages(ends):
+    assert len(ends.near.call("long", n=5_000_000)) == 5_000_000
+
+
+def test_the_end_fails_whoever_waits(ends):
+    caught = []
+
+    def wait():
+        with pytest.raises(EngineDied):
+            ends.near.call("slow")
+        caught.append(True)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    wait_until(lambda: ends.near._waiting)
+    ends.far.close()
+    thread.join(10)
+    assert caught == [True]
+    with pytest.raises(EngineDied, match="add: the other process is gone"):
+        ends.near.call("add", a=1, b=1)
+    ends.near.note("note", n=1)  # silently nothing
+    ends.release.set()

@@ -1,0 +1,132 @@
+"""Blocktime: a timeline done by hand, and any timeline against the slow and obvious way."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from postcopy.paging.blocktime import BUCKETS, Blocktime
+
+US = 1000
+THREADS = {100: 0, 101: 1}
+
+
+def page(number):
+    return ("ram", number)
+
+
+def test_by_hand():
+    """Two vCPUs and another thread; microseconds.
+
+    ::
+
+        vCPU 0   |10----------40|        |60--70|
+        vCPU 1          |20---------50|
+        both            |20---40|                        20
+        other  |0------------------------------100|
+    """
+    time = Blocktime(THREADS)
+    time.fault(page(9), 999, 0)
+    time.fault(page(1), 100, 10 * US)
+    time.fault(page(2), 101, 20 * US)
+    time.placed([page(1)], 40 * US)
+    time.placed([page(2), page(3)], 50 * US)
+    time.fault(page(4), 100, 60 * US)
+    time.placed([page(4)], 70 * US)
+    time.placed([page(9)], 100 * US)
+    report = time.report()
+    assert report.vcpu_us == (40, 30)
+    assert report.overlapped_us == 20
+    assert report.vcpu_mean_ns == (20 * US, 30 * US)
+    assert report.others_mean_ns == 100 * US
+    assert report.mean_ns == (30 + 30 + 10 + 100) * US // 4
+    assert report.faults == 4
+    assert (report.p50_us, report.max_us) == (30, 100)
+    # [8, 16) us, [16, 32) us twice, [64, 128) us
+    assert [n for n, count in enumerate(report.distribution) if count] == [3, 4, 6]
+    assert report.distribution[4] == 2
+
+
+def test_before_any_fault():
+    report = Blocktime(THREADS).report()
+    assert report.vcpu_us == (0, 0)
+    assert report.overlapped_us == report.faults == report.mean_ns == 0
+    assert report.distribution == (0,) * BUCKETS
+    assert (report.p50_us, report.p99_us, report.max_us) == (0, 0, 0)
+
+
+def test_buckets_at_their_edges():
+    time = Blocktime({})
+    latencies_us = [0, 1, 2, 3, 4, 2**22, 2**23, 2**24, 2**30]
+    for number, latency in enumerate(latencies_us):
+        time.fault(page(number), 1, 0)
+        time.placed([page(number)], latency * US)
+    distribution = time.report().distribution
+    assert distribution[:3] == (2, 2, 1)
+    assert distribution[22:] == (1, 3)
+
+
+def test_two_threads_on_one_page_are_both_let_go():
+    time = Blocktime(THREADS)
+    time.fault(page(1), 100, 0)
+    time.fault(page(1), 101, 5 * US)
+    time.placed([page(1)], 9 * US)
+    time.placed([page(1)], 90 * US)
+    report = time.report()
+    assert report.vcpu_us == (9, 4)
+    assert report.overlapped_us == 4
+    assert not time.waiting
+
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(["fault", "placed"]),
+        st.integers(0, 4),  # page
+        st.sampled_from([100, 101, 999]),
+        st.integers(0, 50),  # microseconds since the step before
+    ),
+    max_size=60,
+)
+
+
+@given(steps)
+def test_any_timeline(timeline):
+    time = Blocktime(THREADS)
+    slow = Slow()
+    now = 0
+    for what, number, thread, later in timeline:
+        now += later
+        if what == "fault":
+            time.fault(page(number), thread, now * US)
+            slow.fault(number, thread, now)
+        else:
+            time.placed([page(number)], now * US)
+            slow.placed(number, now)
+    for number in range(5):
+        time.placed([page(number)], (now + 1) * US)
+        slow.placed(number, now + 1)
+    report = time.report()
+    assert report.vcpu_us == (slow.blocked({100}), slow.blocked({101}))
+    assert report.overlapped_us == slow.blocked({100, 101})
+    assert report.faults == sum(report.distribution) == len(slow.waits)
+    assert report.overlapped_us <= min(report.vcpu_us)
+
+
+class Slow:
+    """Keeps every wait, and looks at each microsecond."""
+
+    def __init__(self):
+        self.waits = []  # thread, begin, end
+        self._open = []
+
+    def fault(self, number, thread, now):
+        self._open.append((number, thread, now))
+
+    def placed(self, number, now):
+        self.waits += [(thread, begin, now) for n, thread, begin in self._open if n == number]
+        self._open = [wait for wait in self._open if wait[0] != number]
+
+    def blocked(self, threads):
+        end = max((wait[2] for wait in self.waits), default=0)
+        return sum(
+            threads <= {thread for thread, begin, stop in self.waits if begin <= now < stop}
+            for now in range(end)
+        )

@@ -1,0 +1,116 @@
+"""What may be under way, orders, and the order of the push."""
+
+import threading
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from postcopy.source.counters import Clock, Counters, Rate, describe
+from postcopy.source.flight_window import FIRST_PING, FlightWindow
+from postcopy.source.orders import Orders
+from postcopy.status import Status
+
+
+def waits(window):
+    """Whether a sender would have to wait now."""
+    done = threading.Event()
+    thread = threading.Thread(target=lambda: (window.wait(), done.set()), daemon=True)
+    thread.start()
+    free = window._sent_bytes - window._answered_bytes <= window._window_bytes
+    if free:
+        assert done.wait(10)
+    thread.join(0 if not free else 10)
+    return not free
+
+
+def test_waits_when_more_than_the_window_is_out():
+    window = FlightWindow(100)
+    first = window.sent(100)
+    assert not waits(window)
+    second = window.sent(1)
+    assert waits(window)
+    window.pong(first)
+    assert not waits(window)
+    window.pong(second)
+    assert window._sent_bytes == window._answered_bytes
+
+
+def test_one_pong_answers_for_all_before_it():
+    window = FlightWindow(10)
+    pings = [window.sent(50) for _ in range(4)]
+    assert pings[0] == FIRST_PING
+    window.pong(pings[2])
+    assert window._answered_bytes == 150
+    window.pong(pings[0])  # late, or a lie
+    assert window._answered_bytes == 150
+
+
+def test_other_pongs_do_not_matter():
+    window = FlightWindow(10)
+    window.sent(50)
+    for value in (1, 2, 3, 4, 5, FIRST_PING + 7):
+        window.pong(value)
+    assert waits(window)
+    window.close()
+    window.wait()
+
+
+@given(st.integers(0x10000, 0x18000))
+def test_numbers_come_round_and_stay_apart_from_qemus(count):
+    window = FlightWindow(1)
+    window._next_ping = FIRST_PING + count - 0x8001
+    for _ in range(4):
+        ping = window.sent(1)
+        assert FIRST_PING <= ping < 2 * FIRST_PING
+        window.pong(ping)
+    assert window._answered_bytes == 4
+
+
+def test_orders_wake_whoever_sleeps():
+    orders = Orders()
+    assert not orders.postcopy_wanted
+    orders.postcopy()
+    assert orders.interrupt.is_set()
+    assert orders.postcopy_wanted
+    waiter = threading.Thread(target=orders.wait_to_proceed)
+    waiter.start()
+    assert waiter.is_alive()  # postcopy alone does not let it go on
+    orders.proceed()
+    waiter.join(10)
+    assert not waiter.is_alive()
+    assert not orders.cancelled
+
+
+def test_cancel_ends_the_wait_too():
+    orders = Orders()
+    orders.cancel()
+    orders.wait_to_proceed()
+    assert orders.cancelled
+
+
+def test_the_rate_is_of_the_last_tenth_of_a_second():
+    now = [0.0]
+    rate = Rate(lambda: now[0])
+    now[0] = 0.05
+    rate.add(500)
+    assert rate.bytes_per_second == 10_000
+    now[0] = 0.2
+    rate.add(1500)
+    assert rate.bytes_per_second == 10_000
+    now[0] = 0.4
+    rate.add(100)
+    assert rate.bytes_per_second == 500
+
+
+def test_figures_as_qemu_wants_them():
+    counters = Counters(total_bytes=1 << 20, normal_pages=3, zero_pages=5, syncs=2, requests=1)
+    counters.precopy_bytes, counters.downtime_bytes, counters.postcopy_bytes = 10, 20, 30
+    clock = Clock()
+    clock.started, clock.set_up, clock.stopped, clock.handed_over = 1.0, 1.25, 3.0, 3.5
+    clock.confirmed, clock.ended = 3.75, 4.0
+    info = describe(counters, Rate(), clock, Status.COMPLETED, 0)
+    assert info.ram.transferred == 60
+    assert (info.ram.normal, info.ram.normal_bytes, info.ram.duplicate) == (3, 3 * 4096, 5)
+    assert (info.total_time_ms, info.setup_time_ms, info.downtime_ms) == (3000, 250, 500)
+    assert info.measured.guest_downtime_us == 750_000
+    assert info.ram.mbps == 60 / 3 * 8 / 1e6
