@@ -151,7 +151,7 @@ class Placement:
         """Take one piece of a huge page; place the page with its last piece."""
         per_page = paged.block.target_pages_per_page
         page, piece = divmod(target, per_page)
-        if piece == 0:
+        if piece == 0 and self._partial is None:
             whole = np.zeros((per_page, TARGET_PAGE_BYTES), np.uint8)
             self._partial = (paged.block.name, page, whole, 0)
         if self._partial is None or self._partial[:2] + self._partial[3:] != (
