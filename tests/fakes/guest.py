@@ -29,8 +29,9 @@ class FakeGuest:
 
     machine_name = "microvm"
 
-    def __init__(self, memory_bytes: int) -> None:
+    def __init__(self, memory_bytes: int, page_size_bytes: int = 4096) -> None:
         self._size = memory_bytes
+        self._page_size = page_size_bytes
         self._fd = memfd.create(RAM, memory_bytes)
         self._mapping = Mapping.shared(self._fd, memory_bytes)
         self._missing: Userfaultfd | None = None
@@ -46,8 +47,13 @@ class FakeGuest:
         return os.pread(self._fd, self._size, 0)
 
     def paged_ram(self) -> PagedRam:
-        region = Region(RAM, self._size, 4096, 0, self._mapping.address, os.dup(self._fd))
-        return PagedRam([region], [page_map.create(self._size // 4096)])
+        address, fd = self._mapping.address, os.dup(self._fd)
+        region = Region(RAM, self._size, self._page_size, 0, address, fd)
+        return PagedRam([region], [page_map.create(self._size // self._page_size)])
+
+    def touch(self, page: int) -> bytes:
+        """Read a little of a page as the guest would; waits while it is missing."""
+        return self._mapping.read(page * self._page_size, 8)
 
     # --- as postcopy.link.guest_proxy.GuestProxy
 

@@ -1,0 +1,259 @@
+"""Pages are placed whole and once, and a page is asked for once, whoever faults on it."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from fakes.guest import RAM, FakeGuest
+from fakes.waiting import wait_until
+from postcopy.errors import StreamError
+from postcopy.paging.blocktime import Blocktime
+from postcopy.paging.pager import Pager
+from postcopy.paging.placement import Placement
+
+MIB = 1 << 20
+HUGE = 2 * MIB
+
+
+class Arriving:
+    """A guest's memory under userfaultfd, and what places pages in it."""
+
+    def __init__(self, memory_bytes=4 * MIB, page_size_bytes=4096):
+        self.guest = FakeGuest(memory_bytes, page_size_bytes)
+        self.ram = self.guest.paged_ram()
+        self.paged = self.ram[RAM]
+        self.blocktime = Blocktime({})
+        self.placement = Placement(self.ram, self.blocktime)
+        self.userfaultfd = None
+
+    def listen(self):
+        self.userfaultfd = self.guest.watch_missing()
+        self.placement.listen(self.userfaultfd)
+
+    def page(self, number):
+        return self.guest.memory()[number * 4096 : (number + 1) * 4096]
+
+    def place(self, pages, value):
+        self.placement.pages(RAM, offsets(pages), filled(pages, value))
+
+    def received(self):
+        return np.flatnonzero(~self.paged.pages.missing()).tolist()
+
+    def close(self):
+        if self.userfaultfd is not None:
+            self.userfaultfd.close()
+        self.guest.close()
+        self.ram.close()
+
+
+def offsets(pages):
+    return np.array(pages, np.uint64) * np.uint64(4096)
+
+
+def filled(pages, value):
+    return np.full((len(pages), 4096), value, np.uint8)
+
+
+@pytest.fixture
+def arriving():
+    made = Arriving()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def huge():
+    made = Arriving(8 * MIB, HUGE)
+    yield made
+    made.close()
+
+
+def test_before_the_guest_runs_the_later_copy_wins(arriving):
+    arriving.place([3, 4, 9], 1)
+    arriving.place([4], 2)
+    arriving.placement.zeros(RAM, offsets([9, 10]))
+    assert [arriving.page(n)[0] for n in (3, 4, 9, 10)] == [1, 2, 0, 0]
+    assert arriving.received() == [3, 4, 9, 10]
+
+
+def test_under_the_guests_eyes_the_first_copy_stays(arriving):
+    arriving.listen()
+    arriving.place([5], 1)
+    arriving.place([3, 4, 5, 6, 9], 2)
+    arriving.placement.zeros(RAM, offsets([3, 5, 7]))
+    assert [arriving.page(n)[0] for n in (3, 4, 5, 6, 7, 9)] == [2, 2, 1, 2, 0, 2]
+    assert arriving.received() == [3, 4, 5, 6, 7, 9]
+
+
+@pytest.mark.parametrize("there", [[0], [7], [3, 4], [0, 2, 4, 6], list(range(8))])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_run_with_pages_that_exist(arriving, there, zeros):
+    """The map has been forgotten: the kernel itself knows what is there."""
+    arriving.listen()
+    arriving.place(there, 1)
+    arriving.paged.pages.forget(0, 8)
+    run = list(range(8))
+    if zeros:
+        arriving.placement.zeros(RAM, offsets(run))
+    else:
+        arriving.place(run, 2)
+    late = 0 if zeros else 2
+    assert [arriving.page(n)[0] for n in run] == [1 if n in there else late for n in run]
+    assert arriving.received() == run
+
+
+def test_more_pages_than_are_staged_at_once(arriving):
+    arriving.listen()
+    pages = list(range(0, 1024, 2)) + list(range(1, 1024, 2))
+    content = np.repeat(np.array([page % 251 for page in pages], np.uint8), 4096).reshape(-1, 4096)
+    arriving.placement.pages(RAM, offsets(pages), content)
+    assert [arriving.page(n)[17] for n in range(1024)] == [n % 251 for n in range(1024)]
+
+
+def test_a_huge_page_is_placed_with_its_last_piece(huge):
+    huge.listen()
+    pieces = list(range(512, 1024))
+    huge.place(pieces[:300], 7)
+    huge.placement.zeros(RAM, offsets(pieces[300:310]))
+    huge.place(pieces[310:511], 7)
+    assert huge.received() == []
+    assert not any(huge.guest.memory())
+    huge.place(pieces[511:], 7)
+    assert huge.received() == [1]
+    assert [huge.page(n)[0] for n in (511, 512, 811, 812, 821, 822, 1023)] == [
+        0, 7, 7, 0, 0, 7, 7,
+    ]  # fmt: skip
+
+
+def test_a_huge_page_that_comes_again_is_left_alone(huge):
+    huge.listen()
+    for value in (1, 2):
+        huge.place(list(range(512)), value)
+    assert huge.page(0)[0] == 1
+
+
+@pytest.mark.parametrize("pages", [[1], [0, 2], [0, 512], [0, 1, 1]])
+def test_pieces_out_of_order_are_refused(huge, pages):
+    huge.listen()
+    with pytest.raises(StreamError, match="pieces of a huge page out of order"):
+        huge.place(pages, 1)
+    assert huge.received() == []
+
+
+# --- the pager
+
+
+class Paging:
+    """A pager at work, and what it has asked for."""
+
+    def __init__(self, arriving):
+        arriving.listen()
+        self.asked = []
+        self.pager = Pager(
+            arriving.userfaultfd, arriving.ram, arriving.blocktime, self.asked.extend
+        )
+        self.thread = threading.Thread(target=self.pager.run, daemon=True)
+        self.thread.start()
+
+    def close(self):
+        self.pager.stop()
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture
+def paging(arriving):
+    made = Paging(arriving)
+    yield made
+    made.close()
+
+
+def touch(arriving, pages, found):
+    threads = [
+        threading.Thread(target=lambda n=n: found.append((n, arriving.guest.touch(n))), daemon=True)
+        for n in pages
+    ]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def test_eight_threads_on_one_page_ask_once(arriving, paging):
+    found = []
+    threads = touch(arriving, [5] * 8, found)
+    wait_until(lambda: paging.pager.faults == 8, 20, "eight faults")
+    assert [page for _, page in paging.asked] == [5]
+    assert found == []
+    arriving.place([5], 9)
+    for thread in threads:
+        thread.join(10)
+    assert found == [(5, b"\x09" * 8)] * 8
+    report = arriving.blocktime.report()
+    assert report.faults == 8
+    assert not arriving.blocktime.waiting
+
+
+def test_several_pages_at_once(arriving, paging):
+    found = []
+    threads = touch(arriving, range(8), found)
+    wait_until(lambda: len(paging.asked) == 8, 20, "eight requests")
+    assert sorted(page for _, page in paging.asked) == list(range(8))
+    arriving.place([6, 7], 2)
+    arriving.placement.zeros(RAM, offsets(range(6)))
+    for thread in threads:
+        thread.join(10)
+    assert sorted(found) == [(n, bytes(8) if n < 6 else b"\x02" * 8) for n in range(8)]
+
+
+def test_what_has_not_come_is_asked_for_again(arriving, paging):
+    found = []
+    threads = touch(arriving, [1, 2], found)
+    wait_until(lambda: len(paging.asked) == 2, 20, "two requests")
+    arriving.place([1], 1)
+    paging.asked.clear()
+    paging.pager.ask_again()
+    assert [page for _, page in paging.asked] == [2]
+    arriving.place([2], 1)
+    for thread in threads:
+        thread.join(10)
+    assert len(found) == 2
+
+
+def test_a_fault_that_is_read_late_only_wakes_its_thread(arriving):
+    """The page comes after the kernel has queued the fault, and before the pager reads it."""
+    arriving.listen()
+    found, asked = [], []
+    threads = touch(arriving, [4], found)
+    poll = arriving.userfaultfd
+    wait_until(lambda: _has_events(poll), 20, "a fault")
+    arriving.place([4], 3)
+    pager = Pager(arriving.userfaultfd, arriving.ram, arriving.blocktime, asked.extend)
+    thread = threading.Thread(target=pager.run, daemon=True)
+    thread.start()
+    for waiting in threads:
+        waiting.join(10)
+    pager.stop()
+    thread.join(10)
+    assert asked == []
+    assert found == [(4, b"\x03" * 8)]
+    assert not arriving.blocktime.waiting
+
+
+def test_latency_is_the_time_from_fault_to_page(arriving, paging):
+    began = time.monotonic_ns()
+    threads = touch(arriving, [0], [])
+    wait_until(lambda: paging.asked, 20, "asked")
+    arriving.place([0], 1)
+    for thread in threads:
+        thread.join(10)
+    report = arriving.blocktime.report()
+    assert 0 < report.max_us * 1000 <= time.monotonic_ns() - began
+    assert report.others_mean_ns == report.mean_ns > 0
+
+
+def _has_events(userfaultfd):
+    import select
+
+    return bool(select.select([userfaultfd.fd], [], [], 0)[0])
