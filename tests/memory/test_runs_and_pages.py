@@ -1,4 +1,4 @@
-"""Runs of pages, zero pages and the page map, each against the obvious slow way."""
+"""Runs of pages and the page map, each against the obvious slow way."""
 
 import os
 import threading
@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from postcopy.memory import page_map
 from postcopy.memory.page_map import MISSING, RECEIVED, REQUESTED, PageMap
 from postcopy.memory.runs import index_runs, next_set, runs
-from postcopy.memory.zero_pages import zero_pages
 
 masks = st.lists(st.booleans(), max_size=200).map(lambda bits: np.array(bits, np.bool_))
 
@@ -50,16 +49,6 @@ def test_next_set_finds_one_far_away(position):
     mask[position] = True
     assert next_set(mask, 0, 256).tolist() == [position]
     assert next_set(mask, position + 1, 256).tolist() == []
-
-
-@given(st.sets(st.tuples(st.integers(0, 19), st.integers(0, 4095)), max_size=12))
-def test_zero_pages_misses_no_byte(written):
-    memory = np.zeros((20, 4096), np.uint8)
-    for page, offset in written:
-        memory[page, offset] = 1
-    pages = np.array([3, 0, 19, 7, 7, 12])
-    touched = {page for page, _ in written}
-    assert zero_pages(memory, pages).tolist() == [page not in touched for page in pages.tolist()]
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from postcopy.channel.channel import Channel
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Indices, Mask
-from postcopy.memory.zero_pages import zero_pages
 from postcopy.source.counters import Counters, Rate
 from postcopy.source.dirty_pages import BlockPages
 from postcopy.stream.encoder import RamPart
@@ -84,24 +83,25 @@ class PageSender:
         behind: bytes,
     ) -> None:
         block = pages.block
-        empty = ~has_data
-        present = target[has_data]
-        if len(present):
-            empty[has_data] = zero_pages(block.pages, present)
         buffers: list[bytes | memoryview] = [self._part.head]
-        # Zero pages first, so that a block's name is said by whichever comes first; but a huge page
-        # must come in the order of its pieces, whatever they hold.
-        full = target if block.target_pages_per_page > 1 and not empty.all() else target[~empty]
-        zeros = target[empty] if len(full) < len(target) else target[:0]
-        if len(zeros):
-            buffers.append(self._encoder.zeros(block.name, _offsets(zeros)))
-        if len(full):
-            buffers.append(self._encoder.pages(block.name, _offsets(full), block.pages))
+        offsets = _offsets(target)
+        zero = ~has_data
+        present = offsets[has_data]
+        if block.target_pages_per_page > 1 and len(present):
+            # The pieces of a huge page must come in their order, whatever they hold.
+            buffers.append(self._encoder.pages(block.name, offsets, block.pages))
+            zero[:] = False
+        elif len(present):
+            data, zero[has_data] = self._encoder.nonzero_pages(block.name, present, block.pages)
+            buffers.append(data)
+        zeros = int(np.count_nonzero(zero))
+        if zeros:
+            buffers.append(self._encoder.zeros(block.name, offsets[zero]))
         buffers += [self._part.tail, behind]
         self._channel.send_many(buffers)
         self._unpaced_bytes += sum(len(buffer) for buffer in buffers)
-        self._counters.normal_pages += len(full)
-        self._counters.zero_pages += len(zeros)
+        self._counters.normal_pages += len(target) - zeros
+        self._counters.zero_pages += zeros
 
 
 def _offsets(target: Indices) -> Offsets:

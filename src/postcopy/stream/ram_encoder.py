@@ -18,7 +18,6 @@ import numpy.typing as npt
 from postcopy.stream.configuration import encode_name
 from postcopy.stream.numbers import (
     HEADER_BYTES,
-    LONGEST_NAME,
     PAGE_RECORD_BYTES,
     TARGET_PAGE_BITS,
     TARGET_PAGE_BYTES,
@@ -27,7 +26,7 @@ from postcopy.stream.numbers import (
 )
 from postcopy.stream.records import Offsets, PageRows
 
-_FIRST = 1 + LONGEST_NAME + 1  # where record 0 begins if it has no name
+_FIRST = 264  # where record 0 begins if it has no name: behind the longest name, words aligned
 _FEW_RUNS = 8  # pages a run from which on copies of slices beat picking page by page
 
 
@@ -53,6 +52,13 @@ class PageEncoder:
             _FIRST + HEADER_BYTES,
             (PAGE_RECORD_BYTES, 1),
         )
+        self._page_words: npt.NDArray[np.uint64] = np.ndarray(
+            (max_pages, TARGET_PAGE_BYTES // 8),
+            np.uint64,
+            staging,
+            _FIRST + HEADER_BYTES,
+            (PAGE_RECORD_BYTES, 8),
+        )
 
     @property
     def max_pages(self) -> int:
@@ -72,11 +78,39 @@ class PageEncoder:
         :raises ValueError: more pages than :attr:`max_pages`, or none.
         :raises IndexError: an offset lies outside of the block.
         """
+        self._stage(offsets, source)
+        return self._records(block, offsets)
+
+    def nonzero_pages(
+        self, block: str, offsets: Offsets, source: PageRows
+    ) -> tuple[memoryview, npt.NDArray[np.bool_]]:
+        """Write those pages that are not all zero, and tell which are.
+
+        They are looked at where they have just been copied to, in the processor's cache.
+
+        :return: the records (perhaps none), valid until the next call; and for each of ``offsets``
+            whether it is a zero page, which :meth:`zeros` is to write.
+        """
+        count = len(offsets)
+        self._stage(offsets, source)
+        zero = _all_zero(self._page_words[:count])
+        if zero.any():
+            offsets = offsets[~zero]
+            self._rows[: len(offsets)] = self._rows[:count][~zero]
+            if not len(offsets):
+                return self._staging[:0], zero
+        return self._records(block, offsets), zero
+
+    def _stage(self, offsets: Offsets, source: PageRows) -> None:
         count = len(offsets)
         if not 0 < count <= self._max_pages:
             raise ValueError(f"{count} pages; 1 to {self._max_pages} fit in one call")
-        self._words[:count] = offsets | np.uint64(RamFlag.PAGE | RamFlag.CONTINUE)
         self._copy(offsets >> np.uint64(TARGET_PAGE_BITS), source)
+
+    def _records(self, block: str, offsets: Offsets) -> memoryview:
+        """Put the words before the pages that are staged."""
+        count = len(offsets)
+        self._words[:count] = offsets | np.uint64(RamFlag.PAGE | RamFlag.CONTINUE)
         start = _FIRST
         if block != self._block:
             name = encode_name(block)
@@ -114,3 +148,12 @@ class PageEncoder:
         self._block = block
         lead = struct.pack(">Q", int(offsets[0]) | RamFlag.ZERO) + encode_name(block) + b"\0"
         return lead + records[1:].tobytes()
+
+
+def _all_zero(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Tell which rows hold nothing but zeros; a bit in the first word settles it for most."""
+    zero: npt.NDArray[np.bool_] = words[:, 0] == 0
+    if zero.any():
+        candidates = np.flatnonzero(zero)
+        zero[candidates] = np.bitwise_or.reduce(words[candidates], axis=1) == 0
+    return zero
