@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import click
 
@@ -23,10 +23,6 @@ from postcopy.monitor.backend import Backend
 from postcopy.monitor.hmp_console import HmpConsole
 from postcopy.monitor.server import serve_hmp, serve_qmp
 
-_ANSWER_S: Final = 0.05
-"""From a ``quit`` to the end of the monitors: they close without waiting for a command's answer."""
-
-
 class _OperatedMachine(Machine):
     """A machine whose operator can end its process."""
 
@@ -35,8 +31,8 @@ class _OperatedMachine(Machine):
         self._process = process
 
     def quit(self) -> None:
-        """Ask the process to end; returns at once, and leaves time for the answer to be sent."""
-        threading.Timer(_ANSWER_S, self._process.end, (DONE,)).start()
+        """Ask the process to end; returns at once, so that the answer can be sent."""
+        self._process.end(DONE)
 
 
 class GuestProcess:

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Sequence
 
 from postcopy.errors import KernelError
+from postcopy.link.guest_proxy import GuestProxy
 from postcopy.memory.runs import runs
 from postcopy.paging.ram import PagedRam
 
@@ -18,7 +19,8 @@ class Populating:
     is short it does nothing.
     """
 
-    def __init__(self, ram: PagedRam, budget_bytes: int) -> None:
+    def __init__(self, guest: GuestProxy, ram: PagedRam, budget_bytes: int) -> None:
+        self._guest = guest
         self._ram = ram
         self._budget_bytes = budget_bytes
         self._stopped = threading.Event()
@@ -44,6 +46,7 @@ class Populating:
                     return
                 try:
                     paged.block.populate(offset, length)
+                    self._guest.populate(paged.block.name, offset, length)
                 except KernelError:
                     return  # no memory to spare: pages are taken as they come
 
@@ -58,7 +61,7 @@ def memory_to_spare_bytes() -> int:
 
 
 def discard(ram: PagedRam, name: str, ranges: Sequence[tuple[int, int]]) -> None:
-    """Empty ranges of a block: the source will send these pages again.
+    """Forget ranges of a block: the source will send these pages again.
 
     :param ranges: start and length, in bytes, of whole pages of the block.
     """
@@ -67,11 +70,10 @@ def discard(ram: PagedRam, name: str, ranges: Sequence[tuple[int, int]]) -> None
     for start, length in ranges:
         first, end = start // size, (start + length) // size
         paged.pages.forget(first, end)
-        paged.block.discard(first, end)
 
 
 def empty_missing(ram: PagedRam) -> None:
-    """Empty every page that has not been received, so that a touch of it is a missing fault."""
+    """Empty every page that never came: it was zero at the source, and reads as zeros from now on."""
     for paged in ram:
         for first, end in runs(paged.pages.missing()).tolist():
             paged.block.discard(first, end)

@@ -10,15 +10,20 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
+
+from postcopy.abi.pagemap import PageCategory
 from postcopy.destination.incoming_ram import empty_missing
 from postcopy.destination.return_path import ReturnPath
 from postcopy.errors import PostcopyError, StreamError
 from postcopy.guest import DeviceState
+from postcopy.kernel.pagemap import PagemapScanner
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.link.guest_proxy import GuestProxy
+from postcopy.memory.runs import Mask
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.pager import Pager
-from postcopy.paging.ram import PagedRam
+from postcopy.paging.ram import Paged, PagedRam
 from postcopy.parameters import Capabilities, Capability
 from postcopy.statistics import Measured, MigrationInfo
 from postcopy.status import Progress, Status
@@ -68,7 +73,7 @@ class Postcopy:
             raise StreamError("the package does not begin with POSTCOPY_LISTEN")
         if self._userfaultfd is None or not self._return_path.is_open or self.listening:
             raise StreamError("CMD_POSTCOPY_LISTEN in wrong postcopy state")
-        empty_missing(self._ram)
+        self._guest.unmap_missing()
         self._start_pager(self._userfaultfd)
         self.listening = True
         self._package_thread = _start("package", lambda: self._load(decoder))
@@ -87,8 +92,9 @@ class Postcopy:
         """
         self._userfaultfd = userfaultfd = self._guest.watch_missing()
         self.listening = True
-        for paged in self._ram:
-            paged.pages.forget_requests()
+        with PagemapScanner(self._guest.process_id) as scanner:
+            for paged in self._ram:
+                paged.pages.adopt(_mapped(scanner, paged))
         self._start_pager(userfaultfd)
         for paged in self._ram:
             userfaultfd.wake(paged.block.host_address, paged.block.size_bytes)
@@ -109,6 +115,7 @@ class Postcopy:
         self.settle()
         if self.failure is not None:
             raise self.failure
+        empty_missing(self._ram)
         self._guest.unwatch_missing()
         self.close()
 
@@ -184,3 +191,16 @@ def _start(name: str, run: Callable[[], None]) -> threading.Thread:
     thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()
     return thread
+
+
+def _mapped(scanner: PagemapScanner, paged: Paged) -> Mask:
+    """Tell which pages of a block the guest's process has mapped."""
+    block = paged.block
+    base, end = block.host_address, block.host_address + block.size_bytes
+    mapped = np.zeros(block.page_count, np.bool_)
+    for first, last in scanner.scan(base, end, protect=False, categories=PageCategory.PRESENT):
+        mapped[
+            (int(first) - base) // block.page_size_bytes : (int(last) - base)
+            // block.page_size_bytes
+        ] = True
+    return mapped

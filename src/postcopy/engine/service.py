@@ -126,7 +126,7 @@ class EngineService:
     def _prepare_destination(self) -> None:
         guest = self._proxy()
         self._ram = PagedRam(guest.regions(), guest.page_maps())
-        self._populating = Populating(self._ram, memory_to_spare_bytes())
+        self._populating = Populating(guest, self._ram, memory_to_spare_bytes())
         self._populating.start()
 
     def _listen(
@@ -176,7 +176,7 @@ class EngineService:
         self._progress = Progress(self._report, Status.POSTCOPY_PAUSED)
         guest = self._proxy()
         self._ram = PagedRam(guest.regions(), guest.page_maps())
-        self._populating = Populating(self._ram, 0)
+        self._populating = Populating(guest, self._ram, 0)
         listener = Listener(parse(uri))
         addresses = self._make_destination(listener, capabilities)
         self._destination.adopt()

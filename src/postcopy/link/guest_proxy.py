@@ -78,8 +78,16 @@ class GuestProxy:
         """Take it off again."""
         self._link.call("unwatch_writes")
 
+    def populate(self, block: str, offset: int, length_bytes: int) -> None:
+        """Map memory into the guest's process too, so that a first touch there costs nothing."""
+        self._link.call("populate", block=block, offset=offset, length_bytes=length_bytes)
+
+    def unmap_missing(self) -> None:
+        """Take the pages that have not been received out of the guest's sight: a touch is a fault."""
+        self._link.call("unmap_missing")
+
     def watch_missing(self) -> Userfaultfd:
-        """Register all RAM for missing faults and hand over the userfaultfd; the guest keeps one."""
+        """Register all RAM for faults and hand over the userfaultfd; the guest keeps one too."""
         return Userfaultfd.from_fd(self._link.call("watch_missing")[1][0])
 
     def unwatch_missing(self) -> None:

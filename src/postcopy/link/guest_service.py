@@ -13,12 +13,15 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from postcopy.abi import mman
 from postcopy.abi.userfaultfd import Feature, RegisterMode
 from postcopy.guest import DeviceState, Guest
+from postcopy.kernel import calls
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.link.guest_proxy import encode_states
 from postcopy.link.rpc import Descriptors, Handler
 from postcopy.memory import page_map
+from postcopy.memory.runs import runs
 
 
 class OwnedGuest(Guest, Protocol):
@@ -49,7 +52,14 @@ class OwnedGuest(Guest, Protocol):
 
 
 WRITE_FEATURES = Feature.WP_ASYNC | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_UNPOPULATED
-MISSING_FEATURES = Feature.MISSING_SHMEM | Feature.MISSING_HUGETLBFS | Feature.THREAD_ID
+MISSING_FEATURES = (
+    Feature.MISSING_SHMEM
+    | Feature.MISSING_HUGETLBFS
+    | Feature.MINOR_SHMEM
+    | Feature.MINOR_HUGETLBFS
+    | Feature.THREAD_ID
+)
+MISSING_MODE = RegisterMode.MISSING | RegisterMode.MINOR
 
 
 class GuestService:
@@ -81,6 +91,8 @@ class GuestService:
             "take_back": guest.take,
             "watch_writes": self._watch_writes,
             "unwatch_writes": self.unwatch_writes,
+            "populate": self._populate,
+            "unmap_missing": self._unmap_missing,
             "watch_missing": self._watch_missing,
             "unwatch_missing": self.unwatch_missing,
             "kvm_dirty_log": self._kvm_dirty_log,
@@ -141,10 +153,28 @@ class GuestService:
             self._unwatch(self._writes)
             self._writes = None
 
+    def _populate(self, block: str, offset: int, length_bytes: int) -> None:
+        for region in self._guest.regions():
+            if region.name == block:
+                advice = mman.MADV_POPULATE_WRITE
+                calls.madvise(region.host_address + offset, length_bytes, advice)
+
+    def _unmap_missing(self) -> None:
+        """Unmap, here alone, what the page maps do not have as received; the memory stays."""
+        with self._lock:
+            page_maps = list(self._page_maps)
+        for region, fd in zip(self._guest.regions(), page_maps, strict=True):
+            size = region.page_size_bytes
+            pages = page_map.PageMap(os.dup(fd), region.size_bytes // size)
+            for first, end in runs(pages.missing()).tolist():
+                start = region.host_address + first * size
+                calls.madvise(start, (end - first) * size, mman.MADV_DONTNEED)
+            pages.close()
+
     def _watch_missing(self) -> tuple[None, Descriptors]:
         with self._lock:
             if self._missing is None:
-                self._missing = self._watch(MISSING_FEATURES, RegisterMode.MISSING)
+                self._missing = self._watch(MISSING_FEATURES, MISSING_MODE)
             return None, Descriptors([self._missing.fd])
 
     def unwatch_missing(self) -> None:

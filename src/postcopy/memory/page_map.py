@@ -15,7 +15,7 @@ from postcopy.kernel import memfd
 from postcopy.kernel.mapping import Mapping
 from postcopy.memory.runs import Indices, Mask
 
-MISSING, REQUESTED, RECEIVED = 0, 1, 2
+MISSING, REQUESTED, RECEIVED, PLACING = 0, 1, 2, 3
 
 
 def create(pages: int) -> int:
@@ -30,8 +30,9 @@ def _rounded(pages: int) -> int:
 class PageMap:
     """The state of every page of one RAM block.
 
-    Invariant, kept under ``lock``: a page goes from missing by way of requested to received, and
-    back to missing only by :meth:`forget` (a discard), never while the guest runs.
+    Invariant, kept under ``lock``: a page goes from missing by way of requested and placing to
+    received, and back to missing only by :meth:`forget` (a discard), never while the guest runs.
+    Who has claimed a page (placing) is the only one who writes to it.
     """
 
     def __init__(self, fd: int, pages: int) -> None:
@@ -52,6 +53,14 @@ class PageMap:
         """Tell whether the page is in place."""
         return bool(self.states[page] == RECEIVED)
 
+    def claim(self, pages: Indices) -> Mask:
+        """Claim pages to write to; return which of them were neither received nor claimed before."""
+        with self.lock:
+            states = self.states[pages]
+            free: Mask = states < RECEIVED
+            self.states[pages[free]] = PLACING
+        return free
+
     def receive(self, pages: Indices | slice) -> None:
         """Note that these pages are in place, whole."""
         with self.lock:
@@ -62,9 +71,16 @@ class PageMap:
         with self.lock:
             self.states[start:end] = MISSING
 
-    def forget_requests(self) -> None:
-        """Forget who had asked for what: the engine that did is gone."""
+    def adopt(self, mapped: Mask) -> None:
+        """Take over from an engine that is gone, whoever had asked for what.
+
+        :param mapped: which pages the guest can see: of those being placed, these had come so far
+            that the guest may have written to them.
+        """
         with self.lock:
+            placing = self.states == PLACING
+            self.states[placing & mapped] = RECEIVED
+            self.states[placing & ~mapped] = MISSING
             self.states[self.states == REQUESTED] = MISSING
 
     def missing(self) -> Mask:

@@ -60,15 +60,19 @@ class QmpSession:
 
     def _finish(self) -> None:
         # A script may send all its requests, close its side, and only then read the answers.
-        if self._try_end(self._requests):
-            self._worker.join(_FLUSH_SECONDS)
         self.close()
         self._connection.close()
         # Nobody sends any more; the worker may still wait for a page, and ends after that.
         self._requests.put(None)
 
     def close(self) -> None:
-        """Send what is still unsent, for a second at most, and end; any thread may call it."""
+        """Answer what was asked, for a second at most, send it, and end.
+
+        Any thread may call it, but not the one that answers.
+        """
+        # The answer to a `quit` that ends us is still being made.
+        if self._try_end(self._requests) and self._worker.is_alive():
+            self._worker.join(_FLUSH_SECONDS)
         self._try_end(self._unsent)
         if self._writer.is_alive():
             self._writer.join(_FLUSH_SECONDS)

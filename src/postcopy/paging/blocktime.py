@@ -98,6 +98,20 @@ class Blocktime:
                 for waiter in self.waiting.pop(page, ()):
                     self._end(waiter, now_ns)
 
+    def withdraw(self, page: PageKey, thread_id: int, since_ns: int) -> None:
+        """Take a fault back that was noted when its page was in place: nobody knows how long it took."""
+        vcpu = self._vcpu_of_thread.get(thread_id)
+        waiter = _Waiter(vcpu, since_ns)
+        with self._lock:
+            waiting = self.waiting.get(page, [])
+            if waiter not in waiting:
+                return  # whoever placed the page has just measured it
+            waiting.remove(waiter)
+            if not waiting:
+                del self.waiting[page]
+            if vcpu is not None:
+                self._unblock(self._vcpus[vcpu])
+
     def report(self) -> BlocktimeReport:
         """Sum up what has been measured so far."""
         with self._lock:

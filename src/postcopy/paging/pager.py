@@ -12,6 +12,7 @@ import select
 import time
 from collections.abc import Callable, Sequence
 
+from postcopy.errors import PageExists
 from postcopy.kernel.faults import Pagefault
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.memory.ram_block import RamBlock
@@ -65,6 +66,14 @@ class Pager:
             if len(pages):
                 self._ask([(paged.block, int(page)) for page in pages])
 
+    def _show(self, block: RamBlock, page: int) -> None:
+        """Map a page that has been received where the guest's process has not mapped it yet."""
+        address = block.host_address + page * block.page_size_bytes
+        try:
+            self._userfaultfd.map_existing(address, block.page_size_bytes)
+        except PageExists:
+            self._userfaultfd.wake(address, block.page_size_bytes)
+
     def _note(self, fault: Pagefault) -> Request | None:
         """Take one fault into the books; return the page to ask for, if nobody has yet."""
         now_ns = time.monotonic_ns()
@@ -81,7 +90,5 @@ class Pager:
         if paged.pages.is_received(page):
             # Placed between the fault and our reading of it.
             self._blocktime.placed((key,), now_ns)
-            self._userfaultfd.wake(
-                block.host_address + page * block.page_size_bytes, block.page_size_bytes
-            )
+            self._show(block, page)
         return None

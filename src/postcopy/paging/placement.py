@@ -1,11 +1,13 @@
 """Put arriving pages in place: whole, and once.
 
-Before the guest runs here, pages are simply written, and a later copy wins.  Once memory is under
-userfaultfd (``listen``), a page is placed atomically by ``UFFDIO_COPY``; one that is there already is
-left alone, since the guest may have written to it.
+The engine writes every page through its own mapping of the memory.  Before the guest runs here that is
+all, and a later copy wins.  Once the guest's mapping is under userfaultfd (``listen``), a page that is
+missing is not mapped there: it is written where the guest cannot see it yet, and then mapped in one step
+(``UFFDIO_CONTINUE``).  A page that has been received is never written again, since the guest may have
+written to it.
 
 Called by the threads that read channels.  Each thread has a :class:`Placement` of its own; what they
-share is the page map (which has a lock) and the kernel, which refuses a page that exists.
+share is the page map, where a page is claimed before it is written.
 """
 
 import time
@@ -21,8 +23,6 @@ from postcopy.memory.runs import Indices, index_runs
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.ram import Paged, PagedRam
 
-_STAGED_PAGES = 512
-
 
 class Placement:
     """Places the pages of one channel."""
@@ -31,7 +31,6 @@ class Placement:
         self._ram = ram
         self._blocktime = blocktime
         self._userfaultfd: Userfaultfd | None = None
-        self._staged = np.empty((_STAGED_PAGES, TARGET_PAGE_BYTES), np.uint8)
         # The host page being put together from target pages: a huge page comes in 512 pieces.
         self._partial: tuple[str, int, npt.NDArray[np.uint8], int] | None = None
 
@@ -97,43 +96,29 @@ class Placement:
     # --- under userfaultfd
 
     def _place(self, paged: Paged, target: Indices, data: npt.NDArray[np.uint8] | None) -> None:
-        wanted = paged.pages.states[target] != RECEIVED
-        if not wanted.all():
-            target = target[wanted]
-            data = None if data is None else data[wanted]
-        for first in range(0, len(target), _STAGED_PAGES):
-            part = target[first : first + _STAGED_PAGES]
-            source = 0
-            if data is not None:
-                source = self._stage(data[first : first + _STAGED_PAGES])
-            for start, end in index_runs(part).tolist():
-                address = source + start * TARGET_PAGE_BYTES if source else None
-                self._place_run(paged, int(part[start]), end - start, address)
+        claimed = paged.pages.claim(target)
+        if not claimed.all():
+            target = target[claimed]
+            data = None if data is None else data[claimed]
+        memory = paged.block.pages
+        for start, end in index_runs(target).tolist():
+            first = int(target[start])
+            memory[first : first + end - start] = 0 if data is None else data[start:end]
+            self._map(paged, first, end - start)
 
-    def _stage(self, data: npt.NDArray[np.uint8]) -> int:
-        """Bring pages together that headers separate; return the address."""
-        if len(data) == 1:
-            return int(data.ctypes.data)
-        self._staged[: len(data)] = data
-        return int(self._staged.ctypes.data)
-
-    def _place_run(self, paged: Paged, page: int, count: int, source: int | None) -> None:
-        """Place ``count`` pages from ``page`` on (of the block's own size), skipping what exists."""
+    def _map(self, paged: Paged, page: int, count: int) -> None:
+        """Show ``count`` pages from ``page`` on (of the block's own size) to the guest."""
         assert self._userfaultfd is not None
         block = paged.block
         size = block.page_size_bytes
         done = 0
         while done < count:
             address = block.host_address + (page + done) * size
-            length = (count - done) * size
             try:
-                if source is None:
-                    placed = self._userfaultfd.zeropage(address, length)
-                else:
-                    placed = self._userfaultfd.copy(address, source + done * size, length)
+                mapped = self._userfaultfd.map_existing(address, (count - done) * size)
             except PageExists:
-                placed = size
-            done += placed // size
+                mapped = size
+            done += mapped // size
         paged.pages.receive(slice(page, page + count))
         self._wake_books(block.name, page, page + count)
 
@@ -169,5 +154,6 @@ class Placement:
         self._partial = (paged.block.name, page, whole, piece + 1)
         if piece + 1 == per_page:
             self._partial = None
-            if not paged.pages.is_received(page):
-                self._place_run(paged, page, 1, int(whole.ctypes.data))
+            if paged.pages.claim(np.array([page])).all():
+                paged.block.pages[page * per_page : (page + 1) * per_page] = whole
+                self._map(paged, page, 1)

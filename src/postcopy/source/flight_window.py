@@ -17,10 +17,13 @@ class FlightWindow:
     """Counts what is under way.
 
     :param window_bytes: most bytes that may be unanswered for when another batch is sent.
+    :param ping_bytes: how many bytes go out between two pings; less than the window.
     """
 
-    def __init__(self, window_bytes: int) -> None:
+    def __init__(self, window_bytes: int, ping_bytes: int = 0) -> None:
         self._window_bytes = window_bytes
+        self._ping_bytes = ping_bytes
+        self._unpinged_bytes = 0
         self._changed = threading.Condition()
         # Under `_changed`: bytes sent and answered for, and the pings that are out.
         self._sent_bytes = 0
@@ -29,10 +32,14 @@ class FlightWindow:
         self._next_ping = FIRST_PING
         self._closed = False
 
-    def sent(self, n_bytes: int) -> int:
-        """Count a batch; return the number of the ping to send behind it."""
+    def sent(self, n_bytes: int) -> int | None:
+        """Count a batch; return the number of the ping to send behind it, if one is due."""
         with self._changed:
             self._sent_bytes += n_bytes
+            self._unpinged_bytes += n_bytes
+            if self._unpinged_bytes < self._ping_bytes:
+                return None
+            self._unpinged_bytes = 0
             ping = self._next_ping
             self._next_ping = FIRST_PING + (ping + 1 - FIRST_PING) % 0x10000
             self._pings.append((ping, self._sent_bytes))

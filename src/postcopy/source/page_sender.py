@@ -39,24 +39,26 @@ class PageSender:
         self.rate = Rate()
         self.phase = "precopy_bytes"
 
-    def send(self, pages: BlockPages, batch: Indices, behind: bytes = b"") -> None:
-        """Send these pages of a block, as one PART section.
+    def send(self, pages: BlockPages, batch: Indices) -> int:
+        """Send these pages of a block, as one PART section; return the bytes that it took.
 
         :param batch: pages of the block's own size.
-        :param behind: a command to send behind them in the same call.
         """
         per_page = pages.block.target_pages_per_page
         if per_page == 1:
-            self._send_target(pages, batch, pages.has_data[batch], behind)
-            return
+            return self._send_target(pages, batch, pages.has_data[batch])
+        sent_bytes = 0
         for page in batch.tolist():
             target = np.arange(page * per_page, (page + 1) * per_page)
             has_data = np.full(per_page, pages.has_data[page])
             for first in range(0, per_page, BATCH_PAGES):
                 part = slice(first, first + BATCH_PAGES)
-                self._send_target(pages, target[part], has_data[part], b"")
-        if behind:
-            self._channel.send(behind)
+                sent_bytes += self._send_target(pages, target[part], has_data[part])
+        return sent_bytes
+
+    def say(self, command: bytes) -> None:
+        """Send a command behind the pages."""
+        self._channel.send(command)
 
     def pace(self, interrupt: threading.Event) -> None:
         """Sleep as long as the bandwidth limit wants it, unless interrupted."""
@@ -80,8 +82,7 @@ class PageSender:
         pages: BlockPages,
         target: Indices,
         has_data: Mask,
-        behind: bytes,
-    ) -> None:
+    ) -> int:
         block = pages.block
         buffers: list[bytes | memoryview] = [self._part.head]
         offsets = _offsets(target)
@@ -97,11 +98,13 @@ class PageSender:
         zeros = int(np.count_nonzero(zero))
         if zeros:
             buffers.append(self._encoder.zeros(block.name, offsets[zero]))
-        buffers += [self._part.tail, behind]
+        buffers.append(self._part.tail)
         self._channel.send_many(buffers)
-        self._unpaced_bytes += sum(len(buffer) for buffer in buffers)
+        sent_bytes = sum(len(buffer) for buffer in buffers)
+        self._unpaced_bytes += sent_bytes
         self._counters.normal_pages += len(target) - zeros
         self._counters.zero_pages += zeros
+        return sent_bytes
 
 
 def _offsets(target: Indices) -> Offsets:

@@ -18,10 +18,16 @@ from postcopy.stream.commands import encode_command
 from postcopy.stream.records import Ping
 
 PUSH_BYTES = 128 << 10
-"""A batch of the push: what an urgent page may find itself behind in the sender."""
+"""Data in a batch of the push: what an urgent page may find itself behind in the sender."""
 
-WINDOW_BYTES = 512 << 10
+_MOST_TOGETHER = 16
+"""Holes take nine bytes each: a batch may have so many times more pages, if the others are holes."""
+
+WINDOW_BYTES = 768 << 10
 """What it may find itself behind on the wire; see docs/decisions."""
+
+PING_BYTES = 256 << 10
+"""How much is pushed between two pings: each costs both sides a wake-up."""
 
 
 class PostcopyPush:
@@ -42,7 +48,7 @@ class PostcopyPush:
         self._urgent_done = threading.Condition()
         self._urgent = 0
         self._position: tuple[int, int] = (0, 0)  # number of a block, page there
-        self.window = FlightWindow(WINDOW_BYTES)
+        self.window = FlightWindow(WINDOW_BYTES, PING_BYTES)
 
     def run(self) -> None:
         """Push until nothing is pending."""
@@ -83,8 +89,9 @@ class PostcopyPush:
 
     def _send(self, pages: BlockPages, batch: Indices) -> None:
         pages.pending[batch] = False
-        sent_bytes = len(batch) * pages.block.page_size_bytes
-        self._sender.send(pages, batch, behind=encode_command(Ping(self.window.sent(sent_bytes))))
+        ping = self.window.sent(self._sender.send(pages, batch))
+        if ping is not None:
+            self._sender.say(encode_command(Ping(ping)))
 
     def _next_batch(
         self,
@@ -95,8 +102,9 @@ class PostcopyPush:
         for step in range(count + 1):
             pages = self._dirty.blocks[(number + step) % count]
             limit = max(1, PUSH_BYTES // pages.block.page_size_bytes)
-            batch = next_set(pages.pending, page if step == 0 else 0, limit)
+            batch = next_set(pages.pending, page if step == 0 else 0, limit * _MOST_TOGETHER)
             if len(batch):
+                batch = batch[np.cumsum(pages.has_data[batch]) <= limit]
                 self._position = ((number + step) % count, int(batch[-1]) + 1)
                 return pages, batch
         return None
