@@ -15,6 +15,7 @@ from postcopy.destination.incoming_ram import Populating
 from postcopy.destination.postcopy import Postcopy
 from postcopy.destination.return_path import ReturnPath
 from postcopy.errors import ChannelBroken, PostcopyError, StreamError
+from postcopy.kill_points import reached
 from postcopy.link.guest_proxy import GuestProxy
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.placement import Placement
@@ -113,6 +114,7 @@ class Destination:
     def adopt(self) -> None:
         """Take over a paused postcopy whose engine has died."""
         self._placement.listen(self._postcopy.adopt())
+        reached("destination.adopted")
 
     def _until_the_end(self, steps: Callable[[], None]) -> None:
         try:
@@ -124,6 +126,7 @@ class Destination:
 
     def _take_in(self) -> None:
         self._elements.channel = self._channel = channel = self._listener.accept()
+        reached("destination.connected")
         self._populating.stop()
         self._progress.move(Status.ACTIVE)
         self._receive(channel)
@@ -137,6 +140,7 @@ class Destination:
         self._placement.forget_halves()
         self._return_path.open(channel, hold_requests=True)
         self._progress.move(Status.POSTCOPY_RECOVER)
+        reached("destination.recovery-connected")
         self._receive(channel)
 
     def _receive(self, channel: Channel) -> None:
@@ -150,12 +154,25 @@ class Destination:
             else:
                 decoder.finish()
         if self._postcopy.listening:
+            reached("destination.pages-ended")
             self._postcopy.finish()
+            reached("destination.unwatched")
         else:
+            reached("destination.all-received")
             self._complete_precopy()
-        self._return_path.shut(failed=False)
+            reached("destination.resumed")
+        self._say_that_it_has_arrived()
         self._end(Status.COMPLETED)
         self._drain(channel)
+
+    def _say_that_it_has_arrived(self) -> None:
+        """Whether the source still hears it or not: the guest is here, whole."""
+        try:
+            self._return_path.shut(failed=False)
+        except ChannelBroken:
+            pass
+        postcopy = self._postcopy.listening
+        reached("destination.postcopy-shut-sent" if postcopy else "destination.shut-sent")
 
     def _complete_precopy(self) -> None:
         if not self._elements.ram_seen:
@@ -163,6 +180,7 @@ class Destination:
         if self._elements.advised:
             self._guest.unwatch_missing()  # it was in vain: nothing will mend a fault
         self._elements.load_devices()
+        reached("destination.devices-loaded")
         self._guest.resume()
 
     def _drain(self, channel: Channel) -> None:

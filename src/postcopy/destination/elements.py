@@ -14,6 +14,7 @@ from postcopy.destination.postcopy import Postcopy
 from postcopy.destination.return_path import ReturnPath
 from postcopy.errors import StreamError
 from postcopy.guest import DeviceState
+from postcopy.kill_points import reached
 from postcopy.link.guest_proxy import GuestProxy
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Mask
@@ -146,6 +147,7 @@ class Elements:
             )
         self.advised = True
         self._postcopy.prepare()
+        reached("destination.advised")
 
     def _discard(self, command: records.RamDiscard) -> None:
         if not self.advised or self._postcopy.listening:
@@ -155,6 +157,7 @@ class Elements:
     def _package(self, package: records.Package) -> None:
         if not self.advised:
             raise StreamError("CMD_POSTCOPY_LISTEN in wrong postcopy state (0)")
+        reached("destination.package-received")
         decoder = Decoder(self._formats, self.layout(), package=True)
         assert self.channel is not None
         self.channel.bound_buffers(POSTCOPY_BUFFER_BYTES)
@@ -164,16 +167,20 @@ class Elements:
 
     def _recv_bitmap(self, command: records.RecvBitmap) -> None:
         self._check_recovering("CMD_RECV_BITMAP")
+        reached("destination.bitmap-asked")
         paged = self._ram[command.block]
         received: Mask = ~paged.pages.missing()
         self._return_path.bitmap(
             command.block, np.repeat(received, paged.block.target_pages_per_page)
         )
+        reached("destination.bitmap-sent")
 
     def _resume(self, _: records.PostcopyResume) -> None:
         self._check_recovering("CMD_POSTCOPY_RESUME")
+        reached("destination.resume-received")
         self._progress.move(Status.POSTCOPY_ACTIVE)
         self._return_path.resume_ack()
+        reached("destination.resume-acknowledged")
         self._return_path.release_requests()
         self._postcopy.ask_again()
 

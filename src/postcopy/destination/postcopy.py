@@ -19,6 +19,7 @@ from postcopy.errors import PostcopyError, StreamError
 from postcopy.guest import DeviceState
 from postcopy.kernel.pagemap import PagemapScanner
 from postcopy.kernel.userfaultfd import Userfaultfd
+from postcopy.kill_points import reached
 from postcopy.link.guest_proxy import GuestProxy
 from postcopy.memory.runs import Mask
 from postcopy.paging.blocktime import Blocktime
@@ -76,6 +77,7 @@ class Postcopy:
         self._guest.unmap_missing()
         self._start_pager(self._userfaultfd)
         self.listening = True
+        reached("destination.listening")
         self._package_thread = _start("package", lambda: self._load(decoder))
         return self._userfaultfd
 
@@ -90,7 +92,7 @@ class Postcopy:
         Whatever it had asked for is asked for again: every thread that waits is woken, and faults
         once more.
         """
-        self._userfaultfd = userfaultfd = self._guest.watch_missing()
+        self._userfaultfd = userfaultfd = self._guest.watch_missing(only_still=True)
         self.listening = True
         with PagemapScanner(self._guest.process_id) as scanner:
             for paged in self._ram:
@@ -167,24 +169,35 @@ class Postcopy:
             self._on_failure()
 
     def _load_package(self, decoder: Decoder) -> None:
-        devices: list[DeviceState] = []
-        while not isinstance(record := decoder.next_record(), records.PostcopyRun):
-            if record is None:
-                decoder.finish()
-                raise StreamError("the package ends without POSTCOPY_RUN")
-            if isinstance(record, records.DeviceSection):
-                devices.append(
-                    DeviceState(record.name, record.instance, record.version, record.payload)
-                )
-            elif isinstance(record, records.Ping):
-                # The pong says that the device state was accepted.
-                self._guest.load_devices(devices)
-                devices = []
-                self._return_path.pong(record.value)
-        if devices:
-            self._guest.load_devices(devices)
+        devices, pings = _unpack(decoder)
+        self._guest.load_devices(devices)
+        reached("destination.package-loaded")
+        # Said before the pong: whoever has heard that the package was taken, and then finds this
+        # engine dead, finds a guest's process that knows what it owns.
         self._progress.move(Status.POSTCOPY_ACTIVE)
+        reached("destination.owning")
+        for ping in pings:
+            self._return_path.pong(ping)
+        reached("destination.package-taken")
         self._guest.resume()
+        reached("destination.running")
+
+
+def _unpack(decoder: Decoder) -> tuple[list[DeviceState], list[int]]:
+    """Take a package apart, up to RUN: the devices, and the pings to answer when they are loaded."""
+    devices: list[DeviceState] = []
+    pings: list[int] = []
+    while not isinstance(record := decoder.next_record(), records.PostcopyRun):
+        if record is None:
+            decoder.finish()
+            raise StreamError("the package ends without POSTCOPY_RUN")
+        if isinstance(record, records.DeviceSection):
+            devices.append(
+                DeviceState(record.name, record.instance, record.version, record.payload)
+            )
+        elif isinstance(record, records.Ping):
+            pings.append(record.value)
+    return devices, pings
 
 
 def _start(name: str, run: Callable[[], None]) -> threading.Thread:

@@ -24,6 +24,8 @@ from postcopy.status import Progress, Status
 from postcopy.stream.description import build_description
 from postcopy.stream.records import Configuration
 
+_LOOK_S = 0.05
+
 
 class EngineService:
     """One engine, for one guest and one migration."""
@@ -89,7 +91,9 @@ class EngineService:
         )
 
     def _resume_source(self, uri: str, fds: Sequence[int] = ()) -> None:
+        self._check_paused()
         self._join()
+        self._source.begin_recovery()
         self._start("source", lambda: self._source.recover(_uri(uri, fds)))
 
     def _adopt_source(self, capabilities: Sequence[str], parameters: Mapping[str, Any]) -> None:
@@ -162,8 +166,10 @@ class EngineService:
 
     def _recover_destination(self, uri: str, fds: Sequence[int] = ()) -> list[dict[str, object]]:
         address = parse(_uri(uri, fds))
+        self._check_paused()
         self._destination.stop_waiting()
-        self._join()
+        while not self._join(_LOOK_S):
+            self._check_paused()  # the source may have come back that very moment
         listener = Listener(address)
         self._start("destination", lambda: self._destination.recover(listener))
         return _described(listener)
@@ -199,10 +205,16 @@ class EngineService:
         self._thread = threading.Thread(target=_guarded, args=(run,), name=name, daemon=True)
         self._thread.start()
 
-    def _join(self) -> None:
-        """Wait for a job that has paused to let go of everything."""
-        if self._thread is not None:
-            self._thread.join()
+    def _join(self, timeout_s: float | None = None) -> bool:
+        """Wait for a job that has paused to let go of everything; return whether it has."""
+        if self._thread is None:
+            return True
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _check_paused(self) -> None:
+        if self._progress.status is not Status.POSTCOPY_PAUSED:
+            raise WrongState(f"nothing to recover from: {self._progress.status.value}")
 
     def _pause(self) -> None:
         if self._job is not None:

@@ -23,6 +23,8 @@ from postcopy.statistics import MigrationInfo
 from postcopy.status import AFTER_SWITCHOVER, ENDED, Progress, Status
 
 _INFO_TIMEOUT_S = 5
+_MOST_REPLACEMENTS = 5
+"""Engines to start, one after the other, when none lives to see the source again."""
 
 
 class MigrationControl:
@@ -61,6 +63,8 @@ class MigrationControl:
         self._addresses: tuple[Mapping[str, Any], ...] = ()
         self._error: str | None = None
         self._last_uri = ""
+        self._replacing = threading.Lock()  # held by who puts an engine in place of a dead one
+        self._replacements = 0
         self.progress = Progress(self._tell)
 
     def prepare(self) -> None:
@@ -188,34 +192,56 @@ class MigrationControl:
         """Listen anew for the source of a paused postcopy."""
         if self.progress.status is not Status.POSTCOPY_PAUSED or not self._is_incoming:
             raise WrongState("Migrate recover can only be run when postcopy is paused.")
-        with _descriptors(parse(uri)) as fds:
-            link = self._living_engine() or self._adopt_destination()
-            self._addresses = tuple(link.call("recover_destination", uri=uri, fds=fds))
+        with _descriptors(parse(uri)) as fds, self._replacing:
+            link = self._living_engine()
+            if link is None:
+                self._replacements = 0
+                self._adopt_destination(uri, fds)
+            else:
+                self._addresses = tuple(link.call("recover_destination", uri=uri, fds=fds))
+            self._last_uri = _bound_uri(uri, self._addresses)
 
     def _resume(self, uri: str) -> None:
         """Go on with a paused postcopy at ``uri``."""
         if self.progress.status is not Status.POSTCOPY_PAUSED or self._is_incoming:
             raise WrongState("Cannot resume if there is no paused migration")
-        with _descriptors(parse(uri)) as fds:
-            link = self._living_engine()
-            if link is None:
-                link = self._start_engine()
-                link.call("adopt_source", **self._settings())
-            link.call("resume_source", uri=uri, fds=fds)
+        if self._guest.owned:
+            raise WrongState("Cannot resume: 'cont' has taken the guest back, and it is here")
+        with _descriptors(parse(uri)) as fds, self._replacing:
+            link = self._living_engine() or self._adopt_source()
+            # From here until it has failed again 'cont' cannot take it back.
+            self._guest.give_up("the destination runs it")
+            try:
+                link.call("resume_source", uri=uri, fds=fds)
+            except PostcopyError:
+                self._hold_if_nobody_knows()
+                raise
 
     def _living_engine(self) -> Link | None:
         engine = self._engine
         return engine.link if engine is not None else None
 
-    def _adopt_destination(self) -> Link:
+    def _adopt_destination(self, uri: str, fds: Sequence[int] = ()) -> None:
         """Start an engine in place of one that has died under a guest that runs here.
 
-        It listens where the dead one did, and serves again once the source has come back.
+        It listens at once, and serves again when the source has come back.
         """
         link = self._start_engine()
-        self._addresses = tuple(
-            link.call("adopt_destination", uri=self._last_uri, **self._settings())
-        )
+        try:
+            addresses = link.call("adopt_destination", fds=fds, uri=uri, **self._settings())
+        except PostcopyError:
+            self._end_engine()
+            raise
+        self._addresses = tuple(addresses)
+
+    def _adopt_source(self) -> Link:
+        """Start an engine in place of one that has died after the switchover."""
+        link = self._start_engine()
+        try:
+            link.call("adopt_source", **self._settings())
+        except PostcopyError:
+            self._end_engine()
+            raise
         return link
 
     def info(self) -> MigrationInfo:
@@ -280,10 +306,19 @@ class MigrationControl:
         self._error = error
         if to is Status.COMPLETED:
             self._completed()
+        if to in {Status.FAILED, Status.POSTCOPY_PAUSED}:
+            self._hold_if_nobody_knows()
+        if to is Status.POSTCOPY_ACTIVE:
+            self._replacements = 0
         if to in ENDED:
             self._settle(to)
         else:
             self.progress.move(to)
+
+    def _hold_if_nobody_knows(self) -> None:
+        """Where only a user can find out whether the destination runs the guest, ``cont`` works."""
+        if not (self._is_incoming or self._guest.owned or self._service.runs_there):
+            self._guest.hold()
 
     def _completed(self) -> None:
         if self._is_incoming:
@@ -315,6 +350,10 @@ class MigrationControl:
         if self._engine is not engine or not self._busy:
             return
         status = self.progress.status
+        if self._has_arrived():
+            self._completed()
+            self._settle(Status.COMPLETED)
+            return
         if status in AFTER_SWITCHOVER:
             self._engine_lost()
             return
@@ -324,6 +363,7 @@ class MigrationControl:
             if self._guest.owned:
                 self._resume_guest()
             else:
+                self._hold_if_nobody_knows()
                 self._error = (
                     "the engine process died while handing the guest over; the destination may be "
                     "running it, so it stays stopped here: 'cont' takes it back"
@@ -331,9 +371,18 @@ class MigrationControl:
         to = Status.CANCELLED if status is Status.CANCELLING else Status.FAILED
         self._settle(to)
 
+    def _has_arrived(self) -> bool:
+        """Whether an engine has died with nothing left to do but to say so."""
+        if not self._is_incoming or self._service.watches_missing:
+            return False
+        return self._guest.owned
+
     def _engine_lost(self) -> None:
         """Nothing is lost with an engine after switchover: all that it knew is here, or at the peer."""
         self._engine = None
+        self._hold_if_nobody_knows()
+        if self._is_incoming and not self._guest.owned:
+            self._resume_guest()  # its devices are loaded, and the source has been told so
         self._error = "the engine process died; no page is lost: recover the migration"
         self.progress.move(
             Status.POSTCOPY_PAUSED, only_from=AFTER_SWITCHOVER - {Status.POSTCOPY_PAUSED}
@@ -344,12 +393,15 @@ class MigrationControl:
             ).start()
 
     def _replace_engine(self) -> None:
-        try:
-            self._adopt_destination()
-        except PostcopyError as error:
-            # Its address may be taken by now: migrate-recover with another one starts one again.
-            self._error = f"{self._error}; its successor could not listen: {error}"
-            self._end_engine()
+        with self._replacing:
+            self._replacements += 1
+            if self._engine is not None or self._replacements > _MOST_REPLACEMENTS:
+                return  # the user was quicker, or they die one after the other
+            try:
+                self._adopt_destination(self._last_uri)
+            except PostcopyError as error:
+                # Its address may be taken by now: migrate-recover with another starts one again.
+                self._error = f"{self._error}; its successor could not listen: {error}"
 
     def _end_engine(self) -> None:
         engine, self._engine = self._engine, None

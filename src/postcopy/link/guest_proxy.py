@@ -66,6 +66,10 @@ class GuestProxy:
         """The other side may run the guest from now on; this one never does by itself again."""
         self._link.call("give_up")
 
+    def runs_there(self) -> None:
+        """The destination is known to have taken it: nothing gives it back any more."""
+        self._link.call("runs_there")
+
     def take_back(self) -> None:
         """The other side has said that it does not run the guest: it is ours again."""
         self._link.call("take_back")
@@ -86,9 +90,14 @@ class GuestProxy:
         """Take the pages that have not been received out of the guest's sight: a touch is a fault."""
         self._link.call("unmap_missing")
 
-    def watch_missing(self) -> Userfaultfd:
-        """Register all RAM for faults and hand over the userfaultfd; the guest keeps one too."""
-        return Userfaultfd.from_fd(self._link.call("watch_missing")[1][0])
+    def watch_missing(self, *, only_still: bool = False) -> Userfaultfd:
+        """Register all RAM for faults and hand over the userfaultfd; the guest keeps one too.
+
+        :param only_still: for an engine that takes over from another.
+        :raises WrongState: ``only_still``, and nothing is missing any more.
+        """
+        answer = self._link.call("watch_missing", only_still=only_still)
+        return Userfaultfd.from_fd(answer[1][0])
 
     def unwatch_missing(self) -> None:
         """All pages are in place: take the registration off, and with it every waiting fault."""

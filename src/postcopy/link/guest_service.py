@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from postcopy.abi import mman
 from postcopy.abi.userfaultfd import Feature, RegisterMode
+from postcopy.errors import WrongState
 from postcopy.guest import DeviceState, Guest
 from postcopy.kernel import calls
 from postcopy.kernel.userfaultfd import Userfaultfd
@@ -37,6 +38,9 @@ class OwnedGuest(Guest, Protocol):
 
     def give_up(self, reason: str) -> None:
         """Never run by itself from now on: the other side owns the guest."""
+
+    def hold(self) -> None:
+        """Nobody can know whether the other side runs it: the user's ``cont`` takes it back."""
 
     def take(self) -> None:
         """It is ours (again)."""
@@ -75,6 +79,14 @@ class GuestService:
         self._writes: Userfaultfd | None = None
         self._missing: Userfaultfd | None = None
         self._page_maps: list[int] = []
+        self.runs_there = False
+        """Whether the destination is known to have taken the guest."""
+
+    @property
+    def watches_missing(self) -> bool:
+        """Whether some page may be missing."""
+        with self._lock:
+            return self._missing is not None
 
     def handlers(self) -> dict[str, Handler]:
         """The calls of the engine, by name."""
@@ -87,7 +99,8 @@ class GuestService:
             "resume": guest.resume,
             "save_devices": lambda: encode_states(guest.save_devices()),
             "load_devices": self._load_devices,
-            "give_up": lambda: guest.give_up("the destination runs it"),
+            "give_up": self._give_up,
+            "runs_there": self._runs_there,
             "take_back": guest.take,
             "watch_writes": self._watch_writes,
             "unwatch_writes": self.unwatch_writes,
@@ -97,6 +110,13 @@ class GuestService:
             "unwatch_missing": self.unwatch_missing,
             "kvm_dirty_log": self._kvm_dirty_log,
         }
+
+    def _give_up(self) -> None:
+        self.runs_there = False
+        self._guest.give_up("the destination runs it")
+
+    def _runs_there(self) -> None:
+        self.runs_there = True
 
     def _describe(self) -> dict[str, Any]:
         return {
@@ -171,8 +191,10 @@ class GuestService:
                 calls.madvise(start, (end - first) * size, mman.MADV_DONTNEED)
             pages.close()
 
-    def _watch_missing(self) -> tuple[None, Descriptors]:
+    def _watch_missing(self, *, only_still: bool) -> tuple[None, Descriptors]:
         with self._lock:
+            if self._missing is None and only_still:
+                raise WrongState("every page is in place: nothing is left to recover")
             if self._missing is None:
                 self._missing = self._watch(MISSING_FEATURES, MISSING_MODE)
             return None, Descriptors([self._missing.fd])

@@ -157,6 +157,10 @@ class Machine:
         """From now on the guest never runs here by itself: see :meth:`RunControl.give_up`."""
         self.run_control.give_up(reason)
 
+    def hold(self) -> None:
+        """Let the user decide, by ``cont``, whether a guest given up runs on here after all."""
+        self.run_control.hold()
+
     def take(self) -> None:
         """The guest is ours again; it does not run by that alone."""
         self.run_control.take()

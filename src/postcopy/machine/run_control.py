@@ -39,6 +39,7 @@ class RunControl:
         self._state = RunState.PRELAUNCH
         self._interrupted: RunState | None = None  # what the engine's pause came on top of
         self._not_ours: str | None = None
+        self._held = False  # nobody can know whose it is: the user decides
         self._started = False
         self._autostart = True
         self.failure: GuestError | None = None
@@ -96,6 +97,8 @@ class RunControl:
             if self._state is RunState.INMIGRATE:
                 self._autostart = True
                 return
+            if self._held:
+                self._take_back()
             self._check_ours()
             if self._state.needs_reset:
                 raise WrongState("Resetting the Virtual Machine is required")
@@ -125,8 +128,8 @@ class RunControl:
             self._check_ours()
             if self._state is RunState.INTERNAL_ERROR:
                 raise self.failure or GuestError("the guest is in state internal-error")
-            goal = self._interrupted or RunState.RUNNING
-            if self._state is RunState.INMIGRATE and goal is RunState.RUNNING:
+            goal = self._interrupted or self._state
+            if self._state is RunState.INMIGRATE and goal in {self._state, RunState.RUNNING}:
                 goal = RunState.RUNNING if self._autostart else RunState.PAUSED
             self._interrupted = None
             if goal is RunState.RUNNING:
@@ -149,11 +152,18 @@ class RunControl:
             if self._state is RunState.RUNNING:
                 raise WrongState("a running guest cannot be given up; pause it first")
             self._not_ours = reason
+            self._held = False
+
+    def hold(self) -> None:
+        """Nobody can know whether the guest given up runs elsewhere: a user who says ``cont`` does."""
+        with self._order:
+            self._held = self._not_ours is not None and self._state is not RunState.INMIGRATE
 
     def take(self) -> None:
         """The guest is ours (again); it does not run by that alone."""
         with self._order:
             self._not_ours = None
+            self._held = False
 
     def set_state(self, state: RunState) -> None:
         """Say what a guest that stands still is standing still for, such as ``POSTMIGRATE``.
@@ -195,6 +205,13 @@ class RunControl:
         """Park the vCPUs for good, without any event."""
         with self._order:
             park_all(self._vcpus)
+
+    def _take_back(self) -> None:
+        self._held = False
+        self._not_ours = None
+        self._interrupted = None
+        if self._state is RunState.FINISH_MIGRATE:
+            self._become(RunState.PAUSED)
 
     def _check_ours(self) -> None:
         if self._not_ours is not None:

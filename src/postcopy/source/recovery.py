@@ -8,6 +8,7 @@ sent again; one that had arrived never is, since the guest may have written to i
 import numpy as np
 
 from postcopy.errors import StreamError
+from postcopy.kill_points import reached
 from postcopy.memory.runs import Mask
 from postcopy.source.connection import Connection
 from postcopy.source.dirty_pages import BlockPages, DirtyPages
@@ -23,10 +24,14 @@ def agree_on_what_is_missing(connection: Connection, dirty: DirtyPages) -> None:
     """
     for pages in dirty.blocks:
         connection.channel.send(encode_command(RecvBitmap(pages.block.name)))
+        reached("source.bitmap-asked")
         received = connection.answers.wait_bitmap(pages.block.name)
         _take_over(pages, received)
+        reached("source.bitmap-taken")
     connection.channel.send(encode_command(PostcopyResume()))
+    reached("source.resume-sent")
     connection.answers.wait_resume_ack()
+    reached("source.resume-acknowledged")
 
 
 def _take_over(pages: BlockPages, received: Mask) -> None:

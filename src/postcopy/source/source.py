@@ -14,8 +14,9 @@ from postcopy.channel.channel import Channel
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.channel.sockets import SocketChannel
 from postcopy.dirty.tracker import choose
-from postcopy.errors import ChannelBroken, MigrationCancelled, PostcopyError, Refused
+from postcopy.errors import ChannelBroken, MigrationCancelled, PostcopyError, Refused, WrongState
 from postcopy.guest import DeviceState
+from postcopy.kill_points import reached
 from postcopy.link.guest_proxy import GuestProxy
 from postcopy.memory.ram_block import RamBlock
 from postcopy.parameters import Capabilities, Capability, Parameters
@@ -109,8 +110,20 @@ class Source:
         """Move the guest; whatever happens, leave it with exactly one owner."""
         self._until_the_end(self._migrate)
 
+    def begin_recovery(self) -> None:
+        """Leave ``postcopy-paused``; :meth:`recover` does the rest.
+
+        :raises WrongState: it is not paused, or another recovery was quicker.
+        """
+        self.error = None
+        self._paused_by_user = False
+        self._clock.ended = 0.0
+        paused = frozenset({Status.POSTCOPY_PAUSED})
+        if not self._progress.move(Status.POSTCOPY_RECOVER_SETUP, only_from=paused):
+            raise WrongState("Cannot resume if there is no paused migration")
+
     def recover(self, uri: str) -> None:
-        """Go on with a broken postcopy, over another connection."""
+        """Go on with a broken postcopy, over another connection, after :meth:`begin_recovery`."""
         self._until_the_end(lambda: self._resume(uri))
 
     def _until_the_end(self, steps: Callable[[], None]) -> None:
@@ -138,6 +151,7 @@ class Source:
             raise MigrationCancelled("cancelled by the user")
         self._switchover = switchover = self._make_switchover(connection, dirty)
         switchover.stop_guest()
+        reached("source.guest-stopped")
         connection.sender.phase = "downtime_bytes"
         self._on_pass(dirty.syncs)
         if outcome is Outcome.SMALL_ENOUGH:
@@ -148,6 +162,8 @@ class Source:
             # Should it not take the devices, nothing of ours lies unread between its last word and us.
             connection.answers.wait_pong(PACKAGE_PING)
             self._ran_there = True
+            self._guest.runs_there()
+            reached("source.package-taken")
             self._clock.confirmed = time.monotonic()
             self._complete_postcopy(connection)
         connection.sender.count()
@@ -158,6 +174,7 @@ class Source:
         address = parse(self._wishes.uri)
         tracker = choose(self._parameters.x_dirty_tracking, self._guest)
         channel = connect_unless_cancelled(address, self.orders)
+        reached("source.connected")
         try:
             blocks = [RamBlock(region) for region in self._guest.regions()]
             self._counters.total_bytes = sum(block.size_bytes for block in blocks)
@@ -177,6 +194,7 @@ class Source:
         self._on_pass(dirty.syncs)
         self._clock.set_up = time.monotonic()
         self._progress.move(Status.ACTIVE)
+        reached("source.active")
         return connection, dirty
 
     def _is_answered(self, channel: Channel) -> bool:
@@ -215,9 +233,13 @@ class Source:
         connection.sender.count()
         connection.sender.phase = "postcopy_bytes"
         self._limiter.set_rate(self._parameters.max_postcopy_bandwidth)
+        reached("source.pushing")
         connection.push.run()
+        reached("source.all-pushed")
         connection.channel.send_many([connection.sender.end_of_ram(), encoder.end_of_stream()])
+        reached("source.pages-ended")
         connection.answers.wait_shut()
+        reached("source.arrived")
 
     # --- recovery
 
@@ -226,19 +248,18 @@ class Source:
         blocks = [RamBlock(region) for region in self._guest.regions()]
         self._counters.total_bytes = sum(block.size_bytes for block in blocks)
         self._dirty = DirtyPages(blocks, choose("pagemap", self._guest))
+        reached("source.adopted")
 
     def _resume(self, uri: str) -> None:
         assert self._dirty is not None
-        self.error = None
-        self._paused_by_user = False
         self._ran_there = True  # or nobody would answer as a destination that waits for recovery
-        self._clock.ended = 0.0
-        self._progress.move(Status.POSTCOPY_RECOVER_SETUP)
         channel = connect_unless_cancelled(parse(uri), self.orders)
         _check_answers(channel)
-        self._progress.move(Status.POSTCOPY_RECOVER)
         connection = self._connect(channel, self._dirty, answered=True)
+        self._progress.move(Status.POSTCOPY_RECOVER)
+        reached("source.recovery-connected")
         agree_on_what_is_missing(connection, self._dirty)
+        self._guest.runs_there()
         self._progress.move(Status.POSTCOPY_ACTIVE)
         self._complete_postcopy(connection)
         connection.sender.count()

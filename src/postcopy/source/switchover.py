@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from postcopy.errors import ChannelBroken, MigrationCancelled
 from postcopy.guest import DeviceState
+from postcopy.kill_points import reached
 from postcopy.link.guest_proxy import GuestProxy
 from postcopy.memory.runs import next_set, runs
 from postcopy.parameters import Capabilities, Capability
@@ -98,13 +99,17 @@ class Switchover:
                 start = int(batch[-1]) + 1
         states = self._devices()
         self._channel.send_many([self._sender.end_of_ram(), _sections(states)])
+        reached("source.rest-sent")
         if self._return_path is not None:
             # Before the last byte: only when it answers has the destination taken all that it needs.
             self._channel.send(encode_command(Ping(LAST_PING)))
             self._return_path.wait_pong(LAST_PING)
+        reached("source.all-taken")
         self._check_cancelled()
         self._commit()
+        reached("source.given-up")
         self._channel.send(encoder.end_of_stream())
+        reached("source.end-sent")
         self._clock.handed_over = time.monotonic()
         self._channel.send(encoder.description(self._describe(states)))
         if self._return_path is not None:
@@ -115,6 +120,7 @@ class Switchover:
         """Say what the destination must forget, and hand the guest over without it."""
         self._channel.send(encode_command(SwitchoverStart()))
         self._send_discards()
+        reached("source.discards-sent")
         states = self._devices()
         self._check_cancelled()
         package = encode_command(
@@ -126,12 +132,14 @@ class Switchover:
             )
         )
         self._commit()
+        reached("source.before-package")
         try:
             # RUN is the last byte of it: a send that fails has not delivered it.
             self._channel.send_many([encode_command(Ping(2)), package])
         except ChannelBroken:
             self.committed = False
             raise
+        reached("source.package-sent")
         self._clock.handed_over = time.monotonic()
         self._channel.send(encode_command(Ping(4)))
 

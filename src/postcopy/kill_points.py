@@ -1,0 +1,91 @@
+"""Points, by name, at which a test lets an engine die.
+
+An engine that is killed from outside dies wherever it happens to be.  To prove that nothing is lost
+at a certain step, it has to die at that very step: so the code names its steps, and the engine kills
+itself with SIGKILL at the one that ``POSTCOPY_KILL_POINT`` names.  Without that variable nothing is
+ever done here.
+
+``POSTCOPY_KILL_POINT=name@/a/file`` kills only while the file is there, and removes it first: the
+engine that takes over does not die in its turn.
+"""
+
+import os
+import signal
+from pathlib import Path
+
+VARIABLE = "POSTCOPY_KILL_POINT"
+
+SOURCE = (
+    "source.connected",
+    "source.active",
+    "source.guest-stopped",
+)
+"""Before either way of handing over."""
+
+SOURCE_PRECOPY = (
+    "source.rest-sent",
+    "source.all-taken",
+    "source.given-up",
+    "source.end-sent",
+)
+SOURCE_POSTCOPY = (
+    "source.discards-sent",
+    "source.before-package",
+    "source.package-sent",
+    "source.package-taken",
+    "source.pushing",
+    "source.all-pushed",
+    "source.pages-ended",
+    "source.arrived",
+)
+SOURCE_RECOVERY = (
+    "source.adopted",
+    "source.recovery-connected",
+    "source.bitmap-asked",
+    "source.bitmap-taken",
+    "source.resume-sent",
+    "source.resume-acknowledged",
+)
+DESTINATION = ("destination.connected",)
+DESTINATION_PRECOPY = (
+    "destination.all-received",
+    "destination.devices-loaded",
+    "destination.resumed",
+    "destination.shut-sent",
+)
+DESTINATION_POSTCOPY = (
+    "destination.advised",
+    "destination.package-received",
+    "destination.listening",
+    "destination.package-loaded",
+    "destination.owning",
+    "destination.package-taken",
+    "destination.running",
+    "destination.pages-ended",
+    "destination.unwatched",
+    "destination.postcopy-shut-sent",
+)
+DESTINATION_RECOVERY = (
+    "destination.adopted",
+    "destination.recovery-connected",
+    "destination.bitmap-asked",
+    "destination.bitmap-sent",
+    "destination.resume-received",
+    "destination.resume-acknowledged",
+)
+
+
+def reached(name: str) -> None:
+    """Say that the engine has come to the point ``name``: it may be its last word."""
+    wish = os.environ.get(VARIABLE)
+    if wish is None:
+        return
+    wanted, _, marker = wish.partition("@")
+    if wanted != name:
+        return
+    if marker:
+        try:
+            Path(marker).unlink()
+        except FileNotFoundError:
+            return  # it has done its work
+    os.kill(os.getpid(), signal.SIGKILL)
