@@ -172,18 +172,23 @@ class Relay:
         try:
             while chunk := origin.recv(CHUNK_BYTES):
                 self._hold_back()
-                allowed = self._allowed(connection, number, way, len(chunk))
-                # Recorded first: who has received a byte finds it in the record.
-                connection.recorded[way] += chunk[:allowed]
-                target.sendall(chunk[:allowed])
-                if self._allowed(connection, number, way, 1) == 0:
-                    connection.close()
+                for piece in self._treat(connection, number, way, chunk):
+                    # Recorded first: who has received a byte finds it in the record.
+                    connection.recorded[way] += piece
+                    target.sendall(piece)
+                if connection.cut.is_set():
                     return
             target.shutdown(socket.SHUT_WR)  # an end, not a break: the other way stays open
         except OSError:
             connection.close()  # one side broke, so the other has to see it
         finally:
             connection.end_of_way()
+
+    def _treat(self, connection, number, way, chunk):
+        """What of a chunk is passed on, piece by piece; it may break the connection behind one."""
+        yield chunk[: self._allowed(connection, number, way, len(chunk))]
+        if self._allowed(connection, number, way, 1) == 0:
+            connection.close()
 
     def _hold_back(self):
         if self._delay_s:
