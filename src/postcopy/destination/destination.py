@@ -153,6 +153,9 @@ class Destination:
                 decoder.received(count)
             else:
                 decoder.finish()
+        if self._progress.status is Status.POSTCOPY_RECOVER:
+            # A single zero byte of a stranger would turn all that is missing to zeros.
+            raise StreamError("the stream ends before the recovery is done")
         if self._postcopy.listening:
             reached("destination.pages-ended")
             self._postcopy.finish()
