@@ -1,0 +1,126 @@
+"""A postcopy that is broken, in any way, and gone on with until the guest has arrived."""
+
+from fakes.pair import NEVER_ENDS, POSTCOPY, Side, hammer
+from fakes.waiting import wait_until
+from faults.fault_channel import FaultChannel
+from postcopy.errors import PostcopyError
+from postcopy.status import ENDED, Status
+
+DEADLINE_S = 20.0
+LASTS = NEVER_ENDS | {"max-postcopy-bandwidth": 1 << 20}
+"""Postcopy takes many seconds, so that there is something to break; :meth:`Recovering.hurry` ends it."""
+
+SETTLED = ENDED | {Status.POSTCOPY_PAUSED}
+
+
+def small():
+    """A guest whose pages move in a moment, and which goes on writing to half of them."""
+    return hammer(64, fill_kib=8192)
+
+
+def broken_journey(make, **more):
+    """A journey for :class:`Recovering`."""
+    return make(small(), **{"capabilities": POSTCOPY, "parameters": LASTS} | more)
+
+
+class Recovering:
+    """One journey with its fault channels; each recovery gets another address and channel."""
+
+    def __init__(self, trip, folder):
+        self.trip = trip
+        self.folder = folder
+        self.channels = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for channel in self.channels:
+            channel.close()
+
+    @property
+    def source(self) -> Side:
+        return self.trip.source
+
+    @property
+    def destination(self) -> Side:
+        return self.trip.destination
+
+    def channel(self, target) -> FaultChannel:
+        """Another channel, in front of ``target``."""
+        number = len(self.channels)
+        made = FaultChannel(f"unix:{self.folder}/channel-{number}", target)
+        self.channels.append(made)
+        return made
+
+    def start(self) -> FaultChannel:
+        """Begin to migrate, through a channel."""
+        channel = self.channel(self.destination.listen())
+        self.source.control.migrate(channel.uri)
+        return channel
+
+    def switch(self):
+        """Postcopy from now on."""
+        self.source.control.start_postcopy()
+
+    def until_postcopy(self):
+        self.switch()
+        self.source.wait(Status.POSTCOPY_ACTIVE)
+        self.destination.wait(Status.POSTCOPY_ACTIVE)
+
+    def until_settled(self):
+        """Both sides have ended, or wait for a recovery."""
+        for side in (self.source, self.destination):
+            wait_until(
+                lambda side=side: side.status in SETTLED,
+                DEADLINE_S,
+                f"{self.source.status} and {self.destination.status}",
+            )
+
+    def listen_again(self, uri=None) -> str:
+        """``migrate-recover``; return where to go."""
+        uri = uri or f"unix:{self.folder}/again-{len(self.channels)}"
+        self.destination.control.recover(uri)
+        where = self.destination.control.info().socket_address[0]
+        return f"tcp:{where['host']}:{where['port']}" if where["type"] == "inet" else uri
+
+    def resume(self, uri=None) -> FaultChannel:
+        """Recover both sides, through another channel."""
+        channel = self.channel(self.listen_again(uri))
+        self.source.control.migrate(channel.uri, resume=True)
+        return channel
+
+    def recover(self):
+        """Recover until it works: whatever else breaks meanwhile is recovered too."""
+        for _ in range(8):
+            self.until_settled()
+            if self.destination.status is Status.COMPLETED:
+                return
+            try:
+                self.resume()
+            except PostcopyError:
+                continue  # an engine died of it: the next time there is another
+            wait_until(lambda: self.source.status in SETTLED, DEADLINE_S, "the recovery")
+        raise AssertionError(f"{self.source.error}; {self.destination.error}")
+
+    def hurry(self):
+        """Push without a limit from now on."""
+        self.source.set(parameters={"max-postcopy-bandwidth": 0})
+
+    def check_running_here_only(self, side):
+        """This side runs the guest, and the other does not."""
+        other = self.destination if side is self.source else self.source
+        wait_until(lambda: side.machine.running, DEADLINE_S, "nobody runs the guest")
+        assert side.machine.owned
+        assert not other.machine.running
+        assert not other.machine.owned
+
+    def verify(self, side):
+        """One owner, and every page right."""
+        self.check_running_here_only(side)
+        self.trip.verify(side)
+
+    def story(self):
+        return f"source {self.source.status.value}: {self.source.error}; destination " + (
+            f"{self.destination.status.value}: {self.destination.error}"
+        )
