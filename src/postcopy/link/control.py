@@ -275,6 +275,9 @@ class MigrationControl:
         }
 
     def _check_can_start(self) -> None:
+        paused = self.progress.status is Status.POSTCOPY_PAUSED
+        if paused and self._guest.owned and not self._is_incoming:
+            self._settle(Status.FAILED)  # 'cont' has taken the guest back
         status = self.progress.status
         if status is Status.POSTCOPY_PAUSED:
             raise WrongState("Can't migrate the vm that was paused due to previous migration")
@@ -379,7 +382,7 @@ class MigrationControl:
 
     def _engine_lost(self) -> None:
         """Nothing is lost with an engine after switchover: all that it knew is here, or at the peer."""
-        self._engine = None
+        self._end_engine()
         self._hold_if_nobody_knows()
         if self._is_incoming and not self._guest.owned:
             self._resume_guest()  # its devices are loaded, and the source has been told so

@@ -158,7 +158,6 @@ class Source:
             switchover.complete_precopy()
         else:
             switchover.start_postcopy()
-            self._progress.move(Status.POSTCOPY_ACTIVE)
             # Should it not take the devices, nothing of ours lies unread between its last word and us.
             connection.answers.wait_pong(PACKAGE_PING)
             self._ran_there = True
@@ -280,7 +279,7 @@ class Source:
         self._clock.ended = time.monotonic()
         # Where nobody can answer (a file, a command) nobody runs the guest by itself either.
         refused = return_path is None or return_path.refused
-        if self._progress.status in AFTER_SWITCHOVER and not self._was_refused_before_it_ran():
+        if self._progress.status in AFTER_SWITCHOVER and not self._never_ran_there():
             self._progress.move(Status.POSTCOPY_PAUSED)
             return
         if self._dirty is not None:
@@ -297,11 +296,13 @@ class Source:
                 )
         self._progress.move(Status.CANCELLED if cancelled else Status.FAILED)
 
-    def _was_refused_before_it_ran(self) -> bool:
-        """Whether the destination has said, before it came to the end of the package, that it failed.
+    def _never_ran_there(self) -> bool:
+        """Whether the destination never got the package, or has said that it could not take it.
 
         Only its own word counts: that the connection ended says nothing about who runs the guest.
         """
+        if self._switchover is not None and not self._switchover.committed:
+            return True
         connection = self._connection
         return not self._ran_there and connection is not None and connection.answers.refused
 

@@ -132,6 +132,8 @@ class Switchover:
             )
         )
         self._commit()
+        # From here an engine that takes over from us must recover, whatever it finds.
+        self._progress.move(Status.POSTCOPY_ACTIVE)
         reached("source.before-package")
         try:
             # RUN is the last byte of it: a send that fails has not delivered it.
