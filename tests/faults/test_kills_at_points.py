@@ -1,0 +1,152 @@
+"""An engine dies at each step of the hand-over and of a recovery: one owner, and nothing is lost.
+
+The steps are those of :mod:`postcopy.kill_points`; ``tests/model/handover.py`` says for all of them, in
+any order, what is checked here with real engines one by one.
+"""
+
+import pytest
+
+from fakes.pair import QUICK
+from fakes.waiting import wait_until
+from faults.recovering import DEADLINE_S, Recovering, broken_journey
+from postcopy import kill_points
+from postcopy.errors import PostcopyError
+from postcopy.status import Status
+
+SOURCE = "runs at the source, by itself"
+HELD = "stands at the source, until a user says 'cont'"
+DESTINATION = "runs at the destination"
+
+PRECOPY = {
+    "source.connected": SOURCE,
+    "source.active": SOURCE,
+    "source.guest-stopped": SOURCE,
+    "source.rest-sent": SOURCE,
+    "source.all-taken": SOURCE,
+    "source.given-up": HELD,
+    "source.end-sent": DESTINATION,
+    "destination.connected": SOURCE,
+    "destination.all-received": HELD,
+    "destination.devices-loaded": HELD,
+    "destination.resumed": DESTINATION,
+    "destination.shut-sent": DESTINATION,
+}
+POSTCOPY = {
+    "source.guest-stopped": SOURCE,
+    "source.discards-sent": SOURCE,
+    "source.before-package": HELD,
+    "source.package-sent": DESTINATION,
+    "source.package-taken": DESTINATION,
+    "source.pushing": DESTINATION,
+    "source.all-pushed": DESTINATION,
+    "source.pages-ended": DESTINATION,
+    "source.arrived": DESTINATION,
+    "destination.advised": SOURCE,
+    "destination.package-received": HELD,
+    "destination.listening": HELD,
+    "destination.package-loaded": HELD,
+    "destination.owning": DESTINATION,
+    "destination.package-taken": DESTINATION,
+    "destination.running": DESTINATION,
+    "destination.pages-ended": DESTINATION,
+    "destination.unwatched": DESTINATION,
+    "destination.postcopy-shut-sent": DESTINATION,
+}
+RECOVERY = kill_points.SOURCE_RECOVERY + kill_points.DESTINATION_RECOVERY
+TOLD = ("source.all-pushed", "source.pages-ended", "source.arrived", "destination.pages-ended",
+        "destination.unwatched", "destination.postcopy-shut-sent")  # fmt: skip
+"""At the very end: nothing is waited for that a slow push would hold up."""
+
+
+@pytest.fixture
+def kill_at(monkeypatch, tmp_path):
+    """``kill_at(point)``: the first engine to come there dies; returns whether it is still to."""
+
+    def arm(point):
+        marker = tmp_path / "kill"
+        marker.touch()
+        monkeypatch.setenv(kill_points.VARIABLE, f"{point}@{marker}")
+        return marker.exists
+
+    return arm
+
+
+def test_every_point_is_tried():
+    named = {
+        point
+        for name, points in vars(kill_points).items()
+        if name.startswith(("SOURCE", "DESTINATION"))
+        for point in points
+    }
+    assert named == {*PRECOPY, *POSTCOPY, *RECOVERY}
+
+
+def check_owner(broken, owner):
+    """Nobody but the owner runs the guest, which loses nothing."""
+    if owner == SOURCE:
+        assert broken.source.status is Status.FAILED, broken.story()
+        assert broken.source.error
+        broken.verify(broken.source)
+        return
+    if owner == HELD:
+        check_held(broken)
+        return
+    broken.hurry()
+    if broken.destination.status is not Status.COMPLETED:
+        broken.recover()
+    broken.verify(broken.destination)
+
+
+def check_held(broken):
+    for side in (broken.source, broken.destination):
+        assert not side.machine.running, broken.story()
+        assert not side.machine.owned
+    assert broken.destination.status is Status.FAILED, broken.story()
+    broken.source.machine.cont()
+    broken.verify(broken.source)
+
+
+@pytest.mark.parametrize(("point", "owner"), PRECOPY.items(), ids=PRECOPY)
+def test_precopy(journey, tmp_path, kill_at, point, owner):
+    waits = kill_at(point)
+    with Recovering(broken_journey(journey, parameters=QUICK), tmp_path) as broken:
+        broken.source.control.migrate(broken.destination.listen())
+        wait_until(lambda: not waits(), DEADLINE_S, f"nobody came to {point}")
+        broken.until_settled()
+        check_owner(broken, owner)
+
+
+@pytest.mark.parametrize(("point", "owner"), POSTCOPY.items(), ids=POSTCOPY)
+def test_postcopy(journey, tmp_path, kill_at, point, owner):
+    waits = kill_at(point)
+    with Recovering(broken_journey(journey), tmp_path) as broken:
+        broken.source.control.migrate(broken.destination.listen())
+        broken.switch()
+        if point in TOLD:
+            broken.source.wait(Status.POSTCOPY_ACTIVE)
+            broken.hurry()
+        wait_until(lambda: not waits(), DEADLINE_S, f"nobody came to {point}")
+        broken.until_settled()
+        check_owner(broken, owner)
+
+
+@pytest.mark.parametrize("point", RECOVERY)
+def test_recovery(journey, tmp_path, kill_at, point):
+    waits = kill_at(point)
+    with Recovering(broken_journey(journey), tmp_path) as broken:
+        channel = broken.start()
+        broken.until_postcopy()
+        if point == "source.adopted":
+            broken.source.control._engine.kill()
+        elif point == "destination.adopted":
+            broken.destination.control._engine.kill()
+        channel.break_all()
+        broken.until_settled()
+        if point != "destination.adopted":
+            try:
+                broken.resume()
+            except PostcopyError:
+                assert point == "source.adopted"
+        wait_until(lambda: not waits(), DEADLINE_S, f"nobody came to {point}")
+        broken.source.control.progress.wait(Status.POSTCOPY_PAUSED, timeout=DEADLINE_S)
+        check_owner(broken, DESTINATION)
