@@ -309,6 +309,8 @@ class Parameters:
     direct_io: bool = _parameter(Kind.BOOLEAN, default=False)
     x_dirty_tracking: str = _choice("auto", "pagemap", "kvm", default="auto", ours=True)
     """How writes to guest memory are noticed; ``auto`` takes the best that this host has."""
+    x_on_loss: str = _choice("hold", "poison", "quit", default="hold", ours=True)
+    """What ``x-migrate-lost`` does at a destination about the pages that will never come."""
 
     def with_changes(self, changes: Mapping[str, object]) -> "Parameters":
         """The parameters after ``changes`` (by QEMU's names), all of them or none.

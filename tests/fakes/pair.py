@@ -60,7 +60,7 @@ class Side:
     ) -> None:
         self.events: list[Event] = []
         self.failures: list[str] = []
-        bus = EventBus()
+        self.bus = bus = EventBus()
         bus.subscribe(self.events.append)
         self.machine = kind(config, on_event=bus.emit)
         self.control = MigrationControl(

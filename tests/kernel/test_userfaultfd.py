@@ -1,5 +1,6 @@
 """Every request and event of a userfaultfd, on memory that threads of this process touch."""
 
+import ctypes
 import errno
 import os
 import resource
@@ -42,7 +43,7 @@ def test_a_write_says_so_and_no_thread_is_named_unasked():
 
 def test_exact_addresses_are_exact():
     with watched(features=Feature.EXACT_ADDRESS) as w:
-        toucher = w.touch(lambda: w.memory.read(PAGE + 100, 1))
+        toucher = w.touch(lambda: plain_read(w.memory.address + PAGE + 100))
         assert w.event().address == w.at(1) + 100
         w.watcher.copy(w.at(1), w.source(1), PAGE)
         toucher.done()
@@ -156,9 +157,40 @@ def test_whoever_touches_a_poisoned_page_dies_of_it(kind):
         signal.signal(signal.SIGBUS, signal.SIG_DFL)
         with watched(kind, features=Feature.POISON) as w:
             assert w.watcher.poison(w.at(0), PAGE) == PAGE
-            w.memory.read(0, 1)
+            plain_read(w.memory.address)
 
     assert in_child(touch) == -signal.SIGBUS
+
+
+@KINDS
+def test_a_poisoned_page_is_refused_to_who_asks_politely(kind):
+    with watched(kind, features=Feature.POISON) as w:
+        assert w.watcher.poison(w.at(1), PAGE) == PAGE
+        w.watcher.copy(w.at(0), w.source(0), PAGE)
+        toucher = w.touch(lambda: error_of(lambda: w.memory.read(PAGE - 4, 8)))
+        assert toucher.done() == errno.EFAULT
+        assert error_of(lambda: w.memory.write(PAGE, b"x")) == errno.EFAULT
+        assert w.memory.read(PAGE - 4, 4) == b"\1\1\1\1"
+
+
+@KINDS
+def test_who_waits_for_a_page_is_told_when_it_is_poisoned(kind):
+    with watched(kind, features=Feature.POISON) as w:
+        toucher = w.touch(lambda: error_of(lambda: w.memory.read(PAGE, 4)))
+        w.event()
+        assert w.watcher.poison(w.at(1), PAGE) == PAGE
+        assert toucher.done() == errno.EFAULT
+
+
+def error_of(act) -> int:
+    with pytest.raises(KernelError) as caught:
+        act()
+    return caught.value.errno
+
+
+def plain_read(address: int) -> None:
+    """As a vCPU touches memory: by the instruction itself."""
+    ctypes.memmove(ctypes.create_string_buffer(1), address, 1)
 
 
 def test_moved_pages_leave_their_source_missing():

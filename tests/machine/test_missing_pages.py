@@ -71,5 +71,5 @@ def touch_a_poisoned_page() -> None:
     assert watcher.poison(where, PAGE) == PAGE
     machine.resume()
     wait_until(lambda: machine.run_state is RunState.INTERNAL_ERROR, 15)
-    assert "touches a page that is lost (poisoned)" in str(machine.failure)
+    assert f"the page at {ADDRESS:#x} is lost (poisoned)" in str(machine.failure)
     assert watched.events[-1] == "STOP"

@@ -182,6 +182,8 @@ def test_pairs_of_capabilities(both):
             assert answer == expected, pair
 
 
+OURS = {"x-dirty-tracking": "auto", "x-on-loss": "hold"}
+"""Parameters that QEMU does not have, and their defaults."""
 VALUES = [-1, 0, 1, 5, 20, 99, 100, 101, 255, 256, 1000, 1001, 4096, 5000, 10001, 100001,
           2000000, 2000001, 2**32, 2**63, 2**64 - 1, 2**64, 1.5, "x", "none", "zlib", "kvm",
           True, None, [], {}]  # fmt: skip
@@ -189,14 +191,14 @@ VALUES = [-1, 0, 1, 5, 20, 99, 100, 101, 255, 256, 1000, 1001, 4096, 5000, 10001
 
 def test_parameters_accept_and_refuse_the_same(both):
     ours, theirs = both
-    names = [n for n in Parameters().to_qapi() if n != "x-dirty-tracking"]
+    names = [n for n in Parameters().to_qapi() if n not in OURS]
     for name, value in itertools.product(names, VALUES):
         if name == "tls-creds" and isinstance(value, str):
             continue  # refused: we have no TLS
         request = {"execute": "migrate-set-parameters", "arguments": {name: value}}
         assert ours.ask(request) == theirs.ask(request), request
     answer = ours.execute("query-migrate-parameters")["return"]
-    assert answer.pop("x-dirty-tracking") == "auto"
+    assert {name: answer.pop(name) for name in OURS} == OURS
     assert answer == theirs.execute("query-migrate-parameters")["return"]
 
 
@@ -207,12 +209,13 @@ HMP_VALUES = ["nope", "-1", "5", "0x10", "1.5", "1.5M", "0.5k", "300000", "99999
 
 def test_human_parameters(both):
     ours, theirs = both
-    names = [n for n in Parameters().to_qapi() if n not in {"x-dirty-tracking", "tls-creds"}]
+    names = [n for n in Parameters().to_qapi() if n not in {*OURS, "tls-creds"}]
     for name, value in itertools.product([*names, "foo"], HMP_VALUES):
         line = f"migrate_set_parameter {name} {value}"
         assert ours.human(line) == theirs.human(line), line
     lines = ours.human("info migrate_parameters").splitlines()
-    assert lines.pop() == "x-dirty-tracking: auto"
+    assert lines[-len(OURS) :] == [f"{name}: {value}" for name, value in OURS.items()]
+    del lines[-len(OURS) :]
     assert lines == theirs.human("info migrate_parameters").splitlines()
 
 

@@ -97,6 +97,19 @@ def test_quit_is_answered_and_close_flushes(ours, backend, server):
     assert ours.socket.recv(1) == b""
 
 
+def test_quit_is_answered_although_it_closes_the_monitor(ours, backend, server):
+    ours.negotiate()
+    closer = threading.Thread(target=server.close)
+
+    def quit_at_once():
+        closer.start()
+        closer.join(0.3)  # the monitor is closed before the answer is made, unless it waits for it
+
+    backend.machine.quit = quit_at_once
+    assert ours.execute("quit") == {"return": {}}
+    closer.join(DEADLINE_SECONDS)
+
+
 def test_pmemsave(ours, backend, tmp_path):
     backend.machine.ram[5:9] = b"page"
     ours.negotiate()

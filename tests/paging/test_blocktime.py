@@ -76,6 +76,23 @@ def test_two_threads_on_one_page_are_both_let_go():
     assert not time.waiting
 
 
+def test_a_fault_noted_too_late_is_no_sample():
+    """Its page was in place before the fault was read: 0 would be an invention."""
+    time = Blocktime(THREADS)
+    time.fault(page(1), 100, 5 * US)
+    time.withdraw(page(1), 100, 5 * US)
+    time.withdraw(page(1), 100, 5 * US)
+    report = time.report()
+    assert (report.faults, report.vcpu_us, report.p50_us) == (0, (0, 0), 0)
+    assert not time.waiting
+    time.fault(page(2), 100, 10 * US)
+    time.fault(page(2), 101, 20 * US)
+    time.withdraw(page(2), 101, 20 * US)
+    time.placed([page(2)], 30 * US)
+    report = time.report()
+    assert (report.faults, report.vcpu_us, report.overlapped_us) == (1, (20, 0), 0)
+
+
 steps = st.lists(
     st.tuples(
         st.sampled_from(["fault", "placed"]),

@@ -241,6 +241,21 @@ def test_a_fault_that_is_read_late_only_wakes_its_thread(arriving):
     assert not arriving.blocktime.waiting
 
 
+def test_a_fault_whose_page_came_before_it_was_noted_is_no_sample(arriving):
+    """Nobody knows how long its thread has waited; to count it as 0 would be an invention."""
+    arriving.listen()
+    threads = touch(arriving, [4], [])
+    wait_until(lambda: _has_events(arriving.userfaultfd), 20, "a fault")
+    (fault,) = arriving.userfaultfd.read_events()
+    arriving.place([4], 3)
+    pager = Pager(arriving.userfaultfd, arriving.ram, arriving.blocktime, lambda _: None)
+    assert pager._note(fault) is None
+    for thread in threads:
+        thread.join(10)
+    assert arriving.blocktime.report().faults == 0
+    assert not arriving.blocktime.waiting
+
+
 def test_latency_is_the_time_from_fault_to_page(arriving, paging):
     began = time.monotonic_ns()
     threads = touch(arriving, [0], [])

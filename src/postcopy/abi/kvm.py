@@ -244,6 +244,12 @@ class kvm_vcpu_events(ctypes.Structure):
     ]
 
 
+class kvm_signal_mask(ctypes.Structure):
+    """``struct kvm_signal_mask``: the signals blocked during ``KVM_RUN``; the set follows"""
+
+    _fields_ = [("len", ctypes.c_uint32)]
+
+
 class kvm_userspace_memory_region(ctypes.Structure):
     """``struct kvm_userspace_memory_region``"""
 
@@ -350,6 +356,7 @@ KVM_SET_SREGS = iow("KVM_SET_SREGS", KVMIO, 0x84, kvm_sregs)
 KVM_GET_MSRS = iowr("KVM_GET_MSRS", KVMIO, 0x88, kvm_msrs)
 KVM_SET_MSRS = iow("KVM_SET_MSRS", KVMIO, 0x89, kvm_msrs)
 KVM_SET_CPUID2 = iow("KVM_SET_CPUID2", KVMIO, 0x90, kvm_cpuid2)
+KVM_SET_SIGNAL_MASK = iow("KVM_SET_SIGNAL_MASK", KVMIO, 0x8B, kvm_signal_mask)
 KVM_GET_MP_STATE = ior("KVM_GET_MP_STATE", KVMIO, 0x98, kvm_mp_state)
 KVM_SET_MP_STATE = iow("KVM_SET_MP_STATE", KVMIO, 0x99, kvm_mp_state)
 KVM_GET_VCPU_EVENTS = ior("KVM_GET_VCPU_EVENTS", KVMIO, 0x9F, kvm_vcpu_events)

@@ -44,6 +44,8 @@ class EngineService:
         """Serve until the guest's process closes the link; then this process ends."""
         self._link.start()
         self._ended.wait()
+        if isinstance(self._job, Destination):
+            self._job.stop_waiting()  # a Unix socket's file would stay
         # Threads may wait in calls that nothing will end; all that matters outlives us elsewhere.
         os._exit(0)
 

@@ -7,6 +7,7 @@ guest memory, and if the page is missing, whoever is to bring it must be able to
 
 import ctypes
 import errno
+import os
 from typing import Any
 
 from postcopy.abi.ioctl import Argument, Ioctl, PlainIoctl
@@ -35,6 +36,12 @@ _mincore = _declare("mincore", ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, c
 _fallocate = _declare(
     "fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long
 )
+_vm_arguments = (
+    *(ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong),
+    ctypes.c_ulong,
+)
+_process_vm_readv = _declare("process_vm_readv", ctypes.c_ssize_t, *_vm_arguments)
+_process_vm_writev = _declare("process_vm_writev", ctypes.c_ssize_t, *_vm_arguments)
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _byref = ctypes.byref
 
@@ -100,6 +107,31 @@ def madvise(address: int, length_bytes: int, advice: int) -> None:
         if error != errno.EINTR:
             where = f"advice {advice} for [{address:#x}, {address + length_bytes:#x})"
             raise KernelError("madvise", error, where)
+
+
+class _Iovec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+def read_memory(address: int, into: int, length_bytes: int) -> None:
+    """Copy memory of this process that may be missing, or lost, to memory that is not.
+
+    :raises KernelError: ``EFAULT`` at a page that is poisoned; a plain access would end in ``SIGBUS``.
+    """
+    _copy_all("process_vm_readv", _process_vm_readv, into, address, length_bytes)
+
+
+def write_memory(address: int, source: int, length_bytes: int) -> None:
+    """Copy to memory of this process that may be missing, or lost; see :func:`read_memory`."""
+    _copy_all("process_vm_writev", _process_vm_writev, source, address, length_bytes)
+
+
+def _copy_all(name: str, call: Any, local: int, remote: int, length_bytes: int) -> None:
+    done = 0
+    while done < length_bytes:
+        here, there = (_Iovec(at + done, length_bytes - done) for at in (local, remote))
+        copied = call(os.getpid(), _byref(here), 1, _byref(there), 1, 0)
+        done += _checked(name, copied, remote + done, length_bytes - done)
 
 
 def mincore(address: int, length_bytes: int, result_address: int) -> None:

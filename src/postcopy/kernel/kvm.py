@@ -34,6 +34,7 @@ _MAP_SHARED = 1
 _MOST_CPUID_ENTRIES = 256
 _MOST_MSRS = 1024
 _PAGE_BYTES = 4096
+_SIGNAL_SET_BYTES = 8  # the kernel's, not the C library's
 
 Structure = TypeVar("Structure", bound=ctypes.Structure)
 
@@ -48,6 +49,10 @@ class _MsrList(abi.kvm_msr_list):
 
 class _Msrs(abi.kvm_msrs):
     _fields_: ClassVar = [("entries", abi.kvm_msr_entry * _MOST_MSRS)]
+
+
+class _SignalMask(abi.kvm_signal_mask):
+    _fields_: ClassVar = [("signals", ctypes.c_uint8 * _SIGNAL_SET_BYTES)]
 
 
 class Kvm:
@@ -184,6 +189,16 @@ class KvmVcpu:
     def allow_entry(self) -> None:
         """Take :meth:`ask_exit` back."""
         self.run.immediate_exit = 0
+
+    def block_signals_inside(self, numbers: Iterable[int]) -> None:
+        """Set which signals are blocked while in the guest, whatever is blocked outside.
+
+        A signal that is blocked outside alone ends :meth:`enter` and stays pending.
+        """
+        blocked = sum(1 << (number - 1) for number in set(numbers))
+        argument = _SignalMask(len=_SIGNAL_SET_BYTES)
+        argument.signals[:] = blocked.to_bytes(_SIGNAL_SET_BYTES, "little")
+        calls.ioctl(self._fd, abi.KVM_SET_SIGNAL_MASK, argument)
 
     def port_data(self) -> memoryview:
         """After ``Exit.IO``: the bytes that OUT gave, or room for what IN is to find.

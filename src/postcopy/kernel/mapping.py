@@ -66,11 +66,12 @@ class Mapping:
         """Copy bytes out; waits for missing pages without holding the interpreter lock.
 
         :raises ValueError: the range is not inside the mapping, or the mapping is closed.
+        :raises KernelError: ``EFAULT``: a page of it is lost (poisoned).
         """
         address = self._checked(offset, length_bytes)
         # Not ctypes.string_at(): that keeps the lock.
         buffer = ctypes.create_string_buffer(length_bytes)
-        ctypes.memmove(buffer, address, length_bytes)
+        calls.read_memory(address, ctypes.addressof(buffer), length_bytes)
         return buffer.raw
 
     def write(self, offset: int, data: Buffer) -> None:
@@ -78,13 +79,11 @@ class Mapping:
 
         :param data: contiguous, of this process's ordinary memory.
         :raises ValueError: the range is not inside the mapping, or the mapping is closed.
+        :raises KernelError: ``EFAULT``: a page of it is lost (poisoned), or not writable.
         """
-        if isinstance(data, bytes):
-            ctypes.memmove(self._checked(offset, len(data)), data, len(data))
-            return
         source = np.frombuffer(data, np.uint8)
         address = self._checked(offset, source.size)
-        ctypes.memmove(address, source.ctypes.data, source.size)
+        calls.write_memory(address, source.ctypes.data, source.size)
 
     def view(self) -> npt.NDArray[np.uint8]:
         """The whole mapping as an array of bytes.

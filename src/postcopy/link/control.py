@@ -7,16 +7,17 @@ decides what an engine's death means.  The figures are the engine's; it is asked
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from postcopy.channel.address import Address, FdAddress, parse
-from postcopy.errors import EngineDied, HostCannot, PostcopyError, WrongState
+from postcopy.errors import EngineDied, PostcopyError, WrongState
 from postcopy.events import EventBus
-from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.link.engine_process import EnginePool, EngineProcess
-from postcopy.link.guest_service import MISSING_FEATURES, GuestService, OwnedGuest
+from postcopy.link.guest_service import GuestService, OwnedGuest
+from postcopy.link.host import check_poison, check_postcopy
 from postcopy.link.rpc import Link
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.statistics import MigrationInfo
@@ -25,6 +26,7 @@ from postcopy.status import AFTER_SWITCHOVER, ENDED, Progress, Status
 _INFO_TIMEOUT_S = 5
 _MOST_REPLACEMENTS = 5
 """Engines to start, one after the other, when none lives to see the source again."""
+_GONE = "the source is gone for good"
 
 
 class MigrationControl:
@@ -102,7 +104,7 @@ class MigrationControl:
                 raise WrongState("There's a migration process in progress")
             changed = self._capabilities.with_changes(changes, incoming_started=self._listening)
             if changed.enabled(Capability.POSTCOPY_RAM) and self._awaits:
-                _check_host()
+                check_postcopy()
             self._capabilities = changed
             if self._listening:
                 # A note, not a call: the engine may have something to tell that needs this lock.
@@ -127,6 +129,7 @@ class MigrationControl:
                 self._check_can_start()
                 self._is_incoming = False
                 self._error = None
+                self._last = MigrationInfo()  # not the figures of the one before
                 link = self._start_engine()
                 self.progress.move(Status.SETUP)
             try:
@@ -147,6 +150,7 @@ class MigrationControl:
                 link = self._start_engine()
             self._exit_on_error = exit_on_error
             self._error = None
+            self._last = MigrationInfo(incoming=True)
             with _descriptors(address) as fds:
                 self._addresses = tuple(link.call("listen", fds=fds, uri=uri, **self._settings()))
             self._last_uri = _bound_uri(uri, self._addresses)
@@ -200,6 +204,41 @@ class MigrationControl:
             else:
                 self._addresses = tuple(link.call("recover_destination", uri=uri, fds=fds))
             self._last_uri = _bound_uri(uri, self._addresses)
+
+    def lost(self) -> None:
+        """Give up on the source of a paused postcopy, as the parameter ``x-on-loss`` says."""
+        with self._replacing, self._lock:
+            if self.progress.status is not Status.POSTCOPY_PAUSED or not self._is_incoming:
+                raise WrongState(
+                    "x-migrate-lost can only be run when an incoming postcopy is paused"
+                )
+            match self._parameters.x_on_loss:
+                case "poison":
+                    self._poison()
+                case "quit":
+                    self._error = f"{_GONE}, and the guest cannot go on without its pages"
+                    self._end_engine()
+                    with suppress(PostcopyError):  # a vCPU that waits for a page may be unstoppable
+                        check_poison(self._guest)
+                        self._service.poison_missing()
+                    self.progress.move(Status.FAILED)
+                    self._on_incoming_failed(self._error)
+                case _:
+                    raise WrongState(
+                        "x-on-loss is 'hold': the guest waits for its source; set it to 'poison' or "
+                        "'quit' first, if the source is gone for good"
+                    )
+
+    def _poison(self) -> None:
+        """The guest goes on without the pages that will never come, and never reads zeros instead."""
+        check_poison(self._guest)
+        self._end_engine()  # nobody comes back from here
+        lost = self._service.poison_missing()
+        pages = ", ".join(f"{count} pages of block '{name}'" for name, count in lost.items())
+        self._error = f"{_GONE}: {pages} are lost; who touches one of them fails"
+        self._awaits = self._listening = False
+        self._last = MigrationInfo(incoming=True)
+        self.progress.move(Status.FAILED)
 
     def _resume(self, uri: str) -> None:
         """Go on with a paused postcopy at ``uri``."""
@@ -285,10 +324,15 @@ class MigrationControl:
             raise WrongState("There's a migration process in progress")
         if not self._guest.owned:
             raise WrongState("Guest is waiting for an incoming migration")
+        if any(self._service.lost_pages.values()):
+            raise WrongState("pages of this guest are lost, so it cannot move; start it anew")
 
     def _start_engine(self) -> Link:
         engine = self._engines.take()
-        handlers = self._service.handlers() | {"status": self._on_status, "passed": self._on_pass}
+        handlers = self._service.handlers() | {
+            "status": partial(self._on_status, engine),
+            "passed": self._on_pass,
+        }
         self._engine = engine
         return engine.connect(handlers, lambda: self._engine_ended(engine))
 
@@ -303,7 +347,11 @@ class MigrationControl:
         if self._capabilities.enabled(Capability.EVENTS):
             self._events.emit("MIGRATION_PASS", {"pass": number})
 
-    def _on_status(self, status: str, error: str | None, info: dict[str, Any]) -> None:
+    def _on_status(
+        self, engine: EngineProcess, status: str, error: str | None, info: dict[str, Any]
+    ) -> None:
+        if self._engine is not engine:
+            return  # given up, in the moment in which it had something to say
         to = Status(status)
         self._last = MigrationInfo.from_wire(info)
         self._error = error
@@ -398,7 +446,8 @@ class MigrationControl:
     def _replace_engine(self) -> None:
         with self._replacing:
             self._replacements += 1
-            if self._engine is not None or self._replacements > _MOST_REPLACEMENTS:
+            paused = self.progress.status is Status.POSTCOPY_PAUSED
+            if not paused or self._engine is not None or self._replacements > _MOST_REPLACEMENTS:
                 return  # the user was quicker, or they die one after the other
             try:
                 self._adopt_destination(self._last_uri)
@@ -420,14 +469,6 @@ class MigrationControl:
     def _tell(self, status: Status) -> None:
         if self._capabilities.enabled(Capability.EVENTS):
             self._events.emit("MIGRATION", {"status": status.value})
-
-
-def _check_host() -> None:
-    """Refuse postcopy on a host that cannot do it, before anything moves."""
-    try:
-        Userfaultfd.open(MISSING_FEATURES).close()
-    except HostCannot as error:
-        raise HostCannot(f"Postcopy is not supported: {error}", error.cure) from error
 
 
 @contextmanager

@@ -7,7 +7,7 @@ missing, the descriptor kept here is what makes a thread that touches it wait in
 import base64
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from postcopy.abi import mman
 from postcopy.abi.userfaultfd import Feature, RegisterMode
-from postcopy.errors import WrongState
-from postcopy.guest import DeviceState, Guest
+from postcopy.errors import PageExists, WrongState
+from postcopy.guest import DeviceState, Guest, Region
 from postcopy.kernel import calls
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.link.guest_proxy import encode_states
@@ -79,6 +79,7 @@ class GuestService:
         self._writes: Userfaultfd | None = None
         self._missing: Userfaultfd | None = None
         self._page_maps: list[int] = []
+        self.lost_pages: Mapping[str, int] = {}
         self.runs_there = False
         """Whether the destination is known to have taken the guest."""
 
@@ -208,6 +209,27 @@ class GuestService:
                 os.close(fd)
             self._page_maps = []
 
+    def poison_missing(self) -> Mapping[str, int]:
+        """Nothing more will come: make each missing page fail whoever touches it, and stop watching.
+
+        :return: how many pages of each block are lost.
+        :raises KernelError: some pages are not poisoned; the memory is watched on.
+        """
+        with self._lock:
+            watch, page_maps = self._missing, list(self._page_maps)
+        if watch is None:
+            raise WrongState("no page is missing")
+        lost = {}
+        for region, fd in zip(self._guest.regions(), page_maps, strict=True):
+            pages = page_map.PageMap(os.dup(fd), region.size_bytes // region.page_size_bytes)
+            lost[region.name] = sum(
+                _poison(watch, region, first, end) for first, end in runs(pages.missing()).tolist()
+            )
+            pages.close()
+        self.lost_pages = lost
+        self.unwatch_missing()
+        return lost
+
     def _watch(self, features: Feature, mode: RegisterMode) -> Userfaultfd:
         watch = Userfaultfd.open(features)
         try:
@@ -223,3 +245,18 @@ class GuestService:
             for region in self._guest.regions():
                 watch.unregister(region.host_address, region.size_bytes)
             watch.close()
+
+
+def _poison(watch: Userfaultfd, region: Region, first: int, end: int) -> int:
+    """Poison the pages of a run that are still missing; return how many those were."""
+    size = region.page_size_bytes
+    position, stop = (region.host_address + page * size for page in (first, end))
+    poisoned = 0
+    while position < stop:
+        try:
+            done = watch.poison(position, stop - position)
+            poisoned += done
+        except PageExists:
+            done = size  # the engine had placed it, and died before it could say so
+        position += done
+    return poisoned // size

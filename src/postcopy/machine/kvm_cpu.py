@@ -17,6 +17,7 @@ from postcopy.machine.kvm_state import read_kvm_state, with_lost_iopl, write_kvm
 from postcopy.machine.signals import KICK
 
 _RAM_SLOT = 0
+_PAGE_BYTES = 4096
 
 _INTERRUPTED = Exit(ExitReason.INTERRUPTED)
 _SERVED = Exit(ExitReason.SERVED)
@@ -43,7 +44,7 @@ class KvmAccelerator:
         """The vCPU of that number; its CPUID offers what :mod:`~postcopy.machine.cpuid` leaves."""
         vcpu = self._vm.create_vcpu(index)
         vcpu.set_cpuid(cpuid.carried(self._cpuid, index))
-        return KvmCpu(vcpu, ports, cpuid.physical_address_bits(self._cpuid))
+        return KvmCpu(vcpu, self._ram, ports, cpuid.physical_address_bits(self._cpuid))
 
     def start_dirty_log(self) -> None:
         """KVM begins with nothing dirty."""
@@ -71,8 +72,9 @@ class KvmCpu:
     :param address_bits: of a guest physical address, as its CPUID says.
     """
 
-    def __init__(self, vcpu: KvmVcpu, ports: Ports, address_bits: int) -> None:
+    def __init__(self, vcpu: KvmVcpu, ram: Mapping, ports: Ports, address_bits: int) -> None:
         self._vcpu = vcpu
+        self._ram = ram
         self._ports = ports
         self._address_bits = address_bits
         self._thread: int | None = None
@@ -80,13 +82,17 @@ class KvmCpu:
 
     def enter(self) -> Exit:
         """See :meth:`postcopy.machine.cpu.Cpu.enter`."""
-        self._thread = threading.get_ident()
+        if self._thread != threading.get_ident():
+            self._thread = threading.get_ident()
+            # SIGBUS, which a poisoned page gives, ends KVM_RUN and waits to be looked at.
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGBUS})
+            self._vcpu.block_signals_inside(blocked - {signal.SIGBUS})
         try:
             reason = self._vcpu.enter()
         except KernelError as error:
             return Exit(ExitReason.FAILED, str(error))
         if reason is abi.Exit.INTR:
-            return _INTERRUPTED
+            return self._at_a_lost_page() or _INTERRUPTED
         if reason is abi.Exit.IO:
             self._serve_port()
             return _SERVED
@@ -121,6 +127,17 @@ class KvmCpu:
     def close(self) -> None:
         """The vCPU's thread must have ended."""
         self._vcpu.close()
+
+    def _at_a_lost_page(self) -> Exit | None:
+        found = signal.sigtimedwait({signal.SIGBUS}, 0)
+        if found is None:
+            return None
+        # The union of siginfo_t has the address where a signal of a process has its sender.
+        address = (found.si_uid & 0xFFFFFFFF) << 32 | (found.si_pid & 0xFFFFFFFF)
+        where = (address - self._ram.address) & -_PAGE_BYTES
+        if not 0 <= where < self._ram.length:
+            return Exit(ExitReason.FAILED, f"SIGBUS at {address:#x}, which is no guest memory")
+        return Exit(ExitReason.FAILED, f"the page at {where:#x} is lost (poisoned)")
 
     def _serve_port(self) -> None:
         access = self._vcpu.run.io

@@ -11,7 +11,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from postcopy.errors import GuestError, Refused, StreamError, WrongState
+from postcopy.errors import GuestError, KernelError, Refused, StreamError, WrongState
 from postcopy.guest import DeviceState, Region, VcpuThread
 from postcopy.kernel import memfd
 from postcopy.kernel.mapping import Buffer, Mapping
@@ -229,9 +229,14 @@ class Machine:
         """Copy guest memory out; waits for missing pages without the interpreter lock.
 
         :raises Refused: some of it is not RAM.
+        :raises GuestError: a page of it is lost.
         """
         self._check_ram(address, length)
-        return self._ram.read(address, length)
+        try:
+            return self._ram.read(address, length)
+        except KernelError as error:
+            where = f"[{address:#x}, {address + length:#x})"
+            raise GuestError(f"a page of {where} is lost (poisoned): {error}") from error
 
     def write_memory(self, address: int, data: Buffer) -> None:
         """Copy into guest memory; see :meth:`read_memory`."""

@@ -134,6 +134,13 @@ class MigrationControl(Protocol):
         :raises WrongState: no incoming postcopy is paused.
         """
 
+    def lost(self) -> None:
+        """Give up on the source of a paused postcopy, as the parameter ``x-on-loss`` says.
+
+        :raises WrongState: no incoming postcopy is paused, or the parameter says ``hold``.
+        :raises HostCannot: this host, or this guest's accelerator, cannot poison pages.
+        """
+
     def info(self) -> MigrationInfo:
         """How it stands."""
 

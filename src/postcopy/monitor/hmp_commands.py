@@ -218,6 +218,10 @@ _TABLE = (
     HmpCommand("quit|q", _quit, "end this process"),
     HmpCommand("stop|s", lambda c, _: c.backend.machine.stop(), "stop the guest"),
     HmpCommand(
+        "x_migrate_lost", lambda c, _: c.backend.migration.lost(),
+        "the source is gone for good: do what the parameter x-on-loss says",
+    ),
+    HmpCommand(
         "xp", _xp, "show guest physical memory at ADDR",
         (Argument("fmt", dump_format), _ADDRESS), usage="/fmt addr",
     ),

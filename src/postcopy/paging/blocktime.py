@@ -139,6 +139,12 @@ class Blocktime:
             if self._blocked_vcpus == len(self._vcpus):
                 self._all_blocked_since_ns = now_ns
 
+    def _unblock(self, vcpu: _Vcpu) -> None:
+        """Let a vCPU go without counting for how long it was blocked."""
+        vcpu.blocked -= 1
+        if vcpu.blocked == 0:
+            self._blocked_vcpus -= 1
+
     def _end(self, waiter: _Waiter, now_ns: int) -> None:
         latency_ns = max(0, now_ns - waiter.since_ns)
         self._samples_ns.append(latency_ns)

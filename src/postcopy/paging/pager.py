@@ -89,6 +89,6 @@ class Pager:
             return block, page
         if paged.pages.is_received(page):
             # Placed between the fault and our reading of it.
-            self._blocktime.placed((key,), now_ns)
+            self._blocktime.withdraw(key, fault.thread_id, now_ns)
             self._show(block, page)
         return None

@@ -1,0 +1,90 @@
+"""Both sides of a postcopy that broke are brought together again."""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any, Final
+
+from postcopy.client import addresses
+from postcopy.client.connection import Connection
+from postcopy.client.standing import standing
+from postcopy.errors import Refused
+from postcopy.status import Status
+
+_PAUSE_TIMEOUT_S: Final = 10.0
+_POLL_S: Final = 0.01
+_LISTENS_ALREADY: Final = "triggered already"  # QEMU's words
+_BREAKABLE: Final = frozenset({Status.POSTCOPY_ACTIVE, Status.POSTCOPY_RECOVER})
+
+
+async def bring_together(
+    source: Connection, destination: Connection, uri: str | None = None
+) -> None:
+    """Have the destination listen and the source go on; returns when the source has begun to.
+
+    A side that has not noticed the break yet is told to.
+
+    :param uri: where to meet; None: at a free TCP port of the destination's host.
+    :raises Refused: nothing is to be recovered here, or one side refuses; nothing has changed.
+    :raises ChannelBroken: a monitor is gone.
+    """
+    if uri is not None and uri.partition(":")[0] not in {"tcp", "unix"}:
+        raise Refused(f"cannot meet at '{uri}'; give tcp:HOST:PORT or unix:PATH")
+    await _check_broken(source, destination)
+    for side in (source, destination):
+        await _pause(side)
+    where = uri or _free_port(destination.address)
+    try:
+        await destination.execute("migrate-recover", {"uri": where})
+    except Refused as error:
+        if _LISTENS_ALREADY not in str(error):
+            raise
+    met = address_of(await destination.execute("query-migrate"), where)
+    await source.execute("migrate", {"uri": met, "resume": True})
+
+
+def address_of(info: Mapping[str, Any], asked: str) -> str:
+    """Where a destination listens: the port is the kernel's choice if 0 was asked for."""
+    found = next(iter(info.get("socket-address", ())), None)
+    if found is None or not asked.endswith(":0"):
+        return asked
+    host = f"[{found['host']}]" if ":" in found["host"] else found["host"]
+    return f"tcp:{host}:{found['port']}"
+
+
+async def _check_broken(source: Connection, destination: Connection) -> None:
+    """At least one side must be paused, and the other be in the same migration."""
+    found = [await _status(source), await _status(destination)]
+    if Status.POSTCOPY_PAUSED in found and all(
+        status in _BREAKABLE or status is Status.POSTCOPY_PAUSED for status in found
+    ):
+        return
+    whose = zip(("source", "destination"), found, (source, destination), strict=True)
+    told = []
+    for name, status, side in whose:
+        state = (await side.execute("query-status"))["status"]
+        meaning = standing(status, state, incoming=name == "destination").meaning
+        told.append(f"the {name} is {status.value}: {meaning}")
+    raise Refused(f"there is no broken postcopy to recover; {'; '.join(told)}")
+
+
+async def _pause(side: Connection) -> None:
+    if await _status(side) is Status.POSTCOPY_PAUSED:
+        return
+    await side.execute("migrate-pause")
+    try:
+        async with asyncio.timeout(_PAUSE_TIMEOUT_S):
+            while await _status(side) is not Status.POSTCOPY_PAUSED:
+                await asyncio.sleep(_POLL_S)
+    except TimeoutError:
+        text = f"{side.address} does not pause within {_PAUSE_TIMEOUT_S:g} s; try again"
+        raise Refused(text) from None
+
+
+async def _status(side: Connection) -> Status:
+    return Status((await side.execute("query-migrate")).get("status", "none"))
+
+
+def _free_port(qmp: str) -> str:
+    where = addresses.parse(qmp)
+    host = "127.0.0.1" if isinstance(where, str) else where[0]
+    return f"tcp:[{host}]:0" if ":" in host else f"tcp:{host}:0"

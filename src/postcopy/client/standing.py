@@ -1,0 +1,158 @@
+"""Where a migration stands, in plain words: one table for each side, and nothing else.
+
+Every status has a row on either side.  ``{source}`` and ``{destination}`` stand for QMP addresses,
+which whoever prints a row fills in.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from postcopy.status import Status
+
+HERE: Final = "here"
+THERE: Final = "at the other side"
+NOBODY: Final = "nowhere until it is recovered or taken back"
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """One side of a migration.
+
+    :ivar meaning: what is going on.
+    :ivar owner: who may run the guest, seen from this side.
+    :ivar waits_for: what has to happen next; empty when nothing has.
+    :ivar next: what to type; empty when there is nothing to do.
+    """
+
+    meaning: str
+    owner: str
+    waits_for: str = ""
+    next: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON can carry it."""
+        return asdict(self)
+
+
+S = Status
+_RECOVER: Final = "postcopy recover --from {source} --to {destination}"
+_STATUS: Final = "postcopy status --from {source} --to {destination}"
+_NEVER: Final = Standing("a status that postcopy never enters", HERE, "", _STATUS)
+
+SOURCE: Final[dict[Status, Standing]] = {
+    S.NONE: Standing(
+        "no migration has begun", HERE, "", "postcopy migrate --from {source} --to {destination} URI"
+    ),
+    S.SETUP: Standing("it is connecting to the destination", HERE, "the destination to answer"),
+    S.WAIT_UNPLUG: _NEVER,
+    S.ACTIVE: Standing(
+        "precopy: memory is sent while the guest runs", HERE,
+        "little enough memory to be left, or a switch to postcopy",
+    ),
+    S.PRE_SWITCHOVER: Standing(
+        "the guest is stopped, and the switchover waits for you", HERE,
+        "somebody to let it go on",
+        "migrate_continue pre-switchover   (at the source's monitor)",
+    ),
+    S.DEVICE: Standing(
+        "switchover: the guest is stopped and its devices are sent", HERE, "the destination to take over"
+    ),
+    S.POSTCOPY_ACTIVE: Standing(
+        "postcopy: the guest runs at the destination, its last pages follow", THERE,
+        "the last page to be sent",
+    ),
+    S.POSTCOPY_PAUSED: Standing(
+        "postcopy is broken: this side keeps every page that the destination lacks", THERE,
+        "somebody to recover it; this process must not end", _RECOVER,
+    ),
+    S.POSTCOPY_RECOVER_SETUP: Standing(
+        "recovery: it is connecting to the destination again", THERE, "the destination to answer"
+    ),
+    S.POSTCOPY_RECOVER: Standing(
+        "recovery: both sides agree on which pages are missing", THERE,
+        "the destination to say what it has",
+    ),
+    S.COMPLETED: Standing(
+        "the guest has moved away", THERE, "", "quit   (at the source's monitor: nothing needs it)"
+    ),
+    S.CANCELLING: Standing("the migration is being cancelled", HERE, "the connection to end"),
+    S.CANCELLED: Standing(
+        "the migration was cancelled; the guest is where it was", HERE, "",
+        "postcopy migrate --from {source} --to {destination} URI",
+    ),
+    S.FAILED: Standing(
+        "the migration failed; the guest is where it was", HERE, "",
+        "postcopy migrate --from {source} --to {destination} URI",
+    ),
+    S.COLO: _NEVER,
+}  # fmt: skip
+"""What a status means at the side that has the guest at first."""
+
+DESTINATION: Final[dict[Status, Standing]] = {
+    S.NONE: Standing(
+        "no guest is expected yet", THERE, "somebody to say where to listen",
+        "postcopy migrate --from {source} --to {destination} URI",
+    ),
+    S.SETUP: Standing(
+        "it listens for a guest", THERE, "the source to connect",
+        "postcopy migrate --from {source} --to {destination} URI",
+    ),
+    S.WAIT_UNPLUG: _NEVER,
+    S.ACTIVE: Standing("a guest's memory is arriving", THERE, "the source to switch over"),
+    S.PRE_SWITCHOVER: _NEVER,
+    S.DEVICE: Standing("the guest's devices are arriving", THERE, "the devices to be loaded"),
+    S.POSTCOPY_ACTIVE: Standing(
+        "postcopy: the guest runs here, its last pages are arriving", HERE, "the last page"
+    ),
+    S.POSTCOPY_PAUSED: Standing(
+        "postcopy is broken: the guest runs here, and stops where it touches a page that has not come",
+        HERE, "somebody to recover it; neither process must end", _RECOVER,
+    ),
+    S.POSTCOPY_RECOVER_SETUP: Standing("recovery: it is being prepared", HERE, "the source to connect"),
+    S.POSTCOPY_RECOVER: Standing(
+        "recovery: both sides agree on which pages are missing", HERE, "the source to go on"
+    ),
+    S.COMPLETED: Standing("the guest has arrived, whole", HERE),
+    S.CANCELLING: _NEVER,
+    S.CANCELLED: Standing(
+        "the migration was cancelled at its source", THERE, "",
+        "postcopy migrate --from {source} --to {destination} URI",
+    ),
+    S.FAILED: Standing(
+        "no guest came, or it came and some of its pages never will", THERE, "",
+        "quit   (at the destination's monitor, and start it again)",
+    ),
+    S.COLO: _NEVER,
+}  # fmt: skip
+"""What a status means at the side that the guest goes to."""
+
+LOST: Final = Standing(
+    "the guest runs here without the pages that were lost with its source; who touches one fails",
+    HERE, "", "save what you can from inside the guest, and start it anew",
+)  # fmt: skip
+"""A destination that has failed and yet runs the guest: ``x-migrate-lost``."""
+
+UNCERTAIN: Final = Standing(
+    "the link broke in the moment of the switchover: the guest is stopped here, and the destination may "
+    "be running it", NOBODY, "somebody to look at the destination",
+    "cont   (at the source's monitor, only if the destination does not run the guest)",
+)  # fmt: skip
+"""A source that has failed and may not run the guest."""
+
+
+def standing(status: Status, run_state: str, *, incoming: bool) -> Standing:
+    """The row for one side.
+
+    :param run_state: of its machine, as ``query-status`` says.
+    """
+    if status is Status.FAILED:
+        if incoming and run_state != "inmigrate":
+            return LOST
+        if not incoming and run_state in {"finish-migrate", "postmigrate"}:
+            return UNCERTAIN
+    return (DESTINATION if incoming else SOURCE)[status]
+
+
+def how_to_recover(source: str, destination: str | None) -> str:
+    """The command that recovers a broken postcopy between these QMP addresses."""
+    return _RECOVER.format(source=source, destination=destination or "QMP-ADDRESS")

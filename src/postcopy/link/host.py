@@ -1,0 +1,25 @@
+"""What this host can do for a guest, asked before anything moves."""
+
+from postcopy.abi.userfaultfd import Feature
+from postcopy.errors import HostCannot
+from postcopy.kernel.userfaultfd import Userfaultfd
+from postcopy.link.guest_service import MISSING_FEATURES, OwnedGuest
+
+
+def check_poison(guest: OwnedGuest) -> None:
+    """Refuse what would leave the guest half-way."""
+    cure = "set x-on-loss to 'quit', or wait for the source with 'hold'"
+    if guest.accelerator_name != "kvm":
+        raise HostCannot("a software CPU cannot be stopped at a page that is lost", cure)
+    try:
+        Userfaultfd.open(Feature.POISON).close()
+    except HostCannot as error:
+        raise HostCannot(f"pages cannot be poisoned: {error}", cure) from error
+
+
+def check_postcopy() -> None:
+    """Refuse postcopy on a host that cannot do it, before anything moves."""
+    try:
+        Userfaultfd.open(MISSING_FEATURES).close()
+    except HostCannot as error:
+        raise HostCannot(f"Postcopy is not supported: {error}", error.cure) from error

@@ -1,0 +1,43 @@
+"""The migration subsystem of a guest's process: what it says between two migrations, what it leaves."""
+
+import pytest
+
+from fakes.pair import NEVER_ENDS, Journey, Side, idle
+from fakes.waiting import wait_until
+from postcopy.machine.config import MachineConfig
+from postcopy.status import Status
+
+pytestmark = pytest.mark.kvm
+
+
+def test_a_migration_that_begins_does_not_show_the_last_ones_figures():
+    with Journey(idle(), parameters=NEVER_ENDS | {"max-bandwidth": 1 << 20}) as trip:
+        trip.migrate()
+        wait_until(lambda: (ram := trip.source.control.info().ram) and ram.transferred, 20, "sent")
+        trip.source.control.cancel()
+        trip.source.wait(Status.CANCELLED)
+        assert trip.source.control.info().ram is not None
+        told = []
+
+        def look(_event):
+            if trip.source.status is Status.SETUP:
+                told.append(trip.source.control.info())
+
+        trip.source.bus.subscribe(look)
+        trip.new_destination()
+        trip.migrate()
+        trip.source.wait(Status.ACTIVE)
+    assert told
+    assert [info.ram for info in told] == [None] * len(told)
+    assert {info.total_time_ms for info in told} <= {None, 0}
+
+
+def test_a_destination_that_is_left_takes_its_socket_with_it(tmp_path):
+    path = tmp_path / "socket"
+    side = Side(MachineConfig(8 << 20, accel="kvm"), incoming=True)
+    try:
+        side.listen(f"unix:{path}")
+        assert path.is_socket()
+    finally:
+        side.close()
+    wait_until(lambda: not path.exists(), 10, "the socket's file is gone")
