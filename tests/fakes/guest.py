@@ -2,7 +2,6 @@
 
 import os
 
-from postcopy.abi.userfaultfd import RegisterMode
 from postcopy.channel.address import FdAddress
 from postcopy.channel.listen import Listener
 from postcopy.destination.destination import Destination
@@ -11,7 +10,7 @@ from postcopy.guest import Region, VcpuThread
 from postcopy.kernel import memfd
 from postcopy.kernel.mapping import Mapping
 from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.link.guest_service import MISSING_FEATURES
+from postcopy.link.guest_service import MISSING_FEATURES, MISSING_MODE
 from postcopy.machine.device_formats import FORMATS
 from postcopy.memory import page_map
 from postcopy.paging.ram import PagedRam
@@ -68,8 +67,14 @@ class FakeGuest:
 
     def watch_missing(self):
         self._missing = Userfaultfd.open(MISSING_FEATURES)
-        self._missing.register(self._mapping.address, self._size, RegisterMode.MISSING)
+        self._missing.register(self._mapping.address, self._size, MISSING_MODE)
         return Userfaultfd.from_fd(os.dup(self._missing.fd))
+
+    def populate(self, block, offset, length_bytes):
+        pass
+
+    def unmap_missing(self):
+        self._mapping.discard(0, self._size)
 
     def unwatch_missing(self):
         if self._missing is not None:
@@ -85,7 +90,7 @@ class LocalDestination:
         self.guest = FakeGuest(memory_bytes)
         self.statuses: list[Status] = []
         ram = self.guest.paged_ram()
-        populating = Populating(ram, 0)
+        populating = Populating(self.guest, ram, 0)
         populating.start()
         self.job = Destination(
             self.guest,

@@ -71,7 +71,7 @@ def test_a_page_goes_its_way(pages):
     assert pages.states[7:10].tolist() == [RECEIVED, MISSING, MISSING]
     pages.request(9)
     assert pages.states[9] == REQUESTED
-    pages.forget_requests()
+    pages.adopt(np.zeros(len(pages.states), np.bool_))
     assert pages.request(9)
 
 

@@ -90,10 +90,9 @@ def test_under_the_guests_eyes_the_first_copy_stays(arriving):
 @pytest.mark.parametrize("there", [[0], [7], [3, 4], [0, 2, 4, 6], list(range(8))])
 @pytest.mark.parametrize("zeros", [False, True])
 def test_a_run_with_pages_that_exist(arriving, there, zeros):
-    """The map has been forgotten: the kernel itself knows what is there."""
+    """What has been received stays, wherever in a run it is."""
     arriving.listen()
     arriving.place(there, 1)
-    arriving.paged.pages.forget(0, 8)
     run = list(range(8))
     if zeros:
         arriving.placement.zeros(RAM, offsets(run))
@@ -102,6 +101,28 @@ def test_a_run_with_pages_that_exist(arriving, there, zeros):
     late = 0 if zeros else 2
     assert [arriving.page(n)[0] for n in run] == [1 if n in there else late for n in run]
     assert arriving.received() == run
+
+
+def test_a_page_that_was_discarded_does_not_come_back_by_itself(arriving):
+    arriving.place([3], 9)
+    arriving.paged.pages.forget(3, 4)
+    arriving.placement.discarded()
+    arriving.placement.zeros(RAM, offsets([3]))
+    assert not any(arriving.page(3))
+
+
+def test_an_engine_that_died_while_placing(arriving):
+    """What the guest could see may have been written to: it counts as received; the rest comes again."""
+    pages = arriving.paged.pages
+    assert pages.claim(np.array([1, 2])).all()
+    assert not pages.claim(np.array([1])).any()
+    pages.request(5)
+    pages.receive(np.array([7]))
+    mapped = np.zeros(len(pages.states), np.bool_)
+    mapped[[2, 7]] = True
+    pages.adopt(mapped)
+    assert arriving.received() == [2, 7]
+    assert pages.request(5)
 
 
 def test_more_pages_than_are_staged_at_once(arriving):

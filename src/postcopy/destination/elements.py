@@ -146,13 +146,14 @@ class Elements:
                 f"(s={advise.target_page_bytes} d={TARGET_PAGE_BYTES})"
             )
         self.advised = True
-        self._postcopy.prepare()
+        self._placement.advise(self._postcopy.prepare())
         reached("destination.advised")
 
     def _discard(self, command: records.RamDiscard) -> None:
         if not self.advised or self._postcopy.listening:
             raise StreamError("CMD_POSTCOPY_RAM_DISCARD in wrong postcopy state (0)")
         discard(self._ram, command.block, command.ranges)
+        self._placement.discarded()
 
     def _package(self, package: records.Package) -> None:
         if not self.advised:

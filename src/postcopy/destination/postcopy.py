@@ -60,9 +60,15 @@ class Postcopy:
         self.failure: PostcopyError | None = None
         self.listening = False
 
-    def prepare(self) -> None:
-        """Register the memory (ADVISE): if this host cannot do postcopy, it is said now."""
+    def prepare(self) -> Userfaultfd:
+        """Register the memory (ADVISE): if this host cannot do postcopy, it is said now.
+
+        Nothing has been received, so nothing stays mapped in the guest; that takes time which would
+        be the guest's at the switch.
+        """
         self._userfaultfd = self._guest.watch_missing()
+        self._guest.unmap_missing()
+        return self._userfaultfd
 
     def take_package(self, decoder: Decoder, data: bytes) -> Userfaultfd:
         """Listen, and begin to load what the package holds.

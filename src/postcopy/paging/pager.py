@@ -7,12 +7,13 @@ A page is asked for once, however many threads fault on it.  A fault that is rea
 has just been placed (the message was queued before) only wakes its thread again.
 """
 
+import errno
 import os
 import select
 import time
 from collections.abc import Callable, Sequence
 
-from postcopy.errors import PageExists
+from postcopy.errors import KernelError, PageExists
 from postcopy.kernel.faults import Pagefault
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.memory.ram_block import RamBlock
@@ -68,11 +69,19 @@ class Pager:
 
     def _show(self, block: RamBlock, page: int) -> None:
         """Map a page that has been received where the guest's process has not mapped it yet."""
-        address = block.host_address + page * block.page_size_bytes
+        size = block.page_size_bytes
+        address = block.host_address + page * size
         try:
-            self._userfaultfd.map_existing(address, block.page_size_bytes)
+            self._userfaultfd.map_existing(address, size)
         except PageExists:
-            self._userfaultfd.wake(address, block.page_size_bytes)
+            self._userfaultfd.wake(address, size)
+        except KernelError as error:
+            if error.errno != errno.EFAULT:
+                raise
+            # A zero page that was received as such, and has no memory behind it yet.
+            per_page = block.target_pages_per_page
+            block.pages[page * per_page : (page + 1) * per_page] = 0
+            self._userfaultfd.map_existing(address, size)
 
     def _note(self, fault: Pagefault) -> Request | None:
         """Take one fault into the books; return the page to ask for, if nobody has yet."""

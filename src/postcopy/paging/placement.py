@@ -31,12 +31,23 @@ class Placement:
         self._ram = ram
         self._blocktime = blocktime
         self._userfaultfd: Userfaultfd | None = None
+        self._listening = False
+        self._discarded = False
         # The host page being put together from target pages: a huge page comes in 512 pieces.
         self._partial: tuple[str, int, npt.NDArray[np.uint8], int] | None = None
+
+    def advise(self, userfaultfd: Userfaultfd) -> None:
+        """Postcopy may follow, and nothing is mapped in the guest: map what is received as it comes."""
+        self._userfaultfd = userfaultfd
 
     def listen(self, userfaultfd: Userfaultfd) -> None:
         """From now on pages are placed under the guest's eyes."""
         self._userfaultfd = userfaultfd
+        self._listening = True
+
+    def discarded(self) -> None:
+        """Pages have been forgotten; what they held is still in memory."""
+        self._discarded = True
 
     def forget_halves(self) -> None:
         """Drop the pieces of a huge page that has not come whole: another connection begins."""
@@ -52,7 +63,7 @@ class Placement:
         """
         paged = self._ram[name]
         target = (offsets // TARGET_PAGE_BYTES).astype(np.int64)
-        if self._userfaultfd is None:
+        if not self._listening:
             self._write(paged, target, data)
         elif paged.block.target_pages_per_page > 1:
             for page, content in zip(target.tolist(), data, strict=True):
@@ -64,7 +75,7 @@ class Placement:
         """Place target pages that are all zero."""
         paged = self._ram[name]
         target = (offsets // TARGET_PAGE_BYTES).astype(np.int64)
-        if self._userfaultfd is None:
+        if not self._listening:
             self._write_zeros(paged, target)
         elif paged.block.target_pages_per_page > 1:
             for page in target.tolist():
@@ -74,23 +85,28 @@ class Placement:
 
     # --- before the guest runs
 
-    @staticmethod
-    def _write(paged: Paged, target: Indices, data: npt.NDArray[np.uint8]) -> None:
+    def _write(self, paged: Paged, target: Indices, data: npt.NDArray[np.uint8]) -> None:
         pages = paged.block.pages
         first, last = int(target[0]), int(target[-1])
         if last - first + 1 == len(target) and (len(target) == 1 or (np.diff(target) == 1).all()):
             pages[first : last + 1] = data
         else:
             pages[target] = data
-        paged.pages.receive(target // paged.block.target_pages_per_page)
+        self._receive(paged, target // paged.block.target_pages_per_page)
 
-    @staticmethod
-    def _write_zeros(paged: Paged, target: Indices) -> None:
+    def _write_zeros(self, paged: Paged, target: Indices) -> None:
         # Memory that has received nothing yet reads as zeros as it is.
         host = target // paged.block.target_pages_per_page
-        stale = target[paged.pages.states[host] == RECEIVED]
+        stale = target if self._discarded else target[paged.pages.states[host] == RECEIVED]
         if len(stale):
             paged.block.pages[stale] = 0
+        paged.pages.receive(host)
+
+    def _receive(self, paged: Paged, host: Indices) -> None:
+        if self._userfaultfd is not None and paged.block.target_pages_per_page == 1:
+            fresh = host[paged.pages.states[host] != RECEIVED]
+            for start, end in index_runs(fresh).tolist():
+                self._show(paged, int(fresh[start]), end - start)
         paged.pages.receive(host)
 
     # --- under userfaultfd
@@ -107,7 +123,13 @@ class Placement:
             self._map(paged, first, end - start)
 
     def _map(self, paged: Paged, page: int, count: int) -> None:
-        """Show ``count`` pages from ``page`` on (of the block's own size) to the guest."""
+        """Show pages to the guest, and note that they have come."""
+        self._show(paged, page, count)
+        paged.pages.receive(slice(page, page + count))
+        self._wake_books(paged.block.name, page, page + count)
+
+    def _show(self, paged: Paged, page: int, count: int) -> None:
+        """Map ``count`` pages from ``page`` on (of the block's own size) in the guest."""
         assert self._userfaultfd is not None
         block = paged.block
         size = block.page_size_bytes
@@ -119,8 +141,6 @@ class Placement:
             except PageExists:
                 mapped = size
             done += mapped // size
-        paged.pages.receive(slice(page, page + count))
-        self._wake_books(block.name, page, page + count)
 
     def _wake_books(self, name: str, start: int, end: int) -> None:
         if not self._blocktime.waiting:

@@ -10,7 +10,7 @@ import numpy as np
 
 from postcopy.dirty.tracker import DirtyTracker
 from postcopy.memory.ram_block import RamBlock
-from postcopy.memory.runs import Mask
+from postcopy.memory.runs import Indices, Mask, index_runs
 
 CHUNK_BYTES = 64 << 20
 """How much memory is protected, and then sent, at a time."""
@@ -27,6 +27,18 @@ class BlockPages:
         self.pending: Mask = np.ones(block.page_count, np.bool_)
         self.has_data: Mask = np.zeros(block.page_count, np.bool_)
         """Pages known to have memory behind them; the others were holes when last looked at."""
+
+    def look_for_data(self, batch: Indices) -> Mask:
+        """Tell which pages of a batch have memory behind them now; the others are zero.
+
+        A page must be protected, or the guest stopped, before its last look.
+        """
+        has_data = self.has_data[batch]
+        unknown = batch[~has_data]
+        for start, end in index_runs(unknown).tolist():
+            first, last = int(unknown[start]), int(unknown[end - 1]) + 1
+            self.has_data[first:last] = self.block.has_data(first, last)
+        return has_data if not len(unknown) else self.has_data[batch]
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """First and end page of each chunk."""
@@ -55,8 +67,6 @@ class DirtyPages:
         found_bytes = int(np.count_nonzero(written)) * pages.block.page_size_bytes
         self._expected_bytes = max(0, self._expected_bytes - found_bytes)
         pages.pending[start:end] |= written
-        # After protecting: a hole that gets memory from now on counts as written next time.
-        self._look_for_data(pages, start, end)
 
     def estimate_bytes(self) -> int:
         """Bytes that would be left to send if the guest stopped now; protects nothing."""
@@ -82,17 +92,12 @@ class DirtyPages:
         """Stop tracking."""
         self._tracker.stop()
 
-    @staticmethod
-    def _look_for_data(pages: BlockPages, start: int, end: int) -> None:
-        known, pending = pages.has_data[start:end], pages.pending[start:end]
-        if (pending & ~known).any():
-            known |= pages.block.has_data(start, end)
-
     def _count(self, pages: BlockPages, *, add: bool) -> int:
         block = pages.block
+        if pages.pending.all():
+            return block.size_bytes
         written = self._tracker.collect(block, 0, block.page_count, protect=False)
         if add:
             pages.pending |= written
-            self._look_for_data(pages, 0, block.page_count)
             return int(np.count_nonzero(pages.pending)) * block.page_size_bytes
         return int(np.count_nonzero(pages.pending | written)) * block.page_size_bytes

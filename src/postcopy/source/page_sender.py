@@ -46,11 +46,12 @@ class PageSender:
         """
         per_page = pages.block.target_pages_per_page
         if per_page == 1:
-            return self._send_target(pages, batch, pages.has_data[batch])
+            return self._send_target(pages, batch, pages.look_for_data(batch))
         sent_bytes = 0
+        has_data_of = dict(zip(batch.tolist(), pages.look_for_data(batch).tolist(), strict=True))
         for page in batch.tolist():
             target = np.arange(page * per_page, (page + 1) * per_page)
-            has_data = np.full(per_page, pages.has_data[page])
+            has_data = np.full(per_page, has_data_of[page])
             for first in range(0, per_page, BATCH_PAGES):
                 part = slice(first, first + BATCH_PAGES)
                 sent_bytes += self._send_target(pages, target[part], has_data[part])

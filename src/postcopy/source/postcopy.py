@@ -6,6 +6,7 @@ sender's lock; an urgent page gets it before the next batch of the push.
 """
 
 import threading
+import time
 
 import numpy as np
 
@@ -17,17 +18,20 @@ from postcopy.source.page_sender import PageSender
 from postcopy.stream.commands import encode_command
 from postcopy.stream.records import Ping
 
-PUSH_BYTES = 128 << 10
+PUSH_BYTES = 256 << 10
 """Data in a batch of the push: what an urgent page may find itself behind in the sender."""
 
 _MOST_TOGETHER = 16
 """Holes take nine bytes each: a batch may have so many times more pages, if the others are holes."""
 
-WINDOW_BYTES = 768 << 10
+WINDOW_BYTES = 4096 << 10
 """What it may find itself behind on the wire; see docs/decisions."""
 
-PING_BYTES = 256 << 10
+PING_BYTES = 1024 << 10
 """How much is pushed between two pings: each costs both sides a wake-up."""
+
+BEGIN_S, QUIET_S = 0.05, 0.005
+"""How long the guest may have the channel to itself at first, and when it is taken to have begun."""
 
 
 class PostcopyPush:
@@ -52,12 +56,11 @@ class PostcopyPush:
 
     def run(self) -> None:
         """Push until nothing is pending."""
+        self._let_guest_begin()
         while True:
             with self._lock:
-                batch = self._next_batch()
-                if batch is None:
+                if not self._push_batch():
                     return
-                self._send(*batch)
             self._let_urgent_by()
             self.window.wait()
             self._sender.pace(self._interrupt)
@@ -82,10 +85,35 @@ class PostcopyPush:
                 self._urgent -= 1
                 self._urgent_done.notify_all()
 
+    def _let_guest_begin(self) -> None:
+        """Push one batch, then hold back while the guest asks for its first pages.
+
+        It needs them one after the other (page tables, code, stack), and until it has them it stands
+        still: behind the push each would cost it milliseconds.  Many of them lie at the beginning of
+        memory; and where KVM walks the guest's page tables itself, a vCPU that waits for one of these
+        cannot even be stopped.
+        """
+        with self._lock:
+            self._push_batch()
+        deadline = time.monotonic() + BEGIN_S
+        with self._urgent_done:
+            while (left_s := deadline - time.monotonic()) > 0:
+                before = self._counters.requests
+                self._urgent_done.wait(min(left_s, QUIET_S))
+                if self._counters.requests == before:
+                    return
+
     def _let_urgent_by(self) -> None:
         """A lock is not fair: without this, the push would take it back before anybody else."""
         with self._urgent_done:
             self._urgent_done.wait_for(lambda: not self._urgent)
+
+    def _push_batch(self) -> bool:
+        """Send the next batch, under the lock; return whether there was one."""
+        batch = self._next_batch()
+        if batch is not None:
+            self._send(*batch)
+        return batch is not None
 
     def _send(self, pages: BlockPages, batch: Indices) -> None:
         pages.pending[batch] = False
@@ -104,7 +132,7 @@ class PostcopyPush:
             limit = max(1, PUSH_BYTES // pages.block.page_size_bytes)
             batch = next_set(pages.pending, page if step == 0 else 0, limit * _MOST_TOGETHER)
             if len(batch):
-                batch = batch[np.cumsum(pages.has_data[batch]) <= limit]
+                batch = batch[np.cumsum(pages.look_for_data(batch)) <= limit]
                 self._position = ((number + step) % count, int(batch[-1]) + 1)
                 return pages, batch
         return None

@@ -41,4 +41,3 @@ def _take_over(pages: BlockPages, received: Mask) -> None:
     # A huge page is there when all of its pieces are.
     whole: Mask = np.logical_and.reduceat(received, np.arange(0, len(received), per_page))
     pages.pending = ~whole
-    pages.has_data |= pages.block.has_data(0, pages.block.page_count)
