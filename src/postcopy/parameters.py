@@ -52,6 +52,7 @@ SUPPORTED = frozenset(
         # QEMU sends or skips disks with these two; we have no disks, so both hold of themselves.
         C.LATE_BLOCK_ACTIVATE,
         C.ZERO_BLOCKS,
+        C.POSTCOPY_PREEMPT,
     }
 )
 """What this version can do; switching on any other capability is refused by name."""
@@ -311,6 +312,8 @@ class Parameters:
     """How writes to guest memory are noticed; ``auto`` takes the best that this host has."""
     x_on_loss: str = _choice("hold", "poison", "quit", default="hold", ours=True)
     """What ``x-migrate-lost`` does at a destination about the pages that will never come."""
+    x_link_timeout: int = _size(5000, most=3600 * 1000, ours=True)
+    """Silence after which a link is dead; 0 = never."""
 
     def with_changes(self, changes: Mapping[str, object]) -> "Parameters":
         """The parameters after ``changes`` (by QEMU's names), all of them or none.

@@ -68,6 +68,24 @@ class Channel(abc.ABC):
                 self.sent_bytes += n_sent
                 _drop(left, n_sent)
 
+    def send_if_idle(self, data: Buffer) -> bool:
+        """Send a few bytes, unless that might have to wait: for another sender, or for room.
+
+        :return: whether they were sent.
+        :raises ChannelBroken: as :meth:`send`.
+        """
+        if not self._sending.acquire(blocking=False):
+            return False
+        try:
+            if self.pending_output():
+                return False
+            self.sent_bytes += self._send_some([memoryview(data)])
+        except (OSError, ValueError) as failure:
+            raise self._broken(failure) from failure
+        finally:
+            self._sending.release()
+        return True
+
     def receive_into(self, view: memoryview) -> int:
         """Receive at least one byte into ``view``, as many as there are and fit.
 
@@ -123,7 +141,7 @@ class Channel(abc.ABC):
         """Bytes sent that the peer has not taken yet (its kernel has not, on TCP)."""
 
     def watch(self, seconds: float) -> None:  # noqa: B027  only TCP needs to do anything
-        """Break by itself when a TCP peer's host is silent for ``seconds``; else no effect."""
+        """Break by itself when a TCP peer's host is silent for ``seconds`` (0: never); else no effect."""
 
     @abc.abstractmethod
     def _send_some(self, pieces: list[memoryview]) -> int:

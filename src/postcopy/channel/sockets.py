@@ -52,7 +52,7 @@ class SocketChannel(Channel):
 
     def watch(self, seconds: float) -> None:
         """See :meth:`Channel.watch`; both for an idle connection and for one with data to send."""
-        if not self._is_tcp:
+        if not self._is_tcp or not seconds:
             return
         probe_s = max(1, round(seconds / (KEEPALIVE_PROBES + 1)))
         for option, value in (

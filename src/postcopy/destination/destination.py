@@ -10,17 +10,20 @@ from collections.abc import Callable
 
 from postcopy.channel.channel import Channel
 from postcopy.channel.listen import Listener
-from postcopy.destination.elements import POSTCOPY_BUFFER_BYTES, Elements
+from postcopy.channel.silence import SilenceWatch
+from postcopy.destination.door import Door
+from postcopy.destination.elements import POSTCOPY_BUFFER_BYTES, Elements, layout_of
 from postcopy.destination.incoming_ram import Populating
 from postcopy.destination.postcopy import Postcopy
 from postcopy.destination.return_path import ReturnPath
+from postcopy.destination.urgent import Urgent
 from postcopy.errors import ChannelBroken, PostcopyError, StreamError
 from postcopy.kill_points import reached
 from postcopy.link.guest_proxy import GuestProxy
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.placement import Placement
 from postcopy.paging.ram import PagedRam
-from postcopy.parameters import Capabilities
+from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.statistics import MigrationInfo
 from postcopy.status import AFTER_SWITCHOVER, Progress, Status
 from postcopy.stream import records
@@ -46,33 +49,42 @@ class Destination:
         populating: Populating,
         capabilities: Capabilities,
         progress: Progress,
+        parameters: Parameters | None = None,
     ) -> None:
         self._guest = guest
-        self._listener = listener
+        self._door = Door(listener, self._preempt)
         self._ram = ram
         self._populating = populating
         self._capabilities = capabilities
         self._progress = progress
         self.error: PostcopyError | None = None
+        self._parameters = parameters or Parameters()
         self._channel: Channel | None = None
+        self._silence: SilenceWatch | None = None
+        self._silent: ChannelBroken | None = None
         self._paused_by_user = False
         blocktime = Blocktime({t.thread_id: t.index for t in guest.vcpu_threads()})
         self._placement = Placement(ram, blocktime)
         self._return_path = ReturnPath()
         self._postcopy = Postcopy(guest, ram, blocktime, self._return_path, progress, self._break)
+        layout = layout_of(ram)
+        self._urgent = Urgent(
+            ram, blocktime, layout, self._preempt, self._link_timeout_ms, self._break
+        )
         self._elements = Elements(
             guest,
             formats,
             ram,
             self._placement,
             self._postcopy,
+            self._urgent,
             self._return_path,
             progress,
             lambda: self._capabilities,
         )
         self._decoder = Decoder(
             formats,
-            self._elements.layout(),
+            layout,
             expect=Expected(machine=guest.machine_name),
             ignored_blocks=IGNORED_BLOCKS,
         )
@@ -87,6 +99,16 @@ class Destination:
         """Take over capabilities that were set while nobody had called yet."""
         self._capabilities = capabilities
 
+    def set_parameters(self, parameters: Parameters) -> None:
+        """Take over parameters that the user has changed meanwhile."""
+        self._parameters = parameters
+
+    def _preempt(self) -> bool:
+        return self._capabilities.enabled(Capability.POSTCOPY_PREEMPT)
+
+    def _link_timeout_ms(self) -> int:
+        return self._parameters.x_link_timeout
+
     def pause(self) -> None:
         """Break the connection on purpose."""
         self._paused_by_user = True
@@ -94,9 +116,10 @@ class Destination:
 
     def stop_waiting(self) -> None:
         """Let go of an address at which nobody has called yet."""
-        self._listener.close()
+        self._door.close()
 
     def _break(self) -> None:
+        self._urgent.shutdown()
         if self._channel is not None:
             self._channel.shutdown()
 
@@ -108,7 +131,7 @@ class Destination:
 
     def recover(self, listener: Listener) -> None:
         """Wait for the source to come back, and go on."""
-        self._listener = listener
+        self._door = Door(listener, self._preempt)
         self._until_the_end(self._go_on)
 
     def adopt(self) -> None:
@@ -125,15 +148,15 @@ class Destination:
             self._let_go()
 
     def _take_in(self) -> None:
-        self._elements.channel = self._channel = channel = self._listener.accept()
+        channel = self._meet()
         reached("destination.connected")
         self._populating.stop()
         self._progress.move(Status.ACTIVE)
         self._receive(channel)
 
     def _go_on(self) -> None:
-        self._elements.channel = self._channel = channel = self._listener.accept()
-        self.error = None
+        channel = self._meet()
+        self.error = self._silent = None
         self._paused_by_user = False
         channel.bound_buffers(POSTCOPY_BUFFER_BYTES)
         self._decoder.resume(self._decoder.ram_section_id or RAM_SECTION_ID)
@@ -142,6 +165,36 @@ class Destination:
         self._progress.move(Status.POSTCOPY_RECOVER)
         reached("destination.recovery-connected")
         self._receive(channel)
+
+    def _meet(self) -> Channel:
+        """Wait for the source, and begin to watch whether it is still there."""
+        self._elements.channel = self._channel = channel = self._door.main()
+        channel.watch(self._link_timeout_ms() / 1000)
+        self._urgent.expect(self._door)
+        self._silence = SilenceWatch(
+            self._link_timeout_ms,
+            lambda: self._signs(channel),
+            self._is_waiting,
+            self._fell_silent,
+        )
+        self._silence.start()
+        return channel
+
+    def _signs(self, channel: Channel) -> tuple[int, int]:
+        """What shows that the source is alive: in a recovery, that it takes our bitmaps, too."""
+        recovering = self._progress.status is Status.POSTCOPY_RECOVER
+        taken = channel.sent_bytes - channel.pending_output() if recovering else 0
+        return channel.received_bytes + self._urgent.received_bytes, taken
+
+    def _is_waiting(self) -> bool:
+        status = self._progress.status
+        if status is Status.POSTCOPY_ACTIVE:
+            return self._ram.any_expected()
+        return status is Status.POSTCOPY_RECOVER
+
+    def _fell_silent(self, seconds: float) -> None:
+        self._silent = ChannelBroken(f"nothing came from the source for {seconds:g} s")
+        self._break()
 
     def _receive(self, channel: Channel) -> None:
         """Take elements up to the end of the stream, and bring the migration to its end."""
@@ -158,6 +211,7 @@ class Destination:
             raise StreamError("the stream ends before the recovery is done")
         if self._postcopy.listening:
             reached("destination.pages-ended")
+            self._urgent.finish()
             self._postcopy.finish()
             reached("destination.unwatched")
         else:
@@ -201,7 +255,7 @@ class Destination:
     def _fail(self, error: PostcopyError) -> None:
         # A package that has come may run the guest yet: wait until it has, or cannot.
         self._postcopy.settle()
-        self.error = error = self._postcopy.failure or error
+        self.error = error = self._postcopy.failure or self._silent or self._urgent.failure or error
         if self._progress.status in AFTER_SWITCHOVER:
             if self._paused_by_user:
                 self.error = ChannelBroken("Postcopy migration is paused by the user")
@@ -220,12 +274,15 @@ class Destination:
 
     def _end(self, status: Status) -> None:
         """Say that it is over.  Whoever hears it may end this process: nothing outside may be left."""
-        self._listener.close()
+        self._door.close()
         self._progress.move(status)
 
     def _let_go(self) -> None:
         self._populating.stop()
-        self._listener.close()
+        if self._silence is not None:
+            self._silence.stop()
+        self._urgent.close()
+        self._door.close()
         if self._channel is not None:
             self._channel.close()
             self._channel = None

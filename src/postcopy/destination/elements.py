@@ -12,6 +12,7 @@ from postcopy.channel.channel import Channel
 from postcopy.destination.incoming_ram import discard
 from postcopy.destination.postcopy import Postcopy
 from postcopy.destination.return_path import ReturnPath
+from postcopy.destination.urgent import Urgent
 from postcopy.errors import StreamError
 from postcopy.guest import DeviceState
 from postcopy.kill_points import reached
@@ -30,6 +31,14 @@ POSTCOPY_BUFFER_BYTES = 1 << 20
 """What the kernel may hold of the main channel once urgent pages travel on it."""
 
 
+def layout_of(ram: PagedRam) -> Layout:
+    """Our blocks, as a decoder needs to know them."""
+    return {
+        paged.block.name: BlockLayout(paged.block.size_bytes, paged.block.page_size_bytes)
+        for paged in ram
+    }
+
+
 class Elements:
     """The state of one incoming stream, over all its connections.
 
@@ -43,6 +52,7 @@ class Elements:
         ram: PagedRam,
         placement: Placement,
         postcopy: Postcopy,
+        urgent: Urgent,
         return_path: ReturnPath,
         progress: Progress,
         capabilities: Callable[[], Capabilities],
@@ -52,6 +62,7 @@ class Elements:
         self._ram = ram
         self._placement = placement
         self._postcopy = postcopy
+        self._urgent = urgent
         self._return_path = return_path
         self._progress = progress
         self._capabilities = capabilities
@@ -87,13 +98,6 @@ class Elements:
         devices, self._devices = self._devices, []
         if devices:
             self._guest.load_devices(devices)
-
-    def layout(self) -> Layout:
-        """Our blocks, as a decoder needs to know them."""
-        return {
-            paged.block.name: BlockLayout(paged.block.size_bytes, paged.block.page_size_bytes)
-            for paged in self._ram
-        }
 
     # --- precopy
 
@@ -159,10 +163,13 @@ class Elements:
         if not self.advised:
             raise StreamError("CMD_POSTCOPY_LISTEN in wrong postcopy state (0)")
         reached("destination.package-received")
-        decoder = Decoder(self._formats, self.layout(), package=True)
+        decoder = Decoder(self._formats, layout_of(self._ram), package=True)
         assert self.channel is not None
         self.channel.bound_buffers(POSTCOPY_BUFFER_BYTES)
-        self._placement.listen(self._postcopy.take_package(decoder, package.data))
+        self._urgent.accept()  # before anybody can ask for a page
+        userfaultfd = self._postcopy.take_package(decoder, package.data)
+        self._placement.listen(userfaultfd)
+        self._urgent.start(userfaultfd)
 
     # --- recovery
 
@@ -179,6 +186,8 @@ class Elements:
     def _resume(self, _: records.PostcopyResume) -> None:
         self._check_recovering("CMD_POSTCOPY_RESUME")
         reached("destination.resume-received")
+        self._urgent.accept()
+        self._urgent.start(self._postcopy.userfaultfd)
         self._progress.move(Status.POSTCOPY_ACTIVE)
         self._return_path.resume_ack()
         reached("destination.resume-acknowledged")

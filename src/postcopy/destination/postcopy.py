@@ -87,6 +87,12 @@ class Postcopy:
         self._package_thread = _start("package", lambda: self._load(decoder))
         return self._userfaultfd
 
+    @property
+    def userfaultfd(self) -> Userfaultfd:
+        """What pages are placed through, from :meth:`take_package` or :meth:`adopt` on."""
+        assert self._userfaultfd is not None
+        return self._userfaultfd
+
     def settle(self) -> None:
         """Wait until the package has either run the guest or failed: nothing between the two."""
         if self._package_thread is not None:

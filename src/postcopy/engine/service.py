@@ -124,7 +124,7 @@ class EngineService:
         self._source.cancel()
 
     def _set_parameters(self, parameters: Mapping[str, Any]) -> None:
-        if isinstance(self._job, Source):
+        if self._job is not None:
             self._job.set_parameters(Parameters().with_changes(parameters))
 
     # --- the destination
@@ -139,16 +139,16 @@ class EngineService:
         self,
         uri: str,
         capabilities: Sequence[str],
-        parameters: Mapping[str, Any],  # noqa: ARG002 - none matters to a destination yet
+        parameters: Mapping[str, Any],
         fds: Sequence[int] = (),
     ) -> list[dict[str, object]]:
         listener = Listener(parse(_uri(uri, fds)))
         if self._ram is None:
             self._prepare_destination()
-        return self._make_destination(listener, capabilities)
+        return self._make_destination(listener, capabilities, parameters)
 
     def _make_destination(
-        self, listener: Listener, capabilities: Sequence[str]
+        self, listener: Listener, capabilities: Sequence[str], parameters: Mapping[str, Any]
     ) -> list[dict[str, object]]:
         assert self._ram is not None
         assert self._populating is not None
@@ -160,6 +160,7 @@ class EngineService:
             self._populating,
             Capabilities.of(capabilities),
             self._progress,
+            Parameters().with_changes(parameters),
         )
         return _described(listener)
 
@@ -180,13 +181,12 @@ class EngineService:
         self, uri: str, capabilities: Sequence[str], parameters: Mapping[str, Any]
     ) -> list[dict[str, object]]:
         """Stand in for an engine that has died while the guest ran; wait where it was reached."""
-        del parameters
         self._progress = Progress(self._report, Status.POSTCOPY_PAUSED)
         guest = self._proxy()
         self._ram = PagedRam(guest.regions(), guest.page_maps())
         self._populating = Populating(guest, self._ram, 0)
         listener = Listener(parse(uri))
-        addresses = self._make_destination(listener, capabilities)
+        addresses = self._make_destination(listener, capabilities, parameters)
         self._destination.adopt()
         self._start("destination", lambda: self._destination.recover(listener))
         return addresses

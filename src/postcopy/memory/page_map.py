@@ -92,6 +92,10 @@ class PageMap:
         """Return the pages that were asked for and have not come."""
         return np.flatnonzero(self.states == REQUESTED)
 
+    def any_expected(self) -> bool:
+        """Tell whether a page that was asked for is not in place yet."""
+        return bool(((self.states == REQUESTED) | (self.states == PLACING)).any())
+
     def close(self) -> None:
         """Unmap; the memory itself lives on with the guest's process."""
         self.states = np.empty(0, np.uint8)

@@ -45,6 +45,10 @@ class PagedRam:
         """Pages that are not in place, over all blocks."""
         return sum(int(paged.pages.missing().sum()) for paged in self)
 
+    def any_expected(self) -> bool:
+        """Whether a page that was asked for is not in place yet."""
+        return any(paged.pages.any_expected() for paged in self)
+
     def close(self) -> None:
         """Let go of all memory."""
         for paged in self:

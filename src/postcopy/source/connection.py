@@ -1,21 +1,31 @@
 """One connection to the destination, and everything that lives and ends with it."""
 
 import threading
+from collections.abc import Callable
 
 from postcopy.channel.channel import Channel
 from postcopy.channel.rate_limit import RateLimiter
-from postcopy.errors import PostcopyError
+from postcopy.channel.silence import SilenceWatch
+from postcopy.errors import ChannelBroken, PostcopyError
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import DirtyPages
 from postcopy.source.page_sender import PageSender
 from postcopy.source.postcopy import PostcopyPush
 from postcopy.source.return_path import ReturnPath
+from postcopy.source.urgent_channel import UrgentChannel
+from postcopy.stream.commands import encode_command
 from postcopy.stream.layout import BlockLayout
+from postcopy.stream.records import Ping
 from postcopy.stream.return_path import ReturnPathDecoder
+
+SECOND_CONNECTION_PINGS = (6, 7)
+LAST_PAGE_PING = 8
+LIFE_PING = 9
+"""Numbers of pings that mean something to us; QEMU's own are 1 to 4."""
 
 
 class Connection:
-    """A channel with its sender, its push and its return path.
+    """A channel with its sender, its push and its return path, and perhaps one for urgent pages.
 
     A recovery makes another one; nothing of the old is used again but the pages it shares.
 
@@ -33,6 +43,10 @@ class Connection:
         answered: bool,
     ) -> None:
         self.channel = channel
+        self._counters = counters
+        self._urgent: UrgentChannel | None = None
+        self._silence: SilenceWatch | None = None
+        self._cause: PostcopyError | None = None
         self.sender = PageSender(channel, limiter, counters)
         self.push = PostcopyPush(dirty, self.sender, counters, interrupt)
         self.return_path: ReturnPath | None = None
@@ -53,6 +67,91 @@ class Connection:
         assert self.return_path is not None
         return self.return_path
 
+    # --- the second connection
+
+    def open_urgent(self, channel: Channel) -> None:
+        """Send requested pages over this channel from now on (postcopy-preempt)."""
+        self._urgent = UrgentChannel(channel, self._counters, self._break_off)
+        self._urgent.start()
+        self.push.urgent = self._urgent
+
+    def check_urgent(self) -> None:
+        """Give the destination the time to close a second connection that it does not want.
+
+        Two pings: it cannot come to the second before it has looked at its listener.
+
+        :raises ChannelBroken: it has.
+        """
+        for ping in SECOND_CONNECTION_PINGS:
+            self.channel.send(encode_command(Ping(ping)))
+            self.answers.wait_pong(ping)
+        if self._cause is not None:
+            raise self._cause
+
+    # --- a peer that falls silent
+
+    def begin_watch(self, timeout_ms: Callable[[], int]) -> None:
+        """Break the connection when the destination does nothing for so long.
+
+        It is pinged while it has nothing to say.  That it takes pages is a sign of life as well: on
+        a slow network an answer takes its time.
+        """
+        self._silence = SilenceWatch(timeout_ms, self._signs, self._ask_for_life, self._silent)
+        self._silence.start()
+
+    def _signs(self) -> tuple[int, int, int]:
+        urgent = self._urgent.taken_bytes if self._urgent is not None else 0
+        taken = self.sender.sent_bytes - self.channel.pending_output()
+        return self.channel.received_bytes, taken, urgent
+
+    def _ask_for_life(self) -> bool:
+        try:
+            self.channel.send_if_idle(encode_command(Ping(LIFE_PING)))
+        except ChannelBroken:
+            pass  # who uses the channel will see
+        return True
+
+    def _silent(self, seconds: float) -> None:
+        self._break_off(
+            ChannelBroken(
+                f"{self.channel.description}: no sign of life from the destination for {seconds:g} s"
+            )
+        )
+
+    # --- the end
+
+    def explain(self, error: PostcopyError) -> PostcopyError:
+        """Why it broke, as far as is known on this side."""
+        if isinstance(error, ChannelBroken) and self.return_path is not None:
+            error = self.return_path.explain(error)
+            if self._cause is not None and not self.return_path.refused:
+                return self._cause
+        return error
+
+    def wait_until_taken(self) -> None:
+        """Wait until the destination has taken all that was pushed.
+
+        While it may be pinged: should it be gone, that is noticed before nothing but the end is left.
+        """
+        self.channel.send(encode_command(Ping(LAST_PAGE_PING)))
+        self.answers.wait_pong(LAST_PAGE_PING)
+
+    def end(self, last_words: list[bytes]) -> None:
+        """Send the end of the stream; after it, no ping may follow and no page is urgent."""
+        if self._silence is not None:
+            self._silence.stop()
+        if self._urgent is not None:
+            self._urgent.expect_end()
+        self.channel.send_many(last_words)
+        if self._urgent is not None:
+            self._urgent.close()
+
+    def shutdown(self) -> None:
+        """Break it, from any thread; whoever uses it will notice."""
+        self.channel.shutdown()
+        if self._urgent is not None:
+            self._urgent.shutdown()
+
     def finish(self) -> None:
         """Close it in order: for a file or a command this is when it proves to have worked."""
         self.channel.close()
@@ -61,9 +160,18 @@ class Connection:
         """Break it; on return no thread of it touches a page any more.  Harmless when finished."""
         self.push.window.close()
         self.channel.shutdown()
+        if self._silence is not None:
+            self._silence.stop()
+        if self._urgent is not None:
+            self._urgent.close()
         if self.return_path is not None:
             self.return_path.join()
         try:
             self.channel.close()
         except PostcopyError:
             pass  # it was over already
+
+    def _break_off(self, cause: PostcopyError) -> None:
+        """Break all of it from a thread that has seen why; the source's own thread will notice."""
+        self._cause = self._cause or cause
+        self.shutdown()

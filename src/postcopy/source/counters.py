@@ -1,9 +1,10 @@
 """The figures of one outgoing migration, and how they become QEMU's.
 
-Counted by the sending threads; each counter has one writer at a time (the sender's lock).  Readers may
+Counted by the sending threads; each counter has one writer at a time, or a lock.  Readers may
 see a moment's mixture, which does not matter for figures that a person looks at.
 """
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +28,18 @@ class Counters:
     syncs: int = 0
     requests: int = 0
     dirty_pages_per_second: int = 0
+    urgent_bytes: int = 0
+    """What has gone over the channel of urgent pages; part of no phase's figure."""
     page_bytes: int = 4096
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def add_pages(self, normal: int, zero: int) -> None:
+        """Count pages sent; two threads may do so at once."""
+        with self._lock:
+            self.normal_pages += normal
+            self.zero_pages += zero
 
 
 class Rate:
@@ -75,7 +87,8 @@ def describe(
     counters: Counters, rate: Rate, clock: Clock, status: Status, remaining_bytes: int
 ) -> MigrationInfo:
     """Put the figures together as ``query-migrate`` wants them."""
-    transferred = counters.precopy_bytes + counters.downtime_bytes + counters.postcopy_bytes
+    postcopy_bytes = counters.postcopy_bytes + counters.urgent_bytes
+    transferred = counters.precopy_bytes + counters.downtime_bytes + postcopy_bytes
     per_second = rate.bytes_per_second
     if clock.ended:
         per_second = transferred / max(clock.ended - clock.started, 1e-6)
@@ -94,7 +107,7 @@ def describe(
         pages_per_second=round(per_second / counters.page_bytes),
         precopy_bytes=counters.precopy_bytes,
         downtime_bytes=counters.downtime_bytes,
-        postcopy_bytes=counters.postcopy_bytes,
+        postcopy_bytes=postcopy_bytes,
     )
     silence_us = None
     if clock.stopped and clock.confirmed:

@@ -17,6 +17,9 @@ from postcopy.stream.records import (
     RamSetup,
 )
 
+FIRST_PING = 1
+"""QEMU's number for it."""
+
 
 def opening(machine: str, blocks: Sequence[RamBlock], *, answered: bool, postcopy: bool) -> bytes:
     """Write everything up to the first page.
@@ -26,7 +29,7 @@ def opening(machine: str, blocks: Sequence[RamBlock], *, answered: bool, postcop
     """
     parts = [encoder.stream_start(Configuration(machine))]
     if answered:
-        greeting: list[CommandRecord] = [OpenReturnPath(), Ping(1), Ping(IDENTITY_PING)]
+        greeting: list[CommandRecord] = [OpenReturnPath(), Ping(FIRST_PING), Ping(IDENTITY_PING)]
         parts += map(encode_command, greeting)
     if postcopy:
         sizes = 0

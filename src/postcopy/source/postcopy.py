@@ -1,8 +1,8 @@
 """After switchover: bring the pages that the destination lacks.
 
 Two threads send.  ``source`` pushes what is pending, from the page last asked for onwards; the thread
-``return-path`` sends what a vCPU waits for, at once and past the bandwidth limit.  They share the
-sender's lock; an urgent page gets it before the next batch of the push.
+``return-path`` sends what a vCPU waits for, at once and past the bandwidth limit: over the urgent channel
+if there is one, or else over the same channel, where an urgent page goes before the next batch.
 """
 
 import threading
@@ -14,7 +14,9 @@ from postcopy.memory.runs import Indices, next_set
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages, DirtyPages
 from postcopy.source.flight_window import FlightWindow
+from postcopy.source.page_records import BATCH_PAGES
 from postcopy.source.page_sender import PageSender
+from postcopy.source.urgent_channel import UrgentChannel
 from postcopy.stream.commands import encode_command
 from postcopy.stream.records import Ping
 
@@ -37,7 +39,8 @@ BEGIN_S, QUIET_S = 0.05, 0.005
 class PostcopyPush:
     """The pages of one migration after switchover.
 
-    Invariant, under ``_lock``: a page that is not pending has been handed to the channel, once.
+    Invariant, under ``_lock``: whoever takes a page from the pending ones sends it, over one channel.
+    ``_sending`` is for the main channel: it is held while the kernel takes the bytes, ``_lock`` never is.
     """
 
     def __init__(
@@ -49,41 +52,49 @@ class PostcopyPush:
         self._interrupt = interrupt
         self._by_name = {pages.block.name: pages for pages in dirty.blocks}
         self._lock = threading.Lock()
+        self._sending = threading.Lock()
         self._urgent_done = threading.Condition()
         self._urgent = 0
         self._position: tuple[int, int] = (0, 0)  # number of a block, page there
+        self.urgent: UrgentChannel | None = None
         self.window = FlightWindow(WINDOW_BYTES, PING_BYTES)
 
     def run(self) -> None:
         """Push until nothing is pending."""
         self._let_guest_begin()
-        while True:
-            with self._lock:
-                if not self._push_batch():
-                    return
+        while self._push_batch():
             self._let_urgent_by()
             self.window.wait()
             self._sender.pace(self._interrupt)
+        self._let_urgent_by()  # what they have taken is not pending any more, but perhaps not yet sent
 
     def serve(self, name: str, start_bytes: int, length_bytes: int) -> None:
         """Send the pages of one request, unless they are on their way already."""
         with self._urgent_done:
             self._urgent += 1
         try:
+            pages = self._by_name[name]
+            size = pages.block.page_size_bytes
+            first, end = start_bytes // size, -(-(start_bytes + length_bytes) // size)
             with self._lock:
                 self._counters.requests += 1
-                pages = self._by_name[name]
-                size = pages.block.page_size_bytes
-                first, end = start_bytes // size, -(-(start_bytes + length_bytes) // size)
                 wanted = np.flatnonzero(pages.pending[first:end]) + first
+                pages.pending[wanted] = False
                 if len(wanted):
-                    pages.pending[wanted] = False
-                    self._sender.send(pages, wanted)
                     self._position = (self._dirty.blocks.index(pages), end)
+            for start in range(0, len(wanted), BATCH_PAGES):
+                self._send_urgent(pages, wanted[start : start + BATCH_PAGES])
         finally:
             with self._urgent_done:
                 self._urgent -= 1
                 self._urgent_done.notify_all()
+
+    def _send_urgent(self, pages: BlockPages, wanted: Indices) -> None:
+        if self.urgent is not None:
+            self.urgent.send(pages, wanted)
+            return
+        with self._sending:
+            self._sender.send(pages, wanted)
 
     def _let_guest_begin(self) -> None:
         """Push one batch, then hold back while the guest asks for its first pages.
@@ -93,8 +104,7 @@ class PostcopyPush:
         memory; and where KVM walks the guest's page tables itself, a vCPU that waits for one of these
         cannot even be stopped.
         """
-        with self._lock:
-            self._push_batch()
+        self._push_batch()
         deadline = time.monotonic() + BEGIN_S
         with self._urgent_done:
             while (left_s := deadline - time.monotonic()) > 0:
@@ -109,21 +119,21 @@ class PostcopyPush:
             self._urgent_done.wait_for(lambda: not self._urgent)
 
     def _push_batch(self) -> bool:
-        """Send the next batch, under the lock; return whether there was one."""
-        batch = self._next_batch()
+        """Send the next batch; return whether there was one."""
+        with self._lock:
+            batch = self._next_batch()
         if batch is not None:
             self._send(*batch)
         return batch is not None
 
     def _send(self, pages: BlockPages, batch: Indices) -> None:
-        pages.pending[batch] = False
-        ping = self.window.sent(self._sender.send(pages, batch))
-        if ping is not None:
-            self._sender.say(encode_command(Ping(ping)))
+        with self._sending:
+            ping = self.window.sent(self._sender.send(pages, batch))
+            if ping is not None:
+                self._sender.say(encode_command(Ping(ping)))
 
-    def _next_batch(
-        self,
-    ) -> tuple[BlockPages, Indices] | None:
+    def _next_batch(self) -> tuple[BlockPages, Indices] | None:
+        """Take the next pages from the pending ones."""
         number, page = self._position
         count = len(self._dirty.blocks)
         # Once round all blocks, and once more over the part of the first that was skipped.
@@ -134,5 +144,6 @@ class PostcopyPush:
             if len(batch):
                 batch = batch[np.cumsum(pages.look_for_data(batch)) <= limit]
                 self._position = ((number + step) % count, int(batch[-1]) + 1)
+                pages.pending[batch] = False
                 return pages, batch
         return None

@@ -17,7 +17,8 @@ from postcopy.parameters import Parameters
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages, DirtyPages
 from postcopy.source.orders import Orders
-from postcopy.source.page_sender import BATCH_PAGES, PageSender
+from postcopy.source.page_records import BATCH_PAGES
+from postcopy.source.page_sender import PageSender
 
 
 class Outcome(enum.Enum):

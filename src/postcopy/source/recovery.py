@@ -5,6 +5,8 @@ pages it has; whatever it has not is pending again.  A page that was under way w
 sent again; one that had arrived never is, since the guest may have written to it.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from postcopy.errors import StreamError
@@ -16,9 +18,12 @@ from postcopy.stream.commands import encode_command
 from postcopy.stream.records import PostcopyResume, RecvBitmap
 
 
-def agree_on_what_is_missing(connection: Connection, dirty: DirtyPages) -> None:
+def agree_on_what_is_missing(
+    connection: Connection, dirty: DirtyPages, open_urgent: Callable[[], None]
+) -> None:
     """Ask for the received-bitmap of each block, then say that pages will flow again.
 
+    :param open_urgent: opens the second connection, if there is one; between the two, as QEMU does it.
     :raises ChannelBroken: this connection has broken too; nothing is lost, try again.
     :raises StreamError: the peer is not the destination that we have lost.
     """
@@ -28,6 +33,7 @@ def agree_on_what_is_missing(connection: Connection, dirty: DirtyPages) -> None:
         received = connection.answers.wait_bitmap(pages.block.name)
         _take_over(pages, received)
         reached("source.bitmap-taken")
+    open_urgent()
     connection.channel.send(encode_command(PostcopyResume()))
     reached("source.resume-sent")
     connection.answers.wait_resume_ack()

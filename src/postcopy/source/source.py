@@ -24,7 +24,7 @@ from postcopy.source.connecting import connect_unless_cancelled
 from postcopy.source.connection import Connection
 from postcopy.source.counters import Clock, Counters, Rate, describe
 from postcopy.source.dirty_pages import DirtyPages
-from postcopy.source.opening import opening
+from postcopy.source.opening import FIRST_PING, opening
 from postcopy.source.orders import Orders
 from postcopy.source.precopy import Outcome, Precopy
 from postcopy.source.recovery import agree_on_what_is_missing
@@ -88,7 +88,7 @@ class Source:
 
     def _break(self) -> None:
         if self._connection is not None:
-            self._connection.channel.shutdown()
+            self._connection.shutdown()
 
     def set_parameters(self, parameters: Parameters) -> None:
         """Take over parameters that the user has changed meanwhile."""
@@ -149,6 +149,10 @@ class Source:
         outcome = precopy.run()
         if outcome is Outcome.CANCELLED:
             raise MigrationCancelled("cancelled by the user")
+        if outcome is Outcome.POSTCOPY and self._preempt:
+            connection.answers.wait_pong(FIRST_PING)  # it has taken this one as the main channel
+            self._open_urgent(connection, self._wishes.uri)
+            connection.check_urgent()
         self._switchover = switchover = self._make_switchover(connection, dirty)
         switchover.stop_guest()
         reached("source.guest-stopped")
@@ -158,6 +162,7 @@ class Source:
             switchover.complete_precopy()
         else:
             switchover.start_postcopy()
+            connection.begin_watch(lambda: self._parameters.x_link_timeout)
             # Should it not take the devices, nothing of ours lies unread between its last word and us.
             connection.answers.wait_pong(PACKAGE_PING)
             self._ran_there = True
@@ -202,7 +207,20 @@ class Source:
         told = Capability.POSTCOPY_RAM in on or Capability.RETURN_PATH in on
         return channel.can_return and (told or isinstance(channel, SocketChannel))
 
+    @property
+    def _preempt(self) -> bool:
+        return self._wishes.capabilities.enabled(Capability.POSTCOPY_PREEMPT)
+
+    def _open_urgent(self, connection: Connection, uri: str) -> None:
+        """Connect once more; the destination knows the two connections by their order."""
+        if not self._preempt:
+            return
+        channel = connect_unless_cancelled(parse(uri), self.orders)
+        channel.watch(self._parameters.x_link_timeout / 1000)
+        connection.open_urgent(channel)
+
     def _connect(self, channel: Channel, dirty: DirtyPages, *, answered: bool) -> Connection:
+        channel.watch(self._parameters.x_link_timeout / 1000)
         self._connection = Connection(
             channel,
             dirty,
@@ -234,8 +252,9 @@ class Source:
         self._limiter.set_rate(self._parameters.max_postcopy_bandwidth)
         reached("source.pushing")
         connection.push.run()
+        connection.wait_until_taken()
         reached("source.all-pushed")
-        connection.channel.send_many([connection.sender.end_of_ram(), encoder.end_of_stream()])
+        connection.end([connection.sender.end_of_ram(), encoder.end_of_stream()])
         reached("source.pages-ended")
         connection.answers.wait_shut()
         reached("source.arrived")
@@ -257,7 +276,10 @@ class Source:
         connection = self._connect(channel, self._dirty, answered=True)
         self._progress.move(Status.POSTCOPY_RECOVER)
         reached("source.recovery-connected")
-        agree_on_what_is_missing(connection, self._dirty)
+        connection.begin_watch(lambda: self._parameters.x_link_timeout)
+        agree_on_what_is_missing(
+            connection, self._dirty, lambda: self._open_urgent(connection, uri)
+        )
         self._guest.runs_there()
         self._progress.move(Status.POSTCOPY_ACTIVE)
         self._complete_postcopy(connection)
@@ -270,8 +292,8 @@ class Source:
     def _fail(self, error: PostcopyError) -> None:
         """Decide whose the guest is, and say so."""
         return_path = self._connection.return_path if self._connection is not None else None
-        if isinstance(error, ChannelBroken) and return_path is not None:
-            error = return_path.explain(error)
+        if self._connection is not None:
+            error = self._connection.explain(error)
         if self._paused_by_user:
             error = ChannelBroken("Postcopy migration is paused by the user")
         cancelled = self._progress.status is Status.CANCELLING

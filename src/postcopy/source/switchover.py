@@ -21,7 +21,7 @@ from postcopy.source.connection import Connection
 from postcopy.source.counters import Clock, Counters
 from postcopy.source.dirty_pages import DirtyPages
 from postcopy.source.orders import Orders
-from postcopy.source.page_sender import BATCH_PAGES
+from postcopy.source.page_records import BATCH_PAGES
 from postcopy.status import Progress, Status
 from postcopy.stream import encoder
 from postcopy.stream.commands import DISCARD_VERSION, command, encode_command

@@ -1,0 +1,156 @@
+"""Requested pages on a channel of their own (``postcopy-preempt``), read by the thread ``urgent``.
+
+Source: QEMU's ``docs/devel/migration/postcopy.rst``, "Postcopy preempt mode".  Each connection has a
+decoder and a placement of its own: block names and halves of huge pages are a channel's own affair.
+"""
+
+import threading
+from collections.abc import Callable
+
+from postcopy.channel.channel import Channel
+from postcopy.destination.door import Door
+from postcopy.errors import ChannelBroken, PostcopyError
+from postcopy.kernel.userfaultfd import Userfaultfd
+from postcopy.paging.blocktime import Blocktime
+from postcopy.paging.placement import Placement
+from postcopy.paging.ram import PagedRam
+from postcopy.stream.layout import Layout
+from postcopy.stream.records import Pages
+from postcopy.stream.urgent_decoder import UrgentDecoder
+
+_PATIENCE_S = 30.0
+"""How long to wait for the second connection when the link is not watched: a guest stands still."""
+
+
+class Urgent:
+    """The second connection of a source, one after the other; does nothing while it is switched off.
+
+    :param wanted: whether it is switched on.
+    :param timeout_ms: how long the source may take to connect, 0 = it is left to us.
+    :param on_failure: called when the channel breaks, to wake the main channel's reader.
+    """
+
+    def __init__(
+        self,
+        ram: PagedRam,
+        blocktime: Blocktime,
+        layout: Layout,
+        wanted: Callable[[], bool],
+        timeout_ms: Callable[[], int],
+        on_failure: Callable[[], None],
+    ) -> None:
+        self._ram = ram
+        self._blocktime = blocktime
+        self._layout = layout
+        self._wanted = wanted
+        self._timeout_ms = timeout_ms
+        self._on_failure = on_failure
+        self._door: Door | None = None
+        self._channel: Channel | None = None
+        self._thread: threading.Thread | None = None
+        self._changed = threading.Condition()
+        # Under `_changed`: how the channel has ended.
+        self._ended = False
+        self._closing = False
+        self.failure: PostcopyError | None = None
+
+    def expect(self, door: Door) -> None:
+        """A main channel has come through this door; forget what was."""
+        self._door = door
+        self._ended = self._closing = False
+        self.failure = None
+
+    def accept(self) -> None:
+        """Wait until the source has connected; it does so before it stops its guest.
+
+        :raises StreamError: it has not.
+        """
+        if not self._wanted():
+            return
+        assert self._door is not None
+        timeout_s = self._timeout_ms() / 1000
+        self._channel = channel = self._door.urgent(timeout_s or _PATIENCE_S)
+        channel.watch(timeout_s)
+
+    def start(self, userfaultfd: Userfaultfd) -> None:
+        """Place what comes from now on."""
+        if self._channel is None:
+            return
+        placement = Placement(self._ram, self._blocktime)
+        placement.listen(userfaultfd)
+        arguments = (self._channel, UrgentDecoder(self._layout), placement)
+        self._thread = threading.Thread(
+            target=self._run, args=arguments, name="urgent", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def received_bytes(self) -> int:
+        """What has come over the present channel."""
+        channel = self._channel
+        return channel.received_bytes if channel is not None else 0
+
+    def finish(self) -> None:
+        """The main channel has ended: take what may still be on its way, and let go of the channel.
+
+        A page can only be on its way here if we have asked for it.  A real QEMU closes its end no
+        earlier than we say that all is well, so waiting for that alone would be waiting for ever.
+
+        :raises PostcopyError: the channel broke before all had come.
+        """
+        if self._channel is None:
+            return
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended or not self._ram.any_expected())
+            if self.failure is not None:
+                raise self.failure
+            if self._ram.any_expected():
+                raise ChannelBroken("the channel of urgent pages ended before all of them had come")
+        self.close()
+
+    def shutdown(self) -> None:
+        """Break it, from any thread."""
+        channel, door = self._channel, self._door
+        if door is not None:
+            door.give_up()
+        if channel is not None:
+            channel.shutdown()
+
+    def close(self) -> None:
+        """Let go of it; on return nothing more is placed."""
+        self._closing = True
+        self.shutdown()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+    # --- the thread "urgent"
+
+    def _run(self, channel: Channel, decoder: UrgentDecoder, placement: Placement) -> None:
+        failure: PostcopyError | None = None
+        try:
+            while count := channel.receive_into(decoder.buffer()):
+                decoder.received(count)
+                self._place(decoder, placement)
+            decoder.finish()
+        except PostcopyError as error:
+            failure = error
+        with self._changed:
+            self._ended = True
+            if not self._closing:
+                self.failure = failure
+            self._changed.notify_all()
+        if self.failure is not None:
+            self._on_failure()
+
+    def _place(self, decoder: UrgentDecoder, placement: Placement) -> None:
+        while (record := decoder.next_record()) is not None:
+            if isinstance(record, Pages):
+                placement.pages(record.block, record.offsets, record.data)
+            else:
+                placement.zeros(record.block, record.offsets)
+        with self._changed:
+            self._changed.notify_all()

@@ -1,0 +1,70 @@
+"""Pages as RAM records: what of them is zero, and the bytes of the others."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from postcopy.memory.ram_block import TARGET_PAGE_BYTES
+from postcopy.memory.runs import Indices, Mask
+from postcopy.source.dirty_pages import BlockPages
+from postcopy.stream.ram_encoder import PageEncoder
+from postcopy.stream.records import Offsets
+
+BATCH_PAGES = 256
+"""Target pages with data that are encoded in one go: a mebibyte."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPages:
+    """Records of one go; the buffers hold until the next."""
+
+    buffers: list[bytes | memoryview]
+    normal_pages: int
+    zero_pages: int
+
+
+class PageRecords:
+    """Writes the records of one channel, which remembers the block named last.  One thread at a time."""
+
+    def __init__(self) -> None:
+        self._encoder = PageEncoder(BATCH_PAGES)
+
+    def encode(self, pages: BlockPages, batch: Indices) -> Iterator[EncodedPages]:
+        """Write these pages of a block; send what is given before asking for more.
+
+        :param batch: pages of the block's own size.
+        """
+        per_page = pages.block.target_pages_per_page
+        with_data = pages.look_for_data(batch)
+        if per_page == 1:
+            yield self._target_pages(pages, batch, with_data)
+            return
+        for page, is_data in zip(batch.tolist(), with_data.tolist(), strict=True):
+            target = np.arange(page * per_page, (page + 1) * per_page)
+            has_data = np.full(per_page, is_data)
+            for first in range(0, per_page, BATCH_PAGES):
+                part = slice(first, first + BATCH_PAGES)
+                yield self._target_pages(pages, target[part], has_data[part])
+
+    def _target_pages(self, pages: BlockPages, target: Indices, has_data: Mask) -> EncodedPages:
+        block = pages.block
+        buffers: list[bytes | memoryview] = []
+        offsets = _offsets(target)
+        zero = ~has_data
+        present = offsets[has_data]
+        if block.target_pages_per_page > 1 and len(present):
+            # The pieces of a huge page must come in their order, whatever they hold.
+            buffers.append(self._encoder.pages(block.name, offsets, block.pages))
+            zero[:] = False
+        elif len(present):
+            data, zero[has_data] = self._encoder.nonzero_pages(block.name, present, block.pages)
+            buffers.append(data)
+        zeros = int(np.count_nonzero(zero))
+        if zeros:
+            buffers.append(self._encoder.zeros(block.name, offsets[zero]))
+        return EncodedPages(buffers, len(target) - zeros, zeros)
+
+
+def _offsets(target: Indices) -> Offsets:
+    return target.astype(np.uint64) * np.uint64(TARGET_PAGE_BYTES)

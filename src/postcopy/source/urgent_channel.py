@@ -1,0 +1,83 @@
+"""A channel of its own for pages that a vCPU waits for: QEMU's ``postcopy-preempt``.
+
+Source: QEMU's ``docs/devel/migration/postcopy.rst``, "Postcopy preempt mode".  It is a second connection to
+the address of the first, opened before the guest stops.  RAM records travel on it and nothing else: no
+header, no sections, no end.  Nothing comes back on it either, so that whatever can be read is its end.
+"""
+
+import threading
+from collections.abc import Callable
+
+from postcopy.channel.channel import Channel
+from postcopy.errors import ChannelBroken, PostcopyError
+from postcopy.memory.runs import Indices
+from postcopy.source.counters import Counters
+from postcopy.source.dirty_pages import BlockPages
+from postcopy.source.page_records import PageRecords
+
+
+class UrgentChannel:
+    """Sends pages at once; no batch, no window and no bandwidth limit is before them.
+
+    :param on_break: called with the reason when the channel ends before :meth:`expect_end`.
+    """
+
+    def __init__(
+        self, channel: Channel, counters: Counters, on_break: Callable[[PostcopyError], None]
+    ) -> None:
+        self._channel = channel
+        self._counters = counters
+        self._on_break = on_break
+        self._records = PageRecords()
+        self._sending = threading.Lock()  # the encoder knows one thread at a time
+        self._ending = False
+        self._watcher = threading.Thread(target=self._watch, name="urgent", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch for its end."""
+        self._watcher.start()
+
+    def send(self, pages: BlockPages, wanted: Indices) -> None:
+        """Send pages of a block, on the wire when it returns.
+
+        :raises ChannelBroken: nobody takes them.
+        """
+        with self._sending:
+            for encoded in self._records.encode(pages, wanted):
+                self._channel.send_many(encoded.buffers)
+                self._counters.add_pages(encoded.normal_pages, encoded.zero_pages)
+                self._counters.urgent_bytes += sum(len(buffer) for buffer in encoded.buffers)
+
+    @property
+    def taken_bytes(self) -> int:
+        """What the peer has taken so far (its kernel, on TCP)."""
+        return self._channel.sent_bytes - self._channel.pending_output()
+
+    def expect_end(self) -> None:
+        """All pages have been sent: from now on its end is nothing to wonder about."""
+        self._ending = True
+
+    def shutdown(self) -> None:
+        """Break it, from any thread."""
+        self._ending = True
+        self._channel.shutdown()
+
+    def close(self) -> None:
+        """Let go of it; what was sent still arrives."""
+        self.shutdown()
+        if self._watcher.is_alive() and self._watcher is not threading.current_thread():
+            self._watcher.join()
+        self._channel.close()
+
+    def _watch(self) -> None:
+        try:
+            while self._channel.receive_into(memoryview(bytearray(1))):
+                pass
+            end: PostcopyError = ChannelBroken(
+                f"{self._channel.description}: the destination closed the second connection; "
+                "is postcopy-preempt switched on there? its own error says why"
+            )
+        except PostcopyError as error:
+            end = error
+        if not self._ending:
+            self._on_break(end)

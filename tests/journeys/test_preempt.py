@@ -1,0 +1,148 @@
+"""Postcopy with a channel of its own for urgent pages (``postcopy-preempt``)."""
+
+import pytest
+
+from fakes.pair import NEVER_ENDS, POSTCOPY, TRICKLE, hammer
+from fakes.waiting import wait_until
+from faults.relay import Relay
+from postcopy.channel import TcpAddress
+from postcopy.errors import Refused
+from postcopy.parameters import Capability
+from postcopy.status import Status
+
+PREEMPT = (*POSTCOPY, Capability.POSTCOPY_PREEMPT)
+NO_LIMIT = NEVER_ENDS | {"max-postcopy-bandwidth": 0}
+
+
+def begin(trip, relay=None):
+    """Migrate, and switch over."""
+    where = trip.destination.listen()
+    if relay is not None:
+        relay.target = where
+        where = relay.uri
+    trip.source.control.migrate(where)
+    trip.source.control.start_postcopy()
+
+
+def recover(trip, relay=None):
+    """Go on with both sides."""
+    trip.destination.control.recover("tcp:127.0.0.1:0")
+    (found,) = trip.destination.control.info().socket_address
+    where = str(TcpAddress(found["host"], int(found["port"])))
+    if relay is not None:
+        relay.target = where
+        where = relay.uri
+    trip.source.control.migrate(where, resume=True)
+
+
+def wait_paused(trip, timeout_s=10):
+    for side in (trip.source, trip.destination):
+        side.control.progress.wait(Status.POSTCOPY_PAUSED, timeout=timeout_s)
+
+
+@pytest.fixture
+def relay():
+    with Relay("tcp:127.0.0.1:0", "tcp:127.0.0.1:1") as relay:
+        yield relay
+
+
+@pytest.mark.parametrize("vcpus", [1, 4])
+def test_moves(journey, vcpus):
+    trip = journey(hammer(vcpus=vcpus), capabilities=PREEMPT, parameters=NO_LIMIT)
+    begin(trip)
+    trip.finish()
+
+
+def test_what_is_asked_for_and_nothing_else_goes_over_the_second_connection(journey, relay):
+    parameters = NEVER_ENDS | {"max-postcopy-bandwidth": 8 << 20}
+    trip = journey(hammer(vcpus=2), capabilities=PREEMPT, parameters=parameters)
+    begin(trip, relay)
+    trip.finish()
+    urgent = relay.recorded(connection=1)
+    ram = trip.source.control.info().ram
+    assert 0 < len(urgent) <= ram.postcopy_requests * (4096 + 64)
+    assert len(relay.connections) == 2
+    assert ram.postcopy_bytes >= len(urgent)
+
+
+def test_urgent_pages_do_not_wait_for_the_bandwidth_limit(journey):
+    """At 64 KiB/s the push alone would take minutes; the guest touches all it needs in seconds."""
+    trip = journey(hammer(vcpus=2), capabilities=PREEMPT, parameters=TRICKLE)
+    begin(trip)
+    trip.source.wait(Status.POSTCOPY_ACTIVE)
+    wait_until(lambda: trip.source.control.info().ram.postcopy_requests > 100, 20, "requests")
+    trip.source.set(parameters={"max-postcopy-bandwidth": 0})
+    trip.finish()
+
+
+def test_precopy_alone_opens_no_second_connection(journey, relay):
+    trip = journey(hammer(), capabilities=PREEMPT)
+    relay.target = trip.destination.listen()
+    trip.source.control.migrate(relay.uri)
+    trip.finish()
+    assert len(relay.connections) == 1
+
+
+def test_over_a_unix_socket(journey, tmp_path):
+    trip = journey(hammer(), capabilities=PREEMPT, parameters=NO_LIMIT)
+    trip.migrate(f"unix:{tmp_path}/socket")
+    trip.source.control.start_postcopy()
+    trip.finish()
+
+
+@pytest.mark.parametrize("connection", [0, 1], ids=["main", "urgent"])
+def test_either_channel_breaks_and_both_recover(journey, relay, connection):
+    trip = journey(hammer(vcpus=2), capabilities=PREEMPT, parameters=TRICKLE)
+    begin(trip, relay)
+    trip.source.wait(Status.POSTCOPY_ACTIVE)
+    wait_until(lambda: len(relay.recorded(connection=1)) > 40_000, 20, "urgent pages")
+    relay.connections[connection].close()
+    wait_paused(trip)
+    trip.source.set(parameters={"max-postcopy-bandwidth": 0})
+    recover(trip, relay)
+    trip.finish()
+    assert len(relay.connections) == 4
+
+
+def test_paused_twice_by_the_user(journey):
+    trip = journey(hammer(vcpus=2), capabilities=PREEMPT, parameters=TRICKLE)
+    begin(trip)
+    for _ in range(2):
+        trip.source.wait(Status.POSTCOPY_ACTIVE)
+        trip.destination.control.progress.wait(Status.POSTCOPY_ACTIVE, timeout=10)
+        trip.source.control.pause()
+        wait_paused(trip)
+        assert trip.source.error == "Postcopy migration is paused by the user"
+        recover(trip)
+        trip.source.control.progress.wait(Status.POSTCOPY_ACTIVE, timeout=10)
+    trip.source.set(parameters={"max-postcopy-bandwidth": 0})
+    trip.finish()
+
+
+def test_only_at_the_source_is_refused_before_the_guest_stops(journey):
+    trip = journey(hammer(), capabilities=POSTCOPY, parameters=NO_LIMIT)
+    trip.source.set([Capability.POSTCOPY_PREEMPT])
+    begin(trip)
+    assert trip.source.control.progress.wait(Status.FAILED, timeout=20)
+    assert "is postcopy-preempt switched on there?" in trip.source.error
+    assert "STOP" not in trip.source.story()
+    trip.verify_source()
+
+
+def test_only_at_the_destination_is_refused_with_the_reason(journey):
+    trip = journey(hammer(), capabilities=POSTCOPY, parameters=NO_LIMIT)
+    trip.destination.set([Capability.POSTCOPY_PREEMPT], {"x-link-timeout": 500})
+    begin(trip)
+    trip.source.control.progress.wait(Status.FAILED, timeout=20)
+    trip.destination.control.progress.wait(Status.FAILED, timeout=20)
+    assert "switch postcopy-preempt on there too, or off here" in trip.destination.error
+    trip.verify_source()
+
+
+@pytest.mark.parametrize("uri", ["exec:cat", "file:/nowhere", "fd:1"])
+def test_a_transport_of_one_connection_is_refused(journey, uri):
+    trip = journey(hammer(), capabilities=PREEMPT)
+    for order in (trip.source.control.migrate, trip.destination.control.incoming):
+        with pytest.raises(Refused, match=r"^Migration requires multi-channel URIs"):
+            order(uri)
+    assert trip.source.status is Status.NONE
