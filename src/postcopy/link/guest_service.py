@@ -18,6 +18,7 @@ from postcopy.abi.userfaultfd import Feature, RegisterMode
 from postcopy.errors import PageExists, WrongState
 from postcopy.guest import DeviceState, Guest, Region
 from postcopy.kernel import calls
+from postcopy.kernel.unmap import unmap
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.link.guest_proxy import encode_states
 from postcopy.link.rpc import Descriptors, Handler
@@ -187,9 +188,10 @@ class GuestService:
         for region, fd in zip(self._guest.regions(), page_maps, strict=True):
             size = region.page_size_bytes
             pages = page_map.PageMap(os.dup(fd), region.size_bytes // size)
-            for first, end in runs(pages.missing()).tolist():
-                start = region.host_address + first * size
-                calls.madvise(start, (end - first) * size, mman.MADV_DONTNEED)
+            ranges = runs(pages.missing()).astype(np.uint64) * np.uint64(size)
+            ranges[:, 1] -= ranges[:, 0]
+            ranges[:, 0] += np.uint64(region.host_address)
+            unmap(ranges)
             pages.close()
 
     def _watch_missing(self, *, only_still: bool) -> tuple[None, Descriptors]:
