@@ -15,7 +15,7 @@ import numpy as np
 from postcopy.abi.pagemap import PageCategory
 from postcopy.destination.incoming_ram import empty_missing
 from postcopy.destination.return_path import ReturnPath
-from postcopy.errors import PostcopyError, StreamError
+from postcopy.errors import ChannelBroken, PostcopyError, StreamError
 from postcopy.guest import DeviceState
 from postcopy.kernel.pagemap import PagemapScanner
 from postcopy.kernel.userfaultfd import Userfaultfd
@@ -188,8 +188,11 @@ class Postcopy:
         # engine dead, finds a guest's process that knows what it owns.
         self._progress.move(Status.POSTCOPY_ACTIVE)
         reached("destination.owning")
-        for ping in pings:
-            self._return_path.pong(ping)
+        try:
+            for ping in pings:
+                self._return_path.pong(ping)
+        except ChannelBroken:
+            pass  # it is ours all the same; the reader of the channel pauses, and recovery tells
         reached("destination.package-taken")
         self._guest.resume()
         reached("destination.running")
