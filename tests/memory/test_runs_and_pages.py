@@ -67,7 +67,7 @@ def test_a_page_goes_its_way(pages):
     assert pages.is_received(7)
     assert not pages.request(8)
     assert pages.requested().tolist() == []
-    pages.forget(8, 10)
+    pages.forget(slice(8, 10))
     assert pages.states[7:10].tolist() == [RECEIVED, MISSING, MISSING]
     pages.request(9)
     assert pages.states[9] == REQUESTED

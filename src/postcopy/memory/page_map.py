@@ -66,10 +66,10 @@ class PageMap:
         with self.lock:
             self.states[pages] = RECEIVED
 
-    def forget(self, start: int, end: int) -> None:
-        """Note that pages ``start`` to ``end`` (not included) are to come again."""
+    def forget(self, pages: Mask | slice) -> None:
+        """Note that these pages are to come again."""
         with self.lock:
-            self.states[start:end] = MISSING
+            self.states[pages] = MISSING
 
     def adopt(self, mapped: Mask) -> None:
         """Take over from an engine that is gone, whoever had asked for what.
