@@ -1,3 +1,5 @@
+"""The event bus: order, subscribers that fail, wall clock times."""
+
 import threading
 
 from postcopy.events import Event, EventBus

@@ -1,3 +1,5 @@
+"""Capabilities and parameters: what QEMU refuses is refused, in QEMU's words."""
+
 import json
 
 import pytest

@@ -1,3 +1,5 @@
+"""The figures of query-migrate: which are told when, and the way over the link and back."""
+
 import json
 
 import pytest
