@@ -126,10 +126,9 @@ def test_another_process_can_scan(how):
         pid, pagemap = os.getpid(), own.fileno()
 
         def act() -> None:
-            if how == "by pid":
-                scanner = PagemapScanner(pid)
-            else:
-                scanner = PagemapScanner.from_fd(os.dup(pagemap))
+            scanner = (
+                PagemapScanner(pid) if how == "by pid" else PagemapScanner.from_fd(os.dup(pagemap))
+            )
             assert scan(scanner, w) == [[7, 8]]
             scanner.close()
 

@@ -23,6 +23,7 @@ from postcopy.monitor.backend import Backend
 from postcopy.monitor.hmp_console import HmpConsole
 from postcopy.monitor.server import serve_hmp, serve_qmp
 
+
 class _OperatedMachine(Machine):
     """A machine whose operator can end its process."""
 
