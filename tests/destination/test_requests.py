@@ -108,6 +108,14 @@ def test_nothing_is_said_while_there_is_nobody(path):
         path.far.recv(1)
 
 
+def test_a_request_on_a_broken_channel_does_not_end_the_pager(path):
+    """It is asked for again after the recovery; who asks must live till then."""
+    path.far.close()
+    for page in range(3):
+        path.way.request([(path.block, page)])
+    assert not path.way.is_open
+
+
 def test_messages_of_many_threads_stay_whole(path):
     def ask(number):
         for page in range(50):

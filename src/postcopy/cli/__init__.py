@@ -16,6 +16,8 @@ from postcopy.cli import failures
 COMMANDS: Final = {
     "run": "postcopy.cli.run",
     "migrate": "postcopy.cli.migrate",
+    "recover": "postcopy.cli.recover",
+    "status": "postcopy.cli.status",
     "doctor": "postcopy.cli.doctor",
     "demo": "postcopy.cli.demo",
 }

@@ -6,6 +6,9 @@ import signal
 from collections.abc import Coroutine, Iterator
 from typing import Any, Final, TypeVar
 
+import click
+
+from postcopy.cli import progress_view, report
 from postcopy.cli.failures import CommandFailed
 from postcopy.cli.progress_view import View
 from postcopy.client.migration import Migration
@@ -13,7 +16,9 @@ from postcopy.client.progress import Phase
 from postcopy.client.result import Result
 from postcopy.errors import MigrationFailed, NeedsRecovery, PostcopyError, Refused
 
-_AFTER_SWITCHOVER: Final = frozenset({Phase.POSTCOPY, Phase.PAUSED, Phase.COMPLETED})
+_AFTER_SWITCHOVER: Final = frozenset(
+    {Phase.POSTCOPY, Phase.PAUSED, Phase.RECOVERY, Phase.COMPLETED}
+)
 _GOES_ON: Final = (
     "the guest has moved and runs at the destination; its last pages follow by themselves"
 )
@@ -110,6 +115,25 @@ class Watch:
             self._view.note(f"too late: {_GOES_ON}")
         except PostcopyError as error:
             self._view.note(f"cannot cancel: {error}")
+
+
+async def show_to_the_end(
+    migration: Migration, *, as_json: bool, timeout_s: float | None = None
+) -> None:
+    """Show a migration as it goes, and its figures in the end.
+
+    :raises CommandFailed: see :meth:`Watch.until_end`, as for all the rest.
+    """
+    view = progress_view.choose(as_json=as_json)
+    try:
+        with view:
+            result = await Watch(migration, view).until_end(timeout_s)
+    except PostcopyError as error:
+        view.finish({"status": migration.status.value, "error": str(error)})
+        raise
+    view.finish({"status": "completed"} | result.to_json())
+    if not as_json:
+        click.echo(report.text(list(report.lines(result))))
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

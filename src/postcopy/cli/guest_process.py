@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -22,6 +22,8 @@ from postcopy.machine.run_state import RunState
 from postcopy.monitor.backend import Backend
 from postcopy.monitor.hmp_console import HmpConsole
 from postcopy.monitor.server import serve_hmp, serve_qmp
+
+_CLOSE_S: Final = 2.0
 
 
 class _OperatedMachine(Machine):
@@ -87,7 +89,7 @@ class GuestProcess:
         settings = self._settings
         incoming = settings.incoming is not None
         machine = _OperatedMachine(settings.machine, self)
-        self._cleanup.callback(machine.close)
+        self._cleanup.callback(_try, machine.close)
         control = MigrationControl(
             machine,
             self.events,
@@ -147,3 +149,10 @@ class GuestProcess:
     def _name_process(self) -> None:
         if self._settings.name:
             Path("/proc/self/comm").write_text(self._settings.name)
+
+
+def _try(close: Callable[[], None]) -> None:
+    """Close within a moment, or not: a vCPU that waits for a page may be unstoppable (Linux 6.18)."""
+    thread = threading.Thread(target=close, name="close", daemon=True)
+    thread.start()
+    thread.join(_CLOSE_S)

@@ -14,6 +14,7 @@ _COLOURS = {
     Phase.SWITCHOVER: "yellow",
     Phase.POSTCOPY: "magenta",
     Phase.PAUSED: "red",
+    Phase.RECOVERY: "yellow",
     Phase.COMPLETED: "green",
     Phase.FAILED: "red",
 }

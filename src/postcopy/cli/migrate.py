@@ -1,14 +1,10 @@
 """``postcopy migrate``: move a running machine, and watch it go."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from postcopy.cli.types import PostcopyTime, Size
-
-if TYPE_CHECKING:
-    from postcopy.cli.progress_view import View
-    from postcopy.client.result import Result
 
 
 @click.command(short_help="Move a running guest over QMP, ours or QEMU's.")
@@ -19,6 +15,12 @@ if TYPE_CHECKING:
 @click.option("--bandwidth", type=Size("M"), metavar="SIZE", help="Most a second, such as 1G.")
 @click.option("--downtime-limit", type=click.IntRange(0), metavar="MS")
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="S")
+@click.option(
+    "--auto-recover",
+    type=click.FloatRange(0, min_open=True),
+    metavar="SECONDS",
+    help="After a break, recover unasked for so long; needs --to.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def migrate(**options: Any) -> None:
     """Move the guest of one machine to URI, such as tcp:HOST:PORT or unix:PATH.
@@ -42,12 +44,12 @@ async def _migrate(
 ) -> None:
     import contextlib
 
-    from postcopy.cli import progress_view
-    from postcopy.cli.drive import Watch
+    from postcopy.cli.drive import show_to_the_end
     from postcopy.client import Machine
-    from postcopy.errors import PostcopyError
+    from postcopy.errors import Refused
 
-    view = progress_view.choose(as_json=as_json)
+    if options["auto_recover"] and destination is None:
+        raise Refused("--auto-recover must drive the destination too; give --to QMP-ADDRESS")
     async with contextlib.AsyncExitStack() as machines:
         ours = await machines.enter_async_context(await Machine.connect(source))
         theirs = None
@@ -59,19 +61,6 @@ async def _migrate(
             postcopy=options["postcopy"],
             bandwidth=options["bandwidth"],
             downtime_limit_ms=options["downtime_limit"],
+            auto_recover=options["auto_recover"],
         )
-        try:
-            with view:
-                result = await Watch(migration, view).until_end(timeout)
-        except PostcopyError as error:
-            view.finish({"status": migration.status.value, "error": str(error)})
-            raise
-        _tell(result, view, as_json=as_json)
-
-
-def _tell(result: "Result", view: "View", *, as_json: bool) -> None:
-    from postcopy.cli import report
-
-    view.finish({"status": "completed"} | result.to_json())
-    if not as_json:
-        click.echo(report.text(list(report.lines(result))))
+        await show_to_the_end(migration, as_json=as_json, timeout_s=timeout)

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, Self, TypedDict, Unpack
 from postcopy.client.connection import Connection
 from postcopy.client.launch import MachineProcess
 from postcopy.client.migration import Migration, Postcopy
+from postcopy.client.recovery import address_of, bring_together
 from postcopy.errors import PostcopyError, Refused
 from postcopy.parameters import Capability
 
@@ -34,8 +35,12 @@ class RunOptions(TypedDict, total=False):
 
 
 class MigrateOptions(TypedDict, total=False):
-    """How to migrate; see :meth:`Machine.migrate`."""
+    """How to migrate; see :meth:`Machine.migrate`.
 
+    ``auto_recover``: recover a postcopy that breaks unasked, for so many seconds after each break.
+    """
+
+    auto_recover: float | None
     postcopy: Postcopy
     bandwidth: int | None
     downtime_limit_ms: int | None
@@ -138,7 +143,7 @@ class Machine:
         if info.get("status", "none") not in {"setup", "active"}:
             await self._listen(uri)
             info = await self.migration_info()
-        return _uri_of(info, uri)
+        return address_of(info, uri)
 
     async def _listen(self, uri: str) -> None:
         # A machine that ends when its migration fails could not be asked why it did.
@@ -188,7 +193,22 @@ class Machine:
         if postcopy == "now":
             await self.execute("migrate-start-postcopy")
         theirs = None if to is None else to._connection  # noqa: SLF001 - one of our own class
-        return Migration(self._connection, theirs, postcopy)
+        auto_recover = options.get("auto_recover")
+        return Migration(self._connection, theirs, postcopy, uri=uri, auto_recover=auto_recover)
+
+    async def recover(
+        self, uri: str | None = None, *, to: "Machine", auto_recover: float | None = None
+    ) -> Migration:
+        """Go on with a postcopy from here that broke, whoever began it, and watch it go.
+
+        :param uri: where both sides meet; None: at a free TCP port of the destination's host.
+        :param to: where the guest runs.
+        :param auto_recover: see :class:`MigrateOptions`.
+        :raises Refused: nothing is to be recovered, or one side refuses; nothing has changed.
+        """
+        theirs = to._connection  # noqa: SLF001 - one of our own class
+        await bring_together(self._connection, theirs, uri)
+        return Migration(self._connection, theirs, "manual", uri=uri, auto_recover=auto_recover)
 
     async def _set_up(self, postcopy: Postcopy, options: MigrateOptions) -> None:
         await self.set_capabilities(_capabilities(postcopy, destination=False))
@@ -208,12 +228,3 @@ def _capabilities(postcopy: Postcopy, *, destination: bool) -> dict[str, bool]:
         if destination:
             wanted.append(Capability.POSTCOPY_BLOCKTIME)
     return {capability.value: True for capability in wanted}
-
-
-def _uri_of(info: Mapping[str, Any], asked: str) -> str:
-    """Where a destination listens: the port is the kernel's choice if 0 was asked for."""
-    address = next(iter(info.get("socket-address", ())), None)
-    if address is None or not asked.endswith(":0"):
-        return asked
-    host = f"[{address['host']}]" if ":" in address["host"] else address["host"]
-    return f"tcp:{host}:{address['port']}"

@@ -7,12 +7,16 @@ from typing import Any, Final, Literal
 
 from postcopy.client.connection import Connection
 from postcopy.client.progress import STOPPED, Phase, Progress, ProgressTracker
+from postcopy.client.recovery import Retries, bring_together
 from postcopy.client.result import Result
+from postcopy.client.standing import how_to_recover
 from postcopy.errors import (
     MigrationCancelled,
     MigrationFailed,
     NeedsRecovery,
     PostcopyError,
+    Refused,
+    WrongState,
 )
 from postcopy.status import Status
 
@@ -33,7 +37,13 @@ class Migration:
     """
 
     def __init__(
-        self, source: Connection, destination: Connection | None, postcopy: Postcopy
+        self,
+        source: Connection,
+        destination: Connection | None,
+        postcopy: Postcopy,
+        *,
+        uri: str | None = None,
+        auto_recover: float | None = None,
     ) -> None:
         self._source = source
         self._destination = destination
@@ -42,9 +52,15 @@ class Migration:
         self._last = self._tracker.take({})
         self._listeners: set[asyncio.Queue[Progress | None]] = set()
         self._wake = asyncio.Event()
-        self._task = asyncio.create_task(self._watch(), name="migration")
+        self._uri = uri
+        self._retries = Retries(auto_recover or 0.0)
+        self._task = self._begin()
+
+    def _begin(self) -> asyncio.Task[Result]:
+        task = asyncio.create_task(self._watch(), name="migration")
         # Whoever does not ask for the result does not want to hear that nobody did.
-        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return task
 
     @property
     def status(self) -> Status:
@@ -100,14 +116,36 @@ class Migration:
         await self._source.execute("migrate_cancel")
         self._wake.set()
 
+    async def recover(self, uri: str | None = None) -> None:
+        """Go on with a postcopy that broke; :meth:`events` and :meth:`result` begin anew.
+
+        :param uri: where both sides meet; None: at a free TCP port of the destination's host.
+        :raises WrongState: it has not come to an end, or is none that broke.
+        :raises Refused: it has no destination to drive (``to=``), or one side refuses.
+        """
+        if not self._task.done() or self.progress.phase is not Phase.PAUSED:
+            raise WrongState("the migration is not paused: there is nothing to recover")
+        await bring_together(self._source, self._driven(), uri)
+        self._uri = uri
+        self._task = self._begin()
+
+    def _driven(self) -> Connection:
+        if self._destination is None:
+            raise Refused("the destination's monitor is not known; give it as to=")
+        return self._destination
+
     # --- the watching task
 
     async def _watch(self) -> Result:
         pump = asyncio.create_task(self._pump(), name="migration-events")
         try:
-            answer = await self._until_stopped()
-            theirs = await self._ask_destination(answer)
-            return _outcome(answer, theirs)
+            while True:
+                answer = await self._until_stopped()
+                theirs = await self._ask_destination(answer)
+                try:
+                    return self._outcome(answer, theirs)
+                except NeedsRecovery as broken:
+                    await self._recover_unasked(broken)
         finally:
             pump.cancel()
             for queue in self._listeners:
@@ -128,6 +166,8 @@ class Migration:
             if progress.status is Status.NONE:
                 continue  # asked before it had begun
             self._publish(progress)
+            if progress.phase is Phase.POSTCOPY:
+                self._retries.succeeded()
             if progress.phase in STOPPED:
                 return answer
             if self._postcopy_is_due(progress):
@@ -165,20 +205,36 @@ class Migration:
                     await asyncio.sleep(_INTERVAL_S / 10)
         return theirs
 
+    async def _recover_unasked(self, broken: NeedsRecovery) -> None:
+        """Return when both sides have been brought together, or say what is in the way."""
+        while self._destination is not None and await self._retries.wait():
+            try:
+                await bring_together(self._source, self._destination, self._uri)
+            except Refused as refusal:
+                broken = NeedsRecovery(f"{broken} (last tried: {refusal})")
+                broken.__cause__ = refusal
+            else:
+                return
+        raise broken
 
-def _outcome(source: Mapping[str, Any], destination: Mapping[str, Any]) -> Result:
-    status = Status(source["status"])
-    why = _reason(source, destination)
-    if status is Status.COMPLETED and destination.get("status") in {None, "completed", "active"}:
-        return Result.of(source, destination)
-    if status is Status.CANCELLED:
-        raise MigrationCancelled("the migration was cancelled; the guest runs on where it was")
-    if status is Status.FAILED:
-        raise MigrationFailed(f"the migration failed: {why}; the guest is where it was")
-    raise NeedsRecovery(
-        f"the migration broke after the switchover: {why}; nothing is lost: "
-        "give 'migrate-recover' to the destination and 'migrate' with resume to the source"
-    )
+    def _outcome(self, source: Mapping[str, Any], destination: Mapping[str, Any]) -> Result:
+        status = Status(source["status"])
+        why = _reason(source, destination)
+        if status is Status.COMPLETED and destination.get("status") in {
+            None,
+            "completed",
+            "active",
+        }:
+            return Result.of(source, destination)
+        if status is Status.CANCELLED:
+            raise MigrationCancelled("the migration was cancelled; the guest runs on where it was")
+        if status is Status.FAILED:
+            raise MigrationFailed(f"the migration failed: {why}; the guest is where it was")
+        there = None if self._destination is None else self._destination.address
+        raise NeedsRecovery(
+            f"the migration broke after the switchover: {why}; nothing is lost: type "
+            f"'{how_to_recover(self._source.address, there)}'"
+        )
 
 
 def _reason(source: Mapping[str, Any], destination: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ class Phase(enum.StrEnum):
     SWITCHOVER = "switchover"
     POSTCOPY = "postcopy"
     PAUSED = "paused"
+    RECOVERY = "recovery"
     CANCELLING = "cancelling"
     COMPLETED = "completed"
     CANCELLED = "cancelled"
@@ -34,8 +35,8 @@ PHASES: Final = {
     Status.PRE_SWITCHOVER: Phase.SWITCHOVER,
     Status.DEVICE: Phase.SWITCHOVER,
     Status.POSTCOPY_ACTIVE: Phase.POSTCOPY,
-    Status.POSTCOPY_RECOVER: Phase.POSTCOPY,
-    Status.POSTCOPY_RECOVER_SETUP: Phase.PAUSED,
+    Status.POSTCOPY_RECOVER: Phase.RECOVERY,
+    Status.POSTCOPY_RECOVER_SETUP: Phase.RECOVERY,
     Status.POSTCOPY_PAUSED: Phase.PAUSED,
     Status.CANCELLING: Phase.CANCELLING,
     Status.COMPLETED: Phase.COMPLETED,

@@ -13,7 +13,37 @@ from postcopy.status import Status
 _PAUSE_TIMEOUT_S: Final = 10.0
 _POLL_S: Final = 0.01
 _LISTENS_ALREADY: Final = "triggered already"  # QEMU's words
+_FIRST_PAUSE_S: Final = 0.1
+_LONGEST_PAUSE_S: Final = 5.0
 _BREAKABLE: Final = frozenset({Status.POSTCOPY_ACTIVE, Status.POSTCOPY_RECOVER})
+
+
+class Retries:
+    """How often and how long recovery is tried unasked.
+
+    :param for_s: seconds after each break; 0: not at all.
+    """
+
+    def __init__(self, for_s: float) -> None:
+        self._for_s = for_s
+        self._until: float | None = None
+        self._pause_s = _FIRST_PAUSE_S
+
+    def succeeded(self) -> None:
+        """Pages flow: the next break has all its time before it."""
+        self._until, self._pause_s = None, _FIRST_PAUSE_S
+
+    async def wait(self) -> bool:
+        """Wait before another attempt, each time longer; return whether there is one to make."""
+        now = asyncio.get_running_loop().time()
+        if self._until is None:
+            self._until = now + self._for_s
+        left = self._until - now
+        if left <= 0:
+            return False
+        await asyncio.sleep(min(self._pause_s, left))
+        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        return True
 
 
 async def bring_together(

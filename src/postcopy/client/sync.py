@@ -82,6 +82,7 @@ class Migration:
     result = _blocking(AsyncMigration.result)
     start_postcopy = _blocking(AsyncMigration.start_postcopy)
     cancel = _blocking(AsyncMigration.cancel)
+    recover = _blocking(AsyncMigration.recover)
 
 
 class Machine:
@@ -121,6 +122,14 @@ class Machine:
         """As :meth:`postcopy.client.Machine.migrate`."""
         theirs = None if to is None else to.asynchronous
         return Migration(_wait(self.asynchronous.migrate(uri, to=theirs, **options)))
+
+    def recover(
+        self, uri: str | None = None, *, to: "Machine", auto_recover: float | None = None
+    ) -> Migration:
+        """As :meth:`postcopy.client.Machine.recover`."""
+        return Migration(
+            _wait(self.asynchronous.recover(uri, to=to.asynchronous, auto_recover=auto_recover))
+        )
 
     close = _blocking(AsyncMachine.close)
     execute = _blocking(AsyncMachine.execute)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Sequence
 
 from postcopy.channel.channel import Channel
+from postcopy.errors import ChannelBroken
 from postcopy.memory.ram_block import RamBlock
 from postcopy.memory.runs import Mask
 from postcopy.stream import return_path as wire
@@ -72,7 +73,11 @@ class ReturnPath:
             if self._channel is None or self._requests_held:
                 return  # paused: everything requested is asked for again after recovery
             data = b"".join(self._request(block, page) for block, page in wanted)
-            self._channel.send(data)
+            try:
+                self._channel.send(data)
+            except ChannelBroken:
+                # Whoever reads the channel pauses; the pager must live to ask again after recovery.
+                self._channel = None
 
     def _request(self, block: RamBlock, page: int) -> bytes:
         name = None if block.name == self._last_block else block.name

@@ -1,0 +1,60 @@
+"""Each status of each side has its sentences, and what to type can be typed."""
+
+import pytest
+
+from postcopy.cli.status import as_object, lines, side_of, what_next
+from postcopy.client.standing import DESTINATION, LOST, SOURCE, UNCERTAIN, standing
+from postcopy.status import Status
+
+TABLES = pytest.mark.parametrize("table", [SOURCE, DESTINATION], ids=["source", "destination"])
+
+
+@TABLES
+@pytest.mark.parametrize("status", Status)
+def test_each_status_is_told(table, status):
+    row = table[status]
+    assert row.meaning
+    assert row.owner
+    for text in (row.meaning, row.owner, row.waits_for):
+        assert "\n" not in text
+        assert "{" not in text
+    assert row.waits_for or row.next or status is Status.COMPLETED
+    typed = row.next.format(source="unix:/a", destination="unix:/b")
+    assert typed.split()[:1] in (
+        [], ["postcopy"], ["quit"], ["cont"], ["migrate_continue"],
+    )  # fmt: skip
+
+
+def test_a_paused_side_says_how_to_recover():
+    for table in (SOURCE, DESTINATION):
+        assert table[Status.POSTCOPY_PAUSED].next.startswith("postcopy recover --from")
+
+
+@pytest.mark.parametrize(
+    ("status", "run_state", "incoming", "row"),
+    [
+        (Status.FAILED, "running", False, SOURCE[Status.FAILED]),
+        (Status.FAILED, "finish-migrate", False, UNCERTAIN),
+        (Status.FAILED, "inmigrate", True, DESTINATION[Status.FAILED]),
+        (Status.FAILED, "internal-error", True, LOST),
+        (Status.COMPLETED, "running", True, DESTINATION[Status.COMPLETED]),
+    ],
+)
+def test_what_has_failed_depends_on_who_has_the_guest(status, run_state, incoming, row):
+    assert standing(status, run_state, incoming=incoming) is row
+
+
+def test_two_sides_in_words():
+    info = {"status": "postcopy-paused", "error-desc": "broken", "ram": {"remaining": 3 << 20}}
+    ours = side_of("source", "unix:/a", info, "finish-migrate")
+    theirs = side_of("destination", "unix:/b", {"status": "postcopy-paused"}, "running")
+    text = "\n".join(lines(ours))
+    assert "postcopy-paused; the machine is finish-migrate, 3.0 MiB remaining" in text
+    assert "because    broken" in text
+    typed = "postcopy recover --from unix:/a --to unix:/b"
+    assert what_next([ours, theirs], "unix:/a", "unix:/b") == typed
+    assert what_next([theirs], None, "unix:/b").endswith("--from QMP-ADDRESS --to unix:/b")
+    told = as_object([ours, theirs], typed)
+    assert told["source"]["standing"]["owner"] == "at the other side"
+    assert told["destination"]["standing"]["owner"] == "here"
+    assert told["next"] == typed
