@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 CODE := src tests benchmarks scripts
 
-.PHONY: help venv demo test check bench clean
+.PHONY: help venv demo test soak check bench clean
 
 help:
 	@echo "make demo   a running guest moves, and you watch"
 	@echo "make test   the whole test suite (installs QEMU when root)"
+	@echo "make soak   break migrations at random for MINUTES=10, one line a minute"
 	@echo "make check  format, lint, types, layers, spelling"
 	@echo "make bench  measure, side by side with a real QEMU"
 
@@ -29,6 +30,11 @@ demo: venv
 test: venv
 	.ci/install-qemu --if-root
 	$(BIN)/python -m pytest $(PYTEST)
+
+MINUTES ?= 10
+
+soak: venv
+	PYTHONPATH=tests:. $(BIN)/python -m faults.soak --minutes $(MINUTES) $(SOAK)
 
 check: venv
 	$(BIN)/ruff format --check .

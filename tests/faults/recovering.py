@@ -74,7 +74,7 @@ class Recovering:
             wait_until(
                 lambda side=side: side.status in SETTLED,
                 DEADLINE_S,
-                f"{self.source.status} and {self.destination.status}",
+                "an end or a pause of both",
             )
 
     def listen_again(self, uri=None) -> str:
@@ -101,7 +101,7 @@ class Recovering:
             except PostcopyError:
                 continue  # an engine died of it: the next time there is another
             wait_until(lambda: self.source.status in SETTLED, DEADLINE_S, "the recovery")
-        raise AssertionError(f"{self.source.error}; {self.destination.error}")
+        raise AssertionError(f"{self.story()}; {self.source.story()}; {self.destination.story()}")
 
     def hurry(self):
         """Push without a limit from now on."""
