@@ -6,6 +6,7 @@ import contextlib
 import pytest
 
 from fakes.commands import need_kvm, pair
+from fakes.waiting import wait_until
 from postcopy import Machine, NeedsRecovery, Phase, Refused, Status
 from postcopy.errors import WrongState
 
@@ -30,8 +31,9 @@ async def begun(folder, **options):
             async for look in migration.events():
                 if look.phase is Phase.POSTCOPY:
                     break
-            while (await theirs.migration_info())["status"] != "postcopy-active":
-                await asyncio.sleep(0.01)
+            await asyncio.to_thread(
+                wait_until, lambda: target.migration_status() == "postcopy-active", 20, "postcopy"
+            )
             yield ours, theirs, migration
 
 

@@ -54,6 +54,8 @@ def test_two_sides_in_words():
     typed = "postcopy recover --from unix:/a --to unix:/b"
     assert what_next([ours, theirs], "unix:/a", "unix:/b") == typed
     assert what_next([theirs], None, "unix:/b").endswith("--from QMP-ADDRESS --to unix:/b")
+    never = side_of("destination", "unix:/b", {"status": "failed"}, "inmigrate")
+    assert what_next([ours, never], "unix:/a", "unix:/b").startswith("cont ")
     told = as_object([ours, theirs], typed)
     assert told["source"]["standing"]["owner"] == "at the other side"
     assert told["destination"]["standing"]["owner"] == "here"

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.kvm
 
 
 def test_a_migration_that_begins_does_not_show_the_last_ones_figures():
-    with Journey(idle(), parameters=NEVER_ENDS | {"max-bandwidth": 1 << 20}) as trip:
+    with Journey(idle(16), parameters=NEVER_ENDS | {"max-bandwidth": 1 << 20}) as trip:
         trip.migrate()
         wait_until(lambda: (ram := trip.source.control.info().ram) and ram.transferred, 20, "sent")
         trip.source.control.cancel()

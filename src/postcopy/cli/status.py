@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 _MIB = 1 << 20
 _UNKNOWN = "QMP-ADDRESS"
+_TAKE_BACK = "cont   (at the source's monitor: the destination never ran the guest)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,11 @@ def side_of(name: str, address: str, info: Mapping[str, Any], run_state: str) ->
 
 
 def what_next(sides: list[Side], source: str | None, destination: str | None) -> str:
-    """What to type next: the first side that has something to say is the source."""
+    """What to type next: the source's row comes first, if it has something to say."""
+    found = {side.name: (side.status, side.run_state) for side in sides}
+    never_ran = found.get("destination") == ("failed", "inmigrate")
+    if never_ran and found.get("source", ("", ""))[0] == "postcopy-paused":
+        return _TAKE_BACK
     said = (side.standing.next for side in sides if side.standing.next)
     return next(said, "").format(source=source or _UNKNOWN, destination=destination or _UNKNOWN)
 
