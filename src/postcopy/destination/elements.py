@@ -69,6 +69,7 @@ class Elements:
         self.channel: Channel | None = None
         self.advised = False
         self.ram_seen = False
+        self._their_sizes: dict[str, int] = {}
         self._devices: list[DeviceState] = []
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             records.RamSetup: self._ram_setup,
@@ -103,7 +104,7 @@ class Elements:
 
     def _ram_setup(self, setup: records.RamSetup) -> None:
         self.ram_seen = True
-        theirs = {entry.name for entry in setup.blocks}
+        self._their_sizes = theirs = {entry.name: entry.size_bytes for entry in setup.blocks}
         for paged in self._ram:
             if paged.block.name not in theirs:
                 # QEMU does not notice: its guest would run with what happened to be in memory.
@@ -176,12 +177,17 @@ class Elements:
     def _recv_bitmap(self, command: records.RecvBitmap) -> None:
         self._check_recovering("CMD_RECV_BITMAP")
         reached("destination.bitmap-asked")
-        paged = self._ram[command.block]
-        received: Mask = ~paged.pages.missing()
-        self._return_path.bitmap(
-            command.block, np.repeat(received, paged.block.target_pages_per_page)
-        )
+        self._return_path.bitmap(command.block, self._received(command.block))
         reached("destination.bitmap-sent")
+
+    def _received(self, name: str) -> Mask:
+        """Which target pages of a block are in place; of one that we have no use for: all."""
+        if name not in layout_of(self._ram):
+            if name in self._their_sizes:
+                return np.ones(self._their_sizes[name] // TARGET_PAGE_BYTES, np.bool_)
+            raise StreamError(f"CMD_RECV_BITMAP: there is no RAM block '{name}'")
+        paged = self._ram[name]
+        return np.repeat(~paged.pages.missing(), paged.block.target_pages_per_page)
 
     def _resume(self, _: records.PostcopyResume) -> None:
         self._check_recovering("CMD_POSTCOPY_RESUME")

@@ -17,7 +17,7 @@ from postcopy.errors import EngineDied, PostcopyError, WrongState
 from postcopy.events import EventBus
 from postcopy.link.engine_process import EnginePool, EngineProcess
 from postcopy.link.guest_service import GuestService, OwnedGuest
-from postcopy.link.host import check_poison, check_postcopy
+from postcopy.link.host import check_poison, check_postcopy, check_transport
 from postcopy.link.rpc import Link
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.statistics import MigrationInfo
@@ -114,13 +114,14 @@ class MigrationControl:
         """Set parameters by QEMU's names; a migration under way takes them over."""
         with self._lock:
             self._parameters = self._parameters.with_changes(changes)
-            if self._busy and not self._is_incoming:
+            if self._busy:
                 self._tell_engine("set_parameters", parameters=self._parameters.to_qapi())
 
     # --- orders
 
     def migrate(self, uri: str, *, resume: bool = False) -> None:
         """Begin to send the guest to ``uri``."""
+        check_transport(parse(uri), self._capabilities)
         if resume:
             self._resume(uri)
             return
@@ -145,6 +146,7 @@ class MigrationControl:
             if self._listening:
                 raise WrongState("The incoming migration has already been started")
             address = parse(uri)
+            check_transport(address, self._capabilities)
             link = self._living_engine()
             if link is None or self.progress.status is not Status.NONE:
                 link = self._start_engine()
@@ -196,6 +198,7 @@ class MigrationControl:
         """Listen anew for the source of a paused postcopy."""
         if self.progress.status is not Status.POSTCOPY_PAUSED or not self._is_incoming:
             raise WrongState("Migrate recover can only be run when postcopy is paused.")
+        check_transport(parse(uri), self._capabilities)
         with _descriptors(parse(uri)) as fds, self._replacing:
             link = self._living_engine()
             if link is None:

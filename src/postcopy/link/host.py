@@ -1,9 +1,11 @@
 """What this host can do for a guest, asked before anything moves."""
 
 from postcopy.abi.userfaultfd import Feature
-from postcopy.errors import HostCannot
+from postcopy.channel.address import Address, TcpAddress, UnixAddress
+from postcopy.errors import HostCannot, Refused
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.link.guest_service import MISSING_FEATURES, OwnedGuest
+from postcopy.parameters import Capabilities, Capability
 
 
 def check_poison(guest: OwnedGuest) -> None:
@@ -23,3 +25,14 @@ def check_postcopy() -> None:
         Userfaultfd.open(MISSING_FEATURES).close()
     except HostCannot as error:
         raise HostCannot(f"Postcopy is not supported: {error}", error.cure) from error
+
+
+def check_transport(address: Address, capabilities: Capabilities) -> None:
+    """Refuse an address that can be reached once only where two connections are to come.
+
+    :raises Refused: in QEMU's words.
+    """
+    if capabilities.enabled(Capability.POSTCOPY_PREEMPT) and not isinstance(
+        address, TcpAddress | UnixAddress
+    ):
+        raise Refused("Migration requires multi-channel URIs (e.g. tcp)")

@@ -137,14 +137,15 @@ class Connection:
         self.answers.wait_pong(LAST_PAGE_PING)
 
     def end(self, last_words: list[bytes]) -> None:
-        """Send the end of the stream; after it, no ping may follow and no page is urgent."""
+        """Send the end of the stream; after it, no ping may follow and no page is urgent.
+
+        The second connection stays open until the destination has had its last word, as QEMU does it.
+        """
         if self._silence is not None:
             self._silence.stop()
         if self._urgent is not None:
             self._urgent.expect_end()
         self.channel.send_many(last_words)
-        if self._urgent is not None:
-            self._urgent.close()
 
     def shutdown(self) -> None:
         """Break it, from any thread; whoever uses it will notice."""
@@ -154,6 +155,8 @@ class Connection:
 
     def finish(self) -> None:
         """Close it in order: for a file or a command this is when it proves to have worked."""
+        if self._urgent is not None:
+            self._urgent.close()
         self.channel.close()
 
     def abandon(self) -> None:
