@@ -19,8 +19,8 @@ def test_a_migration_that_begins_does_not_show_the_last_ones_figures():
         assert trip.source.control.info().ram is not None
         told = []
 
-        def look(_event):
-            if trip.source.status is Status.SETUP:
+        def look(event):
+            if event.name == "MIGRATION" and event.data["status"] == "setup":
                 told.append(trip.source.control.info())
 
         trip.source.bus.subscribe(look)

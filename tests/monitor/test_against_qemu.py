@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from postcopy.parameters import SUPPORTED, Capability, Parameters
+from postcopy.parameters import SUPPORTED, Capability, Parameters, rules
 
 BEFORE_NEGOTIATION = [
     {"execute": "query-status"},
@@ -182,7 +182,7 @@ def test_pairs_of_capabilities(both):
             assert answer == expected, pair
 
 
-OURS = {"x-dirty-tracking": "auto", "x-on-loss": "hold"}
+OURS = {name: Parameters().to_qapi()[name] for name, rule in rules().items() if rule.ours}
 """Parameters that QEMU does not have, and their defaults."""
 VALUES = [-1, 0, 1, 5, 20, 99, 100, 101, 255, 256, 1000, 1001, 4096, 5000, 10001, 100001,
           2000000, 2000001, 2**32, 2**63, 2**64 - 1, 2**64, 1.5, "x", "none", "zlib", "kvm",
