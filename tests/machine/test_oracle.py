@@ -112,8 +112,9 @@ def test_not_before_the_memory_is_filled():
 def test_records(stopped):
     work, _, after = stopped
     for record in records.read_records(lambda at, n: after[at : at + n], work):
-        assert int(record.latencies.sum()) == record.iterations
-        assert int(record.gaps.sum()) == record.iterations
+        # The guest may have been stopped between counting an iteration and noting how long it took.
+        assert record.iterations - int(record.latencies.sum()) in {0, 1}
+        assert record.iterations - int(record.gaps.sum()) in {0, 1}
         assert record.largest_gap_ms(1e9) == record.max_gap / 1e6
         assert 0 < record.latency_us(50, 1e9) <= record.latency_us(99, 1e9)
         assert record.max_latency / 1e3 <= record.latency_us(100, 1e9)
