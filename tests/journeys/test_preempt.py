@@ -2,10 +2,10 @@
 
 import pytest
 
-from fakes.pair import NEVER_ENDS, POSTCOPY, TRICKLE, hammer
+from fakes.pair import NEVER_ENDS, POSTCOPY, TRICKLE, hammer, idle
 from fakes.waiting import wait_until
 from faults.relay import Relay
-from postcopy.channel import TcpAddress
+from postcopy.channel import Listener, TcpAddress
 from postcopy.errors import Refused
 from postcopy.parameters import Capability
 from postcopy.status import Status
@@ -67,10 +67,11 @@ def test_what_is_asked_for_and_nothing_else_goes_over_the_second_connection(jour
 
 def test_urgent_pages_do_not_wait_for_the_bandwidth_limit(journey):
     """At 64 KiB/s the push alone would take minutes; the guest touches all it needs in seconds."""
-    trip = journey(hammer(vcpus=2), capabilities=PREEMPT, parameters=TRICKLE)
+    parameters = TRICKLE | {"max-bandwidth": 1 << 20}  # or precopy would have brought them
+    trip = journey(hammer(vcpus=2), capabilities=PREEMPT, parameters=parameters)
     begin(trip)
     trip.source.wait(Status.POSTCOPY_ACTIVE)
-    wait_until(lambda: trip.source.control.info().ram.postcopy_requests > 100, 20, "requests")
+    wait_until(lambda: trip.source.control.info().ram.postcopy_requests > 10, 20, "requests")
     trip.source.set(parameters={"max-postcopy-bandwidth": 0})
     trip.finish()
 
@@ -146,3 +147,59 @@ def test_a_transport_of_one_connection_is_refused(journey, uri):
         with pytest.raises(Refused, match=r"^Migration requires multi-channel URIs"):
             order(uri)
     assert trip.source.status is Status.NONE
+
+
+@pytest.mark.parametrize("way", ["tcp", "unix"])
+@pytest.mark.parametrize("capabilities", [POSTCOPY], ids=["plain"])
+def test_a_black_hole_pauses_both_sides(journey, tmp_path, way, capabilities):
+    """Every connection stays open, and nothing passes: the kernel sees nothing wrong."""
+    listen = f"unix:{tmp_path}/relay" if way == "unix" else "tcp:127.0.0.1:0"
+    trip = journey(hammer(vcpus=2), capabilities=capabilities, parameters=TRICKLE)
+    for side in (trip.source, trip.destination):
+        side.set(parameters={"x-link-timeout": 1000})
+    with Relay(listen, "tcp:127.0.0.1:1") as relay:
+        relay.target = trip.destination.listen(
+            f"unix:{tmp_path}/target" if way == "unix" else "tcp:127.0.0.1:0"
+        )
+        trip.source.control.migrate(relay.uri)
+        trip.source.control.start_postcopy()
+        for side in (trip.source, trip.destination):
+            side.wait(Status.POSTCOPY_ACTIVE)
+        relay.stall()
+        wait_paused(trip)
+    assert "no sign of life from the destination for 1 s" in trip.source.error
+    assert "nothing came from the source for 1 s" in trip.destination.error
+    trip.source.set(parameters={"max-postcopy-bandwidth": 0})
+    recover(trip)
+    trip.finish()
+
+
+def test_a_peer_that_says_nothing_ends_a_recovery(journey):
+    trip = journey(hammer(), capabilities=PREEMPT, parameters=TRICKLE)
+    trip.source.set(parameters={"x-link-timeout": 500})
+    begin(trip)
+    trip.destination.wait(Status.POSTCOPY_ACTIVE)
+    trip.source.wait(Status.POSTCOPY_ACTIVE)
+    trip.source.control.pause()
+    wait_paused(trip)
+    with Listener(TcpAddress("127.0.0.1", 0)) as silent:
+        trip.source.control.migrate(str(silent.addresses[0]), resume=True)
+        trip.source.control.progress.wait(Status.POSTCOPY_RECOVER, timeout=10)
+        trip.source.control.progress.wait(Status.POSTCOPY_PAUSED, timeout=10)
+    trip.source.set(parameters={"max-postcopy-bandwidth": 0, "x-link-timeout": 5000})
+    recover(trip)
+    trip.finish()
+
+
+def test_a_slow_guest_is_not_taken_for_a_dead_link(journey):
+    """Nothing is asked for and next to nothing pushed for many times the timeout."""
+    trip = journey(idle(), capabilities=PREEMPT, parameters=TRICKLE | {"max-bandwidth": 1 << 20})
+    for side in (trip.source, trip.destination):
+        side.set(parameters={"x-link-timeout": 100})
+    begin(trip)
+    trip.source.wait(Status.POSTCOPY_ACTIVE)
+    before = trip.source.control.info().total_time_ms
+    wait_until(lambda: trip.source.control.info().total_time_ms > before + 1500, 10, "time passes")
+    assert trip.source.status is Status.POSTCOPY_ACTIVE
+    trip.source.set(parameters={"max-postcopy-bandwidth": 0})
+    trip.finish()
