@@ -91,6 +91,9 @@ def check_owner(broken, owner):
     if owner == HELD:
         check_held(broken)
         return
+    if broken.destination.status is Status.FAILED and not broken.source.control._service.runs_there:
+        check_held(broken)  # TCP's reset has overtaken the last bytes of the one that died
+        return
     broken.hurry()
     if broken.destination.status is not Status.COMPLETED:
         broken.recover()
