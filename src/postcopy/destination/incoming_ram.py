@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from postcopy.errors import KernelError
+from postcopy.errors import PostcopyError
 from postcopy.link.guest_proxy import GuestProxy
 from postcopy.memory.runs import runs
 from postcopy.paging.ram import PagedRam
@@ -49,7 +49,7 @@ class Populating:
                 try:
                     paged.block.populate(offset, length)
                     self._guest.populate(paged.block.name, offset, length)
-                except KernelError:
+                except PostcopyError:
                     return  # no memory to spare: pages are taken as they come
 
 

@@ -4,6 +4,7 @@ Starting an interpreter and importing numpy takes a tenth of a second or two.  S
 started ahead: it waits, idle, for a job.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -52,7 +53,8 @@ class EngineProcess:
 
     def kill(self) -> None:
         """End it at once, whatever it does."""
-        os.kill(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it was dead before
+            os.kill(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 
