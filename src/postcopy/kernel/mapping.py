@@ -8,7 +8,6 @@ and is for memory that no userfaultfd watches in this process.
 
 import ctypes
 import weakref
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -149,12 +148,7 @@ class Mapping:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _checked(self, offset: int, length_bytes: int) -> int:

@@ -9,7 +9,6 @@ engine's own mapping) are not seen.
 import ctypes
 import errno
 import os
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -121,12 +120,7 @@ class PagemapScanner:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -13,7 +13,6 @@ Some facts, measured (``docs`` has more):
 
 import errno
 import os
-from types import TracebackType
 from typing import Self
 
 from postcopy.abi import userfaultfd as abi
@@ -225,12 +224,7 @@ class Userfaultfd:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _request(

@@ -157,8 +157,9 @@ def _info_version(_context: Context, _arguments: Mapping[str, Any]) -> Lines:
     yield version.text()
 
 
-def _info(context: Context, arguments: Mapping[str, Any]) -> Lines:
-    raise NotImplementedError("the dispatcher goes on to INFO")  # pragma: no cover
+def _dispatched(_context: Context, _arguments: Mapping[str, Any]) -> Lines:
+    """Stand in the table for what the dispatcher does itself: ``help``, and ``info`` with its subjects."""
+    raise AssertionError("the dispatcher answers this itself")
 
 
 _URI = Argument("uri", word)
@@ -170,9 +171,9 @@ _TABLE = (
         "gpa2hva", _gpa2hva, "tell where this process has a guest physical address",
         (_ADDRESS,), usage="addr",
     ),
-    HmpCommand("help|?", _info, "explain a command", (Argument("name", words),), usage="[cmd]"),
+    HmpCommand("help|?", _dispatched, "explain a command", (Argument("name", words),), usage="[cmd]"),
     HmpCommand(
-        "info", _info, "tell about a subject", (Argument("item", words),), usage="[subcommand]"
+        "info", _dispatched, "tell about a subject", (Argument("item", words),), usage="[subcommand]"
     ),
     HmpCommand(
         "migrate", _migrate,
