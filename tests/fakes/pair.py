@@ -33,8 +33,15 @@ NEVER_ENDS: Mapping[str, object] = {"max-bandwidth": 16 << 20, "downtime-limit":
 
 Faster, and a vCPU that has to wait for a busy host's CPU may write nothing in a whole round.
 """
-TRICKLE: Mapping[str, object] = NEVER_ENDS | {"max-postcopy-bandwidth": 64 << 10}
-"""After switchover, the push takes minutes: there is time to break it."""
+TRICKLE: Mapping[str, object] = NEVER_ENDS | {
+    "max-bandwidth": 1 << 20,
+    "max-postcopy-bandwidth": 64 << 10,
+}
+"""After switchover, the push takes minutes: there is time to break it.
+
+Precopy is slow too: on a busy host it would otherwise have brought nearly everything before it hears
+of the order to switch over, and the little that is left would arrive at once.
+"""
 
 
 def hammer(memory_mib: int = 64, vcpus: int = 1, *, fill_kib: int = 8192) -> Workload:

@@ -29,6 +29,7 @@ class Connection:
 
     A recovery makes another one; nothing of the old is used again but the pages it shares.
 
+    :param interrupt: set when the connection ends, for a sender that keeps to a bandwidth limit.
     :param answered: whether the destination can, and is going to, answer on the channel.
     """
 
@@ -48,16 +49,20 @@ class Connection:
         self._silence: SilenceWatch | None = None
         self._cause: PostcopyError | None = None
         self.sender = PageSender(channel, limiter, counters)
-        self.push = PostcopyPush(dirty, self.sender, counters, interrupt)
+        self.push = PostcopyPush(dirty, self.sender, counters)
+        self._interrupt = interrupt
         self.return_path: ReturnPath | None = None
         if answered:
             layout = {
                 pages.block.name: BlockLayout(pages.block.size_bytes, pages.block.page_size_bytes)
                 for pages in dirty.blocks
             }
-            window = self.push.window
             self.return_path = ReturnPath(
-                channel, ReturnPathDecoder(layout), self.push.serve, window.pong, window.close
+                channel,
+                ReturnPathDecoder(layout),
+                self.push.serve,
+                self.push.window.pong,
+                self._wake_senders,
             )
             self.return_path.start()
 
@@ -161,7 +166,7 @@ class Connection:
 
     def abandon(self) -> None:
         """Break it; on return no thread of it touches a page any more.  Harmless when finished."""
-        self.push.window.close()
+        self.push.stop()
         self.channel.shutdown()
         if self._silence is not None:
             self._silence.stop()
@@ -173,6 +178,11 @@ class Connection:
             self.channel.close()
         except PostcopyError:
             pass  # it was over already
+
+    def _wake_senders(self) -> None:
+        """Nothing can be sent any more: nobody is to sleep for the bandwidth limit first."""
+        self.push.stop()
+        self._interrupt.set()
 
     def _break_off(self, cause: PostcopyError) -> None:
         """Break all of it from a thread that has seen why; the source's own thread will notice."""

@@ -43,13 +43,11 @@ class PostcopyPush:
     ``_sending`` is for the main channel: it is held while the kernel takes the bytes, ``_lock`` never is.
     """
 
-    def __init__(
-        self, dirty: DirtyPages, sender: PageSender, counters: Counters, interrupt: threading.Event
-    ) -> None:
+    def __init__(self, dirty: DirtyPages, sender: PageSender, counters: Counters) -> None:
         self._dirty = dirty
         self._sender = sender
         self._counters = counters
-        self._interrupt = interrupt
+        self._over = threading.Event()
         self._by_name = {pages.block.name: pages for pages in dirty.blocks}
         self._lock = threading.Lock()
         self._sending = threading.Lock()
@@ -65,8 +63,13 @@ class PostcopyPush:
         while self._push_batch():
             self._let_urgent_by()
             self.window.wait()
-            self._sender.pace(self._interrupt)
+            self._sender.pace(self._over)
         self._let_urgent_by()  # what they have taken is not pending any more, but perhaps not yet sent
+
+    def stop(self) -> None:
+        """Wake a push that sleeps: the channel is gone, and sending will say so."""
+        self._over.set()
+        self.window.close()
 
     def serve(self, name: str, start_bytes: int, length_bytes: int) -> None:
         """Send the pages of one request, unless they are on their way already."""
