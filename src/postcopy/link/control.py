@@ -4,28 +4,27 @@ It checks what may be asked when, starts an engine for each migration, mirrors t
 decides what an engine's death means.  The figures are the engine's; it is asked for them.
 """
 
-import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from postcopy.channel.address import Address, FdAddress, parse
+from postcopy.channel.address import parse
 from postcopy.errors import EngineDied, PostcopyError, WrongState
 from postcopy.events import EventBus
-from postcopy.link.engine_process import EnginePool, EngineProcess
+from postcopy.link.engine_process import EngineProcess
+from postcopy.link.engines import Engines, Succession
 from postcopy.link.guest_service import GuestService, OwnedGuest
 from postcopy.link.host import check_poison, check_postcopy, check_transport
-from postcopy.link.rpc import Link
+from postcopy.link.places import bound_uri, descriptors
+from postcopy.link.rpc import Handler, Link
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.statistics import MigrationInfo
 from postcopy.status import AFTER_SWITCHOVER, ENDED, Progress, Status
 
 _INFO_TIMEOUT_S = 5
-_MOST_REPLACEMENTS = 5
-"""Engines to start, one after the other, when none lives to see the source again."""
 _GONE = "the source is gone for good"
 
 
@@ -51,13 +50,17 @@ class MigrationControl:
         self._awaits = incoming
         self._on_moved = on_moved
         self._on_incoming_failed = on_incoming_failed
-        self._engines = EnginePool()
+        self._engines = Engines(self._handlers, self._engine_ended)
+        self._succession = Succession(
+            self._needs_successor,
+            lambda: self._adopt_destination(self._last_uri),
+            self._no_successor,
+        )
         self._service = GuestService(guest)
         self._lock = threading.RLock()
         # Under the lock: what is set, and the engine at work.
         self._capabilities = Capabilities()
         self._parameters = Parameters()
-        self._engine: EngineProcess | None = None
         self._is_incoming = incoming
         self._listening = False
         self._exit_on_error = False
@@ -65,24 +68,19 @@ class MigrationControl:
         self._addresses: tuple[Mapping[str, Any], ...] = ()
         self._error: str | None = None
         self._last_uri = ""
-        self._replacing = threading.Lock()  # held by who puts an engine in place of a dead one
-        self._replacements = 0
         self.progress = Progress(self._tell)
 
     def prepare(self) -> None:
         """Start what takes time: an engine, and for a destination its memory."""
         if self._awaits:
-            self._start_engine().call("prepare_destination")
+            self._engines.start().call("prepare_destination")
         else:
             self._engines.prepare()
 
     def close(self) -> None:
         """End whatever is going on; the process is leaving."""
         with self._lock:
-            engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.end()
-        self._engines.close()
+            self._engines.close()
 
     # --- settings
 
@@ -108,14 +106,14 @@ class MigrationControl:
             self._capabilities = changed
             if self._listening:
                 # A note, not a call: the engine may have something to tell that needs this lock.
-                self._tell_engine("set_capabilities", capabilities=list(changed))
+                self._engines.tell("set_capabilities", capabilities=list(changed))
 
     def set_parameters(self, changes: Mapping[str, object]) -> None:
         """Set parameters by QEMU's names; a migration under way takes them over."""
         with self._lock:
             self._parameters = self._parameters.with_changes(changes)
             if self._busy:
-                self._tell_engine("set_parameters", parameters=self._parameters.to_qapi())
+                self._engines.tell("set_parameters", parameters=self._parameters.to_qapi())
 
     # --- orders
 
@@ -125,13 +123,13 @@ class MigrationControl:
         if resume:
             self._resume(uri)
             return
-        with _descriptors(parse(uri)) as fds:  # refused before anything moves
+        with descriptors(parse(uri)) as fds:  # refused before anything moves
             with self._lock:
                 self._check_can_start()
                 self._is_incoming = False
                 self._error = None
                 self._last = MigrationInfo()  # not the figures of the one before
-                link = self._start_engine()
+                link = self._engines.start()
                 self.progress.move(Status.SETUP)
             try:
                 link.call("start_source", fds=fds, uri=uri, **self._settings())
@@ -147,15 +145,15 @@ class MigrationControl:
                 raise WrongState("The incoming migration has already been started")
             address = parse(uri)
             check_transport(address, self._capabilities)
-            link = self._living_engine()
+            link = self._engines.link
             if link is None or self.progress.status is not Status.NONE:
-                link = self._start_engine()
+                link = self._engines.start()
             self._exit_on_error = exit_on_error
             self._error = None
             self._last = MigrationInfo(incoming=True)
-            with _descriptors(address) as fds:
+            with descriptors(address) as fds:
                 self._addresses = tuple(link.call("listen", fds=fds, uri=uri, **self._settings()))
-            self._last_uri = _bound_uri(uri, self._addresses)
+            self._last_uri = bound_uri(uri, self._addresses)
             self._listening = True
             self.progress.move(Status.SETUP)
         link.note("accept")
@@ -169,7 +167,7 @@ class MigrationControl:
         if self.progress.status is Status.NONE:
             raise WrongState("Postcopy must be started after migration has been started")
         if self._busy and not self._is_incoming:
-            self._tell_engine("start_postcopy")
+            self._engines.tell("start_postcopy")
 
     def cancel(self) -> None:
         """Give up the outgoing migration."""
@@ -177,13 +175,13 @@ class MigrationControl:
             return
         if self.progress.status in AFTER_SWITCHOVER:
             raise WrongState("Postcopy migration in progress, cannot cancel.")
-        self._tell_engine("cancel")
+        self._engines.tell("cancel")
 
     def continue_(self, state: Status) -> None:
         """Leave ``pre-switchover``."""
         if self.progress.status is not state:
             raise WrongState(f"Migration not in expected state: {self.progress.status.value}")
-        self._tell_engine("proceed")
+        self._engines.tell("proceed")
 
     def pause(self) -> None:
         """Break a postcopy on purpose."""
@@ -192,25 +190,25 @@ class MigrationControl:
                 "migrate-pause is currently only supported during postcopy-active or "
                 "postcopy-recover state"
             )
-        self._tell_engine("pause")
+        self._engines.tell("pause")
 
     def recover(self, uri: str) -> None:
         """Listen anew for the source of a paused postcopy."""
         if self.progress.status is not Status.POSTCOPY_PAUSED or not self._is_incoming:
             raise WrongState("Migrate recover can only be run when postcopy is paused.")
         check_transport(parse(uri), self._capabilities)
-        with _descriptors(parse(uri)) as fds, self._replacing:
-            link = self._living_engine()
+        with descriptors(parse(uri)) as fds, self._succession.lock:
+            link = self._engines.link
             if link is None:
-                self._replacements = 0
+                self._succession.worked()
                 self._adopt_destination(uri, fds)
             else:
                 self._addresses = tuple(link.call("recover_destination", uri=uri, fds=fds))
-            self._last_uri = _bound_uri(uri, self._addresses)
+            self._last_uri = bound_uri(uri, self._addresses)
 
     def lost(self) -> None:
         """Give up on the source of a paused postcopy, as the parameter ``x-on-loss`` says."""
-        with self._replacing, self._lock:
+        with self._succession.lock, self._lock:
             if self.progress.status is not Status.POSTCOPY_PAUSED or not self._is_incoming:
                 raise WrongState(
                     "x-migrate-lost can only be run when an incoming postcopy is paused"
@@ -220,7 +218,7 @@ class MigrationControl:
                     self._poison()
                 case "quit":
                     self._error = f"{_GONE}, and the guest cannot go on without its pages"
-                    self._end_engine()
+                    self._engines.end()
                     with suppress(PostcopyError):  # a vCPU that waits for a page may be unstoppable
                         check_poison(self._guest)
                         self._service.poison_missing()
@@ -235,7 +233,7 @@ class MigrationControl:
     def _poison(self) -> None:
         """The guest goes on without the pages that will never come, and never reads zeros instead."""
         check_poison(self._guest)
-        self._end_engine()  # nobody comes back from here
+        self._engines.end()  # nobody comes back from here
         lost = self._service.poison_missing()
         pages = ", ".join(f"{count} pages of block '{name}'" for name, count in lost.items())
         self._error = f"{_GONE}: {pages} are lost; who touches one of them fails"
@@ -249,8 +247,8 @@ class MigrationControl:
             raise WrongState("Cannot resume if there is no paused migration")
         if self._guest.owned:
             raise WrongState("Cannot resume: 'cont' has taken the guest back, and it is here")
-        with _descriptors(parse(uri)) as fds, self._replacing:
-            link = self._living_engine() or self._adopt_source()
+        with descriptors(parse(uri)) as fds, self._succession.lock:
+            link = self._engines.link or self._adopt_source()
             # From here until it has failed again 'cont' cannot take it back.
             self._guest.give_up("the destination runs it")
             try:
@@ -259,41 +257,35 @@ class MigrationControl:
                 self._hold_if_nobody_knows()
                 raise
 
-    def _living_engine(self) -> Link | None:
-        engine = self._engine
-        return engine.link if engine is not None else None
-
     def _adopt_destination(self, uri: str, fds: Sequence[int] = ()) -> None:
         """Start an engine in place of one that has died under a guest that runs here.
 
         It listens at once, and serves again when the source has come back.
         """
-        link = self._start_engine()
+        link = self._engines.start()
         try:
             addresses = link.call("adopt_destination", fds=fds, uri=uri, **self._settings())
         except PostcopyError:
-            self._end_engine()
+            self._engines.end()
             raise
         self._addresses = tuple(addresses)
 
     def _adopt_source(self) -> Link:
         """Start an engine in place of one that has died after the switchover."""
-        link = self._start_engine()
+        link = self._engines.start()
         try:
             link.call("adopt_source", **self._settings())
         except PostcopyError:
-            self._end_engine()
+            self._engines.end()
             raise
         return link
 
     def info(self) -> MigrationInfo:
         """How it stands: the engine's figures as of now, or the last it gave."""
-        engine = self._engine
-        if self._busy and engine is not None and engine.link is not None:
+        link = self._engines.link
+        if self._busy and link is not None:
             try:
-                self._last = MigrationInfo.from_wire(
-                    engine.link.call("info", timeout_s=_INFO_TIMEOUT_S)
-                )
+                self._last = MigrationInfo.from_wire(link.call("info", timeout_s=_INFO_TIMEOUT_S))
             except (EngineDied, TimeoutError, WrongState):  # WrongState: not begun yet
                 pass  # then what we have is the best there is
         return replace(
@@ -330,19 +322,15 @@ class MigrationControl:
         if any(self._service.lost_pages.values()):
             raise WrongState("pages of this guest are lost, so it cannot move; start it anew")
 
-    def _start_engine(self) -> Link:
-        engine = self._engines.take()
-        handlers = self._service.handlers() | {
+    @property
+    def _engine(self) -> EngineProcess | None:
+        return self._engines.current
+
+    def _handlers(self, engine: EngineProcess) -> dict[str, Handler]:
+        return self._service.handlers() | {
             "status": partial(self._on_status, engine),
             "passed": self._on_pass,
         }
-        self._engine = engine
-        return engine.connect(handlers, lambda: self._engine_ended(engine))
-
-    def _tell_engine(self, name: str, **arguments: Any) -> None:
-        engine = self._engine
-        if engine is not None and engine.link is not None:
-            engine.link.note(name, **arguments)
 
     # --- what the engine tells; on the link's reader thread
 
@@ -363,7 +351,7 @@ class MigrationControl:
         if to in {Status.FAILED, Status.POSTCOPY_PAUSED}:
             self._hold_if_nobody_knows()
         if to is Status.POSTCOPY_ACTIVE:
-            self._replacements = 0
+            self._succession.worked()
         if to in ENDED:
             self._settle(to)
         else:
@@ -388,10 +376,8 @@ class MigrationControl:
         no_guest_comes = status is Status.FAILED and self._is_incoming
         with self._lock:
             self.progress.move(status)
-            engine, self._engine = self._engine, None
             self._listening = False
-            if engine is not None:
-                engine.end()
+            self._engines.end()
             if no_guest_comes:
                 self._service.unwatch_missing()
             elif not self._is_incoming or status is Status.COMPLETED:
@@ -433,7 +419,7 @@ class MigrationControl:
 
     def _engine_lost(self) -> None:
         """Nothing is lost with an engine after switchover: all that it knew is here, or at the peer."""
-        self._end_engine()
+        self._engines.end()
         self._hold_if_nobody_knows()
         if self._is_incoming and not self._guest.owned:
             self._resume_guest()  # its devices are loaded, and the source has been told so
@@ -442,26 +428,15 @@ class MigrationControl:
             Status.POSTCOPY_PAUSED, only_from=AFTER_SWITCHOVER - {Status.POSTCOPY_PAUSED}
         )
         if self._is_incoming:
-            threading.Thread(
-                target=self._replace_engine, name="replace-engine", daemon=True
-            ).start()
+            self._succession.begin()
 
-    def _replace_engine(self) -> None:
-        with self._replacing:
-            self._replacements += 1
-            paused = self.progress.status is Status.POSTCOPY_PAUSED
-            if not paused or self._engine is not None or self._replacements > _MOST_REPLACEMENTS:
-                return  # the user was quicker, or they die one after the other
-            try:
-                self._adopt_destination(self._last_uri)
-            except PostcopyError as error:
-                # Its address may be taken by now: migrate-recover with another starts one again.
-                self._error = f"{self._error}; its successor could not listen: {error}"
+    def _needs_successor(self) -> bool:
+        """Whether an engine is to be put in place of a dead one: the user may have been quicker."""
+        return self.progress.status is Status.POSTCOPY_PAUSED and self._engine is None
 
-    def _end_engine(self) -> None:
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.end()
+    def _no_successor(self, error: PostcopyError) -> None:
+        # Its address may be taken by now: migrate-recover with another starts one again.
+        self._error = f"{self._error}; its successor could not listen: {error}"
 
     def _resume_guest(self) -> None:
         try:
@@ -472,21 +447,3 @@ class MigrationControl:
     def _tell(self, status: Status) -> None:
         if self._capabilities.enabled(Capability.EVENTS):
             self._events.emit("MIGRATION", {"status": status.value})
-
-
-@contextmanager
-def _descriptors(address: Address) -> Iterator[list[int]]:
-    """The descriptors to send along with an address: an ``fd:`` means one of this process."""
-    fds = [os.dup(address.number)] if isinstance(address, FdAddress) else []
-    try:
-        yield fds
-    finally:
-        for fd in fds:
-            os.close(fd)
-
-
-def _bound_uri(uri: str, addresses: Sequence[Mapping[str, Any]]) -> str:
-    """Where we can be reached in fact: a port of 0 has become a real one."""
-    if addresses and addresses[0].get("type") == "inet":
-        return f"tcp:{addresses[0]['host']}:{addresses[0]['port']}"
-    return uri

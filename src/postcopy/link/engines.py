@@ -1,0 +1,102 @@
+"""The engine at work for one guest, and who takes its place when it has died."""
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from postcopy.errors import PostcopyError
+from postcopy.link.engine_process import EnginePool, EngineProcess
+from postcopy.link.rpc import Handler, Link
+
+_MOST_REPLACEMENTS: Final = 5
+"""Engines to start, one after the other, when none lives to get anywhere."""
+
+
+class Engines:
+    """At most one engine is at work; the next is started ahead.
+
+    :param handlers: the calls that a new engine may make.
+    :param on_end: called when an engine's link has ended, whoever ended it.
+    """
+
+    def __init__(
+        self,
+        handlers: Callable[[EngineProcess], Mapping[str, Handler]],
+        on_end: Callable[[EngineProcess], None],
+    ) -> None:
+        self._handlers = handlers
+        self._on_end = on_end
+        self._pool = EnginePool()
+        self.current: EngineProcess | None = None
+
+    def prepare(self) -> None:
+        """Have one ready."""
+        self._pool.prepare()
+
+    def start(self) -> Link:
+        """Put a fresh engine to work."""
+        self.current = engine = self._pool.take()
+        return engine.connect(self._handlers(engine), lambda: self._on_end(engine))
+
+    @property
+    def link(self) -> Link | None:
+        """The link to the engine at work."""
+        engine = self.current
+        return engine.link if engine is not None else None
+
+    def tell(self, name: str, **arguments: Any) -> None:
+        """Tell the engine at work, if there is one, without waiting for an answer."""
+        link = self.link
+        if link is not None:
+            link.note(name, **arguments)
+
+    def end(self) -> None:
+        """Let go of the engine at work: what it may still say counts no more."""
+        engine, self.current = self.current, None
+        if engine is not None:
+            engine.end()
+
+    def close(self) -> None:
+        """Let go of the one that is ready, too."""
+        self.end()
+        self._pool.close()
+
+
+class Succession:
+    """Puts an engine in place of a dead one, unless they die one after the other.
+
+    :param wanted: whether one is needed still; asked under :attr:`lock`.
+    :param adopt: starts one that goes on where the dead one was.
+    :param failed: gets the reason when none could go on.
+    """
+
+    def __init__(
+        self,
+        wanted: Callable[[], bool],
+        adopt: Callable[[], None],
+        failed: Callable[[PostcopyError], None],
+    ) -> None:
+        self._wanted = wanted
+        self._adopt = adopt
+        self._failed = failed
+        self._replacements = 0
+        self.lock = threading.Lock()
+        """Held by whoever puts an engine in place of a dead one."""
+
+    def begin(self) -> None:
+        """Have the dead one replaced, by a thread of its own."""
+        threading.Thread(target=self._replace, name="replace-engine", daemon=True).start()
+
+    def worked(self) -> None:
+        """The successor has got somewhere: count anew."""
+        self._replacements = 0
+
+    def _replace(self) -> None:
+        with self.lock:
+            self._replacements += 1
+            if not self._wanted() or self._replacements > _MOST_REPLACEMENTS:
+                return
+            try:
+                self._adopt()
+            except PostcopyError as error:
+                self._failed(error)
