@@ -32,15 +32,18 @@ class Incomplete(Exception):
 
 
 class StreamBuffer:
-    """Received bytes and a cursor in them.  One thread only."""
+    """Received bytes and a cursor in them.  One thread only.
 
-    def __init__(self, capacity_bytes: int = CAPACITY_BYTES) -> None:
+    :param position: what the first byte counts as, for a stream that begins within a file.
+    """
+
+    def __init__(self, capacity_bytes: int = CAPACITY_BYTES, position: int = 0) -> None:
         self._capacity = capacity_bytes
         self._allocate(capacity_bytes)
         self._start = 0  # all before is consumed
         self._cursor = 0
         self._end = 0
-        self._base = 0  # position in the stream of the buffer's first byte
+        self._base = position  # of the buffer's first byte, in the stream
 
     def _allocate(self, size: int) -> None:
         # Never resized in place: views into the old one may be about.
@@ -116,6 +119,11 @@ class StreamBuffer:
     def drop_all(self) -> None:
         """Consume everything that is there."""
         self._start = self._cursor = self._end
+
+    def jump(self, position: int) -> None:
+        """Drop everything that is there; what is received next stands at ``position``."""
+        self.drop_all()
+        self._base = position - self._end
 
     def fail(self, message: str, back: int = 0) -> NoReturn:
         """Raise a :class:`StreamError` for what stands ``back`` bytes before the cursor."""
@@ -195,3 +203,25 @@ class StreamBuffer:
         """Look at ``count`` rows of ``width`` bytes, ``skip`` bytes into records of ``stride``."""
         self.need(count * stride)
         return np.ndarray((count, width), np.uint8, self._array, self._cursor + skip, (stride, 1))
+
+
+class WholeBuffer(StreamBuffer):
+    """All bytes of a file at once, where they are mapped: nothing is copied, nothing comes after.
+
+    :param data: the file, read-only; what a parser is handed out are views into it.
+    """
+
+    def __init__(self, data: npt.NDArray[np.uint8]) -> None:
+        super().__init__(0)
+        self._array = data
+        self._view = data.data
+        self._end = len(data)
+
+    def seek(self, position: int) -> None:
+        """Put the cursor anywhere, and consume what is before it.
+
+        :raises Incomplete: it lies behind the end.
+        """
+        if position > self._end:
+            raise Incomplete
+        self._start = self._cursor = position
