@@ -14,6 +14,7 @@
     │   └── ChannelBroken    it worked and then broke: pause and recover, or fail before switchover
     ├── StreamError          the peer's (or a file's) bytes are wrong; ``offset`` says where
     │   └── StreamCut        they end too early
+    ├── ImageError           a file of a snapshot is not what it must be: which file, what, and where
     ├── GuestError           the guest itself cannot go on: a vCPU failed, a device refused its state
     ├── EngineDied           the engine process is gone; the guest's process decides what that means
     └── MigrationFailed      what a caller of the Python API gets for a migration that did not happen
@@ -103,6 +104,24 @@ class StreamError(PostcopyError):
 
 class StreamCut(StreamError):
     """The stream ended in the middle of an element."""
+
+
+class ImageError(PostcopyError):
+    """A file of a snapshot (image, manifest, chunk, working set) is not what it must be.
+
+    :param path: the file.
+    :param message: what is wrong.
+    :param offset: bytes from the start of the file to what is wrong, where there is such a place.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], message: str, offset: int | None = None
+    ) -> None:
+        where = "" if offset is None else f" (at byte {offset:#x})"
+        super().__init__(f"{os.fspath(path)}: {message}{where}")
+        self.path = os.fspath(path)
+        self.message = message
+        self.offset = offset
 
 
 class GuestError(PostcopyError):

@@ -84,9 +84,21 @@ def read_configuration(reader: StreamBuffer, expected: Expected) -> Configuratio
 
     :raises StreamError: it is malformed, or not what was expected.
     """
+    configuration = read_any_configuration(reader, expected.machine)
+    if (complaint := _complaint(configuration, expected)) is not None:
+        reader.fail(complaint)
+    return configuration
+
+
+def read_any_configuration(reader: StreamBuffer, machine: str | None = None) -> Configuration:
+    """Read the configuration section with its type byte, whatever it says.
+
+    :param machine: the only machine that will do; ``None``: any.
+    :raises StreamError: it is malformed.
+    """
     if reader.u8() != SectionType.CONFIGURATION:
         reader.fail("Configuration section missing", 1)
-    machine = _read_machine(reader, expected)
+    name_of_machine = _read_machine(reader, machine)
     found: dict[str, object] = {}
     while reader.peek() == SectionType.SUBSECTION:
         reader.skip(1)
@@ -98,26 +110,21 @@ def read_configuration(reader: StreamBuffer, expected: Expected) -> Configuratio
         if (version := reader.u32()) != SUBSECTION_VERSION:
             reader.fail(f"{name}: unsupported version {version}", 4)
         found[name] = _READERS[name](reader)
-    configuration = Configuration(
-        machine,
+    return Configuration(
+        name_of_machine,
         found.get(PAGE_BITS),  # type: ignore[arg-type]  # the table below ties name and type
         found.get(CAPABILITIES, ()),  # type: ignore[arg-type]
         found.get(UUID),  # type: ignore[arg-type]
     )
-    if (complaint := _complaint(configuration, expected)) is not None:
-        reader.fail(complaint)
-    return configuration
 
 
-def _read_machine(reader: StreamBuffer, expected: Expected) -> str:
+def _read_machine(reader: StreamBuffer, expected: str | None) -> str:
     length = reader.u32()
     if length > LONGEST_NAME:
         reader.fail(f"machine type of {length} bytes; at most {LONGEST_NAME} are taken", 4)
     machine = reader.text(length)
-    if expected.machine not in {None, machine}:
-        reader.fail(
-            f"Machine type received is '{machine}' and local is '{expected.machine}'", length
-        )
+    if expected not in {None, machine}:
+        reader.fail(f"Machine type received is '{machine}' and local is '{expected}'", length)
     return machine
 
 

@@ -93,7 +93,7 @@ def described_bytes(device: Device, *, depth: int = 0) -> int:
         for child in device.get("subsections", ()):
             size += _SUBSECTION_HEAD_BYTES + len(child["vmsd_name"].encode())
             size += described_bytes(child, depth=depth + 1)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise StreamError(f"description makes no sense: {error!r}") from error
     if size < 0:
         raise StreamError("description makes no sense: a negative size")
@@ -113,6 +113,10 @@ class DescribedFormats:
             (str(device["name"]), int(device["instance_id"])): described_bytes(device)
             for device in description["devices"]
         }
+
+    def has(self, name: str, instance: int) -> bool:
+        """Tell whether the description names this section."""
+        return (name, instance) in self._lengths
 
     def payload_length(
         self,

@@ -1,0 +1,43 @@
+"""Open an image, whatever its format."""
+
+from pathlib import Path
+
+from postcopy.errors import ImageError, StreamError
+from postcopy.snapshot.elements import read_start
+from postcopy.snapshot.image_base import Image, ImageBlock
+from postcopy.snapshot.image_file import ImageFile
+from postcopy.snapshot.mapped_image import MappedImage
+from postcopy.snapshot.stream_image import StreamImage
+from postcopy.stream.mapped_ram import CAPABILITY
+from postcopy.stream.reader import Incomplete, WholeBuffer
+
+__all__ = ("Image", "ImageBlock", "open_image")
+
+
+def open_image(path: str | Path) -> Image:
+    """Open an image that our machine, or QEMU, has written.
+
+    Opening checks all but the contents of pages; a manifest beside the file knows those.
+
+    :raises ImageError: there is none, or it is not what an image must be; says where.
+    """
+    path = Path(path)
+    file = ImageFile(path)
+    try:
+        return _parse(path, file)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _parse(path: Path, file: ImageFile) -> Image:
+    reader = WholeBuffer(file.data)
+    try:
+        capabilities = read_start(reader).capabilities
+        reader.seek(0)
+        form = MappedImage if CAPABILITY in capabilities else StreamImage
+        return form(path, file, reader)
+    except Incomplete:
+        raise ImageError(path, "the file is cut off here", reader.consumed) from None
+    except StreamError as error:
+        raise ImageError(path, error.message, error.offset) from error

@@ -1,0 +1,104 @@
+"""A mapped-ram file as an image: pages lie at fixed places, so nothing has to be looked for.
+
+Opening reads the head, the list of blocks and the devices behind the memory: as much work for 8 GiB
+as for 256 MiB.  Which pages there are is read when somebody asks, block by block.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from postcopy.errors import StreamError
+from postcopy.memory.runs import Mask, runs
+from postcopy.snapshot.elements import read_elements, read_start
+from postcopy.snapshot.image_base import Image, ImageBlock, PageRows
+from postcopy.snapshot.image_file import ImageFile
+from postcopy.stream.mapped_ram import MappedBlock, decode_bitmap, read_list
+from postcopy.stream.numbers import TARGET_PAGE_BYTES, RamFlag
+from postcopy.stream.ram_records import refuse_flags
+from postcopy.stream.reader import WholeBuffer
+
+
+class _MappedRam:
+    """Reads the memory's sections: see :class:`postcopy.snapshot.elements.RamReader`."""
+
+    def __init__(self, file: ImageFile) -> None:
+        self._file = file
+        self.blocks: dict[str, MappedBlock] = {}
+
+    def read_blocks(self, reader: WholeBuffer, total_bytes: int) -> list[ImageBlock]:
+        mapped, end = read_list(self._bytes, reader.position, total_bytes, self._file.size_bytes)
+        self.blocks = {block.name: block for block in mapped}
+        reader.seek(end)
+        return [ImageBlock(block.name, block.size_bytes) for block in mapped]
+
+    def _bytes(self, offset: int, count: int) -> memoryview:
+        return self._file.data[offset : offset + count].data
+
+    def read_body(self, reader: WholeBuffer) -> None:
+        # A live guest leaves long chains of such sections, all of them empty.
+        if (word := reader.u64()) != RamFlag.EOS:
+            refuse_flags(reader, word & (TARGET_PAGE_BYTES - 1))
+
+
+class MappedImage(Image):
+    """A mapped-ram file.
+
+    :raises StreamError: it makes no sense.
+    :raises Incomplete: the file ends too early.
+    """
+
+    def __init__(self, path: Path, file: ImageFile, reader: WholeBuffer) -> None:
+        ram = _MappedRam(file)
+        super().__init__(path, "mapped-ram", read_elements(reader, read_start(reader), ram))
+        self._file = file
+        self._places = ram.blocks
+        self._masks: dict[str, Mask] = {}
+
+    def place(self, block_name: str) -> MappedBlock:
+        """Tell where in the file a block lies.
+
+        :raises KeyError: there is no such block.
+        """
+        return self._places[block_name]
+
+    def has_data(self, block_name: str) -> Mask:
+        """See :meth:`Image.has_data`; the mask is read once, and is not to be changed.
+
+        :raises ImageError: the bitmap has bits for pages that there are not.
+        """
+        mask = self._masks.get(block_name)
+        if mask is None:
+            block = self._places[block_name]
+            raw = self._file.data[block.bitmap_offset : block.bitmap_offset + block.bitmap_bytes]
+            try:
+                mask = decode_bitmap(block, raw.data)
+            except StreamError as error:
+                raise self.fail(error.message, error.offset) from error
+            mask.flags.writeable = False
+            self._masks[block_name] = mask
+        return mask
+
+    def view(self, block_name: str) -> PageRows | None:
+        """See :meth:`Image.view`."""
+        block = self._places[block_name]
+        rows: PageRows = self._file.data[block.pages_offset : block.end_offset]
+        return rows.reshape(-1, TARGET_PAGE_BYTES)
+
+    def locate(self, offset: int) -> tuple[str, int] | None:
+        """See :meth:`Image.locate`."""
+        for block in self._places.values():
+            if block.pages_offset <= offset < block.end_offset:
+                return block.name, offset - block.pages_offset
+        return None
+
+    def _copy(self, block: ImageBlock, first: int, rows: PageRows) -> None:
+        mask = self.has_data(block.name)[first : first + len(rows)]
+        source = self.view(block.name)
+        assert source is not None
+        for start, stop in runs(mask).tolist():
+            np.copyto(rows[start:stop], source[first + start : first + stop])
+
+    def close(self) -> None:
+        """See :meth:`Image.close`."""
+        self._file.close()

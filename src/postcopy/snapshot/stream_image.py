@@ -1,0 +1,134 @@
+"""A plain stream as an image: pages lie one behind the other, as they were sent.
+
+Where each of them lies is found by one pass over the file, run by run.  A page that was sent again
+counts as it was sent last, also when it had become zero.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from postcopy.memory.runs import Indices, Mask, index_runs
+from postcopy.snapshot.elements import read_elements, read_plain_blocks, read_start
+from postcopy.snapshot.image_base import Image, ImageBlock, PageRows
+from postcopy.snapshot.image_file import ImageFile
+from postcopy.stream.layout import BlockLayout, Limits, Receiver
+from postcopy.stream.numbers import PAGE_RECORD_BYTES, TARGET_PAGE_BYTES
+from postcopy.stream.ram_records import RamRecords
+from postcopy.stream.reader import WholeBuffer
+from postcopy.stream.records import Pages, ZeroPages
+
+_ZERO = 0  # no page lies at the start of the file
+
+
+class _BlockIndex:
+    """Where the pages of one block lie; grows with what the file has, not with what it claims."""
+
+    def __init__(self) -> None:
+        self._pages: list[Indices] = []
+        self._places: list[Indices] = []
+
+    def add(self, pages: Indices, places: Indices) -> None:
+        self._pages.append(pages)
+        self._places.append(places)
+
+    def finish(self) -> tuple[Indices, Indices]:
+        """Give the pages with data, ascending, and where in the file each of them lies."""
+        if not self._pages:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        pages, places = np.concatenate(self._pages), np.concatenate(self._places)
+        order = np.argsort(pages, kind="stable")
+        pages, places = pages[order], places[order]
+        last = np.append(pages[1:] != pages[:-1], True)
+        good = last & (places != _ZERO)
+        return pages[good], places[good]
+
+
+class _StreamRam:
+    """Reads the memory's sections: see :class:`postcopy.snapshot.elements.RamReader`."""
+
+    def __init__(self) -> None:
+        self._records: RamRecords | None = None
+        self.index: dict[str, _BlockIndex] = {}
+
+    def read_blocks(self, reader: WholeBuffer, total_bytes: int) -> list[ImageBlock]:
+        blocks = read_plain_blocks(reader, total_bytes)
+        layout = {block.name: BlockLayout(block.size_bytes) for block in blocks}
+        self._records = RamRecords(Receiver(layout), Limits())
+        self.index = {block.name: _BlockIndex() for block in blocks}
+        return blocks
+
+    def read_body(self, reader: WholeBuffer) -> None:
+        assert self._records is not None
+        reader.commit()  # it goes back to the last commit where a run begins
+        while (record := self._records.read(reader)) is not None:
+            self._note(record, reader.position)
+
+    def _note(self, record: Pages | ZeroPages, end: int) -> None:
+        pages = (record.offsets // np.uint64(TARGET_PAGE_BYTES)).astype(np.int64)
+        count = len(pages)
+        if isinstance(record, Pages):
+            last = end - TARGET_PAGE_BYTES
+            places = last - PAGE_RECORD_BYTES * np.arange(count - 1, -1, -1, dtype=np.int64)
+        else:
+            places = np.full(count, _ZERO, np.int64)
+        self.index[record.block].add(pages, places)
+
+
+class StreamImage(Image):
+    """A plain stream.
+
+    :raises StreamError: it makes no sense.
+    :raises Incomplete: the file ends too early.
+    """
+
+    def __init__(self, path: Path, file: ImageFile, reader: WholeBuffer) -> None:
+        ram = _StreamRam()
+        super().__init__(path, "stream", read_elements(reader, read_start(reader), ram))
+        self._file = file
+        self._index = {name: index.finish() for name, index in ram.index.items()}
+
+    def has_data(self, block_name: str) -> Mask:
+        """See :meth:`Image.has_data`."""
+        mask = np.zeros(self._blocks[block_name].pages, np.bool_)
+        mask[self._index[block_name][0]] = True
+        return mask
+
+    def view(self, block_name: str) -> PageRows | None:
+        """See :meth:`Image.view`: there is none."""
+        _ = self._blocks[block_name]
+        return None
+
+    def locate(self, offset: int) -> tuple[str, int] | None:
+        """See :meth:`Image.locate`."""
+        for name, (pages, places) in self._index.items():
+            within = (places <= offset) & (offset < places + TARGET_PAGE_BYTES)
+            if within.any():
+                found = int(within.argmax())
+                inside = offset - int(places[found])
+                return name, int(pages[found]) * TARGET_PAGE_BYTES + inside
+        return None
+
+    def _copy(self, block: ImageBlock, first: int, rows: PageRows) -> None:
+        pages, places = self._index[block.name]
+        begin, end = np.searchsorted(pages, (first, first + len(rows))).tolist()
+        pages, places = pages[begin:end] - first, places[begin:end]
+        for start, stop in _runs(pages, places).tolist():
+            count = stop - start
+            where, to = int(places[start]), int(pages[start])
+            rows[to : to + count] = np.ndarray(
+                (count, TARGET_PAGE_BYTES), np.uint8, self._file.data, where, (PAGE_RECORD_BYTES, 1)
+            )
+
+    def close(self) -> None:
+        """See :meth:`Image.close`."""
+        self._file.close()
+
+
+def _runs(pages: Indices, places: Indices) -> npt.NDArray[np.int64]:
+    """Find the runs of pages that follow one another both in memory and in the file."""
+    # Where a page's number and its place go on at their own pace, this does not change.
+    pace = PAGE_RECORD_BYTES + 1
+    steps = np.cumsum(np.append(0, (np.diff(pages) != 1) | (np.diff(places) != PAGE_RECORD_BYTES)))
+    return index_runs(np.arange(len(pages)) + steps * pace)
