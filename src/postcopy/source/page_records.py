@@ -9,7 +9,7 @@ from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Indices, Mask
 from postcopy.source.dirty_pages import BlockPages
 from postcopy.stream.ram_encoder import PageEncoder
-from postcopy.stream.records import Offsets
+from postcopy.stream.records import Offsets, PageRows
 
 BATCH_PAGES = 256
 """Target pages with data that are encoded in one go: a mebibyte."""
@@ -46,6 +46,27 @@ class PageRecords:
             for first in range(0, per_page, BATCH_PAGES):
                 part = slice(first, first + BATCH_PAGES)
                 yield self._target_pages(pages, target[part], has_data[part])
+
+    def encode_copies(
+        self, block: str, target: Indices, contents: PageRows
+    ) -> Iterator[EncodedPages]:
+        """Write pages of the wire whose bytes were copied aside; send each before asking for more.
+
+        :param contents: those pages and no others, in the order of ``target``.
+        """
+        for first in range(0, len(target), BATCH_PAGES):
+            part = slice(first, first + BATCH_PAGES)
+            offsets = _offsets(target[part])
+            data, zero = self._encoder.nonzero_copies(block, offsets, contents[part])
+            buffers: list[bytes | memoryview] = [data] if len(data) else []
+            zeros = int(np.count_nonzero(zero))
+            if zeros:
+                buffers.append(self._encoder.zeros(block, offsets[zero]))
+            yield EncodedPages(buffers, len(offsets) - zeros, zeros)
+
+    def encode_zeros(self, block: str, target: Indices) -> EncodedPages:
+        """Write pages of the wire that are known to be zero."""
+        return EncodedPages([self._encoder.zeros(block, _offsets(target))], 0, len(target))
 
     def _target_pages(self, pages: BlockPages, target: Indices, has_data: Mask) -> EncodedPages:
         block = pages.block

@@ -1,15 +1,17 @@
 """Puts pages on the wire, section by section, and keeps to the bandwidth limit."""
 
 import threading
+from collections.abc import Iterable
 
 from postcopy.channel.channel import Channel
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.memory.runs import Indices
 from postcopy.source.counters import Counters, Rate
 from postcopy.source.dirty_pages import BlockPages
-from postcopy.source.page_records import PageRecords
+from postcopy.source.page_records import EncodedPages, PageRecords
 from postcopy.stream.encoder import RamPart
 from postcopy.stream.numbers import SectionType
+from postcopy.stream.records import PageRows
 
 RAM_SECTION_ID = 2
 """As QEMU's own machines have it; 0 is taken for "never seen" by its reader."""
@@ -38,8 +40,23 @@ class PageSender:
 
         :param batch: pages of the block's own size.
         """
+        return self._send(self._records.encode(pages, batch))
+
+    def send_copies(self, block: str, target: Indices, contents: PageRows) -> int:
+        """Send pages whose bytes were copied aside before; return the bytes that it took.
+
+        :param target: pages of the wire (4 KiB), whatever the block's own are.
+        :param contents: those pages and no others, in the order of ``target``.
+        """
+        return self._send(self._records.encode_copies(block, target, contents))
+
+    def send_zeros(self, block: str, target: Indices) -> int:
+        """Say of pages of the wire that they are zero; return the bytes that it took."""
+        return self._send((self._records.encode_zeros(block, target),))
+
+    def _send(self, encodings: Iterable[EncodedPages]) -> int:
         sent_bytes = 0
-        for encoded in self._records.encode(pages, batch):
+        for encoded in encodings:
             buffers = [self._part.head, *encoded.buffers, self._part.tail]
             self._channel.send_many(buffers)
             sent_bytes += sum(len(buffer) for buffer in buffers)

@@ -98,7 +98,7 @@ class Switchover:
                 self._sender.send(pages, batch)
                 start = int(batch[-1]) + 1
         states = self._devices()
-        self._channel.send_many([self._sender.end_of_ram(), _sections(states)])
+        self._channel.send_many([self._sender.end_of_ram(), device_sections(states)])
         reached("source.rest-sent")
         if self._return_path is not None:
             # Before the last byte: only when it answers has the destination taken all that it needs.
@@ -126,7 +126,7 @@ class Switchover:
         package = encode_command(
             Package(
                 encode_command(PostcopyListen())
-                + _sections(states)
+                + device_sections(states)
                 + encode_command(Ping(PACKAGE_PING))
                 + encode_command(PostcopyRun())
             )
@@ -169,7 +169,7 @@ class Switchover:
             raise MigrationCancelled("cancelled by the user")
 
 
-def _sections(states: Sequence[DeviceState]) -> bytes:
+def device_sections(states: Sequence[DeviceState]) -> bytes:
     """Write the FULL sections of all devices."""
     return b"".join(
         encoder.device_section(

@@ -91,8 +91,24 @@ class PageEncoder:
         :return: the records (perhaps none), valid until the next call; and for each of ``offsets``
             whether it is a zero page, which :meth:`zeros` is to write.
         """
-        count = len(offsets)
         self._stage(offsets, source)
+        return self._without_zeros(block, offsets)
+
+    def nonzero_copies(
+        self, block: str, offsets: Offsets, contents: PageRows
+    ) -> tuple[memoryview, npt.NDArray[np.bool_]]:
+        """As :meth:`nonzero_pages`, of pages that have been copied out of the block before.
+
+        :param contents: those pages and no others, in the order of ``offsets``.
+        """
+        self._check(len(offsets))
+        self._rows[: len(offsets)] = contents
+        return self._without_zeros(block, offsets)
+
+    def _without_zeros(
+        self, block: str, offsets: Offsets
+    ) -> tuple[memoryview, npt.NDArray[np.bool_]]:
+        count = len(offsets)
         zero = _all_zero(self._page_words[:count])
         if zero.any():
             offsets = offsets[~zero]
@@ -102,10 +118,12 @@ class PageEncoder:
         return self._records(block, offsets), zero
 
     def _stage(self, offsets: Offsets, source: PageRows) -> None:
-        count = len(offsets)
+        self._check(len(offsets))
+        self._copy(offsets >> np.uint64(TARGET_PAGE_BITS), source)
+
+    def _check(self, count: int) -> None:
         if not 0 < count <= self._max_pages:
             raise ValueError(f"{count} pages; 1 to {self._max_pages} fit in one call")
-        self._copy(offsets >> np.uint64(TARGET_PAGE_BITS), source)
 
     def _records(self, block: str, offsets: Offsets) -> memoryview:
         """Put the words before the pages that are staged."""
