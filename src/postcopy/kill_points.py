@@ -75,6 +75,7 @@ DESTINATION_RECOVERY = (
 )
 
 
+    "destination.nothing-missing",
 def reached(name: str) -> None:
     """Say that the engine has come to the point ``name``: it may be its last word."""
     wish = os.environ.get(VARIABLE)

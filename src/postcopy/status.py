@@ -49,7 +49,10 @@ MOVES: dict[Status, frozenset[Status]] = {
     # channel only pauses, for as long as it takes; FAILED means that the guest is lost or, at the
     # source, that the destination has left without ever running it.
     S.POSTCOPY_ACTIVE: frozenset({S.COMPLETED, S.POSTCOPY_PAUSED, S.FAILED}),
-    S.POSTCOPY_PAUSED: frozenset({S.POSTCOPY_RECOVER_SETUP, S.POSTCOPY_RECOVER, S.FAILED}),
+    S.POSTCOPY_PAUSED: frozenset(
+        # Completed: a source whose destination has everything, and could not tell it.
+        {S.POSTCOPY_RECOVER_SETUP, S.POSTCOPY_RECOVER, S.COMPLETED, S.FAILED}
+    ),
     S.POSTCOPY_RECOVER_SETUP: frozenset({S.POSTCOPY_RECOVER, S.POSTCOPY_PAUSED}),
     S.POSTCOPY_RECOVER: frozenset({S.POSTCOPY_ACTIVE, S.POSTCOPY_PAUSED}),
     S.COMPLETED: frozenset({S.SETUP}),

@@ -7,6 +7,7 @@ import pytest
 
 from fakes.commands import DEADLINE_S, POSTCOPY, need_kvm, one_line, pair, postcopy
 from fakes.waiting import wait_until
+from faults.fault_channel import NOTHING_MISSING, FaultChannel
 
 pytestmark = pytest.mark.kvm
 PAUSED = "postcopy-paused"
@@ -59,6 +60,31 @@ def test_recover_brings_both_together_and_reports(broken):
     again = postcopy("recover", *sides)
     assert again.returncode == 3
     assert "there is no broken postcopy to recover; the source is completed" in one_line(again)
+
+
+def test_a_source_that_cannot_know_is_told_that_all_has_arrived(tmp_path):
+    """The link breaks with the destination's word that nothing is missing."""
+    with pair(tmp_path, "hammer") as (source, target):
+        for side in (source, target):
+            wanted = [{"capability": "postcopy-ram", "state": True}]
+            side.ask("migrate-set-capabilities", capabilities=wanted)
+        target.ask("migrate-incoming", uri=f"unix:{tmp_path}/way")
+        with FaultChannel(f"unix:{tmp_path}/relay", f"unix:{tmp_path}/way") as channel:
+            fault = channel.cut(NOTHING_MISSING, at=0)
+            source.ask("migrate", uri=channel.uri)
+            source.ask("migrate-start-postcopy")
+            fault.wait()
+            for side, status in ((source, PAUSED), (target, "completed")):
+                wait_until(
+                    lambda side=side, status=status: side.migration_status() == status,
+                    DEADLINE_S,
+                    status,
+                )
+        sides = ["--from", source.qmp, "--to", target.qmp]
+        assert "next         x_migrate_arrived" in postcopy("status", *sides).stdout
+        outcome = postcopy("recover", *sides)
+        assert (outcome.returncode, outcome.stderr) == (0, "")
+        assert source.migration_status() == "completed"
 
 
 def test_what_does_not_come_to_recovery_needs_it_still(broken, tmp_path):

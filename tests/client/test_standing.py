@@ -56,6 +56,8 @@ def test_two_sides_in_words():
     assert what_next([theirs], None, "unix:/b").endswith("--from QMP-ADDRESS --to unix:/b")
     never = side_of("destination", "unix:/b", {"status": "failed"}, "inmigrate")
     assert what_next([ours, never], "unix:/a", "unix:/b").startswith("cont ")
+    whole = side_of("destination", "unix:/b", {"status": "completed"}, "running")
+    assert what_next([ours, whole], "unix:/a", "unix:/b").startswith("x_migrate_arrived ")
     told = as_object([ours, theirs], typed)
     assert told["source"]["standing"]["owner"] == "at the other side"
     assert told["destination"]["standing"]["owner"] == "here"

@@ -109,6 +109,9 @@ class FakeMigration:
     def recover(self, uri):
         raise WrongState("Migrate recover can only be run when postcopy is paused.")
 
+    def arrived(self):
+        raise WrongState("x-migrate-arrived can only be run when an outgoing postcopy is paused")
+
     def lost(self):
         raise WrongState("x-migrate-lost can only be run when an incoming postcopy is paused")
 

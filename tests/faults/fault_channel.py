@@ -19,6 +19,7 @@ import threading
 from dataclasses import dataclass, field
 
 from faults.relay import Relay, Way
+from postcopy.stream.identity import ALL_SENT_PING, answer
 
 DEADLINE_S = 30.0
 
@@ -48,15 +49,18 @@ RAM_NAME = b"microvm.ram"
 DISCARD = NamedRecord("discard", struct.pack(">BH", 8, 6))
 PACKAGE = _command("package", 7, 4)
 LISTEN = _command("listen", 4, 0)
+AFTER_PACKAGE = _command("after-package", 2, 4, struct.pack(">I", 4))
 PACKAGE_PING = _command("package-ping", 2, 4, struct.pack(">I", 3))
 RUN = _command("run", 5, 0)
 LAST_PING = _command("last-ping", 2, 4, struct.pack(">I", 5))
+ALL_SENT = _command("all-sent", 2, 4, struct.pack(">I", ALL_SENT_PING))
 RECV_BITMAP = _command("recv-bitmap", 10, len(RAM_NAME) + 1)
 RESUME = _command("resume", 9, 0)
 END_OF_RAM = NamedRecord("end-of-ram", struct.pack(">BI", 3, 2))
 
 PACKAGE_PONG = _answer("package-pong", 2, struct.pack(">I", 3))
 LAST_PONG = _answer("last-pong", 2, struct.pack(">I", 5))
+NOTHING_MISSING = _answer("nothing-missing", 2, struct.pack(">I", answer(ALL_SENT_PING)))
 BITMAP = _answer("bitmap", 5, bytes([len(RAM_NAME)]) + RAM_NAME)
 RESUME_ACK = _answer("resume-ack", 6, struct.pack(">I", 1))
 SHUT = _answer("shut", 1, struct.pack(">I", 0))
@@ -74,6 +78,7 @@ class Fault:
     record: NamedRecord | None
     at: int | None
     connection: int | None
+    data: bytes = b""
     happened: threading.Event = field(default_factory=threading.Event)
 
     def wait(self, timeout_s=DEADLINE_S):
@@ -121,11 +126,15 @@ class FaultChannel(Relay):
         """Turn all bits of the byte at the place."""
         return self._arm("corruption", where, way, at, connection)
 
-    def _arm(self, kind, where, way, at, connection):
+    def inject(self, where, data, way=Way.UP, *, at=None, connection=None):
+        """Say something that the peer has not said."""
+        return self._arm("injection", where, way, at, connection, data)
+
+    def _arm(self, kind, where, way, at, connection, data=b""):
         if isinstance(where, NamedRecord):
-            fault = Fault(kind, where.way, where, at, connection)
+            fault = Fault(kind, where.way, where, at, connection, data)
         else:
-            fault = Fault(kind, way, None, where, connection)
+            fault = Fault(kind, way, None, where, connection, data)
         with self._lock:
             self._faults.append(fault)
         return fault
@@ -144,6 +153,10 @@ class FaultChannel(Relay):
                 continue
             yield chunk[passed:here]
             passed = here
+            if fault.kind == "injection":
+                yield fault.data
+                fault.happened.set()
+                continue
             if not self._happen(fault, connection):
                 return
         yield from super()._treat(connection, number, way, chunk[passed:])

@@ -48,14 +48,17 @@ POSTCOPY = {
     "destination.owning": DESTINATION,
     "destination.package-taken": DESTINATION,
     "destination.running": DESTINATION,
+    "destination.nothing-missing": DESTINATION,
     "destination.pages-ended": DESTINATION,
     "destination.unwatched": DESTINATION,
     "destination.postcopy-shut-sent": DESTINATION,
 }
 RECOVERY = kill_points.SOURCE_RECOVERY + kill_points.DESTINATION_RECOVERY
-TOLD = ("source.all-pushed", "source.pages-ended", "source.arrived", "destination.pages-ended",
-        "destination.unwatched", "destination.postcopy-shut-sent")  # fmt: skip
+TOLD = ("source.all-pushed", "source.pages-ended", "source.arrived", "destination.nothing-missing",
+        "destination.pages-ended", "destination.unwatched", "destination.postcopy-shut-sent")  # fmt: skip
 """At the very end: nothing is waited for that a slow push would hold up."""
+BOTH_KNOW = tuple(point for point in TOLD if point != "destination.nothing-missing")
+"""The source has heard that the destination needs nothing: whatever dies then, both are done."""
 
 
 @pytest.fixture
@@ -135,6 +138,9 @@ def test_postcopy(journey, tmp_path, kill_at, point, owner):
             broken.hurry()
         wait_until(lambda: not waits(), DEADLINE_S, f"nobody came to {point}")
         broken.until_settled()
+        if point in BOTH_KNOW:
+            assert broken.source.status is Status.COMPLETED, broken.story()
+            assert broken.destination.status is Status.COMPLETED, broken.story()
         check_owner(broken, owner)
 
 

@@ -23,8 +23,10 @@ SENDS, STOPPED, GIVEN_UP, HANDED_OVER, KNOWS = (
 )
 # Its ends, and the pause.
 PAUSED, FAILED, COMPLETED, RECOVERS = "paused", "failed", "completed", "recovers"
+ALL_SENT, DONE = "all-sent", "done"
+"""Every page has been sent; the destination is known to have every page."""
 # The destination, in order.
-WAITS, LOADED, OWNS, RUNS = "waits", "loaded", "owns", "runs"
+WAITS, LOADED, OWNS, RUNS, WHOLE = "waits", "loaded", "owns", "runs", "whole"
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,12 @@ class Side:
     """At the source: only the user, or the destination's own word, brings it back."""
     knows: bool = False
     """At the source: the destination is known to own it, so that not even the user may."""
+    done: bool = False
+    """At the source: the destination is known to have every page."""
     owns: bool = False
     """At the destination: told to its guest's process."""
+    whole: bool = False
+    """At the destination: its guest's process watches for missing pages no more."""
     engine: bool = True
 
 
@@ -71,6 +77,11 @@ class State:
         """Whether ``migrate-recover`` and ``migrate -r`` can bring it together again."""
         return self.source.step == PAUSED and self.destination.step == PAUSED
 
+    @property
+    def to_be_told(self) -> bool:
+        """Whether a user who sees both sides may say ``x-migrate-arrived`` at the source."""
+        return self.source.step == PAUSED and self.destination.step == COMPLETED
+
 
 def moves(state: State) -> Iterator[tuple[str, State]]:
     """Every step that either side, the network or a killer can take."""
@@ -79,6 +90,8 @@ def moves(state: State) -> Iterator[tuple[str, State]]:
     yield from _harm(state)
     if state.recoverable:
         yield "recover", _recovered(state)
+    if state.to_be_told:
+        yield "told", _source(state, step=COMPLETED, knows=True)
 
 
 # --- the source's engine
@@ -100,15 +113,24 @@ def _source_moves(state: State) -> Iterator[tuple[str, State]]:
         elif state.postcopy:
             # A send that fails has not delivered RUN: the only certainty a broken link can give.
             yield "not sent", _back(state)
+    elif state.linked:
+        yield from _source_ends(state)
     yield from _source_hears(state)
     if source.step in {SENDS, STOPPED} and not state.linked:
         yield "the link is gone", _back(state)
     if (
-        source.step in {GIVEN_UP, HANDED_OVER, KNOWS, RECOVERS}
+        source.step in {GIVEN_UP, HANDED_OVER, KNOWS, ALL_SENT, DONE, RECOVERS}
         and not state.linked
         and not state.down
     ):
         yield "the link is gone", _source_breaks(state)
+
+
+def _source_ends(state: State) -> Iterator[tuple[str, State]]:
+    if state.source.step == KNOWS:
+        yield "all sent", _source(replace(state, up=(*state.up, "all-sent")), step=ALL_SENT)
+    elif state.source.step == DONE and "last word" not in state.up:
+        yield "last word", replace(state, up=(*state.up, "last word"))
 
 
 def _before_the_last_byte(state: State) -> Iterator[tuple[str, State]]:
@@ -128,7 +150,9 @@ def _source_hears(state: State) -> Iterator[tuple[str, State]]:
         yield "refused", _back(rest)
     elif message in {"package-taken", "bitmap"} and step in {HANDED_OVER, RECOVERS}:
         yield message, _source(rest, step=KNOWS, knows=True)
-    elif message == "arrived" and step in {HANDED_OVER, KNOWS}:
+    elif message == "nothing missing" and step == ALL_SENT:
+        yield message, _source(rest, step=DONE, done=True)
+    elif message == "arrived" and step in {HANDED_OVER, DONE}:
         yield "arrived", _source(rest, step=COMPLETED, knows=True)
 
 
@@ -137,6 +161,8 @@ def _back(state: State) -> State:
 
 
 def _source_breaks(state: State) -> State:
+    if state.source.done:
+        return _source(state, step=COMPLETED)
     return _source(state, step=PAUSED if state.postcopy else FAILED)
 
 
@@ -157,13 +183,31 @@ def _destination_moves(state: State) -> Iterator[tuple[str, State]]:
         yield "refuse", _destination(_say(state, "refused"), step=FAILED)
     elif destination.step == OWNS:
         yield "resume", _destination(_say(state, "package-taken"), step=RUNS, runs=True)
-    elif destination.step == RUNS:
+    elif destination.step == RUNS and not state.postcopy:
         yield "arrive", _destination(_say(state, "arrived"), step=COMPLETED)
+    elif destination.step in {RUNS, WHOLE}:
+        yield from _destination_ends(state)
     if not state.linked and not state.up:
-        if destination.step == WAITS:
-            yield "the link is gone", _destination(state, step=FAILED)
-        elif destination.step == RUNS and state.postcopy:
-            yield "the link is gone", _destination(state, step=PAUSED)
+        yield from _destination_breaks(state)
+
+
+def _destination_breaks(state: State) -> Iterator[tuple[str, State]]:
+    step = state.destination.step
+    if step == WAITS:
+        yield "the link is gone", _destination(state, step=FAILED)
+    elif step == RUNS and state.postcopy:
+        yield "the link is gone", _destination(state, step=PAUSED)
+    elif step == WHOLE:
+        yield "the link is gone", _destination(state, step=COMPLETED)
+
+
+def _destination_ends(state: State) -> Iterator[tuple[str, State]]:
+    message, rest = state.up[:1], replace(state, up=state.up[1:])
+    if message == ("all-sent",) and state.destination.step == RUNS:
+        # First nothing is missing any more, then it is said.
+        yield "whole", _destination(_say(rest, "nothing missing"), step=WHOLE, whole=True)
+    elif message == ("last word",) and state.destination.step == WHOLE:
+        yield "arrive", _destination(_say(rest, "arrived"), step=COMPLETED)
 
 
 def _destination_hears(state: State) -> Iterator[tuple[str, State]]:
@@ -210,6 +254,8 @@ def _source_dies(state: State) -> State:
 
 def _destination_dies(state: State) -> State:
     destination = state.destination
+    if destination.whole:
+        return _destination(state, step=COMPLETED)
     if destination.owns and state.postcopy:
         # Its devices are loaded: the guest's process runs it, if the engine had not come to that.
         return _destination(state, step=PAUSED, runs=True)

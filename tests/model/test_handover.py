@@ -68,6 +68,22 @@ def test_none_runs_it_only_for_a_moment_or_recoverably_or_held(ways):
             assert state.destination.step == FAILED, (way, state)
 
 
+def test_in_the_end_both_sides_know_or_are_told(ways):
+    """Nobody waits for a recovery that cannot come: a destination that has completed hears nothing."""
+    for state, way in ends(ways).items():
+        if state.destination.step == COMPLETED:
+            assert state.source.step == COMPLETED or not state.postcopy, (way, state)
+    for state, way in ways.items():
+        if state.source.done:
+            assert state.destination.whole, way
+
+
+def test_a_source_that_has_heard_so_needs_nobody(ways):
+    for state, way in ways.items():
+        if state.source.done:
+            assert state.source.step != PAUSED, way
+
+
 def test_from_everywhere_it_can_end_well(ways):
     """Whatever has broken: without more harm, somebody runs it in the end, or the user can."""
     for state, way in ways.items():

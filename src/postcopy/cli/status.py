@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 _MIB = 1 << 20
 _UNKNOWN = "QMP-ADDRESS"
+_ARRIVED = "x_migrate_arrived   (at the source's monitor: the destination has every page)"
 _TAKE_BACK = "cont   (at the source's monitor: the destination never ran the guest)"
 
 
@@ -80,9 +81,12 @@ def side_of(name: str, address: str, info: Mapping[str, Any], run_state: str) ->
 def what_next(sides: list[Side], source: str | None, destination: str | None) -> str:
     """What to type next: the source's row comes first, if it has something to say."""
     found = {side.name: (side.status, side.run_state) for side in sides}
-    never_ran = found.get("destination") == ("failed", "inmigrate")
-    if never_ran and found.get("source", ("", ""))[0] == "postcopy-paused":
-        return _TAKE_BACK
+    if found.get("source", ("", ""))[0] == "postcopy-paused":
+        there = found.get("destination", ("", ""))
+        if there == ("failed", "inmigrate"):
+            return _TAKE_BACK
+        if there[0] == "completed":
+            return _ARRIVED
     said = (side.standing.next for side in sides if side.standing.next)
     return next(said, "").format(source=source or _UNKNOWN, destination=destination or _UNKNOWN)
 

@@ -7,7 +7,7 @@ from typing import Any, Final, Literal
 
 from postcopy.client.connection import Connection
 from postcopy.client.progress import STOPPED, Phase, Progress, ProgressTracker
-from postcopy.client.recovery import Retries, bring_together
+from postcopy.client.recovery import Retries, bring_together, settle_if_arrived
 from postcopy.client.result import Result
 from postcopy.client.standing import how_to_recover
 from postcopy.errors import (
@@ -145,7 +145,8 @@ class Migration:
                 try:
                     return self._outcome(answer, theirs)
                 except NeedsRecovery as broken:
-                    await self._recover_unasked(broken)
+                    if not await self._has_arrived():
+                        await self._recover_unasked(broken)
         finally:
             pump.cancel()
             for queue in self._listeners:
@@ -204,6 +205,15 @@ class Migration:
                     theirs = await self._destination.execute("query-migrate")
                     await asyncio.sleep(_INTERVAL_S / 10)
         return theirs
+
+    async def _has_arrived(self) -> bool:
+        """Whether it broke when the last page had come, and only the source could not know."""
+        if self._destination is None:
+            return False
+        try:
+            return await settle_if_arrived(self._source, self._destination)
+        except PostcopyError:
+            return False
 
     async def _recover_unasked(self, broken: NeedsRecovery) -> None:
         """Return when both sides have been brought together, or say what is in the way."""

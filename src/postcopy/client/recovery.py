@@ -15,6 +15,7 @@ _POLL_S: Final = 0.01
 _LISTENS_ALREADY: Final = "triggered already"  # QEMU's words
 _FIRST_PAUSE_S: Final = 0.1
 _LONGEST_PAUSE_S: Final = 5.0
+_ARRIVED: Final = (Status.POSTCOPY_PAUSED, Status.COMPLETED)
 _BREAKABLE: Final = frozenset({Status.POSTCOPY_ACTIVE, Status.POSTCOPY_RECOVER})
 
 
@@ -46,12 +47,32 @@ class Retries:
         return True
 
 
+async def settle_if_arrived(source: Connection, destination: Connection) -> bool:
+    """Tell a paused source that its destination has completed, if it has; return whether so.
+
+    The link broke when the last page had come, so the destination could not say it itself.
+
+    :raises Refused: the source is a QEMU, which cannot be told.
+    """
+    if (await _status(source), await _status(destination)) != _ARRIVED:
+        return False
+    try:
+        await source.execute("x-migrate-arrived")
+    except Refused as error:
+        text = (
+            "the destination has completed, whole, and the source need not wait: end it by 'quit'"
+        )
+        raise Refused(f"{text} ({error})") from error
+    return True
+
+
 async def bring_together(
     source: Connection, destination: Connection, uri: str | None = None
 ) -> None:
     """Have the destination listen and the source go on; returns when the source has begun to.
 
-    A side that has not noticed the break yet is told to.
+    A side that has not noticed the break yet is told to.  Where only the source does not know that
+    all is well, it is told so, and that is all.
 
     :param uri: where to meet; None: at a free TCP port of the destination's host.
     :raises Refused: nothing is to be recovered here, or one side refuses; nothing has changed.
@@ -59,6 +80,8 @@ async def bring_together(
     """
     if uri is not None and uri.partition(":")[0] not in {"tcp", "unix"}:
         raise Refused(f"cannot meet at '{uri}'; give tcp:HOST:PORT or unix:PATH")
+    if await settle_if_arrived(source, destination):
+        return
     await _check_broken(source, destination)
     for side in (source, destination):
         await _pause(side)

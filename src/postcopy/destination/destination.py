@@ -189,7 +189,8 @@ class Destination:
     def _is_waiting(self) -> bool:
         status = self._progress.status
         if status is Status.POSTCOPY_ACTIVE:
-            return self._ram.any_expected()
+            # With its last page in place it waits for one word: that there is nothing more.
+            return self._postcopy.finished or self._ram.any_expected()
         return status is Status.POSTCOPY_RECOVER
 
     def _fell_silent(self, seconds: float) -> None:
@@ -255,6 +256,10 @@ class Destination:
     def _fail(self, error: PostcopyError) -> None:
         # A package that has come may run the guest yet: wait until it has, or cannot.
         self._postcopy.settle()
+        if self._postcopy.finished:
+            if self._progress.status is not Status.COMPLETED:
+                self._end(Status.COMPLETED)  # only the end of the stream has not come
+            return
         self.error = error = self._postcopy.failure or self._silent or self._urgent.failure or error
         if self._progress.status in AFTER_SWITCHOVER:
             if self._paused_by_user:

@@ -25,6 +25,7 @@ from postcopy.parameters import Capabilities, Capability
 from postcopy.status import Progress, Status
 from postcopy.stream import records
 from postcopy.stream.decoder import Decoder
+from postcopy.stream.identity import ALL_SENT_PING
 from postcopy.stream.layout import BlockLayout, DeviceFormats, Layout
 
 POSTCOPY_BUFFER_BYTES = 1 << 20
@@ -124,6 +125,8 @@ class Elements:
             raise StreamError(f"CMD_PING ({ping.value:#x}) received with no return path")
         # A pong says that everything before the ping has been taken, devices included.
         self.load_devices()
+        if ping.value == ALL_SENT_PING:
+            self._all_sent()
         self._return_path.pong(ping.value)
 
     # --- postcopy
@@ -171,6 +174,21 @@ class Elements:
         userfaultfd = self._postcopy.take_package(decoder, package.data)
         self._placement.listen(userfaultfd)
         self._urgent.start(userfaultfd)
+
+    def _all_sent(self) -> None:
+        """Every page is here or about to be: finish, so that a break hurts neither side any more."""
+        if not self._postcopy.listening:
+            raise StreamError(
+                "a source says that it has sent every page before its guest runs here"
+            )
+        if self._progress.status is Status.POSTCOPY_RECOVER:
+            raise StreamError("a source says that it has sent every page before it asked which")
+        self._urgent.finish()
+        # Each of them was pending at the source; what is missing now would turn to zeros.
+        if missing := self._ram.missing_pages:
+            raise StreamError(f"the source has sent all, but {missing} pages have not come")
+        self._postcopy.finish()
+        reached("destination.nothing-missing")
 
     # --- recovery
 

@@ -59,6 +59,8 @@ class Postcopy:
         self._package_thread: threading.Thread | None = None
         self.failure: PostcopyError | None = None
         self.listening = False
+        self.finished = False
+        """No page is missing, and nothing of this is left: a break changes nothing any more."""
 
     def prepare(self) -> Userfaultfd:
         """Register the memory (ADVISE): if this host cannot do postcopy, it is said now.
@@ -126,12 +128,15 @@ class Postcopy:
 
         :raises PostcopyError: the package could not be loaded.
         """
+        if self.finished:
+            return
         self.settle()
         if self.failure is not None:
             raise self.failure
         empty_missing(self._ram)
         self._guest.unwatch_missing()
         self.close()
+        self.finished = True
 
     def close(self) -> None:
         """Stop the pager and let go of the userfaultfd."""

@@ -235,6 +235,19 @@ class MigrationControl:
         check_poison(self._guest)
         self._engines.end()  # nobody comes back from here
         lost = self._service.poison_missing()
+    def arrived(self) -> None:
+        """Somebody has seen the destination complete: nothing here is needed any more."""
+        with self._succession.lock, self._lock:
+            paused = self.progress.status is Status.POSTCOPY_PAUSED
+            if not paused or self._is_incoming or self._guest.owned:
+                raise WrongState(
+                    "x-migrate-arrived can only be run when an outgoing postcopy is paused"
+                )
+            self._error = None
+            self._service.unwatch_writes()
+            self._completed()
+            self._settle(Status.COMPLETED)
+
         pages = ", ".join(f"{count} pages of block '{name}'" for name, count in lost.items())
         self._error = f"{_GONE}: {pages} are lost; who touches one of them fails"
         self._awaits = self._listening = False
@@ -413,9 +426,9 @@ class MigrationControl:
 
     def _has_arrived(self) -> bool:
         """Whether an engine has died with nothing left to do but to say so."""
-        if not self._is_incoming or self._service.watches_missing:
-            return False
-        return self._guest.owned
+        if not self._is_incoming:
+            return self.progress.status in AFTER_SWITCHOVER and self._service.arrived_there
+        return self._guest.owned and not self._service.watches_missing
 
     def _engine_lost(self) -> None:
         """Nothing is lost with an engine after switchover: all that it knew is here, or at the peer."""

@@ -70,6 +70,10 @@ class GuestProxy:
         """The destination is known to have taken it: nothing gives it back any more."""
         self._link.call("runs_there")
 
+    def arrived_there(self) -> None:
+        """The destination has every page: nothing of the guest is needed here any more."""
+        self._link.call("arrived_there")
+
     def take_back(self) -> None:
         """The other side has said that it does not run the guest: it is ours again."""
         self._link.call("take_back")

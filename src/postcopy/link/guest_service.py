@@ -87,6 +87,8 @@ class GuestService:
     @property
     def watches_missing(self) -> bool:
         """Whether some page may be missing."""
+        self.arrived_there = False
+        """Whether it is known to have every page, so that nothing here matters any more."""
         with self._lock:
             return self._missing is not None
 
@@ -107,6 +109,7 @@ class GuestService:
             "watch_writes": self._watch_writes,
             "unwatch_writes": self.unwatch_writes,
             "populate": self._populate,
+            "arrived_there": self._arrived_there,
             "unmap_missing": self._unmap_missing,
             "watch_missing": self._watch_missing,
             "unwatch_missing": self.unwatch_missing,
@@ -114,7 +117,7 @@ class GuestService:
         }
 
     def _give_up(self) -> None:
-        self.runs_there = False
+        self.runs_there = self.arrived_there = False
         self._guest.give_up("the destination runs it")
 
     def _runs_there(self) -> None:
@@ -126,6 +129,9 @@ class GuestService:
             "pid": os.getpid(),
             "kvm": self._guest.accelerator_name == "kvm",
             "vcpu_threads": [[t.index, t.thread_id] for t in self._guest.vcpu_threads()],
+    def _arrived_there(self) -> None:
+        self.arrived_there = True
+
         }
 
     def _regions(self) -> tuple[list[dict[str, Any]], Descriptors]:

@@ -219,6 +219,10 @@ _TABLE = (
     HmpCommand("quit|q", _quit, "end this process"),
     HmpCommand("stop|s", lambda c, _: c.backend.machine.stop(), "stop the guest"),
     HmpCommand(
+        "x_migrate_arrived", lambda c, _: c.backend.migration.arrived(),
+        "the destination has completed and could not say so: nothing is needed here any more",
+    ),
+    HmpCommand(
         "x_migrate_lost", lambda c, _: c.backend.migration.lost(),
         "the source is gone for good: do what the parameter x-on-loss says",
     ),

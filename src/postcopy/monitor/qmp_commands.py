@@ -118,6 +118,7 @@ _TABLE = (
         Struct({"uri": string}),
         out_of_band=True,
     ),
+    Command("x-migrate-arrived", lambda b, _: b.migration.arrived()),
     Command("x-migrate-lost", lambda b, _: b.migration.lost()),
     Command(
         "migrate-set-capabilities",

@@ -81,15 +81,16 @@ class ReturnPath:
             self._channel.shutdown()  # wake a sender that waits for a peer who is gone
         self._on_end()
 
-    def wait_pong(self, value: int) -> None:
-        """Wait until the destination has come to our ping ``value``.
+    def wait_pong(self, *values: int) -> int:
+        """Wait until the destination has come to our ping; return which of ``values`` it answered.
 
         :raises ChannelBroken: it never will; StreamError: it says that it failed.
         """
         with self._changed:
-            self._changed.wait_for(lambda: value in self._pongs or self._over)
-            if value not in self._pongs:
+            self._changed.wait_for(lambda: self._pongs.intersection(values) or self._over)
+            if not (found := self._pongs.intersection(values)):
                 raise self._reason()
+            return found.pop()
 
     def wait_shut(self) -> None:
         """Wait for the destination's last word.

@@ -61,6 +61,7 @@ class Switchover:
         describe: Callable[[Sequence[DeviceState]], str],
     ) -> None:
         self._guest = guest
+        self._connection = connection
         self._channel = connection.channel
         self._return_path = connection.return_path
         self._sender = connection.sender
@@ -113,6 +114,7 @@ class Switchover:
         self._clock.handed_over = time.monotonic()
         self._channel.send(encoder.description(self._describe(states)))
         if self._return_path is not None:
+            self._connection.expect_last_word()
             self._return_path.wait_shut()
         self._clock.confirmed = time.monotonic()
 
