@@ -46,6 +46,20 @@ SOURCE_RECOVERY = (
     "source.resume-sent",
     "source.resume-acknowledged",
 )
+SNAPSHOT = (
+    "snapshot.connected",
+    "snapshot.active",
+    "snapshot.armed",
+    "snapshot.guest-stopped",
+    "snapshot.devices-saved",
+    "snapshot.frozen",
+    "snapshot.guest-resumed",
+    "snapshot.writing",
+    "snapshot.all-saved",
+    "snapshot.unwatched",
+    "snapshot.all-sent",
+    "snapshot.published",
+)
 DESTINATION = ("destination.connected",)
 DESTINATION_PRECOPY = (
     "destination.all-received",

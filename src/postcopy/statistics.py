@@ -61,6 +61,11 @@ class Measured:
 
     ``guest_downtime_us`` is how long no vCPU ran, as the guest's own clock would say;
     ``overlapped_blocktime_us`` how long all vCPUs waited for pages at the same time.
+
+    Of a background snapshot: ``pause_us`` is how long it stopped the vCPUs; the ``write_stall_*_us`` are
+    how long a write of a running guest had to wait (never less than it did, but for the waking up), and
+    ``write_faults`` how many had to; ``aside_bytes`` is what was copied aside for them, and
+    ``aside_most_bytes`` the most of it that had to be kept at once.
     """
 
     guest_downtime_us: int | None = None
@@ -69,6 +74,14 @@ class Measured:
     fault_latency_p50_us: int | None = None
     fault_latency_p99_us: int | None = None
     fault_latency_max_us: int | None = None
+    pause_us: int | None = None
+    write_faults: int | None = None
+    write_stall_p50_us: int | None = None
+    write_stall_p99_us: int | None = None
+    write_stall_max_us: int | None = None
+    aside_bytes: int | None = None
+    aside_most_bytes: int | None = None
+    device_bytes: int | None = None
 
     def to_qapi(self) -> dict[str, Any]:
         """The ``x-postcopy`` member: only what was measured."""

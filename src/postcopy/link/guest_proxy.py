@@ -86,6 +86,17 @@ class GuestProxy:
         """Take it off again."""
         self._link.call("unwatch_writes")
 
+    def watch_snapshot(self) -> Userfaultfd:
+        """Register all RAM for a snapshot and hand over the userfaultfd; the guest keeps one too.
+
+        Nothing is protected by that alone.
+        """
+        return Userfaultfd.from_fd(self._link.call("watch_snapshot")[1][0])
+
+    def unwatch_snapshot(self) -> None:
+        """Take the registration off, and with it every protection and every waiting write."""
+        self._link.call("unwatch_snapshot")
+
     def populate(self, block: str, offset: int, length_bytes: int) -> None:
         """Map memory into the guest's process too, so that a first touch there costs nothing."""
         self._link.call("populate", block=block, offset=offset, length_bytes=length_bytes)

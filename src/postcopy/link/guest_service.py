@@ -64,6 +64,9 @@ MISSING_FEATURES = (
     | Feature.MINOR_HUGETLBFS
     | Feature.THREAD_ID
 )
+SNAPSHOT_FEATURES = (
+    Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_UNPOPULATED
+)
 MISSING_MODE = RegisterMode.MISSING | RegisterMode.MINOR
 
 
@@ -79,6 +82,7 @@ class GuestService:
         self._lock = threading.Lock()
         self._writes: Userfaultfd | None = None
         self._missing: Userfaultfd | None = None
+        self._snapshot: Userfaultfd | None = None
         self._page_maps: list[int] = []
         self.lost_pages: Mapping[str, int] = {}
         self.runs_there = False
@@ -108,6 +112,8 @@ class GuestService:
             "take_back": guest.take,
             "watch_writes": self._watch_writes,
             "unwatch_writes": self.unwatch_writes,
+            "watch_snapshot": self._watch_snapshot,
+            "unwatch_snapshot": self.unwatch_snapshot,
             "populate": self._populate,
             "arrived_there": self._arrived_there,
             "unmap_missing": self._unmap_missing,
@@ -180,6 +186,18 @@ class GuestService:
         with self._lock:
             self._unwatch(self._writes)
             self._writes = None
+
+    def _watch_snapshot(self) -> tuple[None, Descriptors]:
+        with self._lock:
+            if self._snapshot is None:
+                self._snapshot = self._watch(SNAPSHOT_FEATURES, RegisterMode.WP)
+            return None, Descriptors([self._snapshot.fd])
+
+    def unwatch_snapshot(self) -> None:
+        """No page is kept for a snapshot any more: whoever waits to write goes on."""
+        with self._lock:
+            self._unwatch(self._snapshot)
+            self._snapshot = None
 
     def _populate(self, block: str, offset: int, length_bytes: int) -> None:
         for region in self._guest.regions():

@@ -4,7 +4,7 @@ from postcopy.abi.userfaultfd import Feature
 from postcopy.channel.address import Address, TcpAddress, UnixAddress
 from postcopy.errors import HostCannot, Refused
 from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.link.guest_service import MISSING_FEATURES, OwnedGuest
+from postcopy.link.guest_service import MISSING_FEATURES, SNAPSHOT_FEATURES, OwnedGuest
 from postcopy.parameters import Capabilities, Capability
 
 
@@ -25,6 +25,16 @@ def check_postcopy() -> None:
         Userfaultfd.open(MISSING_FEATURES).close()
     except HostCannot as error:
         raise HostCannot(f"Postcopy is not supported: {error}", error.cure) from error
+
+
+def check_snapshot() -> None:
+    """Refuse background snapshots on a host that cannot do them, in QEMU's words."""
+    try:
+        Userfaultfd.open(SNAPSHOT_FEATURES).close()
+    except HostCannot as error:
+        raise HostCannot(
+            f"Background-snapshot is not supported by host kernel: {error}", error.cure
+        ) from error
 
 
 def check_transport(address: Address, capabilities: Capabilities) -> None:
