@@ -16,6 +16,7 @@ from postcopy.channel.address import (
 from postcopy.channel.channel import Channel
 from postcopy.channel.command import CommandChannel
 from postcopy.channel.descriptors import DescriptorChannel
+from postcopy.channel.files import FileChannel
 from postcopy.channel.sockets import SocketChannel
 from postcopy.errors import CannotConnect
 
@@ -136,9 +137,12 @@ def _create_file(address: FileAddress) -> Channel:
     except OSError as failure:
         raise CannotConnect(f"Could not open '{address.path}': {failure.strerror}") from failure
     try:
+        mode = os.fstat(fd).st_mode
         # A device or a FIFO has no size to cut; what stands before the offset is somebody else's.
-        if stat.S_ISREG(os.fstat(fd).st_mode):
+        if stat.S_ISREG(mode):
             os.ftruncate(fd, address.offset)
+        if _has_places(mode):
+            return FileChannel(str(address), fd, address.offset, writable=True)
         if address.offset:
             os.lseek(fd, address.offset, os.SEEK_SET)
         return DescriptorChannel(str(address), writing=fd)
@@ -158,6 +162,8 @@ def open_file(address: FileAddress) -> Channel:
     except OSError as failure:
         raise CannotConnect(f"Could not open '{address.path}': {failure.strerror}") from failure
     try:
+        if _has_places(os.fstat(fd).st_mode):
+            return FileChannel(str(address), fd, address.offset, writable=False)
         if address.offset:
             os.lseek(fd, address.offset, os.SEEK_SET)
         return DescriptorChannel(str(address), reading=fd)
@@ -165,3 +171,7 @@ def open_file(address: FileAddress) -> Channel:
         os.close(fd)
         text = f"Could not go to byte {address.offset:#x} of '{address.path}'"
         raise CannotConnect(f"{text}: {failure.strerror}") from failure
+
+
+def _has_places(mode: int) -> bool:
+    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)

@@ -1,7 +1,7 @@
 """What this host can do for a guest, asked before anything moves."""
 
 from postcopy.abi.userfaultfd import Feature
-from postcopy.channel.address import Address, TcpAddress, UnixAddress
+from postcopy.channel.address import Address, FileAddress, TcpAddress, UnixAddress
 from postcopy.errors import HostCannot, Refused
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.link.guest_service import MISSING_FEATURES, SNAPSHOT_FEATURES, OwnedGuest
@@ -38,10 +38,14 @@ def check_snapshot() -> None:
 
 
 def check_transport(address: Address, capabilities: Capabilities) -> None:
-    """Refuse an address that can be reached once only where two connections are to come.
+    """Refuse an address that cannot do what the capabilities need.
+
+    Two connections come where it can be reached more than once; pages have places in a file only.
 
     :raises Refused: in QEMU's words.
     """
+    if capabilities.enabled(Capability.MAPPED_RAM) and not isinstance(address, FileAddress):
+        raise Refused("Migration requires seekable transport (e.g. file)")
     if capabilities.enabled(Capability.POSTCOPY_PREEMPT) and not isinstance(
         address, TcpAddress | UnixAddress
     ):

@@ -1,17 +1,18 @@
 """Puts pages on the wire, section by section, and keeps to the bandwidth limit."""
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from postcopy.channel.channel import Channel
 from postcopy.channel.rate_limit import RateLimiter
+from postcopy.memory.ram_block import RamBlock
 from postcopy.memory.runs import Indices
 from postcopy.source.counters import Counters, Rate
 from postcopy.source.dirty_pages import BlockPages
 from postcopy.source.page_records import EncodedPages, PageRecords
-from postcopy.stream.encoder import RamPart
+from postcopy.stream.encoder import RamPart, ram_setup
 from postcopy.stream.numbers import SectionType
-from postcopy.stream.records import PageRows
+from postcopy.stream.records import BlockEntry, PageRows, RamSetup
 
 RAM_SECTION_ID = 2
 """As QEMU's own machines have it; 0 is taken for "never seen" by its reader."""
@@ -34,6 +35,14 @@ class PageSender:
         self._counted_bytes = channel.sent_bytes
         self.rate = Rate()
         self.phase = "precopy_bytes"
+
+    def begin(self, blocks: Sequence[RamBlock], *, postcopy: bool) -> None:
+        """Say what blocks there are.
+
+        :param postcopy: it has been advised, so blocks of huge pages say their page size.
+        """
+        entries = tuple(_entry(block, postcopy=postcopy) for block in blocks)
+        self._channel.send(ram_setup(RamSetup(RAM_SECTION_ID, entries), postcopy=postcopy))
 
     def send(self, pages: BlockPages, batch: Indices) -> int:
         """Send these pages of a block, in PART sections; return the bytes that it took.
@@ -85,3 +94,8 @@ class PageSender:
         self._counted_bytes += sent
         self.rate.add(sent)
         setattr(self._counters, self.phase, getattr(self._counters, self.phase) + sent)
+
+
+def _entry(block: RamBlock, *, postcopy: bool) -> BlockEntry:
+    huge = block.page_size_bytes if block.target_pages_per_page > 1 and postcopy else None
+    return BlockEntry(block.name, block.size_bytes, huge)

@@ -15,7 +15,7 @@ from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages, DirtyPages
 from postcopy.source.flight_window import FlightWindow
 from postcopy.source.page_records import BATCH_PAGES
-from postcopy.source.page_sender import PageSender
+from postcopy.source.sending import Sender
 from postcopy.source.urgent_channel import UrgentChannel
 from postcopy.stream.commands import encode_command
 from postcopy.stream.records import Ping
@@ -43,7 +43,7 @@ class PostcopyPush:
     ``_sending`` is for the main channel: it is held while the kernel takes the bytes, ``_lock`` never is.
     """
 
-    def __init__(self, dirty: DirtyPages, sender: PageSender, counters: Counters) -> None:
+    def __init__(self, dirty: DirtyPages, sender: Sender, counters: Counters) -> None:
         self._dirty = dirty
         self._sender = sender
         self._counters = counters

@@ -18,7 +18,7 @@ from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages, DirtyPages
 from postcopy.source.orders import Orders
 from postcopy.source.page_records import BATCH_PAGES
-from postcopy.source.page_sender import PageSender
+from postcopy.source.sending import Sender
 
 
 class Outcome(enum.Enum):
@@ -39,7 +39,7 @@ class Precopy:
     def __init__(
         self,
         dirty: DirtyPages,
-        sender: PageSender,
+        sender: Sender,
         counters: Counters,
         orders: Orders,
         parameters: Callable[[], Parameters],

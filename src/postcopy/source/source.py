@@ -28,6 +28,7 @@ from postcopy.source.opening import FIRST_PING, opening
 from postcopy.source.orders import Orders
 from postcopy.source.precopy import Outcome, Precopy
 from postcopy.source.recovery import agree_on_what_is_missing
+from postcopy.source.sending import choose_sender
 from postcopy.source.switchover import PACKAGE_PING, Switchover
 from postcopy.statistics import MigrationInfo
 from postcopy.status import AFTER_SWITCHOVER, Progress, Status
@@ -162,7 +163,7 @@ class Source:
             switchover.complete_precopy()
         else:
             switchover.start_postcopy()
-            connection.begin_watch()
+            connection.begin_watch(lambda: self._parameters.x_link_timeout)
             # Should it not take the devices, nothing of ours lies unread between its last word and us.
             connection.answers.wait_pong(PACKAGE_PING)
             self._ran_there = True
@@ -191,9 +192,9 @@ class Source:
             _check_answers(channel)
         connection = self._connect(channel, dirty, answered=self._is_answered(channel))
         answered = connection.return_path is not None
-        channel.send(
-            opening(self._guest.machine_name, blocks, answered=answered, postcopy=postcopy)
-        )
+        capabilities = self._wishes.capabilities
+        channel.send(opening(self._guest.machine_name, blocks, capabilities, answered=answered))
+        connection.sender.begin(blocks, postcopy=postcopy)
         dirty.start()
         self._on_pass(dirty.syncs)
         self._clock.set_up = time.monotonic()
@@ -224,11 +225,10 @@ class Source:
         self._connection = Connection(
             channel,
             dirty,
-            self._limiter,
+            choose_sender(channel, self._wishes.capabilities, self._limiter, self._counters),
             self._counters,
             self.orders.interrupt,
             answered=answered,
-            lambda: self._parameters.x_link_timeout,
         )
         if self.orders.cancelled:
             channel.shutdown()  # the user's cancel came before there was anything to break
@@ -253,16 +253,11 @@ class Source:
         self._limiter.set_rate(self._parameters.max_postcopy_bandwidth)
         reached("source.pushing")
         connection.push.run()
-        arrived = connection.wait_until_taken()
-        if arrived:
-            self._guest.arrived_there()
+        connection.wait_until_taken()
         reached("source.all-pushed")
-        last_words = [connection.sender.end_of_ram(), encoder.end_of_stream()]
-        try:
-            connection.end(last_words)
-        except ChannelBroken:
-            if not arrived:
-                raise
+        connection.end([connection.sender.end_of_ram(), encoder.end_of_stream()])
+        reached("source.pages-ended")
+        connection.answers.wait_shut()
         reached("source.arrived")
 
     # --- recovery
@@ -282,7 +277,7 @@ class Source:
         connection = self._connect(channel, self._dirty, answered=True)
         self._progress.move(Status.POSTCOPY_RECOVER)
         reached("source.recovery-connected")
-        connection.begin_watch()
+        connection.begin_watch(lambda: self._parameters.x_link_timeout)
         agree_on_what_is_missing(
             connection, self._dirty, lambda: self._open_urgent(connection, uri)
         )

@@ -38,15 +38,29 @@ class EntryForm:
 
 def encode_block_list(setup: RamSetup, form: EntryForm) -> bytes:
     """Write RAM's START section whole, from type byte to footer."""
-    total = sum(block.size_bytes for block in setup.blocks)
     parts = [
-        struct.pack(">BI", SectionType.START, setup.section_id),
-        encode_name(RAM_SECTION_NAME),
-        struct.pack(">IIQ", 0, RAM_SECTION_VERSION, total | RamFlag.MEM_SIZE),
+        encode_list_start(setup.section_id, sum(block.size_bytes for block in setup.blocks)),
         *(_encode_entry(block, form) for block in setup.blocks),
-        struct.pack(">QBI", RamFlag.EOS, SectionType.FOOTER, setup.section_id),
+        encode_list_end(setup.section_id),
     ]
     return b"".join(parts)
+
+
+def encode_list_start(section_id: int, total_bytes: int) -> bytes:
+    """Write RAM's START section up to the entry of the first block.
+
+    :param total_bytes: the sum of the blocks' sizes.
+    """
+    return (
+        struct.pack(">BI", SectionType.START, section_id)
+        + encode_name(RAM_SECTION_NAME)
+        + struct.pack(">IIQ", 0, RAM_SECTION_VERSION, total_bytes | RamFlag.MEM_SIZE)
+    )
+
+
+def encode_list_end(section_id: int) -> bytes:
+    """Write what of RAM's START section follows the last entry."""
+    return struct.pack(">QBI", RamFlag.EOS, SectionType.FOOTER, section_id)
 
 
 def _encode_entry(block: BlockEntry, form: EntryForm) -> bytes:

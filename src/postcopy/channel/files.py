@@ -1,0 +1,121 @@
+"""A channel over a file or a block device: a stream from some byte on, and any other place besides."""
+
+import os
+
+from postcopy.channel.channel import Buffer, Channel
+from postcopy.errors import ChannelBroken
+
+PIECE_BYTES = 16 << 20
+"""How much is read or written in one call, so that somebody who gives up is not kept waiting."""
+
+
+class FileChannel(Channel):
+    """Takes over a descriptor; the kernel's own position in the file is never used.
+
+    :param description: the file, as it stands in errors.
+    :param position: byte of the file at which the stream goes on.
+    :param writable: it is open for writing, and else for reading.
+    """
+
+    def __init__(self, description: str, fd: int, position: int = 0, *, writable: bool) -> None:
+        super().__init__(description)
+        self._fd = fd
+        self._writable = writable
+        self._position = position
+
+    @property
+    def position(self) -> int:
+        """Byte of the file at which the stream goes on."""
+        return self._position
+
+    def seek(self, position: int) -> None:
+        """Let the stream go on at another byte of the file; only between two calls."""
+        self._position = position
+
+    @property
+    def size_bytes(self) -> int:
+        """How long the file is now."""
+        return os.lseek(self._fd, 0, os.SEEK_END)
+
+    def write_at(self, position: int, data: Buffer) -> None:
+        """Write all of ``data`` from a byte of the file on; the stream goes on where it was.
+
+        :raises ChannelBroken: there is no room, or ``shutdown`` was called.
+        """
+        left = memoryview(data).cast("B")
+        with self._sending:
+            try:
+                while len(left):
+                    self._check(writing=True)
+                    n_written = os.pwrite(self._fd, left[:PIECE_BYTES], position)
+                    self.sent_bytes += n_written
+                    position += n_written
+                    left = left[n_written:]
+            except (OSError, ValueError) as failure:
+                raise self._broken(failure) from failure
+
+    def read_at(self, position: int, into: memoryview) -> int:
+        """Read from a byte of the file on until ``into`` is full; the stream goes on where it was.
+
+        :return: the bytes read; fewer than asked for only where the file ends.
+        :raises ChannelBroken: the file cannot be read, or ``shutdown`` was called.
+        """
+        done = 0
+        with self._receiving:
+            try:
+                while done < len(into):
+                    self._check(writing=False)
+                    n_read = os.preadv(self._fd, [into[done : done + PIECE_BYTES]], position + done)
+                    if not n_read:
+                        break
+                    done += n_read
+            except (OSError, ValueError) as failure:
+                raise self._broken(failure) from failure
+            self.received_bytes += done
+        return done
+
+    # --- as a channel
+
+    @property
+    def can_return(self) -> bool:
+        """A file never answers."""
+        return False
+
+    def fileno(self) -> int:
+        """The file."""
+        return self._fd
+
+    def bound_buffers(self, n_bytes: int) -> None:
+        """No effect: nothing queues in a file."""
+
+    def pending_output(self) -> int:
+        """Nothing: the file has what was sent."""
+        return 0
+
+    def _send_some(self, pieces: list[memoryview]) -> int:
+        self._check(writing=True)
+        n_written = os.pwritev(self._fd, pieces, self._position)
+        self._position += n_written
+        return n_written
+
+    def _receive_some(self, view: memoryview) -> int:
+        self._check(writing=False)
+        n_read = os.preadv(self._fd, [view], self._position)
+        self._position += n_read
+        return n_read
+
+    def _check(self, *, writing: bool) -> None:
+        if self._shut:
+            raise ValueError("shut down")
+        if writing is not self._writable:
+            raise ValueError(f"it can only be {'written to' if self._writable else 'read from'}")
+
+    def _wake(self) -> None:
+        """Nobody waits: each call looks whether it is still wanted."""
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        try:
+            os.close(fd)
+        except OSError as failure:
+            raise ChannelBroken(f"{self.description}: {failure.strerror}") from failure

@@ -1,0 +1,153 @@
+"""Puts each page at its own place in a file: QEMU's ``mapped-ram``.
+
+A page that is sent again overwrites its place; one that has become zero loses its bit, and its place
+keeps what it was.  The bits are kept here, and go into the file with RAM's end: a file that was never
+finished has none.  On the stream itself stand no pages, and so no sections but RAM's first and last.
+"""
+
+import itertools
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from postcopy.channel.files import FileChannel
+from postcopy.channel.rate_limit import RateLimiter
+from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
+from postcopy.memory.runs import Indices, Mask, index_runs
+from postcopy.source.counters import Counters, Rate
+from postcopy.source.dirty_pages import BlockPages
+from postcopy.source.page_sender import RAM_SECTION_ID
+from postcopy.stream.block_list import encode_list_end, encode_list_start
+from postcopy.stream.encoder import RamPart
+from postcopy.stream.mapped_ram import MappedBlock, encode_bitmap, encode_entry, lay_out
+from postcopy.stream.numbers import SectionType
+from postcopy.stream.records import PageRows
+
+
+class MappedPageSender:
+    """A :class:`postcopy.source.sending.Sender` into a file; one thread at a time."""
+
+    def __init__(self, channel: FileChannel, limiter: RateLimiter, counters: Counters) -> None:
+        self._channel = channel
+        self._limiter = limiter
+        self._counters = counters
+        self._places: dict[str, MappedBlock] = {}
+        self._present: dict[str, Mask] = {}
+        self._unpaced_bytes = 0
+        self.sent_bytes = 0
+        self._counted_bytes = channel.sent_bytes
+        self.rate = Rate()
+        self.phase = "precopy_bytes"
+
+    def begin(self, blocks: Sequence[RamBlock], *, postcopy: bool) -> None:
+        """Decide where all pages go, and write the list of blocks around their places."""
+        assert not postcopy  # QEMU's rules exclude it
+        channel = self._channel
+        channel.send(encode_list_start(RAM_SECTION_ID, sum(block.size_bytes for block in blocks)))
+        sizes = [(block.name, block.size_bytes) for block in blocks]
+        places, end = lay_out(sizes, channel.position)
+        for place in places:
+            channel.send(encode_entry(place))
+            self._places[place.name] = place
+            self._present[place.name] = np.zeros(place.page_count, np.bool_)
+            channel.seek(place.end_offset)
+        assert channel.position == end
+        channel.send(encode_list_end(RAM_SECTION_ID))
+
+    def send(self, pages: BlockPages, batch: Indices) -> int:
+        """Write these pages of a block to their places, run by run, straight from guest memory.
+
+        :param batch: pages of the block's own size, ascending.
+        """
+        block = pages.block
+        target, has_data = _target_pages(block, batch, pages.look_for_data(batch))
+        written = target[has_data]
+        written = written[~_all_zero(block.pages, written)]
+        self._mark(block.name, target, written)
+        for start, end in index_runs(written).tolist():
+            first = int(written[start])
+            self._write(block.name, first, block.pages[first : first + end - start])
+        return self._sent(len(written), len(target) - len(written))
+
+    def send_copies(self, block: str, target: Indices, contents: PageRows) -> int:
+        """Write pages whose bytes were copied aside before.
+
+        :param target: pages of the file, ascending.
+        :param contents: those pages and no others, in the order of ``target``.
+        """
+        rows = np.flatnonzero(~_all_zero(contents, np.arange(len(contents))))
+        written = target[rows]
+        self._mark(block, target, written)
+        both = np.flatnonzero((np.diff(written) != 1) | (np.diff(rows) != 1)) + 1
+        edges = [0, *both.tolist(), len(written)] if len(written) else []
+        for start, end in itertools.pairwise(edges):
+            row = int(rows[start])
+            self._write(block, int(written[start]), contents[row : row + end - start])
+        return self._sent(len(written), len(target) - len(written))
+
+    def send_zeros(self, block: str, target: Indices) -> int:
+        """Note that these pages of the file are zero."""
+        self._present[block][target] = False
+        return self._sent(0, len(target))
+
+    def _mark(self, block: str, target: Indices, written: Indices) -> None:
+        present = self._present[block]
+        present[target] = False
+        present[written] = True
+
+    def _write(self, block: str, first: int, contents: PageRows) -> None:
+        place = self._places[block]
+        self._channel.write_at(place.pages_offset + first * place.page_bytes, contents.data)
+
+    def _sent(self, normal_pages: int, zero_pages: int) -> int:
+        sent_bytes = normal_pages * TARGET_PAGE_BYTES
+        self._counters.add_pages(normal_pages, zero_pages)
+        self._unpaced_bytes += sent_bytes
+        self.sent_bytes += sent_bytes
+        return sent_bytes
+
+    def say(self, command: bytes) -> None:
+        """Put a command on the stream."""
+        self._channel.send(command)
+
+    def pace(self, interrupt: threading.Event) -> None:
+        """Sleep as long as the bandwidth limit wants it, unless interrupted."""
+        spent, self._unpaced_bytes = self._unpaced_bytes, 0
+        self._limiter.wait(spent, interrupt)
+        self.count()
+
+    def end_of_ram(self) -> bytes:
+        """Write the bitmaps, and return RAM's END section, which says that they are there."""
+        for name, place in self._places.items():
+            self._channel.write_at(place.bitmap_offset, encode_bitmap(self._present[name]))
+        return RamPart(RAM_SECTION_ID, SectionType.END).around()
+
+    def count(self) -> None:
+        """Bring the counters up to what the file has taken."""
+        sent = self._channel.sent_bytes - self._counted_bytes
+        self._counted_bytes += sent
+        self.rate.add(sent)
+        setattr(self._counters, self.phase, getattr(self._counters, self.phase) + sent)
+
+
+def _target_pages(block: RamBlock, batch: Indices, has_data: Mask) -> tuple[Indices, Mask]:
+    """The pages of the file for pages of the block's own size."""
+    per_page = block.target_pages_per_page
+    if per_page == 1:
+        return batch, has_data
+    pieces: Indices = (batch[:, None] * per_page + np.arange(per_page)).reshape(-1)
+    return pieces, np.repeat(has_data, per_page)
+
+
+def _all_zero(rows: PageRows, candidates: Indices) -> Mask:
+    """Tell which of these pages hold nothing but zeros; a bit in the first word settles it for most.
+
+    :param candidates: numbers of rows.
+    """
+    words = rows.view(np.uint64)
+    zero: Mask = words[candidates, 0] == 0
+    if zero.any():
+        unsettled = np.flatnonzero(zero)
+        zero[unsettled] = ~words[candidates[unsettled]].any(axis=1)
+    return zero

@@ -1,0 +1,90 @@
+"""How pages leave: as records on a stream, or at their places in a file (mapped-ram)."""
+
+import threading
+from collections.abc import Sequence
+from typing import Protocol
+
+from postcopy.channel.channel import Channel
+from postcopy.channel.files import FileChannel
+from postcopy.channel.rate_limit import RateLimiter
+from postcopy.errors import Refused
+from postcopy.memory.ram_block import RamBlock
+from postcopy.memory.runs import Indices
+from postcopy.parameters import Capabilities, Capability
+from postcopy.source.counters import Counters, Rate
+from postcopy.source.dirty_pages import BlockPages
+from postcopy.source.mapped_sender import MappedPageSender
+from postcopy.source.page_sender import PageSender
+from postcopy.stream.records import PageRows
+
+
+class Sender(Protocol):
+    """What brings pages out; one thread at a time.
+
+    :ivar sent_bytes: what the pages have taken so far.
+    :ivar rate: bytes a second, as of late.
+    :ivar phase: the counter that :meth:`count` adds to, by its name in ``Counters``.
+    """
+
+    sent_bytes: int
+    rate: Rate
+    phase: str
+
+    def begin(self, blocks: Sequence[RamBlock], *, postcopy: bool) -> None:
+        """Say what blocks there are (RAM's START section): before any page.
+
+        :param postcopy: it has been advised.
+        """
+
+    def send(self, pages: BlockPages, batch: Indices) -> int:
+        """Send these pages of a block as they are now; return the bytes that it took.
+
+        :param batch: pages of the block's own size, ascending.
+        """
+
+    def send_copies(self, block: str, target: Indices, contents: PageRows) -> int:
+        """Send pages whose bytes were copied aside before; return the bytes that it took.
+
+        :param target: pages of the wire (4 KiB), whatever the block's own are.
+        :param contents: those pages and no others, in the order of ``target``.
+        """
+
+    def send_zeros(self, block: str, target: Indices) -> int:
+        """Say of pages of the wire that they are zero; return the bytes that it took."""
+
+    def say(self, command: bytes) -> None:
+        """Send a command behind the pages."""
+
+    def pace(self, interrupt: threading.Event) -> None:
+        """Sleep as long as the bandwidth limit wants it, unless interrupted."""
+
+    def end_of_ram(self) -> bytes:
+        """Finish all that is not in the stream, and return RAM's END section, to be sent next."""
+
+    def count(self) -> None:
+        """Bring the counters up to what has been sent."""
+
+
+def choose_sender(
+    channel: Channel, capabilities: Capabilities, limiter: RateLimiter, counters: Counters
+) -> Sender:
+    """The way in which these capabilities want pages to leave.
+
+    :raises Refused: not on this channel.
+    """
+    if not capabilities.enabled(Capability.MAPPED_RAM):
+        return PageSender(channel, limiter, counters)
+    return MappedPageSender(check_seekable(channel), limiter, counters)
+
+
+def check_seekable(channel: Channel) -> FileChannel:
+    """The channel, if pages can have places on it.
+
+    :raises Refused: it is a pipe or the like; it is closed.
+    """
+    if isinstance(channel, FileChannel):
+        return channel
+    channel.close()
+    raise Refused(
+        f"mapped-ram needs a file in which pages have places, which {channel.description} is not"
+    )
