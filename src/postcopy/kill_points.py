@@ -75,6 +75,7 @@ DESTINATION_POSTCOPY = (
     "destination.owning",
     "destination.package-taken",
     "destination.running",
+    "destination.nothing-missing",
     "destination.pages-ended",
     "destination.unwatched",
     "destination.postcopy-shut-sent",
@@ -89,7 +90,6 @@ DESTINATION_RECOVERY = (
 )
 
 
-    "destination.nothing-missing",
 def reached(name: str) -> None:
     """Say that the engine has come to the point ``name``: it may be its last word."""
     wish = os.environ.get(VARIABLE)

@@ -12,12 +12,13 @@ from functools import partial
 from typing import Any
 
 from postcopy.channel.address import parse
+from postcopy.channel.partial_file import remove_partial
 from postcopy.errors import EngineDied, PostcopyError, WrongState
 from postcopy.events import EventBus
 from postcopy.link.engine_process import EngineProcess
 from postcopy.link.engines import Engines, Succession
 from postcopy.link.guest_service import GuestService, OwnedGuest
-from postcopy.link.host import check_poison, check_postcopy, check_transport
+from postcopy.link.host import check_poison, check_postcopy, check_snapshot, check_transport
 from postcopy.link.places import bound_uri, descriptors
 from postcopy.link.rpc import Handler, Link
 from postcopy.parameters import Capabilities, Capability, Parameters
@@ -81,6 +82,7 @@ class MigrationControl:
         """End whatever is going on; the process is leaving."""
         with self._lock:
             self._engines.close()
+        self._service.unwatch_snapshot()  # no vCPU is left waiting for an engine that is gone
 
     # --- settings
 
@@ -103,6 +105,8 @@ class MigrationControl:
             changed = self._capabilities.with_changes(changes, incoming_started=self._listening)
             if changed.enabled(Capability.POSTCOPY_RAM) and self._awaits:
                 check_postcopy()
+            if changed.enabled(Capability.BACKGROUND_SNAPSHOT):
+                check_snapshot()
             self._capabilities = changed
             if self._listening:
                 # A note, not a call: the engine may have something to tell that needs this lock.
@@ -128,6 +132,7 @@ class MigrationControl:
                 self._check_can_start()
                 self._is_incoming = False
                 self._error = None
+                self._last_uri = uri
                 self._last = MigrationInfo()  # not the figures of the one before
                 link = self._engines.start()
                 self.progress.move(Status.SETUP)
@@ -230,11 +235,6 @@ class MigrationControl:
                         "'quit' first, if the source is gone for good"
                     )
 
-    def _poison(self) -> None:
-        """The guest goes on without the pages that will never come, and never reads zeros instead."""
-        check_poison(self._guest)
-        self._engines.end()  # nobody comes back from here
-        lost = self._service.poison_missing()
     def arrived(self) -> None:
         """Somebody has seen the destination complete: nothing here is needed any more."""
         with self._succession.lock, self._lock:
@@ -248,6 +248,11 @@ class MigrationControl:
             self._completed()
             self._settle(Status.COMPLETED)
 
+    def _poison(self) -> None:
+        """The guest goes on without the pages that will never come, and never reads zeros instead."""
+        check_poison(self._guest)
+        self._engines.end()  # nobody comes back from here
+        lost = self._service.poison_missing()
         pages = ", ".join(f"{count} pages of block '{name}'" for name, count in lost.items())
         self._error = f"{_GONE}: {pages} are lost; who touches one of them fails"
         self._awaits = self._listening = False
@@ -378,7 +383,7 @@ class MigrationControl:
     def _completed(self) -> None:
         if self._is_incoming:
             self._awaits = False
-        else:
+        elif not self._capabilities.enabled(Capability.BACKGROUND_SNAPSHOT):
             self._on_moved()
 
     def _settle(self, status: Status) -> None:
@@ -413,6 +418,8 @@ class MigrationControl:
         self._error = "the engine process died unexpectedly; start the migration again"
         if not self._is_incoming:
             self._service.unwatch_writes()
+            self._service.unwatch_snapshot()
+            self._remove_partial()
             if self._guest.owned:
                 self._resume_guest()
             else:
@@ -423,6 +430,11 @@ class MigrationControl:
                 )
         to = Status.CANCELLED if status is Status.CANCELLING else Status.FAILED
         self._settle(to)
+
+    def _remove_partial(self) -> None:
+        """An engine that dies leaves no half image behind."""
+        if self._capabilities.enabled(Capability.BACKGROUND_SNAPSHOT):
+            remove_partial(parse(self._last_uri))
 
     def _has_arrived(self) -> bool:
         """Whether an engine has died with nothing left to do but to say so."""

@@ -87,12 +87,12 @@ class GuestService:
         self.lost_pages: Mapping[str, int] = {}
         self.runs_there = False
         """Whether the destination is known to have taken the guest."""
+        self.arrived_there = False
+        """Whether it is known to have every page, so that nothing here matters any more."""
 
     @property
     def watches_missing(self) -> bool:
         """Whether some page may be missing."""
-        self.arrived_there = False
-        """Whether it is known to have every page, so that nothing here matters any more."""
         with self._lock:
             return self._missing is not None
 
@@ -109,13 +109,13 @@ class GuestService:
             "load_devices": self._load_devices,
             "give_up": self._give_up,
             "runs_there": self._runs_there,
+            "arrived_there": self._arrived_there,
             "take_back": guest.take,
             "watch_writes": self._watch_writes,
             "unwatch_writes": self.unwatch_writes,
             "watch_snapshot": self._watch_snapshot,
             "unwatch_snapshot": self.unwatch_snapshot,
             "populate": self._populate,
-            "arrived_there": self._arrived_there,
             "unmap_missing": self._unmap_missing,
             "watch_missing": self._watch_missing,
             "unwatch_missing": self.unwatch_missing,
@@ -129,15 +129,15 @@ class GuestService:
     def _runs_there(self) -> None:
         self.runs_there = True
 
+    def _arrived_there(self) -> None:
+        self.arrived_there = True
+
     def _describe(self) -> dict[str, Any]:
         return {
             "machine": self._guest.machine_name,
             "pid": os.getpid(),
             "kvm": self._guest.accelerator_name == "kvm",
             "vcpu_threads": [[t.index, t.thread_id] for t in self._guest.vcpu_threads()],
-    def _arrived_there(self) -> None:
-        self.arrived_there = True
-
         }
 
     def _regions(self) -> tuple[list[dict[str, Any]], Descriptors]:

@@ -134,6 +134,12 @@ class MigrationControl(Protocol):
         :raises WrongState: no incoming postcopy is paused.
         """
 
+    def arrived(self) -> None:
+        """Somebody has seen the destination complete: nothing here is needed any more.
+
+        :raises WrongState: no outgoing postcopy is paused.
+        """
+
     def lost(self) -> None:
         """Give up on the source of a paused postcopy, as the parameter ``x-on-loss`` says.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from postcopy.channel.channel import Channel
 from postcopy.channel.silence import SilenceWatch
 from postcopy.errors import ChannelBroken, PostcopyError
+from postcopy.kill_points import reached
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import DirtyPages
 from postcopy.source.postcopy import PostcopyPush
@@ -13,12 +14,12 @@ from postcopy.source.return_path import ReturnPath
 from postcopy.source.sending import Sender
 from postcopy.source.urgent_channel import UrgentChannel
 from postcopy.stream.commands import encode_command
+from postcopy.stream.identity import ALL_SENT_PING, answer, needs_nothing
 from postcopy.stream.layout import BlockLayout
 from postcopy.stream.records import Ping
 from postcopy.stream.return_path import ReturnPathDecoder
 
 SECOND_CONNECTION_PINGS = (6, 7)
-LAST_PAGE_PING = 8
 LIFE_PING = 9
 """Numbers of pings that mean something to us; QEMU's own are 1 to 4."""
 
@@ -30,6 +31,7 @@ class Connection:
 
     :param sender: brings pages out on this channel.
     :param interrupt: set when the connection ends, for a sender that keeps to a bandwidth limit.
+    :param timeout_ms: how long the destination may be silent, 0 = as long as it likes; may change.
     :param answered: whether the destination can, and is going to, answer on the channel.
     """
 
@@ -40,6 +42,7 @@ class Connection:
         sender: Sender,
         counters: Counters,
         interrupt: threading.Event,
+        timeout_ms: Callable[[], int],
         *,
         answered: bool,
     ) -> None:
@@ -47,6 +50,7 @@ class Connection:
         self._counters = counters
         self._urgent: UrgentChannel | None = None
         self._silence: SilenceWatch | None = None
+        self._timeout_ms = timeout_ms
         self._cause: PostcopyError | None = None
         self.sender = sender
         self.push = PostcopyPush(dirty, self.sender, counters)
@@ -95,13 +99,22 @@ class Connection:
 
     # --- a peer that falls silent
 
-    def begin_watch(self, timeout_ms: Callable[[], int]) -> None:
-        """Break the connection when the destination does nothing for so long.
+    def begin_watch(self) -> None:
+        """Break the connection when the destination does nothing for too long.
 
         It is pinged while it has nothing to say.  That it takes pages is a sign of life as well: on
         a slow network an answer takes its time.
         """
-        self._silence = SilenceWatch(timeout_ms, self._signs, self._ask_for_life, self._silent)
+        self._watch(self._ask_for_life)
+
+    def expect_last_word(self) -> None:
+        """The same from the end of the stream on, behind which there must be no ping."""
+        if self._silence is not None:
+            self._silence.stop()
+        self._watch(lambda: True)
+
+    def _watch(self, waiting: Callable[[], bool]) -> None:
+        self._silence = SilenceWatch(self._timeout_ms, self._signs, waiting, self._silent)
         self._silence.start()
 
     def _signs(self) -> tuple[int, int, int]:
@@ -133,24 +146,30 @@ class Connection:
                 return self._cause
         return error
 
-    def wait_until_taken(self) -> None:
+    def wait_until_taken(self) -> bool:
         """Wait until the destination has taken all that was pushed.
 
         While it may be pinged: should it be gone, that is noticed before nothing but the end is left.
-        """
-        self.channel.send(encode_command(Ping(LAST_PAGE_PING)))
-        self.answers.wait_pong(LAST_PAGE_PING)
 
-    def end(self, last_words: list[bytes]) -> None:
-        """Send the end of the stream; after it, no ping may follow and no page is urgent.
-
-        The second connection stays open until the destination has had its last word, as QEMU does it.
+        :return: whether no page is missing there any more, and it needs nothing of us to complete.
+            One that is not ours only says that it has read all that the main channel brought.
         """
-        if self._silence is not None:
-            self._silence.stop()
         if self._urgent is not None:
             self._urgent.expect_end()
+        self.channel.send(encode_command(Ping(ALL_SENT_PING)))
+        return needs_nothing(self.answers.wait_pong(ALL_SENT_PING, answer(ALL_SENT_PING)))
+
+    def end(self, last_words: list[bytes]) -> None:
+        """Send the end of the stream, and wait for the destination's last word.
+
+        The second connection stays open until then, as QEMU does it.
+
+        :raises ChannelBroken: it does not come.
+        """
+        self.expect_last_word()
         self.channel.send_many(last_words)
+        reached("source.pages-ended")
+        self.answers.wait_shut()
 
     def shutdown(self) -> None:
         """Break it, from any thread; whoever uses it will notice."""

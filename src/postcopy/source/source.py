@@ -163,7 +163,7 @@ class Source:
             switchover.complete_precopy()
         else:
             switchover.start_postcopy()
-            connection.begin_watch(lambda: self._parameters.x_link_timeout)
+            connection.begin_watch()
             # Should it not take the devices, nothing of ours lies unread between its last word and us.
             connection.answers.wait_pong(PACKAGE_PING)
             self._ran_there = True
@@ -228,6 +228,7 @@ class Source:
             choose_sender(channel, self._wishes.capabilities, self._limiter, self._counters),
             self._counters,
             self.orders.interrupt,
+            lambda: self._parameters.x_link_timeout,
             answered=answered,
         )
         if self.orders.cancelled:
@@ -253,11 +254,16 @@ class Source:
         self._limiter.set_rate(self._parameters.max_postcopy_bandwidth)
         reached("source.pushing")
         connection.push.run()
-        connection.wait_until_taken()
+        arrived = connection.wait_until_taken()
+        if arrived:
+            self._guest.arrived_there()
         reached("source.all-pushed")
-        connection.end([connection.sender.end_of_ram(), encoder.end_of_stream()])
-        reached("source.pages-ended")
-        connection.answers.wait_shut()
+        last_words = [connection.sender.end_of_ram(), encoder.end_of_stream()]
+        try:
+            connection.end(last_words)
+        except ChannelBroken:
+            if not arrived:
+                raise
         reached("source.arrived")
 
     # --- recovery
@@ -277,7 +283,7 @@ class Source:
         connection = self._connect(channel, self._dirty, answered=True)
         self._progress.move(Status.POSTCOPY_RECOVER)
         reached("source.recovery-connected")
-        connection.begin_watch(lambda: self._parameters.x_link_timeout)
+        connection.begin_watch()
         agree_on_what_is_missing(
             connection, self._dirty, lambda: self._open_urgent(connection, uri)
         )
