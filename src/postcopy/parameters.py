@@ -53,6 +53,7 @@ SUPPORTED = frozenset(
         C.LATE_BLOCK_ACTIVATE,
         C.ZERO_BLOCKS,
         C.POSTCOPY_PREEMPT,
+        C.BACKGROUND_SNAPSHOT,
     }
 )
 """What this version can do; switching on any other capability is refused by name."""

@@ -1,4 +1,4 @@
-"""Takes orders over the link and runs one source or one destination."""
+"""Takes orders over the link and runs one source, one background snapshot or one destination."""
 
 import os
 import socket
@@ -18,7 +18,8 @@ from postcopy.link.rpc import Handler, Link
 from postcopy.machine import sections
 from postcopy.machine.device_formats import FORMATS
 from postcopy.paging.ram import PagedRam
-from postcopy.parameters import Capabilities, Parameters
+from postcopy.parameters import Capabilities, Capability, Parameters
+from postcopy.snapshot.background import BackgroundSnapshot
 from postcopy.source.source import Source, Wishes
 from postcopy.status import Progress, Status
 from postcopy.stream.description import build_description
@@ -34,7 +35,7 @@ class EngineService:
         self._ended = threading.Event()
         self._link = Link(connection, self._handlers(), on_end=self._ended.set, name="guest-link")
         self._guest: GuestProxy | None = None
-        self._job: Source | Destination | None = None
+        self._job: Source | BackgroundSnapshot | Destination | None = None
         self._ram: PagedRam | None = None
         self._populating: Populating | None = None
         self._progress = Progress(self._report, Status.SETUP)
@@ -77,8 +78,21 @@ class EngineService:
         parameters: Mapping[str, Any],
         fds: Sequence[int] = (),
     ) -> None:
+        if Capability.BACKGROUND_SNAPSHOT in Capabilities.of(capabilities).on:
+            self._job = snapshot = self._make_snapshot(_uri(uri, fds), capabilities)
+            self._start("source", snapshot.run)
+            return
         self._make_source(_uri(uri, fds), capabilities, parameters)
         self._start("source", self._source.run)
+
+    def _make_snapshot(self, uri: str, capabilities: Sequence[str]) -> BackgroundSnapshot:
+        return BackgroundSnapshot(
+            self._proxy(),
+            uri,
+            Capabilities.of(capabilities),
+            self._progress,
+            self._describe_devices,
+        )
 
     def _make_source(
         self, uri: str, capabilities: Sequence[str], parameters: Mapping[str, Any]
@@ -121,7 +135,10 @@ class EngineService:
         self._source.orders.proceed()
 
     def _cancel(self) -> None:
-        self._source.cancel()
+        if isinstance(self._job, BackgroundSnapshot):
+            self._job.cancel()
+        else:
+            self._source.cancel()
 
     def _set_parameters(self, parameters: Mapping[str, Any]) -> None:
         if self._job is not None:

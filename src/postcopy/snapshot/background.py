@@ -1,0 +1,257 @@
+"""A picture of a guest that goes on: QEMU's background snapshot.
+
+Threads: ``source`` runs :meth:`BackgroundSnapshot.run` and writes; ``snapshot-faults`` keeps what the
+guest overwrites meanwhile (:mod:`postcopy.snapshot.guard`).  The guest stands still only while its
+devices are saved.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from postcopy.channel.address import parse
+from postcopy.channel.channel import Channel
+from postcopy.channel.partial_file import begin_partial, publish, remove_partial
+from postcopy.channel.rate_limit import RateLimiter
+from postcopy.errors import MigrationCancelled, PostcopyError
+from postcopy.guest import DeviceState
+from postcopy.kill_points import reached
+from postcopy.link.guest_proxy import GuestProxy
+from postcopy.memory.ram_block import RamBlock
+from postcopy.parameters import Capabilities, Capability, Parameters
+from postcopy.snapshot.aside import Aside
+from postcopy.snapshot.guard import WriteGuard
+from postcopy.snapshot.unsaved import Copies, UnsavedPages
+from postcopy.source.connecting import connect_unless_cancelled
+from postcopy.source.counters import Clock, Counters, Rate, describe
+from postcopy.source.opening import opening
+from postcopy.source.orders import Orders
+from postcopy.source.sending import Sender, choose_sender
+from postcopy.source.switchover import device_sections
+from postcopy.statistics import Measured, MigrationInfo
+from postcopy.status import Progress, Status
+from postcopy.stream import encoder
+
+UNLIMITED = 0
+"""As QEMU does it: ``max-bandwidth`` is for migrations."""
+
+
+class BackgroundSnapshot:
+    """One background snapshot; the guest stays here, whatever happens."""
+
+    def __init__(
+        self,
+        guest: GuestProxy,
+        uri: str,
+        capabilities: Capabilities,
+        progress: Progress,
+        describe_devices: Callable[[Sequence[DeviceState]], str],
+    ) -> None:
+        self._guest = guest
+        self._address = parse(uri)
+        self._capabilities = capabilities
+        self._progress = progress
+        self._describe_devices = describe_devices
+        self.orders = Orders()
+        self.error: PostcopyError | None = None
+        self._counters = Counters()
+        self._clock = Clock()
+        self._aside = Aside()
+        self._device_bytes = 0
+        # Made by the steps of it, in this order.
+        self._channel: Channel | None = None
+        self._sender: Sender | None = None
+        self._blocks: list[RamBlock] = []
+        self._unsaved: UnsavedPages | None = None
+        self._guard: WriteGuard | None = None
+        self._cause: PostcopyError | None = None
+
+    # --- called by the monitor, from other threads
+
+    def cancel(self) -> None:
+        """Give up."""
+        before = frozenset({Status.SETUP, Status.ACTIVE})
+        if self._progress.move(Status.CANCELLING, only_from=before):
+            self.orders.cancel()
+            self._break_off()
+
+    def pause(self) -> None:
+        """Nothing: only a postcopy can be paused."""
+
+    def set_parameters(self, parameters: Parameters) -> None:
+        """Nothing: none of them means anything here."""
+
+    def info(self) -> MigrationInfo:
+        """The figures as they are now."""
+        remaining = self._unsaved.remaining_bytes if self._unsaved is not None else 0
+        rate = self._sender.rate if self._sender is not None else Rate()
+        info = describe(self._counters, rate, self._clock, self._progress.status, remaining)
+        return replace(info, measured=self._measured())
+
+    # --- the thread of the snapshot
+
+    def run(self) -> None:
+        """Take the picture; whatever happens, the guest runs on, and nothing holds up its writes."""
+        try:
+            channel, sender = self._open()
+            with self._watched() as guard:
+                guard.arm()
+                reached("snapshot.armed")
+                states = self._freeze(guard)
+                self._write_pages(guard, sender)
+            self._finish(channel, sender, states)
+            self._clock.ended = time.monotonic()
+            # A cancel that comes now is too late: the picture is there.
+            if not self._progress.move(Status.COMPLETED, only_from=frozenset({Status.ACTIVE})):
+                self._progress.move(Status.CANCELLED)
+        except PostcopyError as error:
+            self._fail(error)
+        finally:
+            self._let_go()
+
+    def _open(self) -> tuple[Channel, Sender]:
+        """Reach the sink, and say what is to come."""
+        self._channel = channel = connect_unless_cancelled(
+            begin_partial(self._address), self.orders
+        )
+        reached("snapshot.connected")
+        self._sender = sender = choose_sender(
+            channel, self._capabilities, RateLimiter(UNLIMITED), self._counters
+        )
+        self._blocks = blocks = [RamBlock(region) for region in self._guest.regions()]
+        self._unsaved = UnsavedPages(blocks)
+        self._counters.total_bytes = self._unsaved.remaining_bytes
+        self._check_cancelled()
+        channel.send(opening(self._guest.machine_name, blocks, self._capabilities, answered=False))
+        sender.begin(blocks, postcopy=False)
+        self._clock.set_up = time.monotonic()
+        self._progress.move(Status.ACTIVE)
+        reached("snapshot.active")
+        return channel, sender
+
+    @contextmanager
+    def _watched(self) -> Iterator[WriteGuard]:
+        """Have the guest's memory watched for writes; in every case it is not any more afterwards."""
+        assert self._unsaved is not None
+        self._guard = guard = WriteGuard(
+            self._guest.watch_snapshot(), self._unsaved, self._aside, self._stop_because
+        )
+        guard.start()
+        try:
+            yield guard
+        finally:
+            guard.stop()
+            self._guest.unwatch_snapshot()  # who still waits to write goes on
+        reached("snapshot.unwatched")
+
+    def _freeze(self, guard: WriteGuard) -> Sequence[DeviceState]:
+        """The moment of the picture; return what the devices were then."""
+        self._check_cancelled()
+        self._clock.stopped = time.monotonic()
+        try:
+            self._guest.pause()
+            reached("snapshot.guest-stopped")
+            # Before the memory is frozen: a device may write to it while it is being saved.
+            states = self._guest.save_devices()
+            reached("snapshot.devices-saved")
+            guard.freeze()
+            reached("snapshot.frozen")
+        finally:
+            self._guest.resume()
+        self._clock.handed_over = time.monotonic()
+        reached("snapshot.guest-resumed")
+        return states
+
+    def _write_pages(self, guard: WriteGuard, sender: Sender) -> None:
+        """Write all pages: first those that the guest has overwritten, for they take memory."""
+        assert self._unsaved is not None
+        for copies in self._unsaved.sweep():
+            guard.let_go(copies.block, copies.first, copies.end)
+            self._write(sender, copies)
+            self._write_aside(sender)
+            reached("snapshot.writing")
+        reached("snapshot.all-saved")
+        self._write_aside(sender)
+
+    def _write_aside(self, sender: Sender) -> None:
+        while (copies := self._aside.take()) is not None:
+            self._write(sender, copies)
+            self._aside.written(copies)
+
+    def _write(self, sender: Sender, copies: Copies) -> None:
+        self._check_cancelled()
+        if len(copies.data):
+            sender.send_copies(copies.block.name, copies.data, copies.contents)
+        if len(copies.zeros):
+            sender.send_zeros(copies.block.name, copies.zeros)
+        sender.count()
+
+    def _finish(self, channel: Channel, sender: Sender, states: Sequence[DeviceState]) -> None:
+        """Write the devices and the end, and let the file be seen."""
+        # As QEMU has it: a stream of a background snapshot has no last section of RAM.
+        mapped = self._capabilities.enabled(Capability.MAPPED_RAM)
+        end_of_ram = sender.end_of_ram() if mapped else b""
+        sections = device_sections(states)
+        description = encoder.description(self._describe_devices(states))
+        self._device_bytes = len(sections) + len(description)
+        channel.send_many([end_of_ram, sections, encoder.end_of_stream(), description])
+        sender.count()
+        reached("snapshot.all-sent")
+        self._check_cancelled()
+        publish(self._address, channel.fileno())
+        reached("snapshot.published")
+        channel.close()  # for a command this is when it proves to have worked
+
+    # --- when something went wrong
+
+    def _check_cancelled(self) -> None:
+        if self._cause is not None:
+            raise self._cause
+        if self.orders.cancelled:
+            raise MigrationCancelled("cancelled by the user")
+
+    def _stop_because(self, cause: PostcopyError) -> None:
+        """Faults cannot be served any more: the writer is to stop."""
+        self._cause = cause
+        self._break_off()
+
+    def _break_off(self) -> None:
+        """Wake whoever waits for the sink, from any thread."""
+        self._aside.close()
+        if self._channel is not None:
+            self._channel.shutdown()
+
+    def _fail(self, error: PostcopyError) -> None:
+        cancelled = self._progress.status is Status.CANCELLING
+        self.error = None if cancelled else self._cause or error
+        self._clock.ended = time.monotonic()
+        self._let_go()  # before anybody hears of the end
+        self._progress.move(Status.CANCELLED if cancelled else Status.FAILED)
+
+    def _let_go(self) -> None:
+        if self._channel is not None:
+            self._channel.shutdown()
+            try:
+                self._channel.close()
+            except PostcopyError:
+                pass  # it was over already
+            self._channel = None
+            remove_partial(self._address)
+        while self._blocks:
+            self._blocks.pop().close()
+
+    def _measured(self) -> Measured:
+        stalls = self._guard.stalls if self._guard is not None else None
+        clock = self._clock
+        stopped = clock.stopped and clock.handed_over
+        return Measured(
+            pause_us=round((clock.handed_over - clock.stopped) * 1e6) if stopped else None,
+            write_faults=stalls.count if stalls is not None else None,
+            write_stall_p50_us=stalls.quantile_us(0.5) if stalls is not None else None,
+            write_stall_p99_us=stalls.quantile_us(0.99) if stalls is not None else None,
+            write_stall_max_us=stalls.max_us if stalls is not None else None,
+            aside_bytes=self._aside.total_bytes,
+            aside_most_bytes=self._aside.most_bytes,
+            device_bytes=self._device_bytes or None,
+        )
