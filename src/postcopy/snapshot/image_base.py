@@ -8,7 +8,7 @@ An image is opened by :func:`postcopy.snapshot.image.open_image`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -20,6 +20,7 @@ from postcopy.errors import ImageError
 from postcopy.guest import DeviceState
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Mask
+from postcopy.snapshot.damage import Damage
 
 PageRows = npt.NDArray[np.uint8]
 
@@ -93,11 +94,20 @@ class Image(ABC):
         """Copy the pages with data from ``first`` on into ``rows``, which is all zero."""
 
     @abstractmethod
-    def locate(self, offset: int) -> tuple[str, int] | None:
-        """Tell whose memory a byte of the file is: block and offset in it, both in bytes.
+    def locate(self, start: int, end: int) -> tuple[str, int] | None:
+        """Tell whose memory lies in the bytes ``start`` to ``end`` (not included) of the file.
 
-        :return: ``None`` where the byte is none of the memory's.
+        :return: the block, and the offset in it of the first byte there, in bytes; ``None`` where no
+            memory is.
         """
+
+    def fixed_pages(self) -> list[tuple[int, int]]:
+        """Tell which bytes of the file, from a start to an end, are pages and nothing else."""
+        return []
+
+    def damages(self) -> Iterator[Damage]:
+        """Find what is wrong with memory that is not in the image's own file."""
+        return iter(())
 
     @abstractmethod
     def close(self) -> None:

@@ -7,6 +7,7 @@ as for 256 MiB.  Which pages there are is read when somebody asks, block by bloc
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from postcopy.errors import StreamError
 from postcopy.memory.runs import Mask, runs
@@ -55,6 +56,11 @@ class MappedImage(Image):
         self._places = ram.blocks
         self._masks: dict[str, Mask] = {}
 
+    @property
+    def file_data(self) -> npt.NDArray[np.uint8]:
+        """All bytes of the file, where they are mapped."""
+        return self._file.data
+
     def place(self, block_name: str) -> MappedBlock:
         """Tell where in the file a block lies.
 
@@ -85,12 +91,16 @@ class MappedImage(Image):
         rows: PageRows = self._file.data[block.pages_offset : block.end_offset]
         return rows.reshape(-1, TARGET_PAGE_BYTES)
 
-    def locate(self, offset: int) -> tuple[str, int] | None:
+    def locate(self, start: int, end: int) -> tuple[str, int] | None:
         """See :meth:`Image.locate`."""
         for block in self._places.values():
-            if block.pages_offset <= offset < block.end_offset:
-                return block.name, offset - block.pages_offset
+            if start < block.end_offset and block.pages_offset < end:
+                return block.name, max(start - block.pages_offset, 0)
         return None
+
+    def fixed_pages(self) -> list[tuple[int, int]]:
+        """See :meth:`Image.fixed_pages`."""
+        return [(block.pages_offset, block.end_offset) for block in self._places.values()]
 
     def _copy(self, block: ImageBlock, first: int, rows: PageRows) -> None:
         mask = self.has_data(block.name)[first : first + len(rows)]

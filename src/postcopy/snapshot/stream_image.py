@@ -100,14 +100,14 @@ class StreamImage(Image):
         _ = self._blocks[block_name]
         return None
 
-    def locate(self, offset: int) -> tuple[str, int] | None:
+    def locate(self, start: int, end: int) -> tuple[str, int] | None:
         """See :meth:`Image.locate`."""
         for name, (pages, places) in self._index.items():
-            within = (places <= offset) & (offset < places + TARGET_PAGE_BYTES)
-            if within.any():
-                found = int(within.argmax())
-                inside = offset - int(places[found])
-                return name, int(pages[found]) * TARGET_PAGE_BYTES + inside
+            within = np.flatnonzero((places < end) & (start < places + TARGET_PAGE_BYTES))
+            if len(within):
+                first = within[places[within].argmin()]
+                inside = max(start - int(places[first]), 0)
+                return name, int(pages[first]) * TARGET_PAGE_BYTES + inside
         return None
 
     def _copy(self, block: ImageBlock, first: int, rows: PageRows) -> None:

@@ -1,0 +1,70 @@
+"""Pages of a mapped image that may be served: each chunk is checked once, before its first page."""
+
+import threading
+
+import numpy as np
+import numpy.typing as npt
+
+from postcopy.memory.ram_block import TARGET_PAGE_BYTES
+from postcopy.memory.runs import Mask
+from postcopy.snapshot.damage import Damage
+from postcopy.snapshot.digests import CHUNK_BYTES
+from postcopy.snapshot.manifest import Manifest
+from postcopy.snapshot.mapped_image import MappedImage
+
+_UNKNOWN, _GOOD, _BAD = 0, 1, 2
+
+
+class CheckedPages:
+    """Knows of each chunk of the file whether it is what the manifest says.
+
+    Any thread may ask.  Two that ask at once for the same chunk both check it, and come to the same
+    result; so verdicts need no lock, and one that waits for a page never waits for another's check.
+    """
+
+    def __init__(self, image: MappedImage, manifest: Manifest) -> None:
+        self._image = image
+        self._manifest = manifest
+        self._verdicts: npt.NDArray[np.uint8] = np.zeros(len(manifest.digests.present), np.uint8)
+        self._telling = threading.Lock()
+        self._damages: list[Damage] = []
+
+    def good(self, block_name: str, first_page: int, count: int) -> Mask:
+        """Tell which of these pages may be served; shape ``(count,)``.
+
+        :raises KeyError: there is no such block.
+        """
+        place = self._image.place(block_name)
+        start = place.pages_offset + first_page * TARGET_PAGE_BYTES
+        first = start // CHUNK_BYTES
+        end = -(-(start + count * TARGET_PAGE_BYTES) // CHUNK_BYTES)
+        for chunk in (first + np.flatnonzero(self._verdicts[first:end] == _UNKNOWN)).tolist():
+            self._check(chunk)
+        chunks = (start + np.arange(count, dtype=np.int64) * TARGET_PAGE_BYTES) // CHUNK_BYTES
+        good: Mask = self._verdicts[chunks] == _GOOD
+        return good
+
+    def is_good(self, block_name: str, page: int) -> bool:
+        """Tell whether this page may be served: the shortest way for one that somebody waits for."""
+        offset = self._image.place(block_name).pages_offset + page * TARGET_PAGE_BYTES
+        chunk = offset // CHUNK_BYTES
+        if self._verdicts[chunk] == _UNKNOWN:
+            self._check(chunk)
+        return bool(self._verdicts[chunk] == _GOOD)
+
+    def damages(self) -> list[Damage]:
+        """What has been found wrong so far, in the order of finding."""
+        with self._telling:
+            return list(self._damages)
+
+    def _check(self, chunk: int) -> None:
+        start = chunk * CHUNK_BYTES
+        data = self._image.file_data[start : start + CHUNK_BYTES]
+        if self._manifest.check(chunk, data):
+            self._verdicts[chunk] = _GOOD
+            return
+        where = self._image.locate(start, start + len(data))
+        with self._telling:
+            if self._verdicts[chunk] != _BAD:
+                self._verdicts[chunk] = _BAD
+                self._damages.append(Damage(self._image.path, start, len(data), *(where or ())))

@@ -1,0 +1,147 @@
+"""Digests of a file by chunks of 64 KiB: what finds a flipped bit, and says where it is.
+
+Every byte of the file counts.  A chunk of nothing but zeros has no digest, since that it holds zeros
+is all there is to check; so the holes of a sparse file cost nothing, neither here nor in a manifest.
+
+The digest is BLAKE3, cut to 128 bits: four times as fast as SHA-256 on processors that have
+instructions for it (6 against 1.5 GB/s, measured), which is what a fault that waits for its chunk
+to be checked has to pay.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+
+from postcopy.kernel import memfd
+from postcopy.memory.runs import Mask, runs
+from postcopy.snapshot.image_file import ImageFile
+
+CHUNK_BYTES: Final = 64 << 10
+DIGEST_BYTES: Final = 16
+ALGORITHM: Final = "blake3-128"
+
+_THREADS: Final = min(4, os.cpu_count() or 1)
+_TASK_CHUNKS: Final = 256  # 16 MiB: long enough to be worth a task, short enough to share out
+
+Bytes = bytes | memoryview | npt.NDArray[np.uint8]
+
+
+def digest(data: Bytes) -> bytes:
+    """The digest of a piece of data, 16 bytes."""
+    return blake3(np.frombuffer(data, np.uint8).data).digest(DIGEST_BYTES)
+
+
+def is_zero(data: Bytes) -> bool:
+    """Tell whether there is nothing but zeros."""
+    return not np.frombuffer(data, np.uint8).any()
+
+
+def chunk_count(size_bytes: int) -> int:
+    """How many chunks a file has; the last may be shorter."""
+    return -(-size_bytes // CHUNK_BYTES)
+
+
+@dataclass(frozen=True, eq=False)
+class ChunkDigests:
+    """What each chunk of a file must be.
+
+    :param size_bytes: of the file.
+    :param present: which chunks are not all zero, shape ``(chunks,)``.
+    :param digests: theirs, in order, 16 bytes each.
+    """
+
+    size_bytes: int
+    present: Mask
+    digests: bytes
+
+    def __post_init__(self) -> None:
+        slots = np.cumsum(self.present, dtype=np.int64) - 1
+        object.__setattr__(self, "_slots", slots)
+
+    def expected(self, chunk: int) -> bytes | None:
+        """The digest of a chunk; ``None``: it is all zero."""
+        if not self.present[chunk]:
+            return None
+        at = int(self._slots[chunk]) * DIGEST_BYTES  # type: ignore[attr-defined]
+        return self.digests[at : at + DIGEST_BYTES]
+
+    def check(self, chunk: int, data: Bytes) -> bool:
+        """Tell whether ``data`` is what the chunk must be; any thread may ask."""
+        expected = self.expected(chunk)
+        return is_zero(data) if expected is None else digest(data) == expected
+
+    @property
+    def identity(self) -> str:
+        """What tells this file from any other, in hexadecimal."""
+        return self.identity_with(())
+
+    def identity_with(self, parts: Iterable[Mask | bytes]) -> str:
+        """What tells this file, and other parts of the image, from any other, in hexadecimal."""
+        whole = blake3(self.size_bytes.to_bytes(8, "little"))
+        for part in (self.present, self.digests, *parts):
+            data = part if isinstance(part, bytes) else np.packbits(part).tobytes()
+            whole.update(len(data).to_bytes(8, "little"))
+            whole.update(data)
+        return whole.hexdigest()
+
+
+def take_digests(file: ImageFile) -> ChunkDigests:
+    """Read a file and take its digests, on several threads."""
+    count = chunk_count(file.size_bytes)
+    suspects = np.zeros(count, np.bool_)
+    for first, end in memfd.data_ranges(file.fd, 0, file.size_bytes):
+        suspects[first // CHUNK_BYTES : -(-end // CHUNK_BYTES)] = True
+    found = np.zeros((count, DIGEST_BYTES), np.uint8)
+    present = np.zeros(count, np.bool_)
+
+    def take(span: tuple[int, int]) -> None:
+        for chunk in range(*span):
+            data = chunk_of(file, chunk)
+            if not is_zero(data):
+                found[chunk] = np.frombuffer(digest(data), np.uint8)
+                present[chunk] = True
+
+    with ThreadPoolExecutor(_THREADS, "digests") as pool:
+        for _ in pool.map(take, _tasks(suspects)):
+            pass
+    return ChunkDigests(file.size_bytes, present, found[present].tobytes())
+
+
+def damaged_chunks(
+    file: ImageFile, digests: ChunkDigests, only: Mask | None = None
+) -> Iterator[int]:
+    """Find the chunks that are not what they must be, ascending.
+
+    Holes that must be zero are not read.
+
+    :param only: the chunks to look at; ``None``: all of them.
+    """
+    suspects = digests.present.copy()
+    for first, end in memfd.data_ranges(file.fd, 0, file.size_bytes):
+        suspects[first // CHUNK_BYTES : -(-end // CHUNK_BYTES)] = True
+    if only is not None:
+        suspects &= only
+
+    def bad(span: tuple[int, int]) -> list[int]:
+        return [each for each in range(*span) if not digests.check(each, chunk_of(file, each))]
+
+    with ThreadPoolExecutor(_THREADS, "digests") as pool:
+        for found in pool.map(bad, _tasks(suspects)):
+            yield from found
+
+
+def chunk_of(file: ImageFile, chunk: int) -> npt.NDArray[np.uint8]:
+    """The bytes of one chunk of a file, where they are mapped."""
+    return file.data[chunk * CHUNK_BYTES : (chunk + 1) * CHUNK_BYTES]
+
+
+def _tasks(suspects: Mask) -> Iterator[tuple[int, int]]:
+    for first, end in runs(suspects).tolist():
+        for start in range(first, end, _TASK_CHUNKS):
+            yield start, min(start + _TASK_CHUNKS, end)

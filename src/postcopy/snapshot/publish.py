@@ -1,0 +1,62 @@
+"""Files appear under their name whole, or not at all; and only their owner may read them."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+PARTIAL: Final = ".partial"
+MODE: Final = 0o600  # guest memory holds keys and passwords
+
+
+def partial(path: Path) -> Path:
+    """Where a file is while it is being written."""
+    return path.with_name(path.name + PARTIAL)
+
+
+def publish(path: Path) -> None:
+    """Give the file at :func:`partial` its name, once all of it is on the disk.
+
+    :raises OSError: the disk is full, or broken; nothing has got the name.
+    """
+    written = partial(path)
+    fd = os.open(written, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fchmod(fd, MODE)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    written.replace(path)
+    sync_folder(path.parent)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file, and put it in the place of one that has the name.
+
+    :raises OSError: as :func:`publish`; nothing is left behind.
+    """
+    written = partial(path)
+    with _removed_on_error(written):
+        fd = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, MODE)
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+        publish(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make sure that a new name survives a power cut."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _removed_on_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise

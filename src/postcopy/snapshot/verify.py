@@ -1,0 +1,97 @@
+"""Whether an image is still what it was when it was taken; if not, where.
+
+Two users: ``postcopy verify`` reads everything; a restore reads what it needs before the guest runs,
+and has each chunk of memory checked before it serves a page from it.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from postcopy.errors import ImageError
+from postcopy.memory.runs import Mask
+from postcopy.snapshot.damage import Damage
+from postcopy.snapshot.digests import CHUNK_BYTES, chunk_count, damaged_chunks
+from postcopy.snapshot.image import Image, open_image
+from postcopy.snapshot.image_file import ImageFile
+from postcopy.snapshot.manifest import Manifest, beside
+
+
+def find_damages(path: Path, manifest: Manifest) -> Iterator[Damage]:
+    """Compare all of an image with its manifest.
+
+    :raises ImageError: there is none, it has another size, or makes no sense.
+    """
+    with ImageFile(path) as file:
+        check_size(file, manifest)
+        image = _try_to_open(path)
+        whole = True
+        for chunk in damaged_chunks(file, manifest.digests):
+            whole = False
+            yield _damage(path, image, chunk, file.size_bytes)
+    if image is None and whole:
+        image = open_image(path)  # which says what is wrong with it, though it is as it was
+    if image is not None:
+        with image:
+            yield from image.damages()
+
+
+def open_for_restore(path: Path) -> tuple[Image, Manifest | None]:
+    """Open an image whose guest is to run: with a manifest, all but its memory is checked.
+
+    The memory of a mapped image is for :class:`postcopy.snapshot.checked.CheckedPages` to check, page
+    by page; that of an image of chunks checks itself when it is read; that of a plain stream is
+    checked here, since pages that lie anywhere are found by reading it all.
+
+    :raises ImageError: there is none, or it is damaged.
+    """
+    if not beside(path).exists():
+        return open_image(path), None
+    manifest = Manifest.load(path)
+    with ImageFile(path) as file:
+        check_size(file, manifest)
+        image = _try_to_open(path)
+        only = None if image is None else ~memory_chunks(image, file.size_bytes)
+        for chunk in damaged_chunks(file, manifest.digests, only):
+            raise _damage(path, image, chunk, file.size_bytes).error()
+    return image if image is not None else open_image(path), manifest
+
+
+def check_size(file: ImageFile, manifest: Manifest) -> None:
+    """Compare the length of a file with what it was.
+
+    :raises ImageError: it has been cut off, or something has been added.
+    """
+    size = manifest.digests.size_bytes
+    if file.size_bytes < size:
+        message = f"cut off: {file.size_bytes} bytes of {size} are there"
+        raise ImageError(file.path, message, file.size_bytes)
+    if file.size_bytes > size:
+        message = f"{file.size_bytes - size} bytes too long"
+        raise ImageError(file.path, message, size)
+
+
+def memory_chunks(image: Image, file_bytes: int) -> Mask:
+    """Tell which chunks of the image's file hold pages and nothing else, and are checked later."""
+    mask = np.zeros(chunk_count(file_bytes), np.bool_)
+    for start, end in image.fixed_pages():
+        mask[-(-start // CHUNK_BYTES) : end // CHUNK_BYTES] = True
+    return mask
+
+
+def _try_to_open(path: Path) -> Image | None:
+    # The digests say it better, if it is for damage that it cannot be opened.
+    try:
+        return open_image(path)
+    except ImageError:
+        return None
+
+
+def _damage(path: Path, image: Image | None, chunk: int, file_bytes: int) -> Damage:
+    start = chunk * CHUNK_BYTES
+    end = min(start + CHUNK_BYTES, file_bytes)
+    where = None if image is None else image.locate(start, end)
+    if where is None:
+        return Damage(path, start, end - start)
+    return Damage(path, start, end - start, *where)
