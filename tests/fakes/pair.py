@@ -149,11 +149,7 @@ class Side:
 
         Read through the memfd, where no userfaultfd watches and holes stay holes.
         """
-        fd, size = self.machine.regions()[0].fd, self.machine.memory_bytes
-        memory = np.zeros(size, np.uint8)
-        for start, end in _data_extents(fd, size):
-            memory[start:end] = np.frombuffer(os.pread(fd, end - start, start), np.uint8)
-        return memory.reshape(-1, PAGE_BYTES)
+        return ram_of(self.machine)
 
     def close(self) -> None:
         self.control.close()
@@ -260,6 +256,15 @@ class Journey:
     def _add(self, side: Side) -> Side:
         self.sides.append(side)
         return side
+
+
+def ram_of(machine: Machine) -> np.ndarray:
+    """As :meth:`Side.ram`."""
+    fd, size = machine.regions()[0].fd, machine.memory_bytes
+    memory = np.zeros(size, np.uint8)
+    for start, end in _data_extents(fd, size):
+        memory[start:end] = np.frombuffer(os.pread(fd, end - start, start), np.uint8)
+    return memory.reshape(-1, PAGE_BYTES)
 
 
 def engines() -> list[int]:

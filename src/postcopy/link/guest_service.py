@@ -64,9 +64,7 @@ MISSING_FEATURES = (
     | Feature.MINOR_HUGETLBFS
     | Feature.THREAD_ID
 )
-SNAPSHOT_FEATURES = (
-    Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_UNPOPULATED
-)
+SNAPSHOT_FEATURES = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_UNPOPULATED
 MISSING_MODE = RegisterMode.MISSING | RegisterMode.MINOR
 
 
@@ -84,6 +82,7 @@ class GuestService:
         self._missing: Userfaultfd | None = None
         self._snapshot: Userfaultfd | None = None
         self._page_maps: list[int] = []
+        self._waking = threading.Lock()
         self.lost_pages: Mapping[str, int] = {}
         self.runs_there = False
         """Whether the destination is known to have taken the guest."""
@@ -107,6 +106,8 @@ class GuestService:
             "resume": guest.resume,
             "save_devices": lambda: encode_states(guest.save_devices()),
             "load_devices": self._load_devices,
+            "wake": self._wake,
+            "lost_pages": self._note_lost_pages,
             "give_up": self._give_up,
             "runs_there": self._runs_there,
             "arrived_there": self._arrived_there,
@@ -164,6 +165,17 @@ class GuestService:
                 for name, instance, version, payload in states
             ]
         )
+
+    def _wake(self, states: Sequence[Sequence[Any]]) -> None:
+        # One engine may have died in the midst of this, and the next asks for it again.
+        with self._waking:
+            if not self._guest.owned:
+                self._load_devices(states)
+                self._guest.resume()
+
+    def _note_lost_pages(self, block: str, pages: int) -> None:
+        known = self.lost_pages.get(block, 0)
+        self.lost_pages = {**self.lost_pages, block: max(known, pages)}
 
     def _kvm_dirty_log(self, action: str) -> str:
         if action == "start":
