@@ -153,10 +153,11 @@ class Side:
 
     def close(self) -> None:
         self.control.close()
-        self.machine.close()
         missing = self.control._service._missing
         if missing is not None:
-            missing.close()  # the process would end here, and nobody can fault any more
+            # The process would end here.  A vCPU that waits for a page table cannot be parked before.
+            missing.close()
+        self.machine.close()
 
 
 @dataclass

@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from fakes.waiting import wait_until
-from faults.fault_channel import BITMAP, RECOVERY, RESUME_ACK
+from faults.fault_channel import BITMAP, PACKAGE_PONG, RECOVERY, RESUME_ACK
 from faults.recovering import DEADLINE_S, Recovering, broken_journey
 from postcopy.errors import WrongState
 from postcopy.status import Status
@@ -62,6 +62,27 @@ def test_on_purpose_and_over_tcp(broken):
         broken.source.control.progress.wait(ACTIVE, timeout=DEADLINE_S)
         broken.destination.control.progress.wait(ACTIVE, timeout=DEADLINE_S)
     arrive(broken)
+
+
+def test_a_pause_waits_for_the_package_that_is_under_way(journey, tmp_path):
+    """Broken at once, it could be lost, and nobody at the source could say who has the guest."""
+    with Recovering(broken_journey(journey), tmp_path) as broken:
+        channel = broken.channel(broken.destination.listen())
+        stalled = channel.stall(PACKAGE_PONG, at=0)
+        broken.source.control.migrate(channel.uri)
+        broken.switch()
+        stalled.wait()
+        broken.source.wait(ACTIVE)
+        broken.source.control.pause()
+        assert (
+            broken.source.control.info().status is ACTIVE
+        )  # asked of the engine, behind the pause
+        channel.flow()
+        broken.until_settled()
+        assert broken.source.error == "Postcopy migration is paused by the user"
+        broken.check_running_here_only(broken.destination)
+        broken.resume()
+        arrive(broken)
 
 
 @pytest.mark.parametrize("step", RECOVERY, ids=str)

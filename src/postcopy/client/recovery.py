@@ -117,7 +117,10 @@ async def _check_broken(source: Connection, destination: Connection) -> None:
         state = (await side.execute("query-status"))["status"]
         meaning = standing(status, state, incoming=name == "destination").meaning
         told.append(f"the {name} is {status.value}: {meaning}")
-    raise Refused(f"there is no broken postcopy to recover; {'; '.join(told)}")
+    advice = ""
+    if found == [Status.POSTCOPY_PAUSED, Status.FAILED]:
+        advice = "; if the guest never ran there, 'cont' at the source's monitor takes it back"
+    raise Refused(f"there is no broken postcopy to recover; {'; '.join(told)}{advice}")
 
 
 async def _pause(side: Connection) -> None:

@@ -83,9 +83,14 @@ class Source:
             self._break()  # wake a send that waits for a peer who does not read
 
     def pause(self) -> None:
-        """Break the connection on purpose."""
+        """Break the connection on purpose.
+
+        While the package is on its way nobody could say afterwards who has the guest, so it is
+        broken as soon as the destination has taken it (or the link has been silent for too long).
+        """
         self._paused_by_user = True
-        self._break()
+        if self._ran_there or not self._parameters.x_link_timeout:
+            self._break()
 
     def _break(self) -> None:
         if self._connection is not None:
@@ -168,6 +173,8 @@ class Source:
             connection.answers.wait_pong(PACKAGE_PING)
             self._ran_there = True
             self._guest.runs_there()
+            if self._paused_by_user:
+                self._break()
             reached("source.package-taken")
             self._clock.confirmed = time.monotonic()
             self._complete_postcopy(connection)
@@ -301,14 +308,15 @@ class Source:
         return_path = self._connection.return_path if self._connection is not None else None
         if self._connection is not None:
             error = self._connection.explain(error)
-        if self._paused_by_user:
+        broken = self._progress.status in AFTER_SWITCHOVER and not self._never_ran_there()
+        if broken and self._paused_by_user:
             error = ChannelBroken("Postcopy migration is paused by the user")
         cancelled = self._progress.status is Status.CANCELLING
         self.error = None if cancelled else error
         self._clock.ended = time.monotonic()
         # Where nobody can answer (a file, a command) nobody runs the guest by itself either.
         refused = return_path is None or return_path.refused
-        if self._progress.status in AFTER_SWITCHOVER and not self._never_ran_there():
+        if broken:
             self._progress.move(Status.POSTCOPY_PAUSED)
             return
         if self._dirty is not None:
