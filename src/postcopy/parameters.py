@@ -53,6 +53,7 @@ SUPPORTED = frozenset(
         C.LATE_BLOCK_ACTIVATE,
         C.ZERO_BLOCKS,
         C.POSTCOPY_PREEMPT,
+        C.MAPPED_RAM,
         C.BACKGROUND_SNAPSHOT,
     }
 )

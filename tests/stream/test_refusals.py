@@ -16,7 +16,7 @@ from fakes.streams import (
     new_decoder,
     part,
 )
-from postcopy.errors import Refused, StreamCut, StreamError
+from postcopy.errors import StreamCut, StreamError
 from postcopy.stream.commands import command, encode_command
 from postcopy.stream.configuration import encode_configuration, encode_header
 from postcopy.stream.decoder import Decoder
@@ -392,11 +392,6 @@ def test_capability_of_ours_that_the_peer_lacks():
     decoder = new_decoder(expect=Expected(capabilities=frozenset({"x-ignore-shared"})))
     with pytest.raises(StreamError, match="x-ignore-shared is on, but received capability is off"):
         decode(READY, decoder)
-
-
-def test_mapped_ram_is_refused_beforehand():
-    with pytest.raises(Refused, match="mapped-ram"):
-        new_decoder(expect=Expected(capabilities=frozenset({"mapped-ram"})))
 
 
 def test_huge_page_size_differs():

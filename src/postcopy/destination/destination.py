@@ -9,6 +9,7 @@ recovered any number of times.
 from collections.abc import Callable
 
 from postcopy.channel.channel import Channel
+from postcopy.channel.files import FileChannel
 from postcopy.channel.listen import Listener
 from postcopy.channel.silence import SilenceWatch
 from postcopy.destination.door import Door
@@ -17,7 +18,7 @@ from postcopy.destination.incoming_ram import Populating
 from postcopy.destination.postcopy import Postcopy
 from postcopy.destination.return_path import ReturnPath
 from postcopy.destination.urgent import Urgent
-from postcopy.errors import ChannelBroken, PostcopyError, StreamError
+from postcopy.errors import ChannelBroken, PostcopyError, Refused, StreamError
 from postcopy.kill_points import reached
 from postcopy.link.guest_proxy import GuestProxy
 from postcopy.paging.blocktime import Blocktime
@@ -29,6 +30,8 @@ from postcopy.status import AFTER_SWITCHOVER, Progress, Status
 from postcopy.stream import records
 from postcopy.stream.decoder import Decoder
 from postcopy.stream.layout import DeviceFormats, Expected
+from postcopy.stream.mapped_decoder import MappedDecoder
+from postcopy.stream.mapped_ram import CAPABILITY
 
 IGNORED_BLOCKS = frozenset({"pc.bios", "pc.rom"})
 """Blocks of a real microvm that a guest without firmware has no use for."""
@@ -67,9 +70,10 @@ class Destination:
         self._placement = Placement(ram, blocktime)
         self._return_path = ReturnPath()
         self._postcopy = Postcopy(guest, ram, blocktime, self._return_path, progress, self._break)
-        layout = layout_of(ram)
+        self._layout = layout_of(ram)
+        self._formats = formats
         self._urgent = Urgent(
-            ram, blocktime, layout, self._preempt, self._link_timeout_ms, self._break
+            ram, blocktime, self._layout, self._preempt, self._link_timeout_ms, self._break
         )
         self._elements = Elements(
             guest,
@@ -84,7 +88,7 @@ class Destination:
         )
         self._decoder = Decoder(
             formats,
-            layout,
+            self._layout,
             expect=Expected(machine=guest.machine_name),
             ignored_blocks=IGNORED_BLOCKS,
         )
@@ -149,10 +153,27 @@ class Destination:
 
     def _take_in(self) -> None:
         channel = self._meet()
+        if self._capabilities.enabled(Capability.MAPPED_RAM):
+            self._decoder = self._mapped_decoder(channel)
         reached("destination.connected")
         self._populating.stop()
         self._progress.move(Status.ACTIVE)
         self._receive(channel)
+
+    def _mapped_decoder(self, channel: Channel) -> Decoder:
+        if not isinstance(channel, FileChannel):
+            raise Refused(
+                f"mapped-ram needs a file in which pages have places, which {channel.description} "
+                "is not"
+            )
+        return MappedDecoder(
+            self._formats,
+            self._layout,
+            expect=Expected(self._guest.machine_name, capabilities=frozenset({CAPABILITY})),
+            start_offset=channel.position,
+            file_bytes=channel.size_bytes,
+            ignored_blocks=IGNORED_BLOCKS,
+        )
 
     def _go_on(self) -> None:
         channel = self._meet()

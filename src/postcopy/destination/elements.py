@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from postcopy.channel.channel import Channel
+from postcopy.channel.files import FileChannel
 from postcopy.destination.incoming_ram import discard
+from postcopy.destination.mapped_pages import read_pages
 from postcopy.destination.postcopy import Postcopy
 from postcopy.destination.return_path import ReturnPath
 from postcopy.destination.urgent import Urgent
@@ -74,6 +76,7 @@ class Elements:
         self._devices: list[DeviceState] = []
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             records.RamSetup: self._ram_setup,
+            records.MappedBlock: self._mapped_block,
             records.Pages: lambda r: placement.pages(r.block, r.offsets, r.data),
             records.ZeroPages: lambda r: placement.zeros(r.block, r.offsets),
             records.DeviceSection: self._device,
@@ -110,6 +113,13 @@ class Elements:
             if paged.block.name not in theirs:
                 # QEMU does not notice: its guest would run with what happened to be in memory.
                 raise StreamError(f"the source has no RAM block '{paged.block.name}'")
+
+    def _mapped_block(self, block: records.MappedBlock) -> None:
+        channel = self.channel
+        assert isinstance(channel, FileChannel)
+        if block.name in layout_of(self._ram):
+            read_pages(channel, self._ram[block.name], block)
+        channel.seek(block.end_offset)
 
     def _device(self, section: records.DeviceSection) -> None:
         self._devices.append(

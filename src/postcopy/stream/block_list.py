@@ -29,7 +29,8 @@ class EntryForm:
     """Which of the optional fields an entry has.
 
     ``page_sizes``: RAM postcopy was advised, so blocks of huge pages say so.  ``addresses``: the
-    capability ``x-ignore-shared`` is on.  The header of a mapped-ram file will be the third.
+    capability ``x-ignore-shared`` is on.  In a mapped-ram file each entry goes on with a header
+    (:mod:`postcopy.stream.mapped_ram`), and the next stands behind the block's pages.
     """
 
     page_sizes: bool = False
@@ -79,24 +80,55 @@ def read_block_list(
 
     :raises StreamError: the blocks are not the receiver's, or do not add up.
     """
+    blocks = BlockList(receiver, form, read_total(reader))
+    while not blocks.complete:
+        blocks.add(reader, blocks.read_entry(reader))
+    return blocks.end(reader)
+
+
+def read_total(reader: StreamBuffer) -> int:
+    """Read what the sizes of the blocks must add up to, in bytes."""
     word = reader.u64()
     if word & FLAGS_MASK != RamFlag.MEM_SIZE:
         refuse_flags(reader, word & FLAGS_MASK)
-    left = total = word & ~FLAGS_MASK
-    blocks: dict[str, BlockEntry] = {}
-    while left:
-        block = _read_entry(reader, receiver, form, total)
-        if block.name in blocks:
+    return word & ~FLAGS_MASK
+
+
+class BlockList:
+    """A list that is being read, entry by entry."""
+
+    def __init__(self, receiver: Receiver, form: EntryForm, total_bytes: int) -> None:
+        self._receiver = receiver
+        self._form = form
+        self._total = self._left = total_bytes
+        self._blocks: dict[str, BlockEntry] = {}
+
+    @property
+    def complete(self) -> bool:
+        """The sizes add up; what follows is the end of the list."""
+        return not self._left
+
+    def read_entry(self, reader: StreamBuffer) -> BlockEntry:
+        """Read the next entry, without adding it yet."""
+        return _read_entry(reader, self._receiver, self._form, self._total)
+
+    def add(self, reader: StreamBuffer, block: BlockEntry) -> None:
+        """Add what has been read, whole."""
+        if block.name in self._blocks:
             reader.fail(f'RAM block "{block.name}" is listed twice')
-        blocks[block.name] = block
-        left -= block.size_bytes
-        if left < 0:
-            reader.fail(f"RAM blocks add up to {total - left:#x} bytes, not {total:#x}")
-    if missing := receiver.layout.keys() - blocks.keys():
-        reader.fail(f'RAM block "{min(missing)}" of this side is not in the list')
-    if (word := reader.u64()) != RamFlag.EOS:
-        refuse_flags(reader, word & FLAGS_MASK)
-    return tuple(blocks.values())
+        self._blocks[block.name] = block
+        self._left -= block.size_bytes
+        if self._left < 0:
+            added = self._total - self._left
+            reader.fail(f"RAM blocks add up to {added:#x} bytes, not {self._total:#x}")
+
+    def end(self, reader: StreamBuffer) -> tuple[BlockEntry, ...]:
+        """Read the end of the list."""
+        if missing := self._receiver.layout.keys() - self._blocks.keys():
+            reader.fail(f'RAM block "{min(missing)}" of this side is not in the list')
+        if (word := reader.u64()) != RamFlag.EOS:
+            refuse_flags(reader, word & FLAGS_MASK)
+        return tuple(self._blocks.values())
 
 
 def _read_entry(

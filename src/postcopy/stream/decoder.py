@@ -14,6 +14,7 @@ without.
 """
 
 from collections.abc import Callable, Collection
+from typing import ClassVar
 
 from postcopy.errors import Refused, StreamError
 from postcopy.stream.block_list import EntryForm, read_block_list
@@ -21,6 +22,7 @@ from postcopy.stream.commands import CommandContext, name_command, read_command
 from postcopy.stream.configuration import read_configuration, read_header
 from postcopy.stream.decoder_input import DecoderInput
 from postcopy.stream.layout import DeviceFormats, Expected, Layout, Limits, Receiver
+from postcopy.stream.mapped_ram import CAPABILITY
 from postcopy.stream.numbers import RAM_SECTION_NAME, SectionType
 from postcopy.stream.ram_records import RamRecords
 from postcopy.stream.reader import Incomplete
@@ -37,7 +39,13 @@ from postcopy.stream.records import (
     Record,
     ZeroPages,
 )
-from postcopy.stream.sections import check_ram_head, read_device, read_footer, read_head
+from postcopy.stream.sections import (
+    SectionHead,
+    check_ram_head,
+    read_device,
+    read_footer,
+    read_head,
+)
 
 
 class Decoder(DecoderInput):
@@ -48,6 +56,8 @@ class Decoder(DecoderInput):
 
     After a :class:`StreamError` the decoder is of no more use.
     """
+
+    _takes_mapped_ram: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -65,7 +75,7 @@ class Decoder(DecoderInput):
         :param package: the elements of a package: no header; nothing counts behind ``RUN``.
         :param expect: what the configuration section must agree with.
         :param ignored_blocks: blocks the peer may have, whose pages are dropped.
-        :raises Refused: ``mapped-ram`` is expected, which is not decoded yet.
+        :raises Refused: ``mapped-ram`` is expected, which :class:`MappedDecoder` is for.
         """
         super().__init__()
         self._devices = devices
@@ -83,7 +93,7 @@ class Decoder(DecoderInput):
         self._step: Callable[[], Record | None] = (
             self._read_element if package else self._read_start
         )
-        if "mapped-ram" in self._expect.capabilities:
+        if CAPABILITY in self._expect.capabilities and not self._takes_mapped_ram:
             raise Refused("mapped-ram files cannot be decoded as a stream")
 
     @property
@@ -230,12 +240,16 @@ class Decoder(DecoderInput):
             raise StreamError("CMD_POSTCOPY_ADVISE in wrong postcopy state (1)", offset)
         self._advised = advise
 
-    def _read_setup(self) -> RamSetup:
+    def _read_ram_head(self) -> SectionHead:
         head = read_head(self._reader)
         self._element = "section ram"
         check_ram_head(self._reader, head)
         if self._ram_section_id is not None:
             self._reader.fail("ram is set up twice")
+        return head
+
+    def _read_setup(self) -> RamSetup | None:
+        head = self._read_ram_head()
         advised = self._advised is not None and self._advised.page_sizes is not None
         form = EntryForm(advised, "x-ignore-shared" in self._expect.capabilities)
         blocks = read_block_list(self._reader, self._receiver, form)

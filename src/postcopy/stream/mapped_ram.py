@@ -13,7 +13,6 @@ All offsets count from the start of the file, wherever in it the stream begins.
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +21,21 @@ from postcopy.errors import StreamCut, StreamError
 from postcopy.stream.configuration import encode_name
 from postcopy.stream.numbers import LONGEST_NAME, TARGET_PAGE_BYTES
 from postcopy.stream.reader import BytesLike, Incomplete, StreamBuffer
+from postcopy.stream.records import MappedBlock, bitmap_bytes
+
+__all__ = (
+    "CAPABILITY",
+    "HEADER_VERSION",
+    "PAGES_ALIGNMENT_BYTES",
+    "MappedBlock",
+    "bitmap_bytes",
+    "decode_bitmap",
+    "encode_bitmap",
+    "encode_entry",
+    "lay_out",
+    "read_list",
+    "read_mapped_header",
+)
 
 CAPABILITY = "mapped-ram"
 """What the configuration section of such a file names."""
@@ -30,46 +44,9 @@ HEADER_VERSION = 1
 PAGES_ALIGNMENT_BYTES = 1 << 20
 
 _HEADER = struct.Struct(">IQQQ")
-_BITS_PER_WORD = 64
 _LONGEST_ENTRY_BYTES = 1 + LONGEST_NAME + 8 + _HEADER.size
 
 _Present = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True, slots=True)
-class MappedBlock:
-    """Where one RAM block lies in the file; offsets and sizes in bytes.
-
-    As a record of a decoder: the entry of this block has been read, and the next bytes wanted are those
-    at :attr:`end_offset` of the file.
-    """
-
-    name: str
-    size_bytes: int
-    page_bytes: int
-    header_offset: int
-    bitmap_offset: int
-    pages_offset: int
-
-    @property
-    def page_count(self) -> int:
-        """How many pages the block has, present or not."""
-        return self.size_bytes // self.page_bytes
-
-    @property
-    def bitmap_bytes(self) -> int:
-        """The length of its bitmap, in whole words."""
-        return bitmap_bytes(self.page_count)
-
-    @property
-    def end_offset(self) -> int:
-        """Where what follows the block begins."""
-        return self.pages_offset + self.size_bytes
-
-
-def bitmap_bytes(page_count: int) -> int:
-    """Bytes of a bitmap, in whole words."""
-    return -(-page_count // _BITS_PER_WORD) * (_BITS_PER_WORD // 8)
 
 
 def lay_out(blocks: Sequence[tuple[str, int]], list_offset: int) -> tuple[list[MappedBlock], int]:

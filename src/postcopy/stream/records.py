@@ -55,6 +55,42 @@ class RamSetup:
     blocks: tuple[BlockEntry, ...]
 
 
+def bitmap_bytes(page_count: int) -> int:
+    """Bytes of a mapped-ram file's bitmap, in whole words of 64 bits."""
+    return -(-page_count // 64) * 8
+
+
+@dataclass(frozen=True, slots=True)
+class MappedBlock:
+    """Where one RAM block lies in the file; offsets and sizes in bytes.
+
+    Comes for each block, before :class:`RamSetup`; the next bytes that the decoder wants are those at
+    :attr:`end_offset` of the file.
+    """
+
+    name: str
+    size_bytes: int
+    page_bytes: int
+    header_offset: int
+    bitmap_offset: int
+    pages_offset: int
+
+    @property
+    def page_count(self) -> int:
+        """How many pages the block has, present or not."""
+        return self.size_bytes // self.page_bytes
+
+    @property
+    def bitmap_bytes(self) -> int:
+        """The length of its bitmap, in whole words."""
+        return bitmap_bytes(self.page_count)
+
+    @property
+    def end_offset(self) -> int:
+        """Where what follows the block begins."""
+        return self.pages_offset + self.size_bytes
+
+
 @dataclass(frozen=True, slots=True)
 class RamBody:
     """A PART or END section of RAM begins; pages follow."""
@@ -195,6 +231,7 @@ CommandRecord: TypeAlias = (
 Record: TypeAlias = (
     Configuration
     | RamSetup
+    | MappedBlock
     | RamBody
     | RamBodyEnd
     | Pages
