@@ -49,13 +49,27 @@ def nothing():
     pass
 
 
-class Bench:
+class Stuck(Spinner):
+    """One that cannot be kicked for a while: the processor waits for a page of the page tables."""
+
     def __init__(self):
+        super().__init__()
+        self.page_came = threading.Event()
+        self.inside = threading.Event()
+
+    def enter(self):
+        self.inside.set()
+        self.page_came.wait()
+        return super().enter()
+
+
+class Bench:
+    def __init__(self, cpu=None, **more):
         self.events = []
         self.ended = threading.Event()
-        self.cpu = Spinner()
+        self.cpu = cpu or Spinner()
         vcpus = []
-        self.control = RunControl(vcpus, self.note)
+        self.control = RunControl(vcpus, self.note, **more)
         self.vcpu = Vcpu(0, self.cpu, self.control.vcpu_ended)
         vcpus.append(self.vcpu)
 
@@ -181,3 +195,20 @@ def test_a_vcpu_interrupted_for_ever_at_one_place_fails(bench):
     bench.cpu.wake.set()
     assert bench.ended.wait(10)
     assert "touches a page that is lost" in str(control.failure)
+
+
+@pytest.mark.parametrize("order", ["stop", "pause"])
+def test_a_stop_that_cannot_be_is_refused_in_time_and_taken_back(order):
+    cpu = Stuck()
+    bench = Bench(cpu, park_timeout_s=0.01)
+    bench.control.start(nothing, paused=False, incoming=False)
+    assert cpu.inside.wait(10)
+    with pytest.raises(GuestError, match=r"vCPU 0 did not stop .* page tables .*recover .*lost"):
+        getattr(bench.control, order)()
+    assert bench.control.state is R.RUNNING
+    assert not cpu.kicked
+    assert bench.events == ["RESUME"]
+    cpu.page_came.set()
+    bench.control.stop()
+    assert bench.control.state is R.PAUSED
+    bench.vcpu.close()

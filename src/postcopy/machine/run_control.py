@@ -17,6 +17,9 @@ from postcopy.machine.vcpu import Vcpu, park_all
 
 OnEvent = Callable[[str, Mapping[str, Any]], None]
 
+PARK_TIMEOUT_S = 5.0
+"""Far more than a vCPU needs on a busy host, and what a monitor's user may be made to wait."""
+
 _NOT_HERE_YET = "the guest has not arrived yet"
 
 
@@ -29,10 +32,14 @@ class RunControl:
 
     :param on_event: gets QEMU's ``STOP``, ``RESUME``, ``SHUTDOWN`` and ``GUEST_PANICKED``, in the
         order of what happened; may come on any thread and must not wait for the machine.
+    :param park_timeout_s: how long a stop may take before it is given up and taken back.
     """
 
-    def __init__(self, vcpus: Sequence[Vcpu], on_event: OnEvent) -> None:
+    def __init__(
+        self, vcpus: Sequence[Vcpu], on_event: OnEvent, park_timeout_s: float = PARK_TIMEOUT_S
+    ) -> None:
         self._vcpus = vcpus
+        self._park_timeout_s = park_timeout_s
         self._on_event = on_event
         self._order = threading.Lock()
         self._lock = threading.RLock()
@@ -79,7 +86,10 @@ class RunControl:
                 self._go()
 
     def stop(self) -> None:
-        """The user's stop; where the guest is not running it says what shall be later."""
+        """The user's stop; where the guest is not running it says what shall be later.
+
+        :raises GuestError: a vCPU cannot be stopped now; the guest runs on.
+        """
         with self._order:
             if self._state is RunState.INMIGRATE:
                 self._autostart = False
@@ -107,11 +117,14 @@ class RunControl:
             self._go()
 
     def pause(self) -> None:
-        """An engine's stop: park the vCPUs, and remember what the guest was doing."""
+        """An engine's stop: park the vCPUs, and remember what the guest was doing.
+
+        :raises GuestError: a vCPU cannot be stopped now; the guest runs on.
+        """
         with self._order:
             if self._state in {RunState.FINISH_MIGRATE, RunState.INMIGRATE, RunState.POSTMIGRATE}:
                 return
-            park_all(self._vcpus)
+            self._park()
             with self._lock:
                 self._interrupted = self._state
                 self._become(RunState.FINISH_MIGRATE)
@@ -228,8 +241,18 @@ class RunControl:
             for vcpu in self._vcpus:
                 vcpu.want()
 
+    def _park(self) -> None:
+        try:
+            park_all(self._vcpus, self._park_timeout_s)
+        except GuestError:
+            with self._lock:
+                if self._state is RunState.RUNNING:  # as if nobody had asked
+                    for vcpu in self._vcpus:
+                        vcpu.want()
+            raise
+
     def _halt(self, state: RunState) -> None:
-        park_all(self._vcpus)
+        self._park()
         with self._lock:
             if self._state is RunState.RUNNING:  # else the guest has ended meanwhile
                 self._become(state)

@@ -1,9 +1,11 @@
 """One vCPU and the thread that runs it, for the machine's whole life."""
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from postcopy.errors import GuestError
 from postcopy.guest import VcpuThread
 from postcopy.machine.cpu import Cpu, Exit, ExitReason
 from postcopy.machine.cpu_state import CpuState
@@ -67,10 +69,10 @@ class Vcpu:
             self._cpu.kick()
             self._changed.notify_all()
 
-    def wait_parked(self) -> None:
-        """Return when the vCPU is out of the guest and touches no memory."""
+    def wait_parked(self, timeout_s: float | None = None) -> bool:
+        """Wait until the vCPU is out of the guest and touches no memory; return whether it is."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._inside)
+            return self._changed.wait_for(lambda: not self._inside, timeout_s)
 
     @property
     def thread(self) -> VcpuThread:
@@ -127,9 +129,22 @@ class Vcpu:
         return Exit(ExitReason.FAILED, what)
 
 
-def park_all(vcpus: Sequence[Vcpu]) -> None:
-    """Stop every vCPU; on return none of them is in the guest."""
+def park_all(vcpus: Sequence[Vcpu], timeout_s: float | None = None) -> None:
+    """Stop every vCPU; on return none of them is in the guest.
+
+    A vCPU that waits for a page of memory can be stopped, but for one place: where the processor itself
+    looks up the guest's page tables, Linux (6.18) waits for the page and for nothing else.
+
+    :raises GuestError: one of them is not out of the guest within the time; all are asked to park still.
+    """
     for vcpu in vcpus:
         vcpu.unwant()
+    until = None if timeout_s is None else time.monotonic() + timeout_s
     for vcpu in vcpus:
-        vcpu.wait_parked()
+        left_s = None if until is None else max(0.0, until - time.monotonic())
+        if not vcpu.wait_parked(left_s):
+            raise GuestError(
+                f"vCPU {vcpu.index} did not stop within {timeout_s:g} s: it waits for a page of the "
+                "guest's page tables that has not come; let the page come (recover the migration) or "
+                "declare it lost (x-migrate-lost), and stop the guest then"
+            )
