@@ -62,6 +62,7 @@ class NotingSender:
 @pytest.fixture
 def block():
     made = RamBlock(Region("ram", PAGES * 4096, 4096, 0, 1 << 40, memfd.create("t", PAGES * 4096)))
+    made.pages[:, 0] = 1  # no holes
     yield made
     made.close()
 

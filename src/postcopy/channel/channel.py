@@ -58,15 +58,14 @@ class Channel(abc.ABC):
         :raises ChannelBroken: the peer is gone, or ``shutdown`` was called.
         """
         left = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
-        left.reverse()  # the next one to send is at the end, where it is cheap to take off
         with self._sending:
             while left:
                 try:
-                    n_sent = self._send_some(left[: -IOV_MAX - 1 : -1])
+                    n_sent = self._send_some(left[:IOV_MAX])
                 except (OSError, ValueError) as failure:
                     raise self._broken(failure) from failure
                 self.sent_bytes += n_sent
-                _drop(left, n_sent)
+                left = _rest(left, n_sent)
 
     def send_if_idle(self, data: Buffer) -> bool:
         """Send a few bytes, unless that might have to wait: for another sender, or for room.
@@ -172,11 +171,10 @@ class Channel(abc.ABC):
         return ChannelBroken(f"{self.description}: {reason or failure}")
 
 
-def _drop(left: list[memoryview], n_sent: int) -> None:
-    """Take ``n_sent`` bytes off; ``left`` ends with the next piece."""
-    while n_sent:
-        piece = left.pop()
+def _rest(pieces: list[memoryview], n_sent: int) -> list[memoryview]:
+    """What is left of the pieces when so many bytes of them are gone."""
+    for number, piece in enumerate(pieces):
         if n_sent < len(piece):
-            left.append(piece[n_sent:])
-            return
+            return [piece[n_sent:], *pieces[number + 1 :]]
         n_sent -= len(piece)
+    return []

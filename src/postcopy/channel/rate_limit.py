@@ -73,7 +73,8 @@ class RateLimiter:
         :param interrupted: when it is set, do not sleep (any longer).
         :return: whether it slept to the end; False = interrupted.
         """
-        self.spend(n_bytes)
+        if self._rate:
+            self.spend(n_bytes)
         while (left_s := self._left()) > 0:
             nap_s = min(left_s, BURST_S)
             if interrupted is None:
@@ -83,8 +84,10 @@ class RateLimiter:
         return interrupted is None or not interrupted.is_set()
 
     def _left(self) -> float:
+        if not self._rate:
+            return 0.0
         with self._lock:
-            return self._due - self._clock() if self._rate else 0.0
+            return self._due - self._clock()
 
 
 def _check(bytes_per_second: int) -> None:

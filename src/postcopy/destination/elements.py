@@ -77,7 +77,7 @@ class Elements:
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             records.RamSetup: self._ram_setup,
             records.MappedBlock: self._mapped_block,
-            records.Pages: lambda r: placement.pages(r.block, r.offsets, r.data),
+            records.Pages: self._pages,
             records.ZeroPages: lambda r: placement.zeros(r.block, r.offsets),
             records.DeviceSection: self._device,
             records.OpenReturnPath: self._open_return_path,
@@ -120,6 +120,9 @@ class Elements:
         if block.name in layout_of(self._ram):
             read_pages(channel, self._ram[block.name], block)
         channel.seek(block.end_offset)
+
+    def _pages(self, pages: records.Pages) -> None:
+        self._placement.pages(pages.block, pages.offsets, pages.data, neighbours=pages.neighbours)
 
     def _device(self, section: records.DeviceSection) -> None:
         self._devices.append(

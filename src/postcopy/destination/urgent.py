@@ -149,7 +149,9 @@ class Urgent:
     def _place(self, decoder: UrgentDecoder, placement: Placement) -> None:
         while (record := decoder.next_record()) is not None:
             if isinstance(record, Pages):
-                placement.pages(record.block, record.offsets, record.data)
+                placement.pages(
+                    record.block, record.offsets, record.data, neighbours=record.neighbours
+                )
             else:
                 placement.zeros(record.block, record.offsets)
         with self._changed:

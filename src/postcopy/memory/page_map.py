@@ -61,6 +61,15 @@ class PageMap:
             self.states[pages[free]] = PLACING
         return free
 
+    def claim_run(self, first: int, end: int) -> bool:
+        """Claim neighbouring pages, all of them or none."""
+        with self.lock:
+            states = self.states[first:end]
+            if (states >= RECEIVED).any():
+                return False
+            states[:] = PLACING
+        return True
+
     def receive(self, pages: Indices | slice) -> None:
         """Note that these pages are in place, whole."""
         with self.lock:

@@ -39,6 +39,8 @@ def index_runs(pages: Indices) -> npt.NDArray[np.int64]:
 
 def next_set(mask: Mask, start: int, limit: int) -> Indices:
     """Return up to ``limit`` set pages at or after ``start``, ascending."""
+    if mask[start : start + limit].all() and start + limit <= len(mask):
+        return np.arange(start, start + limit)
     found: list[Indices] = []
     missing = limit
     position = start

@@ -54,14 +54,24 @@ class Placement:
         self._partial = None
 
     def pages(
-        self, name: str, offsets: npt.NDArray[np.uint64], data: npt.NDArray[np.uint8]
+        self,
+        name: str,
+        offsets: npt.NDArray[np.uint64],
+        data: npt.NDArray[np.uint8],
+        *,
+        neighbours: bool = False,
     ) -> None:
         """Place target pages of block ``name``.
 
         :param offsets: byte offsets in the block, shape ``(n,)``.
         :param data: their contents, shape ``(n, 4096)``.
+        :param neighbours: they are known to follow one another.
         """
         paged = self._ram[name]
+        if neighbours and paged.block.target_pages_per_page == 1:
+            first = int(offsets[0]) // TARGET_PAGE_BYTES
+            if self._take_run(paged, first, first + len(data), data):
+                return
         target = (offsets // TARGET_PAGE_BYTES).astype(np.int64)
         if not self._listening:
             self._write(paged, target, data)
@@ -82,6 +92,22 @@ class Placement:
                 self._gather(paged, page, None)
         else:
             self._place(paged, target, None)
+
+    def _take_run(self, paged: Paged, first: int, end: int, data: npt.NDArray[np.uint8]) -> bool:
+        """Take neighbouring pages on the shortest way; return whether that was possible."""
+        if not self._listening:
+            if self._userfaultfd is not None and (paged.pages.states[first:end] == RECEIVED).any():
+                return False  # which of them are to be shown is to be found out
+            paged.block.pages[first:end] = data
+        elif paged.pages.claim_run(first, end):
+            paged.block.pages[first:end] = data
+        else:
+            return False
+        if self._userfaultfd is None:
+            paged.pages.receive(slice(first, end))
+        else:
+            self._map(paged, first, end - first)
+        return True
 
     # --- before the guest runs
 

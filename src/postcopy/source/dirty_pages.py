@@ -10,10 +10,16 @@ import numpy as np
 
 from postcopy.dirty.tracker import DirtyTracker
 from postcopy.memory.ram_block import RamBlock
-from postcopy.memory.runs import Indices, Mask, index_runs
+from postcopy.memory.runs import Indices, Mask, index_runs, next_set
 
 CHUNK_BYTES = 64 << 20
 """How much memory is protected, and then sent, at a time."""
+
+
+_LOOK_AHEAD_PAGES = 4096
+
+_MOST_TOGETHER = 16
+"""A batch may have so many times more pages than its limit says, if the others are holes."""
 
 
 class BlockPages:
@@ -27,18 +33,52 @@ class BlockPages:
         self.pending: Mask = np.ones(block.page_count, np.bool_)
         self.has_data: Mask = np.zeros(block.page_count, np.bool_)
         """Pages known to have memory behind them; the others were holes when last looked at."""
+        self._looked_at = (0, 0)
+
+    def look_at(self, start: int, end: int) -> None:
+        """Look at many pages at once, which :meth:`look_for_data` then need not do batch by batch.
+
+        They must be protected, or the guest stopped: who fills a hole afterwards has written to it.
+        """
+        self._look(start, end)
+        self._looked_at = start, end
 
     def look_for_data(self, batch: Indices) -> Mask:
-        """Tell which pages of a batch have memory behind them now; the others are zero.
+        """Tell which pages of an ascending batch have memory behind them; the others are zero.
 
         A page must be protected, or the guest stopped, before its last look.
         """
         has_data = self.has_data[batch]
+        start, end = self._looked_at
+        if has_data.all() or (start <= batch[0] and batch[-1] < end):
+            return has_data
         unknown = batch[~has_data]
         for start, end in index_runs(unknown).tolist():
-            first, last = int(unknown[start]), int(unknown[end - 1]) + 1
-            self.has_data[first:last] = self.block.has_data(first, last)
-        return has_data if not len(unknown) else self.has_data[batch]
+            self._look(int(unknown[start]), int(unknown[end - 1]) + 1)
+        return self.has_data[batch]
+
+    def _look(self, start: int, end: int) -> None:
+        if not self.has_data[start:end].all():
+            self.has_data[start:end] = self.block.has_data(start, end)
+
+    def next_batch(self, start: int, end: int, limit: int) -> Indices:
+        """The next pending pages from ``start`` on, ascending; none is empty.
+
+        :param limit: most pages with memory behind them.  Holes take nine bytes each on the wire, so
+            there may be many more of those.
+        """
+        batch = next_set(self.pending[:end], start, limit)
+        if not len(batch) or self.look_for_data(batch).all():
+            return batch
+        batch = next_set(self.pending[:end], start, limit * _MOST_TOGETHER)
+        return batch[np.cumsum(self.look_for_data(batch)) <= limit]
+
+    def next_batch_of_stopped(self, start: int, limit: int) -> Indices:
+        """As :meth:`next_batch`, of a guest that has stopped here: a look ahead stays right."""
+        batch = next_set(self.pending, start, 1)
+        if len(batch) and not self._looked_at[0] <= batch[0] < self._looked_at[1] - limit:
+            self.look_at(int(batch[0]), min(int(batch[0]) + _LOOK_AHEAD_PAGES, len(self.pending)))
+        return self.next_batch(start, len(self.pending), limit)
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """First and end page of each chunk."""
@@ -67,6 +107,7 @@ class DirtyPages:
         found_bytes = int(np.count_nonzero(written)) * pages.block.page_size_bytes
         self._expected_bytes = max(0, self._expected_bytes - found_bytes)
         pages.pending[start:end] |= written
+        pages.look_at(start, end)
 
     def estimate_bytes(self) -> int:
         """Bytes that would be left to send if the guest stopped now; protects nothing."""

@@ -36,6 +36,9 @@ class PageRecords:
         :param batch: pages of the block's own size.
         """
         per_page = pages.block.target_pages_per_page
+        if per_page == 1 and (run := _data_run(pages, batch)) is not None:
+            yield self._run(pages, *run)
+            return
         with_data = pages.look_for_data(batch)
         if per_page == 1:
             yield self._target_pages(pages, batch, with_data)
@@ -68,6 +71,17 @@ class PageRecords:
         """Write pages of the wire that are known to be zero."""
         return EncodedPages([self._encoder.zeros(block, _offsets(target))], 0, len(target))
 
+    def _run(self, pages: BlockPages, first: int, count: int) -> EncodedPages:
+        block = pages.block
+        data, zero = self._encoder.nonzero_run(block.name, first, count, block.pages)
+        if zero is None:
+            return EncodedPages([data], count, 0)
+        zeros = int(np.count_nonzero(zero))
+        buffers: list[bytes | memoryview] = [data]
+        if zeros:
+            buffers.append(self._encoder.zeros(block.name, _offsets(np.flatnonzero(zero) + first)))
+        return EncodedPages(buffers, count - zeros, zeros)
+
     def _target_pages(self, pages: BlockPages, target: Indices, has_data: Mask) -> EncodedPages:
         block = pages.block
         buffers: list[bytes | memoryview] = []
@@ -85,6 +99,14 @@ class PageRecords:
         if zeros:
             buffers.append(self._encoder.zeros(block.name, offsets[zero]))
         return EncodedPages(buffers, len(target) - zeros, zeros)
+
+
+def _data_run(pages: BlockPages, batch: Indices) -> tuple[int, int] | None:
+    """First page and number of a batch of neighbours known to have memory behind them."""
+    first, count = int(batch[0]), len(batch)
+    if count > BATCH_PAGES or int(batch[-1]) - first != count - 1:
+        return None
+    return (first, count) if pages.has_data[first : first + count].all() else None
 
 
 def _offsets(target: Indices) -> Offsets:

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from postcopy.memory.runs import Indices, next_set
+from postcopy.memory.runs import Indices
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages, DirtyPages
 from postcopy.source.flight_window import FlightWindow
@@ -23,8 +23,8 @@ from postcopy.stream.records import Ping
 PUSH_BYTES = 256 << 10
 """Data in a batch of the push: what an urgent page may find itself behind in the sender."""
 
-_MOST_TOGETHER = 16
-"""Holes take nine bytes each: a batch may have so many times more pages, if the others are holes."""
+CALM_PUSH_BYTES, CALM_S = 1024 << 10, 0.02
+"""The same when nothing has been asked for so long: each batch has its price in CPU time."""
 
 WINDOW_BYTES = 4096 << 10
 """What it may find itself behind on the wire; see docs/decisions."""
@@ -53,6 +53,7 @@ class PostcopyPush:
         self._sending = threading.Lock()
         self._urgent_done = threading.Condition()
         self._urgent = 0
+        self._last_request = 0.0
         self._position: tuple[int, int] = (0, 0)  # number of a block, page there
         self.urgent: UrgentChannel | None = None
         self.window = FlightWindow(WINDOW_BYTES, PING_BYTES)
@@ -81,6 +82,7 @@ class PostcopyPush:
             first, end = start_bytes // size, -(-(start_bytes + length_bytes) // size)
             with self._lock:
                 self._counters.requests += 1
+                self._last_request = time.monotonic()
                 wanted = np.flatnonzero(pages.pending[first:end]) + first
                 pages.pending[wanted] = False
                 if len(wanted):
@@ -137,15 +139,16 @@ class PostcopyPush:
 
     def _next_batch(self) -> tuple[BlockPages, Indices] | None:
         """Take the next pages from the pending ones."""
+        calm = time.monotonic() - self._last_request > CALM_S
+        batch_bytes = CALM_PUSH_BYTES if calm else PUSH_BYTES
         number, page = self._position
         count = len(self._dirty.blocks)
         # Once round all blocks, and once more over the part of the first that was skipped.
         for step in range(count + 1):
             pages = self._dirty.blocks[(number + step) % count]
-            limit = max(1, PUSH_BYTES // pages.block.page_size_bytes)
-            batch = next_set(pages.pending, page if step == 0 else 0, limit * _MOST_TOGETHER)
+            limit = max(1, batch_bytes // pages.block.page_size_bytes)
+            batch = pages.next_batch_of_stopped(page if step == 0 else 0, limit)
             if len(batch):
-                batch = batch[np.cumsum(pages.look_for_data(batch)) <= limit]
                 self._position = ((number + step) % count, int(batch[-1]) + 1)
                 pages.pending[batch] = False
                 return pages, batch

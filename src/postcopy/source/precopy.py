@@ -12,7 +12,6 @@ import enum
 import time
 from collections.abc import Callable
 
-from postcopy.memory.runs import next_set
 from postcopy.parameters import Parameters
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages, DirtyPages
@@ -79,7 +78,7 @@ class Precopy:
         return None
 
     def _send(self, pages: BlockPages, start: int, end: int) -> Outcome | None:
-        while len(batch := next_set(pages.pending[:end], start, BATCH_PAGES)):
+        while len(batch := pages.next_batch(start, end, BATCH_PAGES)):
             if (outcome := self._interrupted()) is not None:
                 return outcome
             pages.pending[batch] = False

@@ -15,7 +15,7 @@ from postcopy.errors import ChannelBroken, MigrationCancelled
 from postcopy.guest import DeviceState
 from postcopy.kill_points import reached
 from postcopy.link.guest_proxy import GuestProxy
-from postcopy.memory.runs import next_set, runs
+from postcopy.memory.runs import runs
 from postcopy.parameters import Capabilities, Capability
 from postcopy.source.connection import Connection
 from postcopy.source.counters import Clock, Counters
@@ -93,7 +93,7 @@ class Switchover:
         self._channel.send(encode_command(SwitchoverStart()))
         for pages in self._dirty.blocks:
             start = 0
-            while len(batch := next_set(pages.pending, start, BATCH_PAGES)):
+            while len(batch := pages.next_batch(start, pages.block.page_count, BATCH_PAGES)):
                 self._check_cancelled()
                 pages.pending[batch] = False
                 self._sender.send(pages, batch)

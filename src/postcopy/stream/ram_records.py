@@ -30,6 +30,8 @@ _CONTINUE = int(RamFlag.CONTINUE)
 _EOS = int(RamFlag.EOS)
 # Where pages and zero pages alternate, runs are short: look at so many records before at all.
 _PROBE_RECORDS = 8
+_NEIGHBOURS = 1024
+_RAMP = np.arange(_NEIGHBOURS, dtype=np.uint64) * np.uint64(TARGET_PAGE_BYTES)
 _FLAGS_OF = np.uint64(FLAGS_MASK)
 _OFFSET_OF = ~_FLAGS_OF
 
@@ -119,15 +121,24 @@ class RamRecords:
     def _read_run(self, reader: StreamBuffer, kind: int) -> Pages | ZeroPages:
         assert self.block is not None
         if kind == _PAGE:
-            offsets = self._offsets(reader, kind, PAGE_RECORD_BYTES, self._limits.pages_per_record)
+            offsets, neighbours = self._page_offsets(reader)
             count = len(offsets)
             rows = reader.rows(count, PAGE_RECORD_BYTES, HEADER_BYTES, TARGET_PAGE_BYTES)
             reader.skip(count * PAGE_RECORD_BYTES)
-            return Pages(self.block, offsets, rows)
+            return Pages(self.block, offsets, rows, neighbours)
         offsets = self._offsets(reader, kind, ZERO_RECORD_BYTES, self._limits.zero_pages_per_record)
         self._check_zeros(reader, len(offsets))
         reader.skip(len(offsets) * ZERO_RECORD_BYTES)
         return ZeroPages(self.block, offsets)
+
+    def _page_offsets(self, reader: StreamBuffer) -> tuple[Offsets, bool]:
+        """Where the next pages belong, and whether they are neighbours."""
+        limit = self._limits.pages_per_record
+        count = min(reader.available // PAGE_RECORD_BYTES, limit, _NEIGHBOURS)
+        if count > 1 and len(run := self._neighbours(reader, PAGE_RECORD_BYTES, count)) > 1:
+            return run, True
+        offsets = self._offsets(reader, _PAGE, PAGE_RECORD_BYTES, limit)
+        return offsets, len(offsets) == 1
 
     def _offsets(self, reader: StreamBuffer, kind: int, stride: int, limit: int) -> Offsets:
         # The caller knows that the first record is of the kind.
@@ -138,6 +149,16 @@ class RamRecords:
         if len(offsets) == _PROBE_RECORDS < count:
             offsets = self._good_offsets(reader, kind, stride, count)
         return offsets
+
+    def _neighbours(self, reader: StreamBuffer, stride: int, count: int) -> Offsets:
+        """The usual case in one look: each record is of the page behind the one before, as far as so."""
+        words = reader.words(count, stride)
+        offsets: Offsets = words[0] + _RAMP[:count]
+        if words[-1] != offsets[-1] or not np.array_equal(words, offsets):
+            offsets = offsets[: int((words == offsets).argmin())]
+        offsets &= _OFFSET_OF
+        fit = int(offsets[-1]) <= self._last_offset or self._dropping
+        return offsets if fit else offsets[:0]
 
     def _good_offsets(self, reader: StreamBuffer, kind: int, stride: int, count: int) -> Offsets:
         words = reader.words(count, stride)

@@ -110,12 +110,14 @@ class Pages:
     """Target pages of one block, in the order of the wire.
 
     ``data[i]`` belongs at byte ``offsets[i]`` of the block.  ``data`` is a view into the decoder's
-    buffer: valid only until the next call to the decoder.
+    buffer: valid only until the next call to the decoder.  ``neighbours``: they are known to follow
+    one another in the block.
     """
 
     block: str
     offsets: Offsets
     data: PageRows
+    neighbours: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
