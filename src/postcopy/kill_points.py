@@ -88,6 +88,23 @@ DESTINATION_RECOVERY = (
     "destination.resume-received",
     "destination.resume-acknowledged",
 )
+RESTORE_LAZY = (
+    "restore.begun",
+    "restore.watching",
+    "restore.serving",
+    "restore.working-set-in",
+    "restore.woken",
+    "restore.running",
+    "restore.all-in",
+    "restore.unwatched",
+)
+RESTORE_EAGER = (
+    "restore.begun",
+    "restore.watching",
+    "restore.all-in",
+    "restore.unwatched",
+    "restore.woken",
+)
 
 
 def reached(name: str) -> None:

@@ -82,6 +82,11 @@ class Measured:
     aside_bytes: int | None = None
     aside_most_bytes: int | None = None
     device_bytes: int | None = None
+    restore_running_us: int | None = None
+    restore_ready_us: int | None = None
+    restore_complete_us: int | None = None
+    demand_faults: int | None = None
+    working_set_pages: int | None = None
 
     def to_qapi(self) -> dict[str, Any]:
         """The ``x-postcopy`` member: only what was measured."""

@@ -13,6 +13,7 @@ MAP_NORESERVE = 0x4000
 MAP_POPULATE = 0x8000
 MAP_HUGETLB = 0x40000
 
+MADV_WILLNEED = 3  # a file: begin to read it
 MADV_DONTNEED = 4  # anonymous: the page is gone; shared: only unmapped
 MADV_REMOVE = 9  # shared: punch a hole
 MADV_HUGEPAGE = 14

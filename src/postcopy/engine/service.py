@@ -1,4 +1,4 @@
-"""Takes orders over the link and runs one source, one background snapshot or one destination."""
+"""Takes orders over the link and runs one source, background snapshot, destination or restore."""
 
 import os
 import socket
@@ -20,6 +20,8 @@ from postcopy.machine.device_formats import FORMATS
 from postcopy.paging.ram import PagedRam
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.snapshot.background import BackgroundSnapshot
+from postcopy.snapshot.restore import Restore
+from postcopy.snapshot.wishes import Wishes as RestoreWishes
 from postcopy.source.source import Source, Wishes
 from postcopy.status import Progress, Status
 from postcopy.stream.description import build_description
@@ -35,7 +37,7 @@ class EngineService:
         self._ended = threading.Event()
         self._link = Link(connection, self._handlers(), on_end=self._ended.set, name="guest-link")
         self._guest: GuestProxy | None = None
-        self._job: Source | BackgroundSnapshot | Destination | None = None
+        self._job: Source | BackgroundSnapshot | Destination | Restore | None = None
         self._ram: PagedRam | None = None
         self._populating: Populating | None = None
         self._progress = Progress(self._report, Status.SETUP)
@@ -66,6 +68,10 @@ class EngineService:
             "adopt_source": self._adopt_source,
             "recover_destination": self._recover_destination,
             "adopt_destination": self._adopt_destination,
+            "start_restore": self._start_restore,
+            "restore": self._begin_restore,
+            "adopt_restore": self._adopt_restore,
+            "hurry": self._hurry,
             "info": self._info,
         }
 
@@ -218,7 +224,45 @@ class EngineService:
         if isinstance(self._job, Destination):
             self._job.set_capabilities(Capabilities.of(capabilities))
 
-    # --- both
+    # --- a restore
+
+    def _start_restore(
+        self, wishes: dict[str, Any], parameters: Mapping[str, Any], **_: object
+    ) -> str:
+        """Open the image; return what tells it from others."""
+        if self._populating is not None:
+            self._populating.stop()
+        guest = self._proxy()
+        ram = self._ram or PagedRam(guest.regions(), guest.page_maps())
+        self._job = restore = Restore(
+            guest,
+            ram,
+            RestoreWishes.of(wishes),
+            self._progress,
+            Parameters().with_changes(parameters),
+            lambda: self._link.note("progressed"),
+        )
+        return restore.identity
+
+    def _begin_restore(self) -> None:
+        self._start("restore", self._restore.run)
+
+    def _adopt_restore(self, status: str, **arguments: Any) -> None:
+        """Stand in for an engine that has died, wherever it was."""
+        self._progress = Progress(self._report, Status(status))
+        self._start_restore(**arguments)
+        self._start("restore", self._restore.adopt)
+
+    def _hurry(self) -> None:
+        self._restore.hurry()
+
+    @property
+    def _restore(self) -> Restore:
+        if not isinstance(self._job, Restore):
+            raise WrongState("this engine restores nothing")
+        return self._job
+
+    # --- all
 
     def _start(self, name: str, run: Callable[[], None]) -> None:
         self._thread = threading.Thread(target=_guarded, args=(run,), name=name, daemon=True)

@@ -5,8 +5,8 @@ decides what an engine's death means.  The figures are the engine's; it is asked
 """
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,18 +15,19 @@ from postcopy.channel.address import parse
 from postcopy.channel.partial_file import remove_partial
 from postcopy.errors import EngineDied, PostcopyError, WrongState
 from postcopy.events import EventBus
+from postcopy.link import loss
 from postcopy.link.engine_process import EngineProcess
 from postcopy.link.engines import Engines, Succession
 from postcopy.link.guest_service import GuestService, OwnedGuest
-from postcopy.link.host import check_poison, check_postcopy, check_snapshot, check_transport
+from postcopy.link.host import check_postcopy, check_snapshot, check_transport
 from postcopy.link.places import bound_uri, descriptors
+from postcopy.link.restoring import Restoring
 from postcopy.link.rpc import Handler, Link
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.statistics import MigrationInfo
 from postcopy.status import AFTER_SWITCHOVER, ENDED, Progress, Status
 
 _INFO_TIMEOUT_S = 5
-_GONE = "the source is gone for good"
 
 
 class MigrationControl:
@@ -56,6 +57,9 @@ class MigrationControl:
             self._needs_successor,
             lambda: self._adopt_destination(self._last_uri),
             self._no_successor,
+        )
+        self._restoring = Restoring(
+            self._engines, guest, lambda: self.progress, self._settings, self._restore_given_up
         )
         self._service = GuestService(guest)
         self._lock = threading.RLock()
@@ -100,9 +104,11 @@ class MigrationControl:
         """Switch capabilities, all of them or none."""
         with self._lock:
             # A destination that waits may still be told; QEMU refuses some by name then.
-            if self._busy and not (self._awaits and self.progress.status is Status.SETUP):
+            waits = self._awaits and self.progress.status is Status.SETUP
+            if self._busy and not (waits or self._restoring.active):
                 raise WrongState("There's a migration process in progress")
-            changed = self._capabilities.with_changes(changes, incoming_started=self._listening)
+            started = self._listening and not self._restoring.active
+            changed = self._capabilities.with_changes(changes, incoming_started=started)
             if changed.enabled(Capability.POSTCOPY_RAM) and self._awaits:
                 check_postcopy()
             if changed.enabled(Capability.BACKGROUND_SNAPSHOT):
@@ -127,6 +133,7 @@ class MigrationControl:
         if resume:
             self._resume(uri)
             return
+        self._restoring.complete_first()
         with descriptors(parse(uri)) as fds:  # refused before anything moves
             with self._lock:
                 self._check_can_start()
@@ -144,24 +151,38 @@ class MigrationControl:
     def incoming(self, uri: str, *, exit_on_error: bool = True) -> None:
         """Listen for a guest."""
         with self._lock:
-            if not self._awaits:
-                raise WrongState("'-incoming' was not specified on the command line")
-            if self._listening:
-                raise WrongState("The incoming migration has already been started")
             address = parse(uri)
+            link = self._expect(exit_on_error)
             check_transport(address, self._capabilities)
-            link = self._engines.link
-            if link is None or self.progress.status is not Status.NONE:
-                link = self._engines.start()
-            self._exit_on_error = exit_on_error
-            self._error = None
-            self._last = MigrationInfo(incoming=True)
             with descriptors(address) as fds:
                 self._addresses = tuple(link.call("listen", fds=fds, uri=uri, **self._settings()))
             self._last_uri = bound_uri(uri, self._addresses)
             self._listening = True
             self.progress.move(Status.SETUP)
         link.note("accept")
+
+    def _expect(self, exit_on_error: bool) -> Link:  # noqa: FBT001 - as QMP names it
+        if not self._awaits:
+            raise WrongState("'-incoming' was not specified on the command line")
+        if self._listening:
+            raise WrongState("The incoming migration has already been started")
+        self._exit_on_error = exit_on_error
+        self._error = None
+        self._last = MigrationInfo(incoming=True)
+        link = self._engines.link
+        if link is None or self.progress.status is not Status.NONE:
+            link = self._engines.start()
+        return link
+
+    def restore(self, path: str, *, exit_on_error: bool = True, **wishes: Any) -> None:
+        """Wake the guest of an image: see :class:`postcopy.monitor.backend.MigrationControl`."""
+        wishes.setdefault("began_ns", time.monotonic_ns())
+        with self._lock:
+            link = self._expect(exit_on_error)
+            self._restoring.begin(link, path, **wishes)
+            self._listening = True
+            self.progress.move(Status.SETUP)
+        link.note("restore")
 
     def start_postcopy(self) -> None:
         """Switch over as soon as possible."""
@@ -195,12 +216,17 @@ class MigrationControl:
                 "migrate-pause is currently only supported during postcopy-active or "
                 "postcopy-recover state"
             )
+        if self._restoring.active:
+            raise WrongState("a restore has no connection that could be broken; use 'stop'")
         self._engines.tell("pause")
 
     def recover(self, uri: str) -> None:
         """Listen anew for the source of a paused postcopy."""
         if self.progress.status is not Status.POSTCOPY_PAUSED or not self._is_incoming:
             raise WrongState("Migrate recover can only be run when postcopy is paused.")
+        if self._restoring.active:
+            self._restoring.recover(uri)
+            return
         check_transport(parse(uri), self._capabilities)
         with descriptors(parse(uri)) as fds, self._succession.lock:
             link = self._engines.link
@@ -220,13 +246,12 @@ class MigrationControl:
                 )
             match self._parameters.x_on_loss:
                 case "poison":
-                    self._poison()
+                    self._error = loss.poison(self._guest, self._service, self._engines.end)
+                    self._awaits = self._listening = False
+                    self._last = MigrationInfo(incoming=True)
+                    self.progress.move(Status.FAILED)
                 case "quit":
-                    self._error = f"{_GONE}, and the guest cannot go on without its pages"
-                    self._engines.end()
-                    with suppress(PostcopyError):  # a vCPU that waits for a page may be unstoppable
-                        check_poison(self._guest)
-                        self._service.poison_missing()
+                    self._error = loss.abandon(self._guest, self._service, self._engines.end)
                     self.progress.move(Status.FAILED)
                     self._on_incoming_failed(self._error)
                 case _:
@@ -247,17 +272,6 @@ class MigrationControl:
             self._service.unwatch_writes()
             self._completed()
             self._settle(Status.COMPLETED)
-
-    def _poison(self) -> None:
-        """The guest goes on without the pages that will never come, and never reads zeros instead."""
-        check_poison(self._guest)
-        self._engines.end()  # nobody comes back from here
-        lost = self._service.poison_missing()
-        pages = ", ".join(f"{count} pages of block '{name}'" for name, count in lost.items())
-        self._error = f"{_GONE}: {pages} are lost; who touches one of them fails"
-        self._awaits = self._listening = False
-        self._last = MigrationInfo(incoming=True)
-        self.progress.move(Status.FAILED)
 
     def _resume(self, uri: str) -> None:
         """Go on with a paused postcopy at ``uri``."""
@@ -280,23 +294,13 @@ class MigrationControl:
 
         It listens at once, and serves again when the source has come back.
         """
-        link = self._engines.start()
-        try:
-            addresses = link.call("adopt_destination", fds=fds, uri=uri, **self._settings())
-        except PostcopyError:
-            self._engines.end()
-            raise
+        settings = self._settings()
+        _, addresses = self._engines.adopt("adopt_destination", fds=fds, uri=uri, **settings)
         self._addresses = tuple(addresses)
 
     def _adopt_source(self) -> Link:
         """Start an engine in place of one that has died after the switchover."""
-        link = self._engines.start()
-        try:
-            link.call("adopt_source", **self._settings())
-        except PostcopyError:
-            self._engines.end()
-            raise
-        return link
+        return self._engines.adopt("adopt_source", **self._settings())[0]
 
     def info(self) -> MigrationInfo:
         """How it stands: the engine's figures as of now, or the last it gave."""
@@ -310,7 +314,7 @@ class MigrationControl:
             self._last,
             status=self.progress.status,
             incoming=self._is_incoming,
-            error_desc=self._error,
+            error_desc=self._error or self._last.error_desc,
             socket_address=self._addresses if self._is_incoming else (),
         )
 
@@ -348,6 +352,7 @@ class MigrationControl:
         return self._service.handlers() | {
             "status": partial(self._on_status, engine),
             "passed": self._on_pass,
+            "progressed": self._restoring.engine_works,
         }
 
     # --- what the engine tells; on the link's reader thread
@@ -391,10 +396,12 @@ class MigrationControl:
 
         Under the lock: who has seen the end and closes us finds nothing still going on.
         """
-        no_guest_comes = status is Status.FAILED and self._is_incoming
+        no_guest_comes = status is Status.FAILED and self._is_incoming and not self._guest.owned
         with self._lock:
+            self._restoring.end()
             self.progress.move(status)
             self._listening = False
+            self._awaits = self._awaits and not self._guest.owned
             self._engines.end()
             if no_guest_comes:
                 self._service.unwatch_missing()
@@ -411,6 +418,9 @@ class MigrationControl:
         if self._has_arrived():
             self._completed()
             self._settle(Status.COMPLETED)
+            return
+        if self._restoring.active:
+            self._restoring.engine_died()
             return
         if status in AFTER_SWITCHOVER:
             self._engine_lost()
@@ -455,13 +465,22 @@ class MigrationControl:
         if self._is_incoming:
             self._succession.begin()
 
+    def _restore_given_up(self, reason: str) -> None:
+        self._error = reason
+        if self._guest.owned:
+            if self.progress.status is not Status.POSTCOPY_PAUSED:
+                self.progress.move(Status.POSTCOPY_ACTIVE, only_from=frozenset({Status.ACTIVE}))
+                self.progress.move(Status.POSTCOPY_PAUSED)
+        else:
+            self._settle(Status.FAILED)
+
     def _needs_successor(self) -> bool:
         """Whether an engine is to be put in place of a dead one: the user may have been quicker."""
         return self.progress.status is Status.POSTCOPY_PAUSED and self._engine is None
 
     def _no_successor(self, error: PostcopyError) -> None:
         # Its address may be taken by now: migrate-recover with another starts one again.
-        self._error = f"{self._error}; its successor could not listen: {error}"
+        self._error = f"{self._error}; no successor could listen: {error}"
 
     def _resume_guest(self) -> None:
         try:

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from postcopy.errors import PostcopyError
+from postcopy.errors import EngineDied, PostcopyError
 from postcopy.link.engine_process import EnginePool, EngineProcess
 from postcopy.link.rpc import Handler, Link
 
@@ -37,6 +37,19 @@ class Engines:
         """Put a fresh engine to work."""
         self.current = engine = self._pool.take()
         return engine.connect(self._handlers(engine), lambda: self._on_end(engine))
+
+    def adopt(self, order: str, **arguments: Any) -> tuple[Link, Any]:
+        """Put an engine in place of one that has died, and have it go on.
+
+        :return: the link to it, and its answer to ``order``.
+        :raises PostcopyError: it cannot; no engine is at work then.
+        """
+        link = self.start()
+        try:
+            return link, link.call(order, **arguments)
+        except PostcopyError:
+            self.end()
+            raise
 
     @property
     def link(self) -> Link | None:
@@ -91,12 +104,19 @@ class Succession:
         """The successor has got somewhere: count anew."""
         self._replacements = 0
 
+    @property
+    def tries_left(self) -> bool:
+        """Whether another may be tried, after those that have died."""
+        return self._replacements < _MOST_REPLACEMENTS
+
     def _replace(self) -> None:
         with self.lock:
             self._replacements += 1
-            if not self._wanted() or self._replacements > _MOST_REPLACEMENTS:
+            if not self._wanted():
                 return
             try:
+                if self._replacements > _MOST_REPLACEMENTS:
+                    raise EngineDied("they die one after the other")
                 self._adopt()
             except PostcopyError as error:
                 self._failed(error)

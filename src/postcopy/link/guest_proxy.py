@@ -62,6 +62,14 @@ class GuestProxy:
         """Give the devices their state."""
         self._link.call("load_devices", states=encode_states(states))
 
+    def wake(self, states: Sequence[DeviceState]) -> None:
+        """Give the devices their state and let the guest run, unless an engine before us has done it."""
+        self._link.call("wake", states=encode_states(states))
+
+    def lost_pages(self, block: str, pages: int) -> None:
+        """So many pages of a block are lost by now; does not wait."""
+        self._link.note("lost_pages", block=block, pages=pages)
+
     def give_up(self) -> None:
         """The other side may run the guest from now on; this one never does by itself again."""
         self._link.call("give_up")

@@ -17,7 +17,7 @@ from postcopy.abi import mman
 from postcopy.abi.userfaultfd import Feature, RegisterMode
 from postcopy.errors import PageExists, WrongState
 from postcopy.guest import DeviceState, Guest, Region
-from postcopy.kernel import calls
+from postcopy.kernel import calls, memfd
 from postcopy.kernel.unmap import unmap
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.link.guest_proxy import encode_states
@@ -152,11 +152,21 @@ class GuestService:
     def _page_map_descriptors(self) -> tuple[None, Descriptors]:
         with self._lock:
             if not self._page_maps:
+                self._empty_memory()
                 self._page_maps = [
                     page_map.create(region.size_bytes // region.page_size_bytes)
                     for region in self._guest.regions()
                 ]
             return None, Descriptors(self._page_maps)
+
+    def _empty_memory(self) -> None:
+        """Nothing has come yet: memory must be as zero as the pages that will never be sent.
+
+        An attempt that failed may have left some.
+        """
+        if not self._guest.owned:
+            for region in self._guest.regions():
+                memfd.punch_hole(region.fd, region.fd_offset, region.size_bytes)
 
     def _load_devices(self, states: Sequence[Sequence[Any]]) -> None:
         self._guest.load_devices(

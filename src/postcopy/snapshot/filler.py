@@ -1,0 +1,228 @@
+"""The pager of a restore: serves faults from the image, and brings the rest while nobody waits.
+
+One thread does both.  So a demand never waits for a lock, for the interpreter, or for more than the one
+step of the push that is under way; and between two steps the push always looks whether somebody waits.
+What comes unasked comes in two phases: the working set of earlier restores, then everything else.
+"""
+
+import os
+import select
+import time
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from postcopy.abi import mman
+from postcopy.abi.userfaultfd import EventCode, PagefaultFlag
+from postcopy.channel.rate_limit import RateLimiter
+from postcopy.errors import KernelError
+from postcopy.kernel import calls
+from postcopy.kernel.faults import MESSAGE
+from postcopy.kernel.userfaultfd import Userfaultfd
+from postcopy.kill_points import reached
+from postcopy.memory.runs import Mask
+from postcopy.snapshot.filling import Filling
+
+_MOST_FAULTS: Final = 64
+_SHORT_STEP_BYTES: Final = 128 << 10
+_LONG_STEP_BYTES: Final = 1 << 20
+_QUIET_NS: Final = 5_000_000
+_AHEAD_BYTES: Final = 8 << 20
+_SETTLED_NS: Final = 200_000_000
+_LONGEST_RECORDING_NS: Final = 10_000_000_000
+_PAGEFAULT: Final = int(EventCode.PAGEFAULT)
+_MINOR: Final = int(PagefaultFlag.MINOR)
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How the push behaves.
+
+    :ivar holds_for_recording: bring nothing unasked before the faults have settled: what nobody has
+        touched yet would never be seen to be touched.
+    """
+
+    limiter: RateLimiter
+    holds_for_recording: bool = False
+
+
+class Filler:
+    """Fills all blocks; :meth:`run` is the thread ``pager``.
+
+    :param working_set: what to bring first, in pages of each block's own size.
+    :param on_progress: called once, when anything has been placed.
+    """
+
+    def __init__(
+        self,
+        userfaultfd: Userfaultfd,
+        fillings: Sequence[Filling],
+        working_set: Mapping[str, Mask],
+        pace: Pace,
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._userfaultfd = userfaultfd
+        self._fillings = fillings
+        self._working_set = working_set
+        self._limiter = pace.limiter
+        self._on_progress: Callable[[], None] | None = on_progress
+        self._wake_reader, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._stopped = False
+        self._hurry = False
+        self._may_end = False
+        self._exhausted = False
+        self._runs = self._plan()
+        self._run: tuple[Filling, int, int] | None = None
+        self._not_before_ns = 0
+        self._began_ns = self._last_fault_ns = time.monotonic_ns()
+        self._recording = pace.holds_for_recording
+        self.latencies_ns = array("Q")
+        self.ready_ns: int | None = None
+        """When the working set was in, or, recording, when the faults had settled; monotonic."""
+
+    # --- from other threads
+
+    @property
+    def faults(self) -> int:
+        """How many faults have been served."""
+        return len(self.latencies_ns)
+
+    def hurry(self) -> None:
+        """Somebody waits for the end: from now on at full speed."""
+        self._hurry = True
+        self._wake()
+
+    def may_end(self) -> None:
+        """Nothing but what is pushed is wanted any more: let :meth:`run` end with the last page."""
+        self._may_end = True
+        self._wake()
+
+    def stop(self) -> None:
+        """Make :meth:`run` return; faults that come later wait."""
+        self._stopped = True
+        self._wake()
+
+    def _wake(self) -> None:
+        try:
+            os.write(self._wake_writer, b"\0")
+        except (BlockingIOError, OSError):
+            pass  # it is awake, or gone
+
+    def close(self) -> None:
+        """Let go of the pipe, when :meth:`run` has returned."""
+        os.close(self._wake_reader)
+        os.close(self._wake_writer)
+
+    # --- the thread
+
+    def run(self) -> None:
+        """Serve and push until every page is in place, and it :meth:`may_end`; or told to stop."""
+        poll = select.poll()
+        poll.register(self._userfaultfd.fd, select.POLLIN)
+        poll.register(self._wake_reader, select.POLLIN)
+        while not (self._stopped or (self._exhausted and self._may_end)):
+            ready = poll.poll(None if self._exhausted else self._may_push_in_ms())
+            for fd, _ in ready:
+                if fd == self._wake_reader:
+                    os.read(fd, 64)
+                else:
+                    self._serve()
+            if not (ready or self._push()):
+                self._exhausted = True
+
+    def _serve(self) -> None:
+        try:
+            messages = os.read(self._userfaultfd.fd, _MOST_FAULTS * MESSAGE.size)
+        except BlockingIOError:
+            return
+        since_ns = time.monotonic_ns()
+        for event, flags, address, _ in MESSAGE.iter_unpack(messages):
+            if event != _PAGEFAULT:
+                continue
+            filling = self._find(address)
+            page = (address - filling.base) >> filling.shift
+            if flags & _MINOR:
+                filling.show(page)
+            else:
+                filling.bring(page)
+            self._last_fault_ns = now_ns = time.monotonic_ns()
+            self.latencies_ns.append(now_ns - since_ns)
+        self._note_progress()
+
+    def _find(self, address: int) -> Filling:
+        for filling in self._fillings:
+            if filling.base <= address < filling.end:
+                return filling
+        raise KernelError(
+            "read", 0, f"of a userfaultfd: a fault at {address:#x}, where no block is"
+        )
+
+    def _note_progress(self) -> None:
+        if self._on_progress is not None:
+            self._on_progress()
+            self._on_progress = None
+            reached("restore.serving")
+
+    # --- what nobody has asked for
+
+    def _may_push_in_ms(self) -> float | None:
+        """How long to wait for faults before the next step of the push; 0: it may go now."""
+        if self._hurry:
+            return 0
+        now_ns = time.monotonic_ns()
+        if self._recording:
+            settled_ns = self._last_fault_ns + _SETTLED_NS
+            until_ns = min(settled_ns, self._began_ns + _LONGEST_RECORDING_NS)
+            if until_ns > now_ns:
+                return (until_ns - now_ns) // 1_000_000 + 1
+            self._recording = False
+        if self.ready_ns is None or self._not_before_ns <= now_ns:
+            return 0
+        return (self._not_before_ns - now_ns) // 1_000_000 + 1
+
+    def _push(self) -> bool:
+        """Take one step; return whether there was anything left to do."""
+        if self._run is None:
+            self._run = next(self._runs, None)
+            if self._run is None:
+                return False
+        filling, first, end = self._run
+        quiet = time.monotonic_ns() - self._last_fault_ns > _QUIET_NS
+        step_bytes = _LONG_STEP_BYTES if quiet else _SHORT_STEP_BYTES
+        count = min(end - first, max(1, step_bytes >> filling.shift))
+        filling.push(first, count)
+        self._run = (filling, first + count, end) if first + count < end else None
+        if self.ready_ns is not None and not self._hurry:
+            self._pace(count << filling.shift)
+        self._note_progress()
+        return True
+
+    def _pace(self, pushed_bytes: int) -> None:
+        wait_s = self._limiter.spend(pushed_bytes)
+        self._not_before_ns = time.monotonic_ns() + int(wait_s * 1e9)
+
+    def _plan(self) -> Iterator[tuple[Filling, int, int]]:
+        for filling in self._fillings:
+            wanted = self._working_set.get(filling.paged.block.name)
+            if wanted is not None:
+                yield from self._reading_ahead(filling, wanted)
+        self.ready_ns = time.monotonic_ns()
+        reached("restore.working-set-in")
+        for filling in self._fillings:
+            yield from self._reading_ahead(filling, None)
+
+    @staticmethod
+    def _reading_ahead(filling: Filling, wanted: Mask | None) -> Iterator[tuple[Filling, int, int]]:
+        """Have the kernel read the file before the push gets there: it would wait, and demands too."""
+        base, ahead = filling.origin.base, 0
+        for first, end in filling.missing(wanted):
+            if base and first << filling.shift >= ahead:
+                start = first << filling.shift
+                length = min(_AHEAD_BYTES, filling.end - filling.base - start)
+                try:
+                    calls.madvise(base + start, length, mman.MADV_WILLNEED)
+                except KernelError:
+                    base = 0  # it was only advice
+                ahead = start + length // 2
+            yield filling, first, end

@@ -1,0 +1,177 @@
+"""One RAM block that is being filled from an image: how a page of it gets into place."""
+
+import errno
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from postcopy.errors import ImageError, KernelError, PageExists
+from postcopy.kernel.page_copier import PageCopier
+from postcopy.kernel.userfaultfd import Userfaultfd
+from postcopy.memory.page_map import RECEIVED
+from postcopy.memory.runs import Mask, runs
+from postcopy.paging.ram import Paged
+from postcopy.snapshot.origin import Origin
+
+_WINDOW_PAGES: Final = 1 << 14
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Pages that cannot be had, and why."""
+
+    block_name: str
+    pages: int
+    reason: str
+
+
+class Filling:
+    """One block under userfaultfd and where its pages come from.  For one thread, the pager.
+
+    Invariant: a page that is ``RECEIVED`` in the page map is in place, or lost; every other is
+    missing.
+
+    :param on_lost: told when pages are lost.  They fail whoever touches them.
+    """
+
+    def __init__(
+        self,
+        userfaultfd: Userfaultfd,
+        paged: Paged,
+        origin: Origin,
+        on_lost: Callable[[Lost], None],
+    ) -> None:
+        block = paged.block
+        self.paged = paged
+        self.origin = origin
+        self.base = block.host_address
+        self.end = block.host_address + block.size_bytes
+        self.page_bytes = block.page_size_bytes
+        self.shift = block.page_size_bytes.bit_length() - 1
+        self.touched: Mask = np.zeros(block.page_count, np.bool_)
+        self.placed_pages = 0
+        self._on_lost = on_lost
+        self._userfaultfd = userfaultfd
+        self._copier = PageCopier(userfaultfd, block.page_size_bytes)
+        self._states = paged.pages.states
+        self._data: Mask | None = None
+        self._fixed = origin.base
+
+    def adopt(self) -> None:
+        """Take over from an engine that is gone: what is in memory is in place, whole."""
+        present = self.paged.block.has_data(0, self.paged.block.page_count)
+        self._states[:] = np.where(present, RECEIVED, 0)
+
+    def bring(self, page: int) -> None:
+        """Place a page that somebody waits for."""
+        data = self._data
+        if data is None:
+            data = self._data = self.origin.data
+        self.touched[page] = True
+        if not data[page]:
+            self._zero(page)
+        elif self._fixed and self.origin.is_good(page):
+            offset = page << self.shift
+            try:
+                if not self._copier.place(self.base + offset, self._fixed + offset):
+                    self.show(page)
+            except KernelError as error:
+                self._failed(page, error)
+        else:
+            self._place(page, 1)
+        self._states[page] = RECEIVED
+        self.placed_pages += 1
+
+    def show(self, page: int) -> None:
+        """Map a page that is in memory, but not where the guest sees it."""
+        address = self.base + (page << self.shift)
+        try:
+            self._userfaultfd.map_existing(address, self.page_bytes)
+        except PageExists:
+            self._userfaultfd.wake(address, self.page_bytes)
+
+    def push(self, first: int, count: int) -> None:
+        """Place pages that nobody has asked for, unless they are there."""
+        end = first + count
+        while first < end:
+            first += self._place(first, end - first)
+
+    def missing(self, wanted: Mask | None = None) -> Iterator[tuple[int, int]]:
+        """Find the runs of pages with data that are not in place, a window at a time.
+
+        :param wanted: only these.
+        :return: first page and end of each run; ascending.
+        """
+        data = self.origin.data
+        for start in range(0, len(data), _WINDOW_PAGES):
+            window = slice(start, start + _WINDOW_PAGES)
+            todo = data[window] & (self._states[window] != RECEIVED)
+            if wanted is not None:
+                todo &= wanted[window]
+            for first, end in runs(todo).tolist():
+                yield start + first, start + end
+
+    @property
+    def missing_pages(self) -> int:
+        """How many pages with data are not in place."""
+        return int((self.origin.data & (self._states != RECEIVED)).sum())
+
+    # --- steps that return how many pages are done with
+
+    def _place(self, page: int, count: int) -> int:
+        good = self.origin.good(page, count)
+        if not good:
+            return self._lose(page)
+        try:
+            return self._copy(page, good)
+        except ImageError:
+            return self._lose(page)
+        except KernelError as error:
+            return self._failed(page, error)
+
+    def _copy(self, page: int, count: int) -> int:
+        address = self.base + (page << self.shift)
+        source, count = self.origin.address(page, count)
+        try:
+            done = self._userfaultfd.copy(address, source, count << self.shift) >> self.shift
+            self.placed_pages += done
+        except PageExists:
+            self.show(page)
+            done = 1
+        self._states[page : page + done] = RECEIVED
+        return done
+
+    def _zero(self, page: int) -> None:
+        address = self.base + (page << self.shift)
+        try:
+            if self.page_bytes == 4096:
+                self._userfaultfd.zeropage(address, self.page_bytes)
+            else:
+                self._copy(page, 1)  # huge pages have no page of zeros
+        except PageExists:
+            self.show(page)
+
+    def _failed(self, page: int, error: KernelError) -> int:
+        """Tell an image that cannot be read from a guest's process that is gone."""
+        if error.errno != errno.EFAULT:
+            raise error
+        return self._lose(page)
+
+    def _lose(self, page: int) -> int:
+        """Never serve what is wrong: these pages are lost."""
+        first, end = self.origin.bad(page)
+        lost = np.flatnonzero(self._states[first:end] != RECEIVED) + first
+        if len(lost):
+            self._on_lost(Lost(self.paged.block.name, len(lost), self.origin.reason(page)))
+        for number in lost.tolist():
+            self._poison(number)
+            self._states[number] = RECEIVED
+        return max(1, end - page)
+
+    def _poison(self, page: int) -> None:
+        try:
+            self._userfaultfd.poison(self.base + (page << self.shift), self.page_bytes)
+        except PageExists:
+            pass  # a predecessor of this engine has done it

@@ -1,0 +1,133 @@
+"""An image opened for a guest: everything that can be refused is refused before the guest is touched."""
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from postcopy.destination.destination import IGNORED_BLOCKS
+from postcopy.errors import ImageError
+from postcopy.memory.ram_block import TARGET_PAGE_BYTES
+from postcopy.memory.runs import Mask, runs
+from postcopy.paging.ram import Paged, PagedRam
+from postcopy.snapshot import working_set
+from postcopy.snapshot.checked import CheckedPages
+from postcopy.snapshot.image import Image
+from postcopy.snapshot.mapped_image import MappedImage
+from postcopy.snapshot.origin import Origin
+from postcopy.snapshot.verify import open_for_restore
+from postcopy.snapshot.working_set import BadWorkingSet, WorkingSet
+
+
+class OpenedImage:
+    """An image that fits a guest, with what checks its pages.
+
+    :param path: the image.
+    :raises ImageError: it is no image, or not what it was.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.image, manifest = open_for_restore(path)
+        if manifest is not None:
+            self.identity = manifest.identity
+        else:
+            self.identity = working_set.identity_of(path)
+        self._check: CheckedPages | None = None
+        if manifest is not None and isinstance(self.image, MappedImage):
+            self._check = CheckedPages(self.image, manifest)
+
+    def check_fits(self, machine_name: str, blocks: Mapping[str, int]) -> None:
+        """Refuse an image of another machine.
+
+        :param blocks: names and sizes in bytes of the guest's RAM blocks.
+        :raises ImageError: what is different.
+        """
+        image = self.image
+        if image.machine_name != machine_name:
+            raise self._unfit(
+                f"it is of a machine '{image.machine_name}', ours is '{machine_name}'"
+            )
+        found = {b.name: b.size_bytes for b in image.blocks if b.name not in IGNORED_BLOCKS}
+        for name, size in blocks.items():
+            if name not in found:
+                raise self._unfit(f"it has no block '{name}'")
+            if found[name] != size:
+                raise self._unfit(f"its block '{name}' has {found[name]} bytes, ours {size}")
+        for name in found.keys() - blocks.keys():
+            raise self._unfit(f"it has a block '{name}' that our machine lacks")
+
+    def check_same(self, identity: str) -> None:
+        """Refuse an image that another has taken the place of.
+
+        :raises ImageError: it is not the one that ``identity`` was taken from.
+        """
+        if identity and identity != self.identity:
+            raise self._unfit(
+                "it is not the image that the guest was woken from; put that one back"
+            )
+
+    def check_all(self, ram: PagedRam) -> None:
+        """Check every page that could turn out to be wrong later.
+
+        :raises ImageError: one of them is wrong.
+        """
+        for damage in self.image.damages():
+            raise damage.error()
+        if self._check is None:
+            return
+        for paged in ram:
+            name = paged.block.name
+            for first, end in runs(self.image.has_data(name)).tolist():
+                self._check.good(name, first, end - first)
+        for damage in self._check.damages():
+            raise damage.error()
+
+    def origin(self, paged: Paged) -> Origin:
+        """Where the pages of a block of the guest come from."""
+        return Origin(self.image, paged.block, self._check)
+
+    def working_set(self, ram: PagedRam) -> dict[str, Mask]:
+        """Read what earlier restores have touched, in pages of the guest's size; empty without."""
+        with contextlib.suppress(BadWorkingSet):
+            path = working_set.beside(self.path)
+            found = working_set.load(path, self.identity, _page_counts(self.image, ram))
+            if found is not None:
+                return {paged.block.name: _coarser(found, paged) for paged in ram}
+        return {}
+
+    def record(self, touched: Iterable[tuple[Paged, Mask]]) -> None:
+        """Add what this restore has touched.
+
+        :raises Refused: it cannot be written.
+        """
+        pages = {
+            paged.block.name: np.repeat(mask, paged.block.target_pages_per_page)
+            for paged, mask in touched
+        }
+        seen = WorkingSet(self.identity, pages)
+        working_set.record(working_set.beside(self.path), seen)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self.image.close()
+
+    def _unfit(self, what: str) -> ImageError:
+        return ImageError(self.path, f"{what}")
+
+
+def _page_counts(image: Image, ram: PagedRam) -> dict[str, int]:
+    return {
+        paged.block.name: image.block(paged.block.name).size_bytes // TARGET_PAGE_BYTES
+        for paged in ram
+    }
+
+
+def _coarser(found: WorkingSet, paged: Paged) -> Mask:
+    mask = found.pages[paged.block.name]
+    per_page = paged.block.target_pages_per_page
+    if per_page == 1:
+        return mask
+    coarse: Mask = np.logical_or.reduceat(mask, np.arange(0, len(mask), per_page))
+    return coarse

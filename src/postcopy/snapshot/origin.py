@@ -1,0 +1,106 @@
+"""Where the pages of one RAM block come from: an image, page by page or in runs."""
+
+import numpy as np
+
+from postcopy.errors import ImageError
+from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
+from postcopy.memory.runs import Mask
+from postcopy.snapshot.checked import CheckedPages
+from postcopy.snapshot.digests import CHUNK_BYTES
+from postcopy.snapshot.image_base import Image, PageRows
+from postcopy.snapshot.mapped_image import MappedImage
+
+
+class Origin:
+    """One block of an image, in pages of the size of the guest's.
+
+    :param check: what every page is checked by before it is used; None: pages are taken as they are,
+        or check themselves when they are read.
+    """
+
+    def __init__(self, image: Image, block: RamBlock, check: CheckedPages | None = None) -> None:
+        self._image = image
+        self._name = block.name
+        self._per_page = block.target_pages_per_page
+        self._check = check
+        self._data: Mask | None = None
+        self._rows: PageRows | None = None
+        self._why = ""
+        # Pages of 2 MiB are put together: the file may hold old bytes where a page is zero now.
+        view = image.view(block.name) if self._per_page == 1 else None
+        self._view = view
+        self.base = 0 if view is None else int(view.ctypes.data)
+        """Where page 0 lies in this process; 0: pages lie at no fixed places."""
+
+    @property
+    def data(self) -> Mask:
+        """Which pages have anything in them; the others are zero.
+
+        Found out when it is first asked for: opening an image costs the same whatever its size.
+        """
+        if self._data is None:
+            found = self._image.has_data(self._name)
+            if self._per_page > 1:
+                starts = np.arange(0, len(found), self._per_page)
+                found = np.logical_or.reduceat(found, starts)
+            self._data = found
+        return self._data
+
+    def is_good(self, page: int) -> bool:
+        """Tell whether a page at a fixed place may be used: the short way for a fault."""
+        return self._check is None or self._check.is_good(self._name, page)
+
+    def good(self, page: int, count: int) -> int:
+        """Check pages that are to be used; return how many from ``page`` on are good."""
+        if self._check is None:
+            return count
+        first, pages = page * self._per_page, count * self._per_page
+        good = self._check.good(self._name, first, pages)
+        return count if good.all() else int(good.argmin()) // self._per_page
+
+    def address(self, page: int, count: int) -> tuple[int, int]:
+        """Give pages in this process's memory; they are there up to the next call.
+
+        :return: their address, and how many they are: at least one.
+        :raises ImageError: the first of them cannot be had.
+        """
+        if self.base:
+            return self.base + page * TARGET_PAGE_BYTES, count
+        try:
+            self._rows = self._read(page, count)
+        except ImageError as error:
+            if count == 1:
+                self._why = str(error)
+                raise
+            count = 1
+            return self.address(page, count)
+        return int(self._rows.ctypes.data), count
+
+    def _read(self, page: int, count: int) -> PageRows:
+        return self._image.read(self._name, page * self._per_page, count * self._per_page)
+
+    def bad(self, page: int) -> tuple[int, int]:
+        """Give the pages that are lost together with ``page``: the first, and the end."""
+        if self._check is None or not isinstance(self._image, MappedImage):
+            return page, page + 1
+        start = self._image.place(self._name).pages_offset
+        offset = start + page * self._per_page * TARGET_PAGE_BYTES
+        chunk = offset // CHUNK_BYTES * CHUNK_BYTES
+        first = max(0, chunk - start) // (self._per_page * TARGET_PAGE_BYTES)
+        end = -(-(chunk + CHUNK_BYTES - start) // (self._per_page * TARGET_PAGE_BYTES))
+        return first, min(max(end, page + 1), len(self.data))
+
+    def reason(self, page: int) -> str:
+        """Say why a page cannot be had: file, block and offset."""
+        if self._check is not None and isinstance(self._image, MappedImage):
+            offset = self._image.place(self._name).pages_offset
+            offset += page * self._per_page * TARGET_PAGE_BYTES
+            for damage in self._check.damages():
+                if damage.offset < offset + self._per_page * TARGET_PAGE_BYTES and (
+                    offset < damage.offset + damage.length_bytes
+                ):
+                    return str(damage.error())
+        if self._why:
+            return self._why
+        where = page * self._per_page * TARGET_PAGE_BYTES
+        return f"{self._image.path}: block {self._name} cannot be read from offset {where:#x} on"
