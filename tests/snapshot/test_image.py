@@ -10,7 +10,9 @@ import pytest
 from postcopy.errors import ImageError
 from postcopy.snapshot.image import open_image
 from postcopy.snapshot.image_base import LARGEST_RAM_BYTES
-from snapshot.images import PAGE, devices, memory, stream_bytes, write_image
+from postcopy.stream.encoder import RamPart
+from postcopy.stream.numbers import SectionType
+from snapshot.images import PAGE, RAM_ID, devices, memory, stream_bytes, write_image
 
 FORMS = ("stream", "mapped-ram")
 
@@ -145,6 +147,16 @@ class TestRefused:
         raw[at : at + 8] = struct.pack(">Q", size & ~0xFFF | 4)
         path.write_bytes(raw)
         with pytest.raises(ImageError):
+            open_image(path)
+
+    def test_bitmaps_that_were_never_written(self, tmp_path, blocks):
+        # What QEMU 10 writes with background-snapshot and mapped-ram: no last section, no bits.
+        path = write_image(tmp_path / "image", "mapped-ram", blocks)
+        raw = path.read_bytes()
+        end = RamPart(RAM_ID, SectionType.END).around()
+        assert raw.count(end) == 1
+        path.write_bytes(raw.replace(end, b""))
+        with pytest.raises(ImageError, match="bitmaps were never written"):
             open_image(path)
 
     def test_memory_that_is_somewhere_else(self, tmp_path, blocks):

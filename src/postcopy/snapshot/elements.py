@@ -54,6 +54,7 @@ class RamReader(Protocol):
 class _Found:
     blocks: tuple[ImageBlock, ...] | None = None
     section_id: int = 0
+    ended: bool = False
     devices: list[DeviceState] = field(default_factory=list)
 
 
@@ -99,6 +100,7 @@ def read_elements(reader: WholeBuffer, configuration: Configuration, ram: RamRea
                 _read_setup(reader, ram, found)
             case SectionType.PART | SectionType.END:
                 _read_part(reader, ram, found)
+                found.ended |= kind == SectionType.END
             case SectionType.FULL:
                 head = read_head(reader)
                 section = read_device(reader, head, formats, _LIMITS.device_bytes)
@@ -113,7 +115,12 @@ def read_elements(reader: WholeBuffer, configuration: Configuration, ram: RamRea
     if found.blocks is None:
         reader.fail("the stream has no RAM")
     return Contents(
-        configuration.machine, configuration.uuid, found.blocks, tuple(found.devices), text
+        machine_name=configuration.machine,
+        uuid=configuration.uuid,
+        blocks=found.blocks,
+        devices=tuple(found.devices),
+        description=text,
+        ram_ended=found.ended,
     )
 
 

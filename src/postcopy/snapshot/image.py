@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from postcopy.errors import ImageError, StreamError
+from postcopy.snapshot.chunk_image import MAGIC, ChunkImage
 from postcopy.snapshot.elements import read_start
 from postcopy.snapshot.image_base import Image, ImageBlock
 from postcopy.snapshot.image_file import ImageFile
@@ -33,6 +34,8 @@ def open_image(path: str | Path) -> Image:
 def _parse(path: Path, file: ImageFile) -> Image:
     reader = WholeBuffer(file.data)
     try:
+        if bytes(file.data[: len(MAGIC)]) == MAGIC:
+            return ChunkImage(path, file, reader)
         capabilities = read_start(reader).capabilities
         reader.seek(0)
         form = MappedImage if CAPABILITY in capabilities else StreamImage

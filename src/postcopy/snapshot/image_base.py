@@ -45,6 +45,7 @@ class ImageBlock:
 class Contents:
     """What an image says of itself, besides its memory.
 
+    ``ram_ended`` tells whether the memory has a last section.
     ``description`` is the JSON at the end of the stream, or ``None`` where there is none.
     """
 
@@ -53,6 +54,7 @@ class Contents:
     blocks: tuple[ImageBlock, ...]
     devices: tuple[DeviceState, ...]
     description: str | None
+    ram_ended: bool
 
 
 class Image(ABC):

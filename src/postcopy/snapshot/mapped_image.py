@@ -51,7 +51,14 @@ class MappedImage(Image):
 
     def __init__(self, path: Path, file: ImageFile, reader: WholeBuffer) -> None:
         ram = _MappedRam(file)
-        super().__init__(path, "mapped-ram", read_elements(reader, read_start(reader), ram))
+        contents = read_elements(reader, read_start(reader), ram)
+        if not contents.ram_ended:
+            # QEMU 10 writes the bitmaps with the last section, and a background snapshot has none.
+            reader.fail(
+                "the bitmaps were never written, as when QEMU takes a background snapshot with "
+                "mapped-ram: this image has lost the memory; take a stream"
+            )
+        super().__init__(path, "mapped-ram", contents)
         self._file = file
         self._places = ram.blocks
         self._masks: dict[str, Mask] = {}

@@ -1,0 +1,209 @@
+"""Images of chunks: each chunk once, zeros nowhere, and every link of a chain reads right by itself."""
+
+import dataclasses
+import shutil
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+
+from postcopy.errors import ImageError
+from postcopy.snapshot.chunk_image import ChunkImage
+from postcopy.snapshot.digests import CHUNK_BYTES, digest, take_digests
+from postcopy.snapshot.image import open_image
+from postcopy.snapshot.image_file import ImageFile
+from postcopy.snapshot.manifest import Manifest, Stored, beside
+from postcopy.snapshot.pack import pack
+from postcopy.snapshot.rewrite import skeleton, write_mapped
+from postcopy.snapshot.store import ChunkStore
+from postcopy.snapshot.verify import find_damages, open_for_restore
+from snapshot.images import PAGE, devices, flip, memory, write_image, write_manifest
+
+NOISE = np.random.default_rng(5).bytes(CHUNK_BYTES)
+
+
+def write_chunks(path, blocks, store="chunks"):
+    """Make an image of chunks of memory."""
+    whole = write_image(path.with_suffix(".whole"), "mapped-ram", blocks)
+    with open_image(whole) as image:
+        stored, packed = pack(image, ChunkStore(path.parent / store))
+        path.write_bytes(skeleton(image))
+        plain = write_manifest(path.with_suffix(".whole"))
+    manifest = dataclasses.replace(
+        plain, form="chunks", digests=_digests(path), stored=Stored(store, stored)
+    )
+    manifest.save(path)
+    whole.unlink()
+    beside(whole).unlink()
+    return packed
+
+
+def _digests(path):
+    with ImageFile(path) as file:
+        return take_digests(file)
+
+
+def assert_holds(path, blocks):
+    with open_image(path) as image:
+        for name, rows in blocks.items():
+            np.testing.assert_array_equal(image.read(name, 0, len(rows)), rows)
+            assert not rows[~image.has_data(name)].any()
+
+
+class TestStore:
+    def test_a_chunk_comes_back(self, tmp_path):
+        store = ChunkStore(tmp_path / "chunks")
+        for data in (b"x", NOISE, bytes(CHUNK_BYTES), b"ab" * 2048):
+            address, written = store.put(data)
+            assert 0 < written <= len(data) + 64
+            assert store.get(address, len(data)) == data
+
+    def test_equal_chunks_are_kept_once_and_for_their_owner_alone(self, tmp_path):
+        store = ChunkStore(tmp_path / "chunks")
+        address, written = store.put(NOISE)
+        assert store.put(NOISE) == (address, 0)
+        (file,) = (each for each in (tmp_path / "chunks").rglob("*") if each.is_file())
+        assert file.stat().st_size == written
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        assert stat.S_IMODE(store.folder.stat().st_mode) == 0o700
+
+    def test_no_half_chunk_is_left_when_the_disk_is_full(self, tmp_path, monkeypatch):
+        store = ChunkStore(tmp_path / "chunks")
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Path, "replace", full)
+        with pytest.raises(OSError, match="No space"):
+            store.put(NOISE)
+        monkeypatch.undo()
+        assert [each for each in store.folder.rglob("*") if each.is_file()] == []
+
+    def test_a_chunk_that_is_gone_is_named(self, tmp_path):
+        store = ChunkStore(tmp_path)
+        with pytest.raises(ImageError, match=r"00/0+\.zst: cannot be opened: No such file"):
+            store.get(bytes(32), 10)
+
+    def test_each_flipped_bit_of_a_chunk_is_found(self, tmp_path):
+        store = ChunkStore(tmp_path)
+        data = bytes(range(64)) * 8
+        address, written = store.put(data)
+        place = store.place(address)
+        for bit in range(written * 8):
+            flip(place, bit)
+            with pytest.raises(ImageError, match=str(place)):
+                store.get(address, len(data))
+            flip(place, bit)
+        assert store.get(address, len(data)) == data
+
+    def test_a_frame_that_claims_much_is_refused_before_memory_is_taken(self, tmp_path):
+        store = ChunkStore(tmp_path)
+        address, _ = store.put(NOISE)
+        bomb = zstandard.ZstdCompressor().compress(bytes(1 << 30))
+        assert len(bomb) < CHUNK_BYTES
+        store.place(address).write_bytes(bomb + digest(bomb))
+        with pytest.raises(ImageError, match="another length"):
+            store.get(address, CHUNK_BYTES)
+        store.place(address).write_bytes(NOISE * 2)
+        with pytest.raises(ImageError, match="longer than"):
+            store.get(address, CHUNK_BYTES)
+
+    def test_what_nobody_uses_is_swept(self, tmp_path):
+        store = ChunkStore(tmp_path / "chunks")
+        kept, _ = store.put(NOISE)
+        gone, _ = store.put(b"gone")
+        assert store.sweep([kept]) == 1
+        assert store.get(kept, CHUNK_BYTES) == NOISE
+        with pytest.raises(ImageError):
+            store.get(gone, 4)
+
+
+class TestImage:
+    def test_everything_of_an_image_of_chunks_is_read(self, tmp_path):
+        blocks = memory(pages=100, rom_pages=5)
+        write_chunks(tmp_path / "image", blocks)
+        assert_holds(tmp_path / "image", blocks)
+        with open_image(tmp_path / "image") as image:
+            assert isinstance(image, ChunkImage)
+            assert list(image.devices) == devices()
+            for first in range(0, 100, 7):
+                for wanted in (1, 9, 16, 17, 100):
+                    count = min(wanted, 100 - first)
+                    np.testing.assert_array_equal(
+                        image.read("ram", first, count), blocks["ram"][first : first + count]
+                    )
+
+    def test_zeros_are_free_and_equal_chunks_are_kept_once(self, tmp_path):
+        blocks = {"ram": np.zeros((16 * 8, PAGE), np.uint8), "rom": np.zeros((16, PAGE), np.uint8)}
+        blocks["ram"][0:32] = np.frombuffer(NOISE * 2, np.uint8).reshape(-1, PAGE)
+        packed = write_chunks(tmp_path / "image", blocks)
+        assert packed.zero_bytes == 7 * CHUNK_BYTES
+        assert packed.new_bytes + packed.reused_bytes == 2 * CHUNK_BYTES
+        assert len(list((tmp_path / "chunks").glob("??/*.zst"))) == 1
+
+    def test_each_link_of_a_chain_of_20_reads_right_without_the_others(self, tmp_path):
+        random = np.random.default_rng(9)
+        blocks = memory(pages=200)
+        history = []
+        for number in range(20):
+            for page in random.integers(0, 200, 5).tolist():
+                blocks["ram"][page] = random.integers(0, 256, PAGE) * random.integers(0, 2)
+            history.append({name: rows.copy() for name, rows in blocks.items()})
+            packed = write_chunks(tmp_path / f"image{number}", blocks)
+            assert number == 0 or packed.new_bytes <= 5 * CHUNK_BYTES
+        for number, expected in enumerate(history):
+            assert_holds(tmp_path / f"image{number}", expected)
+        for number in (0, *range(2, 19)):
+            (tmp_path / f"image{number}").unlink()
+            beside(tmp_path / f"image{number}").unlink()
+        for number in (1, 19):
+            assert_holds(tmp_path / f"image{number}", history[number])
+
+    def test_a_whole_image_has_no_damage(self, tmp_path):
+        path = tmp_path / "image"
+        write_chunks(path, memory())
+        assert list(find_damages(path, Manifest.load(path))) == []
+        image, manifest = open_for_restore(path)
+        assert manifest is not None
+        image.close()
+
+    def test_a_damaged_chunk_is_never_served_and_named_in_words_of_memory(self, tmp_path):
+        path = tmp_path / "image"
+        write_chunks(path, memory())
+        manifest = Manifest.load(path)
+        address = manifest.stored.blocks["ram"].addresses[32:64]
+        place = ChunkStore(tmp_path / "chunks").place(address)
+        flip(place, (place.stat().st_size - 100) * 8)
+        (damage,) = find_damages(path, manifest)
+        assert (damage.path, damage.block, damage.block_offset) == (place, "ram", CHUNK_BYTES)
+        with open_image(path) as image:
+            image.read("ram", 0, 16)
+            with pytest.raises(ImageError, match="block ram from offset 0x10000"):
+                image.read("ram", 0, 17)
+
+    def test_an_image_of_chunks_is_nothing_without_its_manifest(self, tmp_path):
+        write_chunks(tmp_path / "image", memory())
+        beside(tmp_path / "image").unlink()
+        with pytest.raises(ImageError, match=r"manifest\.json: cannot be opened"):
+            open_image(tmp_path / "image")
+
+    def test_the_manifest_of_another_image_is_refused(self, tmp_path):
+        write_chunks(tmp_path / "image", memory())
+        write_chunks(tmp_path / "other", memory(pages=20))
+        shutil.copy(beside(tmp_path / "other"), beside(tmp_path / "image"))
+        with pytest.raises(ImageError, match="does not belong"):
+            open_image(tmp_path / "image")
+
+
+@pytest.mark.parametrize("form", ["stream", "mapped-ram"])
+def test_an_image_can_be_written_anew_with_pages_at_fixed_places(tmp_path, form):
+    blocks = memory(pages=3000)
+    with open_image(write_image(tmp_path / "image", form, blocks)) as image:
+        write_mapped(image, tmp_path / "mapped")
+    assert_holds(tmp_path / "mapped", blocks)
+    with open_image(tmp_path / "mapped") as image:
+        assert image.format == "mapped-ram"
+        assert list(image.devices) == devices()
+        np.testing.assert_array_equal(image.has_data("ram"), blocks["ram"].any(axis=1))
