@@ -144,6 +144,24 @@ def test_postcopy(journey, tmp_path, kill_at, point, owner):
         check_owner(broken, owner)
 
 
+def test_dead_while_its_last_call_is_answered(journey, tmp_path, kill_at, monkeypatch):
+    """The guest's process finds that every page is there only when it looks again."""
+    waits = kill_at("destination.nothing-missing")
+    with Recovering(broken_journey(journey), tmp_path) as broken:
+        control = broken.destination.control
+        first, has_arrived = iter([False]), control._has_arrived
+        monkeypatch.setattr(control, "_has_arrived", lambda: next(first, True) and has_arrived())
+        broken.source.control.migrate(broken.destination.listen())
+        broken.until_postcopy()
+        broken.hurry()
+        wait_until(lambda: not waits(), DEADLINE_S, "nobody came to the end")
+        control.progress.wait(Status.COMPLETED, timeout=DEADLINE_S)
+        assert "postcopy-paused" in broken.destination.story()
+        assert broken.destination.error is None
+        broken.until_settled()
+        broken.verify(broken.destination)
+
+
 @pytest.mark.parametrize("point", RECOVERY)
 def test_recovery(journey, tmp_path, kill_at, point):
     waits = kill_at(point)

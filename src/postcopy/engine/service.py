@@ -28,6 +28,9 @@ from postcopy.stream.description import build_description
 from postcopy.stream.records import Configuration
 
 _LOOK_S = 0.05
+_LAST_WORDS_S = 2.0
+"""How long a destination that has completed stays for its source to read so: a process that ends with
+unread bytes in a socket resets the connection, and takes its own last word with it."""
 
 
 class EngineService:
@@ -49,6 +52,8 @@ class EngineService:
         self._ended.wait()
         if isinstance(self._job, Destination):
             self._job.stop_waiting()  # a Unix socket's file would stay
+        if self._progress.status is Status.COMPLETED:
+            self._join(_LAST_WORDS_S)
         # Threads may wait in calls that nothing will end; all that matters outlives us elsewhere.
         os._exit(0)
 

@@ -265,13 +265,11 @@ class MigrationControl:
         with self._succession.lock, self._lock:
             paused = self.progress.status is Status.POSTCOPY_PAUSED
             if not paused or self._is_incoming or self._guest.owned:
-                raise WrongState(
-                    "x-migrate-arrived can only be run when an outgoing postcopy is paused"
-                )
-            self._error = None
+                what = "x-migrate-arrived can only be run when an outgoing postcopy is paused"
+                raise WrongState(what)
             self._service.unwatch_writes()
-            self._completed()
-            self._settle(Status.COMPLETED)
+            self._service.arrived_there = True
+            self._settle_if_arrived()
 
     def _resume(self, uri: str) -> None:
         """Go on with a paused postcopy at ``uri``."""
@@ -415,9 +413,7 @@ class MigrationControl:
         if self._engine is not engine or not self._busy:
             return
         status = self.progress.status
-        if self._has_arrived():
-            self._completed()
-            self._settle(Status.COMPLETED)
+        if self._settle_if_arrived():
             return
         if self._restoring.active:
             self._restoring.engine_died()
@@ -447,7 +443,7 @@ class MigrationControl:
             remove_partial(parse(self._last_uri))
 
     def _has_arrived(self) -> bool:
-        """Whether an engine has died with nothing left to do but to say so."""
+        """Whether an engine has nothing left to do but to say so."""
         if not self._is_incoming:
             return self.progress.status in AFTER_SWITCHOVER and self._service.arrived_there
         return self._guest.owned and not self._service.watches_missing
@@ -474,13 +470,24 @@ class MigrationControl:
         else:
             self._settle(Status.FAILED)
 
+    def _settle_if_arrived(self) -> bool:
+        """An engine may die with nothing left to do, or while its last call is answered here."""
+        if not (self._busy and self._has_arrived()):
+            return False
+        self._error = None
+        self._completed()
+        self._settle(Status.COMPLETED)
+        return True
+
     def _needs_successor(self) -> bool:
         """Whether an engine is to be put in place of a dead one: the user may have been quicker."""
-        return self.progress.status is Status.POSTCOPY_PAUSED and self._engine is None
+        paused = self.progress.status is Status.POSTCOPY_PAUSED and self._engine is None
+        return paused and not self._settle_if_arrived()
 
     def _no_successor(self, error: PostcopyError) -> None:
-        # Its address may be taken by now: migrate-recover with another starts one again.
-        self._error = f"{self._error}; no successor could listen: {error}"
+        if not self._settle_if_arrived():
+            # Its address may be taken by now: migrate-recover with another starts one again.
+            self._error = f"{self._error}; no successor could listen: {error}"
 
     def _resume_guest(self) -> None:
         try:
