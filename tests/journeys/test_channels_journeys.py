@@ -1,5 +1,6 @@
 """Ways to carry a guest other than a connection: descriptors, commands, files."""
 
+import os
 import socket
 
 from fakes.pair import NEVER_ENDS, POSTCOPY, hammer
@@ -82,3 +83,20 @@ def test_postcopy_into_a_file_is_refused(journey, tmp_path):
         f"postcopy needs a channel that answers, which file:{tmp_path}/saved does not"
     )
     trip.verify_source()
+
+
+def test_a_file_that_ends_too_early_leaves_nothing_behind(journey, tmp_path):
+    """What it has brought does not shine through where the next one has zeros."""
+    trip = journey(hammer(), paused=True)
+    more = journey(hammer(fill_kib=16384), paused=True)
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    for side, path in ((more.source, cut), (trip.source, whole)):
+        side.control.migrate(f"file:{path}")
+        side.wait(Status.COMPLETED)
+    os.truncate(cut, cut.stat().st_size - (1 << 20))
+    trip.destination.listen(f"file:{cut}")
+    trip.destination.wait(Status.FAILED)
+    assert trip.destination.ram().any(axis=1).sum() > 3000
+    trip.destination.listen(f"file:{whole}")
+    trip.finish()
+    assert (trip.destination.ram() == trip.source.ram()).all()

@@ -8,6 +8,7 @@ import pytest
 
 from fakes.pair import NEVER_ENDS, QUICK, hammer, idle, tiny
 from postcopy.errors import Refused
+from postcopy.machine.workload import PAGE_BYTES
 from postcopy.parameters import Capability
 from postcopy.status import Status
 from postcopy.stream.mapped_ram import PAGES_ALIGNMENT_BYTES
@@ -216,6 +217,27 @@ def test_cut_files(journey, tmp_path, kept):
     os.truncate(path, kept if kept >= 0 else whole - 1)
     refused(trip, uri, "beyond the file of" if kept in {4096, 40 * MIB} else "The stream ends in")
     assert length > whole
+
+
+def test_one_that_failed_leaves_nothing_behind(journey, tmp_path):
+    """Pages of a file that proved bad do not shine through where the next one has none."""
+    trip = journey(hammer(), capabilities=MAPPED, paused=True)
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    uri = save(trip, good)
+    raw = bytearray(good.read_bytes())
+    bitmap = raw.index(b"microvm.ram") + len("microvm.ram") + 8 + 28
+    first = 48 * MIB
+    assert not raw[bitmap + first // PAGE_BYTES // 8]
+    raw[bitmap + first // PAGE_BYTES // 8] = 0xFF
+    place = PAGES_ALIGNMENT_BYTES + first
+    raw[place : place + 8 * PAGE_BYTES] = b"\xff" * 8 * PAGE_BYTES
+    bad.write_bytes(raw[: PAGES_ALIGNMENT_BYTES + 64 * MIB + 100])
+    trip.destination.control.incoming(f"file:{bad}", exit_on_error=False)
+    trip.destination.wait(Status.FAILED)
+    assert trip.destination.ram()[first // PAGE_BYTES : first // PAGE_BYTES + 8].all()
+    trip.destination.control.incoming(uri, exit_on_error=False)
+    trip.finish()
+    assert (trip.destination.ram() == trip.source.ram()).all()
 
 
 @pytest.fixture
