@@ -87,6 +87,9 @@ class FakeMigration:
     def incoming(self, uri, *, exit_on_error=True):
         raise WrongState("'-incoming' was not specified on the command line")
 
+    def restore(self, path, *, exit_on_error=True, **wishes):
+        self.calls.append(("restore", path, wishes))
+
     def start_postcopy(self):
         if not self.capabilities.enabled(Capability.POSTCOPY_RAM):
             raise WrongState(

@@ -17,6 +17,7 @@ COMMANDS: Final = {
     "run": "postcopy.cli.run",
     "migrate": "postcopy.cli.migrate",
     "recover": "postcopy.cli.recover",
+    "restore": "postcopy.cli.restore",
     "status": "postcopy.cli.status",
     "doctor": "postcopy.cli.doctor",
     "demo": "postcopy.cli.demo",

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,15 +14,18 @@ import click
 
 from postcopy.cli import terminal
 from postcopy.cli.failures import DONE, FAILED
-from postcopy.cli.run_settings import DEFER, STDIO, RunSettings
+from postcopy.cli.run_settings import DEFER, STDIO, RestoreOrder, RunSettings
+from postcopy.errors import ImageError, Refused
 from postcopy.events import EventBus
 from postcopy.link.control import MigrationControl
+from postcopy.link.engine_process import EnginePool
 from postcopy.machine.config import MachineConfig
 from postcopy.machine.machine import Machine
 from postcopy.machine.run_state import RunState
 from postcopy.monitor.backend import Backend
 from postcopy.monitor.hmp_console import HmpConsole
 from postcopy.monitor.server import serve_hmp, serve_qmp
+from postcopy.status import Status
 
 _CLOSE_S: Final = 2.0
 
@@ -43,11 +47,14 @@ class GuestProcess:
 
     The main thread waits at a pipe; any thread may end the wait by :meth:`end`.  A pipe and not a lock,
     because the kernel may give a signal to a vCPU's thread: then only the pipe wakes the main one.
+
+    :param engines: where one has been started ahead.
     """
 
-    def __init__(self, settings: RunSettings) -> None:
+    def __init__(self, settings: RunSettings, engines: EnginePool | None = None) -> None:
         self.events = EventBus()
         self._settings = settings
+        self._engines = engines
         self._over = False
         self._wake_reader, self._wake_writer = os.pipe()
         os.set_blocking(self._wake_writer, False)
@@ -87,7 +94,7 @@ class GuestProcess:
 
     def _start(self) -> None:
         settings = self._settings
-        incoming = settings.incoming is not None
+        incoming = settings.incoming is not None or settings.restore is not None
         machine = _OperatedMachine(settings.machine, self)
         self._cleanup.callback(_try, machine.close)
         control = MigrationControl(
@@ -96,11 +103,14 @@ class GuestProcess:
             incoming=incoming,
             on_moved=lambda: machine.set_run_state(RunState.POSTMIGRATE),
             on_incoming_failed=self._incoming_failed,
+            engines=self._engines,
         )
         self._cleanup.callback(control.close)
         self._catch_signals()
         machine.start(paused=settings.paused, incoming=incoming)
-        if incoming:
+        if settings.restore is not None:
+            self._restore(control, settings.restore)
+        elif incoming:
             control.prepare()
         else:
             threading.Thread(target=control.prepare, name="prepare", daemon=True).start()
@@ -110,6 +120,14 @@ class GuestProcess:
         self._serve(backend)
         if STDIO in settings.monitors:
             self._open_console(backend)
+
+    def _restore(self, control: MigrationControl, order: RestoreOrder) -> None:
+        try:
+            control.restore(**asdict(order))
+        except ImageError as error:
+            raise Refused(str(error)) from error
+        told = threading.Thread(target=_tell_times, args=(control,), name="times", daemon=True)
+        told.start()
 
     def _serve(self, backend: Backend) -> None:
         for address in self._settings.qmps:
@@ -133,7 +151,8 @@ class GuestProcess:
             self.end(DONE)
 
     def _incoming_failed(self, reason: str) -> None:
-        click.echo(f"postcopy: the incoming migration failed: {reason}", err=True)
+        what = "incoming migration" if self._settings.restore is None else "restore"
+        click.echo(f"postcopy: the {what} failed: {reason}", err=True)
         self.end(FAILED)
 
     def _catch_signals(self) -> None:
@@ -149,6 +168,21 @@ class GuestProcess:
     def _name_process(self) -> None:
         if self._settings.name:
             Path("/proc/self/comm").write_text(self._settings.name)
+
+
+def _tell_times(control: MigrationControl) -> None:
+    """Say how long the restore took, when it is over."""
+    control.progress.wait(Status.COMPLETED, Status.FAILED)
+    info = control.info()
+    if info.error_desc is not None:
+        click.echo(f"postcopy: {info.error_desc}", err=True)
+    times = info.measured
+    if times is None or times.restore_complete_us is None:
+        return
+    spans = (times.restore_running_us, times.restore_ready_us, times.restore_complete_us)
+    names = ("running", "ready", "complete")
+    parts = [f"{name} after {us / 1e6:.3f} s" for name, us in zip(names, spans, strict=True) if us]
+    click.echo(f"postcopy: {', '.join(parts)}; {times.demand_faults} demand faults", err=True)
 
 
 def _try(close: Callable[[], None]) -> None:

@@ -14,6 +14,8 @@ _COLOURS = {
     Phase.SWITCHOVER: "yellow",
     Phase.POSTCOPY: "magenta",
     Phase.PAUSED: "red",
+    Phase.SAVING: "cyan",
+    Phase.DIGESTS: "yellow",
     Phase.RECOVERY: "yellow",
     Phase.COMPLETED: "green",
     Phase.FAILED: "red",

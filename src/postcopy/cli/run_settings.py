@@ -16,6 +16,20 @@ NONE = "none"
 
 
 @dataclass(frozen=True)
+class RestoreOrder:
+    """What ``x-restore`` is asked for.
+
+    :param began_ns: when the process has started, on the monotonic clock.
+    """
+
+    path: str
+    lazy: bool
+    prefetch: str
+    record: bool
+    began_ns: int
+
+
+@dataclass(frozen=True)
 class RunSettings:
     """One guest's process.
 
@@ -23,6 +37,7 @@ class RunSettings:
     :param monitors: addresses of HMP monitors; ``stdio`` at most once.
     :param qmps: addresses of QMP monitors.
     :param serial: ``stdio``, ``none`` or ``file:PATH``.
+    :param restore: the image that the guest wakes from, in place of ``incoming``.
     """
 
     machine: MachineConfig
@@ -32,6 +47,7 @@ class RunSettings:
     qmps: tuple[str, ...]
     name: str | None
     serial: str
+    restore: RestoreOrder | None = None
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Self:
@@ -39,22 +55,30 @@ class RunSettings:
 
         :raises Refused: they do not go together.
         """
-        monitors = tuple(options["monitors"])
-        if not monitors and not options["qmps"] and sys.stdin.isatty():
-            monitors = (STDIO,)
-        if monitors.count(STDIO) > 1:
-            raise Refused("--monitor stdio is given twice; there is one standard input")
-        if options["serial"] not in {STDIO, NONE} and not options["serial"].startswith("file:"):
-            raise Refused(f"no serial port at {options['serial']!r}; give stdio, none or file:PATH")
         return cls(
             machine=_machine(options),
             incoming=options["incoming"],
             paused=options["paused"],
-            monitors=tuple(place for place in monitors if place != NONE),
+            monitors=monitors_of(options),
             qmps=tuple(place for place in options["qmps"] if place != NONE),
             name=options["name"],
             serial=options["serial"],
         )
+
+
+def monitors_of(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Where the HMP monitors are.
+
+    :raises Refused: two cannot share the standard input; or there is no such serial port.
+    """
+    monitors = tuple(options["monitors"])
+    if not monitors and not options["qmps"] and sys.stdin.isatty():
+        monitors = (STDIO,)
+    if monitors.count(STDIO) > 1:
+        raise Refused("--monitor stdio is given twice; there is one standard input")
+    if options["serial"] not in {STDIO, NONE} and not options["serial"].startswith("file:"):
+        raise Refused(f"no serial port at {options['serial']!r}; give stdio, none or file:PATH")
+    return tuple(place for place in monitors if place != NONE)
 
 
 def _machine(options: Mapping[str, Any]) -> MachineConfig:

@@ -5,7 +5,6 @@ decides what an engine's death means.  The figures are the engine's; it is asked
 """
 
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,7 +15,7 @@ from postcopy.channel.partial_file import remove_partial
 from postcopy.errors import EngineDied, PostcopyError, WrongState
 from postcopy.events import EventBus
 from postcopy.link import loss
-from postcopy.link.engine_process import EngineProcess
+from postcopy.link.engine_process import EnginePool, EngineProcess
 from postcopy.link.engines import Engines, Succession
 from postcopy.link.guest_service import GuestService, OwnedGuest
 from postcopy.link.host import check_postcopy, check_snapshot, check_transport
@@ -36,6 +35,7 @@ class MigrationControl:
     :param incoming: this process waits for a guest to come.
     :param on_moved: called when the guest has moved away for good.
     :param on_incoming_failed: called with the reason when no guest will come.
+    :param engines: where engines come from, ours from now on.
     """
 
     def __init__(
@@ -46,13 +46,14 @@ class MigrationControl:
         incoming: bool = False,
         on_moved: Callable[[], None] = lambda: None,
         on_incoming_failed: Callable[[str], None] = lambda _: None,
+        engines: EnginePool | None = None,
     ) -> None:
         self._guest = guest
         self._events = events
         self._awaits = incoming
         self._on_moved = on_moved
         self._on_incoming_failed = on_incoming_failed
-        self._engines = Engines(self._handlers, self._engine_ended)
+        self._engines = Engines(self._handlers, self._engine_ended, engines)
         self._succession = Succession(
             self._needs_successor,
             lambda: self._adopt_destination(self._last_uri),
@@ -176,7 +177,6 @@ class MigrationControl:
 
     def restore(self, path: str, *, exit_on_error: bool = True, **wishes: Any) -> None:
         """Wake the guest of an image: see :class:`postcopy.monitor.backend.MigrationControl`."""
-        wishes.setdefault("began_ns", time.monotonic_ns())
         with self._lock:
             link = self._expect(exit_on_error)
             self._restoring.begin(link, path, **wishes)
@@ -211,13 +211,12 @@ class MigrationControl:
 
     def pause(self) -> None:
         """Break a postcopy on purpose."""
+        self._restoring.refuse_pause()
         if self.progress.status not in {Status.POSTCOPY_ACTIVE, Status.POSTCOPY_RECOVER}:
             raise WrongState(
                 "migrate-pause is currently only supported during postcopy-active or "
                 "postcopy-recover state"
             )
-        if self._restoring.active:
-            raise WrongState("a restore has no connection that could be broken; use 'stop'")
         self._engines.tell("pause")
 
     def recover(self, uri: str) -> None:

@@ -17,16 +17,18 @@ class Engines:
 
     :param handlers: the calls that a new engine may make.
     :param on_end: called when an engine's link has ended, whoever ended it.
+    :param pool: where they come from.
     """
 
     def __init__(
         self,
         handlers: Callable[[EngineProcess], Mapping[str, Handler]],
         on_end: Callable[[EngineProcess], None],
+        pool: EnginePool | None = None,
     ) -> None:
         self._handlers = handlers
         self._on_end = on_end
-        self._pool = EnginePool()
+        self._pool = pool or EnginePool()
         self.current: EngineProcess | None = None
 
     def prepare(self) -> None:

@@ -5,6 +5,7 @@ image.  So the next one is started unasked, and goes on.
 """
 
 import os
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -50,6 +51,7 @@ class Restoring:
 
         :raises PostcopyError: it is no image, or none for this guest.
         """
+        wishes.setdefault("began_ns", time.monotonic_ns())
         asked = wishes | {"path": os.path.abspath(path)}  # noqa: PTH100 - keeps what a link is called
         identity = link.call("start_restore", wishes=asked, **self._settings())
         self._wishes = asked | {"identity": identity}
@@ -72,6 +74,14 @@ class Restoring:
         if self.active and self._guest.owned:
             self._engines.tell("hurry")
             self._progress().wait(*ENDED, Status.POSTCOPY_PAUSED)
+
+    def refuse_pause(self) -> None:
+        """Refuse to break what cannot be broken.
+
+        :raises WrongState: a restore is under way.
+        """
+        if self.active:
+            raise WrongState("a restore has no connection that could be broken; use 'stop'")
 
     def recover(self, uri: str) -> None:
         """Go on with a restore that no engine could go on with.

@@ -7,7 +7,7 @@ be called from any thread, several at a time.  What they refuse they refuse with
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from postcopy.events import EventBus
 from postcopy.guest import VcpuThread
@@ -102,6 +102,15 @@ class MigrationControl(Protocol):
 
         :param exit_on_error: end the process when the migration fails.
         :raises WrongState: not started to wait for one, or already listening.
+        """
+
+    def restore(self, path: str, *, exit_on_error: bool = True, **wishes: Any) -> None:
+        """Wake the guest of an image, here.  Returns when the image is known to be one for us.
+
+        :param wishes: ``lazy``: run the guest first; ``prefetch``: ``auto`` or ``off``; ``record``: add
+            what it touches to the working set.
+        :raises ImageError: the image is damaged, none, or of another machine; nothing has changed.
+        :raises WrongState: not started to wait for a guest, or one has come.
         """
 
     def start_postcopy(self) -> None:

@@ -75,6 +75,16 @@ def _named(names: Mapping[str, Any], name: str) -> Any:
     return names[name]
 
 
+def _restore(context: Context, arguments: Mapping[str, Any]) -> None:
+    context.backend.migration.restore(
+        arguments["path"],
+        lazy=arguments["l"],
+        prefetch="off" if arguments["n"] else "auto",
+        record=arguments["r"],
+        exit_on_error=False,
+    )
+
+
 def _continue(context: Context, arguments: Mapping[str, Any]) -> None:
     states = {status.value: status for status in Status}
     context.backend.migration.continue_(_named(states, arguments["state"]))
@@ -225,6 +235,11 @@ _TABLE = (
     HmpCommand(
         "x_migrate_lost", lambda c, _: c.backend.migration.lost(),
         "the source is gone for good: do what the parameter x-on-loss says",
+    ),
+    HmpCommand(
+        "x_restore", _restore,
+        "wake the guest of an image (-l: run it first; -n: leave the working set; -r: record it)",
+        (Argument("path", word),), flags="lnr", usage="[-l] [-n] [-r] path",
     ),
     HmpCommand(
         "xp", _xp, "show guest physical memory at ADDR",

@@ -53,6 +53,16 @@ def _migrate_incoming(backend: Backend, arguments: Arguments) -> None:
     backend.migration.incoming(uri_of_call(arguments), exit_on_error=exit_on_error)
 
 
+def _restore(backend: Backend, arguments: Arguments) -> None:
+    backend.migration.restore(
+        arguments["path"],
+        lazy=arguments.get("lazy", False),
+        prefetch=arguments.get("prefetch", "auto"),
+        record=arguments.get("record-working-set", False),
+        exit_on_error=arguments.get("exit-on-error", True),
+    )
+
+
 def _set_capabilities(backend: Backend, arguments: Arguments) -> None:
     changes = {Capability(c["capability"]): c["state"] for c in arguments["capabilities"]}
     backend.migration.set_capabilities(changes)
@@ -103,6 +113,19 @@ _TABLE = (
         "migrate-incoming",
         _migrate_incoming,
         Struct(optional=_URI_OR_CHANNELS | {"exit-on-error": boolean}),
+    ),
+    Command(
+        "x-restore",
+        _restore,
+        Struct(
+            {"path": string},
+            {
+                "lazy": boolean,
+                "prefetch": enumeration("auto", "off"),
+                "record-working-set": boolean,
+                "exit-on-error": boolean,
+            },
+        ),
     ),
     Command("migrate-start-postcopy", lambda b, _: b.migration.start_postcopy()),
     Command("migrate_cancel", lambda b, _: b.migration.cancel()),

@@ -36,9 +36,9 @@ class Wishes:
         """
         wishes = cls(
             path=Path(wire["path"]),
-            lazy=wire["lazy"],
-            prefetch=cast("Prefetch", wire["prefetch"]),
-            record=wire["record"],
+            lazy=wire.get("lazy", False),
+            prefetch=cast("Prefetch", wire.get("prefetch", "auto")),
+            record=wire.get("record", False),
             began_ns=wire["began_ns"],
             identity=wire.get("identity", ""),
         )

@@ -1,0 +1,57 @@
+"""``postcopy restore``: one guest that wakes from an image, with its monitors."""
+
+from typing import Any
+
+import click
+
+
+@click.command(short_help="Wake a guest from its image.")
+@click.argument("path", type=click.Path(dir_okay=False))
+@click.option(
+    "--lazy", is_flag=True, help="Run at once; memory comes as it is touched, and behind."
+)
+@click.option(
+    "--prefetch",
+    type=click.Choice(["auto", "off"]),
+    default="auto",
+    show_default=True,
+    help="Bring the recorded working set first.",
+)
+@click.option("--record-working-set", "record", is_flag=True, help="Note what is touched first.")
+@click.option(
+    "--accel", type=click.Choice(["auto", "kvm", "unicorn"]), default="auto", show_default=True
+)
+@click.option("--huge-pages", is_flag=True, help="Take the host's 2 MiB pages for the memory.")
+@click.option("--paused", "-S", is_flag=True, help="Do not run before 'cont'.")
+@click.option(
+    "--monitor",
+    "monitors",
+    multiple=True,
+    metavar="stdio|none|unix:PATH|tcp:HOST:PORT",
+    help="Where 'info migrate' and its like are typed; stdio on a terminal.",
+)
+@click.option("--qmp", "qmps", multiple=True, metavar="unix:PATH|tcp:HOST:PORT")
+@click.option("--name", metavar="NAME", help="What 'ps' calls the process.")
+@click.option("--serial", default="none", metavar="stdio|none|file:PATH", show_default=True)
+@click.pass_context
+def restore(context: click.Context, /, **options: Any) -> None:
+    """Wake the guest that sleeps in PATH, and run it until 'quit', a signal or the end of the input.
+
+    Memory, vCPUs and machine are those of the image.  With --lazy the guest runs at once.  On standard
+    error stand the three times: until it ran, until it had what it touches first, until it had all.
+    """
+    from postcopy.link.engine_process import EnginePool
+
+    engines = EnginePool()
+    engines.prepare()  # an engine starts while we import what we need ourselves
+    try:
+        context.exit(_run(options, engines))
+    finally:
+        engines.close()
+
+
+def _run(options: dict[str, Any], engines: Any) -> int:
+    from postcopy.cli.guest_process import GuestProcess
+    from postcopy.cli.restore_settings import restore_settings
+
+    return GuestProcess(restore_settings(options), engines).run()
