@@ -292,6 +292,8 @@ class GuestService:
         if watch is not None:
             for region in self._guest.regions():
                 watch.unregister(region.host_address, region.size_bytes)
+                # That wakes who waits for a page, but not who waits to write to one.
+                watch.wake(region.host_address, region.size_bytes)
             watch.close()
 
 

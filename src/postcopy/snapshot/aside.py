@@ -62,6 +62,15 @@ class Aside:
         """The oldest copies, or none; :meth:`written` gives their room back."""
         return self._waiting.popleft() if self._waiting else None
 
+    def take_rest(self) -> Copies | None:
+        """As :meth:`take`, once every page is saved: waits for what is being copied at this moment.
+
+        :return: None when nothing more will come, or nobody takes it any more.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or not self._bytes or self._closed)
+            return self.take()
+
     def written(self, copies: Copies) -> None:
         """They are on their way, and take no more room here."""
         with self._changed:

@@ -169,13 +169,14 @@ class BackgroundSnapshot:
         for copies in self._unsaved.sweep():
             guard.let_go(copies.block, copies.first, copies.end)
             self._write(sender, copies)
-            self._write_aside(sender)
+            self._write_aside(sender, self._aside.take)
             reached("snapshot.writing")
         reached("snapshot.all-saved")
-        self._write_aside(sender)
+        self._write_aside(sender, self._aside.take_rest)
+        self._check_complete()
 
-    def _write_aside(self, sender: Sender) -> None:
-        while (copies := self._aside.take()) is not None:
+    def _write_aside(self, sender: Sender, take: Callable[[], Copies | None]) -> None:
+        while (copies := take()) is not None:
             self._write(sender, copies)
             self._aside.written(copies)
 
@@ -202,6 +203,14 @@ class BackgroundSnapshot:
         publish(self._address, channel.fileno())
         reached("snapshot.published")
         channel.close()  # for a command this is when it proves to have worked
+
+    def _check_complete(self) -> None:
+        """Each page has been written once: an image that lacks one must not get its name."""
+        self._check_cancelled()
+        pages = self._counters.normal_pages + self._counters.zero_pages
+        expected = self._counters.total_bytes // self._counters.page_bytes
+        if pages != expected:
+            raise PostcopyError(f"the snapshot has {pages} pages in place of {expected}")
 
     # --- when something went wrong
 

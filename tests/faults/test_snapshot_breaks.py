@@ -1,0 +1,183 @@
+"""A snapshot that breaks at any step: the guest goes on, its writes wait for nobody, no half image stays."""
+
+import os
+import resource
+import signal
+import socket
+
+import pytest
+
+from fakes.pair import MIB, engines, hammer
+from fakes.sink import Sink
+from fakes.snapshots import Portrait
+from fakes.waiting import wait_until
+from postcopy import kill_points
+from postcopy.machine.workload import load
+from postcopy.snapshot.aside import ASIDE_BYTES
+from postcopy.status import Status
+
+pytestmark = pytest.mark.kvm
+
+DEADLINE_S = 20.0
+OLD = b"the image before"
+
+
+def names_in(folder):
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def check_survived(portrait, folder, status=Status.FAILED):
+    """The guest is well, and the next snapshot succeeds."""
+    portrait.side.wait(status)
+    assert (portrait.side.error is None) == (status is Status.CANCELLED)
+    portrait.check_memory()
+    portrait.take(f"file:{folder}/next")
+    portrait.check_image(f"file:{folder}/next")
+
+
+@pytest.fixture
+def portrait():
+    with Portrait(hammer()) as made:
+        yield made
+
+
+@pytest.fixture
+def image(tmp_path):
+    """Where an image goes that takes the place of another."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    path = folder / "image"
+    path.write_bytes(OLD)
+    return path
+
+
+def begin_stalled(portrait, sink):
+    """A snapshot that stands still in the midst of writing, its guest running."""
+    portrait.begin(sink.stall().uri)
+    wait_until(lambda: "RESUME" in portrait.side.story()[1:], DEADLINE_S, "the stop is over")
+    wait_until(lambda: portrait.measured().write_faults, DEADLINE_S, "a write")
+    assert portrait.side.status is Status.ACTIVE
+
+
+class TestEngineKilled:
+    @pytest.mark.parametrize("point", kill_points.SNAPSHOT)
+    def test_at_each_step(self, tmp_path, image, monkeypatch, point):
+        marker = tmp_path / "kill"
+        marker.touch()
+        monkeypatch.setenv(kill_points.VARIABLE, f"{point}@{marker}")
+        with Portrait(hammer(fill_kib=2048)) as portrait:
+            portrait.begin(f"file:{image}")
+            portrait.side.wait(Status.FAILED)
+            assert not marker.exists(), f"nobody came to {point}"
+            assert "engine process died" in portrait.side.error
+            assert names_in(image.parent) == ["image"]
+            if point == "snapshot.published":
+                portrait.check_image(f"file:{image}")
+            else:
+                assert image.read_bytes() == OLD
+            check_survived(portrait, tmp_path)
+
+    def test_while_the_guest_waits_for_the_sink(self, tmp_path):
+        workload = load("hammer", 128 * MIB, 2, fill_bytes=96 * MIB, hot_bytes=96 * MIB)
+        with Sink(tmp_path) as sink, Portrait(workload) as portrait:
+            begin_stalled(portrait, sink)
+            wait_until(
+                lambda: portrait.measured().aside_most_bytes >= ASIDE_BYTES - MIB,
+                DEADLINE_S,
+                "no more room aside",
+            )
+            os.kill(portrait.side.engine_process_id(), signal.SIGKILL)
+            check_survived(portrait, tmp_path)
+
+
+class TestSinkThatFails:
+    def test_hangs_up(self, tmp_path, portrait):
+        with Sink(tmp_path) as sink:
+            begin_stalled(portrait, sink)
+            sink.break_off()
+            portrait.side.wait(Status.FAILED)
+            assert portrait.side.error == f"{sink.uri}: Broken pipe"
+        check_survived(portrait, tmp_path)
+
+    def test_nobody_is_there(self, tmp_path, portrait):
+        portrait.begin(f"unix:{tmp_path}/nobody")
+        check_survived(portrait, tmp_path)
+
+    def test_full_device(self, tmp_path, portrait):
+        portrait.begin("file:/dev/full")
+        portrait.side.wait(Status.FAILED)
+        assert portrait.side.error == "file:/dev/full: No space left on device"
+        check_survived(portrait, tmp_path)
+
+    def test_full_disk(self, tmp_path, portrait, image):
+        """As far as a process sees it: so many bytes, and no more."""
+        (engine,) = engines()
+        resource.prlimit(engine, resource.RLIMIT_FSIZE, (3 * MIB, 3 * MIB))
+        portrait.begin(f"file:{image}")
+        portrait.side.wait(Status.FAILED)
+        assert portrait.side.error == f"file:{image}.partial: File too large"
+        assert names_in(image.parent) == ["image"]
+        assert image.read_bytes() == OLD
+        check_survived(portrait, tmp_path)
+
+    def test_no_such_folder(self, tmp_path, portrait):
+        portrait.begin(f"file:{tmp_path}/nowhere/image")
+        portrait.side.wait(Status.FAILED)
+        assert "No such file or directory" in portrait.side.error
+        check_survived(portrait, tmp_path)
+
+    def test_a_folder_of_that_name(self, tmp_path, portrait):
+        portrait.begin(f"file:{tmp_path}")
+        portrait.side.wait(Status.FAILED)
+        assert portrait.side.error == f"Could not open '{tmp_path}': Is a directory"
+        check_survived(portrait, tmp_path)
+
+    def test_command_that_fails(self, tmp_path, portrait):
+        portrait.begin("exec:cat > /dev/null; exit 3")
+        check_survived(portrait, tmp_path)
+
+
+class TestCancelled:
+    def test_right_after_migrate(self, tmp_path, portrait, image):
+        portrait.begin(f"file:{image}")
+        portrait.side.control.cancel()
+        ends = (Status.CANCELLED, Status.COMPLETED)
+        if portrait.side.wait(*ends) is Status.CANCELLED:
+            assert image.read_bytes() == OLD
+        assert names_in(image.parent) == ["image"]
+        portrait.check_memory()
+
+    def test_in_setup(self, tmp_path, portrait):
+        """Nobody accepts the connection, so that setup does not end."""
+        with socket.socket(socket.AF_UNIX) as door, socket.socket(socket.AF_UNIX) as first:
+            door.bind(f"{tmp_path}/door")
+            door.listen(0)
+            first.connect(f"{tmp_path}/door")  # as many as may wait
+            portrait.begin(f"unix:{tmp_path}/door")
+            assert portrait.side.status is Status.SETUP
+            portrait.side.control.cancel()
+            check_survived(portrait, tmp_path, Status.CANCELLED)
+
+    def test_while_it_is_written(self, tmp_path, portrait):
+        with Sink(tmp_path) as sink:
+            begin_stalled(portrait, sink)
+            portrait.side.control.cancel()
+            check_survived(portrait, tmp_path, Status.CANCELLED)
+
+    def test_while_the_guest_waits_for_the_sink(self, tmp_path):
+        workload = load("hammer", 128 * MIB, 1, fill_bytes=96 * MIB, hot_bytes=96 * MIB)
+        with Sink(tmp_path) as sink, Portrait(workload) as portrait:
+            begin_stalled(portrait, sink)
+            wait_until(
+                lambda: portrait.measured().aside_most_bytes >= ASIDE_BYTES - MIB,
+                DEADLINE_S,
+                "no more room aside",
+            )
+            portrait.side.control.cancel()
+            check_survived(portrait, tmp_path, Status.CANCELLED)
+
+    def test_afterwards(self, tmp_path, portrait):
+        portrait.take(f"file:{tmp_path}/image")
+        portrait.side.control.cancel()
+        assert portrait.side.status is Status.COMPLETED
+        portrait.check_image(f"file:{tmp_path}/image")
