@@ -20,16 +20,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from postcopy.client import (
         FaultLatency,
+        Guest,
         Machine,
         Migration,
         Phase,
         Postcopy,
         Progress,
         Result,
+        Snapshot,
+        SnapshotJob,
     )
     from postcopy.errors import (
         CannotConnect,
         ChannelBroken,
+        ImageError,
         MigrationCancelled,
         MigrationFailed,
         NeedsRecovery,
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Machine",
+    "Guest",
     "Migration",
     "Progress",
     "Phase",
@@ -47,6 +52,8 @@ __all__ = [
     "Result",
     "FaultLatency",
     "Postcopy",
+    "Snapshot",
+    "SnapshotJob",
     "PostcopyError",
     "Refused",
     "MigrationFailed",
@@ -54,6 +61,7 @@ __all__ = [
     "NeedsRecovery",
     "CannotConnect",
     "ChannelBroken",
+    "ImageError",
 ]
 
 _ELSEWHERE = {
@@ -65,6 +73,7 @@ _ELSEWHERE = {
         "NeedsRecovery",
         "CannotConnect",
         "ChannelBroken",
+        "ImageError",
     },
     "postcopy.status": {"Status"},
 }

@@ -7,15 +7,23 @@ from postcopy.client.machine import Machine, MigrateOptions, RunOptions
 from postcopy.client.migration import Migration, Postcopy
 from postcopy.client.progress import Phase, Progress
 from postcopy.client.result import FaultLatency, Result
+from postcopy.client.snapshot import Snapshot, SnapshotJob, SnapshotOptions
+
+Guest = Machine
+"""The same under the name that those use who care for what runs in it."""
 
 __all__ = [
     "Machine",
+    "Guest",
     "Migration",
     "Progress",
     "Phase",
     "Result",
     "FaultLatency",
     "Postcopy",
+    "Snapshot",
+    "SnapshotJob",
+    "SnapshotOptions",
     "RunOptions",
     "MigrateOptions",
 ]

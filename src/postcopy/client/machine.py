@@ -9,7 +9,9 @@ from typing import Any, Final, Literal, Self, TypedDict, Unpack
 from postcopy.client.connection import Connection
 from postcopy.client.launch import MachineProcess
 from postcopy.client.migration import Migration, Postcopy
+from postcopy.client.opening import Opening
 from postcopy.client.recovery import address_of, bring_together
+from postcopy.client.snapshot import Snapshot, SnapshotJob, SnapshotOptions, wanted
 from postcopy.errors import PostcopyError, Refused
 from postcopy.parameters import Capability
 
@@ -59,21 +61,31 @@ class Machine:
         self._process = process
 
     @classmethod
-    async def connect(cls, address: str) -> Self:
+    def connect(cls, address: str) -> Opening[Self]:
         """Connect to the QMP monitor at ``unix:PATH`` or ``tcp:HOST:PORT``.
 
+        :return: to be awaited, or used in ``async with``.
         :raises Refused: not such an address.
         :raises CannotConnect: nobody is there, or it does not speak QMP.
         """
+        return Opening(cls._connect(address))
+
+    @classmethod
+    async def _connect(cls, address: str) -> Self:
         return cls(await Connection.connect(address))
 
     @classmethod
-    async def start(cls, **options: Unpack[RunOptions]) -> Self:
+    def start(cls, **options: Unpack[RunOptions]) -> Opening[Self]:
         """Start ``postcopy run`` with these options, and connect to it.
 
+        :return: to be awaited, or used in ``async with``.
         :raises Refused: the options cannot work.
         :raises CannotConnect: it ended at once; the text says why.
         """
+        return Opening(cls._start(options))
+
+    @classmethod
+    async def _start(cls, options: RunOptions) -> Self:
         process, connection = await MachineProcess.start(options)
         return cls(connection, process)
 
@@ -195,6 +207,26 @@ class Machine:
         theirs = None if to is None else to._connection  # noqa: SLF001 - one of our own class
         auto_recover = options.get("auto_recover")
         return Migration(self._connection, theirs, postcopy, uri=uri, auto_recover=auto_recover)
+
+    async def start_snapshot(
+        self, path: str | Path, **options: Unpack[SnapshotOptions]
+    ) -> SnapshotJob:
+        """Begin to take a snapshot of the guest, which goes on, and watch it go.
+
+        :param path: of the image to be; a path of this host, as the machine's.
+        :param options: ``form`` is ``mapped-ram`` (pages at fixed places: for restores) or ``stream``
+            (which a QEMU of any age reads); with ``compress`` = ``zstd`` or a ``parent``, an image whose
+            memory goes, as far as it is new, into a store of chunks beside it, or into the parent's.
+        """
+        return SnapshotJob(self._connection, Path(path), wanted(options))
+
+    async def snapshot(self, path: str | Path, **options: Unpack[SnapshotOptions]) -> Snapshot:
+        """Take a snapshot of the guest, which goes on; see :meth:`start_snapshot`.
+
+        :raises Refused: it cannot work so, or not now; nothing has happened.
+        :raises MigrationFailed: it failed; the guest runs on, and there is no image.
+        """
+        return await (await self.start_snapshot(path, **options)).result()
 
     async def recover(
         self, uri: str | None = None, *, to: "Machine", auto_recover: float | None = None

@@ -20,6 +20,8 @@ class Phase(enum.StrEnum):
     POSTCOPY = "postcopy"
     PAUSED = "paused"
     RECOVERY = "recovery"
+    SAVING = "saving"
+    DIGESTS = "digests"
     CANCELLING = "cancelling"
     COMPLETED = "completed"
     CANCELLED = "cancelled"

@@ -7,12 +7,16 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar, Unpack
 
 from postcopy.client.machine import Machine as AsyncMachine
 from postcopy.client.machine import MigrateOptions, RunOptions
 from postcopy.client.migration import Migration as AsyncMigration
+from postcopy.client.opening import Opening
 from postcopy.client.progress import Progress
+from postcopy.client.snapshot import SnapshotJob as AsyncSnapshotJob
+from postcopy.client.snapshot import SnapshotOptions
 from postcopy.status import Status
 
 P = ParamSpec("P")
@@ -72,17 +76,31 @@ class Migration:
 
     def events(self) -> Iterator[Progress]:
         """Yield each look at the migration until it ends."""
-        looks = self.asynchronous.events()
-        try:
-            while (progress := _wait(_next(looks))) is not None:
-                yield progress
-        finally:
-            _wait(looks.aclose())
+        return _iterate(self.asynchronous.events())
 
     result = _blocking(AsyncMigration.result)
     start_postcopy = _blocking(AsyncMigration.start_postcopy)
     cancel = _blocking(AsyncMigration.cancel)
     recover = _blocking(AsyncMigration.recover)
+
+
+class SnapshotJob:
+    """Blocking twin of :class:`postcopy.client.SnapshotJob`."""
+
+    def __init__(self, asynchronous: AsyncSnapshotJob) -> None:
+        self.asynchronous = asynchronous
+
+    @property
+    def progress(self) -> Progress:
+        """The last look at it."""
+        return self.asynchronous.progress
+
+    def events(self) -> Iterator[Progress]:
+        """Yield looks at the snapshot until it ends."""
+        return _iterate(self.asynchronous.events())
+
+    result = _blocking(AsyncSnapshotJob.result)
+    cancel = _blocking(AsyncSnapshotJob.cancel)
 
 
 class Machine:
@@ -94,12 +112,12 @@ class Machine:
     @classmethod
     def connect(cls, address: str) -> Self:
         """As :meth:`postcopy.client.Machine.connect`."""
-        return cls(_wait(AsyncMachine.connect(address)))
+        return cls(_wait(_opened(AsyncMachine.connect(address))))
 
     @classmethod
     def start(cls, **options: Unpack[RunOptions]) -> Self:
         """As :meth:`postcopy.client.Machine.start`."""
-        return cls(_wait(AsyncMachine.start(**options)))
+        return cls(_wait(_opened(AsyncMachine.start(**options))))
 
     @property
     def address(self) -> str:
@@ -131,6 +149,11 @@ class Machine:
             _wait(self.asynchronous.recover(uri, to=to.asynchronous, auto_recover=auto_recover))
         )
 
+    def start_snapshot(self, path: str | Path, **options: Unpack[SnapshotOptions]) -> SnapshotJob:
+        """As :meth:`postcopy.client.Machine.start_snapshot`."""
+        return SnapshotJob(_wait(self.asynchronous.start_snapshot(path, **options)))
+
+    snapshot = _blocking(AsyncMachine.snapshot)
     close = _blocking(AsyncMachine.close)
     execute = _blocking(AsyncMachine.execute)
     run_state = _blocking(AsyncMachine.run_state)
@@ -145,5 +168,21 @@ class Machine:
     save_memory = _blocking(AsyncMachine.save_memory)
 
 
+async def _opened(opening: Opening[AsyncMachine]) -> AsyncMachine:
+    return await opening
+
+
+def _iterate(looks: AsyncGenerator[Progress, None]) -> Iterator[Progress]:
+    try:
+        while (progress := _wait(_next(looks))) is not None:
+            yield progress
+    finally:
+        _wait(looks.aclose())
+
+
 async def _next(looks: AsyncGenerator[Progress, None]) -> Progress | None:
     return await anext(looks, None)
+
+
+Guest = Machine
+"""The same under the name that those use who care for what runs in it."""

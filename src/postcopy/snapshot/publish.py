@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from postcopy.errors import Refused
+
 PARTIAL: Final = ".partial"
 MODE: Final = 0o600  # guest memory holds keys and passwords
 
@@ -13,6 +15,28 @@ MODE: Final = 0o600  # guest memory holds keys and passwords
 def partial(path: Path) -> Path:
     """Where a file is while it is being written."""
     return path.with_name(path.name + PARTIAL)
+
+
+def anew(path: Path) -> Path:
+    """Where a file is while it is being written a second time, in another form."""
+    return partial(path.with_name(path.name + ".anew"))
+
+
+def check_free(path: Path) -> None:
+    """Refuse a name under which nothing can be published.
+
+    :raises Refused: it is taken, or there is no such folder.
+    """
+    if path.exists():
+        raise Refused(f"{path} exists; remove it, or give another path")
+    if not path.parent.is_dir():
+        raise Refused(f"{path.parent} is no folder; make it, or give another path")
+
+
+def discard(path: Path) -> None:
+    """Take away what somebody has left half-written; harmless when there is nothing."""
+    for each in (partial(path), partial(partial(path)), anew(path)):
+        each.unlink(missing_ok=True)
 
 
 def publish(path: Path) -> None:

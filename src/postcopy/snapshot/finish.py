@@ -1,0 +1,106 @@
+"""From the file that a machine has written to an image under its name, with its manifest."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from postcopy.errors import ImageError, Refused
+from postcopy.snapshot.describe import describe, now
+from postcopy.snapshot.digests import take_digests
+from postcopy.snapshot.image import Image, open_image
+from postcopy.snapshot.image_file import ImageFile
+from postcopy.snapshot.manifest import Manifest, Parent, Stored, Times, beside
+from postcopy.snapshot.pack import Packed, pack, store_of
+from postcopy.snapshot.publish import anew, partial, publish
+from postcopy.snapshot.rewrite import skeleton, write_mapped
+from postcopy.snapshot.store import ChunkStore
+from postcopy.snapshot.wanted import Cost, Form, Wanted
+
+_NO_TIMES: Final = Times("")  # until all has been done that takes time
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """An image that has been published.
+
+    :ivar data_bytes, zero_bytes: of the guest's memory, counted in pages.
+    :ivar file_bytes: what the image's file takes on the disk.
+    :ivar packed: what went into the store, if there is one.
+    """
+
+    manifest: Manifest
+    ram_bytes: int
+    data_bytes: int
+    zero_bytes: int
+    file_bytes: int
+    packed: Packed | None = None
+
+
+def check_parent(parent: Path) -> None:
+    """Refuse a parent that has nothing to share.
+
+    :raises Refused: its memory is in its file.
+    :raises ImageError: it is damaged.
+    """
+    if Manifest.load(parent).stored is None:
+        raise Refused(f"{parent} has no store of chunks to share; take it with --compress zstd")
+
+
+def finish(path: Path, wanted: Wanted, cost: Cost) -> Finished:
+    """Make an image of the file that stands under the partial name.
+
+    :raises ImageError: the machine has written something that is no image.
+    :raises OSError: the disk is full, or broken.  Nothing stands under the name then.
+    """
+    taken = partial(path)
+    with open_image(taken) as image:
+        data = sum(int(image.has_data(block.name).sum()) for block in image.blocks) * 4096
+        ram = image.ram_bytes
+        if wanted.chunked:
+            manifest, packed = _to_chunks(image, path, wanted)
+        else:
+            manifest, packed = _in_form(image, path, wanted.form), None
+    times = Times(now(), cost.pause_us, cost.longest_stall_us, cost.total_ms)
+    replace(manifest, times=times).save(path)
+    try:
+        publish(path)
+    except BaseException:
+        beside(path).unlink(missing_ok=True)
+        raise
+    on_disk = path.stat().st_blocks * 512
+    return Finished(Manifest.load(path), ram, data, ram - data, on_disk, packed)
+
+
+def _in_form(image: Image, path: Path, form: Form) -> Manifest:
+    if image.format != form:  # a stream of which pages at fixed places are wanted
+        write_mapped(image, anew(path))
+        anew(path).replace(partial(path))
+        with open_image(partial(path)) as mapped:
+            return describe(mapped, _NO_TIMES)
+    return describe(image, _NO_TIMES)
+
+
+def _to_chunks(image: Image, path: Path, wanted: Wanted) -> tuple[Manifest, Packed]:
+    folder, parent = store_of(path), None
+    if wanted.parent is not None:
+        older = Manifest.load(wanted.parent)
+        if older.stored is None:
+            raise ImageError(wanted.parent, "it has no store of chunks any more")
+        folder = wanted.parent.parent / older.stored.store
+        parent = Parent(os.path.relpath(wanted.parent, path.parent), older.identity)
+    blocks, packed = pack(image, ChunkStore(folder))
+    anew(path).write_bytes(skeleton(image))
+    with ImageFile(anew(path)) as file:
+        digests = take_digests(file)
+    anew(path).replace(partial(path))
+    stored = Stored(os.path.relpath(folder, path.parent), blocks)
+    return Manifest(
+        "chunks",
+        image.machine_name,
+        tuple(image.blocks),
+        digests,
+        _NO_TIMES,
+        parent,
+        stored=stored,
+    ), packed
