@@ -6,6 +6,7 @@ import pytest
 
 from fakes.streams import device
 from postcopy.errors import StreamError
+from postcopy.stream.configuration import encode_configuration
 from postcopy.stream.description import (
     DescribedFormats,
     build_description,
@@ -87,3 +88,10 @@ def test_bytes_that_are_not_as_described():
     ):
         with pytest.raises(StreamError, match=text):
             split_sections(raw, PARSED)
+
+
+def test_the_capabilities_of_the_configuration_are_described():
+    begin = Configuration("none", capabilities=("mapped-ram",))
+    described = parse_description(build_description(begin, ()))["configuration"]
+    size = described_bytes(described)
+    assert size == len(encode_configuration(begin)) - 1  # the type byte

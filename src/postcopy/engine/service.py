@@ -22,10 +22,10 @@ from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.snapshot.background import BackgroundSnapshot
 from postcopy.snapshot.restore import Restore
 from postcopy.snapshot.wishes import Wishes as RestoreWishes
+from postcopy.source.opening import configuration
 from postcopy.source.source import Source, Wishes
 from postcopy.status import Progress, Status
 from postcopy.stream.description import build_description
-from postcopy.stream.records import Configuration
 
 _LOOK_S = 0.05
 _LAST_WORDS_S = 2.0
@@ -102,7 +102,7 @@ class EngineService:
             uri,
             Capabilities.of(capabilities),
             self._progress,
-            self._describe_devices,
+            self._describing(capabilities),
         )
 
     def _make_source(
@@ -113,7 +113,7 @@ class EngineService:
             Wishes(uri, Capabilities.of(capabilities)),
             Parameters().with_changes(parameters),
             self._progress,
-            self._describe_devices,
+            self._describing(capabilities),
             lambda number: self._link.note("passed", number=number),
         )
 
@@ -129,9 +129,10 @@ class EngineService:
         self._make_source("", capabilities, parameters)
         self._source.adopt()
 
-    def _describe_devices(self, states: Sequence[DeviceState]) -> str:
-        configuration = Configuration(self._proxy().machine_name)
-        return build_description(configuration, sections.descriptions(states))
+    def _describing(self, capabilities: Sequence[str]) -> Callable[[Sequence[DeviceState]], str]:
+        """What writes the description of a stream, once there are devices to describe."""
+        begin = configuration(self._proxy().machine_name, Capabilities.of(capabilities))
+        return lambda states: build_description(begin, sections.descriptions(states))
 
     @property
     def _source(self) -> Source:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 from postcopy.errors import StreamError
+from postcopy.stream.configuration import CAPABILITIES, encode_name
 from postcopy.stream.numbers import TARGET_PAGE_BYTES, SectionType
 from postcopy.stream.records import Configuration, DeviceSection
 
@@ -29,21 +30,35 @@ def build_description(
 
     :param devices: what to say of each FULL section, in the order of the stream.
     """
-    length = len(configuration.machine.encode())
     return json.dumps(
         {
-            "configuration": {
-                "vmsd_name": "configuration",
-                "version": 1,
-                "fields": [
-                    {"name": "len", "type": "uint32", "size": 4},
-                    {"name": "name", "type": "buffer", "size": length},
-                ],
-            },
+            "configuration": _describe_configuration(configuration),
             "page_size": page_size,
             "devices": list(devices),
         }
     )
+
+
+def _describe_configuration(configuration: Configuration) -> dict[str, Any]:
+    length = len(configuration.machine.encode())
+    described: dict[str, Any] = {
+        "vmsd_name": "configuration",
+        "version": 1,
+        "fields": [
+            {"name": "len", "type": "uint32", "size": 4},
+            {"name": "name", "type": "buffer", "size": length},
+        ],
+    }
+    if configuration.capabilities:
+        names: list[dict[str, Any]] = [
+            {"name": "capabilities", "type": "capability", "size": len(encode_name(name))}
+            for name in configuration.capabilities
+        ]
+        counted = {"name": "caps_count", "type": "uint32", "size": 4}
+        described["subsections"] = [
+            {"vmsd_name": CAPABILITIES, "version": 1, "fields": [counted, *names]}
+        ]
+    return described
 
 
 def plain_device(section: DeviceSection) -> Device:
