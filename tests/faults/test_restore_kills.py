@@ -1,0 +1,138 @@
+"""Engines die in the midst of a restore; the next goes on at once, unasked, and nothing is lost."""
+
+import random
+
+import pytest
+
+from fakes.awakening import (
+    AT_ONCE,
+    FORMS,
+    TRICKLE,
+    measured,
+    put_to_sleep,
+    wait_for_faults,
+    wake,
+    woken,
+)
+from fakes.pair import DEADLINE_S, hammer
+from fakes.waiting import wait_until
+from faults import storm
+from machine.machines import wait_for_progress
+from postcopy import kill_points
+from postcopy.errors import PostcopyError
+from postcopy.status import ENDED, Status
+
+
+@pytest.fixture
+def kill_at(monkeypatch, tmp_path):
+    """``kill_at(point)``: the next engine that comes there dies; call the result to ask if one has."""
+
+    def arm(point):
+        marker = tmp_path / "armed"
+        marker.touch()
+        monkeypatch.setenv(kill_points.VARIABLE, f"{point}@{marker}")
+        return marker.exists
+
+    return arm
+
+
+def again_until_it_has_begun(side, path, **wishes):
+    """An engine that dies before it has opened the image is an error that the user gets."""
+    try:
+        wake(side, path, **wishes)
+    except PostcopyError:
+        wake(side, path, **wishes)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("point", kill_points.RESTORE_LAZY)
+def test_lazy(journey, tmp_path, kill_at, point, form):
+    trip = journey(hammer(vcpus=2))
+    path = put_to_sleep(trip, tmp_path / "image", form)
+    waits = kill_at(point)
+    trip.new_destination()
+    wake(trip.destination, path)
+    wait_until(lambda: not waits(), DEADLINE_S, f"nobody came to {point}")
+    trip.destination.control.progress.wait(*ENDED, timeout=DEADLINE_S)
+    woken(trip)
+
+
+@pytest.mark.parametrize("point", kill_points.RESTORE_EAGER)
+def test_eager(journey, tmp_path, kill_at, point):
+    trip = journey(hammer(vcpus=2))
+    path = put_to_sleep(trip, tmp_path / "image")
+    waits = kill_at(point)
+    trip.new_destination()
+    wake(trip.destination, path, lazy=False)
+    wait_until(lambda: not waits(), DEADLINE_S, f"nobody came to {point}")
+    trip.destination.control.progress.wait(*ENDED, timeout=DEADLINE_S)
+    woken(trip)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("seed", storm.seeds())
+def test_at_random_moments(journey, tmp_path, seed, form):
+    storm.say_how_to_repeat(seed)
+    moments = random.Random(seed)
+    trip = journey(hammer(vcpus=2))
+    side = trip.destination
+    side.set(parameters=TRICKLE)
+    wake(side, put_to_sleep(trip, tmp_path / "image", form))
+    side.wait(Status.POSTCOPY_ACTIVE)
+    for _ in range(4):
+        wait_for_faults(side, moments.randrange(1, 60))
+        before = side.engine_process_id()
+        side.control._engine.kill()
+        wait_until(lambda old=before: _engine_is_new(side, old), DEADLINE_S, "a successor")
+        wait_for_progress(side.machine, trip.workload)
+        assert side.status is Status.POSTCOPY_ACTIVE
+    side.set(parameters=AT_ONCE)
+    woken(trip)
+
+
+def test_engines_that_all_die_leave_a_guest_that_waits(journey, tmp_path, monkeypatch):
+    """Nothing is lost even then: it is recovered as soon as engines live again."""
+    trip = journey(hammer())
+    side = trip.destination
+    side.set(parameters=TRICKLE)
+    path = put_to_sleep(trip, tmp_path / "image")
+    wake(side, path)
+    side.wait(Status.POSTCOPY_ACTIVE)
+    wait_for_faults(side)
+    monkeypatch.setenv(kill_points.VARIABLE, "restore.watching")
+    side.control._engine.kill()
+    side.control.progress.wait(Status.POSTCOPY_PAUSED, timeout=DEADLINE_S)
+    assert "no other could take its place: they die one after the other" in side.error
+    monkeypatch.delenv(kill_points.VARIABLE)
+    side.control.recover(f"file:{path}")
+    wait_for_progress(side.machine, trip.workload)
+    side.set(parameters=AT_ONCE)
+    woken(trip)
+
+
+def test_an_image_that_has_gone_is_asked_for(journey, tmp_path):
+    trip = journey(hammer())
+    side = trip.destination
+    side.set(parameters=TRICKLE)
+    path = put_to_sleep(trip, tmp_path / "image")
+    wake(side, path)
+    side.wait(Status.POSTCOPY_ACTIVE)
+    wait_for_faults(side)
+    path.rename(tmp_path / "elsewhere")
+    side.control._engine.kill()
+    side.control.progress.wait(Status.POSTCOPY_PAUSED, timeout=DEADLINE_S)
+    assert str(path) in side.error
+    path.write_bytes((tmp_path / "elsewhere").read_bytes()[:-1] + b"?")
+    with pytest.raises(PostcopyError):
+        side.control.recover(f"file:{path}")
+    assert side.status is Status.POSTCOPY_PAUSED
+    side.control.recover(f"file:{tmp_path}/elsewhere")
+    wait_for_progress(side.machine, trip.workload)
+    assert measured(side).demand_faults > 0
+    side.set(parameters=AT_ONCE)
+    woken(trip)
+
+
+def _engine_is_new(side, old):
+    engine = side.control._engine
+    return engine is not None and engine.process_id != old
