@@ -1,6 +1,7 @@
 """A guest in a file in which each page has its place: saved stopped or running, and loaded again."""
 
 import os
+import signal
 import subprocess
 
 import numpy as np
@@ -270,6 +271,20 @@ def test_cancelled_half_way(journey, tmp_path):
     trip.source.wait_rounds(1)
     trip.source.control.cancel()
     trip.source.wait(Status.CANCELLED)
+    trip.verify_source()
+    trip.source.set(parameters=QUICK | {"downtime-limit": 300})
+    load(trip, save(trip, tmp_path / "saved"))
+
+
+def test_an_engine_that_dies_half_way(journey, tmp_path):
+    trip = journey(hammer(), capabilities=MAPPED, parameters=NEVER_ENDS)
+    uri = f"file:{tmp_path}/saved"
+    trip.source.control.migrate(uri)
+    trip.source.wait_rounds(1)
+    os.kill(trip.source.engine_process_id(), signal.SIGKILL)
+    trip.source.wait(Status.FAILED)
+    assert "the engine process died unexpectedly" in trip.source.error
+    refused(trip, uri, "The stream ends in an element")
     trip.verify_source()
     trip.source.set(parameters=QUICK | {"downtime-limit": 300})
     load(trip, save(trip, tmp_path / "saved"))
