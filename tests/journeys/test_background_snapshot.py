@@ -118,6 +118,12 @@ def test_to_a_descriptor(tmp_path):
         portrait.check_image(f"file:{tmp_path}/image")
 
 
+def test_mapped_ram(tmp_path):
+    with Portrait(hammer(), capabilities=(Capability.MAPPED_RAM,)) as portrait:
+        portrait.take(f"file:{tmp_path}/image")
+        portrait.check_image(f"file:{tmp_path}/image")
+
+
 def test_the_guest_runs_while_nobody_reads(tmp_path):
     """What it overwrites is put aside, so the sink may take its time."""
     with Sink(tmp_path).stall() as sink, Portrait(hammer(vcpus=2)) as portrait:
