@@ -1,0 +1,122 @@
+"""``postcopy snapshot``: an image of a guest that goes on."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from postcopy.cli.progress_view import View
+    from postcopy.client.snapshot import Snapshot, SnapshotJob
+
+_MIB = 1 << 20
+
+
+@click.command(short_help="Take an image of a running guest, ours or QEMU's, over QMP.")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--from", "source", required=True, metavar="QMP-ADDRESS", help="Whose guest it is.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["mapped-ram", "stream"]),
+    default="mapped-ram",
+    show_default=True,
+    help="Pages at fixed places, for restores; or a plain stream.",
+)
+@click.option("--compress", type=click.Choice(["zstd"]), help="Memory goes into a store of chunks.")
+@click.option(
+    "--parent",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="An image whose store of chunks is shared: only what has changed takes room.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def snapshot(**options: Any) -> None:
+    """Take an image of a guest, which goes on, and say what that cost it.
+
+    PATH is a path of this host, where the machine must run too.  Ctrl-C gives up; the guest goes on
+    in any case.
+    """
+    from postcopy.cli import drive
+
+    drive.run(_snapshot(**options))
+
+
+async def _snapshot(*, path: Path, source: str, as_json: bool, **options: Any) -> None:
+    from postcopy.cli import progress_view, report
+    from postcopy.client import Machine
+    from postcopy.errors import PostcopyError
+
+    view = progress_view.choose(as_json=as_json)
+    async with Machine.connect(source) as machine:
+        job = await machine.start_snapshot(path, **options)
+        try:
+            with view:
+                taken = await _show(job, view)
+        except PostcopyError as error:
+            view.finish({"status": "failed", "error": str(error)})
+            raise
+    view.finish({"status": "completed"} | taken.to_json())
+    if not as_json:
+        click.echo(report.text(list(lines(taken))))
+
+
+async def _show(job: "SnapshotJob", view: "View") -> "Snapshot":
+    import asyncio
+    import signal
+
+    from postcopy.errors import PostcopyError
+
+    cancelling: list[asyncio.Task[None]] = []
+
+    async def give_up() -> None:
+        try:
+            await job.cancel()
+        except PostcopyError as error:
+            view.note(f"cannot cancel: {error}")
+
+    def interrupted() -> None:
+        view.note("interrupted: giving the snapshot up; the guest goes on")
+        cancelling.append(asyncio.create_task(give_up()))
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, interrupted)
+    try:
+        async for look in job.events():
+            view.show(look)
+        return await job.result()
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+
+
+def lines(taken: "Snapshot") -> Iterator[tuple[str, str]]:
+    """What it cost, for a person."""
+    yield "image", f"{taken.path} ({taken.format})"
+    yield "pause of the guest", _ms(taken.pause_us)
+    faults = "" if taken.write_faults is None else f", {taken.write_faults} writes had to wait"
+    yield "longest write stall", f"{_ms(taken.longest_stall_us)}{faults}"
+    yield (
+        "total time",
+        f"{taken.total_ms / 1000:.2f} s, of which the machine wrote for "
+        f"{taken.saving_ms / 1000:.2f} s",
+    )
+    yield (
+        "memory",
+        f"{taken.ram_bytes / _MIB:.0f} MiB: {taken.data_bytes / _MIB:.1f} with data, "
+        f"{taken.zero_bytes / _MIB:.1f} zero",
+    )
+    if taken.device_bytes is not None:
+        yield "devices", f"{taken.device_bytes} bytes"
+    yield "file", f"{taken.file_bytes / _MIB:.1f} MiB on the disk"
+    if taken.new_bytes is not None and taken.stored_bytes is not None:
+        yield (
+            "store",
+            f"{taken.new_bytes / _MIB:.1f} MiB new, which take {taken.stored_bytes / _MIB:.1f}; "
+            f"{(taken.reused_bytes or 0) / _MIB:.1f} MiB were there",
+        )
+    yield "identity", taken.identity
+
+
+def _ms(us: int | None) -> str:
+    return "not measured by this machine" if us is None else f"{us / 1000:.2f} ms"

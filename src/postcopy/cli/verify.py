@@ -1,0 +1,71 @@
+"""``postcopy verify``: whether an image is still what it was."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from postcopy.cli.failures import CommandFailed
+
+if TYPE_CHECKING:
+    from postcopy.snapshot.damage import Damage
+
+
+@click.command(short_help="Tell whether an image is still what it was, and where not.")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--adopt", is_flag=True, help="Write a manifest for an image that has none.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def verify(path: Path, adopt: bool, as_json: bool) -> None:
+    """Compare all of an image with its manifest, and the manifest with itself.
+
+    Exit code 1 if a bit is wrong, or a byte missing; each damage is one line.
+    """
+    from postcopy.errors import Refused
+    from postcopy.snapshot.image_file import ImageFile
+    from postcopy.snapshot.manifest import Manifest, beside
+    from postcopy.snapshot.verify import find_damages
+
+    ImageFile(path).close()  # whether it is there at all
+    if adopt:
+        _adopt(path)
+    elif not beside(path).exists():
+        raise Refused(
+            f"{path} has no manifest, and nothing can be said of it; "
+            f"if you trust it now, type 'postcopy verify --adopt {path}'"
+        )
+    manifest = Manifest.load(path)
+    damages = []
+    for damage in find_damages(path, manifest):
+        damages.append(damage)
+        if not as_json:
+            click.echo(str(damage.error()))
+    if as_json:
+        whole = {"path": str(path), "identity": manifest.identity, "whole": not damages}
+        click.echo(json.dumps(whole | {"damages": [_as_object(each) for each in damages]}))
+    if damages:
+        raise CommandFailed(f"{path} is damaged in {len(damages)} places; take it from a copy")
+    if not as_json:
+        click.echo(f"{path}: whole; identity {manifest.identity}")
+
+
+def _adopt(path: Path) -> None:
+    from postcopy.errors import Refused
+    from postcopy.snapshot.describe import describe, now
+    from postcopy.snapshot.image import open_image
+    from postcopy.snapshot.manifest import Times, beside
+
+    if beside(path).exists():
+        raise Refused(f"{beside(path)} exists; leave --adopt out, or remove it")
+    with open_image(path) as image:
+        describe(image, Times(now())).save(path)
+
+
+def _as_object(damage: "Damage") -> dict[str, Any]:
+    return {
+        "file": str(damage.path),
+        "offset": damage.offset,
+        "length_bytes": damage.length_bytes,
+        "block": damage.block,
+        "block_offset": damage.block_offset,
+    }

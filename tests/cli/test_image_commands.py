@@ -1,0 +1,140 @@
+"""``postcopy verify``, ``inspect``, ``diff`` and ``extract``."""
+
+import json
+import stat
+
+import numpy as np
+import pytest
+
+from fakes.commands import one_line, postcopy
+from postcopy.snapshot.manifest import beside
+from snapshot.images import PAGE, flip, memory, write_image, write_manifest
+
+
+@pytest.fixture(params=["stream", "mapped-ram"])
+def path(request, tmp_path):
+    return write_image(tmp_path / "image", request.param, memory())
+
+
+class TestVerify:
+    def test_a_whole_image(self, path):
+        identity = write_manifest(path).identity
+        outcome = postcopy("verify", str(path))
+        assert (outcome.returncode, outcome.stderr) == (0, "")
+        assert outcome.stdout == f"{path}: whole; identity {identity}\n"
+
+    def test_a_damaged_image_is_told_place_by_place(self, path):
+        write_manifest(path)
+        raw = path.read_bytes()
+        pages = memory()["ram"]
+        at = raw.index(pages[np.flatnonzero(pages.any(axis=1))[0]].tobytes())
+        flip(path, at * 8)
+        outcome = postcopy("verify", str(path))
+        assert outcome.returncode == 1
+        assert "do not agree with their digest: block ram from offset" in outcome.stdout
+        assert one_line(outcome) == f"{path} is damaged in 1 places; take it from a copy"
+        found = json.loads(postcopy("verify", "--json", str(path)).stdout)
+        assert not found["whole"]
+        (damage,) = found["damages"]
+        assert damage["block"] == "ram"
+        assert damage["offset"] <= at < damage["offset"] + damage["length_bytes"]
+
+    def test_a_damaged_manifest(self, path):
+        write_manifest(path)
+        flip(beside(path), 1000)
+        outcome = postcopy("verify", str(path))
+        assert outcome.returncode == 1
+        assert "the manifest is damaged" in one_line(outcome)
+
+    def test_an_image_without_a_manifest_can_be_adopted_once(self, path):
+        outcome = postcopy("verify", str(path))
+        assert outcome.returncode == 3
+        assert f"'postcopy verify --adopt {path}'" in one_line(outcome)
+        assert postcopy("verify", "--adopt", str(path)).returncode == 0
+        assert postcopy("verify", str(path)).returncode == 0
+        assert postcopy("verify", "--adopt", str(path)).returncode == 3
+
+    def test_nothing_there(self, tmp_path):
+        outcome = postcopy("verify", str(tmp_path / "image"))
+        assert outcome.returncode == 1
+        assert "image: cannot be opened: No such file" in one_line(outcome)
+
+
+class TestInspect:
+    def test_for_a_person(self, path):
+        outcome = postcopy("inspect", str(path))
+        assert (outcome.returncode, outcome.stderr) == (0, "")
+        for text in ("microvm", "block ram", "device timer 0", "nobody can tell"):
+            assert text in outcome.stdout
+        write_manifest(path)
+        told = postcopy("inspect", str(path)).stdout.splitlines()
+        assert ["pause", "0.90", "ms"] in [line.split() for line in told]
+
+    def test_for_a_program(self, path):
+        identity = write_manifest(path).identity
+        found = json.loads(postcopy("inspect", "--json", str(path)).stdout)
+        data = int(memory()["ram"].any(axis=1).sum())
+        assert found["machine"] == "microvm"
+        assert found["blocks"][0] == {
+            "name": "ram",
+            "size_bytes": 48 * PAGE,
+            "data_pages": data,
+            "zero_pages": 48 - data,
+        }
+        assert [each["name"] for each in found["devices"]] == ["timer", "globalstate"]
+        assert found["manifest"]["identity"] == identity
+        assert found["manifest"]["times"]["pause_us"] == 900
+
+
+class TestDiff:
+    def test_equal_images_of_two_formats(self, tmp_path):
+        a = write_image(tmp_path / "a", "stream", memory())
+        b = write_image(tmp_path / "b", "mapped-ram", memory())
+        outcome = postcopy("diff", str(a), str(b))
+        assert (outcome.returncode, outcome.stdout) == (0, "the images are equal\n")
+
+    def test_pages_that_differ_are_told_in_runs(self, path, tmp_path):
+        other = memory()
+        for page in (3, 4, 5, 47):
+            other["ram"][page, 100] ^= 1
+        del other["rom"]
+        b = write_image(tmp_path / "b", "stream", other)
+        found = json.loads(postcopy("diff", "--json", str(path), str(b)).stdout)
+        assert not found["equal"]
+        ram, rom = found["blocks"]
+        assert (ram["pages"], ram["runs"]) == (4, [[3, 6], [47, 48]])
+        assert rom["only_in"] == "a"
+        text = postcopy("diff", str(path), str(b)).stdout
+        assert "block ram: 4 pages in 2 runs" in text
+        assert "block rom: only in A" in text
+
+
+class TestExtract:
+    def test_the_largest_block_and_one_by_name(self, path, tmp_path):
+        out = tmp_path / "out"
+        for arguments, name in (([], "ram"), (["--block", "rom"], "rom")):
+            outcome = postcopy("extract", str(path), "--ram", str(out), *arguments)
+            assert (outcome.returncode, outcome.stderr) == (0, "")
+            assert out.read_bytes() == memory()[name].tobytes()
+            assert stat.S_IMODE(out.stat().st_mode) == 0o600
+
+    def test_zeros_are_holes(self, tmp_path):
+        blocks = {"ram": np.zeros((4096, PAGE), np.uint8)}
+        blocks["ram"][77] = 1
+        path = write_image(tmp_path / "image", "mapped-ram", blocks)
+        postcopy("extract", str(path), "--ram", str(tmp_path / "out"))
+        assert (tmp_path / "out").read_bytes() == blocks["ram"].tobytes()
+        assert (tmp_path / "out").stat().st_blocks * 512 < 100 * PAGE
+
+    def test_a_damaged_image_is_not_extracted(self, path, tmp_path):
+        write_manifest(path)
+        flip(path, 8 * (path.stat().st_size - 5))
+        outcome = postcopy("extract", str(path), "--ram", str(tmp_path / "out"))
+        assert outcome.returncode == 1
+        assert "do not agree" in one_line(outcome)
+        assert not (tmp_path / "out").exists()
+
+    def test_a_block_that_is_not_there(self, path, tmp_path):
+        outcome = postcopy("extract", str(path), "--ram", str(tmp_path / "out"), "--block", "vga")
+        assert outcome.returncode == 3
+        assert one_line(outcome) == f"{path} has no block 'vga'; it has ram, rom"
