@@ -28,6 +28,7 @@ _MOST_FAULTS: Final = 64
 _SHORT_STEP_BYTES: Final = 128 << 10
 _LONG_STEP_BYTES: Final = 1 << 20
 _QUIET_NS: Final = 5_000_000
+_STEPS_A_SECOND: Final = 10
 _AHEAD_BYTES: Final = 8 << 20
 _SETTLED_NS: Final = 200_000_000
 _LONGEST_RECORDING_NS: Final = 10_000_000_000
@@ -91,6 +92,12 @@ class Filler:
     def hurry(self) -> None:
         """Somebody waits for the end: from now on at full speed."""
         self._hurry = True
+        self._wake()
+
+    def new_rate(self, bytes_per_second: int) -> None:
+        """Bring no more a second than this unasked, from now on; 0: as fast as it goes."""
+        self._limiter.set_rate(bytes_per_second)
+        self._not_before_ns = 0
         self._wake()
 
     def may_end(self) -> None:
@@ -190,6 +197,8 @@ class Filler:
         filling, first, end = self._run
         quiet = time.monotonic_ns() - self._last_fault_ns > _QUIET_NS
         step_bytes = _LONG_STEP_BYTES if quiet else _SHORT_STEP_BYTES
+        if self._limiter.bytes_per_second and self.ready_ns is not None and not self._hurry:
+            step_bytes = min(step_bytes, self._limiter.bytes_per_second // _STEPS_A_SECOND)
         count = min(end - first, max(1, step_bytes >> filling.shift))
         filling.push(first, count)
         self._run = (filling, first + count, end) if first + count < end else None

@@ -90,7 +90,11 @@ class Restore:
 
     def set_parameters(self, parameters: Parameters) -> None:
         """Take over parameters that the user has changed meanwhile."""
-        self._limiter.set_rate(parameters.max_postcopy_bandwidth)
+        rate = parameters.max_postcopy_bandwidth
+        if self._filler is not None:
+            self._filler.new_rate(rate)
+        else:
+            self._limiter.set_rate(rate)
 
     def hurry(self) -> None:
         """Somebody waits for the end: from now on at full speed."""
