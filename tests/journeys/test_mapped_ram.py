@@ -142,9 +142,11 @@ def test_not_into_a_pipe(journey, tmp_path):
     trip.source.control.migrate(f"file:{fifo}")
     trip.source.wait(Status.FAILED)
     os.close(reader)
-    assert trip.source.error == (
-        f"mapped-ram needs a file in which pages have places, which file:{fifo} is not"
-    )
+    says = f"mapped-ram needs a file in which pages have places, which file:{fifo} is not"
+    assert trip.source.error == says
+    writer = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
+    refused(trip, f"file:{fifo}", says)
+    os.close(writer)
     trip.verify_source()
 
 

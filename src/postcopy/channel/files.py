@@ -3,7 +3,7 @@
 import os
 
 from postcopy.channel.channel import Buffer, Channel
-from postcopy.errors import ChannelBroken
+from postcopy.errors import ChannelBroken, Refused
 
 PIECE_BYTES = 16 << 20
 """How much is read or written in one call, so that somebody who gives up is not kept waiting."""
@@ -119,3 +119,16 @@ class FileChannel(Channel):
             os.close(fd)
         except OSError as failure:
             raise ChannelBroken(f"{self.description}: {failure.strerror}") from failure
+
+
+def check_seekable(channel: Channel) -> FileChannel:
+    """The channel, if pages can have places on it.
+
+    :raises Refused: it is a pipe or the like; it has been closed.
+    """
+    if isinstance(channel, FileChannel):
+        return channel
+    channel.close()
+    raise Refused(
+        f"mapped-ram needs a file in which pages have places, which {channel.description} is not"
+    )

@@ -9,7 +9,7 @@ recovered any number of times.
 from collections.abc import Callable
 
 from postcopy.channel.channel import Channel
-from postcopy.channel.files import FileChannel
+from postcopy.channel.files import check_seekable
 from postcopy.channel.listen import Listener
 from postcopy.channel.silence import SilenceWatch
 from postcopy.destination.door import Door
@@ -18,7 +18,7 @@ from postcopy.destination.incoming_ram import Populating
 from postcopy.destination.postcopy import Postcopy
 from postcopy.destination.return_path import ReturnPath
 from postcopy.destination.urgent import Urgent
-from postcopy.errors import ChannelBroken, PostcopyError, Refused, StreamError
+from postcopy.errors import ChannelBroken, PostcopyError, StreamError
 from postcopy.kill_points import reached
 from postcopy.link.guest_proxy import GuestProxy
 from postcopy.paging.blocktime import Blocktime
@@ -161,17 +161,13 @@ class Destination:
         self._receive(channel)
 
     def _mapped_decoder(self, channel: Channel) -> Decoder:
-        if not isinstance(channel, FileChannel):
-            raise Refused(
-                f"mapped-ram needs a file in which pages have places, which {channel.description} "
-                "is not"
-            )
+        file = check_seekable(channel)
         return MappedDecoder(
             self._formats,
             self._layout,
             expect=Expected(self._guest.machine_name, capabilities=frozenset({CAPABILITY})),
-            start_offset=channel.position,
-            file_bytes=channel.size_bytes,
+            start_offset=file.position,
+            file_bytes=file.size_bytes,
             ignored_blocks=IGNORED_BLOCKS,
         )
 

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from postcopy.channel.channel import Channel
-from postcopy.channel.files import FileChannel
+from postcopy.channel.files import check_seekable
 from postcopy.channel.rate_limit import RateLimiter
-from postcopy.errors import Refused
 from postcopy.memory.ram_block import RamBlock
 from postcopy.memory.runs import Indices
 from postcopy.parameters import Capabilities, Capability
@@ -70,21 +69,8 @@ def choose_sender(
 ) -> Sender:
     """The way in which these capabilities want pages to leave.
 
-    :raises Refused: not on this channel.
+    :raises Refused: not on this channel, which has been closed.
     """
     if not capabilities.enabled(Capability.MAPPED_RAM):
         return PageSender(channel, limiter, counters)
     return MappedPageSender(check_seekable(channel), limiter, counters)
-
-
-def check_seekable(channel: Channel) -> FileChannel:
-    """The channel, if pages can have places on it.
-
-    :raises Refused: it is a pipe or the like; it is closed.
-    """
-    if isinstance(channel, FileChannel):
-        return channel
-    channel.close()
-    raise Refused(
-        f"mapped-ram needs a file in which pages have places, which {channel.description} is not"
-    )
