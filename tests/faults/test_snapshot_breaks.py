@@ -1,4 +1,4 @@
-"""A snapshot that breaks at any step: the guest goes on, its writes wait for nobody, no half image stays."""
+"""A snapshot that breaks at any step: the guest goes on, no write waits for ever, no half of it stays."""
 
 import os
 import resource
@@ -181,3 +181,12 @@ class TestCancelled:
         portrait.side.control.cancel()
         assert portrait.side.status is Status.COMPLETED
         portrait.check_image(f"file:{tmp_path}/image")
+
+
+def test_the_guests_process_leaves(tmp_path):
+    """In the midst of it all: what is half-written goes with it."""
+    with Portrait(load("hammer", 64 * MIB, 1)) as portrait:
+        portrait.begin(f"file:{tmp_path}/image")
+        portrait.side.wait(Status.ACTIVE)
+    wait_until(lambda: not engines(), DEADLINE_S, "the engines are gone")
+    assert set(names_in(tmp_path)) <= {"image"}

@@ -52,6 +52,8 @@ class EngineService:
         self._ended.wait()
         if isinstance(self._job, Destination):
             self._job.stop_waiting()  # a Unix socket's file would stay
+        elif isinstance(self._job, BackgroundSnapshot):
+            self._job.leave()
         if self._progress.status is Status.COMPLETED:
             self._join(_LAST_WORDS_S)
         # Threads may wait in calls that nothing will end; all that matters outlives us elsewhere.
@@ -90,17 +92,21 @@ class EngineService:
         fds: Sequence[int] = (),
     ) -> None:
         if Capability.BACKGROUND_SNAPSHOT in Capabilities.of(capabilities).on:
-            self._job = snapshot = self._make_snapshot(_uri(uri, fds), capabilities)
+            snapshot = self._make_snapshot(_uri(uri, fds), capabilities, parameters)
+            self._job = snapshot
             self._start("source", snapshot.run)
             return
         self._make_source(_uri(uri, fds), capabilities, parameters)
         self._start("source", self._source.run)
 
-    def _make_snapshot(self, uri: str, capabilities: Sequence[str]) -> BackgroundSnapshot:
+    def _make_snapshot(
+        self, uri: str, capabilities: Sequence[str], parameters: Mapping[str, Any]
+    ) -> BackgroundSnapshot:
         return BackgroundSnapshot(
             self._proxy(),
             uri,
             Capabilities.of(capabilities),
+            Parameters().with_changes(parameters),
             self._progress,
             self._describing(capabilities),
         )

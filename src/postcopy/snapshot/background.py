@@ -45,12 +45,14 @@ class BackgroundSnapshot:
         guest: GuestProxy,
         uri: str,
         capabilities: Capabilities,
+        parameters: Parameters,
         progress: Progress,
         describe_devices: Callable[[Sequence[DeviceState]], str],
     ) -> None:
         self._guest = guest
         self._address = parse(uri)
         self._capabilities = capabilities
+        self._parameters = parameters
         self._progress = progress
         self._describe_devices = describe_devices
         self.orders = Orders()
@@ -80,7 +82,11 @@ class BackgroundSnapshot:
         """Nothing: only a postcopy can be paused."""
 
     def set_parameters(self, parameters: Parameters) -> None:
-        """Nothing: none of them means anything here."""
+        """Nothing: those that mean something here count from the beginning."""
+
+    def leave(self) -> None:
+        """The engine ends, and nobody writes on: no half image stays."""
+        remove_partial(self._address)
 
     def info(self) -> MigrationInfo:
         """The figures as they are now."""
@@ -115,6 +121,8 @@ class BackgroundSnapshot:
         self._channel = channel = connect_unless_cancelled(
             begin_partial(self._address), self.orders
         )
+        # A host that is gone must not make the guest wait for what it will never take.
+        channel.watch(self._parameters.x_link_timeout / 1000)
         reached("snapshot.connected")
         self._sender = sender = choose_sender(
             channel, self._capabilities, RateLimiter(UNLIMITED), self._counters
