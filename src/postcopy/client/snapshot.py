@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
 
 from postcopy.client.connection import Connection
 from postcopy.client.progress import STOPPED, Phase, Progress, ProgressTracker
-from postcopy.errors import MigrationCancelled, MigrationFailed, PostcopyError
+from postcopy.errors import MigrationCancelled, MigrationFailed, PostcopyError, Refused
 from postcopy.parameters import Capability
 from postcopy.snapshot.publish import check_free, discard, partial
 from postcopy.snapshot.wanted import Cost, Form, Wanted
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _INTERVAL_S: Final = 0.02
 _CANCEL_TIMEOUT_S: Final = 30.0
+_STATES_OF_QEMU: Final = frozenset({"running", "paused"})
 
 
 class SnapshotOptions(TypedDict, total=False):
@@ -150,8 +151,13 @@ class SnapshotJob:
         if self._wanted.parent is not None:
             await asyncio.to_thread(lambda: _files().check_parent(self._wanted.parent))
         try:
-            mapped = self._wanted.chunked or self._wanted.form == "mapped-ram"
-            async with _capabilities(self._machine, mapped=mapped and await self._is_ours()):
+            ours = await self._is_ours()
+            if not ours:
+                await self._check_state()
+            # A background snapshot of QEMU 10 never writes the bitmaps of mapped-ram: of such a
+            # machine we take a stream, and put the pages at their places ourselves.
+            mapped = ours and (self._wanted.chunked or self._wanted.form == "mapped-ram")
+            async with _capabilities(self._machine, mapped=mapped):
                 answer = await self._save()
             finished = await self._finish(answer)
         except BaseException:
@@ -162,10 +168,16 @@ class SnapshotJob:
         return result
 
     async def _is_ours(self) -> bool:
-        # A background snapshot of QEMU 10 never writes the bitmaps of mapped-ram: of such a machine
-        # we take a stream, and put the pages at their places ourselves.
         version = await self._machine.execute("query-version")
         return "postcopy" in version.get("package", "")
+
+    async def _check_state(self) -> None:
+        state = (await self._machine.execute("query-status"))["status"]
+        if state not in _STATES_OF_QEMU:
+            raise Refused(
+                f"the machine is {state}, and a QEMU may end itself when it takes a snapshot then; "
+                "let it run first ('cont')"
+            )
 
     async def _save(self) -> Mapping[str, Any]:
         loading = asyncio.create_task(asyncio.to_thread(_files))  # while the machine writes

@@ -19,6 +19,11 @@ from postcopy.stream.ram_records import RamRecords
 from postcopy.stream.reader import WholeBuffer
 from postcopy.stream.records import Pages, ZeroPages
 
+_SPARSE_BYTES = 64 << 30
+"""So much RAM may have left no trace in the file.  Writers say of each page at least that it is zero; it
+is only of memory that a guest has given back that they say nothing.  So a mask of all pages never takes
+much more memory than the file takes on the disk."""
+
 _ZERO = 0  # no page lies at the start of the file
 
 
@@ -53,6 +58,9 @@ class _StreamRam:
         self.index: dict[str, _BlockIndex] = {}
 
     def read_blocks(self, reader: WholeBuffer, total_bytes: int) -> list[ImageBlock]:
+        file_bytes = reader.position + reader.available
+        if total_bytes > _SPARSE_BYTES + file_bytes * TARGET_PAGE_BYTES:
+            reader.fail(f"RAM of {total_bytes:#x} bytes in a file of {file_bytes:#x}", 8)
         blocks = read_plain_blocks(reader, total_bytes)
         layout = {block.name: BlockLayout(block.size_bytes) for block in blocks}
         self._records = RamRecords(Receiver(layout), Limits())
