@@ -26,9 +26,12 @@ if TYPE_CHECKING:
         Phase,
         Postcopy,
         Progress,
+        Restored,
+        RestoredMachine,
         Result,
         Snapshot,
         SnapshotJob,
+        restore,
     )
     from postcopy.errors import (
         CannotConnect,
@@ -54,6 +57,9 @@ __all__ = [
     "Postcopy",
     "Snapshot",
     "SnapshotJob",
+    "restore",
+    "RestoredMachine",
+    "Restored",
     "PostcopyError",
     "Refused",
     "MigrationFailed",

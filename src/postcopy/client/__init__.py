@@ -6,6 +6,7 @@
 from postcopy.client.machine import Machine, MigrateOptions, RunOptions
 from postcopy.client.migration import Migration, Postcopy
 from postcopy.client.progress import Phase, Progress
+from postcopy.client.restoring import Restored, RestoredMachine, RestoreOptions, restore
 from postcopy.client.result import FaultLatency, Result
 from postcopy.client.snapshot import Snapshot, SnapshotJob, SnapshotOptions
 
@@ -24,6 +25,10 @@ __all__ = [
     "Snapshot",
     "SnapshotJob",
     "SnapshotOptions",
+    "restore",
+    "Restored",
+    "RestoredMachine",
+    "RestoreOptions",
     "RunOptions",
     "MigrateOptions",
 ]

@@ -31,18 +31,21 @@ class MachineProcess:
         self.folder = folder
 
     @classmethod
-    async def start(cls, options: Mapping[str, object]) -> tuple["MachineProcess", Connection]:
+    async def start(
+        cls, options: Mapping[str, object], command: str = "run", *arguments: str
+    ) -> tuple["MachineProcess", Connection]:
         """Start one with these options of ``postcopy run`` and wait until its QMP answers.
 
+        :param command: ``restore`` in its place, with its arguments.
         :raises Refused: it refused its options.
         :raises CannotConnect: it ended, or its QMP did not come.
         """
         folder = Path(tempfile.mkdtemp(prefix="postcopy-"))
         qmp = f"unix:{folder / 'qmp'}"
         with (folder / "stderr").open("wb") as stderr:
-            line = [sys.executable, "-m", "postcopy", "run", "--monitor", "stdio", "--qmp", qmp]
+            line = [sys.executable, "-m", "postcopy", command, "--monitor", "stdio", "--qmp", qmp]
             process = subprocess.Popen(
-                line + _command_line(options),
+                [*line, *_command_line(options), "--", *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,

@@ -63,7 +63,7 @@ class Result:
             requested_pages=ram.get("postcopy-requests", 0),
             blocktime_ms=_blocktime_ms(destination, measured),
             overlapped_blocktime_ms=_overlapped_ms(destination, measured),
-            fault_latency=_latency(measured),
+            fault_latency=fault_latency(measured),
             source=source,
             destination=destination,
         )
@@ -88,7 +88,8 @@ def _overlapped_ms(destination: Mapping[str, Any], measured: Mapping[str, Any]) 
     return destination.get("postcopy-blocktime")
 
 
-def _latency(measured: Mapping[str, Any]) -> FaultLatency | None:
+def fault_latency(measured: Mapping[str, Any]) -> FaultLatency | None:
+    """What ``query-migrate`` says of it, if anything."""
     names = [f"fault-latency-{part}-us" for part in ("p50", "p99", "max")]
     if not all(name in measured for name in names):
         return None

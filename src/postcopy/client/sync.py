@@ -15,12 +15,16 @@ from postcopy.client.machine import MigrateOptions, RunOptions
 from postcopy.client.migration import Migration as AsyncMigration
 from postcopy.client.opening import Opening
 from postcopy.client.progress import Progress
+from postcopy.client.restoring import RestoredMachine as AsyncRestoredMachine
+from postcopy.client.restoring import RestoreOptions
+from postcopy.client.restoring import restore as restore_asynchronously
 from postcopy.client.snapshot import SnapshotJob as AsyncSnapshotJob
 from postcopy.client.snapshot import SnapshotOptions
 from postcopy.status import Status
 
 P = ParamSpec("P")
 R = TypeVar("R")
+M = TypeVar("M", bound=AsyncMachine)
 
 
 @cache
@@ -168,7 +172,18 @@ class Machine:
     save_memory = _blocking(AsyncMachine.save_memory)
 
 
-async def _opened(opening: Opening[AsyncMachine]) -> AsyncMachine:
+class RestoredMachine(Machine):
+    """Blocking twin of :class:`postcopy.client.RestoredMachine`."""
+
+    restored = _blocking(AsyncRestoredMachine.restored)
+
+
+def restore(path: str | Path, **options: Unpack[RestoreOptions]) -> RestoredMachine:
+    """As :func:`postcopy.client.restore`."""
+    return RestoredMachine(_wait(_opened(restore_asynchronously(path, **options))))
+
+
+async def _opened(opening: Opening[M]) -> M:
     return await opening
 
 

@@ -1,0 +1,99 @@
+"""Wake a guest from its image, in a process that we start."""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal, TypedDict, Unpack
+
+from postcopy.client.connection import Connection
+from postcopy.client.launch import MachineProcess
+from postcopy.client.machine import Machine
+from postcopy.client.opening import Opening
+from postcopy.client.result import FaultLatency, fault_latency
+from postcopy.errors import MigrationFailed, NeedsRecovery
+from postcopy.status import Status
+
+_INTERVAL_S: Final = 0.02
+
+
+class RestoreOptions(TypedDict, total=False):
+    """How to restore; see ``postcopy restore --help``."""
+
+    lazy: bool
+    prefetch: Literal["auto", "off"]
+    record_working_set: bool
+    accel: Literal["auto", "kvm", "unicorn"]
+    huge_pages: bool
+    paused: bool
+    name: str
+    serial: str
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A restore that has completed.  Times are from the start of the guest's process.
+
+    :ivar running_ms: until the guest ran.
+    :ivar ready_ms: until it had its working set, or all, where none was recorded.
+    :ivar complete_ms: until it had all of its memory.
+    :ivar demand_faults: pages that somebody waited for.
+    :ivar working_set_pages: how many were brought first; None: no working set was known.
+    :ivar source: the last answer to ``query-migrate``, whole.
+    """
+
+    running_ms: float
+    ready_ms: float
+    complete_ms: float
+    demand_faults: int
+    working_set_pages: int | None = None
+    fault_latency: FaultLatency | None = None
+    source: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+
+class RestoredMachine(Machine):
+    """A machine whose guest is waking, or has woken, from an image."""
+
+    async def restored(self) -> Restored:
+        """Wait until the guest has all of its memory.
+
+        :raises MigrationFailed: pages are lost; the text names file, block and offset, and the guest
+            runs on without them.
+        :raises NeedsRecovery: no engine can go on; the guest waits, and nothing is lost.
+        """
+        while (info := await self.migration_info()).get("status") != Status.COMPLETED.value:
+            if info.get("status") == Status.FAILED.value:
+                raise MigrationFailed(info.get("error-desc", "the restore failed"))
+            if info.get("status") == Status.POSTCOPY_PAUSED.value:
+                raise NeedsRecovery(info.get("error-desc", "the restore is paused"))
+            await asyncio.sleep(_INTERVAL_S)
+        return _restored(info)
+
+
+def restore(path: str | Path, **options: Unpack[RestoreOptions]) -> Opening[RestoredMachine]:
+    """Start ``postcopy restore`` on the image at ``path``, and connect to it.
+
+    :return: to be awaited, or used in ``async with``.
+    :raises Refused: the image is damaged, or none that a machine of ours can run.
+    :raises CannotConnect: it ended at once; the text says why.
+    """
+    return Opening(_restore(path, options))
+
+
+async def _restore(path: str | Path, options: RestoreOptions) -> RestoredMachine:
+    connection: Connection
+    process, connection = await MachineProcess.start(options, "restore", str(path))
+    return RestoredMachine(connection, process)
+
+
+def _restored(info: Mapping[str, Any]) -> Restored:
+    measured = info.get("x-postcopy", {})
+    return Restored(
+        running_ms=measured.get("restore-running-us", 0) / 1000,
+        ready_ms=measured.get("restore-ready-us", 0) / 1000,
+        complete_ms=measured.get("restore-complete-us", 0) / 1000,
+        demand_faults=measured.get("demand-faults", 0),
+        working_set_pages=measured.get("working-set-pages"),
+        fault_latency=fault_latency(measured),
+        source=info,
+    )
