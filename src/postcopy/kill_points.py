@@ -51,7 +51,6 @@ SNAPSHOT = (
     "snapshot.active",
     "snapshot.armed",
     "snapshot.guest-stopped",
-    "snapshot.devices-saved",
     "snapshot.frozen",
     "snapshot.guest-resumed",
     "snapshot.writing",

@@ -53,10 +53,11 @@ class GuestProxy:
 
     def save_devices(self) -> Sequence[DeviceState]:
         """The state of all devices of the stopped guest."""
-        return [
-            DeviceState(name, instance, version, base64.b64decode(payload))
-            for name, instance, version, payload in self._link.call("save_devices")
-        ]
+        return _decode_states(self._link.call("save_devices"))
+
+    def pause_and_save(self) -> Sequence[DeviceState]:
+        """Stop every vCPU and return the state of all devices: one call, since the guest waits for it."""
+        return _decode_states(self._link.call("pause_and_save"))
 
     def load_devices(self, states: Sequence[DeviceState]) -> None:
         """Give the devices their state."""
@@ -129,6 +130,13 @@ class GuestProxy:
     def kvm_dirty_log(self, action: str) -> bytes:
         """Start, stop, or fetch (and clear) KVM's dirty log: packed bits, one a 4 KiB page."""
         return base64.b64decode(self._link.call("kvm_dirty_log", action=action))
+
+
+def _decode_states(encoded: Sequence[Sequence[Any]]) -> list[DeviceState]:
+    return [
+        DeviceState(name, instance, version, base64.b64decode(payload))
+        for name, instance, version, payload in encoded
+    ]
 
 
 def encode_states(states: Sequence[DeviceState]) -> list[list[Any]]:

@@ -104,6 +104,7 @@ class GuestService:
             "page_maps": self._page_map_descriptors,
             "pause": guest.pause,
             "resume": guest.resume,
+            "pause_and_save": self._pause_and_save,
             "save_devices": lambda: encode_states(guest.save_devices()),
             "load_devices": self._load_devices,
             "wake": self._wake,
@@ -167,6 +168,10 @@ class GuestService:
         if not self._guest.owned:
             for region in self._guest.regions():
                 memfd.punch_hole(region.fd, region.fd_offset, region.size_bytes)
+
+    def _pause_and_save(self) -> list[list[Any]]:
+        self._guest.pause()
+        return encode_states(self._guest.save_devices())
 
     def _load_devices(self, states: Sequence[Sequence[Any]]) -> None:
         self._guest.load_devices(

@@ -158,11 +158,9 @@ class BackgroundSnapshot:
         self._check_cancelled()
         self._clock.stopped = time.monotonic()
         try:
-            self._guest.pause()
+            # The devices before the memory is frozen: one may write to it while it is being saved.
+            states = self._guest.pause_and_save()
             reached("snapshot.guest-stopped")
-            # Before the memory is frozen: a device may write to it while it is being saved.
-            states = self._guest.save_devices()
-            reached("snapshot.devices-saved")
             guard.freeze()
             reached("snapshot.frozen")
         finally:
