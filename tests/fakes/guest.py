@@ -73,6 +73,9 @@ class FakeGuest:
     def populate(self, block, offset, length_bytes):
         pass
 
+    def unmap_forgotten(self):
+        self.unmap_missing()
+
     def unmap_missing(self):
         self._mapping.discard(0, self._size)
 

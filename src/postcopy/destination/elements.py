@@ -138,6 +138,7 @@ class Elements:
             raise StreamError(f"CMD_PING ({ping.value:#x}) received with no return path")
         # A pong says that everything before the ping has been taken, devices included.
         self.load_devices()
+        self._postcopy.unmap_forgotten()
         if ping.value == ALL_SENT_PING:
             self._all_sent()
         self._return_path.pong(ping.value)
@@ -175,6 +176,7 @@ class Elements:
             raise StreamError("CMD_POSTCOPY_RAM_DISCARD in wrong postcopy state (0)")
         discard(self._ram, command.block, command.ranges)
         self._placement.discarded()
+        self._postcopy.discarded()
 
     def _package(self, package: records.Package) -> None:
         if not self.advised:

@@ -1,9 +1,9 @@
 """The destination's memory before and at switchover: taking it early, and emptying what must come again."""
 
 import threading
-from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from postcopy.errors import PostcopyError
 from postcopy.link.guest_proxy import GuestProxy
@@ -62,13 +62,13 @@ def memory_to_spare_bytes() -> int:
     return 0
 
 
-def discard(ram: PagedRam, name: str, ranges: Sequence[tuple[int, int]]) -> None:
+def discard(ram: PagedRam, name: str, ranges: npt.NDArray[np.uint64]) -> None:
     """Forget ranges of a block: the source will send these pages again.
 
-    :param ranges: start and length, in bytes, of whole pages of the block.
+    :param ranges: start and length, in bytes, of whole pages of the block, shape ``(n, 2)``.
     """
     paged = ram[name]
-    pages = np.array(ranges, np.int64).reshape(-1, 2) // paged.block.page_size_bytes
+    pages = ranges.astype(np.int64) // paged.block.page_size_bytes
     # There may be thousands of ranges, and the guest stands still: no statement a range.
     edges = np.zeros(paged.block.page_count + 1, np.int32)
     np.add.at(edges, pages[:, 0], 1)

@@ -57,6 +57,7 @@ class Postcopy:
         self._pager: Pager | None = None
         self._pager_thread: threading.Thread | None = None
         self._package_thread: threading.Thread | None = None
+        self._forgotten = False
         self.failure: PostcopyError | None = None
         self.listening = False
         self.finished = False
@@ -72,6 +73,16 @@ class Postcopy:
         self._guest.unmap_missing()
         return self._userfaultfd
 
+    def discarded(self) -> None:
+        """Pages have been forgotten, which the guest's process has still mapped."""
+        self._forgotten = True
+
+    def unmap_forgotten(self) -> None:
+        """Take them out of the guest's sight; a source of ours has this done before it stops its guest."""
+        if self._forgotten:
+            self._forgotten = False
+            self._guest.unmap_forgotten()
+
     def take_package(self, decoder: Decoder, data: bytes) -> Userfaultfd:
         """Listen, and begin to load what the package holds.
 
@@ -82,7 +93,7 @@ class Postcopy:
             raise StreamError("the package does not begin with POSTCOPY_LISTEN")
         if self._userfaultfd is None or not self._return_path.is_open or self.listening:
             raise StreamError("CMD_POSTCOPY_LISTEN in wrong postcopy state")
-        self._guest.unmap_missing()
+        self.unmap_forgotten()
         self._start_pager(self._userfaultfd)
         self.listening = True
         reached("destination.listening")

@@ -7,7 +7,7 @@ missing, the descriptor kept here is what makes a thread that touches it wait in
 import base64
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,7 +23,7 @@ from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.link.guest_proxy import encode_states
 from postcopy.link.rpc import Descriptors, Handler
 from postcopy.memory import page_map
-from postcopy.memory.runs import runs
+from postcopy.memory.runs import Mask, runs
 
 
 class OwnedGuest(Guest, Protocol):
@@ -119,6 +119,7 @@ class GuestService:
             "unwatch_snapshot": self.unwatch_snapshot,
             "populate": self._populate,
             "unmap_missing": self._unmap_missing,
+            "unmap_forgotten": self._unmap_forgotten,
             "watch_missing": self._watch_missing,
             "unwatch_missing": self.unwatch_missing,
             "kvm_dirty_log": self._kvm_dirty_log,
@@ -234,15 +235,21 @@ class GuestService:
 
     def _unmap_missing(self) -> None:
         """Unmap, here alone, what the page maps do not have as received; the memory stays."""
+        for region, pages in self._mapped_page_maps():
+            unmap(_addresses(region, pages.missing()))
+
+    def _unmap_forgotten(self) -> None:
+        """Unmap what was received and has been discarded since; nothing else is mapped of the missing."""
+        for region, pages in self._mapped_page_maps():
+            unmap(_addresses(region, pages.states == page_map.FORGOTTEN))
+            pages.unmapped()
+
+    def _mapped_page_maps(self) -> Iterator[tuple[Region, page_map.PageMap]]:
         with self._lock:
             page_maps = list(self._page_maps)
         for region, fd in zip(self._guest.regions(), page_maps, strict=True):
-            size = region.page_size_bytes
-            pages = page_map.PageMap(os.dup(fd), region.size_bytes // size)
-            ranges = runs(pages.missing()).astype(np.uint64) * np.uint64(size)
-            ranges[:, 1] -= ranges[:, 0]
-            ranges[:, 0] += np.uint64(region.host_address)
-            unmap(ranges)
+            pages = page_map.PageMap(os.dup(fd), region.size_bytes // region.page_size_bytes)
+            yield region, pages
             pages.close()
 
     def _watch_missing(self, *, only_still: bool) -> tuple[None, Descriptors]:
@@ -300,6 +307,14 @@ class GuestService:
                 # That wakes who waits for a page, but not who waits to write to one.
                 watch.wake(region.host_address, region.size_bytes)
             watch.close()
+
+
+def _addresses(region: Region, pages: Mask) -> npt.NDArray[np.uint64]:
+    """Where the runs of these pages are mapped: address and length of each, shape ``(n, 2)``."""
+    ranges = runs(pages).astype(np.uint64) * np.uint64(region.page_size_bytes)
+    ranges[:, 1] -= ranges[:, 0]
+    ranges[:, 0] += np.uint64(region.host_address)
+    return ranges
 
 
 def _poison(watch: Userfaultfd, region: Region, first: int, end: int) -> int:

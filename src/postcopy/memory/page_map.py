@@ -15,7 +15,7 @@ from postcopy.kernel import memfd
 from postcopy.kernel.mapping import Mapping
 from postcopy.memory.runs import Indices, Mask
 
-MISSING, REQUESTED, RECEIVED, PLACING = 0, 1, 2, 3
+MISSING, REQUESTED, RECEIVED, PLACING, FORGOTTEN = 0, 1, 2, 3, 4
 
 
 def create(pages: int) -> int:
@@ -31,7 +31,8 @@ class PageMap:
     """The state of every page of one RAM block.
 
     Invariant, kept under ``lock``: a page goes from missing by way of requested and placing to
-    received, and back to missing only by :meth:`forget` (a discard), never while the guest runs.
+    received, and back to missing, by way of forgotten (discarded, but still mapped in the guest's
+    process), never while the guest runs.
     Who has claimed a page (placing) is the only one who writes to it.
     """
 
@@ -75,10 +76,15 @@ class PageMap:
         with self.lock:
             self.states[pages] = RECEIVED
 
-    def forget(self, pages: Mask | slice) -> None:
-        """Note that these pages are to come again."""
+    def forget(self, pages: Mask) -> None:
+        """Note that these pages are to come again; what the guest can see of them is to be unmapped."""
         with self.lock:
-            self.states[pages] = MISSING
+            self.states[pages & (self.states == RECEIVED)] = FORGOTTEN
+
+    def unmapped(self) -> None:
+        """Note that the guest sees nothing any more of what was forgotten."""
+        with self.lock:
+            self.states[self.states == FORGOTTEN] = MISSING
 
     def adopt(self, mapped: Mask) -> None:
         """Take over from an engine that is gone, whoever had asked for what.

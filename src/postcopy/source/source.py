@@ -160,6 +160,8 @@ class Source:
             self._open_urgent(connection, self._wishes.uri)
             connection.check_urgent()
         self._switchover = switchover = self._make_switchover(connection, dirty)
+        if outcome is Outcome.POSTCOPY:
+            switchover.discard_ahead()
         switchover.stop_guest()
         reached("source.guest-stopped")
         connection.sender.phase = "downtime_bytes"

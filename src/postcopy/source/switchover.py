@@ -15,7 +15,7 @@ from postcopy.errors import ChannelBroken, MigrationCancelled
 from postcopy.guest import DeviceState
 from postcopy.kill_points import reached
 from postcopy.link.guest_proxy import GuestProxy
-from postcopy.memory.runs import runs
+from postcopy.memory.runs import Mask, runs
 from postcopy.parameters import Capabilities, Capability
 from postcopy.source.connection import Connection
 from postcopy.source.counters import Clock, Counters
@@ -43,6 +43,7 @@ FIRST_DEVICE_ID = 10
 _RANGES_PER_COMMAND = 4000  # 64 KiB, less the name
 LAST_PING = 5
 PACKAGE_PING = 3
+DISCARD_PING = 10
 
 
 class Switchover:
@@ -72,8 +73,21 @@ class Switchover:
         self._counters = counters
         self._clock = clock
         self._describe = describe
+        self._discarded: dict[str, Mask] = {}
         self.stopped = False
         self.committed = False
+
+    def discard_ahead(self) -> None:
+        """Say what the destination must forget while the guest still runs: most of what there will be.
+
+        It answers when it has done so, and has taken all that was on its way: neither is left for
+        the time in which the guest stands still.
+        """
+        self._dirty.look_for_writes()
+        self._send_discards()
+        self._channel.send(encode_command(Ping(DISCARD_PING)))
+        assert self._return_path is not None
+        self._return_path.wait_pong(DISCARD_PING)
 
     def stop_guest(self) -> None:
         """Stop the vCPUs and find out what is left to send."""
@@ -162,7 +176,10 @@ class Switchover:
             # QEMU 10 never leaves its discard state when it gets no discard at all.
             self._dirty.blocks[0].pending[0] = True
         for pages in self._dirty.blocks:
-            ranges = runs(pages.pending) * np.int64(pages.block.page_size_bytes)
+            said = self._discarded.get(pages.block.name)
+            stale = pages.pending if said is None else pages.pending & ~said
+            self._discarded[pages.block.name] = pages.pending.copy()
+            ranges = runs(stale) * np.int64(pages.block.page_size_bytes)
             ranges[:, 1] -= ranges[:, 0]
             self._channel.send_many(_discards(pages.block.name, ranges))
 

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn, cast
 
+import numpy as np
+import numpy.typing as npt
+
 from postcopy.errors import StreamError
 from postcopy.stream.configuration import encode_name
 from postcopy.stream.layout import BlockLayout, Receiver
@@ -29,8 +32,8 @@ from postcopy.stream.records import (
 
 HEAD_BYTES = 5
 DISCARD_VERSION = 0
-_RANGE = struct.Struct(">QQ")
-_SHORTEST_DISCARD = 1 + 1 + 1 + 1 + _RANGE.size
+_RANGE_BYTES = 16
+_SHORTEST_DISCARD = 1 + 1 + 1 + 1 + _RANGE_BYTES
 
 FIXED_LENGTHS = {
     Command.OPEN_RETURN_PATH: 0,
@@ -86,7 +89,7 @@ def _encode_advise(record: CommandRecord) -> bytes:
 def _encode_discard(record: CommandRecord) -> bytes:
     discard = cast("RamDiscard", record)
     payload = bytes((DISCARD_VERSION,)) + encode_name(discard.block) + b"\0"
-    payload += b"".join(_RANGE.pack(start, length) for start, length in discard.ranges)
+    payload += np.asarray(discard.ranges).astype(">u8").tobytes()
     return command(Command.POSTCOPY_RAM_DISCARD, payload)
 
 
@@ -185,10 +188,11 @@ class _Payload:
         self.count(length)
         return self.reader.text(length)
 
-    def ranges(self) -> tuple[tuple[int, int], ...]:
-        if not self._left or self._left % _RANGE.size:
+    def ranges(self) -> npt.NDArray[np.uint64]:
+        if not self._left or self._left % _RANGE_BYTES:
             self.fail(f"CMD_{self.number.name} invalid length ({self.length})")
-        return tuple(_RANGE.iter_unpack(self.reader.take(self._left)))
+        found = np.frombuffer(self.reader.take(self._left), ">u8").reshape(-1, 2)
+        return found.astype(np.uint64)
 
     def end(self) -> None:
         if self._left:
@@ -205,7 +209,7 @@ def _read_advise(
 ) -> PostcopyAdvise:
     if not payload.length:
         return PostcopyAdvise()
-    if payload.length != _RANGE.size:
+    if payload.length != _RANGE_BYTES:
         payload.fail(f"CMD_POSTCOPY_ADVISE invalid length ({payload.length})")
     return PostcopyAdvise(payload.reader.u64(), payload.reader.u64())
 
@@ -245,20 +249,28 @@ def _read_discard(payload: _Payload, context: CommandContext) -> RamDiscard | No
     local = context.receiver.layout.get(block)
     if local is None:
         payload.fail(f"ram_discard_range: Failed to find block '{block}'")
-    for start, length in ranges:
-        if (complaint := _range_complaint(block, local, start, length)) is not None:
-            payload.fail(f"ram_block_discard_range: {complaint}")
+    if (wrong := _first_wrong(ranges, local)) is not None:
+        start, length = ranges[wrong].tolist()
+        payload.fail(f"ram_block_discard_range: {_complaint(block, local, start, length)}")
     return RamDiscard(block, ranges)
 
 
-def _range_complaint(block: str, local: BlockLayout, start: int, length: int) -> str | None:
+def _first_wrong(ranges: npt.NDArray[np.uint64], local: BlockLayout) -> int | None:
+    """Which range is the first that is not of whole pages inside the block."""
+    starts, lengths = ranges[:, 0], ranges[:, 1]
+    size, page = np.uint64(local.size_bytes), np.uint64(local.page_size_bytes)
+    # Each is bounded before they are added up: the sum cannot wrap round.
+    outside = (starts > size) | (lengths > size) | (starts + lengths > size)
+    wrong = outside | (starts % page != 0) | (lengths % page != 0)
+    return int(wrong.argmax()) if wrong.any() else None
+
+
+def _complaint(block: str, local: BlockLayout, start: int, length: int) -> str:
     if start % local.page_size_bytes:
         return f"Unaligned start address: {start:#x}"
     if length % local.page_size_bytes:
         return f"Unaligned length: {length:x}"
-    if start + length > local.size_bytes:
-        return f"Overrun block '{block}' ({start}/{length:x}/{local.size_bytes:x})"
-    return None
+    return f"Overrun block '{block}' ({start}/{length:x}/{local.size_bytes:x})"
 
 
 _DECODERS: dict[Command, Callable[[_Payload, CommandContext], CommandRecord | None]] = {

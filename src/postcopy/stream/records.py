@@ -173,12 +173,22 @@ class PostcopyRun:
     """Run the guest; nothing behind it in the package counts."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class RamDiscard:
-    """Ranges ``(start, length)`` of a block, in bytes, whose content is stale."""
+    """Ranges of a block, in bytes, whose content is stale: start and length, shape ``(n, 2)``.
+
+    There may be thousands, and a guest stands still meanwhile.
+    """
 
     block: str
-    ranges: tuple[tuple[int, int], ...]
+    ranges: npt.NDArray[np.uint64]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RamDiscard):
+            return NotImplemented
+        return self.block == other.block and np.array_equal(self.ranges, other.ranges)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, slots=True)
