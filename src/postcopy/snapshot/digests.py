@@ -27,6 +27,7 @@ DIGEST_BYTES: Final = 16
 ALGORITHM: Final = "blake3-128"
 
 _THREADS: Final = min(4, os.cpu_count() or 1)
+_FEW_TASKS: Final = 4
 _TASK_CHUNKS: Final = 256  # 16 MiB: long enough to be worth a task, short enough to share out
 
 Bytes = bytes | memoryview | npt.NDArray[np.uint8]
@@ -94,9 +95,7 @@ class ChunkDigests:
 def take_digests(file: ImageFile) -> ChunkDigests:
     """Read a file and take its digests, on several threads."""
     count = chunk_count(file.size_bytes)
-    suspects = np.zeros(count, np.bool_)
-    for first, end in memfd.data_ranges(file.fd, 0, file.size_bytes):
-        suspects[first // CHUNK_BYTES : -(-end // CHUNK_BYTES)] = True
+    suspects = _with_data(file, np.ones(count, np.bool_))
     found = np.zeros((count, DIGEST_BYTES), np.uint8)
     present = np.zeros(count, np.bool_)
 
@@ -122,23 +121,35 @@ def damaged_chunks(
 
     :param only: the chunks to look at; ``None``: all of them.
     """
-    suspects = digests.present.copy()
-    for first, end in memfd.data_ranges(file.fd, 0, file.size_bytes):
-        suspects[first // CHUNK_BYTES : -(-end // CHUNK_BYTES)] = True
-    if only is not None:
-        suspects &= only
+    wanted = np.ones(len(digests.present), np.bool_) if only is None else only
+    suspects = (digests.present & wanted) | _with_data(file, wanted)
 
     def bad(span: tuple[int, int]) -> list[int]:
         return [each for each in range(*span) if not digests.check(each, chunk_of(file, each))]
 
+    tasks = list(_tasks(suspects))
+    if len(tasks) <= _FEW_TASKS:  # threads would only keep a restore waiting
+        for task in tasks:
+            yield from bad(task)
+        return
     with ThreadPoolExecutor(_THREADS, "digests") as pool:
-        for found in pool.map(bad, _tasks(suspects)):
+        for found in pool.map(bad, tasks):
             yield from found
 
 
 def chunk_of(file: ImageFile, chunk: int) -> npt.NDArray[np.uint8]:
     """The bytes of one chunk of a file, where they are mapped."""
     return file.data[chunk * CHUNK_BYTES : (chunk + 1) * CHUNK_BYTES]
+
+
+def _with_data(file: ImageFile, wanted: Mask) -> Mask:
+    """Tell which of the chunks that are wanted are no holes."""
+    found = np.zeros(len(wanted), np.bool_)
+    for first, end in runs(wanted).tolist():
+        last = min(end * CHUNK_BYTES, file.size_bytes)
+        for start, stop in memfd.data_ranges(file.fd, first * CHUNK_BYTES, last):
+            found[start // CHUNK_BYTES : -(-stop // CHUNK_BYTES)] = True
+    return found
 
 
 def _tasks(suspects: Mask) -> Iterator[tuple[int, int]]:

@@ -97,7 +97,7 @@ class Fields:
     def raw(self, name: str) -> bytes:
         """Bytes, in base64."""
         try:
-            return base64.b64decode(self.get(name, str), validate=True)
+            return binascii.a2b_base64(self.get(name, str), strict_mode=True)
         except (binascii.Error, ValueError) as error:
             raise self.wrong(f"'{name}' is no base64") from error
 
