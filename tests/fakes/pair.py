@@ -170,12 +170,13 @@ class Journey:
     parameters: Mapping[str, object] = field(default_factory=lambda: dict(QUICK))
     paused: bool = False
     kind: type[Machine] = Machine
+    huge_pages: bool = False
 
     def __post_init__(self) -> None:
         for name in self.accelerators:
             need(name)
         self.sides: list[Side] = []
-        config = config_for(self.workload, self.accelerators[0])
+        config = config_for(self.workload, self.accelerators[0], huge_pages=self.huge_pages)
         self.source = self._add(Side(config))
         self.source.set(self.capabilities, self.parameters)
         self.destination = self.new_destination()
@@ -190,8 +191,8 @@ class Journey:
         self.close()
 
     def close(self) -> None:
-        for side in self.sides:
-            side.close()
+        while self.sides:
+            self.sides.pop().close()
 
     def new_destination(self, **changes: object) -> Side:
         """Another machine to go to, in place of the one that failed or was left out."""
@@ -200,6 +201,7 @@ class Journey:
                 "memory_bytes": self.workload.memory_bytes,
                 "vcpus": self.workload.vcpus,
                 "accel": self.accelerators[-1],
+                "huge_pages": self.huge_pages,
             }
             | changes
         )

@@ -20,7 +20,8 @@ def small():
 
 def broken_journey(make, **more):
     """A journey for :class:`Recovering`."""
-    return make(small(), **{"capabilities": POSTCOPY, "parameters": LASTS} | more)
+    made = {"workload": small(), "capabilities": POSTCOPY, "parameters": LASTS} | more
+    return make(made.pop("workload"), **made)
 
 
 class Recovering:
@@ -70,12 +71,12 @@ class Recovering:
 
     def until_settled(self):
         """Both sides have ended, or wait for a recovery."""
-        for side in (self.source, self.destination):
-            wait_until(
-                lambda side=side: side.status in SETTLED,
-                DEADLINE_S,
-                "an end or a pause of both",
-            )
+        sides = (self.source, self.destination)
+        try:
+            wait_until(lambda: all(side.status in SETTLED for side in sides), DEADLINE_S)
+        except AssertionError:
+            stories = [side.story() for side in sides]
+            raise AssertionError(f"not both settled: {self.story()}; {stories}") from None
 
     def listen_again(self, uri=None) -> str:
         """``migrate-recover``; return where to go."""
@@ -92,16 +93,19 @@ class Recovering:
 
     def recover(self):
         """Recover until it works: whatever else breaks meanwhile is recovered too."""
+        refused = []
         for _ in range(8):
             self.until_settled()
             if self.destination.status is Status.COMPLETED:
                 return
             try:
                 self.resume()
-            except PostcopyError:
-                continue  # an engine died of it: the next time there is another
+            except PostcopyError as error:
+                refused.append(str(error))  # an engine died of it: the next time there is another
+                continue
             wait_until(lambda: self.source.status in SETTLED, DEADLINE_S, "the recovery")
-        raise AssertionError(f"{self.story()}; {self.source.story()}; {self.destination.story()}")
+        stories = f"{self.source.story()}; {self.destination.story()}"
+        raise AssertionError(f"{self.story()}; {stories}; refused: {refused}")
 
     def hurry(self):
         """Push without a limit from now on."""

@@ -4,17 +4,37 @@ One journey takes several breaks, one after the other, and ends with the oracle 
 ``POSTCOPY_FAULTS`` says how many breaks there are, ``POSTCOPY_SEED`` where the seeds begin.
 """
 
+import contextlib
 import os
 import random
+import re
+from pathlib import Path
 
+import pytest
+
+from fakes.pair import POSTCOPY, hammer
 from fakes.waiting import wait_until
 from faults.fault_channel import RECOVERY, Way
-from faults.recovering import DEADLINE_S, SETTLED, Recovering, broken_journey
+from faults.recovering import DEADLINE_S, LASTS, SETTLED, Recovering, broken_journey
 from postcopy.errors import PostcopyError
+from postcopy.parameters import Capability
 from postcopy.status import Status
 
-PER_JOURNEY = 6
-DEFAULT_FAULTS = 12
+PER_TEST = 10
+"""Breaks of one test, over as many journeys as it takes: some end with their first break."""
+DEFAULT_FAULTS = 100
+MOST_BREAKS = 5
+"""In one journey, so that several are made, and broken before the switchover too."""
+
+HUGE = {
+    "huge_pages": True,
+    "workload": hammer(64, fill_kib=16 << 10),
+    "parameters": LASTS | {"max-postcopy-bandwidth": 16 << 20},
+}
+PREEMPT = {"capabilities": (*POSTCOPY, Capability.POSTCOPY_PREEMPT)}
+VARIANTS = {"plain": {}, "preempt": PREEMPT, "huge": HUGE, "huge-preempt": HUGE | PREEMPT}
+_SMALL = ("plain", "preempt", "plain", "preempt")
+TURNS = (*_SMALL, "huge", *_SMALL, "huge-preempt")
 
 
 def faults():
@@ -22,27 +42,60 @@ def faults():
     return int(os.environ.get("POSTCOPY_FAULTS", DEFAULT_FAULTS))
 
 
-def seeds():
-    """One seed for each journey that it takes."""
+def tests():
+    """A seed and its variant for each test that it takes."""
     first = int(os.environ.get("POSTCOPY_SEED", "1"))
-    return range(first, first - (-faults() // PER_JOURNEY))
+    count = -(-faults() // PER_TEST)
+    return [(seed, variant_of(seed)) for seed in range(first, first + count)]
+
+
+def variant_of(seed):
+    """Pages of 2 MiB are slow, and have fewer cases."""
+    return TURNS[seed % len(TURNS)]
+
+
+def need(variant):
+    """Skip what this host cannot do."""
+    if "huge" in variant and _free_huge_pages() < _HUGE_PAGES:
+        pytest.skip(f"needs {_HUGE_PAGES} free pages of 2 MiB: write them to "
+                    "/proc/sys/vm/nr_hugepages")  # fmt: skip
 
 
 def say_how_to_repeat(seed):
     """Shown with a failure."""
-    print(f"POSTCOPY_SEED={seed} POSTCOPY_FAULTS={PER_JOURNEY} repeats this one")  # noqa: T201
+    print(f"POSTCOPY_SEED={seed} POSTCOPY_FAULTS={PER_TEST} repeats this one")  # noqa: T201
 
 
-def begin(journey, folder, rng):
-    """A journey in postcopy, or about to be."""
-    broken = Recovering(broken_journey(journey), folder)
+def cuts(journey, folder, seed, variant="plain"):
+    """Cut, or lame, the link at random places, in the stream, its answers and the recoveries."""
+    _storm(_cut_one, journey, folder, random.Random(seed), variant)
+
+
+def kills(journey, folder, seed, variant="plain"):
+    """Kill the engine of either side, or both, at random moments; the links live on."""
+    _storm(_kill_one, journey, folder, random.Random(seed), variant)
+
+
+def _storm(one, journey, folder, rng, variant):
+    left, number = PER_TEST, 0
+    while left > 0:
+        number += 1
+        here = folder / str(number)
+        here.mkdir()
+        trip = broken_journey(journey, **VARIANTS[variant])
+        with contextlib.closing(trip), Recovering(trip, here) as broken:
+            left -= one(rng, broken, min(left, MOST_BREAKS))
+
+
+def _begin(rng, broken):
+    """In postcopy, or about to be."""
     channel = broken.start()
     if rng.random() < 0.5:
         broken.source.wait_rounds(1)
-    return broken, channel
+    return channel
 
 
-def end(broken):
+def _end(broken):
     """Let it come to its end undisturbed: one owner, every page right."""
     broken.hurry()
     owner = broken.source
@@ -56,55 +109,49 @@ def end(broken):
     broken.verify(owner)
 
 
-def cuts(journey, folder, seed):
-    """Cut, or lame, the link at random places, in the stream, its answers and the recoveries."""
-    rng = random.Random(seed)
-    broken, channel = begin(journey, folder, rng)
-    with broken:
-        if rng.random() < 0.25:
-            _cut_anywhere(rng, channel)  # so early that it may be before the switchover
-        broken.switch()
-        broken.source.control.progress.wait(
-            Status.POSTCOPY_ACTIVE, *SETTLED, timeout=DEADLINE_S
-        )  # fmt: skip
-        for _ in range(PER_JOURNEY):
-            if broken.source.status is Status.FAILED:
-                break  # cut before the switchover: the guest has stayed
-            _break_link(rng, broken, channel)
-            broken.until_settled()
-            if broken.destination.status in {Status.COMPLETED, Status.FAILED}:
-                break
-            channel = broken.channel(broken.listen_again(_anywhere(rng)))
-            if rng.random() < 0.5:
-                _cut_anywhere(rng, channel)
-            broken.source.control.migrate(channel.uri, resume=True)
-        broken.source.control.progress.wait(
-            Status.POSTCOPY_ACTIVE, *SETTLED, timeout=DEADLINE_S
-        )  # fmt: skip
-        end(broken)
+def _cut_one(rng, broken, most):
+    """One journey; return how often it was broken."""
+    channel, breaks = _begin(rng, broken), 0
+    if rng.random() < 0.25:
+        _cut_anywhere(rng, channel)  # so early that it may be before the switchover
+    broken.switch()
+    broken.source.control.progress.wait(Status.POSTCOPY_ACTIVE, *SETTLED, timeout=DEADLINE_S)
+    while breaks < most and broken.source.status is not Status.FAILED:
+        _break_link(rng, broken, channel)
+        breaks += 1
+        broken.until_settled()
+        if broken.destination.status in {Status.COMPLETED, Status.FAILED}:
+            break
+        channel = broken.channel(broken.listen_again(_anywhere(rng)))
+        if rng.random() < 0.5:
+            _cut_anywhere(rng, channel)
+        broken.source.control.migrate(channel.uri, resume=True)
+    broken.source.control.progress.wait(Status.POSTCOPY_ACTIVE, *SETTLED, timeout=DEADLINE_S)
+    _end(broken)
+    return max(breaks, 1)
 
 
-def kills(journey, folder, seed):
-    """Kill the engine of either side, or both, at random moments; the links live on."""
-    rng = random.Random(seed)
-    broken, _ = begin(journey, folder, rng)
-    with broken:
-        if rng.random() < 0.75:
-            broken.until_postcopy()
-        else:
-            broken.switch()
-        for _ in range(PER_JOURNEY):
-            _progress(rng, broken)
-            for side in rng.choice([[0], [1], [0, 1], [1, 0]]):
-                _kill((broken.source, broken.destination)[side])
-            broken.until_settled()
-            if broken.destination.status in {Status.COMPLETED, Status.FAILED}:
-                break
-            try:
-                broken.resume(_anywhere(rng))
-            except PostcopyError:
-                continue  # its successor is not there yet; it will be recovered all the same
-        end(broken)
+def _kill_one(rng, broken, most):
+    """One journey; return how many engines were killed."""
+    _begin(rng, broken)
+    broken.switch()
+    if rng.random() < 0.75:
+        for side in (broken.source, broken.destination):
+            side.control.progress.wait(Status.POSTCOPY_ACTIVE, *SETTLED, timeout=DEADLINE_S)
+    killed = 0
+    while killed < most:
+        _progress(rng, broken)
+        for side in rng.choice([[0], [1], [0, 1], [1, 0]]):
+            killed += _kill((broken.source, broken.destination)[side])
+        broken.until_settled()
+        if broken.destination.status in {Status.COMPLETED, Status.FAILED}:
+            break
+        try:
+            broken.resume(_anywhere(rng))
+        except PostcopyError:
+            continue  # its successor is not there yet; it will be recovered all the same
+    _end(broken)
+    return killed
 
 
 def _anywhere(rng):
@@ -139,7 +186,7 @@ def _progress(rng, broken):
     before = control.info().ram
     if before is None:
         return
-    goal = before.transferred + rng.randrange(150_000)
+    goal = before.transferred + rng.randrange(100_000)
 
     def gone_on():
         ram = control.info().ram
@@ -150,6 +197,18 @@ def _progress(rng, broken):
 
 
 def _kill(side):
+    """Kill its engine, if one is at work; return whether."""
     engine = side.control._engine
-    if engine is not None and side.status not in {Status.COMPLETED, Status.FAILED}:
-        engine.kill()
+    if engine is None or side.status in {Status.COMPLETED, Status.FAILED}:
+        return False
+    engine.kill()
+    return True
+
+
+_HUGE_PAGES = 80
+"""Two guests of 64 MiB, and what of the journey before has not been given back yet."""
+
+
+def _free_huge_pages():
+    found = re.search(r"HugePages_Free: *(\d+)", Path("/proc/meminfo").read_text())
+    return int(found[1]) if found else 0

@@ -1,11 +1,12 @@
-"""The link is cut at random, many times; more with ``POSTCOPY_FAULTS=100``."""
+"""The link is cut at random, many times; more with ``POSTCOPY_FAULTS=1000``."""
 
 import pytest
 
 from faults import storm
 
 
-@pytest.mark.parametrize("seed", storm.seeds())
-def test_random_cuts(journey, tmp_path, seed):
+@pytest.mark.parametrize(("seed", "variant"), storm.tests())
+def test_random_cuts(journey, tmp_path, seed, variant):
+    storm.need(variant)
     storm.say_how_to_repeat(seed)
-    storm.cuts(journey, tmp_path, seed)
+    storm.cuts(journey, tmp_path, seed, variant)
