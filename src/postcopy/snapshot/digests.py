@@ -8,10 +8,10 @@ instructions for it (6 against 1.5 GB/s, measured), which is what a fault that w
 to be checked has to pay.
 """
 
+import binascii
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -26,6 +26,8 @@ CHUNK_BYTES: Final = 64 << 10
 DIGEST_BYTES: Final = 16
 ALGORITHM: Final = "blake3-128"
 
+_GROUP: Final = 3  # digests whose base64 begins and ends with them
+_GROUP_CHARACTERS: Final = _GROUP * DIGEST_BYTES * 4 // 3
 _THREADS: Final = min(4, os.cpu_count() or 1)
 _FEW_TASKS: Final = 4
 _TASK_CHUNKS: Final = 256  # 16 MiB: long enough to be worth a task, short enough to share out
@@ -48,39 +50,69 @@ def chunk_count(size_bytes: int) -> int:
     return -(-size_bytes // CHUNK_BYTES)
 
 
-@dataclass(frozen=True, eq=False)
 class ChunkDigests:
     """What each chunk of a file must be.
 
+    The digests stay in base64, as a manifest has them: a restore that begins to serve at once asks for
+    few of them at first, and decodes those.
+
     :param size_bytes: of the file.
     :param present: which chunks are not all zero, shape ``(chunks,)``.
-    :param digests: theirs, in order, 16 bytes each.
+    :param text: the digests of those, in order, 16 bytes each, in base64.
+    :param identity: what :meth:`identity_with` would find without anything more, if that is known.
     """
 
-    size_bytes: int
-    present: Mask
-    digests: bytes
+    def __init__(
+        self, size_bytes: int, present: Mask, text: str, identity: str | None = None
+    ) -> None:
+        self.size_bytes = size_bytes
+        self.present = present
+        self.text = text
+        self._slots = np.cumsum(present, dtype=np.int32) - 1
+        self._identity = identity
 
-    def __post_init__(self) -> None:
-        slots = np.cumsum(self.present, dtype=np.int64) - 1
-        object.__setattr__(self, "_slots", slots)
+    @classmethod
+    def of(cls, size_bytes: int, present: Mask, digests: bytes) -> "ChunkDigests":
+        """From digests as they are."""
+        return cls(size_bytes, present, binascii.b2a_base64(digests, newline=False).decode())
+
+    @property
+    def digests(self) -> bytes:
+        """All digests, one behind the other.
+
+        :raises ValueError: they are no base64.
+        """
+        return binascii.a2b_base64(self.text, strict_mode=True)
 
     def expected(self, chunk: int) -> bytes | None:
-        """The digest of a chunk; ``None``: it is all zero."""
+        """The digest of a chunk; ``None``: it is all zero.
+
+        :raises ValueError: it is no base64.
+        """
         if not self.present[chunk]:
             return None
-        at = int(self._slots[chunk]) * DIGEST_BYTES  # type: ignore[attr-defined]
-        return self.digests[at : at + DIGEST_BYTES]
+        group, within = divmod(int(self._slots[chunk]), _GROUP)
+        at = group * _GROUP_CHARACTERS
+        raw = binascii.a2b_base64(self.text[at : at + _GROUP_CHARACTERS])
+        return raw[within * DIGEST_BYTES : (within + 1) * DIGEST_BYTES]
 
     def check(self, chunk: int, data: Bytes) -> bool:
         """Tell whether ``data`` is what the chunk must be; any thread may ask."""
-        expected = self.expected(chunk)
+        try:
+            expected = self.expected(chunk)
+        except ValueError:
+            return False
         return is_zero(data) if expected is None else digest(data) == expected
 
     @property
     def identity(self) -> str:
-        """What tells this file from any other, in hexadecimal."""
-        return self.identity_with(())
+        """What tells this file from any other, in hexadecimal.
+
+        :raises ValueError: the digests are no base64.
+        """
+        if self._identity is None:
+            self._identity = self.identity_with(())
+        return self._identity
 
     def identity_with(self, parts: Iterable[Mask | bytes]) -> str:
         """What tells this file, and other parts of the image, from any other, in hexadecimal."""
@@ -109,7 +141,7 @@ def take_digests(file: ImageFile) -> ChunkDigests:
     with ThreadPoolExecutor(_THREADS, "digests") as pool:
         for _ in pool.map(take, _tasks(suspects)):
             pass
-    return ChunkDigests(file.size_bytes, present, found[present].tobytes())
+    return ChunkDigests.of(file.size_bytes, present, found[present].tobytes())
 
 
 def damaged_chunks(

@@ -5,6 +5,7 @@ when, and what that cost the guest.  An image without one can be read; nobody ca
 still what it was.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from postcopy.snapshot.publish import write_whole
 
 VERSION: Final = 1
 SUFFIX: Final = ".manifest.json"
+_IDENTITY: Final = re.compile("[0-9a-f]{64}")
 ADDRESS_BYTES: Final = 32
 """Of a chunk in a store; whole digests, since guests that trust no other may share a store."""
 
@@ -137,7 +139,7 @@ class Manifest:
             "chunk_bytes": CHUNK_BYTES,
             "digest": ALGORITHM,
             "present": text_of_mask(self.digests.present),
-            "digests": text_of(self.digests.digests),
+            "digests": self.digests.text,
             "stored": None if stored is None else _encode_stored(stored),
         }
 
@@ -160,8 +162,7 @@ class Manifest:
             working_set=fields.optional("working_set", str),
             stored=_stored(fields, blocks),
         )
-        if manifest.identity != fields.get("identity", str):
-            raise fields.wrong("its digests are not those that it is named for")
+        _check_identity(fields, manifest)
         return manifest
 
 
@@ -180,6 +181,15 @@ def _check_version(fields: Fields) -> None:
         raise fields.wrong(f"chunks of {size} bytes; only {CHUNK_BYTES} are known")
 
 
+def _check_identity(fields: Fields, manifest: Manifest) -> None:
+    try:
+        identity = manifest.identity
+    except ValueError as error:
+        raise fields.wrong("'digests' is no base64") from error
+    if identity != fields.get("identity", str) or not _IDENTITY.fullmatch(identity):
+        raise fields.wrong("its digests are not those that it is named for")
+
+
 def _block(fields: Fields) -> ImageBlock:
     size = fields.count("size_bytes")
     if size > LARGEST_RAM_BYTES:
@@ -190,10 +200,13 @@ def _block(fields: Fields) -> ImageBlock:
 def _digests(fields: Fields) -> ChunkDigests:
     size = fields.count("file_bytes")
     present = fields.mask("present", chunk_count(size))
-    digests = fields.raw("digests")
-    if len(digests) != int(present.sum()) * DIGEST_BYTES:
-        raise fields.wrong(f"{len(digests)} bytes of digests for {int(present.sum())} chunks")
-    return ChunkDigests(size, present, digests)
+    text = fields.get("digests", str)
+    length = 4 * -(-int(present.sum()) * DIGEST_BYTES // 3)
+    if len(text) != length or not text.isascii():
+        raise fields.wrong(f"{len(text)} characters of digests for {int(present.sum())} chunks")
+    # Whatever it was when it was computed: the manifest's own digest has been looked at.
+    identity = fields.get("identity", str) if fields.optional("stored", dict) is None else None
+    return ChunkDigests(size, present, text, identity)
 
 
 def _times(fields: Fields) -> Times:
