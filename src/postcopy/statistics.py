@@ -161,7 +161,8 @@ class MigrationInfo:
         answer: dict[str, Any] = {}
         if self.socket_address:
             answer["socket-address"] = [dict(address) for address in self.socket_address]
-        if self.ram is not None:  # of a restore: QEMU's destinations tell nothing of it
+        restored = self.measured is not None and self.measured.demand_faults is not None
+        if self.ram is not None and restored:  # QEMU's destinations tell nothing of it
             answer |= _present({"total-time": self.total_time_ms})
             answer["ram"] = self.ram.to_qapi()
         if self.status is not Status.COMPLETED or self.postcopy_blocktime_ms is None:

@@ -18,7 +18,7 @@ from postcopy.link import loss
 from postcopy.link.engine_process import EnginePool, EngineProcess
 from postcopy.link.engines import Engines, Succession
 from postcopy.link.guest_service import GuestService, OwnedGuest
-from postcopy.link.host import check_postcopy, check_snapshot, check_transport
+from postcopy.link.host import check_movable, check_postcopy, check_snapshot, check_transport
 from postcopy.link.places import bound_uri, descriptors
 from postcopy.link.restoring import Restoring
 from postcopy.link.rpc import Handler, Link
@@ -27,6 +27,7 @@ from postcopy.statistics import MigrationInfo
 from postcopy.status import AFTER_SWITCHOVER, ENDED, Progress, Status
 
 _INFO_TIMEOUT_S = 5
+_LAST = ENDED - {Status.NONE}
 
 
 class MigrationControl:
@@ -304,7 +305,9 @@ class MigrationControl:
         link = self._engines.link
         if self._busy and link is not None:
             try:
-                self._last = MigrationInfo.from_wire(link.call("info", timeout_s=_INFO_TIMEOUT_S))
+                found = MigrationInfo.from_wire(link.call("info", timeout_s=_INFO_TIMEOUT_S))
+                with self._lock:  # its last word may have come meanwhile
+                    self._last = self._last if self._last.status in _LAST else found
             except (EngineDied, TimeoutError, WrongState):  # WrongState: not begun yet
                 pass  # then what we have is the best there is
         return replace(
@@ -336,10 +339,7 @@ class MigrationControl:
             raise WrongState("Can't migrate the vm that was paused due to previous migration")
         if status not in ENDED:
             raise WrongState("There's a migration process in progress")
-        if not self._guest.owned:
-            raise WrongState("Guest is waiting for an incoming migration")
-        if any(self._service.lost_pages.values()):
-            raise WrongState("pages of this guest are lost, so it cannot move; start it anew")
+        check_movable(self._guest, self._service)
 
     @property
     def _engine(self) -> EngineProcess | None:
@@ -364,7 +364,8 @@ class MigrationControl:
         if self._engine is not engine:
             return  # given up, in the moment in which it had something to say
         to = Status(status)
-        self._last = MigrationInfo.from_wire(info)
+        with self._lock:
+            self._last = MigrationInfo.from_wire(info)
         self._error = error
         if to is Status.COMPLETED:
             self._completed()
@@ -462,11 +463,7 @@ class MigrationControl:
 
     def _restore_given_up(self, reason: str) -> None:
         self._error = reason
-        if self._guest.owned:
-            if self.progress.status is not Status.POSTCOPY_PAUSED:
-                self.progress.move(Status.POSTCOPY_ACTIVE, only_from=frozenset({Status.ACTIVE}))
-                self.progress.move(Status.POSTCOPY_PAUSED)
-        else:
+        if not self._guest.owned:
             self._settle(Status.FAILED)
 
     def _settle_if_arrived(self) -> bool:

@@ -2,9 +2,14 @@
 
 from postcopy.abi.userfaultfd import Feature
 from postcopy.channel.address import Address, FileAddress, TcpAddress, UnixAddress
-from postcopy.errors import HostCannot, Refused
+from postcopy.errors import HostCannot, Refused, WrongState
 from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.link.guest_service import MISSING_FEATURES, SNAPSHOT_FEATURES, OwnedGuest
+from postcopy.link.guest_service import (
+    MISSING_FEATURES,
+    SNAPSHOT_FEATURES,
+    GuestService,
+    OwnedGuest,
+)
 from postcopy.parameters import Capabilities, Capability
 
 
@@ -17,6 +22,17 @@ def check_poison(guest: OwnedGuest) -> None:
         Userfaultfd.open(Feature.POISON).close()
     except HostCannot as error:
         raise HostCannot(f"pages cannot be poisoned: {error}", cure) from error
+
+
+def check_movable(guest: OwnedGuest, service: GuestService) -> None:
+    """Refuse to send, or to photograph, what is not here, or not whole.
+
+    :raises WrongState: it is not.
+    """
+    if not guest.owned:
+        raise WrongState("Guest is waiting for an incoming migration")
+    if any(service.lost_pages.values()):
+        raise WrongState("pages of this guest are lost, so it cannot move; start it anew")
 
 
 def check_postcopy() -> None:

@@ -117,4 +117,11 @@ class Restoring:
         if isinstance(error, EngineDied) and self._succession.tries_left:
             self._succession.begin()
         else:
-            self._given_up(f"the engine process died, and no other could take its place: {error}")
+            self._give_up(f"the engine process died, and no other could take its place: {error}")
+
+    def _give_up(self, reason: str) -> None:
+        self._given_up(reason)
+        progress = self._progress()
+        if self._guest.owned and progress.status is not Status.POSTCOPY_PAUSED:
+            progress.move(Status.POSTCOPY_ACTIVE, only_from=frozenset({Status.ACTIVE}))
+            progress.move(Status.POSTCOPY_PAUSED)
