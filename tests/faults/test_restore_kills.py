@@ -16,7 +16,6 @@ from fakes.awakening import (
 )
 from fakes.pair import DEADLINE_S, hammer
 from fakes.waiting import wait_until
-from faults import storm
 from machine.machines import wait_for_progress
 from postcopy import kill_points
 from postcopy.errors import PostcopyError
@@ -34,14 +33,6 @@ def kill_at(monkeypatch, tmp_path):
         return marker.exists
 
     return arm
-
-
-def again_until_it_has_begun(side, path, **wishes):
-    """An engine that dies before it has opened the image is an error that the user gets."""
-    try:
-        wake(side, path, **wishes)
-    except PostcopyError:
-        wake(side, path, **wishes)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -70,9 +61,8 @@ def test_eager(journey, tmp_path, kill_at, point):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("seed", storm.seeds())
+@pytest.mark.parametrize("seed", range(6))
 def test_at_random_moments(journey, tmp_path, seed, form):
-    storm.say_how_to_repeat(seed)
     moments = random.Random(seed)
     trip = journey(hammer(vcpus=2))
     side = trip.destination
