@@ -36,7 +36,8 @@ def check_free(path: Path) -> None:
 def discard(path: Path) -> None:
     """Take away what somebody has left half-written; harmless when there is nothing."""
     for each in (partial(path), partial(partial(path)), anew(path)):
-        each.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # whoever writes there next says what is wrong
+            each.unlink(missing_ok=True)
 
 
 def publish(path: Path) -> None:

@@ -1,0 +1,141 @@
+"""Snapshots from Python, of real processes."""
+
+import asyncio
+import os
+
+import pytest
+
+from fakes.commands import Running, need_kvm
+from fakes.waiting import wait_until
+from postcopy import (
+    Guest,
+    ImageError,
+    MigrationCancelled,
+    MigrationFailed,
+    Phase,
+    Refused,
+    Snapshot,
+)
+from postcopy.client import sync
+from postcopy.snapshot.image import open_image
+from postcopy.snapshot.manifest import Manifest, beside
+from postcopy.snapshot.verify import find_damages
+
+pytestmark = pytest.mark.kvm
+
+
+@pytest.fixture(autouse=True)
+def _kvm():
+    need_kvm()
+
+
+@pytest.fixture
+def guest(tmp_path):
+    with Running(tmp_path, "guest", "--workload", "hammer") as guest:
+        yield guest
+
+
+def left_behind(tmp_path):
+    return sorted(path.name for path in tmp_path.glob("image*"))
+
+
+def test_a_snapshot_is_taken_while_the_guest_goes_on(guest, tmp_path):
+    async def take():
+        async with Guest.connect(guest.qmp) as machine:
+            snapshot = await machine.snapshot(tmp_path / "image")
+            assert await machine.run_state() == "running"
+        return snapshot
+
+    snapshot = asyncio.run(take())
+    assert isinstance(snapshot, Snapshot)
+    manifest = Manifest.load(snapshot.path)
+    assert snapshot.identity == manifest.identity
+    assert (manifest.times.pause_us, manifest.machine) == (snapshot.pause_us, "microvm")
+    assert snapshot.write_faults is not None
+    assert snapshot.total_ms >= snapshot.saving_ms
+    assert list(find_damages(snapshot.path, manifest)) == []
+
+
+def test_it_can_be_watched(guest, tmp_path):
+    async def watch():
+        async with Guest.connect(guest.qmp) as machine:
+            job = await machine.start_snapshot(tmp_path / "image", form="stream")
+            looks = [look async for look in job.events()]
+            late = [look async for look in job.events()]
+            return looks, late, await job.result()
+
+    looks, late, snapshot = asyncio.run(watch())
+    assert snapshot.format == "stream"
+    phases = [look.phase for look in looks]
+    assert phases[-1] is Phase.COMPLETED
+    assert set(phases) <= {Phase.SETUP, Phase.SAVING, Phase.DIGESTS, Phase.COMPLETED}
+    assert [look.phase for look in late] == [Phase.COMPLETED]
+    for name in ("fraction", "elapsed_ms"):
+        values = [getattr(look, name) for look in looks]
+        assert values == sorted(values)
+
+
+def test_scripts_do_without_async(guest, tmp_path):
+    with sync.Guest.connect(guest.qmp) as machine:
+        snapshot = machine.snapshot(tmp_path / "a", compress="zstd")
+        job = machine.start_snapshot(tmp_path / "b", parent=tmp_path / "a")
+        assert [look.phase for look in job.events()][-1] is Phase.COMPLETED
+        assert job.result().parent == "a"
+    assert snapshot.format == "chunks"
+    with open_image(tmp_path / "b") as image:
+        assert image.read("microvm.ram", 0, 16).shape == (16, 4096)
+
+
+def test_what_fails_leaves_nothing_and_the_guest_runs_on(guest, tmp_path):
+    path = tmp_path / "image"
+    with sync.Guest.connect(guest.qmp) as machine:
+        (tmp_path / "image.partial.partial").mkdir()  # where the machine wants to write
+        (tmp_path / "image.partial.partial" / "full").touch()
+        with pytest.raises(MigrationFailed, match="Is a directory; the guest runs on"):
+            machine.snapshot(path)
+        assert machine.run_state() == "running"
+    assert not path.exists()
+    assert not beside(path).exists()
+
+
+def test_a_cancel_leaves_nothing_and_the_guest_runs_on(guest, tmp_path):
+    async def cancel():
+        async with Guest.connect(guest.qmp) as machine:
+            job = await machine.start_snapshot(tmp_path / "image")
+            looks = job.events()
+            async for look in looks:
+                if look.phase is not Phase.SETUP:
+                    break
+            await looks.aclose()
+            await job.cancel()
+            (outcome,) = await asyncio.gather(job.result(), return_exceptions=True)
+            assert await machine.run_state() == "running"
+            return outcome
+
+    outcome = asyncio.run(cancel())
+    if isinstance(outcome, Snapshot):  # it was quicker
+        assert left_behind(tmp_path) == ["image", "image.manifest.json"]
+    else:
+        assert isinstance(outcome, MigrationCancelled)
+        assert "the guest runs on" in str(outcome)
+        assert left_behind(tmp_path) == []
+
+
+def test_an_event_loop_that_ends_takes_the_snapshot_with_it(guest, tmp_path):
+    async def leave():
+        async with Guest.connect(guest.qmp) as machine:
+            await machine.start_snapshot(tmp_path / "image")
+
+    asyncio.run(leave())
+    wait_until(lambda: guest.migration_status() != "active", 30, "the machine has come to an end")
+    assert guest.ask("query-status")["return"]["status"] == "running"
+
+
+def test_a_damaged_parent_is_refused_by_name(guest, tmp_path):
+    with sync.Guest.connect(guest.qmp) as machine:
+        machine.snapshot(tmp_path / "a", compress="zstd")
+        os.truncate(beside(tmp_path / "a"), 1000)
+        with pytest.raises(ImageError, match=r"a\.manifest\.json: the manifest is damaged"):
+            machine.snapshot(tmp_path / "b", parent=tmp_path / "a")
+        with pytest.raises(Refused, match="exists; remove it"):
+            machine.snapshot(tmp_path / "a")
