@@ -60,6 +60,7 @@ class WriteGuard:
         # Under the lock of the unsaved pages: what was written to before the stop, and whether it was.
         self._written: dict[str, Mask] = {}
         self._frozen = False
+        self._stopping = False
         self._forget_written()
         self._stop_reader, self._stop_writer = os.pipe2(os.O_CLOEXEC)
         self._thread = threading.Thread(target=self._serve, name="snapshot-faults", daemon=True)
@@ -70,6 +71,7 @@ class WriteGuard:
 
     def arm(self) -> None:
         """Protect all memory of a guest that runs, until little of it is written to meanwhile."""
+        self._unsaved.look_for_data()
         for block in self._unsaved.blocks:
             self._protect(block, 0, block.page_count)
         for _ in range(_ROUNDS):
@@ -94,6 +96,7 @@ class WriteGuard:
 
     def stop(self) -> None:
         """Serve no more faults.  Who may still wait then is woken by the guest's process."""
+        self._stopping = True
         self._aside.close()
         if self._stop_writer >= 0:
             os.close(self._stop_writer)
@@ -134,17 +137,14 @@ class WriteGuard:
         poll.register(self._userfaultfd.fd, select.POLLIN)
         poll.register(self._stop_reader, select.POLLIN)
         looked_ns = time.monotonic_ns()
-        while True:
-            ready = poll.poll(0)
-            if not ready:
-                ready = poll.poll()
-                looked_ns = (
-                    time.monotonic_ns()
-                )  # nobody waited before; else perhaps since the last look
-            if any(fd == self._stop_reader for fd, _ in ready):
-                return
+        while not self._stopping:
+            # Whoever waits when we come to look may have done so since the last look.
             since_ns, looked_ns = looked_ns, time.monotonic_ns()
-            for event in self._userfaultfd.read_events():
+            events = self._userfaultfd.read_events()
+            if not events:
+                poll.poll()
+                looked_ns = time.monotonic_ns()
+            for event in events:
                 if isinstance(event, Pagefault) and not self._fault(event.address, since_ns):
                     return
 
@@ -152,7 +152,8 @@ class WriteGuard:
         """Let a writer go on; return False when nobody takes copies any more."""
         block, page = self._unsaved.find(address)
         first, end = self._neighbours(block, page)
-        if self._note(block, first, end):
+        # Never again false once it is true; few steps, for each may have to wait for the other thread.
+        if not self._frozen and self._note(block, first, end):
             return True
         if not self._unsaved.is_unsaved(block, page):
             self.let_go(block, page, page + 1)  # again: who waits may have come when it was let go

@@ -11,9 +11,10 @@ from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
 from postcopy.memory.runs import Indices, Mask
 from postcopy.stream.records import PageRows
 
-PIECE_BYTES = 256 << 10
-"""How much of the memory is copied in one go: a vCPU may have to wait for it, so it takes little time."""
+PIECE_BYTES = 1 << 20
+"""How much of the memory is copied, and then written, in one go."""
 
+_LOCKED_BYTES = 256 << 10  # in one go under the lock: a vCPU may have to wait for it
 _WINDOW_BYTES = 16 << 20  # how much of a block is asked for its holes at a time
 
 
@@ -45,6 +46,10 @@ class UnsavedPages:
         self._masks: dict[str, Mask] = {
             block.name: np.ones(block.page_count, np.bool_) for block in blocks
         }
+        # Pages known to have memory behind them; the others were holes when last looked at.
+        self._has_data: dict[str, Mask] = {
+            block.name: np.zeros(block.page_count, np.bool_) for block in blocks
+        }
         self._staging = np.empty((_piece_rows(blocks), TARGET_PAGE_BYTES), np.uint8)
 
     def find(self, host_address: int) -> tuple[RamBlock, int]:
@@ -70,39 +75,64 @@ class UnsavedPages:
             for block in self.blocks
         )
 
+    def look_for_data(self) -> None:
+        """Look now, while nobody waits, for what will not have to be looked for later."""
+        for block, start, end in self._windows():
+            self._has_data[block.name][start:end] = block.has_data(start, end)
+
     def save(self, block: RamBlock, first: int, end: int) -> Copies:
         """Copy what is unsaved of the pages ``first`` to ``end``; the copies are the caller's."""
-        has_data = block.has_data(first, end)
+        has_data = self._has_data[block.name][first:end]
+        if not has_data.all():
+            has_data = block.has_data(first, end)
         room = np.empty(((end - first) * block.target_pages_per_page, TARGET_PAGE_BYTES), np.uint8)
         return self._save(block, first, has_data, room)
 
     def sweep(self) -> Iterator[Copies]:
         """Copy all that is still unsaved, piece by piece; each holds until the next is asked for."""
+        for block, start, stop in self._windows():
+            has_data = self._has_data[block.name][start:stop]
+            if not has_data.all():
+                has_data = block.has_data(start, stop)
+            for first, end in _pieces(has_data, block.page_size_bytes):
+                piece = has_data[first:end]
+                copies = self._save(block, start + first, piece, self._staging)
+                if len(copies.data) or len(copies.zeros):
+                    yield copies
+
+    def _windows(self) -> Iterator[tuple[RamBlock, int, int]]:
         for block in self.blocks:
             window = max(1, _WINDOW_BYTES // block.page_size_bytes)
             for start in range(0, block.page_count, window):
-                has_data = block.has_data(start, min(start + window, block.page_count))
-                for first, end in _pieces(has_data, block.page_size_bytes):
-                    piece = has_data[first:end]
-                    copies = self._save(block, start + first, piece, self._staging)
-                    if len(copies.data) or len(copies.zeros):
-                        yield copies
+                yield block, start, min(start + window, block.page_count)
 
     def _save(self, block: RamBlock, first: int, has_data: Mask, room: PageRows) -> Copies:
-        """Copy into ``room``.
+        """Copy into ``room``, a few pages at a time: somebody may be waiting for the lock.
 
         :param has_data: of the pages from ``first`` on: whether they had memory behind them when they
             were protected already.
         """
-        end = first + len(has_data)
-        with self.lock:
-            unsaved = self._masks[block.name][first:end]
-            data = _target_pages(block, first + np.flatnonzero(unsaved & has_data))
-            zeros = _target_pages(block, first + np.flatnonzero(unsaved & ~has_data))
-            contents = room[: len(data)]
-            _copy(block, data, contents)
-            unsaved[:] = False
-        return Copies(block, first, end, data, contents, zeros)
+        data: list[Indices] = []
+        zeros: list[Indices] = []
+        end, filled = first + len(has_data), 0
+        step = max(1, _LOCKED_BYTES // block.page_size_bytes)
+        for start in range(first, end, step):
+            stop = min(start + step, end)
+            wanted = has_data[start - first : stop - first]
+            with self.lock:
+                unsaved = self._masks[block.name][start:stop]
+                present = _target_pages(block, start + np.flatnonzero(unsaved & wanted))
+                absent = _target_pages(block, start + np.flatnonzero(unsaved & ~wanted))
+                _copy(block, present, room[filled : filled + len(present)])
+                unsaved[:] = False
+            filled += len(present)
+            data.append(present)
+            zeros.append(absent)
+        return Copies(block, first, end, _joined(data), room[:filled], _joined(zeros))
+
+
+def _joined(parts: list[Indices]) -> Indices:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _piece_rows(blocks: list[RamBlock]) -> int:
