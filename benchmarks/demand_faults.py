@@ -1,0 +1,120 @@
+"""What a demand fault of a lazy restore takes, beside a minimal handler in C that does the same.
+
+``python -m benchmarks.demand_faults``: both serve the same pages from a file's mapping, in turns, to a
+thread of another process that touches them one by one in random order.  Needs a C compiler.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from postcopy.channel.rate_limit import RateLimiter
+from postcopy.guest import Region
+from postcopy.kernel import memfd
+from postcopy.kernel.mapping import Mapping
+from postcopy.kernel.userfaultfd import Userfaultfd
+from postcopy.link.guest_service import MISSING_FEATURES, MISSING_MODE
+from postcopy.memory import page_map
+from postcopy.paging.ram import PagedRam
+from postcopy.snapshot.filler import Filler, Pace
+from postcopy.snapshot.filling import Filling
+
+PAGE = 4096
+Serve = Callable[[Userfaultfd, Mapping, int, Mapping], None]
+
+
+class _File:
+    """A mapped image in which every page has data, as :class:`postcopy.snapshot.origin.Origin`."""
+
+    def __init__(self, mapping: Mapping) -> None:
+        self.base = mapping.address
+        self.data = np.ones(mapping.length // PAGE, np.bool_)
+
+    def is_good(self, _page: int) -> bool:
+        return True
+
+
+def build(folder: Path) -> ctypes.CDLL:
+    """Compile the yardstick."""
+    library = folder / "minimal_pager.so"
+    source = Path(__file__).with_name("minimal_pager.c")
+    subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, source], check=True)
+    found = ctypes.CDLL(str(library))
+    found.serve.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64)
+    found.touch.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p)
+    return found
+
+
+def serve_by_us(userfaultfd: Userfaultfd, memory: Mapping, fd: int, file: Mapping) -> None:
+    """The pager of a restore that has nothing to push."""
+    region = Region("ram", memory.length, PAGE, 0, memory.address, os.dup(fd))
+    ram = PagedRam([region], [page_map.create(memory.length // PAGE)])
+    (paged,) = ram
+    filling = Filling(userfaultfd, paged, _File(file), lambda _: None)  # type: ignore[arg-type]
+    filling.missing = lambda *_: iter(())  # type: ignore[method-assign,assignment]
+    Filler(userfaultfd, [filling], {}, Pace(RateLimiter(0))).run()
+
+
+def measure(library: ctypes.CDLL, serve: Serve, size_bytes: int, seed: int) -> list[int]:
+    """Touch every page once while a child process serves; nanoseconds, in the order of touching."""
+    pages = np.random.default_rng(seed).permutation(size_bytes // PAGE).astype(np.int64)
+    took = np.zeros(len(pages), np.uint64)
+    fd = memfd.create("ram", size_bytes)
+    memory = Mapping.shared(fd, size_bytes)
+    with tempfile.TemporaryFile() as image:
+        image.truncate(size_bytes)
+        file = Mapping.shared(image.fileno(), size_bytes)
+        file.view()[:] = 7  # in the page cache
+        userfaultfd = Userfaultfd.open(MISSING_FEATURES)
+        userfaultfd.register(memory.address, size_bytes, MISSING_MODE)
+        child = os.fork()
+        if not child:
+            try:
+                serve(userfaultfd, memory, fd, file)
+            finally:
+                os._exit(1)
+        library.touch(memory.address, pages.ctypes.data, len(pages), took.ctypes.data)
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+        userfaultfd.close()
+        assert (memory.view()[::PAGE] == 7).all()
+        file.close()
+    memory.close()
+    os.close(fd)
+    return [int(ns) for ns in took]
+
+
+def main() -> None:
+    """Measure both in turns, and print JSON: nanoseconds."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mib", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        library = build(Path(folder))
+
+        def serve_by_c(userfaultfd: Userfaultfd, memory: Mapping, _fd: int, file: Mapping) -> None:
+            never = os.pipe()[0]
+            library.serve(userfaultfd.fd, never, memory.address, file.address)
+
+        times: dict[str, list[int]] = {"c": [], "postcopy": []}
+        for seed in range(arguments.rounds):
+            for name, serve in (("c", serve_by_c), ("postcopy", serve_by_us)):
+                times[name] += measure(library, serve, arguments.mib << 20, seed)
+    answer = {
+        name: {f"p{part}": int(np.percentile(each, part)) for part in (10, 50, 99)}
+        for name, each in times.items()
+    }
+    ratio = answer["postcopy"]["p50"] / answer["c"]["p50"]
+    print(json.dumps(answer | {"p50 ratio": round(ratio, 2)}))
+
+
+if __name__ == "__main__":
+    main()
