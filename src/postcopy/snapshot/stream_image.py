@@ -4,6 +4,7 @@ Where each of them lies is found by one pass over the file, run by run.  A page 
 counts as it was sent last, also when it had become zero.
 """
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,15 @@ from postcopy.snapshot.elements import read_elements, read_plain_blocks, read_st
 from postcopy.snapshot.image_base import Image, ImageBlock, PageRows
 from postcopy.snapshot.image_file import ImageFile
 from postcopy.stream.layout import BlockLayout, Limits, Receiver
-from postcopy.stream.numbers import PAGE_RECORD_BYTES, TARGET_PAGE_BYTES
+from postcopy.stream.numbers import (
+    FLAGS_MASK,
+    HEADER_BYTES,
+    PAGE_RECORD_BYTES,
+    TARGET_PAGE_BITS,
+    TARGET_PAGE_BYTES,
+    ZERO_RECORD_BYTES,
+    RamFlag,
+)
 from postcopy.stream.ram_records import RamRecords
 from postcopy.stream.reader import WholeBuffer
 from postcopy.stream.records import Pages, ZeroPages
@@ -23,6 +32,12 @@ _SPARSE_BYTES = 64 << 30
 """So much RAM may have left no trace in the file.  Writers say of each page at least that it is zero; it
 is only of memory that a guest has given back that they say nothing.  So a mask of all pages never takes
 much more memory than the file takes on the disk."""
+
+_WORD = struct.Struct(">Q")
+_PAGE = int(RamFlag.PAGE | RamFlag.CONTINUE)
+_ZERO_PAGE = int(RamFlag.ZERO | RamFlag.CONTINUE)
+_PLAIN = frozenset({_PAGE, _ZERO_PAGE})
+_SHORT_RUN = 16
 
 _ZERO = 0  # no page lies at the start of the file
 
@@ -56,6 +71,7 @@ class _StreamRam:
     def __init__(self) -> None:
         self._records: RamRecords | None = None
         self.index: dict[str, _BlockIndex] = {}
+        self._last: dict[str, int] = {}  # the offset of each block's last page
 
     def read_blocks(self, reader: WholeBuffer, total_bytes: int) -> list[ImageBlock]:
         file_bytes = reader.position + reader.available
@@ -65,6 +81,7 @@ class _StreamRam:
         layout = {block.name: BlockLayout(block.size_bytes) for block in blocks}
         self._records = RamRecords(Receiver(layout), Limits())
         self.index = {block.name: _BlockIndex() for block in blocks}
+        self._last = {block.name: block.size_bytes - TARGET_PAGE_BYTES for block in blocks}
         return blocks
 
     def read_body(self, reader: WholeBuffer) -> None:
@@ -72,6 +89,33 @@ class _StreamRam:
         reader.commit()  # it goes back to the last commit where a run begins
         while (record := self._records.read(reader)) is not None:
             self._note(record, reader.position)
+            if len(record.offsets) < _SHORT_RUN:
+                self._read_short_runs(reader, record.block)
+
+    def _read_short_runs(self, reader: WholeBuffer, block: str) -> None:
+        """Read records one by one for as long as pages and zero pages alternate.
+
+        Looking at many at once pays for long runs only.  What is not plain is left to the others.
+        """
+        view, last, base = reader.rest(), self._last[block], reader.position
+        pages: list[int] = []
+        places: list[int] = []
+        at = run = kind = 0
+        end = len(view) - PAGE_RECORD_BYTES
+        while at <= end and run < _SHORT_RUN:
+            word = _WORD.unpack_from(view, at)[0]
+            flags = word & FLAGS_MASK
+            if flags not in _PLAIN or word - flags > last or (flags == _ZERO_PAGE and view[at + 8]):
+                break
+            run = run + 1 if flags == kind else 0
+            kind = flags
+            pages.append(word >> TARGET_PAGE_BITS)
+            places.append(base + at + HEADER_BYTES if flags == _PAGE else _ZERO)
+            at += PAGE_RECORD_BYTES if flags == _PAGE else ZERO_RECORD_BYTES
+        if pages:
+            self.index[block].add(np.array(pages, np.int64), np.array(places, np.int64))
+            reader.skip(at)
+            reader.commit()
 
     def _note(self, record: Pages | ZeroPages, end: int) -> None:
         pages = (record.offsets // np.uint64(TARGET_PAGE_BYTES)).astype(np.int64)
