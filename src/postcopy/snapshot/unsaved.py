@@ -1,7 +1,6 @@
 """The pages that are not in the picture yet, and how they get there: copied, once each."""
 
 import itertools
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
 from postcopy.memory.runs import Indices, Mask
+from postcopy.snapshot.turns import Turns
 from postcopy.stream.records import PageRows
 
 PIECE_BYTES = 1 << 20
@@ -42,7 +42,7 @@ class UnsavedPages:
 
     def __init__(self, blocks: list[RamBlock]) -> None:
         self.blocks = blocks
-        self.lock = threading.Lock()
+        self.lock = Turns()
         self._masks: dict[str, Mask] = {
             block.name: np.ones(block.page_count, np.bool_) for block in blocks
         }
