@@ -1,5 +1,8 @@
 """A guest wakes from its image: it runs first, and each page comes when it is touched, or behind."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from fakes.awakening import (
@@ -18,6 +21,7 @@ from postcopy.errors import WrongState
 from postcopy.parameters import Capability
 from postcopy.status import Status
 
+HUGE_PAGES_FREE = re.compile(r"HugePages_Free: +(\d+)")
 LAZY = ["setup", "active", "RESUME", "postcopy-active", "completed"]
 EAGER = ["setup", "active", "RESUME", "completed"]
 
@@ -102,6 +106,20 @@ def test_an_image_can_be_woken_many_times(journey, tmp_path):
         woken(trip)
         trip.destination.close()
         trip.new_destination()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"])
+def test_into_huge_pages(journey, tmp_path, form, lazy):
+    free = HUGE_PAGES_FREE.search(Path("/proc/meminfo").read_text())
+    if not free or int(free[1]) < 32:
+        pytest.skip("needs 32 free huge pages: echo 64 > /proc/sys/vm/nr_hugepages")
+    trip = journey(hammer())
+    path = put_to_sleep(trip, tmp_path / "image", form)
+    trip.destination.close()
+    trip.new_destination(huge_pages=True)
+    wake(trip.destination, path, lazy=lazy)
+    woken(trip)
 
 
 def test_nothing_comes_before_cont_if_told_so(journey, tmp_path):
