@@ -1,0 +1,211 @@
+"""The pager of a restore by itself: what it brings, in which order, and what it leaves alone."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from fakes.guest import RAM, FakeGuest
+from fakes.waiting import wait_until
+from postcopy.channel.rate_limit import RateLimiter
+from postcopy.errors import ImageError
+from postcopy.memory.page_map import RECEIVED
+from postcopy.snapshot.filler import Filler, Pace
+from postcopy.snapshot.filling import Filling
+
+PAGE = 4096
+PAGES = 256
+
+
+class FakeOrigin:
+    """Pages full of their own number, but for those that are zero and those that cannot be had."""
+
+    def __init__(self, *, fixed=True, zero=(), bad=()):
+        numbers = np.arange(1, PAGES + 1, dtype=np.uint64)
+        self.rows = np.repeat(numbers[:, None], PAGE // 8, axis=1)
+        self.data = np.ones(PAGES, np.bool_)
+        self.data[list(zero)] = False
+        self.wrong = set(bad)
+        self.base = self.rows.ctypes.data if fixed else 0
+        self.asked = []
+
+    def is_good(self, page):
+        return page not in self.wrong
+
+    def good(self, page, count):
+        good = [each not in self.wrong for each in range(page, page + count)]
+        return count if all(good) else good.index(False)
+
+    def address(self, page, count):
+        self.asked.append((page, count))
+        if not self.base:
+            count = min(count, 3)  # as an image that has fewer in one piece
+        return self.rows[page:].ctypes.data, count
+
+    def bad(self, page):
+        return page // 4 * 4, page // 4 * 4 + 4
+
+    def reason(self, page):
+        return f"page {page} is wrong"
+
+
+class Scene:
+    """Memory under userfaultfd, and a pager that fills it."""
+
+    def __init__(self, origin, working_set=None, rate=0, **pace):
+        self.guest = FakeGuest(PAGES * PAGE)
+        self.ram = self.guest.paged_ram()
+        (self.paged,) = self.ram
+        self.userfaultfd = self.guest.watch_missing()
+        self.lost = []
+        self.filling = Filling(self.userfaultfd, self.paged, origin, self.lost.append)
+        self.filler = Filler(
+            self.userfaultfd,
+            [self.filling],
+            {} if working_set is None else {RAM: working_set},
+            Pace(RateLimiter(rate), **pace),
+        )
+        self.thread = threading.Thread(target=self.filler.run, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.filler.stop()
+        self.thread.join(10)
+        self.guest.unwatch_missing()
+        self.userfaultfd.close()
+        self.ram.close()
+        self.guest.close()
+
+    def finish(self):
+        self.filler.may_end()
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+
+    def words(self):
+        return np.frombuffer(self.guest.memory(), np.uint64).reshape(PAGES, -1)[:, 0]
+
+    def received(self):
+        return np.flatnonzero(self.paged.pages.states == RECEIVED).tolist()
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_everything_comes_unasked_but_zeros(fixed):
+    with Scene(FakeOrigin(fixed=fixed, zero=range(100, 200))) as scene:
+        scene.finish()
+        expected = np.arange(1, PAGES + 1, dtype=np.uint64)
+        expected[100:200] = 0
+        assert (scene.words() == expected).all()
+        assert len(scene.received()) == PAGES - 100
+        assert scene.filler.faults == 0
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_what_is_touched_comes_although_nothing_else_does(fixed):
+    origin = FakeOrigin(fixed=fixed, zero=[7])
+    with Scene(origin, rate=1) as scene:
+        for page in (200, 9, 133):
+            assert int.from_bytes(scene.guest.touch(page), "little") == page + 1
+        assert scene.guest.touch(7) == bytes(8)
+        wait_until(lambda: {200, 9, 133, 7} <= set(scene.received()))
+        wait_until(lambda: scene.filler.faults >= 4)
+        assert np.flatnonzero(scene.filling.touched).tolist() == [7, 9, 133, 200]
+        assert len(scene.received()) < 10
+
+
+def test_the_working_set_comes_first_and_no_rate_holds_it():
+    wanted = np.zeros(PAGES, np.bool_)
+    wanted[[5, 6, 7, 250]] = True
+    with Scene(FakeOrigin(), wanted, rate=1) as scene:
+        wait_until(lambda: scene.filler.ready_ns is not None)
+        assert {5, 6, 7, 250} <= set(scene.received())
+        assert len(scene.received()) < 10
+        scene.filler.new_rate(0)
+        scene.finish()
+        assert len(scene.received()) == PAGES
+
+
+def test_who_waits_for_the_end_gets_it_at_full_speed():
+    with Scene(FakeOrigin(), rate=1) as scene:
+        scene.guest.touch(3)
+        scene.filler.hurry()
+        scene.finish()
+        assert len(scene.received()) == PAGES
+
+
+def test_recording_holds_the_rest_back_until_hurried():
+    with Scene(FakeOrigin(), holds_for_recording=True) as scene:
+        scene.guest.touch(3)
+        wait_until(scene.received)
+        assert scene.received() == [3]
+        scene.filler.hurry()
+        scene.finish()
+        assert len(scene.received()) == PAGES
+
+
+def test_recording_ends_when_nothing_is_touched_any_more():
+    with Scene(FakeOrigin(), holds_for_recording=True) as scene:
+        scene.guest.touch(3)
+        scene.finish()
+        assert len(scene.received()) == PAGES
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_what_is_there_is_left_alone(fixed):
+    """As a successor finds it, whatever the page map said."""
+    scene = Scene(FakeOrigin(fixed=fixed))
+    scene.paged.block.pages[40:50] = 99
+    scene.paged.pages.states[60:70] = RECEIVED  # noted before they were in place
+    scene.filling.adopt()
+    with scene:
+        scene.finish()
+        assert (scene.words()[40:50] == 0x6363636363636363).all()
+        others = np.r_[0:40, 50:PAGES]
+        assert (scene.words()[others] == others + 1).all()
+
+
+def test_a_page_that_is_there_but_not_seen_is_shown():
+    scene = Scene(FakeOrigin(), rate=1)
+    scene.paged.block.pages[40] = 99
+    with scene:
+        assert scene.guest.touch(40) == bytes([99] * 8)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_what_is_wrong_is_never_served(asked):
+    with Scene(FakeOrigin(bad=[81, 82]), rate=1 if asked else 0) as scene:
+        if asked:
+            with pytest.raises(Exception, match="process_vm_readv"):
+                scene.guest.touch(81)
+            scene.filler.new_rate(0)
+        scene.finish()
+        (lost,) = scene.lost
+        assert (lost.block_name, lost.reason) == (RAM, "page 81 is wrong")
+        assert lost.pages == (4 if asked else 3)  # 80 had come before anybody looked at 81
+        assert (scene.words()[81:84] == 0).all()
+        others = np.r_[0:80, 84:PAGES]
+        assert (scene.words()[others] == others + 1).all()
+        for page in (81, 82, 83):
+            with pytest.raises(Exception, match="process_vm_readv"):
+                scene.guest.touch(page)
+
+
+def test_what_cannot_be_read_is_lost_alone():
+    origin = FakeOrigin(fixed=False)
+    address = origin.address
+
+    def failing(page, count):
+        if page <= 30 < page + count:
+            if page == 30:
+                raise ImageError("image", "cannot be read")
+            count = 30 - page
+        return address(page, count)
+
+    origin.address = failing
+    origin.bad = lambda page: (page, page + 1)
+    with Scene(origin) as scene:
+        scene.finish()
+        assert [each.pages for each in scene.lost] == [1]
+        assert (scene.words()[[29, 30, 31]] == [30, 0, 32]).all()
