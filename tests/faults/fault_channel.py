@@ -10,8 +10,9 @@
         fault.wait()                                 # until it has happened
 
 A fault happens once, on the first connection that comes to its place (or on the one whose number is
-given).  ``stall`` lasts until ``flow``; what falls into a black hole is gone, while both peers find
-their sockets open.  ``delay`` and ``break_all`` are the relay's own.
+given).  ``hold`` and ``release`` reorder two connections.  ``stall`` lasts until ``flow``; what falls
+into a black hole is gone, while both peers find their sockets open.  ``delay`` and ``break_all`` are the
+relay's own.
 """
 
 import struct
@@ -104,6 +105,7 @@ class FaultChannel(Relay):
         self._faults = []
         self._places = {}  # of a fault, on a connection, once it is known
         self._swallowed = set()
+        self._held = {}  # number and way of a connection to what lets it go
         super().__init__(listen, target)
 
     def cut(self, where, way=Way.UP, *, at=None, connection=None):
@@ -129,6 +131,31 @@ class FaultChannel(Relay):
     def inject(self, where, data, way=Way.UP, *, at=None, connection=None):
         """Say something that the peer has not said."""
         return self._arm("injection", where, way, at, connection, data)
+
+    def hold(self, connection, way=Way.UP):
+        """Hold one way of one connection back, so that the others overtake it, until ``release``."""
+        with self._lock:
+            self._held.setdefault((connection, way), threading.Event())
+
+    def release(self, connection, way=Way.UP):
+        """Let pass what was held back."""
+        with self._lock:
+            self._held.pop((connection, way)).set()
+
+    def close(self):
+        """See :meth:`Relay.close`; what is held back is lost."""
+        self.break_all()
+        with self._lock:
+            for held in self._held.values():
+                held.set()
+        super().close()
+
+    def _hold_back(self, number, way):
+        super()._hold_back(number, way)
+        with self._lock:
+            held = self._held.get((number, way))
+        if held is not None:
+            held.wait()
 
     def _arm(self, kind, where, way, at, connection, data=b""):
         if isinstance(where, NamedRecord):

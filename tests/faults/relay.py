@@ -171,7 +171,7 @@ class Relay:
         origin, target = connection.ends(way)
         try:
             while chunk := origin.recv(CHUNK_BYTES):
-                self._hold_back()
+                self._hold_back(number, way)
                 for piece in self._treat(connection, number, way, chunk):
                     # Recorded first: who has received a byte finds it in the record.
                     connection.recorded[way] += piece
@@ -190,7 +190,7 @@ class Relay:
         if self._allowed(connection, number, way, 1) == 0:
             connection.close()
 
-    def _hold_back(self):
+    def _hold_back(self, _number, _way):
         if self._delay_s:
             self._closed.wait(self._delay_s)
         self._flowing.wait()

@@ -6,11 +6,13 @@ any order, what is checked here with real engines one by one.
 
 import pytest
 
+from fakes.pair import POSTCOPY as POSTCOPY_ON
 from fakes.pair import QUICK
 from fakes.waiting import wait_until
 from faults.recovering import DEADLINE_S, Recovering, broken_journey
 from postcopy import kill_points
 from postcopy.errors import PostcopyError
+from postcopy.parameters import Capability
 from postcopy.status import Status
 
 SOURCE = "runs at the source, by itself"
@@ -57,6 +59,9 @@ RECOVERY = kill_points.SOURCE_RECOVERY + kill_points.DESTINATION_RECOVERY
 TOLD = ("source.all-pushed", "source.pages-ended", "source.arrived", "destination.nothing-missing",
         "destination.pages-ended", "destination.unwatched", "destination.postcopy-shut-sent")  # fmt: skip
 """At the very end: nothing is waited for that a slow push would hold up."""
+WITH_TWO_CHANNELS = ("source.before-package", "source.package-sent", "source.pushing", "source.all-pushed",
+                     "destination.package-received", "destination.listening", "destination.owning",
+                     "destination.nothing-missing")  # fmt: skip
 BOTH_KNOW = tuple(point for point in TOLD if point != "destination.nothing-missing")
 """The source has heard that the destination needs nothing: whatever dies then, both are done."""
 
@@ -129,8 +134,19 @@ def test_precopy(journey, tmp_path, kill_at, point, owner):
 
 @pytest.mark.parametrize(("point", "owner"), POSTCOPY.items(), ids=POSTCOPY)
 def test_postcopy(journey, tmp_path, kill_at, point, owner):
+    waits = kill_at(point)  # before any engine is started
+    die_in_postcopy(broken_journey(journey), tmp_path, waits, point, owner)
+
+
+@pytest.mark.parametrize("point", WITH_TWO_CHANNELS)
+def test_postcopy_with_preempt(journey, tmp_path, kill_at, point):
     waits = kill_at(point)
-    with Recovering(broken_journey(journey), tmp_path) as broken:
+    trip = broken_journey(journey, capabilities=(*POSTCOPY_ON, Capability.POSTCOPY_PREEMPT))
+    die_in_postcopy(trip, tmp_path, waits, point, POSTCOPY[point])
+
+
+def die_in_postcopy(trip, tmp_path, waits, point, owner):
+    with Recovering(trip, tmp_path) as broken:
         broken.source.control.migrate(broken.destination.listen())
         broken.switch()
         if point in TOLD:
