@@ -1,0 +1,69 @@
+"""The source's end of the second connection."""
+
+import socket
+import threading
+
+import pytest
+
+from postcopy.channel.sockets import SocketChannel
+from postcopy.errors import ChannelBroken
+from postcopy.source.counters import Counters
+from postcopy.source.urgent_channel import UrgentChannel
+
+
+class Bench:
+    def __init__(self):
+        ours, self.peer = socket.socketpair()
+        self.causes = []
+        self.broken = threading.Event()
+        self.channel = SocketChannel(ours, "urgent")
+        self.urgent = UrgentChannel(self.channel, Counters(), self.note)
+        self.urgent.start()
+
+    def note(self, cause):
+        self.causes.append(cause)
+        self.broken.set()
+
+
+@pytest.fixture
+def bench():
+    made = Bench()
+    yield made
+    made.urgent.close()
+    made.peer.close()
+
+
+def test_an_end_that_nobody_expects_is_told_with_the_likely_reason(bench):
+    bench.peer.close()
+    assert bench.broken.wait(10)
+    (cause,) = bench.causes
+    assert isinstance(cause, ChannelBroken)
+    assert "is postcopy-preempt switched on there?" in str(cause)
+
+
+def test_an_expected_end_is_not_told(bench):
+    bench.urgent.expect_end()
+    bench.peer.close()
+    bench.urgent._watcher.join(10)
+    assert not bench.causes
+
+
+def test_nor_is_one_of_our_own(bench):
+    bench.urgent.shutdown()
+    bench.urgent._watcher.join(10)
+    assert not bench.causes
+    bench.urgent.close()
+    bench.urgent.close()
+
+
+def test_what_the_peer_says_is_passed_over(bench):
+    bench.peer.send(b"nothing is to be said here")
+    bench.peer.close()
+    assert bench.broken.wait(10)
+    assert len(bench.causes) == 1
+
+
+def test_it_knows_what_has_been_taken(bench):
+    bench.channel.send(b"12345")
+    assert bench.peer.recv(5) == b"12345"
+    assert bench.urgent.taken_bytes <= 5
