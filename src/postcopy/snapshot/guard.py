@@ -18,13 +18,10 @@ import time
 import traceback
 from collections.abc import Callable
 
-import numpy as np
-
 from postcopy.errors import PostcopyError
 from postcopy.kernel.faults import Pagefault
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.memory.ram_block import RamBlock
-from postcopy.memory.runs import Mask, runs
 from postcopy.snapshot.aside import Aside
 from postcopy.snapshot.stalls import Stalls
 from postcopy.snapshot.unsaved import UnsavedPages
@@ -32,8 +29,10 @@ from postcopy.snapshot.unsaved import UnsavedPages
 RUN_BYTES = 64 << 10
 """What is copied, or let go, around a page that somebody writes to: who writes there writes nearby."""
 
-_FEW_PAGES = 256  # that are protected again in less than a millisecond
+_FEW_RUNS = 16  # that are protected again in a tenth of a millisecond
 _ROUNDS = 4
+
+_Run = tuple[RamBlock, int, int]  # first and end page
 
 
 class WriteGuard:
@@ -58,10 +57,10 @@ class WriteGuard:
         self._on_error = on_error
         self.stalls = Stalls()
         # Under the lock of the unsaved pages: what was written to before the stop, and whether it was.
-        self._written: dict[str, Mask] = {}
+        # In runs, for the guest stands still while they are gone through.
+        self._written: set[_Run] = set()
         self._frozen = False
         self._stopping = False
-        self._forget_written()
         self._stop_reader, self._stop_writer = os.pipe2(os.O_CLOEXEC)
         self._thread = threading.Thread(target=self._serve, name="snapshot-faults", daemon=True)
 
@@ -76,10 +75,9 @@ class WriteGuard:
             self._protect(block, 0, block.page_count)
         for _ in range(_ROUNDS):
             with self._unsaved.lock:
-                written = self._written
-                self._forget_written()
+                written, self._written = self._written, set()
             self._protect_again(written)
-            if sum(int(np.count_nonzero(mask)) for mask in written.values()) <= _FEW_PAGES:
+            if len(written) <= _FEW_RUNS:
                 break
 
     def freeze(self) -> None:
@@ -110,15 +108,9 @@ class WriteGuard:
         address = block.host_address + first * size
         self._userfaultfd.write_protect(address, (end - first) * size, protect=True)
 
-    def _protect_again(self, written: dict[str, Mask]) -> None:
-        for block in self._unsaved.blocks:
-            for first, end in runs(written[block.name]).tolist():
-                self._protect(block, first, end)
-
-    def _forget_written(self) -> None:
-        self._written = {
-            block.name: np.zeros(block.page_count, np.bool_) for block in self._unsaved.blocks
-        }
+    def _protect_again(self, written: set[_Run]) -> None:
+        for block, first, end in written:
+            self._protect(block, first, end)
 
     # --- the thread of the faults
 
@@ -166,7 +158,7 @@ class WriteGuard:
         """Before the stop a page is let go at once; return whether it is before the stop."""
         with self._unsaved.lock:
             if not self._frozen:
-                self._written[block.name][first:end] = True
+                self._written.add((block, first, end))
                 self.let_go(block, first, end)
             return not self._frozen
 
