@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from fakes.real_qemu import MACHINES, QemuProcess, bios
@@ -16,7 +17,13 @@ class QemuGuest(QemuProcess):
     """
 
     def __init__(
-        self, folder: Path, machine: str, accelerator: str, memory_bytes: int, vcpus: int = 1
+        self,
+        folder: Path,
+        machine: str,
+        accelerator: str,
+        memory_bytes: int,
+        vcpus: int = 1,
+        more: Sequence[str] = (),
     ) -> None:
         if accelerator == "kvm":
             need("kvm")
@@ -25,7 +32,7 @@ class QemuGuest(QemuProcess):
         command += ["-m", f"{memory_bytes // MIB}M", "-smp", str(vcpus)]
         # The empty machine leaves to the user what a real one says to its CPU.
         command += ["-cpu", "qemu64,apic-id=0"] if machine == "none" else bios(folder)
-        super().__init__(folder, command)
+        super().__init__(folder, [*command, *more])
         self.machine = machine
         self.accelerator = accelerator
 
