@@ -2,7 +2,8 @@
 
 One thread does both.  So a demand never waits for a lock, for the interpreter, or for more than the one
 step of the push that is under way; and between two steps the push always looks whether somebody waits.
-What comes unasked comes in two phases: the working set of earlier restores, then everything else.
+What comes unasked comes in two phases: the working set of earlier restores, at once; and everything else
+when the guest runs.
 """
 
 import os
@@ -101,7 +102,7 @@ class Filler:
         self._wake()
 
     def may_end(self) -> None:
-        """Nothing but what is pushed is wanted any more: let :meth:`run` end with the last page."""
+        """The guest runs: bring the rest, and let :meth:`run` end with the last page."""
         self._may_end = True
         self._wake()
 
@@ -184,16 +185,23 @@ class Filler:
             if until_ns > now_ns:
                 return (until_ns - now_ns) // 1_000_000 + 1
             self._recording = False
-        if self.ready_ns is None or self._not_before_ns <= now_ns:
+        if self.ready_ns is None:
+            return 0
+        if not self._may_end:
+            return None  # the guest does not run yet: what it needs for that it asks for
+        if self._not_before_ns <= now_ns:
             return 0
         return (self._not_before_ns - now_ns) // 1_000_000 + 1
 
     def _push(self) -> bool:
         """Take one step; return whether there was anything left to do."""
         if self._run is None:
-            self._run = next(self._runs, None)
-            if self._run is None:
+            try:
+                self._run = next(self._runs)
+            except StopIteration:
                 return False
+            if self._run is None:
+                return True
         filling, first, end = self._run
         quiet = time.monotonic_ns() - self._last_fault_ns > _QUIET_NS
         step_bytes = _LONG_STEP_BYTES if quiet else _SHORT_STEP_BYTES
@@ -211,13 +219,15 @@ class Filler:
         wait_s = self._limiter.spend(pushed_bytes)
         self._not_before_ns = time.monotonic_ns() + int(wait_s * 1e9)
 
-    def _plan(self) -> Iterator[tuple[Filling, int, int]]:
+    def _plan(self) -> Iterator[tuple[Filling, int, int] | None]:
+        """What comes unasked, in order; None between the working set and the rest."""
         for filling in self._fillings:
             wanted = self._working_set.get(filling.paged.block.name)
             if wanted is not None:
                 yield from self._reading_ahead(filling, wanted)
         self.ready_ns = time.monotonic_ns()
         reached("restore.working-set-in")
+        yield None
         for filling in self._fillings:
             yield from self._reading_ahead(filling, None)
 
