@@ -37,7 +37,7 @@ IGNORED_BLOCKS = frozenset({"pc.bios", "pc.rom"})
 """Blocks of a real microvm that a guest without firmware has no use for."""
 
 RAM_SECTION_ID = 2
-"""What our own source calls it, and QEMU's microvm: for an engine that did not see the beginning."""
+"""What our own source calls it: for an engine that did not see the beginning."""
 
 
 class Destination:
@@ -176,7 +176,8 @@ class Destination:
         self.error = self._silent = None
         self._paused_by_user = False
         channel.bound_buffers(POSTCOPY_BUFFER_BYTES)
-        self._decoder.resume(self._decoder.ram_section_id or RAM_SECTION_ID)
+        section = self._decoder.ram_section_id or self._guest.kept_stream()[0] or RAM_SECTION_ID
+        self._decoder.resume(section)
         self._placement.forget_halves()
         self._return_path.open(channel, hold_requests=True)
         self._progress.move(Status.POSTCOPY_RECOVER)

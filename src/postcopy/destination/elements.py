@@ -109,6 +109,9 @@ class Elements:
     def _ram_setup(self, setup: records.RamSetup) -> None:
         self.ram_seen = True
         self._their_sizes = theirs = {entry.name: entry.size_bytes for entry in setup.blocks}
+        ours = layout_of(self._ram)
+        if ignored := {name: size for name, size in theirs.items() if name not in ours}:
+            self._guest.keep_stream(setup.section_id, ignored)
         for paged in self._ram:
             if paged.block.name not in theirs:
                 # QEMU does not notice: its guest would run with what happened to be in memory.
@@ -216,8 +219,9 @@ class Elements:
     def _received(self, name: str) -> Mask:
         """Which target pages of a block are in place; of one that we have no use for: all."""
         if name not in layout_of(self._ram):
-            if name in self._their_sizes:
-                return np.ones(self._their_sizes[name] // TARGET_PAGE_BYTES, np.bool_)
+            ignored = self._their_sizes or self._guest.kept_stream()[1]
+            if name in ignored:
+                return np.ones(ignored[name] // TARGET_PAGE_BYTES, np.bool_)
             raise StreamError(f"CMD_RECV_BITMAP: there is no RAM block '{name}'")
         paged = self._ram[name]
         return np.repeat(~paged.pages.missing(), paged.block.target_pages_per_page)

@@ -1,7 +1,7 @@
 """The guest as its engine sees it: the methods of :class:`postcopy.guest.Guest`, over the link."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from postcopy.guest import DeviceState, Region, VcpuThread
@@ -42,6 +42,15 @@ class GuestProxy:
         """Descriptors of the page maps that the guest's process keeps, one a region."""
         fds: Sequence[int] = self._link.call("page_maps")[1]
         return fds
+
+    def keep_stream(self, section: int, sizes_bytes: Mapping[str, int]) -> None:
+        """Keep what another engine cannot know: RAM's section, and blocks that are none of ours."""
+        self._link.call("keep_stream", section=section, sizes_bytes=dict(sizes_bytes))
+
+    def kept_stream(self) -> tuple[int, Mapping[str, int]]:
+        """What was kept so; section 0 when nothing was."""
+        section, sizes_bytes = self._link.call("kept_stream")
+        return section, sizes_bytes
 
     def pause(self) -> None:
         """Stop every vCPU."""

@@ -83,6 +83,7 @@ class GuestService:
         self._snapshot: Userfaultfd | None = None
         self._page_maps: list[int] = []
         self._waking = threading.Lock()
+        self._kept_stream: tuple[int, Mapping[str, int]] = (0, {})
         self.lost_pages: Mapping[str, int] = {}
         self.runs_there = False
         """Whether the destination is known to have taken the guest."""
@@ -101,6 +102,8 @@ class GuestService:
         return {
             "describe": self._describe,
             "regions": self._regions,
+            "keep_stream": self._keep_stream,
+            "kept_stream": lambda: self._kept_stream,
             "page_maps": self._page_map_descriptors,
             "pause": guest.pause,
             "resume": guest.resume,
@@ -134,6 +137,9 @@ class GuestService:
 
     def _arrived_there(self) -> None:
         self.arrived_there = True
+
+    def _keep_stream(self, section: int, sizes_bytes: Mapping[str, int]) -> None:
+        self._kept_stream = section, sizes_bytes
 
     def _describe(self) -> dict[str, Any]:
         return {
