@@ -51,7 +51,7 @@ class FakeMachine:
             raise Refused("no RAM there")
         return 0x7F0000000000 + guest_address
 
-    def read_memory(self, address, length):
+    def read_physical(self, address, length):
         if address + length > self.memory_bytes:
             raise Refused(f"no RAM at {address:#x}")
         self.reader_waits.set()

@@ -11,6 +11,7 @@ from postcopy.errors import GuestError, StreamError
 from postcopy.guest import DeviceState
 from postcopy.kernel.kvm import Kvm
 from postcopy.kernel.mapping import Mapping
+from postcopy.machine.address_map import AddressMap
 from postcopy.machine.cpu import ExitReason
 from postcopy.machine.cpu_section import hflags
 from postcopy.machine.cpu_state import CpuState, Events, Fpu, Segment, flat_long_mode
@@ -75,7 +76,7 @@ def make_cpu(ram):
     def make(name, ports=None):
         need(name)
         install_kick_handler()
-        accelerator = ACCELERATORS[name](ram)
+        accelerator = ACCELERATORS[name](ram, AddressMap.flat(MEMORY_BYTES))
         cpu = accelerator.create_cpu(0, ports or Ports())
         made.extend((cpu, accelerator))
         return cpu

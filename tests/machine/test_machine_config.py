@@ -14,14 +14,18 @@ CODE = b"\xeb\xfe"
     [
         ({"memory_bytes": 3 * MIB}, "not a multiple of 2 MiB"),
         ({"memory_bytes": 0}, "not a multiple of 2 MiB"),
-        ({"memory_bytes": 4096 * MIB}, "4096 MiB is too much"),
+        ({"memory_bytes": 65538 * MIB}, "65538 MiB is too much for a machine; 65536 MiB do"),
         ({"vcpus": 0}, "0 vCPUs cannot be; give 1 to 64"),
         ({"vcpus": 65}, "65 vCPUs cannot be"),
         ({"privilege": 1}, "privilege 1 cannot be"),
         ({"accel": "tcg"}, "no accelerator is called 'tcg'"),
         ({"machine_type": "pc"}, "no machine is called 'pc'; give microvm or none"),
         ({"image": b""}, "the image is empty"),
-        ({"load_address": 0x6000}, "would lie on the page tables"),
+        ({"load_address": 0x6000}, "would lie on the page tables; load it at 0x7000"),
+        (
+            {"memory_bytes": 5120 * MIB, "image": bytes(MIB)},
+            "would lie on the page tables; load it at 0x101000",
+        ),
         ({"image": bytes(2 * MIB)}, "does not fit into 2 MiB of memory"),
         ({"entry": 0x20000}, "entry 0x20000 is outside the image"),
     ],
@@ -36,7 +40,8 @@ def test_refusals(settings, why):
 
 def test_what_is_allowed():
     MachineConfig(2 * MIB, vcpus=64, image=CODE).check()
-    MachineConfig(3072 * MIB).check()
+    MachineConfig(4096 * MIB, image=bytes(2 * MIB)).check()
+    MachineConfig(65536 * MIB).check()
 
 
 def test_reading_an_image(tmp_path):

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from postcopy.errors import HostCannot
 from postcopy.kernel.mapping import Mapping
+from postcopy.machine.address_map import AddressMap
 from postcopy.machine.config import MachineConfig
 from postcopy.machine.cpu import Cpu, Ports
 from postcopy.machine.kvm_cpu import KvmAccelerator
@@ -44,19 +45,20 @@ def choose(config: MachineConfig, ram: Mapping) -> Accelerator:
 
     :raises HostCannot: this host has it not; with ``auto``, it has none at all.
     """
+    addresses = config.address_map
     if config.accel == "unicorn":
-        return _unicorn(ram)
+        return _unicorn(ram, addresses)
     try:
-        return KvmAccelerator(ram)
+        return KvmAccelerator(ram, addresses)
     except HostCannot:
         if config.accel == "kvm" or importlib.util.find_spec("unicorn") is None:
             raise
-    return _unicorn(ram)
+    return _unicorn(ram, addresses)
 
 
-def _unicorn(ram: Mapping) -> Accelerator:
+def _unicorn(ram: Mapping, addresses: AddressMap) -> Accelerator:
     if importlib.util.find_spec("unicorn") is None:
         raise HostCannot("the software CPU is not installed", "pip install 'postcopy[unicorn]'")
     from postcopy.machine.unicorn_accelerator import UnicornAccelerator
 
-    return UnicornAccelerator(ram)
+    return UnicornAccelerator(ram, addresses)

@@ -3,20 +3,28 @@
 What the machine puts into guest memory before the image runs::
 
     0x0500  GDT: null, kernel code 0x08, kernel data 0x10, user data 0x18, user code 0x20
-    0x1000  PML4, 0x2000 PDPT, 0x3000-0x6fff page directories: identity, 2 MiB pages, all of RAM
+    0x1000  PML4, 0x2000 PDPT, 0x3000-0x6fff page directories of the first 4 GiB: 2 MiB pages
     0x8000  stacks, 512 bytes for each vCPU, number 0 on top (at 0x10000)
     0x10000 the image, unless told otherwise
+    0x100000 the other page directories, one for each GiB, where there is more memory than 4 GiB
+
+A guest finds its RAM in one piece from address 0 on, offset by offset of the RAM block.  That is the
+identity but on ``microvm`` from 3 GiB on, whose RAM goes on at physical 4 GiB.  Pages of 1 GiB would
+need no further directories, but not every KVM has them (one without hardware's second level of page
+tables need not), and a guest that moves would be lost there.
 
 Every table entry has its accessed and dirty bits set already, and every descriptor its accessed
 bit, so the processor never writes there: memory changes only where the guest's own code writes.
 Addresses beyond the RAM are not mapped: touching one ends the guest.  (Intel SDM volume 3, 4.5.)
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 
 from postcopy.kernel.mapping import Mapping
+from postcopy.machine.address_map import AddressMap
 from postcopy.machine.cpu_state import CpuState, DescriptorTable, flat_long_mode
 
 GDT_ADDRESS = 0x500
@@ -26,6 +34,9 @@ DIRECTORIES_ADDRESS = 0x3000
 RESERVED_END = 0x7000
 """Below this address everything is the machine's."""
 
+FAR_DIRECTORIES_ADDRESS = 0x100000
+"""Not lower: there QEMU's microvm shows its firmware in place of RAM."""
+
 STACKS_TOP = 0x10000
 STACK_BYTES = 512
 
@@ -33,32 +44,62 @@ _PRESENT, _WRITABLE, _USER, _ACCESSED, _DIRTY, _LARGE = 1, 2, 4, 0x20, 0x40, 0x8
 _TABLE = _PRESENT | _WRITABLE | _USER | _ACCESSED
 _PAGE = _TABLE | _DIRTY | _LARGE
 _LARGE_PAGE_BYTES = 2 << 20
+_TABLE_BYTES = 4096
+_TABLE_WORDS = 512
+_NEAR_DIRECTORIES = (RESERVED_END - DIRECTORIES_ADDRESS) // _TABLE_BYTES
 
 _GDT = (0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF, 0x00CFF3000000FFFF, 0x00AFFB000000FFFF)
 _SELECTORS = {0: (0x08, 0x10), 3: (0x23, 0x1B)}
 
 
-def prepare_memory(ram: Mapping, image: bytes | None, load_address: int) -> None:
+def reserved(memory_bytes: int) -> list[tuple[int, int]]:
+    """The ranges of guest addresses that are the machine's, where no image may lie."""
+    far = _directories(memory_bytes) - _NEAR_DIRECTORIES
+    ranges = [(0, RESERVED_END)]
+    if far > 0:
+        ranges.append((FAR_DIRECTORIES_ADDRESS, FAR_DIRECTORIES_ADDRESS + far * _TABLE_BYTES))
+    return ranges
+
+
+def prepare_memory(
+    ram: Mapping, addresses: AddressMap, image: bytes | None, load_address: int
+) -> None:
     """Write the tables and the image into memory that is all zeros."""
     ram.write(GDT_ADDRESS, np.array(_GDT, dtype="<u8").tobytes())
-    ram.write(PML4_ADDRESS, page_tables(ram.length))
+    for address, table in page_tables(addresses):
+        ram.write(address, table)
     if image is not None:
         ram.write(load_address, image)
 
 
-def page_tables(memory_bytes: int) -> bytes:
-    """The bytes from ``PML4_ADDRESS`` on that map ``memory_bytes`` to themselves."""
-    pages = memory_bytes // _LARGE_PAGE_BYTES
-    directories = -(-pages // 512)
-    words = np.zeros((DIRECTORIES_ADDRESS - PML4_ADDRESS) // 8 + directories * 512, dtype="<u8")
-    words[0] = PDPT_ADDRESS | _TABLE
-    words[512 : 512 + directories] = (
-        DIRECTORIES_ADDRESS + 4096 * np.arange(directories, dtype="<u8")
-    ) | np.uint64(_TABLE)
-    words[1024 : 1024 + pages] = np.arange(pages, dtype="<u8") * np.uint64(
-        _LARGE_PAGE_BYTES
-    ) | np.uint64(_PAGE)
-    return words.tobytes()
+def page_tables(addresses: AddressMap) -> Iterator[tuple[int, bytes]]:
+    """The tables that map the block in one piece from 0 on, each with the address it belongs at."""
+    pages = np.concatenate(
+        [
+            np.arange(part.guest_address, part.end_address, _LARGE_PAGE_BYTES, dtype="<u8")
+            for part in addresses.parts
+        ]
+    )
+    entries = pages | np.uint64(_PAGE)
+    places = [_directory_address(n) for n in range(-(-len(entries) // _TABLE_WORDS))]
+    yield PML4_ADDRESS, _table([PDPT_ADDRESS | _TABLE])
+    yield PDPT_ADDRESS, _table([place | _TABLE for place in places])
+    for number, place in enumerate(places):
+        yield place, entries[number * _TABLE_WORDS : (number + 1) * _TABLE_WORDS].tobytes()
+
+
+def _directories(memory_bytes: int) -> int:
+    return -(-memory_bytes // (_TABLE_WORDS * _LARGE_PAGE_BYTES))
+
+
+def _directory_address(number: int) -> int:
+    far = number - _NEAR_DIRECTORIES
+    start = DIRECTORIES_ADDRESS if far < 0 else FAR_DIRECTORIES_ADDRESS
+    return start + (number if far < 0 else far) * _TABLE_BYTES
+
+
+def _table(entries: list[int]) -> bytes:
+    return np.array(entries, dtype="<u8").tobytes()
 
 
 def boot_state(*, index: int, memory_bytes: int, entry: int, privilege: int) -> CpuState:

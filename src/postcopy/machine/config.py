@@ -6,10 +6,11 @@ from typing import Literal
 
 from postcopy.errors import Refused
 from postcopy.machine import boot
+from postcopy.machine.address_map import AddressMap
 
 MOST_VCPUS = 64
-MOST_MEMORY_BYTES = 3 << 30
-"""From 3 GiB on QEMU's microvm has its hole for devices, and its RAM would not be in one piece."""
+MOST_MEMORY_BYTES = 64 << 30
+MOST_IMAGE_BYTES = 3 << 30
 
 HUGE_PAGE_BYTES = 2 << 20
 LOAD_ADDRESS = 0x10000
@@ -25,7 +26,8 @@ RAM_NAMES: dict[MachineType, str] = {"microvm": "microvm.ram", "none": "ram"}
 class MachineConfig:
     """One machine.
 
-    :param memory_bytes: RAM from guest address 0 on, a multiple of 2 MiB.
+    :param memory_bytes: RAM, which the guest finds from its address 0 on, a multiple of 2 MiB, up to
+        64 GiB.
     :param vcpus: 1 to 64.
     :param accel: ``auto`` takes KVM where it is, else the software CPU.
     :param image: raw 64-bit code and data; None for a destination, whose memory is to come.
@@ -36,7 +38,8 @@ class MachineConfig:
         is emulated and a thousand times slower.
     :param huge_pages: back the memory with the host's 2 MiB pages.
     :param machine_type: what the machine is called on the wire, and with it its RAM block: only a
-        machine of the same type takes its guest, be it ours or QEMU's ``-M``.  Nothing else differs.
+        machine of the same type takes its guest, be it ours or QEMU's ``-M``.  The guest sees no
+        difference; the monitor does, by physical addresses from 3 GiB on.
     """
 
     memory_bytes: int
@@ -53,6 +56,13 @@ class MachineConfig:
     def ram_name(self) -> str:
         """The name of the one RAM block."""
         return RAM_NAMES[self.machine_type]
+
+    @property
+    def address_map(self) -> AddressMap:
+        """Where the RAM block stands among the physical addresses."""
+        if self.machine_type == "none":
+            return AddressMap.flat(self.memory_bytes)
+        return AddressMap.with_hole(self.memory_bytes)
 
     @property
     def page_size_bytes(self) -> int:
@@ -73,7 +83,8 @@ class MachineConfig:
         if memory <= 0 or memory % HUGE_PAGE_BYTES:
             raise Refused(f"memory of {memory} bytes is not a multiple of 2 MiB; give whole MiB")
         if memory > MOST_MEMORY_BYTES:
-            raise Refused(f"memory of {memory >> 20} MiB is too much for this machine; 3072 MiB do")
+            most = MOST_MEMORY_BYTES >> 20
+            raise Refused(f"memory of {memory >> 20} MiB is too much for a machine; {most} MiB do")
         if not 1 <= self.vcpus <= MOST_VCPUS:
             raise Refused(f"{self.vcpus} vCPUs cannot be; give 1 to {MOST_VCPUS}")
         if self.privilege not in {0, 3}:
@@ -87,11 +98,12 @@ class MachineConfig:
         first, end = self.load_address, self.load_address + len(image)
         if not image:
             raise Refused("the image is empty; give a file of raw 64-bit code")
-        if first < boot.RESERVED_END:
-            raise Refused(
-                f"an image at {first:#x} would lie on the page tables; load it at "
-                f"{boot.RESERVED_END:#x} or above"
-            )
+        for start, stop in boot.reserved(self.memory_bytes):
+            if first < stop and start < end:
+                raise Refused(
+                    f"an image at [{first:#x}, {end:#x}) would lie on the page tables; load it at "
+                    f"{stop:#x} or above"
+                )
         if end > self.memory_bytes:
             raise Refused(
                 f"an image of {len(image)} bytes at {first:#x} does not fit into "
@@ -107,13 +119,13 @@ class MachineConfig:
 def read_image(path: str | Path) -> bytes:
     """Read a file of raw code.
 
-    :raises Refused: it cannot be read, or is larger than any machine's memory.
+    :raises Refused: it cannot be read, or is larger than 3 GiB.
     """
     try:
         with Path(path).open("rb") as file:
-            image = file.read(MOST_MEMORY_BYTES + 1)
+            image = file.read(MOST_IMAGE_BYTES + 1)
     except OSError as error:
         raise Refused(f"image {path} cannot be read: {error.strerror}; check the path") from error
-    if len(image) > MOST_MEMORY_BYTES:
-        raise Refused(f"image {path} is larger than any machine's memory; give raw 64-bit code")
+    if len(image) > MOST_IMAGE_BYTES:
+        raise Refused(f"image {path} is larger than 3 GiB; give raw 64-bit code")
     return image

@@ -7,16 +7,16 @@ import numpy as np
 import numpy.typing as npt
 
 from postcopy.abi import kvm as abi
-from postcopy.errors import GuestError, KernelError
+from postcopy.errors import GuestError, HostCannot, KernelError
 from postcopy.kernel.kvm import Kvm, KvmVcpu
 from postcopy.kernel.mapping import Mapping
 from postcopy.machine import cpuid
+from postcopy.machine.address_map import AddressMap
 from postcopy.machine.cpu import Exit, ExitReason, Ports
 from postcopy.machine.cpu_state import CpuState
 from postcopy.machine.kvm_state import read_kvm_state, with_lost_iopl, write_kvm_state
 from postcopy.machine.signals import KICK
 
-_RAM_SLOT = 0
 _PAGE_BYTES = 4096
 
 _INTERRUPTED = Exit(ExitReason.INTERRUPTED)
@@ -26,17 +26,20 @@ _SHUTDOWN = Exit(ExitReason.SHUTDOWN, "triple fault")
 
 
 class KvmAccelerator:
-    """One KVM machine whose memory is one slot from address 0 on.
+    """One KVM machine, with a slot for each part of its memory.
 
-    :raises HostCannot: there is no usable KVM.
+    :param addresses: where the memory stands among the guest's physical addresses.
+    :raises HostCannot: there is no usable KVM, or its physical addresses are too short.
     """
 
     name = "kvm"
 
-    def __init__(self, ram: Mapping) -> None:
+    def __init__(self, ram: Mapping, addresses: AddressMap) -> None:
         self._ram = ram
+        self._parts = addresses.parts
         with Kvm() as kvm:
             self._cpuid = kvm.supported_cpuid()
+            self._check_reach(addresses.end_address)
             self._vm = kvm.create_vm()
         self._set_memory(log_dirty=False)
 
@@ -55,15 +58,28 @@ class KvmAccelerator:
         self._set_memory(log_dirty=False)
 
     def fetch_dirty_log(self) -> npt.NDArray[np.uint8]:
-        """See :meth:`postcopy.kernel.kvm.KvmVm.dirty_log`."""
-        return self._vm.dirty_log(_RAM_SLOT, self._ram.length)
+        """See :meth:`postcopy.kernel.kvm.KvmVm.dirty_log`; of the whole block, in order of offsets."""
+        # Parts are whole units of 2 MiB, which is whole words of the log.
+        return np.concatenate(
+            [self._vm.dirty_log(slot, part.size_bytes) for slot, part in enumerate(self._parts)]
+        )
 
     def close(self) -> None:
         """The kernel frees the machine when its vCPUs are closed too."""
         self._vm.close()
 
     def _set_memory(self, *, log_dirty: bool) -> None:
-        self._vm.set_memory(_RAM_SLOT, 0, self._ram.length, self._ram.address, log_dirty=log_dirty)
+        for slot, part in enumerate(self._parts):
+            address, here = part.guest_address, self._ram.address + part.offset
+            self._vm.set_memory(slot, address, part.size_bytes, here, log_dirty=log_dirty)
+
+    def _check_reach(self, end_address: int) -> None:
+        bits = cpuid.physical_address_bits(self._cpuid)
+        if end_address > 1 << bits:
+            raise HostCannot(
+                f"this host's KVM has physical addresses of {bits} bits, too few for the memory",
+                f"give the guest less than {1 << bits - 20} MiB",
+            )
 
 
 class KvmCpu:

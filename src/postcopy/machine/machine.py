@@ -47,6 +47,7 @@ class Machine:
         config.check()
         install_kick_handler()
         self.config = config
+        self._addresses = config.address_map
         huge = config.page_size_bytes if config.huge_pages else None
         self._ram_fd = memfd.create(config.ram_name, config.memory_bytes, huge_page_size=huge)
         self._ram = Mapping.shared(self._ram_fd, config.memory_bytes)
@@ -168,7 +169,7 @@ class Machine:
     # What an engine asks: postcopy.guest.Guest.
 
     def regions(self) -> Sequence[Region]:
-        """The one RAM block, whatever the size."""
+        """The one RAM block, whatever the size, and wherever its parts stand."""
         region = Region(
             name=self.config.ram_name,
             size_bytes=self.config.memory_bytes,
@@ -223,7 +224,7 @@ class Machine:
         self._serial.state = arrived.serial
         self.run_control.arrive(_known_run_state(arrived.run_state))
 
-    # Memory, by guest address.
+    # Memory, by the guest's own addresses: offsets in the RAM block.
 
     def read_memory(self, address: int, length: int) -> bytes:
         """Copy guest memory out; waits for missing pages without the interpreter lock.
@@ -243,13 +244,21 @@ class Machine:
         self._check_ram(address, len(data))
         self._ram.write(address, data)
 
+    # Memory, by physical addresses, which are others on a microvm of more than 3 GiB.
+
+    def read_physical(self, address: int, length: int) -> bytes:
+        """As :meth:`read_memory`, by physical address.
+
+        :raises Refused: some of it is not RAM.
+        """
+        return self.read_memory(self._addresses.offset_of(address, length), length)
+
     def host_address(self, guest_address: int) -> int:
-        """Where a guest address is in this process.
+        """Where a physical address is in this process.
 
         :raises Refused: there is no RAM.
         """
-        self._check_ram(guest_address, 1)
-        return self._ram.address + guest_address
+        return self._ram.address + self._addresses.offset_of(guest_address, 1)
 
     def start_dirty_log(self) -> None:
         """Begin to note which pages the vCPUs write.
@@ -293,7 +302,7 @@ class Machine:
         config = self.config
         if config.image is None:
             raise Refused("a machine without an image has nothing to boot; give an image")
-        boot.prepare_memory(self._ram, config.image, config.load_address)
+        boot.prepare_memory(self._ram, self._addresses, config.image, config.load_address)
         for vcpu in self._vcpus:
             vcpu.set_state(
                 boot.boot_state(
@@ -308,7 +317,7 @@ class Machine:
         end = self.config.memory_bytes
         if address < 0 or length < 0 or address + length > end:
             what = f"no RAM at [{address:#x}, {address + length:#x})"
-            raise Refused(f"{what}; it reaches from 0 to {end:#x}")
+            raise Refused(f"{what}; it is at [0x0, {end:#x})")
 
     def _free_ram(self) -> None:
         self._ram.close()

@@ -5,8 +5,9 @@ import numpy.typing as npt
 
 from postcopy.errors import HostCannot
 from postcopy.kernel.mapping import Mapping
+from postcopy.machine.address_map import AddressMap
 from postcopy.machine.cpu import Ports
-from postcopy.machine.unicorn_cpu import UnicornCpu, load_unicorn
+from postcopy.machine.unicorn_cpu import MappedMemory, UnicornCpu, load_unicorn
 
 
 class UnicornAccelerator:
@@ -15,18 +16,22 @@ class UnicornAccelerator:
     Locked instructions are atomic within one vCPU only: guests that share locks between vCPUs need
     KVM.
 
+    :param addresses: where the memory stands among the guest's physical addresses.
     :raises HostCannot: unicorn is not installed.
     """
 
     name = "unicorn"
 
-    def __init__(self, ram: Mapping) -> None:
+    def __init__(self, ram: Mapping, addresses: AddressMap) -> None:
         load_unicorn()
-        self._ram = ram
+        self._memory = [
+            MappedMemory(part.guest_address, ram.address + part.offset, part.size_bytes)
+            for part in addresses.parts
+        ]
 
     def create_cpu(self, index: int, ports: Ports) -> UnicornCpu:  # noqa: ARG002 - all are alike
         """A vCPU in its reset state; give it a 64-bit one before it is entered."""
-        return UnicornCpu(ports, self._ram.address, self._ram.length)
+        return UnicornCpu(ports, self._memory)
 
     def start_dirty_log(self) -> None:
         """There is none: the memory is written by ordinary stores of this process.

@@ -17,7 +17,8 @@ Some facts about unicorn 2.1 that shape this file:
 
 import importlib
 import threading
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from postcopy.errors import GuestError, HostCannot
@@ -45,19 +46,27 @@ def load_unicorn() -> tuple[Any, Any]:
         ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class MappedMemory:
+    """RAM of the guest at a physical address, and where it is here; whole pages of 4096 bytes."""
+
+    guest_address: int
+    host_address: int
+    size_bytes: int
+
+
 class UnicornCpu:
     """:class:`postcopy.machine.cpu.Cpu` in software.
 
     :param ports: what IN and OUT reach; called on the vCPU's thread.
-    :param memory_address: host address of the guest's RAM, which begins at guest address 0.
-    :param memory_bytes: its size, a multiple of 4096.
+    :param memory: all of the guest's RAM.
     :raises HostCannot: unicorn is not installed.
     """
 
-    def __init__(self, ports: Ports, memory_address: int, memory_bytes: int) -> None:
+    def __init__(self, ports: Ports, memory: Sequence[MappedMemory]) -> None:
         self._unicorn, self._constants = load_unicorn()
         self._ports = ports
-        self._memory = (memory_address, memory_bytes)
+        self._memory = memory
         self._kicked = threading.Event()
         self._exception: int | None = None
         self._fault_address = 0
@@ -107,8 +116,9 @@ class UnicornCpu:
         refuse_foreign(state)
         # A new engine: the one way back to privilege 0, from where a state can be loaded.
         engine = self._unicorn.Uc(self._unicorn.UC_ARCH_X86, self._unicorn.UC_MODE_64)
-        address, size = self._memory
-        engine.mem_map_ptr(0, size, self._unicorn.UC_PROT_ALL, address)
+        every = self._unicorn.UC_PROT_ALL
+        for part in self._memory:
+            engine.mem_map_ptr(part.guest_address, part.size_bytes, every, part.host_address)
         registers = UnicornRegisters(self._constants, engine)
         registers.load(state)
         # Privilege 0 can only be reached from user code by SYSCALL or through an IDT.

@@ -24,7 +24,7 @@ from postcopy.machine.cpu_state import (
     Segment,
 )
 
-_PORCH: Final = 1 << 36
+_PORCH: Final = 1 << 38
 """Guest physical address of the page that a state enters by: beyond any memory we allow."""
 
 _PORCH_BYTES: Final = 0x20000

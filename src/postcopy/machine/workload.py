@@ -22,6 +22,7 @@ _SAY_RUNNING = 1
 class Workload:
     """One workload with its parameters: all that is needed to run it and to check its memory.
 
+    :param base_address: where the first slice begins, of whole pages.
     :param slice_bytes: what each vCPU fills, whole pages; slices follow one another.
     :param hot_bytes: what each vCPU visits, from the beginning of its slice.
     :param delay_cycles: least TSC cycles from one visit to the next; 0 is full speed.
@@ -38,6 +39,7 @@ class Workload:
     delay_cycles: int = 0
     exit_after: int = 0
     say_running: bool = False
+    base_address: int = BASE_ADDRESS
 
     @property
     def pages(self) -> int:
@@ -46,7 +48,7 @@ class Workload:
 
     def slice_address(self, vcpu: int) -> int:
         """Where the slice of a vCPU begins."""
-        return BASE_ADDRESS + vcpu * self.slice_bytes
+        return self.base_address + vcpu * self.slice_bytes
 
     def image(self) -> bytes:
         """The image, parameters patched in; load and enter it at 0x10000."""
@@ -57,7 +59,7 @@ class Workload:
             _PARAMETERS_AT,
             _MAGIC,
             self.vcpus,
-            BASE_ADDRESS,
+            self.base_address,
             self.slice_bytes,
             self.hot_bytes,
             self.seed,
@@ -78,30 +80,34 @@ def load(
     hot_bytes: int | None = None,
     delay_cycles: int | None = None,
     seed: int = _SEED,
+    base_address: int = BASE_ADDRESS,
 ) -> Workload:
     """A workload cut to a machine; change more with :func:`dataclasses.replace`.
 
-    :param fill_bytes: of all vCPUs together; all memory from 2 MiB on, or half of it for ``idle``.
+    :param fill_bytes: of all vCPUs together; all memory from ``base_address`` on, or half of it for
+        ``idle``.
     :param hot_bytes: of all vCPUs together; half the memory for ``hammer``, all that is filled for
         ``sweep``.
     :param delay_cycles: 50 000 (about 20 us) for ``sweep``, else none.
+    :param base_address: where to begin to fill, 2 MiB or more: a way to use the far end of a memory
+        that is mostly empty.
     :raises Refused: there is no such workload, or it does not fit.
     """
     if name not in NAMES:
         raise Refused(f"no workload is called {name!r}; give {', '.join(NAMES)}")
-    room = memory_bytes - BASE_ADDRESS
+    room = memory_bytes - base_address
     fill = fill_bytes if fill_bytes is not None else room // (2 if name == "idle" else 1)
     hot = hot_bytes if hot_bytes is not None else memory_bytes // 2 if name == "hammer" else fill
     slice_bytes = _whole_pages(fill, vcpus)
     hot_slice = min(_whole_pages(hot, vcpus), slice_bytes)
-    if fill > room or hot_slice < PAGE_BYTES:
+    if fill > room or hot_slice < PAGE_BYTES or base_address < BASE_ADDRESS:
         raise Refused(
             f"{name} cannot fill {fill} bytes of {memory_bytes >> 20} MiB with {vcpus} vCPUs; "
             "it needs a page for each and leaves the first 2 MiB alone"
         )
     workload = Workload(name, memory_bytes, vcpus, slice_bytes, hot_slice, seed)
     delay = delay_cycles if delay_cycles is not None else 50_000 if name == "sweep" else 0
-    return replace(workload, delay_cycles=delay)
+    return replace(workload, delay_cycles=delay, base_address=base_address)
 
 
 def _whole_pages(total_bytes: int, shares: int) -> int:

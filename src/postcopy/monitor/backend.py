@@ -52,13 +52,13 @@ class MachineControl(Protocol):
         """Ask the process to end; returns at once, so that the client gets its answer."""
 
     def host_address(self, guest_address: int) -> int:
-        """Where this process has that byte of guest RAM.
+        """Where this process has that byte of guest RAM, by its physical address.
 
         :raises Refused: there is no RAM at ``guest_address``.
         """
 
-    def read_memory(self, address: int, length: int) -> bytes:
-        """Guest RAM; waits, without the interpreter lock, for a page that is still missing.
+    def read_physical(self, address: int, length: int) -> bytes:
+        """Guest RAM by physical address; waits, without the interpreter lock, for a missing page.
 
         :raises Refused: some of it is not RAM.
         """

@@ -124,7 +124,7 @@ def _xp(context: Context, arguments: Mapping[str, Any]) -> Lines:
     context.dump_form = asked.form or context.dump_form
     context.dump_size_bytes = asked.size_bytes or context.dump_size_bytes
     return memory_dump.dump(
-        context.backend.machine.read_memory,
+        context.backend.machine.read_physical,
         arguments["addr"],
         asked.count,
         context.dump_form,

@@ -10,7 +10,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 def save(machine: MachineControl, address: int, length_bytes: int, path: str) -> None:
-    """Write ``length_bytes`` of guest RAM from ``address`` on to ``path``.
+    """Write ``length_bytes`` of guest RAM from physical ``address`` on to ``path``.
 
     Waits for pages that are still missing.  Unlike QEMU, which writes what it pleases for
     addresses without RAM, this refuses them: no zeros that nobody wrote.
@@ -21,7 +21,7 @@ def save(machine: MachineControl, address: int, length_bytes: int, path: str) ->
         with Path(path).open("wb") as file:
             for offset in range(0, length_bytes, _CHUNK_BYTES):
                 chunk_bytes = min(_CHUNK_BYTES, length_bytes - offset)
-                file.write(machine.read_memory(address + offset, chunk_bytes))
+                file.write(machine.read_physical(address + offset, chunk_bytes))
     except OSError as error:
         reason = os.strerror(error.errno or 0)
         raise Refused(f"Could not open '{path}': {reason}") from error
