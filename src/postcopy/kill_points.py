@@ -104,6 +104,14 @@ RESTORE_EAGER = (
     "restore.unwatched",
     "restore.woken",
 )
+RESET_POINT = (
+    "reset.watching",
+    "reset.kept",
+)
+RESET = (
+    "reset.scanned",
+    "reset.put-back",
+)
 
 
 def reached(name: str) -> None:

@@ -7,6 +7,7 @@ mapping); nobody makes such writes to a source's memory.
 """
 
 import numpy as np
+import numpy.typing as npt
 
 from postcopy.kernel.pagemap import PagemapScanner
 from postcopy.link.guest_proxy import GuestProxy
@@ -28,12 +29,21 @@ class PagemapTracker:
 
     def collect(self, block: RamBlock, start: int, end: int, *, protect: bool) -> Mask:
         """Return which pages were written, and protect them again if asked."""
+        ranges = self.collect_runs(block, start, end, protect=protect)
+        return _mask(ranges - start, end - start)
+
+    def collect_runs(
+        self, block: RamBlock, start: int, end: int, *, protect: bool
+    ) -> npt.NDArray[np.int64]:
+        """As :meth:`collect`, as runs: what this costs depends on how many there are.
+
+        :return: first page and end page (not included) of each, ascending, shape ``(n, 2)``.
+        """
         assert self._scanner is not None
         size = block.page_size_bytes
         base = block.host_address
         found = self._scanner.scan(base + start * size, base + end * size, protect=protect)
-        ranges = (found - np.uint64(base)) // np.uint64(size)
-        return _mask(ranges.astype(np.int64) - start, end - start)
+        return ((found - np.uint64(base)) // np.uint64(size)).astype(np.int64)
 
     def stop(self) -> None:
         """Disarm."""
@@ -43,7 +53,7 @@ class PagemapTracker:
             self._guest.unwatch_writes()
 
 
-def _mask(ranges: "np.ndarray[tuple[int, int], np.dtype[np.int64]]", length: int) -> Mask:
+def _mask(ranges: npt.NDArray[np.int64], length: int) -> Mask:
     """Turn ``[start, end)`` ranges into a mask, without a statement a range."""
     edges = np.zeros(length + 1, np.int8)
     edges[ranges[:, 0]] = 1

@@ -1,4 +1,4 @@
-"""Takes orders over the link and runs one source, background snapshot, destination or restore."""
+"""Takes orders over the link and runs one source, snapshot, destination, restore or reset point."""
 
 import os
 import socket
@@ -11,6 +11,7 @@ from postcopy.channel.address import parse
 from postcopy.channel.listen import Listener
 from postcopy.destination.destination import Destination
 from postcopy.destination.incoming_ram import Populating, memory_to_spare_bytes
+from postcopy.engine.resets import Resets
 from postcopy.errors import WrongState
 from postcopy.guest import DeviceState
 from postcopy.link.guest_proxy import GuestProxy
@@ -80,6 +81,7 @@ class EngineService:
             "adopt_restore": self._adopt_restore,
             "hurry": self._hurry,
             "info": self._info,
+            **Resets(self._proxy).handlers(),
         }
 
     # --- the source

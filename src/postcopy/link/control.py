@@ -20,6 +20,7 @@ from postcopy.link.engines import Engines, Succession
 from postcopy.link.guest_service import GuestService, OwnedGuest
 from postcopy.link.host import check_movable, check_postcopy, check_snapshot, check_transport
 from postcopy.link.places import bound_uri, descriptors
+from postcopy.link.resetting import Resetting
 from postcopy.link.restoring import Restoring
 from postcopy.link.rpc import Handler, Link
 from postcopy.parameters import Capabilities, Capability, Parameters
@@ -54,7 +55,8 @@ class MigrationControl:
         self._awaits = incoming
         self._on_moved = on_moved
         self._on_incoming_failed = on_incoming_failed
-        self._engines = Engines(self._handlers, self._engine_ended, engines)
+        pool = engines or EnginePool()
+        self._engines = Engines(self._handlers, self._engine_ended, pool)
         self._succession = Succession(
             self._needs_successor,
             lambda: self._adopt_destination(self._last_uri),
@@ -65,6 +67,8 @@ class MigrationControl:
         )
         self._service = GuestService(guest)
         self._lock = threading.RLock()
+        check, complete = self._check_can_start, self._restoring.complete_first
+        self.resetting = Resetting(guest, self._service, pool, self._lock, check, complete)
         # Under the lock: what is set, and the engine at work.
         self._capabilities = Capabilities()
         self._parameters = Parameters()
@@ -86,6 +90,7 @@ class MigrationControl:
 
     def close(self) -> None:
         """End whatever is going on; the process is leaving."""
+        self.resetting.close()
         with self._lock:
             self._engines.close()
         self._service.unwatch_snapshot()  # no vCPU is left waiting for an engine that is gone
@@ -255,10 +260,7 @@ class MigrationControl:
                     self.progress.move(Status.FAILED)
                     self._on_incoming_failed(self._error)
                 case _:
-                    raise WrongState(
-                        "x-on-loss is 'hold': the guest waits for its source; set it to 'poison' or "
-                        "'quit' first, if the source is gone for good"
-                    )
+                    loss.refuse_to_hold()
 
     def arrived(self) -> None:
         """Somebody has seen the destination complete: nothing here is needed any more."""

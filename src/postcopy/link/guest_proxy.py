@@ -62,11 +62,11 @@ class GuestProxy:
 
     def save_devices(self) -> Sequence[DeviceState]:
         """The state of all devices of the stopped guest."""
-        return _decode_states(self._link.call("save_devices"))
+        return decode_states(self._link.call("save_devices"))
 
     def pause_and_save(self) -> Sequence[DeviceState]:
         """Stop every vCPU and return the state of all devices: one call, since the guest waits for it."""
-        return _decode_states(self._link.call("pause_and_save"))
+        return decode_states(self._link.call("pause_and_save"))
 
     def load_devices(self, states: Sequence[DeviceState]) -> None:
         """Give the devices their state."""
@@ -145,7 +145,8 @@ class GuestProxy:
         return base64.b64decode(self._link.call("kvm_dirty_log", action=action))
 
 
-def _decode_states(encoded: Sequence[Sequence[Any]]) -> list[DeviceState]:
+def decode_states(encoded: Sequence[Sequence[Any]]) -> list[DeviceState]:
+    """What :func:`encode_states` has encoded."""
     return [
         DeviceState(name, instance, version, base64.b64decode(payload))
         for name, instance, version, payload in encoded

@@ -7,7 +7,7 @@ missing, the descriptor kept here is what makes a thread that touches it wait in
 import base64
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -45,6 +45,12 @@ class OwnedGuest(Guest, Protocol):
 
     def take(self) -> None:
         """It is ours (again)."""
+
+    def way_back(self, states: Sequence[DeviceState]) -> Callable[[], None]:
+        """What takes the stopped guest back to an earlier point of its life, whatever it did since.
+
+        :raises GuestError: a device refuses its state.
+        """
 
     def start_dirty_log(self) -> None:
         """Begin to note the writes of the vCPUs."""
@@ -85,6 +91,8 @@ class GuestService:
         self._waking = threading.Lock()
         self._kept_stream: tuple[int, Mapping[str, int]] = (0, {})
         self.lost_pages: Mapping[str, int] = {}
+        self.reset_point = False
+        """Whether the writes are being tracked so that the guest can go back to a point."""
         self.runs_there = False
         """Whether the destination is known to have taken the guest."""
         self.arrived_there = False

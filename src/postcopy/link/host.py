@@ -7,6 +7,7 @@ from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.link.guest_service import (
     MISSING_FEATURES,
     SNAPSHOT_FEATURES,
+    WRITE_FEATURES,
     GuestService,
     OwnedGuest,
 )
@@ -25,14 +26,19 @@ def check_poison(guest: OwnedGuest) -> None:
 
 
 def check_movable(guest: OwnedGuest, service: GuestService) -> None:
-    """Refuse to send, or to photograph, what is not here, or not whole.
+    """Refuse to send, or to photograph, what is not here, not whole, or to go back some day.
 
-    :raises WrongState: it is not.
+    :raises WrongState: it is so.
     """
     if not guest.owned:
         raise WrongState("Guest is waiting for an incoming migration")
     if any(service.lost_pages.values()):
         raise WrongState("pages of this guest are lost, so it cannot move; start it anew")
+    if service.reset_point:
+        raise WrongState(
+            "the guest has a reset point, whose tracking of writes excludes migrations and snapshots; "
+            "end it first (x-reset-end, or 'postcopy reset --end')"
+        )
 
 
 def check_postcopy() -> None:
@@ -51,6 +57,14 @@ def check_snapshot() -> None:
         raise HostCannot(
             f"Background-snapshot is not supported by host kernel: {error}", error.cure
         ) from error
+
+
+def check_reset() -> None:
+    """Refuse a reset point on a host that cannot track writes."""
+    try:
+        Userfaultfd.open(WRITE_FEATURES).close()
+    except HostCannot as error:
+        raise HostCannot(f"the writes of a guest cannot be tracked: {error}", error.cure) from error
 
 
 def check_transport(address: Address, capabilities: Capabilities) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import suppress
 
-from postcopy.errors import PostcopyError
+from postcopy.errors import PostcopyError, WrongState
 from postcopy.link.guest_service import GuestService, OwnedGuest
 from postcopy.link.host import check_poison
 
@@ -34,3 +34,14 @@ def abandon(guest: OwnedGuest, service: GuestService, end_engine: Callable[[], N
         check_poison(guest)
         service.poison_missing()
     return f"{_GONE}, and the guest cannot go on without its pages"
+
+
+def refuse_to_hold() -> None:
+    """Neither of them is wanted.
+
+    :raises WrongState: always.
+    """
+    raise WrongState(
+        "x-on-loss is 'hold': the guest waits for its source; set it to 'poison' or 'quit' first, if "
+        "the source is gone for good"
+    )

@@ -213,16 +213,30 @@ class Machine:
         :raises GuestError: it does not fit this machine; nothing runs.
         :raises WrongState: this machine runs.
         """
-        if self.running:
-            raise WrongState("a running guest cannot be given another's state; stop it first")
+        self.run_control.arrive(self._load(self._decode(states)))
+
+    def way_back(self, states: Sequence[DeviceState]) -> Callable[[], None]:
+        """Understand what our own :meth:`save_devices` gave, or an image of this guest has.
+
+        :return: what takes the stopped guest back to there, any number of times.
+        :raises GuestError: it does not fit this machine.
+        """
+        then = self._decode(states)
+        return lambda: self.run_control.go_back(self._load(then))
+
+    def _decode(self, states: Sequence[DeviceState]) -> sections.MachineState:
         try:
-            arrived = sections.decode_devices(states, self.config.vcpus)
+            return sections.decode_devices(states, self.config.vcpus)
         except StreamError as error:
             raise GuestError(f"the device state cannot be read: {error}") from error
+
+    def _load(self, arrived: sections.MachineState) -> RunState:
+        if self.running:
+            raise WrongState("a running guest cannot be given another's state; stop it first")
         for vcpu, cpu in zip(self._vcpus, arrived.cpus, strict=True):
             vcpu.set_state(cpu)
         self._serial.state = arrived.serial
-        self.run_control.arrive(_known_run_state(arrived.run_state))
+        return _known_run_state(arrived.run_state)
 
     # Memory, by the guest's own addresses: offsets in the RAM block.
 

@@ -155,6 +155,18 @@ class RunControl:
         with self._order:
             self._interrupted = state
 
+    def go_back(self, state: RunState) -> None:
+        """The guest is what it was at an earlier point of its life, when it was doing ``state``.
+
+        Who ran until an engine's pause runs on afterwards, and whom the user has stopped stays stopped;
+        one that has ended since, however it ended, does what it did then.
+        """
+        with self._order, self._lock:
+            self.failure = None
+            self.exit_code = None
+            if self._interrupted not in {RunState.RUNNING, RunState.PAUSED}:
+                self._interrupted = state
+
     def give_up(self, reason: str) -> None:
         """The guest is another's: whatever happens, it does not run here any more.
 

@@ -68,8 +68,8 @@ class OpenedImage:
                 "it is not the image that the guest was woken from; put that one back"
             )
 
-    def check_all(self, ram: PagedRam) -> None:
-        """Check every page that could turn out to be wrong later.
+    def check_all(self, block_names: Iterable[str]) -> None:
+        """Check every page of these blocks that could turn out to be wrong later.
 
         :raises ImageError: one of them is wrong.
         """
@@ -77,8 +77,7 @@ class OpenedImage:
             raise damage.error()
         if self._check is None:
             return
-        for paged in ram:
-            name = paged.block.name
+        for name in block_names:
             for first, end in runs(self.image.has_data(name)).tolist():
                 self._check.good(name, first, end - first)
         for damage in self._check.damages():

@@ -79,7 +79,7 @@ class Restore:
         self._opened.check_fits(self._guest.machine_name, sizes)
         if self._wishes.lazy and not self._guest.kvm:
             # What is found wrong later could not be kept from a software CPU but with the process.
-            self._opened.check_all(self._ram)
+            self._opened.check_all(sizes)
 
     # --- called by the monitor, from other threads
 

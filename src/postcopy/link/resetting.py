@@ -1,0 +1,240 @@
+"""The reset point of a guest, as its own process keeps it.
+
+A guest with a point can go back to it, time after time, at the price of what it has written since.  An
+engine keeps the pages (:mod:`postcopy.snapshot.reset`); here is what outlives it: the states of the
+devices, the memfds of the copy, and the userfaultfd by which the kernel tracks writes.  So an engine that
+dies while the guest runs is replaced at the next reset, and nothing is lost.  One that dies in the midst
+of a reset leaves memory of two times: its successor puts all of it back, and the guest stands still until
+then.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from postcopy.errors import EngineDied, GuestError, ImageError, PostcopyError, WrongState
+from postcopy.kernel import memfd
+from postcopy.link.engine_process import EnginePool, EngineProcess
+from postcopy.link.engines import Engines
+from postcopy.link.guest_proxy import decode_states
+from postcopy.link.guest_service import GuestService, OwnedGuest
+from postcopy.link.host import check_reset
+from postcopy.link.rpc import Link
+
+_TRIES: Final = 3
+_DIED: Final = "the engine process died while the reset point was set; set it again"
+
+
+@dataclass(slots=True)
+class _Point:
+    """Where the guest can go back to.
+
+    :ivar file: which file the image is; None: the point is a moment of the guest itself.
+    :ivar copies: memfds, one a region.
+    :ivar told: what every engine is told besides: ``path`` and ``identity`` of an image that it needs.
+    :ivar devices: takes them back.
+    :ivar whole: all memory is to be put back next time, since nobody knows what was written.
+    :ivar torn: a reset was begun and has not been finished.
+    """
+
+    file: tuple[Any, ...] | None
+    copies: list[int]
+    told: dict[str, Any]
+    devices: Callable[[], None] = lambda: None
+    whole: bool = True
+    torn: bool = False
+
+
+class Resetting:
+    """The reset point of one guest; any thread may call any method.
+
+    :param check: raises what speaks against a point now: a migration, or a guest that is not here.
+        Called under ``lock``, as whoever begins a migration asks whether there is a point.
+    :param complete: waits until a guest that is being restored is whole.
+    """
+
+    def __init__(
+        self,
+        guest: OwnedGuest,
+        service: GuestService,
+        pool: EnginePool,
+        lock: AbstractContextManager[object],
+        check: Callable[[], None],
+        complete: Callable[[], None],
+    ) -> None:
+        self._guest = guest
+        self._service = service
+        self._engines = Engines(lambda _: service.handlers(), self._engine_ended, pool)
+        self._movable = lock
+        self._check = check
+        self._complete = complete
+        self._lock = threading.Lock()  # of all below; one order at a time
+        self._point: _Point | None = None
+        self._dead: EngineProcess | None = None
+
+    # --- orders
+
+    def set_point(self, path: str | None = None) -> dict[str, int]:
+        """Make the present moment the point, or an image that was taken before.
+
+        The point that there was is given up, unless it is the same image.  The first reset to an image
+        puts all memory back, since nobody has tracked what was written before.
+
+        :return: ``pause-us``: how long the guest stood still; ``copied-bytes``.
+        :raises WrongState: a migration is under way, or the guest is not here.
+        :raises ImageError: there is no such image, it is damaged, or of another machine.
+        :raises HostCannot: writes cannot be tracked here, or there is no memory for a copy.
+        """
+        with self._lock:
+            file = _identify(path)
+            point = self._point
+            if point is not None and file is not None and point.file == file:
+                return {"pause-us": 0, "copied-bytes": 0}
+            if point is not None and point.torn and path is None:
+                raise WrongState("the last reset was not finished: 'x-reset' tries again")
+            check_reset()
+            self._complete()
+            self._end()
+            return self._begin(file)
+
+    def reset(self) -> dict[str, Any]:
+        """Take the guest back to its point.
+
+        :return: ``pages``: of 4 KiB that were put back; ``us``: how long the guest stood still;
+            ``whole``: all memory was looked at, as after the death of an engine.
+        :raises WrongState: there is no point.
+        :raises GuestError: it could not be finished; the guest stands still, and may be reset again.
+        """
+        with self._lock:
+            point = self._point
+            if point is None:
+                raise WrongState("there is no reset point; set one with x-reset-point")
+            begun_ns = time.monotonic_ns()
+            self._guest.pause()
+            try:
+                point.torn, whole, point.whole = True, point.whole, True
+                pages, whole = self._put_back(point, whole=whole)
+                point.devices()
+            except PostcopyError as error:
+                raise GuestError(
+                    f"the reset could not be finished, and the guest stays stopped: {error}; 'x-reset' "
+                    "tries again"
+                ) from error
+            point.torn = point.whole = False
+            self._guest.resume()
+            us = (time.monotonic_ns() - begun_ns) // 1000
+            return {"pages": pages, "us": us, "whole": whole}
+
+    def end(self) -> None:
+        """Give the point up: nothing is tracked any more, and the guest runs on as it is.
+
+        :raises WrongState: there is none, or memory is half put back.
+        """
+        with self._lock:
+            if self._point is None:
+                raise WrongState("there is no reset point")
+            if self._point.torn:
+                raise WrongState(
+                    "the last reset was not finished, and the guest cannot run so: 'x-reset' tries again"
+                )
+            self._end()
+
+    def close(self) -> None:
+        """The guest's process is leaving."""
+        with self._lock:
+            self._end()
+
+    # --- under the lock
+
+    def _begin(self, file: tuple[Any, ...] | None) -> dict[str, int]:
+        with self._movable:
+            self._check()
+            self._service.reset_point = True
+        try:
+            copies = [
+                memfd.create(f"reset-{region.name}", region.size_bytes)
+                for region in self._guest.regions()
+            ]
+            told = {"path": None if file is None else file[0]}
+            self._point = point = _Point(file, copies, told)
+            link = self._engines.start()
+            figures = self._to_now(link, point) if file is None else self._to_image(link, point)
+        except BaseException as error:
+            self._end()
+            if isinstance(error, EngineDied):
+                raise EngineDied(_DIED) from error
+            raise
+        self._engines.prepare()
+        return figures
+
+    def _to_image(self, link: Link, point: _Point) -> dict[str, int]:
+        answer = link.call("reset_to_image", fds=point.copies, **point.told)
+        point.devices = self._guest.way_back(decode_states(answer["states"]))
+        point.told["identity"] = answer["identity"]
+        if not answer["needs_file"]:
+            point.told = {}
+        return {"pause-us": 0, "copied-bytes": 0}
+
+    def _to_now(self, link: Link, point: _Point) -> dict[str, int]:
+        copied = link.call("reset_to_now", fds=point.copies, **point.told)
+        begun_ns = time.monotonic_ns()
+        self._guest.pause()
+        try:
+            states = self._guest.save_devices()
+            copied += link.call("keep_rest")
+        finally:
+            self._guest.resume()
+        pause_us = (time.monotonic_ns() - begun_ns) // 1000
+        point.devices = self._guest.way_back(states)
+        point.whole = False
+        return {"pause-us": pause_us, "copied-bytes": copied}
+
+    def _put_back(self, point: _Point, *, whole: bool) -> tuple[int, bool]:
+        died: EngineDied | None = None
+        for _ in range(_TRIES):
+            try:
+                pages: int = self._engine(point).call("put_back", everything=whole)
+            except EngineDied as error:
+                died, whole = error, True  # what it has done, nobody knows
+            else:
+                return pages, whole
+        raise EngineDied("engine processes die one after the other") from died
+
+    def _engine(self, point: _Point) -> Link:
+        link = self._engines.link
+        if link is not None and self._engines.current is not self._dead:
+            return link
+        self._engines.end()
+        link, _ = self._engines.adopt("adopt_reset", fds=point.copies, **point.told)
+        self._engines.prepare()
+        return link
+
+    def _end(self) -> None:
+        """Nothing is tracked, and nothing is kept, any more."""
+        point, self._point = self._point, None
+        self._engines.end()
+        if self._service.reset_point:
+            self._service.unwatch_writes()
+        for fd in point.copies if point is not None else ():
+            os.close(fd)
+        self._service.reset_point = False
+
+    def _engine_ended(self, engine: EngineProcess) -> None:
+        self._dead = engine  # the next order puts another in its place
+
+
+def _identify(path: str | None) -> tuple[Any, ...] | None:
+    """Tell one image from another without reading it: its path first."""
+    if path is None:
+        return None
+    absolute = os.path.abspath(path)  # noqa: PTH100 - keeps what a link is called
+    try:
+        found = Path(absolute).stat()
+    except OSError as error:
+        raise ImageError(absolute, f"cannot be opened: {error.strerror}") from error
+    return absolute, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
