@@ -43,6 +43,18 @@ def test_a_destination_waits():
     assert "paused (inmigrate)" in ask_console("info status\n", "--incoming", "defer").stdout
 
 
+@pytest.mark.parametrize(
+    ("machine", "at_3_gib", "at_4_gib"),
+    [("microvm", "No memory is mapped", "(microvm.ram) is 0x"), ("none", "(ram) is", "(ram) is")],
+)
+def test_the_machine_says_where_memory_is(machine, at_3_gib, at_4_gib):
+    options = ["--machine", machine, "--memory", "5G", "--incoming", "defer"]
+    shown = ask_console("gpa2hva 0xc0000000\ngpa2hva 0x100000000\n", *options).stdout
+    below, above = (line for line in shown.splitlines() if "0x" in line and "gpa2hva" not in line)
+    assert at_3_gib in below
+    assert at_4_gib in above
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_and_takes_its_sockets_away(tmp_path, number):
     monitor = tmp_path / "hmp"

@@ -42,6 +42,12 @@ def test_help_imports_nothing_heavy():
         (["run", "--memory", "much", "--workload", "idle"], 2, "'much' is no size"),
         (["run"], 3, "just one of --image, --workload and --incoming"),
         (["run", "--workload", "idle", "--memory", "63M"], 3, "not a multiple of 2 MiB"),
+        (["run", "--workload", "idle", "--memory", "65G"], 3, "is too much for a machine; 65536"),
+        (
+            ["run", "--workload", "idle", "--machine", "pc"],
+            2,
+            "'pc' is not one of 'microvm', 'none'",
+        ),
         (["run", "--workload", "idle", "--serial", "here"], 3, "no serial port at 'here'"),
         (["migrate", "tcp:127.0.0.1:1"], 2, "Missing option '--from'"),
         (["migrate", "--from", "somewhere", "tcp:127.0.0.1:1"], 3, "is no QMP address"),

@@ -16,6 +16,14 @@ _LOAD_ADDRESS = 0x10000
 @click.option("--entry", type=Number(), metavar="ADDRESS", help="Where it begins: load address.")
 @click.option("--privilege", type=click.Choice(["0", "3"]), default="3", show_default=True)
 @click.option("--workload", type=click.Choice(_WORKLOADS), help="A guest that comes with us.")
+@click.option(
+    "--machine",
+    "-M",
+    type=click.Choice(["microvm", "none"]),
+    default="microvm",
+    show_default=True,
+    help="Which of QEMU's machines it is; both sides alike.",
+)
 @click.option("--memory", "-m", type=Size("M"), default="512M", show_default=True)
 @click.option("--smp", type=click.IntRange(1), default=1, show_default=True, help="vCPUs.")
 @click.option(

@@ -92,6 +92,7 @@ def _machine(options: Mapping[str, Any]) -> MachineConfig:
         entry=load_address if options["entry"] is None else options["entry"],
         privilege=int(options["privilege"]),
         huge_pages=options["huge_pages"],
+        machine_type=options["machine"],
     )
     config.check()
     return config

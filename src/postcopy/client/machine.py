@@ -26,6 +26,7 @@ class RunOptions(TypedDict, total=False):
     load_address: int
     entry: int
     privilege: Literal[0, 3]
+    machine: Literal["microvm", "none"]
     memory: str
     smp: int
     accel: Literal["auto", "kvm", "unicorn"]
@@ -167,7 +168,7 @@ class Machine:
             await self.execute("migrate-incoming", {"uri": uri})  # QEMU before 9.1
 
     async def read_memory(self, address: int, length_bytes: int) -> bytes:
-        """Guest memory from a guest address on; the machine must be on this host."""
+        """Guest memory from a physical address on; the machine must be on this host."""
         with tempfile.TemporaryDirectory(prefix="postcopy-") as folder:
             file = Path(folder) / "memory"
             await self.save_memory(file, address, length_bytes)
