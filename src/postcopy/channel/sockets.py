@@ -3,9 +3,15 @@
 import array
 import fcntl
 import socket
+import sys
 import termios
 
 from postcopy.channel.channel import Channel
+
+_RTT_OFFSET = 68  # of tcpi_rtt in struct tcp_info, microseconds
+_NEAR_S = 0.001
+_FAST_LINK = 1.25e9  # bytes a second: ten gigabits
+_MOST_BUFFERED = 4 << 20
 
 KEEPALIVE_PROBES = 3
 """How many unanswered probes make up the silence after which TCP gives up."""
@@ -37,9 +43,24 @@ class SocketChannel(Channel):
         return self._socket.fileno()
 
     def bound_buffers(self, n_bytes: int) -> None:
-        """See :meth:`Channel.bound_buffers`; the kernel doubles it for its own book-keeping."""
+        """See :meth:`Channel.bound_buffers`; the kernel doubles it for its own book-keeping.
+
+        On a long way it is as much as a fast link has under way, or the bound would slow it down.
+        """
+        far_s = self._round_trip_s() - _NEAR_S
+        n_bytes = max(n_bytes, min(int(far_s * _FAST_LINK), _MOST_BUFFERED))
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, n_bytes)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, n_bytes)
+
+    def _round_trip_s(self) -> float:
+        """TCP's own estimate; 0 on other sockets.  See tcp(7), TCP_INFO."""
+        if not self._is_tcp:
+            return 0.0
+        try:
+            info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RTT_OFFSET + 4)
+        except OSError:
+            return 0.0
+        return int.from_bytes(info[_RTT_OFFSET:], sys.byteorder) / 1e6
 
     def pending_output(self) -> int:
         """See :meth:`Channel.pending_output`; 0 once it is closed.  SIOCOUTQ, see tcp(7)."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from postcopy.channel.channel import Channel
 from postcopy.destination.door import Door
 from postcopy.errors import ChannelBroken, PostcopyError
+from postcopy.kernel.scheduling import run_soon
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.placement import Placement
@@ -130,6 +131,7 @@ class Urgent:
     # --- the thread "urgent"
 
     def _run(self, channel: Channel, decoder: UrgentDecoder, placement: Placement) -> None:
+        run_soon()
         failure: PostcopyError | None = None
         try:
             while count := channel.receive_into(decoder.buffer()):

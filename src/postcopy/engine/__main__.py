@@ -9,7 +9,7 @@ import threading
 
 from postcopy.engine.service import EngineService
 
-_SWITCH_INTERVAL_S = 0.0005
+_SWITCH_INTERVAL_S = 0.0001
 """How long one thread of the engine may keep the others from running: a page may be waited for."""
 
 

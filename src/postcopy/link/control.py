@@ -29,6 +29,8 @@ from postcopy.status import AFTER_SWITCHOVER, ENDED, Progress, Status
 
 _INFO_TIMEOUT_S = 5
 _LAST = ENDED - {Status.NONE}
+_SPARE_DELAY_S = 2.0
+"""How long a guest that has just arrived has the CPUs to itself."""
 
 
 class MigrationControl:
@@ -405,8 +407,8 @@ class MigrationControl:
             self._engines.end()
             if no_guest_comes:
                 self._service.unwatch_missing()
-            elif not self._is_incoming or status is Status.COMPLETED:
-                self._engines.prepare()
+            elif self._guest.owned:
+                self._engines.prepare(_SPARE_DELAY_S)
         if no_guest_comes and self._exit_on_error:
             self._on_incoming_failed(self._error or "the migration failed")
 

@@ -26,6 +26,8 @@ class EngineProcess:
                 [sys.executable, "-m", "postcopy.engine", "--link", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                # numpy's linear algebra, which nobody uses here, starts threads that spin.
+                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
                 # A Ctrl-C is for the monitor; the engine ends with its link.
                 start_new_session=True,
             )
@@ -63,14 +65,31 @@ class EnginePool:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        # Under the lock: the one that waits, and who is going to start it.
         self._spare: EngineProcess | None = None
+        self._timer: threading.Timer | None = None
         self._closed = False
 
-    def prepare(self) -> None:
-        """Have one ready, unless the pool is closed."""
+    def prepare(self, delay_s: float = 0.0) -> None:
+        """Have one ready, unless the pool is closed.
+
+        :param delay_s: when to begin: a guest that has just arrived needs the CPU for itself.
+        """
         with self._lock:
-            if self._spare is None and not self._closed:
+            self._cancel_timer()
+            if self._spare is not None or self._closed:
+                return
+            if not delay_s:
                 self._spare = EngineProcess()
+                return
+            self._timer = threading.Timer(delay_s, self.prepare)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def take(self) -> EngineProcess:
         """Return a fresh engine."""
@@ -82,6 +101,7 @@ class EnginePool:
         """Let the one that waits go."""
         with self._lock:
             self._closed = True
+            self._cancel_timer()
             if self._spare is not None:
                 self._spare.end()
                 self._spare = None

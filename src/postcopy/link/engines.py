@@ -31,9 +31,9 @@ class Engines:
         self._pool = pool or EnginePool()
         self.current: EngineProcess | None = None
 
-    def prepare(self) -> None:
-        """Have one ready."""
-        self._pool.prepare()
+    def prepare(self, delay_s: float = 0.0) -> None:
+        """Have one ready, after a while."""
+        self._pool.prepare(delay_s)
 
     def start(self) -> Link:
         """Put a fresh engine to work."""

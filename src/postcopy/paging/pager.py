@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 from postcopy.errors import KernelError, PageExists
 from postcopy.kernel.faults import Pagefault
+from postcopy.kernel.scheduling import run_soon
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.memory.ram_block import RamBlock
 from postcopy.paging.blocktime import Blocktime
@@ -46,6 +47,7 @@ class Pager:
 
     def run(self) -> None:
         """Serve faults until told to stop."""
+        run_soon()
         poll = select.poll()
         poll.register(self._userfaultfd.fd, select.POLLIN)
         poll.register(self._stop_reader, select.POLLIN)

@@ -20,6 +20,7 @@ from postcopy.channel.rate_limit import RateLimiter
 from postcopy.errors import KernelError
 from postcopy.kernel import calls
 from postcopy.kernel.faults import MESSAGE
+from postcopy.kernel.scheduling import run_soon
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.kill_points import reached
 from postcopy.memory.runs import Mask
@@ -126,6 +127,7 @@ class Filler:
 
     def run(self) -> None:
         """Serve and push until every page is in place, and it :meth:`may_end`; or told to stop."""
+        run_soon()
         poll = select.poll()
         poll.register(self._userfaultfd.fd, select.POLLIN)
         poll.register(self._wake_reader, select.POLLIN)

@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 from postcopy.errors import PostcopyError
 from postcopy.kernel.faults import Pagefault
+from postcopy.kernel.scheduling import run_soon
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.memory.ram_block import RamBlock
 from postcopy.snapshot.aside import Aside
@@ -125,6 +126,7 @@ class WriteGuard:
 
     def run(self) -> None:
         """Serve faults until told to stop."""
+        run_soon()
         poll = select.poll()
         poll.register(self._userfaultfd.fd, select.POLLIN)
         poll.register(self._stop_reader, select.POLLIN)

@@ -32,6 +32,9 @@ WINDOW_BYTES = 4096 << 10
 PING_BYTES = 1024 << 10
 """How much is pushed between two pings: each costs both sides a wake-up."""
 
+POSTCOPY_BUFFER_BYTES = 256 << 10
+"""What this side's kernel may hold of the push, if the way is short."""
+
 BEGIN_S, QUIET_S = 0.05, 0.005
 """How long the guest may have the channel to itself at first, and when it is taken to have begun."""
 

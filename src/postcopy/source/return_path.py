@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from postcopy.channel.channel import Channel
 from postcopy.errors import ChannelBroken, PostcopyError, StreamError
+from postcopy.kernel.scheduling import run_soon
 from postcopy.memory.runs import Mask
 from postcopy.stream.identity import is_ours
 from postcopy.stream.records import Pong, RecvBitmapReply, RequestPages, ResumeAck, Shut
@@ -61,6 +62,7 @@ class ReturnPath:
 
     def run(self) -> None:
         """Take messages until the destination has had its last word, or the channel breaks."""
+        run_soon()  # a page may be asked for
         view = memoryview(bytearray(_READ_BYTES))
         try:
             while self._shut is None and (count := self._channel.receive_into(view)):
