@@ -90,6 +90,21 @@ class FakeMigration:
     def restore(self, path, *, exit_on_error=True, **wishes):
         self.calls.append(("restore", path, wishes))
 
+    @property
+    def resetting(self):
+        return self
+
+    def set_point(self, path=None):
+        self.calls.append(("set_point", path))
+        return {"pause-us": 2000, "copied-bytes": 8 << 20}
+
+    def reset(self):
+        self.calls.append(("reset",))
+        return {"pages": 12, "us": 900, "whole": False}
+
+    def end(self):
+        raise WrongState("there is no reset point")
+
     def start_postcopy(self):
         if not self.capabilities.enabled(Capability.POSTCOPY_RAM):
             raise WrongState(

@@ -19,6 +19,7 @@ COMMANDS: Final = {
     "recover": "postcopy.cli.recover",
     "snapshot": "postcopy.cli.snapshot",
     "restore": "postcopy.cli.restore",
+    "reset": "postcopy.cli.reset",
     "verify": "postcopy.cli.verify",
     "inspect": "postcopy.cli.inspect",
     "diff": "postcopy.cli.diff",

@@ -6,6 +6,7 @@
 from postcopy.client.machine import Machine, MigrateOptions, RunOptions
 from postcopy.client.migration import Migration, Postcopy
 from postcopy.client.progress import Phase, Progress
+from postcopy.client.resetting import Reset, ResetPoint
 from postcopy.client.restoring import Restored, RestoredMachine, RestoreOptions, restore
 from postcopy.client.result import FaultLatency, Result
 from postcopy.client.snapshot import Snapshot, SnapshotJob, SnapshotOptions
@@ -29,6 +30,8 @@ __all__ = [
     "Restored",
     "RestoredMachine",
     "RestoreOptions",
+    "ResetPoint",
+    "Reset",
     "RunOptions",
     "MigrateOptions",
 ]

@@ -11,6 +11,7 @@ from postcopy.client.launch import MachineProcess
 from postcopy.client.migration import Migration, Postcopy
 from postcopy.client.opening import Opening
 from postcopy.client.recovery import address_of, bring_together
+from postcopy.client.resetting import Reset, ResetPoint
 from postcopy.client.snapshot import Snapshot, SnapshotJob, SnapshotOptions, wanted
 from postcopy.errors import PostcopyError, Refused
 from postcopy.parameters import Capability
@@ -228,6 +229,31 @@ class Machine:
         :raises MigrationFailed: it failed; the guest runs on, and there is no image.
         """
         return await (await self.start_snapshot(path, **options)).result()
+
+    async def reset_point(self, path: str | Path | None = None) -> ResetPoint:
+        """Make this moment, or an image, the point to which :meth:`reset` takes the guest back.
+
+        The guest goes on.  While there is a point, it can neither migrate nor have its picture taken.
+
+        :param path: of an image, as the machine's host sees it; None: now.
+        :raises Refused: it cannot be, or not now; the text says why.
+        """
+        arguments = {} if path is None else {"path": str(Path(path).absolute())}
+        return ResetPoint.of(await self.execute("x-reset-point", arguments))
+
+    async def reset(self) -> Reset:
+        """Take the guest back to its point: memory, devices and time; as often as wanted.
+
+        :raises Refused: there is no point, or an engine cannot finish it; the text says which.
+        """
+        return Reset.of(await self.execute("x-reset"))
+
+    async def reset_end(self) -> None:
+        """Give the point up; the guest runs on as it is.
+
+        :raises Refused: there is none.
+        """
+        await self.execute("x-reset-end")
 
     async def recover(
         self, uri: str | None = None, *, to: "Machine", auto_recover: float | None = None

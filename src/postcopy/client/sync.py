@@ -158,6 +158,9 @@ class Machine:
         return SnapshotJob(_wait(self.asynchronous.start_snapshot(path, **options)))
 
     snapshot = _blocking(AsyncMachine.snapshot)
+    reset_point = _blocking(AsyncMachine.reset_point)
+    reset = _blocking(AsyncMachine.reset)
+    reset_end = _blocking(AsyncMachine.reset_end)
     close = _blocking(AsyncMachine.close)
     execute = _blocking(AsyncMachine.execute)
     run_state = _blocking(AsyncMachine.run_state)

@@ -113,7 +113,9 @@ class Resetting:
         with self._lock:
             point = self._point
             if point is None:
-                raise WrongState("there is no reset point; set one with x-reset-point")
+                raise WrongState(
+                    "there is no reset point; set one (x-reset-point, 'postcopy reset --point')"
+                )
             begun_ns = time.monotonic_ns()
             self._guest.pause()
             try:

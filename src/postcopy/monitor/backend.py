@@ -64,8 +64,35 @@ class MachineControl(Protocol):
         """
 
 
+class ResetControl(Protocol):
+    """The point to which one guest can go back."""
+
+    def set_point(self, path: str | None = None) -> Mapping[str, Any]:
+        """Make this moment, or an image, the point; return what it cost.
+
+        :raises WrongState: a migration is under way, or the guest is not here.
+        :raises ImageError: there is no such image, it is damaged, or of another machine.
+        """
+
+    def reset(self) -> Mapping[str, Any]:
+        """Take the guest back; return what it cost.
+
+        :raises WrongState: there is no point.
+        """
+
+    def end(self) -> None:
+        """Give the point up.
+
+        :raises WrongState: there is none.
+        """
+
+
 class MigrationControl(Protocol):
     """The migration subsystem of one guest, in both directions."""
+
+    @property
+    def resetting(self) -> ResetControl:
+        """Its reset point."""
 
     @property
     def capabilities(self) -> Capabilities:

@@ -85,6 +85,16 @@ def _restore(context: Context, arguments: Mapping[str, Any]) -> None:
     )
 
 
+def _reset_point(context: Context, arguments: Mapping[str, Any]) -> Lines:
+    done = context.backend.migration.resetting.set_point(arguments["path"] or None)
+    yield f"copied: {done['copied-bytes'] >> 10} kbytes, paused: {done['pause-us']} us"
+
+
+def _reset(context: Context, _: Mapping[str, Any]) -> Lines:
+    done = context.backend.migration.resetting.reset()
+    yield f"pages: {done['pages']}, paused: {done['us']} us"
+
+
 def _continue(context: Context, arguments: Mapping[str, Any]) -> None:
     states = {status.value: status for status in Status}
     context.backend.migration.continue_(_named(states, arguments["state"]))
@@ -235,6 +245,14 @@ _TABLE = (
     HmpCommand(
         "x_migrate_lost", lambda c, _: c.backend.migration.lost(),
         "the source is gone for good: do what the parameter x-on-loss says",
+    ),
+    HmpCommand("x_reset", _reset, "take the guest back to its reset point"),
+    HmpCommand(
+        "x_reset_end", lambda c, _: c.backend.migration.resetting.end(), "give the reset point up"
+    ),
+    HmpCommand(
+        "x_reset_point", _reset_point, "make this moment, or an image, the reset point",
+        (Argument("path", words),), usage="[path]",
     ),
     HmpCommand(
         "x_restore", _restore,

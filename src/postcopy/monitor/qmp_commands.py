@@ -127,6 +127,13 @@ _TABLE = (
             },
         ),
     ),
+    Command(
+        "x-reset-point",
+        lambda b, a: b.migration.resetting.set_point(a.get("path")),
+        Struct(optional={"path": string}),
+    ),
+    Command("x-reset", lambda b, _: b.migration.resetting.reset()),
+    Command("x-reset-end", lambda b, _: b.migration.resetting.end()),
     Command("migrate-start-postcopy", lambda b, _: b.migration.start_postcopy()),
     Command("migrate_cancel", lambda b, _: b.migration.cancel()),
     Command(

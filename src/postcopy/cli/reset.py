@@ -1,0 +1,77 @@
+"""``postcopy reset``: a running guest goes back to its snapshot."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from postcopy.client import Reset, ResetPoint
+
+
+@click.command(short_help="Put a running guest back to its snapshot, by the pages written since.")
+@click.argument("path", type=click.Path(path_type=Path), required=False)
+@click.option("--from", "source", required=True, metavar="QMP-ADDRESS", help="Whose guest it is.")
+@click.option(
+    "--point", is_flag=True, help="Go nowhere: this moment, or PATH, is the point from now on."
+)
+@click.option("--end", is_flag=True, help="Give the point up; the guest runs on as it is.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def reset(path: Path | None, source: str, *, point: bool, end: bool, as_json: bool) -> None:
+    """Put a running guest back to its point: memory, devices and time.
+
+    The point is the image PATH, or else the one that was set before.  What this costs depends on what the
+    guest has written since, and not on how much memory it has; but the first reset to an image puts all
+    of it back.
+
+    While there is a point, the guest cannot be migrated, and no snapshot of it be taken.
+    """
+    from postcopy.cli import drive
+
+    if end and (point or path is not None):
+        raise click.UsageError("--end goes with neither --point nor a path")
+    done = drive.run(_reset(path, source, point=point, end=end))
+    click.echo(json.dumps(as_object(done)) if as_json else words(done))
+
+
+async def _reset(
+    path: Path | None, source: str, *, point: bool, end: bool
+) -> "Reset | ResetPoint | None":
+    from postcopy.client import Machine
+
+    async with Machine.connect(source) as machine:
+        if end:
+            await machine.reset_end()
+            return None
+        if point:
+            return await machine.reset_point(path)
+        if path is not None:
+            await machine.reset_point(path)
+        return await machine.reset()
+
+
+def as_object(done: "Reset | ResetPoint | None") -> dict[str, Any]:
+    """For programs."""
+    from dataclasses import asdict
+
+    from postcopy.client import Reset
+
+    if done is None:
+        return {"event": "ended"}
+    return {"event": "reset" if isinstance(done, Reset) else "point"} | asdict(done)
+
+
+def words(done: "Reset | ResetPoint | None") -> str:
+    """For a person."""
+    from postcopy.client import Reset
+
+    if done is None:
+        return "the reset point is given up; the guest runs on"
+    if isinstance(done, Reset):
+        why = ", all memory looked at" if done.whole else ""
+        return f"back at the point: {done.pages} pages in {done.us / 1000:.2f} ms{why}"
+    return (
+        f"the reset point is set: {done.copied_bytes / (1 << 20):.1f} MiB copied, the guest stood still "
+        f"for {done.pause_us / 1000:.2f} ms"
+    )
