@@ -213,6 +213,7 @@ class Machine:
         :raises GuestError: it does not fit this machine; nothing runs.
         :raises WrongState: this machine runs.
         """
+        self._check_stopped()
         self.run_control.arrive(self._load(self._decode(states)))
 
     def way_back(self, states: Sequence[DeviceState]) -> Callable[[], None]:
@@ -231,12 +232,15 @@ class Machine:
             raise GuestError(f"the device state cannot be read: {error}") from error
 
     def _load(self, arrived: sections.MachineState) -> RunState:
-        if self.running:
-            raise WrongState("a running guest cannot be given another's state; stop it first")
+        self._check_stopped()
         for vcpu, cpu in zip(self._vcpus, arrived.cpus, strict=True):
             vcpu.set_state(cpu)
         self._serial.state = arrived.serial
         return _known_run_state(arrived.run_state)
+
+    def _check_stopped(self) -> None:
+        if self.running:
+            raise WrongState("a running guest cannot be given another's state; stop it first")
 
     # Memory, by the guest's own addresses: offsets in the RAM block.
 
