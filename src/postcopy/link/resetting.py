@@ -203,6 +203,7 @@ class Resetting:
                 pages: int = self._engine(point).call("put_back", everything=whole)
             except EngineDied as error:
                 died, whole = error, True  # what it has done, nobody knows
+                self._engines.end()
             else:
                 return pages, whole
         raise EngineDied("engine processes die one after the other") from died
