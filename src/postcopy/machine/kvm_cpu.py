@@ -18,6 +18,7 @@ from postcopy.machine.kvm_state import read_kvm_state, with_lost_iopl, write_kvm
 from postcopy.machine.signals import KICK
 
 _PAGE_BYTES = 4096
+_MOST_ACCESSES = 16  # of 8 bytes each, of one instruction
 
 _INTERRUPTED = Exit(ExitReason.INTERRUPTED)
 _SERVED = Exit(ExitReason.SERVED)
@@ -116,7 +117,10 @@ class KvmCpu:
             return _HALTED
         if reason is abi.Exit.SHUTDOWN:
             return _SHUTDOWN
-        return Exit(ExitReason.FAILED, self._describe(reason))
+        failed = Exit(ExitReason.FAILED, self._describe(reason))
+        if reason is abi.Exit.MMIO:
+            self._finish_access()
+        return failed
 
     def kick(self) -> None:
         """First the flag, then the signal: whichever side of the entry it meets, it works."""
@@ -154,6 +158,17 @@ class KvmCpu:
         if not 0 <= where < self._ram.length:
             return Exit(ExitReason.FAILED, f"SIGBUS at {address:#x}, which is no guest memory")
         return Exit(ExitReason.FAILED, f"the page at {where:#x} is lost (poisoned)")
+
+    def _finish_access(self) -> None:
+        """Have KVM end the instruction that has ended the guest, whatever it reads.
+
+        Otherwise KVM ends it at the next entry, and a guest that has been taken back to an earlier
+        state by then goes on behind an instruction that it has not come to.
+        """
+        self._vcpu.ask_exit()
+        for _ in range(_MOST_ACCESSES):
+            if self._vcpu.enter() is not abi.Exit.MMIO:
+                break
 
     def _serve_port(self) -> None:
         access = self._vcpu.run.io
