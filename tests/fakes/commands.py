@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,8 @@ def one_line(outcome: subprocess.CompletedProcess) -> str:
 class Running:
     """A ``postcopy run`` with a QMP socket, until the end of the context."""
 
+    command: Sequence[str] = POSTCOPY
+
     def __init__(self, folder: Path, name: str, *options: str) -> None:
         self.path = folder / name
         self.qmp = f"unix:{self.path}"
@@ -54,7 +57,7 @@ class Running:
         self._stderr = folder / f"{name}.stderr"
 
     def __enter__(self) -> "Running":
-        line = [*POSTCOPY, "run", "--memory", "64M", "--qmp", self.qmp, *self._options]
+        line = [*self.command, "run", "--memory", "64M", "--qmp", self.qmp, *self._options]
         with self._stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
                 line,

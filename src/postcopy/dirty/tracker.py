@@ -8,8 +8,10 @@ from typing import Protocol
 
 from postcopy.dirty.kvm_log import KvmLogTracker
 from postcopy.dirty.pagemap import PagemapTracker
-from postcopy.errors import Refused
+from postcopy.errors import HostCannot, Refused
+from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.link.guest_proxy import GuestProxy
+from postcopy.link.guest_service import WRITE_FEATURES
 from postcopy.memory.ram_block import RamBlock
 from postcopy.memory.runs import Mask
 
@@ -34,10 +36,21 @@ class DirtyTracker(Protocol):
 def choose(wish: str, guest: GuestProxy) -> DirtyTracker:
     """Make the tracker that the parameter ``x-dirty-tracking`` wishes for.
 
+    Where no userfaultfd can be had KVM's log does for both wishes.
+
     :raises Refused: KVM's log was asked for, and this guest does not run on KVM.
     """
     if wish == "kvm":
         if not guest.kvm:
             raise Refused("x-dirty-tracking=kvm needs a guest on KVM; use pagemap")
         return KvmLogTracker(guest)
-    return PagemapTracker(guest)
+    return PagemapTracker(guest) if not guest.kvm or _can_protect() else KvmLogTracker(guest)
+
+
+def _can_protect() -> bool:
+    """Whether this host lets us have writes noted by write-protection."""
+    try:
+        Userfaultfd.open(WRITE_FEATURES).close()
+    except HostCannot:
+        return False
+    return True
