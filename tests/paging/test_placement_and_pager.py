@@ -163,6 +163,15 @@ def test_pieces_out_of_order_are_refused(huge, pages):
     assert huge.received() == []
 
 
+def test_zero_pages_without_memory_take_none(arriving):
+    arriving.listen()
+    arriving.paged.block.pages[3] = 7  # what was discarded is in memory still
+    arriving.placement.zeros(RAM, offsets(range(8)))
+    assert arriving.received() == list(range(8))
+    assert arriving.paged.block.has_data(0, 8).tolist() == [n == 3 for n in range(8)]
+    assert not any(arriving.page(3))
+
+
 # --- the pager
 
 
@@ -293,3 +302,14 @@ def _has_events(userfaultfd):
     import select
 
     return bool(select.select([userfaultfd.fd], [], [], 0)[0])
+
+
+def test_a_zero_page_without_memory_is_there_for_who_waits_and_who_comes_later(arriving, paging):
+    found = []
+    early = touch(arriving, [5], found)
+    wait_until(lambda: len(paging.asked) == 1, what="the request")
+    arriving.placement.zeros(RAM, offsets(range(8)))
+    for thread in (*early, *touch(arriving, [6], found)):
+        thread.join(10)
+    assert sorted(found) == [(5, bytes(8)), (6, bytes(8))]
+    assert arriving.paged.block.has_data(0, 8).tolist() == [n in {5, 6} for n in range(8)]

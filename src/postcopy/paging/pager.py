@@ -19,6 +19,7 @@ from postcopy.kernel.scheduling import run_soon
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.memory.ram_block import RamBlock
 from postcopy.paging.blocktime import Blocktime
+from postcopy.paging.placement import show_blank
 from postcopy.paging.ram import PagedRam
 
 Request = tuple[RamBlock, int]
@@ -81,9 +82,17 @@ class Pager:
             if error.errno != errno.EFAULT:
                 raise
             # A zero page that was received as such, and has no memory behind it yet.
-            per_page = block.target_pages_per_page
-            block.pages[page * per_page : (page + 1) * per_page] = 0
-            self._userfaultfd.map_existing(address, size)
+            self._show_blank(block, page)
+
+    def _show_blank(self, block: RamBlock, page: int) -> None:
+        per_page = block.target_pages_per_page
+        if per_page == 1:
+            show_blank(self._userfaultfd, block, page)
+            return
+        block.pages[page * per_page : (page + 1) * per_page] = 0  # no one else shows huge ones
+        self._userfaultfd.map_existing(
+            block.host_address + page * block.page_size_bytes, block.page_size_bytes
+        )
 
     def _note(self, fault: Pagefault) -> Request | None:
         """Take one fault into the books; return the page to ask for, if nobody has yet."""

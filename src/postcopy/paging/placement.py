@@ -18,7 +18,7 @@ import numpy.typing as npt
 from postcopy.errors import PageExists, StreamError
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.memory.page_map import RECEIVED
-from postcopy.memory.ram_block import TARGET_PAGE_BYTES
+from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
 from postcopy.memory.runs import Indices, index_runs
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.ram import Paged, PagedRam
@@ -142,11 +142,36 @@ class Placement:
         if not claimed.all():
             target = target[claimed]
             data = None if data is None else data[claimed]
+        if data is None:
+            target = self._without_holes(paged, target)
         memory = paged.block.pages
         for start, end in index_runs(target).tolist():
             first = int(target[start])
             memory[first : first + end - start] = 0 if data is None else data[start:end]
             self._map(paged, first, end - start)
+
+    def _without_holes(self, paged: Paged, target: Indices) -> Indices:
+        """Receive zero pages that have no memory behind them, and give them none; return the others.
+
+        A large guest that has used little of its memory stays small.  Who touches such a page later
+        is helped by the pager, which finds it received.  Who has touched it before is waiting, and
+        gets it now: a fault is in the books before the pager looks whether the page is received, so
+        either it finds it so, or we find it in the books.
+        """
+        blank = np.zeros(len(target), np.bool_)
+        for start, end in index_runs(target).tolist():
+            first = int(target[start])
+            blank[start:end] = ~paged.block.has_data(first, first + end - start)
+        holes = target[blank]
+        paged.pages.receive(holes)
+        waited_for = [
+            page for name, page in list(self._blocktime.waiting) if name == paged.block.name
+        ]
+        for page in np.intersect1d(np.array(waited_for, np.int64), holes).tolist():
+            assert self._userfaultfd is not None
+            show_blank(self._userfaultfd, paged.block, page)
+            self._wake_books(paged.block.name, page, page + 1)
+        return target[~blank]
 
     def _map(self, paged: Paged, page: int, count: int) -> None:
         """Show pages to the guest, and note that they have come."""
@@ -203,3 +228,16 @@ class Placement:
             if paged.pages.claim(np.array([page])).all():
                 paged.block.pages[page * per_page : (page + 1) * per_page] = whole
                 self._map(paged, page, 1)
+
+
+def show_blank(userfaultfd: Userfaultfd, block: RamBlock, page: int) -> None:
+    """Map a page of zeros that has no memory behind it, once: two threads may come to do so.
+
+    The kernel makes it and maps it in one step; whoever comes second finds it there, and must not
+    write to it, since the guest may have done so by then.
+    """
+    address = block.host_address + page * block.page_size_bytes
+    try:
+        userfaultfd.zeropage(address, block.page_size_bytes)
+    except PageExists:
+        userfaultfd.wake(address, block.page_size_bytes)
