@@ -15,6 +15,7 @@ Some facts about unicorn 2.1 that shape this file:
 * RDTSC cannot be intercepted: the guest sees the host's time stamp counter.
 """
 
+import gc
 import importlib
 import threading
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ _NOWHERE: Final = (1 << 64) - 1  # "run until this address": never reached
 _SLICE: Final = 100_000  # instructions: 1-2 ms, the time that a kick may take
 _INTERRUPTED: Final = Exit(ExitReason.INTERRUPTED)
 _PAGE_FAULT: Final = 14
+_ENGINES_KEPT: Final = 64  # of some 80 KiB each
 _RDTSC: Final = b"\x0f\x31"
 
 
@@ -74,6 +76,7 @@ class UnicornCpu:
         self._may_halt = False
         self._engine: Any = None
         self._registers: UnicornRegisters | None = None
+        self._engines = 0
 
     def enter(self) -> Exit:
         """See :meth:`postcopy.machine.cpu.Cpu.enter`.  INs and OUTs are served on the way."""
@@ -125,6 +128,11 @@ class UnicornCpu:
         self._may_halt = bool(state.privilege != 3 or state.lstar or state.idt.limit)
         self._install_hooks(engine)
         self._engine, self._registers = engine, registers
+        # An engine with hooks is a cycle of references, and large: a guest that is taken back again and
+        # again must not wait for the collector to find that out.
+        self._engines += 1
+        if self._engines % _ENGINES_KEPT == 0:
+            gc.collect()
 
     def close(self) -> None:
         """The vCPU's thread must have ended; the guest's memory stays."""
