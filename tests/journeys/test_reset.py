@@ -60,6 +60,34 @@ def test_fifty_resets_of_a_guest_that_never_stops_writing(journey, accelerator, 
     trip.verify_source()
 
 
+def test_thousands_of_resets_leave_nothing_behind(journey):
+    trip = journey(hammer())
+    side = trip.source
+    then = set_point(side)
+    resetting = side.control.resetting
+    for _ in range(10):
+        resetting.reset()
+    engine = resetting._engines.current.process_id
+    before = held("self"), held(engine)
+    for _ in range(2000):
+        resetting.reset()
+    assert (back(side)[0] == then).all()
+    assert resetting._engines.current.process_id == engine
+    for (fds, memory), process in zip(before, ("self", engine), strict=True):
+        fds_now, memory_now = held(process)
+        assert fds_now <= fds
+        assert memory_now < memory + 8 * MIB
+    side.machine.cont()
+    trip.verify_source()
+
+
+def held(process):
+    """What a process holds: how many descriptors, and how much memory of its own."""
+    place = Path(f"/proc/{process}")
+    _, resident, shared, *_ = map(int, (place / "statm").read_text().split())
+    return len(list((place / "fd").iterdir())), (resident - shared) * 4096
+
+
 def test_the_point_is_one_moment_of_a_guest_that_runs():
     with Portrait(hammer(vcpus=2)) as portrait:
         side = portrait.side
