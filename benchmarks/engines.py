@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
-from benchmarks.clock import Clock
+from benchmarks.clock import Clock, rdtsc
 from benchmarks.qmp import Qmp, QmpFailed
 from benchmarks.workload import Workload
 
@@ -52,18 +52,33 @@ class Setup:
     clock: Clock
 
 
+@dataclass(frozen=True)
+class Awakening:
+    """An image to wake a guest from, and options of the command line that does."""
+
+    image: Path
+    options: tuple[str, ...] = ()
+
+
 class Engine:
-    """A source with the measuring guest in it, or a destination that waits for one."""
+    """A source with the measuring guest in it, a destination that waits for one, or one that wakes.
+
+    :ivar began: host TSC just before the process was started.
+    """
 
     title: ClassVar[str]
 
-    def __init__(self, role: str, setup: Setup) -> None:
+    def __init__(self, role: str, setup: Setup, awakening: Awakening | None = None) -> None:
         self.role = role
         self._setup = setup
         self._memory: GuestMemory | None = None
         self._log = setup.directory / f"{role}.log"
         qmp_path = setup.directory / f"{role}.qmp"
-        command = self.command(setup, qmp_path, incoming=role == "destination")
+        if awakening is not None:
+            command = self.waking_command(setup, qmp_path, awakening)
+        else:
+            command = self.command(setup, qmp_path, incoming=role == "destination")
+        self.began = rdtsc()
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
@@ -74,11 +89,17 @@ class Engine:
             self.process.kill()
             self.process.wait()
             raise QmpFailed(f"{self.title}, {role}: {error}\n{self.log_tail()}") from None
-        self.set_capabilities("events")
+        if awakening is None:
+            self.set_capabilities("events")
 
     @classmethod
     def command(cls, setup: Setup, qmp_path: Path, *, incoming: bool) -> list[str]:
         """The command line; writes the guest's image to the run's directory where one is needed."""
+        raise NotImplementedError
+
+    @classmethod
+    def waking_command(cls, setup: Setup, qmp_path: Path, awakening: Awakening) -> list[str]:
+        """The command line that wakes a guest from an image with mapped-ram at once."""
         raise NotImplementedError
 
     @classmethod
@@ -147,6 +168,15 @@ class Qemu(Engine):
         ]
 
     @classmethod
+    def waking_command(cls, setup: Setup, qmp_path: Path, awakening: Awakening) -> list[str]:
+        """See :class:`Engine`."""
+        return [
+            *cls.command(setup, qmp_path, incoming=False),
+            *("-global", "migration.mapped-ram=on", "-incoming", f"file:{awakening.image}"),
+            *awakening.options,
+        ]
+
+    @classmethod
     def version(cls) -> str:
         """See :class:`Engine`."""
         if shutil.which(cls.executable) is None:
@@ -170,6 +200,15 @@ class Postcopy(Engine):
             *("--memory", f"{setup.memory_mib}M", "--smp", "1", "--monitor", "none"),
             *("--qmp", f"unix:{qmp_path}"),
             *(("--incoming", "defer") if incoming else ("--image", str(image))),
+        ]
+
+    @classmethod
+    def waking_command(cls, setup: Setup, qmp_path: Path, awakening: Awakening) -> list[str]:
+        """See :class:`Engine`."""
+        return [
+            *(sys.executable, "-m", "postcopy", "restore", str(awakening.image), "--lazy"),
+            *("--accel", setup.accelerator, "--monitor", "none", "--qmp", f"unix:{qmp_path}"),
+            *awakening.options,
         ]
 
     @classmethod

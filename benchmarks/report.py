@@ -5,10 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from benchmarks.scenario import OURS, QEMU, Case, Contender, Figure, Target
+from benchmarks.scenario import Case, Contender, Figure, Target
 
 NOISY_CPUS: Final = 0.2
 """More CPUs than that busy with others make a run worth little, with two CPUs in all."""
+
+_VERDICTS: Final = {True: "yes", False: "**no**", None: "?"}
 
 Results = Sequence[Mapping[str, Any]]
 """Of all runs: ``case``, ``contender``, and ``figures`` (perhaps ``verified``) or ``error``."""
@@ -51,21 +53,29 @@ class Line:
     figure: Figure
     spreads: Mapping[str, Spread | None]
     target: Target | None
+    compared: tuple[str, ...]
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Our median by QEMU's, for each of ours for which that means anything."""
+        *ours, theirs = self.compared
+        divisor = self.spreads.get(theirs)
+        if not self.figure.compared or divisor is None or not divisor.median:
+            return {}
+        found = {name: self.spreads.get(name) for name in ours}
+        return {name: spread.median / divisor.median for name, spread in found.items() if spread}
 
     @property
     def ratio(self) -> float | None:
-        """Our median by QEMU's; None when there is none that means anything."""
-        ours, theirs = self.spreads.get(OURS.name), self.spreads.get(QEMU.name)
-        if not self.figure.compared or ours is None or theirs is None or not theirs.median:
-            return None
-        return ours.median / theirs.median
+        """The first of :attr:`ratios`; None when there is none."""
+        return next(iter(self.ratios.values()), None)
 
     @property
     def reached(self) -> bool | None:
-        """Whether the ratio is within the target; None when there is no saying."""
-        if self.target is None or self.ratio is None:
+        """Whether each ratio is within the target; None when there is no saying."""
+        if self.target is None or not self.ratios:
             return None
-        return self.target.reached(self.ratio)
+        return all(map(self.target.reached, self.ratios.values()))
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in the results."""
@@ -74,6 +84,7 @@ class Line:
             "title": self.figure.title,
             "spreads": {name: vars(s) if s else None for name, s in self.spreads.items()},
             "ratio": self.ratio,
+            "ratios": self.ratios,
             "target": str(self.target) if self.target else None,
             "reached": self.reached,
         }
@@ -81,11 +92,37 @@ class Line:
     def to_markdown(self, contenders: Sequence[Contender]) -> str:
         """One row of a table."""
         cells = [str(self.spreads.get(one.name) or "-") for one in contenders]
-        ratio = "" if self.ratio is None else f"{self.ratio:.2f}"
-        verdict = {True: "yes", False: "**no**", None: "?" if self.target else ""}[self.reached]
+        ratio = " and ".join(f"{ratio:.2f}" for ratio in self.ratios.values())
+        verdict = _VERDICTS[self.reached] if self.target else ""
         title = f"**{self.figure.title}**" if self.target else self.figure.title
         row = [title, *cells, ratio, str(self.target or ""), verdict]
         return "| " + " | ".join(row) + " |"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What several cases say together.
+
+    :param reached: whether it is as it should be; None when there is no saying.
+    """
+
+    title: str
+    value: str
+    target: str
+    reached: bool | None
+
+    def to_markdown(self) -> str:
+        """One row of a table."""
+        return f"| {self.title} | {self.value} | {self.target} | {_VERDICTS[self.reached]} |"
+
+
+def median(case: Case, contender: str, key: str, results: Results) -> float | None:
+    """The median of one figure of one contender in one case."""
+    for line in lines(case, results):
+        spread = line.spreads.get(contender)
+        if line.figure.key == key and spread is not None:
+            return spread.median
+    return None
 
 
 def lines(case: Case, results: Results) -> list[Line]:
@@ -106,7 +143,7 @@ def lines(case: Case, results: Results) -> list[Line]:
             for name, all_figures in runs.items()
         }
         if any(spreads.values()):
-            found.append(Line(figure, spreads, case.targets.get(figure.key)))
+            found.append(Line(figure, spreads, case.targets.get(figure.key), case.compared))
     return found
 
 
@@ -134,7 +171,12 @@ def noise(results: Results) -> str:
     )
 
 
-def to_json(head: Mapping[str, Any], cases: Sequence[Case], results: Results) -> dict[str, Any]:
+def to_json(
+    head: Mapping[str, Any],
+    cases: Sequence[Case],
+    results: Results,
+    across: Sequence[Finding] = (),
+) -> dict[str, Any]:
     """Everything: the head, the tables, every run."""
     tables = {
         case.name: {
@@ -143,14 +185,28 @@ def to_json(head: Mapping[str, Any], cases: Sequence[Case], results: Results) ->
         }
         for case in cases
     }
-    return {**head, "tables": tables, "trouble": trouble(results), "runs": list(results)}
+    together = [vars(finding) for finding in across]
+    return {
+        **head,
+        "tables": tables,
+        "across": together,
+        "trouble": trouble(results),
+        "runs": list(results),
+    }
 
 
-def to_markdown(head: Mapping[str, Any], cases: Sequence[Case], results: Results) -> str:
+def to_markdown(
+    head: Mapping[str, Any],
+    cases: Sequence[Case],
+    results: Results,
+    across: Sequence[Finding] = (),
+    title: str = "postcopy and QEMU, side by side",
+) -> str:
     """The report that people read."""
-    parts = ["# postcopy and QEMU, side by side", _head(head)]
+    parts = [f"# {title}", _head(head)]
     parts += [warning] if (warning := noise(results)) else []
     parts += [_table(case, results) for case in cases]
+    parts += [_together(across)] if across else []
     checked = [result["verified"]["ok"] for result in results if "verified" in result]
     if checked:
         intact = sum(checked)
@@ -168,7 +224,9 @@ def _head(head: Mapping[str, Any]) -> str:
         f"* {section}: " + ", ".join(f"{name} {value}" for name, value in facts.items())
         for section, facts in head.items()
     ]
-    told.append("* medians, with lowest and highest in brackets; ratio is postcopy / QEMU")
+    told.append(
+        "* medians, with lowest and highest in brackets; ratio is postcopy / QEMU if nothing else is said"
+    )
     return "\n".join(told)
 
 
@@ -187,3 +245,8 @@ def _table(case: Case, results: Results) -> str:
     rows = [line.to_markdown(shown) for line in lines(case, results)]
     head = "| " + " | ".join(columns) + " |\n" + "| --- " * len(columns) + "|"
     return f"## {case.name}: {case.title}\n\n" + "\n".join([head, *rows])
+
+
+def _together(across: Sequence[Finding]) -> str:
+    head = "| | | target | reached |\n| --- | --- | --- | --- |"
+    return "\n".join(["## across the cases", "", head, *(one.to_markdown() for one in across)])

@@ -11,7 +11,7 @@ from typing import Any, Final
 from benchmarks import host
 from benchmarks.clock import Clock, rdtsc
 from benchmarks.engines import Engine, Setup
-from benchmarks.scenario import Case, Contender
+from benchmarks.scenario import CAPPED_S, Case, Contender
 from benchmarks.timings import Figures, Moments, Observation, Offsets
 from benchmarks.workload import MIB, Records
 
@@ -75,6 +75,7 @@ class Run:
         if self._case.stop_first:
             self._source.qmp.execute("stop")
         command, switch = self._migrate()
+        lifted = self._lift_cap()
         info = self._wait_ended()
         load = meter.stop()
         figures = _reported(info) | load
@@ -83,7 +84,9 @@ class Run:
             "destination": self._destination.info(),
             "figures": figures,
         }
-        moments = self._moments(command)
+        moments = self._moments(command, lifted)
+        if lifted:
+            figures["requests"] = lifted[1]
         figures["total_ms"] = self._clock.ms(moments.completed - command)
         figures["mib_s"] = _rate(figures["sent_mib"], figures["total_ms"])
         if not self._case.stop_first:
@@ -100,6 +103,7 @@ class Run:
             self._destination.set_capabilities(*names, "postcopy-blocktime")
             # With 300 ms, and no bandwidth limit, precopy may end before the command to switch comes.
             self._source.qmp.execute("migrate-set-parameters", downtime_limit=_NO_DOWNTIME_MS)
+            self._limit_push(self._case.push_limit)
         self._source.qmp.execute("migrate-set-parameters", max_bandwidth=_UNLIMITED)
         self._destination.qmp.execute("migrate-incoming", uri=self._uri)
 
@@ -115,6 +119,26 @@ class Run:
         switch = rdtsc()
         self._source.qmp.execute("migrate-start-postcopy")
         return command, switch
+
+    def _limit_push(self, bytes_per_second: int) -> None:
+        self._source.qmp.execute("migrate-set-parameters", max_postcopy_bandwidth=bytes_per_second)
+
+    def _lift_cap(self) -> tuple[int, int] | None:
+        """Let the guest run under the cap for its time, and then the run end.
+
+        :return: host TSC when it was lifted, and how many pages had been asked for by then; None: no cap.
+        :raises RunFailed: there was none any more to lift.
+        """
+        if not self._case.push_limit:
+            return None
+        self._source.qmp.wait_event("MIGRATION", "postcopy-active")
+        time.sleep(CAPPED_S)
+        info = self._source.info()
+        if info["status"] != "postcopy-active":
+            raise RunFailed(f"no longer in postcopy at the end of the capped time: {_brief(info)}")
+        lifted = rdtsc()
+        self._limit_push(0)
+        return lifted, info.get("ram", {}).get("postcopy-requests", 0)
 
     def _wait_passes(self, syncs: int) -> None:
         end = time.monotonic() + self._settings.timeout_s
@@ -146,13 +170,13 @@ class Run:
             raise RunFailed("ended before the switch to postcopy took place")
         return self._source.info()
 
-    def _moments(self, command: int) -> Moments:
+    def _moments(self, command: int, lifted: tuple[int, int] | None) -> Moments:
         stopped = self._source.event_tsc("STOP")
         completed = self._source.event_tsc("MIGRATION", "completed")
         if stopped is None or completed is None:
             names = [event["event"] for event in self._source.qmp.events]
             raise RunFailed(f"no STOP, or no MIGRATION 'completed', among the events {names}")
-        return Moments(command, stopped, completed)
+        return Moments(command, stopped, completed, lifted[0] if lifted else None)
 
     def _observe(self, moments: Moments) -> Observation:
         """Read the guest's records where it is now."""

@@ -10,18 +10,29 @@ from benchmarks.workload import MIB, Workload
 
 @dataclass(frozen=True)
 class Contender:
-    """An engine with some capabilities switched on; one column of a table."""
+    """An engine with some capabilities switched on; one column of a table.
+
+    :param options: of the command line that wakes a guest.
+    """
 
     name: str
     title: str
     engine: type[Engine]
     capabilities: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
 
 QEMU: Final = Contender("qemu", "QEMU", Qemu)
 OURS: Final = Contender("postcopy", "postcopy", Postcopy)
 QEMU_PREEMPT: Final = Contender("qemu-preempt", "QEMU, preempt", Qemu, ("postcopy-preempt",))
-CONTENDERS: Final = (QEMU, OURS, QEMU_PREEMPT)
+OURS_PREEMPT: Final = Contender(
+    "postcopy-preempt", "postcopy, preempt", Postcopy, ("postcopy-preempt",)
+)
+CONTENDERS: Final = (QEMU, OURS, QEMU_PREEMPT, OURS_PREEMPT)
+
+
+CAPPED_S: Final = 5.0
+"""Of postcopy under a cap: thousands of faults, and at 50 MB/s by far not all pages yet."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,10 @@ class Case:
     :param switch_after_passes: None is precopy to the end; otherwise migrate-start-postcopy when
         the bitmap has been synchronised so many times more than at the start; 0 is at once.
     :param stop_first: the guest is stopped before: the stream alone.
+    :param memory_mib: of the guest; None is what the command line says.
+    :param compared: names of contenders: ratios are of each of them by the last.
+    :param push_limit: ``max-postcopy-bandwidth``, bytes a second, for :data:`CAPPED_S` of postcopy;
+        figures are of that time alone, and then the cap is lifted so that the run ends; 0: no cap.
     """
 
     name: str
@@ -68,6 +83,9 @@ class Case:
     targets: Mapping[str, Target]
     switch_after_passes: int | None = None
     stop_first: bool = False
+    memory_mib: int | None = None
+    compared: tuple[str, ...] = (OURS.name, QEMU.name)
+    push_limit: int = 0
 
     @property
     def is_postcopy(self) -> bool:
@@ -131,7 +149,22 @@ _POSTCOPY_TARGETS: Final = {
     "fault_p99_us": Target(0.25),
     "total_ms": Target(1.2),
 }
+_CAPPED: Final = tuple(
+    figure
+    for figure in _POSTCOPY
+    if figure.key not in {"total_ms", "postcopy_ms", "recovery_ms", "rate_settled", "sent_mib"}
+)
+_UNCAPPED_PREEMPT_TARGETS: Final = {
+    "fault_p50_us": Target(round(1 / 3, 3)),
+    "fault_p99_us": Target(round(1 / 3, 3)),
+    "postcopy_ms": Target(1.2),
+}
 _TWO: Final = (QEMU, OURS)
+_ONE_CHANNEL: Final = (QEMU, OURS, QEMU_PREEMPT)
+_TWO_CHANNELS: Final = (QEMU_PREEMPT, OURS_PREEMPT)
+
+USUAL_CASES: Final = ("precopy", "idle", "stopped", "postcopy", "now")
+"""Those that are run when none are named; the others are about the urgent pages alone."""
 
 
 def cases(scale: float = 1.0) -> dict[str, Case]:
@@ -154,8 +187,26 @@ def cases(scale: float = 1.0) -> dict[str, Case]:
         Case("stopped", "precopy, guest stopped before: the stream alone", walker,
              (*_STREAM, *_LOAD), _TWO, _FASTER_STREAM, stop_first=True),
         Case("postcopy", "postcopy after the first pass, hot set written at random", hammer,
-             _POSTCOPY, CONTENDERS, _POSTCOPY_TARGETS, switch_after_passes=1),
-        Case("now", "postcopy at once, hot set written at random", hammer, _POSTCOPY, CONTENDERS,
+             _POSTCOPY, _ONE_CHANNEL, _POSTCOPY_TARGETS, switch_after_passes=1),
+        Case("now", "postcopy at once, hot set written at random", hammer, _POSTCOPY, _ONE_CHANNEL,
              _POSTCOPY_TARGETS, switch_after_passes=0),
+        *(_capped(mb_s, hammer) for mb_s in (20, 50)),
+        Case("uncapped-preempt", "postcopy at once, hot set written at random, both with preempt",
+             hammer, _POSTCOPY, _TWO_CHANNELS, _UNCAPPED_PREEMPT_TARGETS, switch_after_passes=0,
+             compared=(OURS_PREEMPT.name, QEMU_PREEMPT.name)),
     )  # fmt: skip
     return {case.name: case for case in found}
+
+
+def _capped(mb_s: int, workload: Workload) -> Case:
+    return Case(
+        f"capped-{mb_s}",
+        f"postcopy at once, hot set written at random, the push capped at {mb_s} MB/s",
+        workload,
+        _CAPPED,
+        (QEMU_PREEMPT, OURS, OURS_PREEMPT),
+        {"fault_p99_us": Target(1.0)},
+        switch_after_passes=0,
+        push_limit=mb_s * 10**6,
+        compared=(OURS.name, OURS_PREEMPT.name, QEMU_PREEMPT.name),
+    )

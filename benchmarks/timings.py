@@ -22,6 +22,7 @@ _STOP_SLACK_S: Final = 2e-3
 _FAULT_S: Final = 100e-6
 """A remote page costs a round trip; what is shorter is the hypervisor's own faults, preemption.
 Under nested KVM the former have been seen to take 3 us on one day, and 25 to 80 us on another."""
+_NOTED_S: Final = 10e-6
 _STEP_S: Final = 50e-3
 _SETTLED_STEPS: Final = 15
 
@@ -31,11 +32,18 @@ class Moments:
     """Host TSC of what the harness saw.
 
     :param command: ``migrate``. :param stopped: the source's STOP. :param completed: its end.
+    :param lifted: when the cap of the push was lifted, and with it what is measured ended.
     """
 
     command: int
     stopped: int
     completed: int
+    lifted: int | None = None
+
+    @property
+    def measured_until(self) -> int:
+        """The end of the postcopy that figures are of."""
+        return self.completed if self.lifted is None else min(self.lifted, self.completed)
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,10 @@ class Observation:
         """How long the guest did nothing around the STOP; None if it noticed nothing."""
         return None if self._stop_row is None else self._ms(self._gaps[self._stop_row])
 
+    def _first_access_ms(self) -> float | None:
+        """How much of the downtime was the first access itself, rather than the stop before it."""
+        return None if self._stop_row is None else self._ms(self._latencies[self._stop_row])
+
     def longest_gap_ms(self) -> float:
         """The longest time without an access, from ``migrate`` on."""
         gaps = self._gaps[self._ended >= self._moments.command]
@@ -119,9 +131,9 @@ class Observation:
         }
 
     def postcopy_figures(self) -> Figures:
-        """What the guest saw from its first access on the destination to the source's end."""
-        completed = self._moments.completed
-        last = completed + self._clock.cycles(0.01)
+        """What the guest saw from its first access on the destination to the end of the measuring."""
+        until = self._moments.measured_until
+        last = until if self._moments.lifted else until + self._clock.cycles(0.01)
         within = (self._ended > self.resumed) & (self._ended <= last)
         slow = self._latencies[within & (self._latencies > self._clock.cycles(_FAULT_S))]
         steps = self.steps()
@@ -130,9 +142,35 @@ class Observation:
             **_percentiles_us(slow, self._clock),
             "faults": float(slow.size),
             "blocked_ms": self._ms(self._gaps[within].sum()),
-            "rate_postcopy": self.rate(self.resumed, completed) or 0.0,
+            "rate_postcopy": self.rate(self.resumed, until) or 0.0,
             "rate_settled": settled,
             "recovery_ms": self._recovery_ms(steps, settled / 2),
+        }
+
+    def snapshot_figures(self) -> Figures:
+        """What the guest saw of an image of itself; its stop is not among the stalls.
+
+        A stall is an access that took longer than the guest notes (10 µs), the hypervisor's own
+        faults among them: they are there because pages were protected.
+        """
+        within = (self._ended > self.resumed) & (self._ended <= self._moments.completed)
+        stalls = self._latencies[within & (self._latencies > self._clock.cycles(_NOTED_S))]
+        long = stalls[stalls > self._clock.cycles(_FAULT_S)]
+        all_stalls = _percentiles_us(stalls, self._clock)
+        before = self.rate(self._moments.command - self._clock.cycles(1), self._moments.command)
+        during = self.rate(self.resumed, self._moments.completed)
+        return {
+            "guest_downtime_ms": self.downtime_ms(),
+            "first_access_ms": self._first_access_ms(),
+            "stall_p50_us": all_stalls.get("fault_p50_us"),
+            "stall_p99_us": all_stalls.get("fault_p99_us"),
+            "stall_max_us": all_stalls.get("fault_max_us"),
+            "longest_after_ms": self._ms(self._gaps[within].max(initial=0)),
+            "stalls": float(stalls.size),
+            "long_stalls": float(long.size),
+            "long_stall_p99_us": _percentiles_us(long, self._clock).get("fault_p99_us"),
+            "blocked_ms": self._ms(self._gaps[within].sum()),
+            "rate_kept": during / before if during is not None and before else None,
         }
 
     def _recovery_ms(self, steps: list[tuple[float, float]], rate: float) -> float | None:

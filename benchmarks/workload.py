@@ -28,7 +28,8 @@ _STATE = struct.Struct("<8s13Q")
 _ITERATIONS, _LAST_TSC = 0x10, 0x28
 _SEED: Final = 0x9E3779B97F4A7C15
 _SERIES_RING: Final = (0x20000, 8192)
-_EVENT_RING: Final = (MIB, 262144)
+_EVENT_RING: Final = (2 * MIB, 262144)
+"""Not at 1 MiB: there our machine has page directories if its memory is above 4 GiB."""
 _EVENT_THRESHOLD_S: Final = 10e-6
 _SERIES_INTERVAL_S: Final = 10e-3
 _STRIDE: Final = 4096
@@ -50,22 +51,31 @@ class Workload:
     """What the guest does.  Its hot set begins at 16 MiB, the incompressible fill behind it.
 
     :param write_fraction: of all visits, how many write.
+    :param stride_bytes: from one page of the hot set that is visited to the next; a power of two.
+    :param fill_first: the fill begins at 16 MiB, the hot set behind it.
     """
 
     hot_bytes: int
     fill_bytes: int
     random: bool
     write_fraction: float = 1.0
+    stride_bytes: int = _STRIDE
+    fill_first: bool = False
+
+    @property
+    def hot_at(self) -> int:
+        """Where the hot set begins."""
+        return HOT_SET_AT + self.fill_bytes * self.fill_first
 
     @property
     def fill_at(self) -> int:
         """Where the fill begins."""
-        return HOT_SET_AT + self.hot_bytes
+        return HOT_SET_AT + self.hot_bytes * (not self.fill_first)
 
     def image(self, tsc_hz: float) -> bytes:
         """The flat image; load and enter it at 0x10000."""
         image = bytearray((_GUEST / "measure.bin").read_bytes())
-        fields = [1, HOT_SET_AT, self.hot_bytes, _STRIDE, int(self.random)]
+        fields = [1, self.hot_at, self.hot_bytes, self.stride_bytes, int(self.random)]
         fields += [round(self.write_fraction * 256), 1, 0, _SEED, self.fill_at, self.fill_bytes]
         fields += [int(_EVENT_THRESHOLD_S * tsc_hz), int(_SERIES_INTERVAL_S * tsc_hz)]
         fields += [*_EVENT_RING, *_SERIES_RING]
@@ -78,6 +88,18 @@ class Workload:
         boot = (_GUEST / "boot.bin").read_bytes()
         assert len(boot) == _SECTOR_BYTES
         return (boot + self.image(tsc_hz)).ljust(_DISK_BYTES, b"\0")
+
+
+def of_size(memory_mib: int, *, random: bool, most_mib: int | None = None) -> Workload:
+    """A guest of so much memory with 56 % of it data: 576 MiB of 1 GiB, 64 of them its hot set.
+
+    :param most_mib: no more data than that, however large the guest.
+    """
+    data = memory_mib * 9 // 16
+    if most_mib is not None:
+        data = min(data, most_mib)
+    hot = min(64, data // 2)
+    return Workload(hot * MIB, (data - hot) * MIB, random)
 
 
 @dataclass(frozen=True)
@@ -159,6 +181,14 @@ class Records:
         """Slow iterations, oldest first: TSC at the end, gap, latency, address."""
         return self._ring(*_EVENT_RING, self.state().events)
 
+    def event(self, number: int) -> Words:
+        """The slow iteration of that number, counted from 0 since the guest's beginning.
+
+        :raises OSError: its page is not there, so the guest has not been that far.
+        """
+        address, entries = _EVENT_RING
+        return np.frombuffer(self._memory.read(address + number % entries * 32, 32), "<u8")
+
     def series(self) -> Words:
         """Every 10 ms: TSC, iterations so far, largest gap, largest latency of the interval."""
         return self._ring(*_SERIES_RING, self.state().series_rows)
@@ -176,9 +206,9 @@ class Records:
         """Compare every word of hot set and fill with what it must be; the guest stands still."""
         work = self._workload
         counters, bad_words = 0, 0
-        for address in _chunks(HOT_SET_AT, work.hot_bytes):
-            pages = self._chunk(address).reshape(-1, _STRIDE // 8)
-            wanted = _pattern(address).reshape(-1, _STRIDE // 8)
+        for address in _chunks(work.hot_at, work.hot_bytes):
+            pages = self._chunk(address).reshape(-1, work.stride_bytes // 8)
+            wanted = _pattern(address).reshape(-1, work.stride_bytes // 8)
             counters += int(pages[:, 0].sum())
             bad_words += int(np.count_nonzero(pages[:, 1:] != wanted[:, 1:]))
         for address in _chunks(work.fill_at, work.fill_bytes):
