@@ -1,12 +1,21 @@
 """A guest goes back to an earlier point of its life, again and again, and to the last word."""
 
+import os
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fakes.awakening import FORMS, TRICKLE, put_to_sleep, wait_for_faults, wake, woken
+from fakes.awakening import (
+    FORMS,
+    TRICKLE,
+    put_to_sleep,
+    wait_for_faults,
+    wake,
+    woken,
+    write_manifest,
+)
 from fakes.pair import hammer, idle, tiny
 from fakes.snapshots import Portrait
 from machine.machines import MIB, iterations, wait_for_progress
@@ -229,3 +238,20 @@ def test_an_image_that_will_not_do(journey, tmp_path):
         side.control.resetting.reset()
     side.control.resetting.set_point()
     trip.verify_source()
+
+
+def test_a_damaged_image_is_refused_before_the_guest_is_touched(journey, tmp_path):
+    trip = journey(hammer())
+    path = put_to_sleep(trip, tmp_path / "image")
+    write_manifest(path)
+    wake(trip.destination, path)
+    side = woken(trip)
+    with path.open("r+b") as file:
+        file.seek(4 * MIB)  # in the memory that the guest has filled
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(ImageError, match="digest"):
+        side.control.resetting.set_point(str(path))
+    assert not side.control._service.reset_point
+    trip.verify(side)

@@ -95,7 +95,7 @@ class Resetting:
             point = self._point
             if point is not None and file is not None and point.file == file:
                 return {"pause-us": 0, "copied-bytes": 0}
-            if point is not None and point.torn and path is None:
+            if point is not None and point.torn:
                 raise WrongState("the last reset was not finished: 'x-reset' tries again")
             check_reset()
             self._complete()
