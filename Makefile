@@ -12,7 +12,7 @@ help:
 	@echo "make test   the whole test suite (installs QEMU when root)"
 	@echo "make soak   break migrations at random for MINUTES=10, one line a minute"
 	@echo "make check  format, lint, types, layers, spelling"
-	@echo "make bench  measure, side by side with a real QEMU"
+	@echo "make bench  measure, side by side with a real QEMU; bench-recoveries: links and engines that break"
 
 venv: $(VENV)/.ready
 
@@ -46,6 +46,11 @@ check: venv
 bench: venv
 	.ci/install-qemu --if-root
 	$(BIN)/python -m benchmarks $(BENCH)
+
+# bench-recoveries and so on: the other commands in benchmarks/.
+bench-%: venv
+	.ci/install-qemu --if-root
+	$(BIN)/python -m benchmarks.$* $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -47,7 +47,7 @@ class Target:
         return ratio >= self.ratio if self.at_least else ratio <= self.ratio
 
     def __str__(self) -> str:
-        return f"{'≥' if self.at_least else '≤'} {self.ratio:g}"
+        return f"{'≥' if self.at_least else '≤'} {self.ratio:.3g}"
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,8 @@ _CAPPED: Final = tuple(
     if figure.key not in {"total_ms", "postcopy_ms", "recovery_ms", "rate_settled", "sent_mib"}
 )
 _UNCAPPED_PREEMPT_TARGETS: Final = {
-    "fault_p50_us": Target(round(1 / 3, 3)),
-    "fault_p99_us": Target(round(1 / 3, 3)),
+    "fault_p50_us": Target(1 / 3),
+    "fault_p99_us": Target(1 / 3),
     "postcopy_ms": Target(1.2),
 }
 _TWO: Final = (QEMU, OURS)

@@ -51,6 +51,33 @@ def test_ratio_is_of_medians_and_judged_by_the_target():
     assert found.to_json()["target"] == "≥ 1.5"
 
 
+def test_where_two_of_ours_are_compared_both_have_to_reach_the_target():
+    results = [
+        result("qemu-preempt", {"fault_p99_us": 400.0}, "capped-20"),
+        result("postcopy", {"fault_p99_us": 200.0}, "capped-20"),
+        result("postcopy-preempt", {"fault_p99_us": 300.0}, "capped-20"),
+    ]
+    found = line(results, "fault_p99_us", "capped-20")
+    assert found.ratios == {"postcopy": 0.5, "postcopy-preempt": 0.75}
+    assert found.reached is True
+    assert "| 400 | 200 | 300 | 0.50 and 0.75 | ≤ 1 | yes |" in report.to_markdown(
+        {}, [cases()["capped-20"]], results
+    )
+    slow = result("postcopy-preempt", {"fault_p99_us": 401.0}, "capped-20", repeat=1)
+    assert line([*results[:2], slow], "fault_p99_us", "capped-20").reached is False
+
+
+def test_with_preempt_on_both_sides_ours_is_divided_by_theirs_with_preempt():
+    results = [
+        result("qemu", {"fault_p50_us": 1.0}, "uncapped-preempt"),
+        result("qemu-preempt", {"fault_p50_us": 300.0}, "uncapped-preempt"),
+        result("postcopy-preempt", {"fault_p50_us": 100.0}, "uncapped-preempt"),
+    ]
+    found = line(results, "fault_p50_us", "uncapped-preempt")
+    assert found.ratio == pytest.approx(1 / 3)
+    assert found.reached is True
+
+
 def test_without_the_other_engine_there_is_no_verdict():
     found = line([result("postcopy", {"mib_s": 100.0})], "mib_s")
     assert (found.ratio, found.reached) == (None, None)

@@ -103,6 +103,22 @@ def test_faults_are_slow_accesses_between_resumption_and_end():
     assert figures["blocked_ms"] == pytest.approx(0.09 + sum(range(1, 102)) * 0.11)
 
 
+def test_under_a_cap_faults_count_until_it_is_lifted():
+    stop = (3040 * MS, 41 * MS, 30 * MS, 0)
+    capped = [(3060 * MS + i * MS, MS, MS, 0) for i in range(10)]
+    afterwards = [(3200 * MS + i * MS, 9 * MS, 9 * MS, 0) for i in range(20)]
+    lifted = Moments(COMMAND, STOPPED, COMPLETED, lifted=3199 * MS)
+    figures = observe(rows(stop, *capped, *afterwards), moments=lifted).postcopy_figures()
+    assert figures["faults"] == 10
+    assert figures["fault_max_us"] == pytest.approx(1000)
+    assert figures["blocked_ms"] == pytest.approx(10)
+    assert observe(rows(stop, *capped, *afterwards)).postcopy_figures()["faults"] == 30
+
+
+def test_a_cap_lifted_after_the_end_measures_nothing_after_the_end():
+    assert Moments(COMMAND, STOPPED, COMPLETED, COMPLETED + MS).measured_until == COMPLETED
+
+
 def test_recovery_is_when_half_the_settled_rate_is_seen():
     figures = observe(rows((3040 * MS, 41 * MS, MS, 0))).postcopy_figures()
     assert figures["rate_settled"] == pytest.approx(0.005)
