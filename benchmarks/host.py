@@ -55,6 +55,11 @@ class CpuMeter:
         self._started = time.monotonic()
         self._before = self._now()
 
+    def follow(self, name: str, pid: int) -> None:
+        """Count a process that was started after this meter, from its start on."""
+        self._pids[name] = pid
+        self._before[name] = 0.0
+
     def _now(self) -> dict[str, float]:
         ours = {name: tree_cpu_seconds(pid) for name, pid in self._pids.items()}
         return {**ours, "harness": time.process_time(), "all": _busy_seconds()}

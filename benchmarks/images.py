@@ -138,8 +138,9 @@ def wake(
         host.warm_memory(data_mib(case.workload) * 5 // 4)
         time.sleep(0.1)
         awakening = Awakening(image.path, contender.options)
+        meter = host.CpuMeter()
         with closing(contender.engine("restored", setup, awakening)) as engine:
-            meter = host.CpuMeter(engine=engine.process.pid)
+            meter.follow("engine", engine.process.pid)
             records = Records(engine.memory, case.workload)
             records.wait_progress(timeout_s)
             seen = rdtsc()
