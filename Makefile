@@ -5,14 +5,15 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 CODE := src tests benchmarks scripts
 
-.PHONY: help venv demo test soak check bench clean
+.PHONY: help venv demo test soak check bench bench-all clean
 
 help:
 	@echo "make demo   a running guest moves, and you watch"
 	@echo "make test   the whole test suite (installs QEMU when root)"
 	@echo "make soak   break migrations at random for MINUTES=10, one line a minute"
 	@echo "make check  format, lint, types, layers, spelling"
-	@echo "make bench  measure, side by side with a real QEMU; bench-recoveries: links and engines that break"
+	@echo "make bench  measure, side by side with a real QEMU; bench-all: that and all that follows"
+	@echo "make bench-snapshots, bench-restores, bench-working_sets, bench-recoveries   a part each"
 
 venv: $(VENV)/.ready
 
@@ -46,6 +47,9 @@ check: venv
 bench: venv
 	.ci/install-qemu --if-root
 	$(BIN)/python -m benchmarks $(BENCH)
+
+# One after the other, whichever fails: make -k bench-all.
+bench-all: bench bench-snapshots bench-restores bench-working_sets bench-recoveries
 
 # bench-recoveries and so on: the other commands in benchmarks/.
 bench-%: venv

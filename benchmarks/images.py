@@ -142,10 +142,12 @@ def wake(
         with closing(contender.engine("restored", setup, awakening)) as engine:
             meter.follow("engine", engine.process.pid)
             records = Records(engine.memory, case.workload)
-            records.wait_progress(timeout_s)
-            seen = rdtsc()
+            # Not a look at the memory before: who reads a page that nobody watches yet makes it one of
+            # zeros, and then it is not missing.
             info = _whole(engine, timeout_s)
             load: Figures = {**meter.stop()}
+            records.wait_progress(timeout_s)
+            seen = rdtsc()
             offset = records.tsc_offset()
             first = first_access(records, image, offset)
             if not engine.began < first <= seen:
