@@ -176,12 +176,13 @@ class _BrokenLink(_Broken):
     def measure(self) -> dict[str, float | None]:
         """See :class:`_Broken`."""
         self._begin()
-        paused_ms = self._break()
-        missing = self._source.info()["ram"]["remaining"] / MIB
-        uri = f"tcp:127.0.0.1:{host.free_port()}"
-        self._destination.qmp.execute("migrate-recover", uri=uri)
-        seen = len(self._source.qmp.events)
         with _load(source=self._source, destination=self._destination) as load:
+            time.sleep(_BREAK_AFTER_S)
+            paused_ms = self._break()
+            missing = self._source.info()["ram"]["remaining"] / MIB
+            uri = f"tcp:127.0.0.1:{host.free_port()}"
+            self._destination.qmp.execute("migrate-recover", uri=uri)
+            seen = len(self._source.qmp.events)
             command = rdtsc()
             self._source.qmp.execute("migrate", uri=uri, resume=True)
             self._wait_gone_on()
@@ -199,7 +200,7 @@ class _BrokenLink(_Broken):
         }
 
     def _begin(self) -> None:
-        """Into postcopy, and half a second of it."""
+        """Into postcopy, with a guest that works there."""
         source, uri = self._source, f"tcp:127.0.0.1:{host.free_port()}"
         for side in (source, self._destination):
             side.set_capabilities("postcopy-ram")
@@ -216,7 +217,6 @@ class _BrokenLink(_Broken):
         source.qmp.execute("migrate-start-postcopy")
         source.qmp.wait_event("MIGRATION", "postcopy-active")
         self.records.wait_progress(self._timeout_s)
-        time.sleep(_BREAK_AFTER_S)
 
     def _break(self) -> float | None:
         """Until both sides have noticed and the guest waits; how long the former took, ms."""
@@ -268,12 +268,12 @@ class _KilledEngine(_Broken):
         # Not before: to read memory that nobody watches yet is to fill it with zeros.
         side.qmp.wait_event("MIGRATION", "postcopy-active")
         self.records.wait_progress(self._timeout_s)
-        time.sleep(_BREAK_AFTER_S)
-        missing = side.info()["ram"]["remaining"] / MIB
-        victim = engine_at_work(side.process.pid, self._image)
-        if victim is None:
-            raise RuntimeError(f"no engine has the image mapped: {side.info()}")
         with _load(destination=side) as load:
+            time.sleep(_BREAK_AFTER_S)
+            missing = side.info()["ram"]["remaining"] / MIB
+            victim = engine_at_work(side.process.pid, self._image)
+            if victim is None:
+                raise RuntimeError(f"no engine has the image mapped: {side.info()}")
             killed = rdtsc()
             os.kill(victim, signal.SIGKILL)
             self._wait_successor(victim)
@@ -314,7 +314,10 @@ def engine_at_work(guest_process: int, image: Path) -> int | None:
 
 @contextmanager
 def _load(**engines: Engine) -> Iterator[dict[str, float]]:
-    """Filled at the end with what the processes and others used of the CPUs."""
+    """Filled at the end with what the processes and others used of the CPUs.
+
+    Over half a second or more: the kernel counts in hundredths.
+    """
     meter = host.CpuMeter(**{name: engine.process.pid for name, engine in engines.items()})
     found: dict[str, float] = {}
     yield found

@@ -91,7 +91,8 @@ class Run:
         figures["mib_s"] = _rate(figures["sent_mib"], figures["total_ms"])
         if not self._case.stop_first:
             observation = self._observe(moments)
-            figures |= self._seen(observation, moments, switch)
+            asked_for = lifted[1] if lifted else 0
+            figures |= self._seen(observation, moments, switch, asked_for)
             result["timeline"] = observation.steps()
         return result
 
@@ -187,7 +188,9 @@ class Run:
         events, series = self._arrived.events(), self._arrived.series()
         return Observation(events, series, offsets, moments, self._clock)
 
-    def _seen(self, observation: Observation, moments: Moments, switch: int | None) -> Figures:
+    def _seen(
+        self, observation: Observation, moments: Moments, switch: int | None, requests: int
+    ) -> Figures:
         figures = observation.common_figures()
         if switch is None:
             later = moments.completed + self._clock.cycles(_SETTLE_S)
@@ -195,7 +198,7 @@ class Run:
             return figures
         return {
             **figures,
-            **observation.postcopy_figures(),
+            **observation.postcopy_figures(requests),
             "to_stop_ms": self._clock.ms(moments.stopped - moments.command),
             "command_to_stop_ms": self._clock.ms(moments.stopped - switch),
             "postcopy_ms": self._clock.ms(moments.completed - moments.stopped),

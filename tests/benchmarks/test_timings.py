@@ -115,6 +115,18 @@ def test_under_a_cap_faults_count_until_it_is_lifted():
     assert observe(rows(stop, *capped, *afterwards)).postcopy_figures()["faults"] == 30
 
 
+def test_where_requests_are_counted_quick_faults_are_faults():
+    stop = (3040 * MS, 41 * MS, 30 * MS, 0)
+    own = [(3050 * MS + i * MS // 10, 30_000, 30_000, 0) for i in range(100)]
+    quick = [(3070 * MS + i * MS // 10, 80_000, 80_000, 0) for i in range(100)]
+    slow = [(3090 * MS + i * MS, MS, MS, 0) for i in range(10)]
+    seen = observe(rows(stop, *own, *quick, *slow))
+    figures = seen.postcopy_figures(requests=110)
+    assert (figures["faults"], figures["fault_p50_us"]) == (110, pytest.approx(80))
+    assert seen.postcopy_figures(requests=5)["faults"] == 10
+    assert seen.postcopy_figures(requests=5000)["faults"] == 210
+
+
 def test_a_cap_lifted_after_the_end_measures_nothing_after_the_end():
     assert Moments(COMMAND, STOPPED, COMPLETED, COMPLETED + MS).measured_until == COMPLETED
 
