@@ -29,7 +29,7 @@ _STOPPED: Final = Contender("qemu-stopped", "QEMU, stop and save", Qemu)
 _CONTENDERS: Final = (_THEIRS, _OURS, _OURS_MAPPED, _STOPPED)
 _FIGURES: Final = (
     Figure("guest_downtime_ms", "longest stop of the guest at the stop, ms"),
-    Figure("first_access_ms", "of which the first access after it, ms", compared=False),
+    Figure("first_access_ms", "of which within an access, ms", compared=False),
     Figure("stall_p50_us", "stall of a guest write, p50, µs"),
     Figure("stall_p99_us", "stall of a guest write, p99, µs"),
     Figure("stall_max_us", "stall of a guest write, max, µs"),
@@ -39,7 +39,7 @@ _FIGURES: Final = (
     Figure("long_stalls", "stalls over 100 µs"),
     Figure("long_stall_p99_us", "stalls over 100 µs, p99, µs"),
     Figure("blocked_ms", "guest blocked after the stop, ms"),
-    Figure("rate_kept", "guest's rate while the image is written / before"),
+    Figure("rate_kept", "guest's rate while the image is written / before", compared=False),
     Figure("reported_pause_us", "pause the engine reports, µs", compared=False),
     Figure("reported_stall_p99_us", "stall the engine reports, p99, µs", compared=False),
     Figure("reported_stall_max_us", "stall the engine reports, max, µs", compared=False),
