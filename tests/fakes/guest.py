@@ -48,7 +48,8 @@ class FakeGuest:
     def paged_ram(self) -> PagedRam:
         address, fd = self._mapping.address, os.dup(self._fd)
         region = Region(RAM, self._size, self._page_size, 0, address, fd)
-        return PagedRam([region], [page_map.create(self._size // self._page_size)])
+        self._ram = PagedRam([region], [page_map.create(self._size // self._page_size)])
+        return self._ram
 
     def touch(self, page: int) -> bytes:
         """Read a little of a page as the guest would; waits while it is missing."""
@@ -75,6 +76,8 @@ class FakeGuest:
 
     def unmap_forgotten(self):
         self.unmap_missing()
+        for paged in self._ram:
+            paged.pages.unmapped()
 
     def unmap_missing(self):
         self._mapping.discard(0, self._size)

@@ -142,7 +142,7 @@ def test_when_they_die_one_after_the_other(journey, monkeypatch):
         resetting.reset()
     assert side.machine.run_state is RunState.FINISH_MIGRATE
     for order in (side.machine.cont, resetting.end, resetting.set_point):
-        with pytest.raises(WrongState, match="not finali[sz]ed|not finished"):
+        with pytest.raises(WrongState, match=r"not finali[sz]ed|not finished"):
             order()
     monkeypatch.delenv(kill_points.VARIABLE)
     resetting.reset()

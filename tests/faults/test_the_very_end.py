@@ -66,7 +66,11 @@ def test_where_the_source_cannot_know_it_is_told(trip):
 
 def test_an_end_that_leaves_pages_out_is_no_end(trip):
     """A page that never came would become zeros."""
-    begin(trip, lambda channel: channel.inject(AFTER_PACKAGE, ALL_SENT.begin))
+    channel = trip.channel(trip.destination.listen())
+    injected = channel.inject(AFTER_PACKAGE, ALL_SENT.begin)
+    trip.source.control.migrate(channel.uri)
+    trip.switch()
+    injected.wait()
     trip.until_settled()
     assert trip.destination.status is Status.POSTCOPY_PAUSED
     assert "pages have not come" in trip.destination.error

@@ -279,8 +279,9 @@ class EngineService:
     # --- all
 
     def _start(self, name: str, run: Callable[[], None]) -> None:
-        self._thread = threading.Thread(target=_guarded, args=(run,), name=name, daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=_guarded, args=(run,), name=name, daemon=True)
+        thread.start()
+        self._thread = thread  # from here others may wait for its end
 
     def _join(self, timeout_s: float | None = None) -> bool:
         """Wait for a job that has paused to let go of everything; return whether it has."""

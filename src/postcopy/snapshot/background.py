@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from postcopy.channel.address import parse
 from postcopy.channel.channel import Channel
+from postcopy.channel.connect import connect
 from postcopy.channel.partial_file import begin_partial, publish, remove_partial
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.errors import MigrationCancelled, PostcopyError
@@ -62,6 +63,7 @@ class BackgroundSnapshot:
         self._aside = Aside()
         self._device_bytes = 0
         # Made by the steps of it, in this order.
+        self._began = False
         self._channel: Channel | None = None
         self._sender: Sender | None = None
         self._blocks: list[RamBlock] = []
@@ -118,8 +120,12 @@ class BackgroundSnapshot:
 
     def _open(self) -> tuple[Channel, Sender]:
         """Reach the sink, and say what is to come."""
-        self._channel = channel = connect_unless_cancelled(
-            begin_partial(self._address), self.orders
+        self._began = True  # whether the sink can be reached or not: what is half there is ours
+        address = begin_partial(self._address)
+        self._channel = channel = (
+            connect_unless_cancelled(address, self.orders)
+            if address is self._address
+            else connect(address)  # an ordinary file: on return it is there, and ours to remove
         )
         # A host that is gone must not make the guest wait for what it will never take.
         channel.watch(self._parameters.x_link_timeout / 1000)
@@ -252,6 +258,8 @@ class BackgroundSnapshot:
             except PostcopyError:
                 pass  # it was over already
             self._channel = None
+        if self._began:
+            self._began = False
             remove_partial(self._address)
         while self._blocks:
             self._blocks.pop().close()

@@ -43,7 +43,8 @@ FIRST_DEVICE_ID = 10
 _RANGES_PER_COMMAND = 4000  # 64 KiB, less the name
 LAST_PING = 5
 PACKAGE_PING = 3
-DISCARD_PING = 10
+DISCARD_PINGS = (10, 11, 12)
+_FEW_PAGES = 1000
 
 
 class Switchover:
@@ -83,11 +84,16 @@ class Switchover:
         It answers when it has done so, and has taken all that was on its way: neither is left for
         the time in which the guest stands still.
         """
-        self._dirty.look_for_writes()
-        self._send_discards()
-        self._channel.send(encode_command(Ping(DISCARD_PING)))
         assert self._return_path is not None
-        self._return_path.wait_pong(DISCARD_PING)
+        for (
+            ping
+        ) in DISCARD_PINGS:  # the guest has written meanwhile, but the less the shorter it took
+            self._dirty.look_for_writes()
+            said_pages = self._send_discards()
+            self._channel.send(encode_command(Ping(ping)))
+            self._return_path.wait_pong(ping)
+            if said_pages < _FEW_PAGES:
+                return
 
     def stop_guest(self) -> None:
         """Stop the vCPUs and find out what is left to send."""
@@ -171,7 +177,9 @@ class Switchover:
             states = [state for state in states if state.name not in OURS_ONLY]
         return list(states)
 
-    def _send_discards(self) -> None:
+    def _send_discards(self) -> int:
+        """Say which pages are stale, but for those said before; return how many."""
+        said_pages = 0
         if not any(pages.pending.any() for pages in self._dirty.blocks):
             # QEMU 10 never leaves its discard state when it gets no discard at all.
             self._dirty.blocks[0].pending[0] = True
@@ -179,9 +187,11 @@ class Switchover:
             said = self._discarded.get(pages.block.name)
             stale = pages.pending if said is None else pages.pending & ~said
             self._discarded[pages.block.name] = pages.pending.copy()
+            said_pages += int(np.count_nonzero(stale))
             ranges = runs(stale) * np.int64(pages.block.page_size_bytes)
             ranges[:, 1] -= ranges[:, 0]
             self._channel.send_many(_discards(pages.block.name, ranges))
+        return said_pages
 
     def _check_cancelled(self) -> None:
         if self._orders.cancelled:
