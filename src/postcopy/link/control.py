@@ -29,8 +29,7 @@ from postcopy.status import AFTER_SWITCHOVER, ENDED, Progress, Status
 
 _INFO_TIMEOUT_S = 5
 _LAST = ENDED - {Status.NONE}
-_SPARE_DELAY_S = 2.0
-"""How long a guest that has just arrived has the CPUs to itself."""
+_SPARE_DELAY_S = 2.0  # how long a guest that has just arrived has the CPUs to itself
 
 
 class MigrationControl:
@@ -63,6 +62,7 @@ class MigrationControl:
             self._needs_successor,
             lambda: self._adopt_destination(self._last_uri),
             self._no_successor,
+            self._engines.prepare,
         )
         self._restoring = Restoring(
             self._engines, guest, lambda: self.progress, self._settings, self._restore_given_up

@@ -8,6 +8,7 @@ from postcopy.errors import EngineDied, PostcopyError
 from postcopy.link.engine_process import EnginePool, EngineProcess
 from postcopy.link.rpc import Handler, Link
 
+_AHEAD_S: Final = 1.0
 _MOST_REPLACEMENTS: Final = 5
 """Engines to start, one after the other, when none lives to get anywhere."""
 
@@ -83,6 +84,7 @@ class Succession:
     :param wanted: whether one is needed still; asked under :attr:`lock`.
     :param adopt: starts one that goes on where the dead one was.
     :param failed: gets the reason when none could go on.
+    :param ahead: has an engine started, after so many seconds: a guest waits when one dies.
     """
 
     def __init__(
@@ -90,7 +92,9 @@ class Succession:
         wanted: Callable[[], bool],
         adopt: Callable[[], None],
         failed: Callable[[PostcopyError], None],
+        ahead: Callable[[float], None],
     ) -> None:
+        self._ahead = ahead
         self._wanted = wanted
         self._adopt = adopt
         self._failed = failed
@@ -103,8 +107,9 @@ class Succession:
         threading.Thread(target=self._replace, name="replace-engine", daemon=True).start()
 
     def worked(self) -> None:
-        """The successor has got somewhere: count anew."""
+        """The engine at work has got somewhere: count anew, and have a successor ready in a while."""
         self._replacements = 0
+        self._ahead(_AHEAD_S)
 
     @property
     def tries_left(self) -> bool:

@@ -39,7 +39,9 @@ class Restoring:
         self._settings = settings
         self._given_up = given_up
         self._wishes: dict[str, Any] | None = None
-        self._succession = Succession(self._is_orphaned, self._adopt, self._no_successor)
+        self._succession = Succession(
+            self._is_orphaned, self._adopt, self._no_successor, engines.prepare
+        )
 
     @property
     def active(self) -> bool:
