@@ -50,7 +50,12 @@ class SocketChannel(Channel):
         far_s = self._round_trip_s() - _NEAR_S
         n_bytes = max(n_bytes, min(int(far_s * _FAST_LINK), _MOST_BUFFERED))
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, n_bytes)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, n_bytes)
+        if self._is_tcp:
+            # Not SO_RCVBUF: what the peer has sent into a buffer that shrinks is dropped, and comes
+            # again a fifth of a second later.
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, n_bytes)
+        else:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, n_bytes)
 
     def _round_trip_s(self) -> float:
         """TCP's own estimate; 0 on other sockets.  See tcp(7), TCP_INFO."""

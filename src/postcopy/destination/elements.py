@@ -30,7 +30,7 @@ from postcopy.stream.decoder import Decoder
 from postcopy.stream.identity import ALL_SENT_PING
 from postcopy.stream.layout import BlockLayout, DeviceFormats, Layout
 
-POSTCOPY_BUFFER_BYTES = 512 << 10
+POSTCOPY_BUFFER_BYTES = 1024 << 10
 """What the kernel may hold of the main channel once urgent pages travel on it."""
 
 
