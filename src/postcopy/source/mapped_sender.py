@@ -6,7 +6,6 @@ finished has none.  On the stream itself stand no pages, and so no sections but 
 """
 
 import itertools
-import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,8 +14,9 @@ from postcopy.channel.files import FileChannel
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
 from postcopy.memory.runs import Indices, Mask, index_runs
-from postcopy.source.counters import Counters, Rate
+from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages
+from postcopy.source.outflow import Outflow
 from postcopy.source.page_sender import RAM_SECTION_ID
 from postcopy.stream.block_list import encode_list_end, encode_list_start
 from postcopy.stream.encoder import RamPart
@@ -25,25 +25,19 @@ from postcopy.stream.numbers import SectionType
 from postcopy.stream.records import PageRows
 
 
-class MappedPageSender:
+class MappedPageSender(Outflow):
     """A :class:`postcopy.source.sending.Sender` into a file; one thread at a time."""
 
     def __init__(self, channel: FileChannel, limiter: RateLimiter, counters: Counters) -> None:
-        self._channel = channel
-        self._limiter = limiter
-        self._counters = counters
+        super().__init__(channel, limiter, counters)
+        self._file = channel
         self._places: dict[str, MappedBlock] = {}
         self._present: dict[str, Mask] = {}
-        self._unpaced_bytes = 0
-        self.sent_bytes = 0
-        self._counted_bytes = channel.sent_bytes
-        self.rate = Rate()
-        self.phase = "precopy_bytes"
 
     def begin(self, blocks: Sequence[RamBlock], *, postcopy: bool) -> None:
         """Decide where all pages go, and write the list of blocks around their places."""
         assert not postcopy  # QEMU's rules exclude it
-        channel = self._channel
+        channel = self._file
         channel.send(encode_list_start(RAM_SECTION_ID, sum(block.size_bytes for block in blocks)))
         sizes = [(block.name, block.size_bytes) for block in blocks]
         places, end = lay_out(sizes, channel.position)
@@ -98,37 +92,18 @@ class MappedPageSender:
 
     def _write(self, block: str, first: int, contents: PageRows) -> None:
         place = self._places[block]
-        self._channel.write_at(place.pages_offset + first * place.page_bytes, contents.data)
+        self._file.write_at(place.pages_offset + first * place.page_bytes, contents.data)
 
     def _sent(self, normal_pages: int, zero_pages: int) -> int:
         sent_bytes = normal_pages * TARGET_PAGE_BYTES
         self._counters.add_pages(normal_pages, zero_pages)
-        self._unpaced_bytes += sent_bytes
-        self.sent_bytes += sent_bytes
-        return sent_bytes
-
-    def say(self, command: bytes) -> None:
-        """Put a command on the stream."""
-        self._channel.send(command)
-
-    def pace(self, interrupt: threading.Event) -> None:
-        """Sleep as long as the bandwidth limit wants it, unless interrupted."""
-        spent, self._unpaced_bytes = self._unpaced_bytes, 0
-        self._limiter.wait(spent, interrupt)
-        self.count()
+        return self._spent(sent_bytes)
 
     def end_of_ram(self) -> bytes:
         """Write the bitmaps, and return RAM's END section, which says that they are there."""
         for name, place in self._places.items():
-            self._channel.write_at(place.bitmap_offset, encode_bitmap(self._present[name]))
+            self._file.write_at(place.bitmap_offset, encode_bitmap(self._present[name]))
         return RamPart(RAM_SECTION_ID, SectionType.END).around()
-
-    def count(self) -> None:
-        """Bring the counters up to what the file has taken."""
-        sent = self._channel.sent_bytes - self._counted_bytes
-        self._counted_bytes += sent
-        self.rate.add(sent)
-        setattr(self._counters, self.phase, getattr(self._counters, self.phase) + sent)
 
 
 def _target_pages(block: RamBlock, batch: Indices, has_data: Mask) -> tuple[Indices, Mask]:

@@ -1,14 +1,14 @@
 """Puts pages on the wire, section by section, and keeps to the bandwidth limit."""
 
-import threading
 from collections.abc import Iterable, Sequence
 
 from postcopy.channel.channel import Channel
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.memory.ram_block import RamBlock
 from postcopy.memory.runs import Indices
-from postcopy.source.counters import Counters, Rate
+from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages
+from postcopy.source.outflow import Outflow
 from postcopy.source.page_records import EncodedPages, PageRecords
 from postcopy.stream.encoder import RamPart, ram_setup
 from postcopy.stream.numbers import SectionType
@@ -18,23 +18,16 @@ RAM_SECTION_ID = 2
 """As QEMU's own machines have it; 0 is taken for "never seen" by its reader."""
 
 
-class PageSender:
+class PageSender(Outflow):
     """Sends the pages of one channel; one thread at a time.
 
     :param limiter: shared with whoever else sends under the same limit.
     """
 
     def __init__(self, channel: Channel, limiter: RateLimiter, counters: Counters) -> None:
-        self._channel = channel
-        self._limiter = limiter
-        self._counters = counters
+        super().__init__(channel, limiter, counters)
         self._records = PageRecords()
         self._part = RamPart(RAM_SECTION_ID)
-        self._unpaced_bytes = 0
-        self.sent_bytes = 0
-        self._counted_bytes = channel.sent_bytes
-        self.rate = Rate()
-        self.phase = "precopy_bytes"
 
     def begin(self, blocks: Sequence[RamBlock], *, postcopy: bool) -> None:
         """Say what blocks there are.
@@ -70,30 +63,11 @@ class PageSender:
             self._channel.send_many(buffers)
             sent_bytes += sum(len(buffer) for buffer in buffers)
             self._counters.add_pages(encoded.normal_pages, encoded.zero_pages)
-        self._unpaced_bytes += sent_bytes
-        self.sent_bytes += sent_bytes
-        return sent_bytes
-
-    def say(self, command: bytes) -> None:
-        """Send a command behind the pages."""
-        self._channel.send(command)
-
-    def pace(self, interrupt: threading.Event) -> None:
-        """Sleep as long as the bandwidth limit wants it, unless interrupted."""
-        spent, self._unpaced_bytes = self._unpaced_bytes, 0
-        self._limiter.wait(spent, interrupt)
-        self.count()
+        return self._spent(sent_bytes)
 
     def end_of_ram(self) -> bytes:
         """Return RAM's END section."""
         return RamPart(RAM_SECTION_ID, SectionType.END).around()
-
-    def count(self) -> None:
-        """Bring the counters up to what the channel has sent."""
-        sent = self._channel.sent_bytes - self._counted_bytes
-        self._counted_bytes += sent
-        self.rate.add(sent)
-        setattr(self._counters, self.phase, getattr(self._counters, self.phase) + sent)
 
 
 def _entry(block: RamBlock, *, postcopy: bool) -> BlockEntry:
