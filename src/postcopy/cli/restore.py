@@ -4,6 +4,8 @@ from typing import Any
 
 import click
 
+from postcopy.cli.run_options import ACCELERATION, MONITORS, options
+
 
 @click.command(short_help="Wake a guest from its image.")
 @click.argument("path", type=click.Path(dir_okay=False))
@@ -18,23 +20,10 @@ import click
     help="Bring the recorded working set first.",
 )
 @click.option("--record-working-set", "record", is_flag=True, help="Note what is touched first.")
-@click.option(
-    "--accel", type=click.Choice(["auto", "kvm", "unicorn"]), default="auto", show_default=True
-)
-@click.option("--huge-pages", is_flag=True, help="Take the host's 2 MiB pages for the memory.")
-@click.option("--paused", "-S", is_flag=True, help="Do not run before 'cont'.")
-@click.option(
-    "--monitor",
-    "monitors",
-    multiple=True,
-    metavar="stdio|none|unix:PATH|tcp:HOST:PORT",
-    help="Where 'info migrate' and its like are typed; stdio on a terminal.",
-)
-@click.option("--qmp", "qmps", multiple=True, metavar="unix:PATH|tcp:HOST:PORT")
-@click.option("--name", metavar="NAME", help="What 'ps' calls the process.")
-@click.option("--serial", default="none", metavar="stdio|none|file:PATH", show_default=True)
+@options(ACCELERATION)
+@options(MONITORS)
 @click.pass_context
-def restore(context: click.Context, /, **options: Any) -> None:
+def restore(context: click.Context, /, **given: Any) -> None:
     """Wake the guest that sleeps in PATH, and run it until 'quit', a signal or the end of the input.
 
     Memory, vCPUs and machine are those of the image.  With --lazy the guest runs at once.  On standard
@@ -45,7 +34,7 @@ def restore(context: click.Context, /, **options: Any) -> None:
     engines = EnginePool()
     engines.prepare()  # an engine starts while we import what we need ourselves
     try:
-        context.exit(_run(options, engines))
+        context.exit(_run(given, engines))
     finally:
         engines.close()
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from postcopy.cli.run_options import ACCELERATION, MONITORS, options
 from postcopy.cli.types import Number, Size
 
 _WORKLOADS = ("hammer", "idle", "sweep")  # those of machine/workload.py, which takes long to import
@@ -26,24 +27,11 @@ _LOAD_ADDRESS = 0x10000
 )
 @click.option("--memory", "-m", type=Size("M"), default="512M", show_default=True)
 @click.option("--smp", type=click.IntRange(1), default=1, show_default=True, help="vCPUs.")
-@click.option(
-    "--accel", type=click.Choice(["auto", "kvm", "unicorn"]), default="auto", show_default=True
-)
-@click.option("--huge-pages", is_flag=True, help="Take the host's 2 MiB pages for the memory.")
+@options(ACCELERATION)
 @click.option("--incoming", metavar="URI|defer", help="Wait for a guest to come over there.")
-@click.option("--paused", "-S", is_flag=True, help="Do not run before 'cont'.")
-@click.option(
-    "--monitor",
-    "monitors",
-    multiple=True,
-    metavar="stdio|none|unix:PATH|tcp:HOST:PORT",
-    help="Where 'info migrate' and its like are typed; stdio on a terminal.",
-)
-@click.option("--qmp", "qmps", multiple=True, metavar="unix:PATH|tcp:HOST:PORT")
-@click.option("--name", metavar="NAME", help="What 'ps' calls the process.")
-@click.option("--serial", default="none", metavar="stdio|none|file:PATH", show_default=True)
+@options(MONITORS)
 @click.pass_context
-def run(context: click.Context, /, **options: Any) -> None:
+def run(context: click.Context, /, **given: Any) -> None:
     """Run a guest until 'quit', a signal or the end of the input.
 
     \b
@@ -54,4 +42,4 @@ def run(context: click.Context, /, **options: Any) -> None:
     from postcopy.cli.guest_process import GuestProcess
     from postcopy.cli.run_settings import RunSettings
 
-    context.exit(GuestProcess(RunSettings.of(options)).run())
+    context.exit(GuestProcess(RunSettings.of(given)).run())
