@@ -23,6 +23,7 @@ $(VENV)/.ready: pyproject.toml scripts/requirements.py
 	$(BIN)/python scripts/requirements.py > $(VENV)/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --root-user-action=ignore \
 		-r $(VENV)/requirements.txt -e .
+	$(BIN)/python -m compileall -q src
 	touch $@
 
 demo: venv

@@ -1,6 +1,7 @@
 """What the commands that measure have in common: options, the loop over the runs, what is written."""
 
 import argparse
+import compileall
 import json
 import os
 import sys
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import postcopy
 from benchmarks import host, report
 from benchmarks.clock import Clock
 from benchmarks.report import Finding, Results
@@ -44,6 +46,7 @@ class Campaign:
     def run(self, plan: Planned, measure: Callable[[Case, Contender], dict[str, Any]]) -> int:
         """Do it; the exit code: 1 if a run has failed."""
         results: list[dict[str, Any]] = []
+        compile_ours()
         try:
             for repeat, case, contender in plan:
                 named = {"case": case.name, "contender": contender.name, "repeat": repeat}
@@ -73,6 +76,15 @@ class Campaign:
 
     def _markdown(self, results: Results) -> str:
         return report.to_markdown(self.head, self.cases, results, self.across(results), self.title)
+
+
+def compile_ours() -> None:
+    """Have our modules compiled, as those of an installed package are.
+
+    Where nobody may write byte code (``PYTHONDONTWRITEBYTECODE``) each process would compile them all.
+    """
+    for folder in postcopy.__path__:
+        compileall.compile_dir(folder, quiet=1)
 
 
 def alternating(

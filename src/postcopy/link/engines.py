@@ -8,7 +8,9 @@ from postcopy.errors import EngineDied, PostcopyError
 from postcopy.link.engine_process import EnginePool, EngineProcess
 from postcopy.link.rpc import Handler, Link
 
-_AHEAD_S: Final = 1.0
+_AHEAD_S: Final = 5.0
+"""When a successor is started: most migrations are over by then, and need the CPUs until then."""
+
 _MOST_REPLACEMENTS: Final = 5
 """Engines to start, one after the other, when none lives to get anywhere."""
 
