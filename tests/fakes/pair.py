@@ -251,10 +251,15 @@ class Journey:
 
     def turn(self) -> None:
         """The guest has arrived: its destination is the next source."""
-        self.source.close()
-        self.source = self.destination
+        self.turn_round(self.destination)
         self.source.set(self.capabilities, self.parameters)
-        self.new_destination()
+
+    def turn_round(self, side: Side) -> None:
+        """The guest is there: it goes on to a new destination, with nothing set."""
+        if self.source is not side:
+            self.source.close()
+            self.source = side
+            self.new_destination()
 
     def _add(self, side: Side) -> Side:
         self.sides.append(side)

@@ -18,7 +18,6 @@ from fakes.awakening import (
 from fakes.pair import hammer, idle, tiny
 from machine.machines import wait_for_progress
 from postcopy.errors import WrongState
-from postcopy.parameters import Capability
 from postcopy.status import Status
 
 HUGE_PAGES_FREE = re.compile(r"HugePages_Free: +(\d+)")
@@ -134,36 +133,6 @@ def test_nothing_comes_before_cont_if_told_so(journey, tmp_path):
     assert measured(side).demand_faults == 0
     side.machine.cont()
     trip.verify(side)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_migrating_a_guest_that_is_not_whole_yet(journey, tmp_path, form):
-    trip = journey(hammer(vcpus=2))
-    side = trip.destination
-    side.set(parameters=TRICKLE)
-    wake(side, put_to_sleep(trip, tmp_path / "image", form))
-    side.wait(Status.POSTCOPY_ACTIVE)
-    wait_for_faults(side)
-    trip.turn()
-    trip.migrate()  # waits until it is whole
-    assert "completed" in trip.source.story()
-    trip.finish()
-
-
-def test_a_picture_of_a_guest_that_is_not_whole_yet(journey, tmp_path):
-    trip = journey(hammer())
-    side = trip.destination
-    side.set(parameters=TRICKLE)
-    wake(side, put_to_sleep(trip, tmp_path / "image"))
-    side.wait(Status.POSTCOPY_ACTIVE)
-    wait_for_faults(side)
-    trip.turn()
-    side.set([Capability.BACKGROUND_SNAPSHOT])
-    side.control.migrate(f"file:{tmp_path}/again")
-    side.wait(Status.COMPLETED)
-    trip.verify(side)
-    wake(trip.destination, tmp_path / "again")
-    woken(trip)
 
 
 def test_what_makes_no_sense_is_refused(journey, tmp_path):

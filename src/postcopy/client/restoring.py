@@ -15,6 +15,7 @@ from postcopy.errors import MigrationFailed, NeedsRecovery
 from postcopy.status import Status
 
 _INTERVAL_S: Final = 0.02
+_OF_A_RESTORE: Final = frozenset({"postcopy-active", "postcopy-paused", "failed"})
 
 
 class RestoreOptions(TypedDict, total=False):
@@ -55,13 +56,13 @@ class RestoredMachine(Machine):
     """A machine whose guest is waking, or has woken, from an image."""
 
     async def restored(self) -> Restored:
-        """Wait until the guest has all of its memory.
+        """Wait until the guest has all of its memory, whatever else has been ordered meanwhile.
 
         :raises MigrationFailed: pages are lost; the text names file, block and offset, and the guest
             runs on without them.
         :raises NeedsRecovery: no engine can go on; the guest waits, and nothing is lost.
         """
-        while (info := await self.migration_info()).get("status") != Status.COMPLETED.value:
+        while not _is_whole(info := await self.migration_info()):
             if info.get("status") == Status.FAILED.value:
                 raise MigrationFailed(info.get("error-desc", "the restore failed"))
             if info.get("status") == Status.POSTCOPY_PAUSED.value:
@@ -84,6 +85,13 @@ async def _restore(path: str | Path, options: RestoreOptions) -> RestoredMachine
     connection: Connection
     process, connection = await MachineProcess.start(options, "restore", str(path))
     return RestoredMachine(connection, process)
+
+
+def _is_whole(info: Mapping[str, Any]) -> bool:
+    """Whether it has completed: as its status says, or while a migration ordered since shows its own."""
+    status = info.get("status")
+    complete = "restore-complete-us" in info.get("x-postcopy", {})
+    return status == Status.COMPLETED.value or (complete and status not in _OF_A_RESTORE)
 
 
 def _restored(info: Mapping[str, Any]) -> Restored:

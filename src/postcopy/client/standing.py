@@ -43,7 +43,10 @@ SOURCE: Final[dict[Status, Standing]] = {
     S.NONE: Standing(
         "no migration has begun", HERE, "", "postcopy migrate --from {source} --to {destination} URI"
     ),
-    S.SETUP: Standing("it is connecting to the destination", HERE, "the destination to answer"),
+    S.SETUP: Standing(
+        "it is connecting to the destination; before that, a guest that is being restored is completed",
+        HERE, "the destination to answer",
+    ),
     S.WAIT_UNPLUG: _NEVER,
     S.ACTIVE: Standing(
         "precopy: memory is sent while the guest runs", HERE,

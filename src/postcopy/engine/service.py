@@ -267,8 +267,8 @@ class EngineService:
         self._start_restore(**arguments)
         self._start("restore", self._restore.adopt)
 
-    def _hurry(self) -> None:
-        self._restore.hurry()
+    def _hurry(self, *, wanted: bool) -> None:
+        self._restore.hurry(wanted=wanted)
 
     @property
     def _restore(self) -> Restore:

@@ -6,7 +6,7 @@ decides what an engine's death means.  The figures are the engine's; it is asked
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -15,20 +15,21 @@ from postcopy.channel.partial_file import remove_partial
 from postcopy.errors import EngineDied, PostcopyError, WrongState
 from postcopy.events import EventBus
 from postcopy.link import loss
+from postcopy.link.departing import Departing
 from postcopy.link.engine_process import EnginePool, EngineProcess
 from postcopy.link.engines import Engines, Succession
 from postcopy.link.guest_service import GuestService, OwnedGuest
-from postcopy.link.host import check_movable, check_postcopy, check_snapshot, check_transport
+from postcopy.link.host import check_movable, check_transport
+from postcopy.link.job import Job
 from postcopy.link.places import bound_uri, descriptors
 from postcopy.link.resetting import Resetting
 from postcopy.link.restoring import Restoring
 from postcopy.link.rpc import Handler, Link
+from postcopy.link.settings import Settings
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.statistics import MigrationInfo
 from postcopy.status import AFTER_SWITCHOVER, ENDED, Progress, Status
 
-_INFO_TIMEOUT_S = 5
-_LAST = ENDED - {Status.NONE}
 _SPARE_DELAY_S = 2.0  # how long a guest that has just arrived has the CPUs to itself
 
 
@@ -64,24 +65,23 @@ class MigrationControl:
             self._no_successor,
             self._engines.prepare,
         )
+        self._settings = Settings()
         self._restoring = Restoring(
-            self._engines, guest, lambda: self.progress, self._settings, self._restore_given_up
+            self._engines, guest, self._settings.to_wire, self._restore_given_up
         )
         self._service = GuestService(guest)
         self._lock = threading.RLock()
+        self._check_movable = partial(check_movable, guest, self._service)
+        self._departing = Departing(
+            self._lock, self._restoring, self._engines, self._settings, self._check_movable
+        )
         check, complete = self._check_can_start, self._restoring.complete_first
         self.resetting = Resetting(guest, self._service, pool, self._lock, check, complete)
-        # Under the lock: what is set, and the engine at work.
-        self._capabilities = Capabilities()
-        self._parameters = Parameters()
-        self._is_incoming = incoming
+        # Under the lock: what is set, the engine at work, and what was ordered last.
         self._listening = False
         self._exit_on_error = False
-        self._last = MigrationInfo(incoming=incoming)
-        self._addresses: tuple[Mapping[str, Any], ...] = ()
-        self._error: str | None = None
         self._last_uri = ""
-        self.progress = Progress(self._tell)
+        self._shown = Job(self._tell, incoming=incoming)
 
     def prepare(self) -> None:
         """Start what takes time: an engine, and for a destination its memory."""
@@ -102,72 +102,70 @@ class MigrationControl:
     @property
     def capabilities(self) -> Capabilities:
         """What is on."""
-        return self._capabilities
+        return self._settings.capabilities
 
     @property
     def parameters(self) -> Parameters:
         """What is set."""
-        return self._parameters
+        return self._settings.parameters
 
     def set_capabilities(self, changes: Mapping[Capability, bool]) -> None:
         """Switch capabilities, all of them or none."""
         with self._lock:
             # A destination that waits may still be told; QEMU refuses some by name then.
-            waits = self._awaits and self.progress.status is Status.SETUP
-            if self._busy and not (waits or self._restoring.active):
+            job = self._shown
+            waits = self._awaits and job.incoming and job.status is Status.SETUP
+            if job.busy and not (waits or job is self._restoring.job):
                 raise WrongState("There's a migration process in progress")
-            started = self._listening and not self._restoring.active
-            changed = self._capabilities.with_changes(changes, incoming_started=started)
-            if changed.enabled(Capability.POSTCOPY_RAM) and self._awaits:
-                check_postcopy()
-            if changed.enabled(Capability.BACKGROUND_SNAPSHOT):
-                check_snapshot()
-            self._capabilities = changed
+            started = self._listening and self._restoring.job is None
+            self._settings.switch(changes, awaits=self._awaits, incoming_started=started)
             if self._listening:
                 # A note, not a call: the engine may have something to tell that needs this lock.
-                self._engines.tell("set_capabilities", capabilities=list(changed))
+                self._engines.tell("set_capabilities", capabilities=list(self.capabilities))
 
     def set_parameters(self, changes: Mapping[str, object]) -> None:
         """Set parameters by QEMU's names; a migration under way takes them over."""
         with self._lock:
-            self._parameters = self._parameters.with_changes(changes)
-            if self._busy:
-                self._engines.tell("set_parameters", parameters=self._parameters.to_qapi())
+            self._settings.set(changes)
+            if self._work.busy:
+                self._engines.tell("set_parameters", parameters=self.parameters.to_qapi())
 
     # --- orders
 
     def migrate(self, uri: str, *, resume: bool = False) -> None:
         """Begin to send the guest to ``uri``."""
-        check_transport(parse(uri), self._capabilities)
+        check_transport(parse(uri), self.capabilities)
         if resume:
             self._resume(uri)
             return
-        self._restoring.complete_first()
         with descriptors(parse(uri)) as fds:  # refused before anything moves
             with self._lock:
                 self._check_can_start()
-                self._is_incoming = False
-                self._error = None
+                after = self._restoring.job
                 self._last_uri = uri
-                self._last = MigrationInfo()  # not the figures of the one before
+                self._shown = job = Job(self._tell, incoming=False, after=after)
+                if after is not None:
+                    self._departing.take(job, uri, fds)
+                    return
                 link = self._engines.start()
-                self.progress.move(Status.SETUP)
-            try:
-                link.call("start_source", fds=fds, uri=uri, **self._settings())
-            except EngineDied:
-                pass  # the end of the link has been dealt with, and the status says so
+                job.progress.move(Status.SETUP)
+            with suppress(
+                EngineDied
+            ):  # the end of the link has been dealt with, as the status says
+                link.call("start_source", fds=fds, uri=uri, **self._settings.to_wire())
 
     def incoming(self, uri: str, *, exit_on_error: bool = True) -> None:
         """Listen for a guest."""
         with self._lock:
             address = parse(uri)
             link = self._expect(exit_on_error)
-            check_transport(address, self._capabilities)
+            check_transport(address, self.capabilities)
+            job = Job(self._tell, incoming=True)
             with descriptors(address) as fds:
-                self._addresses = tuple(link.call("listen", fds=fds, uri=uri, **self._settings()))
-            self._last_uri = bound_uri(uri, self._addresses)
-            self._listening = True
-            self.progress.move(Status.SETUP)
+                found = link.call("listen", fds=fds, uri=uri, **self._settings.to_wire())
+            job.addresses = tuple(found)
+            self._last_uri = bound_uri(uri, job.addresses)
+            self._begin_incoming(job)
         link.note("accept")
 
     def _expect(self, exit_on_error: bool) -> Link:  # noqa: FBT001 - as QMP names it
@@ -176,51 +174,56 @@ class MigrationControl:
         if self._listening:
             raise WrongState("The incoming migration has already been started")
         self._exit_on_error = exit_on_error
-        self._error = None
-        self._last = MigrationInfo(incoming=True)
         link = self._engines.link
-        if link is None or self.progress.status is not Status.NONE:
+        if link is None or self._shown.status is not Status.NONE:
             link = self._engines.start()
         return link
+
+    def _begin_incoming(self, job: Job) -> None:
+        self._shown = job
+        self._listening = True
+        job.progress.move(Status.SETUP)
 
     def restore(self, path: str, *, exit_on_error: bool = True, **wishes: Any) -> None:
         """Wake the guest of an image: see :class:`postcopy.monitor.backend.MigrationControl`."""
         with self._lock:
             link = self._expect(exit_on_error)
-            self._restoring.begin(link, path, **wishes)
-            self._listening = True
-            self.progress.move(Status.SETUP)
+            job = Job(self._tell, incoming=True)
+            self._restoring.begin(job, link, path, **wishes)
+            self._begin_incoming(job)
         link.note("restore")
 
     def start_postcopy(self) -> None:
         """Switch over as soon as possible."""
-        if not self._capabilities.enabled(Capability.POSTCOPY_RAM):
+        if not self._settings.enabled(Capability.POSTCOPY_RAM):
             raise WrongState(
                 "Enable postcopy with migrate_set_capability before the start of migration"
             )
-        if self.progress.status is Status.NONE:
+        if self._shown.status is Status.NONE:
             raise WrongState("Postcopy must be started after migration has been started")
-        if self._busy and not self._is_incoming:
+        if self._departing.start_postcopy():
+            return
+        if self._shown.busy and not self._shown.incoming:
             self._engines.tell("start_postcopy")
 
     def cancel(self) -> None:
         """Give up the outgoing migration."""
-        if self._is_incoming or not self._busy:
+        if self._departing.cancel() or self._shown.incoming or not self._shown.busy:
             return
-        if self.progress.status in AFTER_SWITCHOVER:
+        if self._shown.status in AFTER_SWITCHOVER:
             raise WrongState("Postcopy migration in progress, cannot cancel.")
         self._engines.tell("cancel")
 
     def continue_(self, state: Status) -> None:
         """Leave ``pre-switchover``."""
-        if self.progress.status is not state:
-            raise WrongState(f"Migration not in expected state: {self.progress.status.value}")
+        if self._shown.status is not state:
+            raise WrongState(f"Migration not in expected state: {self._shown.status.value}")
         self._engines.tell("proceed")
 
     def pause(self) -> None:
         """Break a postcopy on purpose."""
         self._restoring.refuse_pause()
-        if self.progress.status not in {Status.POSTCOPY_ACTIVE, Status.POSTCOPY_RECOVER}:
+        if self._shown.status not in {Status.POSTCOPY_ACTIVE, Status.POSTCOPY_RECOVER}:
             raise WrongState(
                 "migrate-pause is currently only supported during postcopy-active or "
                 "postcopy-recover state"
@@ -229,46 +232,53 @@ class MigrationControl:
 
     def recover(self, uri: str) -> None:
         """Listen anew for the source of a paused postcopy."""
-        if self.progress.status is not Status.POSTCOPY_PAUSED or not self._is_incoming:
+        self._show_paused_restore()
+        if self._shown.status is not Status.POSTCOPY_PAUSED or not self._shown.incoming:
             raise WrongState("Migrate recover can only be run when postcopy is paused.")
-        if self._restoring.active:
+        if self._restoring.job is not None:
             self._restoring.recover(uri)
             return
-        check_transport(parse(uri), self._capabilities)
+        check_transport(parse(uri), self.capabilities)
         with descriptors(parse(uri)) as fds, self._succession.lock:
             link = self._engines.link
             if link is None:
                 self._succession.worked()
                 self._adopt_destination(uri, fds)
             else:
-                self._addresses = tuple(link.call("recover_destination", uri=uri, fds=fds))
-            self._last_uri = bound_uri(uri, self._addresses)
+                self._shown.addresses = tuple(link.call("recover_destination", uri=uri, fds=fds))
+            self._last_uri = bound_uri(uri, self._shown.addresses)
+
+    def _show_paused_restore(self) -> None:
+        """Whoever deals with it need not be told any more of a migration that could not begin."""
+        with self._lock:
+            restore = self._restoring.job
+            if restore is not None and restore.status is Status.POSTCOPY_PAUSED:
+                self._departing.fail("the guest's restore is paused")
+                self._shown = restore
 
     def lost(self) -> None:
         """Give up on the source of a paused postcopy, as the parameter ``x-on-loss`` says."""
+        self._show_paused_restore()
         with self._succession.lock, self._lock:
-            if self.progress.status is not Status.POSTCOPY_PAUSED or not self._is_incoming:
+            job = self._shown
+            if job.status is not Status.POSTCOPY_PAUSED or not job.incoming:
                 raise WrongState(
                     "x-migrate-lost can only be run when an incoming postcopy is paused"
                 )
-            match self._parameters.x_on_loss:
-                case "poison":
-                    self._error = loss.poison(self._guest, self._service, self._engines.end)
-                    self._awaits = self._listening = False
-                    self._last = MigrationInfo(incoming=True)
-                    self.progress.move(Status.FAILED)
-                case "quit":
-                    self._error = loss.abandon(self._guest, self._service, self._engines.end)
-                    self.progress.move(Status.FAILED)
-                    self._on_incoming_failed(self._error)
-                case _:
-                    loss.refuse_to_hold()
+            how = self.parameters.x_on_loss
+            job.error = loss.settle(how, self._guest, self._service, self._engines.end)
+            self._awaits = self._listening = False
+            job.forget()
+            self._restoring.end()
+            job.progress.move(Status.FAILED)
+            if how == "quit":
+                self._on_incoming_failed(job.error)
 
     def arrived(self) -> None:
         """Somebody has seen the destination complete: nothing here is needed any more."""
         with self._succession.lock, self._lock:
-            paused = self.progress.status is Status.POSTCOPY_PAUSED
-            if not paused or self._is_incoming or self._guest.owned:
+            paused = self._shown.status is Status.POSTCOPY_PAUSED
+            if not paused or self._shown.incoming or self._guest.owned:
                 what = "x-migrate-arrived can only be run when an outgoing postcopy is paused"
                 raise WrongState(what)
             self._service.unwatch_writes()
@@ -277,7 +287,7 @@ class MigrationControl:
 
     def _resume(self, uri: str) -> None:
         """Go on with a paused postcopy at ``uri``."""
-        if self.progress.status is not Status.POSTCOPY_PAUSED or self._is_incoming:
+        if self._shown.status is not Status.POSTCOPY_PAUSED or self._shown.incoming:
             raise WrongState("Cannot resume if there is no paused migration")
         if self._guest.owned:
             raise WrongState("Cannot resume: 'cont' has taken the guest back, and it is here")
@@ -296,54 +306,43 @@ class MigrationControl:
 
         It listens at once, and serves again when the source has come back.
         """
-        settings = self._settings()
+        settings = self._settings.to_wire()
         _, addresses = self._engines.adopt("adopt_destination", fds=fds, uri=uri, **settings)
-        self._addresses = tuple(addresses)
+        self._shown.addresses = tuple(addresses)
 
     def _adopt_source(self) -> Link:
         """Start an engine in place of one that has died after the switchover."""
-        return self._engines.adopt("adopt_source", **self._settings())[0]
+        return self._engines.adopt("adopt_source", **self._settings.to_wire())[0]
 
     def info(self) -> MigrationInfo:
         """How it stands: the engine's figures as of now, or the last it gave."""
-        link = self._engines.link
-        if self._busy and link is not None:
-            try:
-                found = MigrationInfo.from_wire(link.call("info", timeout_s=_INFO_TIMEOUT_S))
-                with self._lock:  # its last word may have come meanwhile
-                    self._last = self._last if self._last.status in _LAST else found
-            except (EngineDied, TimeoutError, WrongState):  # WrongState: not begun yet
-                pass  # then what we have is the best there is
-        return replace(
-            self._last,
-            status=self.progress.status,
-            incoming=self._is_incoming,
-            error_desc=self._error or self._last.error_desc,
-            socket_address=self._addresses if self._is_incoming else (),
-        )
+        job, link = self._shown, self._engines.link
+        if job is self._work and link is not None:
+            job.ask(link, self._lock)
+        return job.info()
 
     # --- the engine
 
     @property
-    def _busy(self) -> bool:
-        return self.progress.status not in ENDED
+    def progress(self) -> Progress:
+        """Where that stands which was ordered last."""
+        return self._shown.progress
 
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "capabilities": list(self._capabilities),
-            "parameters": self._parameters.to_qapi(),
-        }
+    @property
+    def _work(self) -> Job:
+        """What the engine at work does: a restore may go on behind a migration that waits for it."""
+        return self._restoring.job or self._shown
 
     def _check_can_start(self) -> None:
-        paused = self.progress.status is Status.POSTCOPY_PAUSED
-        if paused and self._guest.owned and not self._is_incoming:
+        job = self._shown
+        if job.status is Status.POSTCOPY_PAUSED and self._guest.owned and not job.incoming:
             self._settle(Status.FAILED)  # 'cont' has taken the guest back
-        status = self.progress.status
-        if status is Status.POSTCOPY_PAUSED:
+        self._restoring.refuse_to_leave()
+        if job.status is Status.POSTCOPY_PAUSED:
             raise WrongState("Can't migrate the vm that was paused due to previous migration")
-        if status not in ENDED:
+        if job.busy and job is not self._restoring.job:
             raise WrongState("There's a migration process in progress")
-        check_movable(self._guest, self._service)
+        self._check_movable()
 
     @property
     def _engine(self) -> EngineProcess | None:
@@ -359,7 +358,7 @@ class MigrationControl:
     # --- what the engine tells; on the link's reader thread
 
     def _on_pass(self, number: int) -> None:
-        if self._capabilities.enabled(Capability.EVENTS):
+        if self._settings.enabled(Capability.EVENTS):
             self._events.emit("MIGRATION_PASS", {"pass": number})
 
     def _on_status(
@@ -369,8 +368,8 @@ class MigrationControl:
             return  # given up, in the moment in which it had something to say
         to = Status(status)
         with self._lock:
-            self._last = MigrationInfo.from_wire(info)
-        self._error = error
+            job = self._work
+            job.note(MigrationInfo.from_wire(info), error)
         if to is Status.COMPLETED:
             self._completed()
         if to in {Status.FAILED, Status.POSTCOPY_PAUSED}:
@@ -380,17 +379,17 @@ class MigrationControl:
         if to in ENDED:
             self._settle(to)
         else:
-            self.progress.move(to)
+            job.progress.move(to)
 
     def _hold_if_nobody_knows(self) -> None:
         """Where only a user can find out whether the destination runs the guest, ``cont`` works."""
-        if not (self._is_incoming or self._guest.owned or self._service.runs_there):
+        if not (self._work.incoming or self._guest.owned or self._service.runs_there):
             self._guest.hold()
 
     def _completed(self) -> None:
-        if self._is_incoming:
+        if self._work.incoming:
             self._awaits = False
-        elif not self._capabilities.enabled(Capability.BACKGROUND_SNAPSHOT):
+        elif not self._settings.enabled(Capability.BACKGROUND_SNAPSHOT):
             self._on_moved()
 
     def _settle(self, status: Status) -> None:
@@ -398,10 +397,11 @@ class MigrationControl:
 
         Under the lock: who has seen the end and closes us finds nothing still going on.
         """
-        no_guest_comes = status is Status.FAILED and self._is_incoming and not self._guest.owned
+        job = self._work
+        no_guest_comes = status is Status.FAILED and job.incoming and not self._guest.owned
         with self._lock:
             self._restoring.end()
-            self.progress.move(status)
+            job.progress.move(status)
             self._listening = False
             self._awaits = self._awaits and not self._guest.owned
             self._engines.end()
@@ -410,91 +410,87 @@ class MigrationControl:
             elif self._guest.owned:
                 self._engines.prepare(_SPARE_DELAY_S)
         if no_guest_comes and self._exit_on_error:
-            self._on_incoming_failed(self._error or "the migration failed")
+            self._on_incoming_failed(job.error or "the migration failed")
 
     def _engine_ended(self, engine: EngineProcess) -> None:
         """The link is gone: nothing new if we ended it, or if it had finished."""
-        if self._engine is not engine or not self._busy:
+        job = self._work
+        if self._engine is not engine or not job.busy:
             return
-        status = self.progress.status
         if self._settle_if_arrived():
             return
-        if self._restoring.active:
+        if job is self._restoring.job:
             self._restoring.engine_died()
             return
-        if status in AFTER_SWITCHOVER:
+        if job.status in AFTER_SWITCHOVER:
             self._engine_lost()
             return
-        self._error = "the engine process died unexpectedly; start the migration again"
-        if not self._is_incoming:
+        job.error = "the engine process died unexpectedly; start the migration again"
+        if not job.incoming:
             self._service.unwatch_writes()
             self._service.unwatch_snapshot()
-            self._remove_partial()
+            if self._settings.enabled(Capability.BACKGROUND_SNAPSHOT):
+                remove_partial(parse(self._last_uri))  # no half image is left behind
             if self._guest.owned:
                 self._resume_guest()
             else:
                 self._hold_if_nobody_knows()
-                self._error = (
+                job.error = (
                     "the engine process died while handing the guest over; the destination may be "
                     "running it, so it stays stopped here: 'cont' takes it back"
                 )
-        to = Status.CANCELLED if status is Status.CANCELLING else Status.FAILED
-        self._settle(to)
-
-    def _remove_partial(self) -> None:
-        """An engine that dies leaves no half image behind."""
-        if self._capabilities.enabled(Capability.BACKGROUND_SNAPSHOT):
-            remove_partial(parse(self._last_uri))
+        self._settle(Status.CANCELLED if job.status is Status.CANCELLING else Status.FAILED)
 
     def _has_arrived(self) -> bool:
         """Whether an engine has nothing left to do but to say so."""
-        if not self._is_incoming:
-            return self.progress.status in AFTER_SWITCHOVER and self._service.arrived_there
+        if not self._work.incoming:
+            return self._work.status in AFTER_SWITCHOVER and self._service.arrived_there
         return self._guest.owned and not self._service.watches_missing
 
     def _engine_lost(self) -> None:
         """Nothing is lost with an engine after switchover: all that it knew is here, or at the peer."""
         self._engines.end()
         self._hold_if_nobody_knows()
-        if self._is_incoming and not self._guest.owned:
+        job = self._shown
+        if job.incoming and not self._guest.owned:
             self._resume_guest()  # its devices are loaded, and the source has been told so
-        self._error = "the engine process died; no page is lost: recover the migration"
-        self.progress.move(
+        job.error = "the engine process died; no page is lost: recover the migration"
+        job.progress.move(
             Status.POSTCOPY_PAUSED, only_from=AFTER_SWITCHOVER - {Status.POSTCOPY_PAUSED}
         )
-        if self._is_incoming:
+        if job.incoming:
             self._succession.begin()
 
     def _restore_given_up(self, reason: str) -> None:
-        self._error = reason
+        self._work.error = reason
         if not self._guest.owned:
             self._settle(Status.FAILED)
 
     def _settle_if_arrived(self) -> bool:
         """An engine may die with nothing left to do, or while its last call is answered here."""
-        if not (self._busy and self._has_arrived()):
+        if not (self._work.busy and self._has_arrived()):
             return False
-        self._error = None
+        self._work.error = None
         self._completed()
         self._settle(Status.COMPLETED)
         return True
 
     def _needs_successor(self) -> bool:
         """Whether an engine is to be put in place of a dead one: the user may have been quicker."""
-        paused = self.progress.status is Status.POSTCOPY_PAUSED and self._engine is None
+        paused = self._shown.status is Status.POSTCOPY_PAUSED and self._engine is None
         return paused and not self._settle_if_arrived()
 
     def _no_successor(self, error: PostcopyError) -> None:
         if not self._settle_if_arrived():
             # Its address may be taken by now: migrate-recover with another starts one again.
-            self._error = f"{self._error}; no successor could listen: {error}"
+            self._shown.error = f"{self._shown.error}; no successor could listen: {error}"
 
     def _resume_guest(self) -> None:
         try:
             self._guest.resume()
         except PostcopyError as error:
-            self._error = f"{self._error}; and the guest cannot go on: {error}"
+            self._shown.error = f"{self._shown.error}; and the guest cannot go on: {error}"
 
-    def _tell(self, status: Status) -> None:
-        if self._capabilities.enabled(Capability.EVENTS):
+    def _tell(self, job: Job, status: Status) -> None:
+        if job is self._shown and self._settings.enabled(Capability.EVENTS):
             self._events.emit("MIGRATION", {"status": status.value})

@@ -12,8 +12,9 @@ from typing import Any, Final
 from postcopy.errors import EngineDied, PostcopyError, WrongState
 from postcopy.link.engines import Engines, Succession
 from postcopy.link.guest_service import OwnedGuest
+from postcopy.link.job import Job
 from postcopy.link.rpc import Link
-from postcopy.status import ENDED, Progress, Status
+from postcopy.status import ENDED, Status
 
 _FILE: Final = "file:"
 
@@ -29,26 +30,22 @@ class Restoring:
         self,
         engines: Engines,
         guest: OwnedGuest,
-        progress: Callable[[], Progress],
         settings: Callable[[], Mapping[str, Any]],
         given_up: Callable[[str], None],
     ) -> None:
         self._engines = engines
         self._guest = guest
-        self._progress = progress
         self._settings = settings
         self._given_up = given_up
-        self._wishes: dict[str, Any] | None = None
+        self._wishes: dict[str, Any] = {}
+        self._hurried = False
+        self.job: Job | None = None
+        """The restore that is under way, running guest or not."""
         self._succession = Succession(
             self._is_orphaned, self._adopt, self._no_successor, engines.prepare
         )
 
-    @property
-    def active(self) -> bool:
-        """Whether a restore is under way, running guest or not."""
-        return self._wishes is not None
-
-    def begin(self, link: Link, path: str, **wishes: Any) -> None:
+    def begin(self, job: Job, link: Link, path: str, **wishes: Any) -> None:
         """Have an engine open the image; nothing of the guest is touched yet.
 
         :raises PostcopyError: it is no image, or none for this guest.
@@ -57,10 +54,12 @@ class Restoring:
         asked = wishes | {"path": os.path.abspath(path)}  # noqa: PTH100 - keeps what a link is called
         identity = link.call("start_restore", wishes=asked, **self._settings())
         self._wishes = asked | {"identity": identity}
+        self._hurried = False
+        self.job = job
 
     def end(self) -> None:
         """It has completed or failed."""
-        self._wishes = None
+        self.job = None
 
     def engine_died(self) -> None:
         """Put another engine in its place."""
@@ -71,18 +70,39 @@ class Restoring:
         """An engine has placed a page: should it die, that is no reason to give up."""
         self._succession.worked()
 
+    def hurry(self, *, wanted: bool = True) -> None:
+        """Somebody waits for the end of it; or nobody does any more."""
+        self._hurried = wanted
+        self._engines.tell("hurry", wanted=wanted)
+
     def complete_first(self) -> None:
         """Whoever wants the guest whole waits here, while it is completed at full speed."""
-        if self.active and self._guest.owned:
-            self._engines.tell("hurry")
-            self._progress().wait(*ENDED, Status.POSTCOPY_PAUSED)
+        job = self.job
+        if job is not None and self._guest.owned:
+            self.hurry()
+            job.progress.wait(*ENDED, Status.POSTCOPY_PAUSED)
+
+    def refuse_to_leave(self) -> None:
+        """Refuse to move on a guest of which nobody knows when it will be whole.
+
+        :raises WrongState: it does not run yet, or its restore is paused.
+        """
+        if self.job is None:
+            return
+        if not self._guest.owned:
+            raise WrongState("There's a migration process in progress")
+        if self.job.status is Status.POSTCOPY_PAUSED:
+            raise WrongState(
+                f"pages of this guest are missing, and its restore is paused ({self.job.error}): recover "
+                "it first ('migrate_recover file:PATH')"
+            )
 
     def refuse_pause(self) -> None:
         """Refuse to break what cannot be broken.
 
         :raises WrongState: a restore is under way.
         """
-        if self.active:
+        if self.job is not None:
             raise WrongState("a restore has no connection that could be broken; use 'stop'")
 
     def recover(self, uri: str) -> None:
@@ -94,7 +114,6 @@ class Restoring:
         if not uri.startswith(_FILE):
             raise WrongState(f"a restore is recovered from its image; give {_FILE}PATH, not {uri}")
         with self._succession.lock:
-            assert self._wishes is not None
             before = self._wishes
             path = os.path.abspath(uri.removeprefix(_FILE))  # noqa: PTH100
             self._wishes = before | {"path": path}
@@ -107,13 +126,14 @@ class Restoring:
             self._succession.worked()
 
     def _is_orphaned(self) -> bool:
-        busy = self._progress().status not in ENDED
-        return self.active and busy and self._engines.current is None
+        return self.job is not None and self.job.busy and self._engines.current is None
 
     def _adopt(self) -> None:
-        status = self._progress().status.value
-        wishes, settings = self._wishes, self._settings()
-        self._engines.adopt("adopt_restore", status=status, wishes=wishes, **settings)
+        assert self.job is not None
+        status, settings = self.job.status.value, self._settings()
+        self._engines.adopt("adopt_restore", status=status, wishes=self._wishes, **settings)
+        if self._hurried:
+            self._engines.tell("hurry", wanted=True)
 
     def _no_successor(self, error: PostcopyError) -> None:
         if isinstance(error, EngineDied) and self._succession.tries_left:
@@ -122,8 +142,8 @@ class Restoring:
             self._give_up(f"the engine process died, and no other could take its place: {error}")
 
     def _give_up(self, reason: str) -> None:
+        job = self.job
         self._given_up(reason)
-        progress = self._progress()
-        if self._guest.owned and progress.status is not Status.POSTCOPY_PAUSED:
-            progress.move(Status.POSTCOPY_ACTIVE, only_from=frozenset({Status.ACTIVE}))
-            progress.move(Status.POSTCOPY_PAUSED)
+        if job is not None and self._guest.owned and job.status is not Status.POSTCOPY_PAUSED:
+            job.progress.move(Status.POSTCOPY_ACTIVE, only_from=frozenset({Status.ACTIVE}))
+            job.progress.move(Status.POSTCOPY_PAUSED)

@@ -91,9 +91,9 @@ class Filler:
         """How many faults have been served."""
         return len(self.latencies_ns)
 
-    def hurry(self) -> None:
-        """Somebody waits for the end: from now on at full speed."""
-        self._hurry = True
+    def hurry(self, *, wanted: bool = True) -> None:
+        """Somebody waits for the end, so go on at full speed; or nobody does any more."""
+        self._hurry = wanted
         self._wake()
 
     def new_rate(self, bytes_per_second: int) -> None:

@@ -96,11 +96,11 @@ class Restore:
         else:
             self._limiter.set_rate(rate)
 
-    def hurry(self) -> None:
-        """Somebody waits for the end: from now on at full speed."""
-        self._hurried = True
+    def hurry(self, *, wanted: bool) -> None:
+        """Somebody waits for the end, so go on at full speed; or nobody does any more."""
+        self._hurried = wanted
         if self._filler is not None:
-            self._filler.hurry()
+            self._filler.hurry(wanted=wanted)
 
     def pause(self) -> None:
         """There is no connection that could be broken."""

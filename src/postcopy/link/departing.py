@@ -1,0 +1,123 @@
+"""A migration, or snapshot, of a guest that is still being restored: it begins when the guest is whole.
+
+The order is taken at once, and can be watched and cancelled like every other.  The restore goes on behind
+it, at full speed; only when the order is given up does it fall back to its own pace.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from postcopy.errors import EngineDied, PostcopyError
+from postcopy.link.engines import Engines
+from postcopy.link.job import Job
+from postcopy.link.restoring import Restoring
+from postcopy.link.rpc import Link
+from postcopy.link.settings import Settings
+from postcopy.status import ENDED, Status
+
+_WOKEN = frozenset({*ENDED, Status.POSTCOPY_PAUSED})
+
+
+@dataclass(slots=True, eq=False)
+class _Order:
+    """Where the guest is to go.
+
+    :ivar fds: descriptors of our own that the address means.
+    :ivar postcopy: the user has asked for postcopy meanwhile.
+    """
+
+    job: Job
+    uri: str
+    fds: Sequence[int]
+    postcopy: bool = False
+
+
+class Departing:
+    """At most one order that waits for a restore.
+
+    Invariant, under ``lock``: while there is one, its job's status is ``setup``.
+
+    :param lock: whoever changes what the engine at work does holds it; may be taken more than once.
+    :param check: raises what speaks against moving the guest once it is whole; called under the lock.
+    """
+
+    def __init__(
+        self,
+        lock: AbstractContextManager[object],
+        restoring: Restoring,
+        engines: Engines,
+        settings: Settings,
+        check: Callable[[], None],
+    ) -> None:
+        self._lock = lock
+        self._restoring = restoring
+        self._engines = engines
+        self._settings = settings
+        self._check = check
+        self._order: _Order | None = None
+
+    def take(self, job: Job, uri: str, fds: Sequence[int]) -> None:
+        """Take the order; a thread of its own sees to it."""
+        assert self._restoring.job is not None
+        restore = self._restoring.job
+        self._order = order = _Order(job, uri, [os.dup(fd) for fd in fds])
+        job.progress.move(Status.SETUP)
+        self._restoring.hurry()
+        threading.Thread(
+            target=self._see_to, args=(order, restore), name="departing", daemon=True
+        ).start()
+
+    def start_postcopy(self) -> bool:
+        """Note that postcopy is wanted; return whether there is an order that could want it."""
+        with self._lock:
+            if self._order is not None:
+                self._order.postcopy = True
+            return self._order is not None
+
+    def cancel(self) -> bool:
+        """Give the order up; return whether there was one."""
+        with self._lock:
+            order, self._order = self._order, None
+            if order is None:
+                return False
+            order.job.progress.move(Status.CANCELLING)
+            order.job.progress.move(Status.CANCELLED)
+            self._restoring.hurry(wanted=False)
+            return True
+
+    def fail(self, reason: str) -> None:
+        """It cannot begin; harmless without an order."""
+        with self._lock:
+            order, self._order = self._order, None
+            if order is not None:
+                order.job.error = reason
+                order.job.progress.move(Status.FAILED)
+                self._restoring.hurry(wanted=False)
+
+    def _see_to(self, order: _Order, restore: Job) -> None:
+        try:
+            restore.progress.wait(*_WOKEN)
+            with self._lock:
+                if self._order is not order:
+                    return
+                self._restoring.refuse_to_leave()
+                self._check()
+                link = self._engines.start()
+                self._order = None
+            self._begin(link, order)
+        except EngineDied:
+            pass  # the end of the link has been dealt with, and the status says so
+        except PostcopyError as error:
+            self.fail(str(error))
+        finally:
+            for fd in order.fds:
+                os.close(fd)
+
+    def _begin(self, link: Link, order: _Order) -> None:
+        settings = self._settings.to_wire()
+        link.call("start_source", fds=order.fds, uri=order.uri, **settings)
+        if order.postcopy:
+            link.note("start_postcopy")

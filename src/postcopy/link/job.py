@@ -1,0 +1,93 @@
+"""One migration, snapshot or restore of a guest, as its user sees it from the order to the end."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import fields, replace
+from typing import Any
+
+from postcopy.errors import EngineDied, WrongState
+from postcopy.link.rpc import Link
+from postcopy.statistics import Measured, MigrationInfo
+from postcopy.status import ENDED, Progress, Status
+
+_INFO_TIMEOUT_S = 5
+_LAST_WORDS = ENDED - {Status.NONE}
+
+
+class Job:
+    """What there is to say of it: where it stands, its figures, what went wrong.
+
+    :param incoming: the guest comes here.
+    :param tell: gets each change of the status.
+    :param after: the restore that has to complete first.
+    """
+
+    def __init__(
+        self,
+        tell: Callable[["Job", Status], None],
+        *,
+        incoming: bool,
+        after: "Job | None" = None,
+    ) -> None:
+        self.incoming = incoming
+        self.error: str | None = None
+        self.addresses: tuple[Mapping[str, Any], ...] = ()
+        self.progress = Progress(lambda status: tell(self, status))
+        self._after = after
+        self._last = MigrationInfo(incoming=incoming)
+
+    @property
+    def status(self) -> Status:
+        """Where it stands now."""
+        return self.progress.status
+
+    @property
+    def busy(self) -> bool:
+        """Whether it goes on still."""
+        return self.status not in ENDED
+
+    def note(self, figures: MigrationInfo, error: str | None) -> None:
+        """Keep what its engine says with a change of the status."""
+        self._last, self.error = figures, error
+
+    def ask(self, link: Link, lock: AbstractContextManager[object]) -> None:
+        """Have its engine say how it stands now, if it goes on and the engine can.
+
+        :param lock: held by whoever notes what the engine says.
+        """
+        if not self.busy:
+            return
+        try:
+            found = MigrationInfo.from_wire(link.call("info", timeout_s=_INFO_TIMEOUT_S))
+        except (EngineDied, TimeoutError, WrongState):  # WrongState: not begun yet
+            return  # then what we have is the best there is
+        with lock:
+            if self._last.status not in _LAST_WORDS:  # its last word may have come meanwhile
+                self._last = found
+
+    def forget(self) -> None:
+        """Its figures mean nothing any more."""
+        self._last = MigrationInfo(incoming=self.incoming)
+
+    def info(self) -> MigrationInfo:
+        """How it stands, by the last figures that it gave."""
+        measured = self._last.measured
+        if self._after is not None:
+            measured = _completed(measured, self._after.info().measured)
+        return replace(
+            self._last,
+            status=self.status,
+            incoming=self.incoming,
+            error_desc=self.error or self._last.error_desc,
+            socket_address=self.addresses if self.incoming else (),
+            measured=measured,
+        )
+
+
+def _completed(measured: Measured | None, before: Measured | None) -> Measured | None:
+    """What was measured, and where nothing was, what had been before."""
+    if measured is None or before is None:
+        return measured or before
+    names = [field.name for field in fields(Measured)]
+    empty = {name: getattr(before, name) for name in names if getattr(measured, name) in {None, ()}}
+    return replace(measured, **empty)
