@@ -95,6 +95,31 @@ def test_what_is_recorded_is_what_was_touched(journey, tmp_path):
     assert (again.pages["microvm.ram"] >= found.pages["microvm.ram"]).all()
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_what_an_engine_has_seen_outlives_it(journey, tmp_path, form):
+    trip = journey(worker())
+    path = put_to_sleep(trip, tmp_path / "image", form)
+    side = trip.destination
+    side.set(parameters=TRICKLE)
+    wake(side, path, record=True, prefetch="off")
+    side.wait(Status.POSTCOPY_ACTIVE)
+    first, count = hot_pages(trip)
+    hot = slice(first, first + count)
+
+    def all_here():
+        return side.received()[hot].all()
+
+    wait_until(all_here, DEADLINE_S, "the pages that the guest works on")
+    old = side.control._engine
+    old.kill()
+    wait_until(lambda: side.control._engine not in {None, old}, DEADLINE_S, "a successor")
+    side.set(parameters=AT_ONCE)
+    woken(trip)
+    blocks = {"microvm.ram": trip.workload.memory_bytes // 4096}
+    found = working_set.load(working_set.beside(path), working_set.identity_of(path), blocks)
+    assert np.count_nonzero(found.pages["microvm.ram"][hot]) >= NEARLY_ALL
+
+
 def test_with_a_manifest_it_is_bound_to_the_digests(journey, tmp_path):
     trip = journey(worker())
     path = put_to_sleep(trip, tmp_path / "image")

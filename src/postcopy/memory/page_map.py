@@ -2,7 +2,8 @@
 
 One byte a page in a memfd that the guest's process keeps.  When an engine dies, the next one maps
 the same bytes and knows what had been placed; recovery after a broken network sends them to the
-source as QEMU's received-bitmap.
+source as QEMU's received-bitmap.  Behind them stands another byte a page, for restores: whether
+somebody has waited for it.  That half costs nothing as long as nobody writes to it.
 """
 
 import os
@@ -20,7 +21,7 @@ MISSING, REQUESTED, RECEIVED, PLACING, FORGOTTEN = 0, 1, 2, 3, 4
 
 def create(pages: int) -> int:
     """Make the memory of a page map for ``pages`` pages, all missing; return its descriptor."""
-    return memfd.create("postcopy-page-map", _rounded(pages))
+    return memfd.create("postcopy-page-map", 2 * _rounded(pages))
 
 
 def _rounded(pages: int) -> int:
@@ -37,8 +38,11 @@ class PageMap:
     """
 
     def __init__(self, fd: int, pages: int) -> None:
-        self._mapping = Mapping.shared(fd, _rounded(pages))
+        room = _rounded(pages)
+        self._mapping = Mapping.shared(fd, 2 * room)
         self.states: npt.NDArray[np.uint8] = self._mapping.view()[:pages]
+        self.touched: Mask = self._mapping.view()[room : room + pages].view(np.bool_)
+        """Which pages somebody has waited for, since the map was made; no lock, one pager writes."""
         self.lock = threading.Lock()
         os.close(fd)
 
@@ -114,4 +118,5 @@ class PageMap:
     def close(self) -> None:
         """Unmap; the memory itself lives on with the guest's process."""
         self.states = np.empty(0, np.uint8)
+        self.touched = np.empty(0, np.bool_)
         self._mapping.close()

@@ -50,7 +50,7 @@ class Filling:
         self.end = block.host_address + block.size_bytes
         self.page_bytes = block.page_size_bytes
         self.shift = block.page_size_bytes.bit_length() - 1
-        self.touched: Mask = np.zeros(block.page_count, np.bool_)
+        self.touched = paged.pages.touched
         self.placed_pages = 0
         self._on_lost = on_lost
         self._userfaultfd = userfaultfd
