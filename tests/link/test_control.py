@@ -32,6 +32,32 @@ def test_a_migration_that_begins_does_not_show_the_last_ones_figures():
     assert {info.total_time_ms for info in told} <= {None, 0}
 
 
+def test_an_order_that_means_nothing_to_the_engine_at_work_harms_nobody():
+    with Journey(idle(16)) as trip:
+        trip.destination.listen()
+        trip.destination.control.continue_(Status.SETUP)
+        trip.destination.control._engines.tell("start_postcopy")
+        trip.destination.control._engines.tell("cancel")
+        assert trip.destination.control._engines.link.call("info") is not None
+        assert trip.destination.status is Status.SETUP
+
+
+def test_a_cancel_may_come_before_the_engine_knows_what_it_is_to_do(tmp_path):
+    with Journey(idle(16)) as trip:
+        engine = trip.source.control._engines
+        start = engine.start
+
+        def start_and_cancel():
+            link = start()
+            link.note("cancel")
+            return link
+
+        engine.start = start_and_cancel
+        trip.source.control.migrate(f"file:{tmp_path}/image")
+        trip.source.wait(Status.CANCELLED)
+        assert trip.source.machine.running
+
+
 def test_a_destination_that_is_left_takes_its_socket_with_it(tmp_path):
     path = tmp_path / "socket"
     side = Side(MachineConfig(8 << 20, accel="kvm"), incoming=True)

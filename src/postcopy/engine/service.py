@@ -46,6 +46,7 @@ class EngineService:
         self._populating: Populating | None = None
         self._progress = Progress(self._report, Status.SETUP)
         self._thread: threading.Thread | None = None
+        self._cancelled = False  # which may be said before there is anything to cancel
 
     def run(self) -> None:
         """Serve until the guest's process closes the link; then this process ends."""
@@ -96,10 +97,13 @@ class EngineService:
         if Capability.BACKGROUND_SNAPSHOT in Capabilities.of(capabilities).on:
             snapshot = self._make_snapshot(_uri(uri, fds), capabilities, parameters)
             self._job = snapshot
-            self._start("source", snapshot.run)
-            return
-        self._make_source(_uri(uri, fds), capabilities, parameters)
-        self._start("source", self._source.run)
+            run = snapshot.run
+        else:
+            self._make_source(_uri(uri, fds), capabilities, parameters)
+            run = self._source.run
+        if self._cancelled:
+            self._cancel()
+        self._start("source", run)
 
     def _make_snapshot(
         self, uri: str, capabilities: Sequence[str], parameters: Mapping[str, Any]
@@ -148,17 +152,20 @@ class EngineService:
             raise WrongState("this engine runs no outgoing migration")
         return self._job
 
+    # Orders come as notes, at any time: to whom they mean nothing they must not do harm.
+
     def _start_postcopy(self) -> None:
-        self._source.orders.postcopy()
+        if isinstance(self._job, Source):
+            self._job.orders.postcopy()
 
     def _proceed(self) -> None:
-        self._source.orders.proceed()
+        if isinstance(self._job, Source):
+            self._job.orders.proceed()
 
     def _cancel(self) -> None:
-        if isinstance(self._job, BackgroundSnapshot):
+        self._cancelled = True
+        if isinstance(self._job, Source | BackgroundSnapshot):
             self._job.cancel()
-        else:
-            self._source.cancel()
 
     def _set_parameters(self, parameters: Mapping[str, Any]) -> None:
         if self._job is not None:
