@@ -1,4 +1,4 @@
-"""``postcopy verify``, ``inspect``, ``diff`` and ``extract``."""
+"""``postcopy verify``, ``inspect``, ``diff``, ``extract`` and ``sweep``."""
 
 import json
 import stat
@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from fakes.commands import one_line, postcopy
+from postcopy.snapshot.finish import finish
 from postcopy.snapshot.manifest import beside
+from postcopy.snapshot.publish import partial
+from postcopy.snapshot.wanted import Cost, Wanted
 from snapshot.images import PAGE, flip, memory, write_image, write_manifest
 
 
@@ -138,3 +141,37 @@ class TestExtract:
         outcome = postcopy("extract", str(path), "--ram", str(tmp_path / "out"), "--block", "vga")
         assert outcome.returncode == 3
         assert one_line(outcome) == f"{path} has no block 'vga'; it has ram, rom"
+
+
+class TestSweep:
+    @pytest.fixture
+    def image(self, tmp_path):
+        path = tmp_path / "image"
+        write_image(partial(path), "mapped-ram", memory())
+        finish(path, Wanted(compressed=True), Cost(0.0))
+        return path
+
+    def test_an_image_or_its_store(self, image):
+        outcome = postcopy("sweep", str(image))
+        assert (outcome.returncode, outcome.stderr) == (0, "")
+        assert "0.0 MiB freed, " in outcome.stdout
+        assert outcome.stdout.endswith("MiB kept for 1 images\n")
+        store = image.parent / "postcopy-chunks"
+        found = json.loads(postcopy("sweep", "--json", str(store)).stdout)
+        assert (found["store"], found["images"]) == (str(store), [str(image)])
+        assert found["kept_bytes"] > found["freed_bytes"] == 0
+
+    def test_what_would_be_freed_is_freed(self, image):
+        store = image.parent / "postcopy-chunks"
+        image.unlink()
+        beside(image).unlink()
+        would = postcopy("sweep", "--dry-run", str(store)).stdout
+        assert "MiB would be freed" in would
+        assert postcopy("sweep", str(store)).stdout == would.replace(" would be", "")
+        assert "0.0 MiB freed" in postcopy("sweep", str(store)).stdout
+
+    def test_an_image_without_a_store(self, path):
+        write_manifest(path)
+        outcome = postcopy("sweep", str(path))
+        assert outcome.returncode == 3
+        assert "no store to sweep" in one_line(outcome)

@@ -1,8 +1,11 @@
 """Images of chunks: each chunk once, zeros nowhere, and every link of a chain reads right by itself."""
 
 import dataclasses
+import os
 import shutil
 import stat
+import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -52,72 +55,111 @@ def assert_holds(path, blocks):
             assert not rows[~image.has_data(name)].any()
 
 
+def put(store, *chunks):
+    """Each chunk's address, and how many bytes it took."""
+    with store.intake() as intake:
+        return intake.put(chunks)
+
+
+def packs_of(folder):
+    return list(folder.glob("*.pack"))
+
+
 class TestStore:
     def test_a_chunk_comes_back(self, tmp_path):
         store = ChunkStore(tmp_path / "chunks")
-        for data in (b"x", NOISE, bytes(CHUNK_BYTES), b"ab" * 2048):
-            address, written = store.put(data)
+        chunks = (b"x", NOISE, bytes(CHUNK_BYTES), b"ab" * 2048)
+        for data, (address, written) in zip(chunks, put(store, *chunks), strict=True):
             assert 0 < written <= len(data) + 64
             assert store.get(address, len(data)) == data
+            assert ChunkStore(store.folder).get(address, len(data)) == data
 
     def test_equal_chunks_are_kept_once_and_for_their_owner_alone(self, tmp_path):
         store = ChunkStore(tmp_path / "chunks")
-        address, written = store.put(NOISE)
-        assert store.put(NOISE) == (address, 0)
-        (file,) = (each for each in (tmp_path / "chunks").rglob("*") if each.is_file())
-        assert file.stat().st_size == written
+        (address, written), again = put(store, NOISE, NOISE)
+        assert again == (address, 0)
+        assert put(store, NOISE) == [(address, 0)]
+        assert put(ChunkStore(store.folder), NOISE) == [(address, 0)]
+        (file,) = packs_of(store.folder)
+        assert written < file.stat().st_size < written + 100
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         assert stat.S_IMODE(store.folder.stat().st_mode) == 0o700
 
-    def test_no_half_chunk_is_left_when_the_disk_is_full(self, tmp_path, monkeypatch):
+    def test_many_threads_may_put_the_same(self, tmp_path):
+        store = ChunkStore(tmp_path / "chunks")
+        with store.intake() as intake, ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(intake.put, [[NOISE, b"x"], [b"x", NOISE]] * 20))
+        assert sum(written > 0 for answer in answers for _, written in answer) == 2
+        assert store.get(answers[0][0][0], CHUNK_BYTES) == NOISE
+
+    @pytest.mark.parametrize("call", ["fsync", "replace"])
+    def test_nothing_is_left_when_the_disk_is_full(self, tmp_path, monkeypatch, call):
         store = ChunkStore(tmp_path / "chunks")
 
         def full(*_):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(Path, "replace", full)
+        monkeypatch.setattr(Path if call == "replace" else os, call, full)
         with pytest.raises(OSError, match="No space"):
-            store.put(NOISE)
+            put(store, NOISE)
         monkeypatch.undo()
         assert [each for each in store.folder.rglob("*") if each.is_file()] == []
 
     def test_a_chunk_that_is_gone_is_named(self, tmp_path):
         store = ChunkStore(tmp_path)
-        with pytest.raises(ImageError, match=r"00/0+\.zst: cannot be opened: No such file"):
+        with pytest.raises(ImageError, match=r"the chunk 0{64} is not there any more"):
             store.get(bytes(32), 10)
 
-    def test_each_flipped_bit_of_a_chunk_is_found(self, tmp_path):
-        store = ChunkStore(tmp_path)
+    def test_each_flipped_bit_of_a_pack_is_found(self, tmp_path):
         data = bytes(range(64)) * 8
-        address, written = store.put(data)
-        place = store.place(address)
-        for bit in range(written * 8):
-            flip(place, bit)
-            with pytest.raises(ImageError, match=str(place)):
-                store.get(address, len(data))
-            flip(place, bit)
-        assert store.get(address, len(data)) == data
+        ((address, _),) = put(ChunkStore(tmp_path), data)
+        (pack_file,) = packs_of(tmp_path)
+        for bit in range(pack_file.stat().st_size * 8):
+            flip(pack_file, bit)
+            with pytest.raises(ImageError, match=str(pack_file)):
+                ChunkStore(tmp_path).get(address, len(data))
+            flip(pack_file, bit)
+        assert ChunkStore(tmp_path).get(address, len(data)) == data
+
+    def test_a_pack_that_is_cut_off_is_found(self, tmp_path):
+        ((address, _),) = put(ChunkStore(tmp_path), b"abc")
+        (pack_file,) = packs_of(tmp_path)
+        whole = pack_file.read_bytes()
+        for length in range(len(whole)):
+            pack_file.write_bytes(whole[:length])
+            with pytest.raises(ImageError, match=str(pack_file)):
+                ChunkStore(tmp_path).get(address, 3)
+
+    def test_a_damaged_pack_does_not_keep_others_from_being_read(self, tmp_path):
+        ((lost, _),) = put(ChunkStore(tmp_path), b"lost")
+        (pack_file,) = packs_of(tmp_path)
+        flip(pack_file, pack_file.stat().st_size * 8 - 1)
+        ((kept, _),) = put(ChunkStore(tmp_path), b"kept")
+        assert ChunkStore(tmp_path).get(kept, 4) == b"kept"
+        with pytest.raises(ImageError, match=str(pack_file)):
+            ChunkStore(tmp_path).get(lost, 4)
+        assert put(ChunkStore(tmp_path), b"lost")[0][1] > 0, "what cannot be read is not there"
 
     def test_a_frame_that_claims_much_is_refused_before_memory_is_taken(self, tmp_path):
         store = ChunkStore(tmp_path)
-        address, _ = store.put(NOISE)
         bomb = zstandard.ZstdCompressor().compress(bytes(1 << 30))
         assert len(bomb) < CHUNK_BYTES
-        store.place(address).write_bytes(bomb + digest(bomb))
+        long, claiming = bytes(32), bytes(31) + b"x"
+        with store.new_pack() as writer:
+            writer.append([(claiming, bomb + digest(bomb)), (long, NOISE * 2)])
         with pytest.raises(ImageError, match="another length"):
-            store.get(address, CHUNK_BYTES)
-        store.place(address).write_bytes(NOISE * 2)
-        with pytest.raises(ImageError, match="longer than"):
-            store.get(address, CHUNK_BYTES)
+            store.get(claiming, CHUNK_BYTES)
+        with pytest.raises(ImageError, match="it claims 131072 bytes"):
+            store.get(long, CHUNK_BYTES)
 
-    def test_what_nobody_uses_is_swept(self, tmp_path):
-        store = ChunkStore(tmp_path / "chunks")
-        kept, _ = store.put(NOISE)
-        gone, _ = store.put(b"gone")
-        assert store.sweep([kept]) == 1
-        assert store.get(kept, CHUNK_BYTES) == NOISE
-        with pytest.raises(ImageError):
-            store.get(gone, 4)
+    def test_an_index_that_claims_much_is_refused_before_memory_is_taken(self, tmp_path):
+        ((address, _),) = put(ChunkStore(tmp_path), b"abc")
+        (pack_file,) = packs_of(tmp_path)
+        with pack_file.open("r+b") as file:
+            file.seek(-32, os.SEEK_END)
+            file.write(struct.pack("<QQ", 1 << 60, 8))
+        with pytest.raises(ImageError, match="another length"):
+            ChunkStore(tmp_path).get(address, 3)
 
 
 class TestImage:
@@ -141,7 +183,7 @@ class TestImage:
         packed = write_chunks(tmp_path / "image", blocks)
         assert packed.zero_bytes == 7 * CHUNK_BYTES
         assert packed.new_bytes + packed.reused_bytes == 2 * CHUNK_BYTES
-        assert len(list((tmp_path / "chunks").glob("??/*.zst"))) == 1
+        assert len(packs_of(tmp_path / "chunks")) == 1
 
     def test_each_link_of_a_chain_of_20_reads_right_without_the_others(self, tmp_path):
         random = np.random.default_rng(9)
@@ -174,10 +216,11 @@ class TestImage:
         write_chunks(path, memory())
         manifest = Manifest.load(path)
         address = manifest.stored.blocks["ram"].addresses[32:64]
-        place = ChunkStore(tmp_path / "chunks").place(address)
-        flip(place, (place.stat().st_size - 100) * 8)
+        pack_file, offset, length = ChunkStore(tmp_path / "chunks").find(address)
+        flip(pack_file.path, (offset + length // 2) * 8)
         (damage,) = find_damages(path, manifest)
-        assert (damage.path, damage.block, damage.block_offset) == (place, "ram", CHUNK_BYTES)
+        assert (damage.path, damage.offset) == (pack_file.path, offset)
+        assert (damage.block, damage.block_offset) == ("ram", CHUNK_BYTES)
         with open_image(path) as image:
             image.read("ram", 0, 16)
             with pytest.raises(ImageError, match="block ram from offset 0x10000"):

@@ -36,7 +36,6 @@ _mincore = _declare("mincore", ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, c
 _fallocate = _declare(
     "fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long
 )
-_syncfs = _declare("syncfs", ctypes.c_int, ctypes.c_int)
 _vm_arguments = (
     *(ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong),
     ctypes.c_ulong,
@@ -147,11 +146,6 @@ def fallocate(fd: int, mode: int, offset: int, length_bytes: int) -> None:
         if error != errno.EINTR:
             where = f"mode {mode} for [{offset:#x}, {offset + length_bytes:#x})"
             raise KernelError("fallocate", error, where)
-
-
-def syncfs(fd: int) -> None:
-    """Wait until the disk has all that has been written to the file system of a descriptor."""
-    _checked("syncfs", _syncfs(fd))
 
 
 def _checked(call: str, result: int, address: int | None = None, length_bytes: int = 0) -> int:

@@ -116,9 +116,9 @@ class ChunkImage(Image):
         address, length = chunks.address(chunk), chunks.length(chunk)
         try:
             self.store.get(address, length)
-        except ImageError:
-            place = self.store.place(address)
-            return Damage(place, 0, length, chunks.block.name, chunk * CHUNK_BYTES)
+        except ImageError as error:
+            where = chunks.block.name, chunk * CHUNK_BYTES
+            return Damage(Path(error.path), error.offset or 0, length, *where)
         return None
 
     def _copy(self, block: ImageBlock, first: int, rows: PageRows) -> None:
@@ -153,3 +153,4 @@ class ChunkImage(Image):
     def close(self) -> None:
         """See :meth:`Image.close`."""
         self._file.close()
+        self.store.close()

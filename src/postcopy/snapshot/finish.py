@@ -1,5 +1,6 @@
 """From the file that a machine has written to an image under its name, with its manifest."""
 
+import contextlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from postcopy.snapshot.pack import Packed, pack, store_of
 from postcopy.snapshot.publish import anew, partial, publish
 from postcopy.snapshot.rewrite import skeleton, write_mapped
 from postcopy.snapshot.store import ChunkStore
+from postcopy.snapshot.sweep import remember
 from postcopy.snapshot.wanted import Cost, Form, Wanted
 
 _NO_TIMES: Final = Times("")  # until all has been done that takes time
@@ -53,21 +55,24 @@ def finish(path: Path, wanted: Wanted, cost: Cost) -> Finished:
     :raises ImageError: the machine has written something that is no image.
     :raises OSError: the disk is full, or broken.  Nothing stands under the name then.
     """
-    taken = partial(path)
-    with open_image(taken) as image:
-        data = sum(int(image.has_data(block.name).sum()) for block in image.blocks) * 4096
-        ram = image.ram_bytes
-        if wanted.chunked:
-            manifest, packed = _to_chunks(image, path, wanted)
-        else:
-            manifest, packed = _in_form(image, path, wanted.form), None
-    times = Times(now(), cost.pause_us, cost.longest_stall_us, cost.total_ms)
-    replace(manifest, times=times).save(path)
-    try:
-        publish(path)
-    except BaseException:
-        beside(path).unlink(missing_ok=True)
-        raise
+    packed = None
+    with contextlib.ExitStack() as held:
+        with open_image(partial(path)) as image:
+            data = sum(int(image.has_data(block.name).sum()) for block in image.blocks) * 4096
+            ram = image.ram_bytes
+            if wanted.chunked:
+                store, parent = _store(path, wanted)
+                held.enter_context(store.held())  # until a manifest names what is in it
+                manifest, packed = _to_chunks(image, path, store, parent)
+            else:
+                manifest = _in_form(image, path, wanted.form)
+        times = Times(now(), cost.pause_us, cost.longest_stall_us, cost.total_ms)
+        replace(manifest, times=times).save(path)
+        try:
+            publish(path)
+        except BaseException:
+            beside(path).unlink(missing_ok=True)
+            raise
     on_disk = path.stat().st_blocks * 512
     return Finished(Manifest.load(path), ram, data, ram - data, on_disk, packed)
 
@@ -81,20 +86,27 @@ def _in_form(image: Image, path: Path, form: Form) -> Manifest:
     return describe(image, _NO_TIMES)
 
 
-def _to_chunks(image: Image, path: Path, wanted: Wanted) -> tuple[Manifest, Packed]:
-    folder, parent = store_of(path), None
-    if wanted.parent is not None:
-        older = Manifest.load(wanted.parent)
-        if older.stored is None:
-            raise ImageError(wanted.parent, "it has no store of chunks any more")
-        folder = wanted.parent.parent / older.stored.store
-        parent = Parent(os.path.relpath(wanted.parent, path.parent), older.identity)
-    blocks, packed = pack(image, ChunkStore(folder))
+def _store(path: Path, wanted: Wanted) -> tuple[ChunkStore, Parent | None]:
+    if wanted.parent is None:
+        return ChunkStore(store_of(path)), None
+    older = Manifest.load(wanted.parent)
+    if older.stored is None:
+        raise ImageError(wanted.parent, "it has no store of chunks any more")
+    parent = Parent(os.path.relpath(wanted.parent, path.parent), older.identity)
+    return ChunkStore(wanted.parent.parent / older.stored.store), parent
+
+
+def _to_chunks(
+    image: Image, path: Path, store: ChunkStore, parent: Parent | None
+) -> tuple[Manifest, Packed]:
+    remember(store.folder, path.parent)
+    blocks, packed = pack(image, store)
+    store.close()
     anew(path).write_bytes(skeleton(image))
     with ImageFile(anew(path)) as file:
         digests = take_digests(file)
     anew(path).replace(partial(path))
-    stored = Stored(os.path.relpath(folder, path.parent), blocks)
+    stored = Stored(os.path.relpath(store.folder, path.parent), blocks)
     return Manifest(
         "chunks",
         image.machine_name,

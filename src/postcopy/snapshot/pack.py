@@ -7,11 +7,12 @@ from typing import Final
 
 import numpy as np
 
+from postcopy.memory.runs import Indices
 from postcopy.snapshot.chunk_image import PAGES_PER_CHUNK
 from postcopy.snapshot.digests import CHUNK_BYTES, chunk_count
 from postcopy.snapshot.image import Image, ImageBlock
 from postcopy.snapshot.manifest import StoredBlock
-from postcopy.snapshot.store import ChunkStore
+from postcopy.snapshot.store import ChunkStore, Intake
 
 STORE_NAME: Final = "postcopy-chunks"
 """The folder beside an image where its chunks go, unless a parent has one."""
@@ -41,11 +42,10 @@ def pack(image: Image, store: ChunkStore) -> tuple[dict[str, StoredBlock], Packe
     :return: the blocks as a manifest has them, and what that took.
     :raises OSError: the disk is full, or broken.
     """
-    store.folder.mkdir(0o700, parents=True, exist_ok=True)
     blocks, taken = {}, Packed()
-    with ThreadPoolExecutor(_THREADS, "chunks") as pool:
+    with store.intake() as intake, ThreadPoolExecutor(_THREADS, "chunks") as pool:
         for block in image.blocks:
-            stored, its = _pack_block(image, block, store, pool)
+            stored, its = _pack_block(image, block, intake, pool)
             blocks[block.name] = stored
             taken = Packed(
                 taken.zero_bytes + its.zero_bytes,
@@ -53,12 +53,11 @@ def pack(image: Image, store: ChunkStore) -> tuple[dict[str, StoredBlock], Packe
                 taken.new_bytes + its.new_bytes,
                 taken.stored_bytes + its.stored_bytes,
             )
-    store.sync()
     return blocks, taken
 
 
 def _pack_block(
-    image: Image, block: ImageBlock, store: ChunkStore, pool: ThreadPoolExecutor
+    image: Image, block: ImageBlock, intake: Intake, pool: ThreadPoolExecutor
 ) -> tuple[StoredBlock, Packed]:
     count = chunk_count(block.size_bytes)
     starts = np.arange(0, block.pages, PAGES_PER_CHUNK)
@@ -67,14 +66,15 @@ def _pack_block(
     addresses: list[bytes] = []
     new = stored = kept = 0
 
-    def put(chunks: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> list[tuple[int, bytes, int]]:
-        found = []
+    def put(chunks: Indices) -> list[tuple[int, bytes, int]]:
+        found, data = [], []
         for chunk in chunks.tolist():
             first = chunk * PAGES_PER_CHUNK
             rows = image.read(block.name, first, min(PAGES_PER_CHUNK, block.pages - first))
             if rows.any():
-                found.append((chunk, *store.put(rows.tobytes())))
-        return found
+                found.append(chunk)
+                data.append(rows.tobytes())
+        return [(chunk, *taken) for chunk, taken in zip(found, intake.put(data), strict=True)]
 
     batches = [suspects[at : at + _BATCH_CHUNKS] for at in range(0, len(suspects), _BATCH_CHUNKS)]
     for found in pool.map(put, batches):
