@@ -8,6 +8,7 @@ import pytest
 from postcopy.channel.address import parse
 from postcopy.channel.connect import connect
 from postcopy.channel.listen import Listener
+from postcopy.destination import door as module
 from postcopy.destination.door import Door
 from postcopy.errors import ChannelBroken, StreamError
 
@@ -78,3 +79,19 @@ def test_an_urgent_connection_that_nobody_fetched_is_closed(address):
         door.close()
         second.settimeout(10)
         assert second.recv(1) == b""
+
+
+def test_it_may_be_closed_in_the_moment_in_which_it_has_let_somebody_in(address, monkeypatch):
+    """The user listens elsewhere, and the source comes that very moment."""
+    door = opened(address, urgent=True)
+
+    class Thread(threading.Thread):
+        def start(self):
+            door.close()
+            super().start()
+
+    with connect(address):
+        monkeypatch.setattr(module.threading, "Thread", Thread)
+        door.main().close()
+        monkeypatch.undo()
+        door.close()

@@ -7,14 +7,18 @@ from collections.abc import Callable
 POLL_S = 0.005
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float = 10.0, what: str = "") -> None:
+def wait_until(
+    condition: Callable[[], object], timeout_s: float = 10.0, what: str | Callable[[], str] = ""
+) -> None:
     """Look again and again until ``condition`` holds.
 
+    :param what: what was waited for; called for its words if it has to be said.
     :raises AssertionError: it still does not after ``timeout_s`` seconds.
     """
     pause = threading.Event()
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError(f"not within {timeout_s} s: {what or condition}")
+            told = what() if callable(what) else what
+            raise AssertionError(f"not within {timeout_s} s: {told or condition}")
         pause.wait(POLL_S)

@@ -11,8 +11,8 @@
 
 A fault happens once, on the first connection that comes to its place (or on the one whose number is
 given).  ``hold`` and ``release`` reorder two connections.  ``stall`` lasts until ``flow``; what falls
-into a black hole is gone, while both peers find their sockets open.  ``delay`` and ``break_all`` are the
-relay's own.
+into a black hole is gone, the end of a peer too, while the other finds its socket open.  ``delay`` and
+``break_all`` are the relay's own.
 """
 
 import struct
@@ -187,6 +187,9 @@ class FaultChannel(Relay):
             if not self._happen(fault, connection):
                 return
         yield from super()._treat(connection, number, way, chunk[passed:])
+
+    def _passes_ends(self, connection):
+        return connection not in self._swallowed
 
     def _happen(self, fault, connection):
         """Let it happen; return whether anything more is passed on."""

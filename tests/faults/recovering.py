@@ -3,7 +3,7 @@
 from fakes.pair import NEVER_ENDS, POSTCOPY, Side, hammer
 from fakes.waiting import wait_until
 from faults.fault_channel import FaultChannel
-from postcopy.errors import PostcopyError
+from postcopy.errors import PostcopyError, WrongState
 from postcopy.status import ENDED, Status
 
 DEADLINE_S = 20.0
@@ -77,6 +77,35 @@ class Recovering:
         except AssertionError:
             stories = [side.story() for side in sides]
             raise AssertionError(f"not both settled: {self.story()}; {stories}") from None
+
+    def settle_or_go_on(self) -> bool:
+        """Wait until both sides have settled, or go on by themselves; return whether they do.
+
+        The successor of a destination's engine may find the connection that was on its way to that.
+        """
+        sides = (self.source, self.destination)
+
+        def going_on():
+            return all(
+                side.control._engine is not None and side.status is Status.POSTCOPY_ACTIVE
+                for side in sides
+            )
+
+        wait_until(
+            lambda: going_on() or all(side.status in SETTLED for side in sides),
+            DEADLINE_S,
+            lambda: f"settled or going on: {self.story()}; {[side.story() for side in sides]}",
+        )
+        return not all(side.status in SETTLED for side in sides)
+
+    def meet_again(self, uri=None) -> str:
+        """As :meth:`listen_again`; a connection that has come late may have to break first."""
+        for _ in range(8):
+            try:
+                return self.listen_again(uri)
+            except WrongState:
+                self.until_settled()
+        raise AssertionError(f"the destination does not listen: {self.story()}")
 
     def listen_again(self, uri=None) -> str:
         """``migrate-recover``; return where to go."""

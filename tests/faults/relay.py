@@ -154,7 +154,7 @@ class Relay:
                 client, _ = self._door.accept()
             except OSError:
                 return  # closed
-            server = _connect(parse(self.target))
+            server = _connect(parse(self.target), self._closed)
             if server is None:
                 client.close()
                 continue
@@ -178,11 +178,17 @@ class Relay:
                     target.sendall(piece)
                 if connection.cut.is_set():
                     return
-            target.shutdown(socket.SHUT_WR)  # an end, not a break: the other way stays open
+            if self._passes_ends(connection):
+                target.shutdown(socket.SHUT_WR)  # an end, not a break: the other way stays open
         except OSError:
-            connection.close()  # one side broke, so the other has to see it
+            if self._passes_ends(connection):
+                connection.close()  # one side broke, so the other has to see it
         finally:
             connection.end_of_way()
+
+    def _passes_ends(self, _connection):
+        """Whether one side gets to know that the other has ended."""
+        return True
 
     def _treat(self, connection, number, way, chunk):
         """What of a chunk is passed on, piece by piece; it may break the connection behind one."""
@@ -213,11 +219,10 @@ def _listen(address):
     return socket.create_server((address.host, address.port), backlog=BACKLOG)
 
 
-def _connect(address, timeout_s=10.0):
-    """The target, as soon as it listens; None when it never does."""
+def _connect(address, closed, timeout_s=10.0):
+    """The target, as soon as it listens; None when it never does, or the relay is closed."""
     deadline = time.monotonic() + timeout_s
-    pause = threading.Event()
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and not closed.is_set():
         family = socket.AF_UNIX if isinstance(address, UnixAddress) else socket.AF_INET
         target = socket.socket(family)
         try:
@@ -226,5 +231,5 @@ def _connect(address, timeout_s=10.0):
             return target
         except (ConnectionRefusedError, FileNotFoundError):
             target.close()
-            pause.wait(0.02)
+            closed.wait(0.02)
     return None

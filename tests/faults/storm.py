@@ -122,7 +122,7 @@ def _cut_one(rng, broken, most):
         broken.until_settled()
         if broken.destination.status in {Status.COMPLETED, Status.FAILED}:
             break
-        channel = broken.channel(broken.listen_again(_anywhere(rng)))
+        channel = broken.channel(broken.meet_again(_anywhere(rng)))
         if rng.random() < 0.5:
             _cut_anywhere(rng, channel)
         broken.source.control.migrate(channel.uri, resume=True)
@@ -141,9 +141,10 @@ def _kill_one(rng, broken, most):
     killed = 0
     while killed < most:
         _progress(rng, broken)
-        for side in rng.choice([[0], [1], [0, 1], [1, 0]]):
-            killed += _kill((broken.source, broken.destination)[side])
-        broken.until_settled()
+        sides = rng.choice([[0], [1], [0, 1], [1, 0]])
+        killed += _kill([(broken.source, broken.destination)[side] for side in sides])
+        if broken.settle_or_go_on():
+            continue
         if broken.destination.status in {Status.COMPLETED, Status.FAILED}:
             break
         try:
@@ -196,13 +197,19 @@ def _progress(rng, broken):
     wait_until(gone_on, DEADLINE_S, "nothing goes over")
 
 
-def _kill(side):
-    """Kill its engine, if one is at work; return whether."""
-    engine = side.control._engine
-    if engine is None or side.status in {Status.COMPLETED, Status.FAILED}:
-        return False
-    engine.kill()
-    return True
+def _kill(sides):
+    """Kill their engines, where one is at work; return how many, when that has been noticed."""
+    killed = []
+    for side in sides:
+        engine = side.control._engine
+        if engine is not None and side.status not in {Status.COMPLETED, Status.FAILED}:
+            engine.kill()
+            killed.append((side, engine))
+    for side, engine in killed:
+        wait_until(
+            lambda s=side, e=engine: s.control._engine is not e, DEADLINE_S, "nobody noticed"
+        )
+    return len(killed)
 
 
 _HUGE_PAGES = 80

@@ -2,6 +2,7 @@
 
 import pytest
 
+from fakes.waiting import wait_until
 from faults.fault_channel import PACKAGE, RESUME_ACK, RUN, FaultChannel, Way
 from faults.test_relay import ends, receive_exactly
 from postcopy.channel import Listener, TcpAddress
@@ -87,3 +88,17 @@ def test_a_black_hole_swallows_both_ways_and_leaves_the_sockets_open(channel, bo
     assert channel.recorded(Way.DOWN) == b""
     channel.break_all()
     assert receive_rest(near) == receive_rest(far) == b""
+
+
+def test_nor_does_the_end_of_one_side_leave_a_black_hole(channel, both):
+    near, far = both
+    channel.black_hole(3)
+    near.send(b"abcdef")
+    assert receive_exactly(far, 3) == b"abc"
+    near.close()
+    (connection,) = channel.connections
+    wait_until(lambda: connection._ways_open == 1, 10, "one way has ended")
+    far.send(b"still there")
+    assert not connection.cut.is_set()
+    channel.break_all()
+    assert receive_rest(far) == b""

@@ -1,6 +1,7 @@
 """A link that breaks after the switchover: both sides pause, and go on as often as it takes."""
 
 import socket
+import threading
 
 import pytest
 
@@ -181,6 +182,46 @@ def test_nobody_there(broken):
     wait_until(lambda: broken.source.story().count("postcopy-paused") == 2, DEADLINE_S)
     assert "nobody" in broken.source.error
     broken.resume()
+    arrive(broken)
+
+
+@pytest.fixture
+def notice_late(monkeypatch):
+    """``notice_late(side)``: kill its engine, which is noticed only when somebody has asked it."""
+
+    def kill(side):
+        link, asked = side.control._engines.link, threading.Event()
+        call, on_end = link.call, link._on_end
+        monkeypatch.setattr(link, "_on_end", lambda: (asked.wait(DEADLINE_S), on_end()))
+
+        def call_and_tell(*arguments, **more):
+            try:
+                return call(*arguments, **more)
+            finally:
+                asked.set()
+
+        monkeypatch.setattr(link, "call", call_and_tell)
+        side.control._engine.kill()
+
+    return kill
+
+
+def test_engines_that_have_just_died_are_no_reason_to_refuse(broken, notice_late):
+    notice_late(broken.destination)
+    notice_late(broken.source)
+    broken.resume()
+    arrive(broken)
+    assert broken.source.error is None
+    with pytest.raises(WrongState):
+        broken.source.machine.cont()
+
+
+def test_the_successor_of_a_dead_engine_can_listen_at_a_descriptor(broken, notice_late):
+    notice_late(broken.destination)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        broken.destination.control.recover(f"fd:{ours.fileno()}")
+        broken.source.control.migrate(f"fd:{theirs.fileno()}", resume=True)
     arrive(broken)
 
 

@@ -170,3 +170,45 @@ def test_the_end_fails_whoever_waits(ends):
         ends.near.call("add", a=1, b=1)
     ends.near.note("note", n=1)  # silently nothing
     ends.release.set()
+
+
+def test_what_is_at_work_is_completed_before_its_end_is_told():
+    """A guest that is let go on because its engine has died must not be paused by it afterwards."""
+    ours, theirs = socket.socketpair()
+    release, begun, order = threading.Event(), threading.Barrier(3), []
+
+    def handler(name):
+        begun.wait(10)
+        release.wait(10)
+        order.append(name)
+
+    near = Link(
+        ours,
+        {"pause": lambda: handler("pause"), "touch": lambda: handler("touch")},
+        on_end=lambda: order.append("end"),
+        completed=frozenset({"pause"}),
+    )
+    far = Link(theirs, {})
+    near.start()
+    far.start()
+    callers = [
+        threading.Thread(target=lambda name=name: _call_in_vain(far, name), daemon=True)
+        for name in ("pause", "touch")
+    ]
+    for caller in callers:
+        caller.start()
+    begun.wait(10)
+    far.close()
+    for caller in callers:
+        caller.join(10)  # they have been told: the socket is shut, both ways
+    wait_until(lambda: near._ended, 10, "the end is seen")
+    assert order == []
+    release.set()
+    near.wait_over()
+    wait_until(lambda: len(order) == 3, 10, "all is done")
+    assert order.index("pause") < order.index("end")
+
+
+def _call_in_vain(link, name):
+    with pytest.raises(EngineDied):
+        link.call(name)

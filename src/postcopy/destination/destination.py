@@ -124,8 +124,9 @@ class Destination:
 
     def _break(self) -> None:
         self._urgent.shutdown()
-        if self._channel is not None:
-            self._channel.shutdown()
+        channel = self._channel  # which the destination's thread may let go of meanwhile
+        if channel is not None:
+            channel.shutdown()
 
     # --- the thread of the destination
 
@@ -133,9 +134,12 @@ class Destination:
         """Take one guest in."""
         self._until_the_end(self._take_in)
 
-    def recover(self, listener: Listener) -> None:
-        """Wait for the source to come back, and go on."""
+    def begin_recovery(self, listener: Listener) -> None:
+        """From here the source is waited for there, and :meth:`stop_waiting` ends that."""
         self._door = Door(listener, self._preempt)
+
+    def recover(self) -> None:
+        """Wait for the source to come back, and go on, after :meth:`begin_recovery`."""
         self._until_the_end(self._go_on)
 
     def adopt(self) -> None:

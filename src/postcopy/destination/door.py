@@ -35,8 +35,9 @@ class Door:
         :raises ChannelBroken: the door has been closed.
         """
         channel = self._listener.accept()
-        self._thread = threading.Thread(target=self._run, name="door", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name="door", daemon=True)
+        thread.start()
+        self._thread = thread  # from here `close` may wait for its end
         return channel
 
     def urgent(self, timeout_s: float) -> Channel:

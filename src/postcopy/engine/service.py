@@ -45,6 +45,9 @@ class EngineService:
         self._ram: PagedRam | None = None
         self._populating: Populating | None = None
         self._progress = Progress(self._report, Status.SETUP)
+        self._resume_at = ""
+        self._starting = threading.Lock()
+        # Under the lock: the job's thread, which has been started.
         self._thread: threading.Thread | None = None
         self._cancelled = False  # which may be said before there is anything to cancel
 
@@ -74,6 +77,7 @@ class EngineService:
             "cancel": self._cancel,
             "pause": self._pause,
             "resume_source": self._resume_source,
+            "go_on": self._go_on,
             "adopt_source": self._adopt_source,
             "recover_destination": self._recover_destination,
             "adopt_destination": self._adopt_destination,
@@ -130,10 +134,14 @@ class EngineService:
         )
 
     def _resume_source(self, uri: str, fds: Sequence[int] = ()) -> None:
+        """Leave ``postcopy-paused``.  Nothing is said to anybody yet: whoever asked is answered first."""
         self._check_paused()
         self._join()
         self._source.begin_recovery()
-        self._start("source", lambda: self._source.recover(_uri(uri, fds)))
+        self._resume_at = _uri(uri, fds)
+
+    def _go_on(self) -> None:
+        self._start("source", lambda: self._source.recover(self._resume_at))
 
     def _adopt_source(self, capabilities: Sequence[str], parameters: Mapping[str, Any]) -> None:
         """Stand in for an engine that has died after switchover."""
@@ -218,21 +226,29 @@ class EngineService:
         while not self._join(_LOOK_S):
             self._check_paused()  # the source may have come back that very moment
         listener = Listener(address)
-        self._start("destination", lambda: self._destination.recover(listener))
+        self._recover_at(listener)
         return _described(listener)
 
+    def _recover_at(self, listener: Listener) -> None:
+        self._destination.begin_recovery(listener)
+        self._start("destination", self._destination.recover)
+
     def _adopt_destination(
-        self, uri: str, capabilities: Sequence[str], parameters: Mapping[str, Any]
+        self,
+        uri: str,
+        capabilities: Sequence[str],
+        parameters: Mapping[str, Any],
+        fds: Sequence[int] = (),
     ) -> list[dict[str, object]]:
         """Stand in for an engine that has died while the guest ran; wait where it was reached."""
         self._progress = Progress(self._report, Status.POSTCOPY_PAUSED)
         guest = self._proxy()
         self._ram = PagedRam(guest.regions(), guest.page_maps())
         self._populating = Populating(guest, self._ram, 0)
-        listener = Listener(parse(uri))
+        listener = Listener(parse(_uri(uri, fds)))
         addresses = self._make_destination(listener, capabilities, parameters)
         self._destination.adopt()
-        self._start("destination", lambda: self._destination.recover(listener))
+        self._recover_at(listener)
         return addresses
 
     @property
@@ -287,15 +303,18 @@ class EngineService:
 
     def _start(self, name: str, run: Callable[[], None]) -> None:
         thread = threading.Thread(target=_guarded, args=(run,), name=name, daemon=True)
-        thread.start()
-        self._thread = thread  # from here others may wait for its end
+        with self._starting:  # or others could take the one before for it
+            thread.start()
+            self._thread = thread
 
     def _join(self, timeout_s: float | None = None) -> bool:
         """Wait for a job that has paused to let go of everything; return whether it has."""
-        if self._thread is None:
+        with self._starting:
+            thread = self._thread
+        if thread is None:
             return True
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        thread.join(timeout_s)
+        return not thread.is_alive()
 
     def _check_paused(self) -> None:
         if self._progress.status is not Status.POSTCOPY_PAUSED:

@@ -5,7 +5,7 @@ decides what an engine's death means.  The figures are the engine's; it is asked
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -17,11 +17,12 @@ from postcopy.events import EventBus
 from postcopy.link import loss
 from postcopy.link.departing import Departing
 from postcopy.link.engine_process import EnginePool, EngineProcess
-from postcopy.link.engines import Engines, Succession
+from postcopy.link.engines import Engines
 from postcopy.link.guest_service import GuestService, OwnedGuest
 from postcopy.link.host import check_movable, check_transport
 from postcopy.link.job import Job
-from postcopy.link.places import bound_uri, descriptors
+from postcopy.link.places import descriptors
+from postcopy.link.recovery import Recovery
 from postcopy.link.resetting import Resetting
 from postcopy.link.restoring import Restoring
 from postcopy.link.rpc import Handler, Link
@@ -59,13 +60,13 @@ class MigrationControl:
         self._on_incoming_failed = on_incoming_failed
         pool = engines or EnginePool()
         self._engines = Engines(self._handlers, self._engine_ended, pool)
-        self._succession = Succession(
-            self._needs_successor,
-            lambda: self._adopt_destination(self._last_uri),
-            self._no_successor,
-            self._engines.prepare,
-        )
         self._settings = Settings()
+        self._recovery = Recovery(
+            self._engines,
+            lambda: self._shown,
+            self._settings.to_wire,
+            self._settle_if_arrived,
+        )
         self._restoring = Restoring(
             self._engines, guest, self._settings.to_wire, self._restore_given_up
         )
@@ -164,8 +165,8 @@ class MigrationControl:
             with descriptors(address) as fds:
                 found = link.call("listen", fds=fds, uri=uri, **self._settings.to_wire())
             job.addresses = tuple(found)
-            self._last_uri = bound_uri(uri, job.addresses)
             self._begin_incoming(job)
+            self._recovery.listens_at(uri)
         link.note("accept")
 
     def _expect(self, exit_on_error: bool) -> Link:  # noqa: FBT001 - as QMP names it
@@ -239,14 +240,7 @@ class MigrationControl:
             self._restoring.recover(uri)
             return
         check_transport(parse(uri), self.capabilities)
-        with descriptors(parse(uri)) as fds, self._succession.lock:
-            link = self._engines.link
-            if link is None:
-                self._succession.worked()
-                self._adopt_destination(uri, fds)
-            else:
-                self._shown.addresses = tuple(link.call("recover_destination", uri=uri, fds=fds))
-            self._last_uri = bound_uri(uri, self._shown.addresses)
+        self._recovery.listen(uri)
 
     def _show_paused_restore(self) -> None:
         """Whoever deals with it need not be told any more of a migration that could not begin."""
@@ -259,7 +253,7 @@ class MigrationControl:
     def lost(self) -> None:
         """Give up on the source of a paused postcopy, as the parameter ``x-on-loss`` says."""
         self._show_paused_restore()
-        with self._succession.lock, self._lock:
+        with self._recovery.lock, self._lock:
             job = self._shown
             if job.status is not Status.POSTCOPY_PAUSED or not job.incoming:
                 raise WrongState(
@@ -276,7 +270,7 @@ class MigrationControl:
 
     def arrived(self) -> None:
         """Somebody has seen the destination complete: nothing here is needed any more."""
-        with self._succession.lock, self._lock:
+        with self._recovery.lock, self._lock:
             paused = self._shown.status is Status.POSTCOPY_PAUSED
             if not paused or self._shown.incoming or self._guest.owned:
                 what = "x-migrate-arrived can only be run when an outgoing postcopy is paused"
@@ -287,32 +281,17 @@ class MigrationControl:
 
     def _resume(self, uri: str) -> None:
         """Go on with a paused postcopy at ``uri``."""
-        if self._shown.status is not Status.POSTCOPY_PAUSED or self._shown.incoming:
-            raise WrongState("Cannot resume if there is no paused migration")
-        if self._guest.owned:
-            raise WrongState("Cannot resume: 'cont' has taken the guest back, and it is here")
-        with descriptors(parse(uri)) as fds, self._succession.lock:
-            link = self._engines.link or self._adopt_source()
-            # From here until it has failed again 'cont' cannot take it back.
-            self._guest.give_up("the destination runs it")
+        with self._recovery.lock:
+            if self._shown.status is not Status.POSTCOPY_PAUSED or self._shown.incoming:
+                raise WrongState("Cannot resume if there is no paused migration")
+            if self._guest.owned:
+                raise WrongState("Cannot resume: 'cont' has taken the guest back, and it is here")
             try:
-                link.call("resume_source", uri=uri, fds=fds)
+                # From here until it has failed again 'cont' cannot take it back.
+                self._recovery.go_on(uri, lambda: self._guest.give_up("the destination runs it"))
             except PostcopyError:
                 self._hold_if_nobody_knows()
                 raise
-
-    def _adopt_destination(self, uri: str, fds: Sequence[int] = ()) -> None:
-        """Start an engine in place of one that has died under a guest that runs here.
-
-        It listens at once, and serves again when the source has come back.
-        """
-        settings = self._settings.to_wire()
-        _, addresses = self._engines.adopt("adopt_destination", fds=fds, uri=uri, **settings)
-        self._shown.addresses = tuple(addresses)
-
-    def _adopt_source(self) -> Link:
-        """Start an engine in place of one that has died after the switchover."""
-        return self._engines.adopt("adopt_source", **self._settings.to_wire())[0]
 
     def info(self) -> MigrationInfo:
         """How it stands: the engine's figures as of now, or the last it gave."""
@@ -364,10 +343,10 @@ class MigrationControl:
     def _on_status(
         self, engine: EngineProcess, status: str, error: str | None, info: dict[str, Any]
     ) -> None:
-        if self._engine is not engine:
-            return  # given up, in the moment in which it had something to say
         to = Status(status)
         with self._lock:
+            if self._engine is not engine:
+                return  # given up, in the moment in which it had something to say
             job = self._work
             job.note(MigrationInfo.from_wire(info), error)
         if to is Status.COMPLETED:
@@ -375,7 +354,7 @@ class MigrationControl:
         if to in {Status.FAILED, Status.POSTCOPY_PAUSED}:
             self._hold_if_nobody_knows()
         if to is Status.POSTCOPY_ACTIVE:
-            self._succession.worked()
+            self._recovery.works()
         if to in ENDED:
             self._settle(to)
         else:
@@ -415,7 +394,10 @@ class MigrationControl:
     def _engine_ended(self, engine: EngineProcess) -> None:
         """The link is gone: nothing new if we ended it, or if it had finished."""
         job = self._work
-        if self._engine is not engine or not job.busy:
+        if self._engine is not engine:
+            return
+        if not job.busy:
+            self._engines.end()  # it was ready for a migration: that will get another
             return
         if self._settle_if_arrived():
             return
@@ -459,7 +441,7 @@ class MigrationControl:
             Status.POSTCOPY_PAUSED, only_from=AFTER_SWITCHOVER - {Status.POSTCOPY_PAUSED}
         )
         if job.incoming:
-            self._succession.begin()
+            self._recovery.engine_died()
 
     def _restore_given_up(self, reason: str) -> None:
         self._work.error = reason
@@ -474,16 +456,6 @@ class MigrationControl:
         self._completed()
         self._settle(Status.COMPLETED)
         return True
-
-    def _needs_successor(self) -> bool:
-        """Whether an engine is to be put in place of a dead one: the user may have been quicker."""
-        paused = self._shown.status is Status.POSTCOPY_PAUSED and self._engine is None
-        return paused and not self._settle_if_arrived()
-
-    def _no_successor(self, error: PostcopyError) -> None:
-        if not self._settle_if_arrived():
-            # Its address may be taken by now: migrate-recover with another starts one again.
-            self._shown.error = f"{self._shown.error}; no successor could listen: {error}"
 
     def _resume_guest(self) -> None:
         try:

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 
+from postcopy.link.guest_service import MAY_WAIT_FOR_PAGES
 from postcopy.link.rpc import Handler, Link
 
 
@@ -41,9 +42,18 @@ class EngineProcess:
 
     def connect(self, handlers: Mapping[str, Handler], on_end: Callable[[], None]) -> Link:
         """Begin to talk to it."""
-        self.link = Link(self._socket, handlers, on_end=on_end, name="engine-link")
+        # A pause that comes after the guest has been let go on would stop it for good.
+        completed = frozenset(handlers) - MAY_WAIT_FOR_PAGES
+        self.link = Link(
+            self._socket, handlers, on_end=on_end, completed=completed, name="engine-link"
+        )
         self.link.start()
         return self.link
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether its process has ended."""
+        return self._process.poll() is not None
 
     def end(self) -> None:
         """Let it go: it ends by itself when the link does."""
@@ -95,6 +105,9 @@ class EnginePool:
         """Return a fresh engine."""
         with self._lock:
             engine, self._spare = self._spare, None
+        if engine is not None and engine.is_dead:
+            engine.end()
+            engine = None
         return engine or EngineProcess()
 
     def close(self) -> None:

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from postcopy.errors import EngineDied, PostcopyError
+from postcopy.errors import EngineDied, PostcopyError, WrongState
 from postcopy.link.engine_process import EnginePool, EngineProcess
 from postcopy.link.rpc import Handler, Link
 
@@ -32,16 +32,41 @@ class Engines:
         self._handlers = handlers
         self._on_end = on_end
         self._pool = pool or EnginePool()
+        self._lock = threading.Lock()
+        # Under the lock: the one at work, and whether there may be any.
         self.current: EngineProcess | None = None
+        self._closed = False
 
     def prepare(self, delay_s: float = 0.0) -> None:
         """Have one ready, after a while."""
         self._pool.prepare(delay_s)
 
     def start(self) -> Link:
-        """Put a fresh engine to work."""
-        self.current = engine = self._pool.take()
-        return engine.connect(self._handlers(engine), lambda: self._on_end(engine))
+        """Put a fresh engine to work.
+
+        :raises WrongState: closed; nobody would end it any more.
+        """
+        engine = self._pool.take()
+        with self._lock:
+            if not self._closed:
+                self.current = engine
+                return engine.connect(self._handlers(engine), lambda: self._on_end(engine))
+        engine.end()
+        raise WrongState("this process is leaving: no engine is started any more")
+
+    def call(self, name: str, **arguments: Any) -> Any:
+        """Have the engine at work do something.
+
+        :raises EngineDied: there is none, or it has died; then that has been dealt with on return.
+        """
+        link = self.link
+        if link is None:
+            raise EngineDied(f"{name}: no engine is at work")
+        try:
+            return link.call(name, **arguments)
+        except EngineDied:
+            link.wait_over()
+            raise
 
     def adopt(self, order: str, **arguments: Any) -> tuple[Link, Any]:
         """Put an engine in place of one that has died, and have it go on.
@@ -54,6 +79,7 @@ class Engines:
             return link, link.call(order, **arguments)
         except PostcopyError:
             self.end()
+            link.wait_over()  # its end is not to be taken for that of the next
             raise
 
     @property
@@ -70,12 +96,15 @@ class Engines:
 
     def end(self) -> None:
         """Let go of the engine at work: what it may still say counts no more."""
-        engine, self.current = self.current, None
+        with self._lock:
+            engine, self.current = self.current, None
         if engine is not None:
             engine.end()
 
     def close(self) -> None:
-        """Let go of the one that is ready, too."""
+        """Let go of the one that is ready, too; none is started any more."""
+        with self._lock:
+            self._closed = True
         self.end()
         self._pool.close()
 

@@ -73,6 +73,9 @@ MISSING_FEATURES = (
 SNAPSHOT_FEATURES = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_UNPOPULATED
 MISSING_MODE = RegisterMode.MISSING | RegisterMode.MINOR
 
+MAY_WAIT_FOR_PAGES = frozenset({"load_devices", "wake"})
+"""Calls that may touch a missing page: should their engine die, only its successor can end them."""
+
 
 class GuestService:
     """Answers an engine's calls for one guest.

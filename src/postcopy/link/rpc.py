@@ -36,6 +36,8 @@ class Link:
     :param handlers: what the other end may call, and the notes that it may send, by name; each
         is called with the message's arguments, and with ``fds`` if descriptors came along.
     :param on_end: called once, from the reader's thread, when the other end is gone.
+    :param completed: the handlers that are let finish before that, if they are at work then: what
+        they do must not come after what its end does.
     """
 
     def __init__(
@@ -44,11 +46,16 @@ class Link:
         handlers: Mapping[str, Handler],
         *,
         on_end: Callable[[], None] = lambda: None,
+        completed: frozenset[str] = frozenset(),
         name: str = "link",
     ) -> None:
         self._socket = connection
         self._handlers = dict(handlers)
         self._on_end = on_end
+        self._completed = completed
+        # The reader's alone: the threads of those, as long as they may be at work.
+        self._at_work: list[threading.Thread] = []
+        self._over = threading.Event()
         self._numbers = itertools.count(1)
         self._sending = threading.Lock()
         # Calls that wait for their answer; `_ended` and this dictionary change under `_waiting_lock`.
@@ -97,6 +104,10 @@ class Link:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass  # the other end was quicker
+
+    def wait_over(self) -> None:
+        """Wait until the other end is gone and ``on_end`` has returned; not from a handler."""
+        self._over.wait()
 
     # --- sending
 
@@ -156,11 +167,16 @@ class Link:
         if "note" in message:
             self._handlers[message["note"]](**message["args"])
         elif "call" in message:
-            threading.Thread(
-                target=self._answer, args=(message, taken), name=message["call"], daemon=True
-            ).start()
+            self._begin_answer(message, taken)
         else:
             self._settle(message, taken)
+
+    def _begin_answer(self, message: dict[str, Any], fds: list[int]) -> None:
+        name = message["call"]
+        thread = threading.Thread(target=self._answer, args=(message, fds), name=name, daemon=True)
+        thread.start()
+        if name in self._completed:
+            self._at_work = [thread, *(other for other in self._at_work if other.is_alive())]
 
     def _answer(self, message: dict[str, Any], fds: list[int]) -> None:
         arguments = dict(message["args"])
@@ -201,8 +217,13 @@ class Link:
         for answer in waiting:
             if not answer.done():
                 answer.set_exception(EngineDied("the other process is gone"))
+        for thread in self._at_work:
+            thread.join()
         self._socket.close()
-        self._on_end()
+        try:
+            self._on_end()
+        finally:
+            self._over.set()
 
 
 def _revive(error: Mapping[str, str]) -> PostcopyError:

@@ -1,0 +1,76 @@
+"""What an engine does with the orders for a recovery, and in which order."""
+
+import contextlib
+import socket
+import threading
+
+import pytest
+
+from postcopy.destination.destination import Destination
+from postcopy.engine import service as module
+from postcopy.engine.service import EngineService
+from postcopy.source.source import Source
+from postcopy.status import Progress, Status
+
+
+class Job:
+    """A job that only notes what it is told, and by which thread."""
+
+    def __init__(self):
+        self.calls = []
+        self.done = threading.Event()
+
+    def begin_recovery(self, *_):
+        self.calls.append(("begin", threading.current_thread().name))
+
+    def recover(self, *_):
+        self.calls.append(("recover", threading.current_thread().name))
+        self.done.set()
+
+    def stop_waiting(self):
+        self.calls.append(("stop waiting", threading.current_thread().name))
+
+
+class PausedSource(Job, Source):
+    """A source that waits to be resumed."""
+
+
+class PausedDestination(Job, Destination):
+    """A destination that waits for an address."""
+
+
+@pytest.fixture
+def service():
+    ours, theirs = socket.socketpair()
+    with contextlib.closing(ours), contextlib.closing(theirs):
+        made = EngineService(theirs)
+        made._progress = Progress(begin=Status.POSTCOPY_PAUSED)
+        yield made
+
+
+def test_who_orders_a_resume_is_answered_before_anything_is_said_to_the_peer(service):
+    """An engine that dies in a recovery must not take its answer to the order with it."""
+    service._job = job = PausedSource()
+    orders, here = service._handlers(), threading.current_thread().name
+    orders["resume_source"](uri="tcp:127.0.0.1:1")
+    assert job.calls == [("begin", here)]
+    orders["go_on"]()
+    assert job.done.wait(10)
+    assert job.calls == [("begin", here), ("recover", "source")]
+
+
+def test_another_address_can_be_given_as_soon_as_the_first_is_listened_on(service, monkeypatch):
+    """Who stops the waiting must find the door that is waited at, not the one of the time before."""
+
+    class Listener:
+        addresses = ()
+
+        def __init__(self, _):
+            pass
+
+    monkeypatch.setattr(module, "Listener", Listener)
+    service._job = job = PausedDestination()
+    here = threading.current_thread().name
+    service._handlers()["recover_destination"](uri="tcp:127.0.0.1:0")
+    assert job.done.wait(10)
+    assert job.calls == [("stop waiting", here), ("begin", here), ("recover", "destination")]
