@@ -144,8 +144,8 @@ class Succession:
 
     @property
     def tries_left(self) -> bool:
-        """Whether another may be tried, after those that have died."""
-        return self._replacements < _MOST_REPLACEMENTS
+        """Whether to begin again, after those that have died: the one too many gives up, and says so."""
+        return self._replacements <= _MOST_REPLACEMENTS
 
     def _replace(self) -> None:
         with self.lock:
