@@ -53,7 +53,9 @@ def wait_for_faults(side: Side, more: int = 1) -> None:
     def served() -> bool:
         nonlocal before
         faults = measured(side).demand_faults or 0
-        before = min(before, faults)  # an engine counts anew; we may have seen the last one's figure
+        before = min(
+            before, faults
+        )  # an engine counts anew; we may have seen the last one's figure
         return faults >= before + more
 
     wait_until(served, DEADLINE_S, f"{more} demand faults")
