@@ -119,6 +119,8 @@ def parser(name: str, description: str, sizes: str) -> argparse.ArgumentParser:
     made.add_argument("--timeout", type=float, default=120, help="seconds one step may take")
     made.add_argument("--quiet", type=float, default=15,
         help="seconds to wait before each run for others to be quiet")  # fmt: skip
+    made.add_argument("--no-verify", dest="verify", action="store_false",
+        help="do not check memory after each run")  # fmt: skip
     return made
 
 

@@ -16,6 +16,7 @@ from benchmarks.engines import Awakening, Engine, Postcopy, Setup
 from benchmarks.scenario import Case, Contender
 from benchmarks.timings import Figures
 from benchmarks.workload import MIB, Records, Workload
+from postcopy.snapshot.image import open_image
 
 _UNLIMITED: Final = 1 << 40
 _ANY_DOWNTIME_MS: Final = 2_000_000
@@ -130,8 +131,13 @@ def wake(
     contender: Contender,
     timeout_s: float,
     look: Callable[[Woken], dict[str, Any]],
+    *,
+    verify: bool,
 ) -> dict[str, Any]:
-    """Wake a guest of this case, wait until it is whole, and have it looked at; then end it."""
+    """Wake a guest of this case, wait until it is whole, and have it looked at; then end it.
+
+    :param verify: when all has been measured, stop the guest and check all of its memory.
+    """
     image = images.image(case, contender.engine)
     with tempfile.TemporaryDirectory(prefix="postcopy-bench-") as folder:
         setup = images.setup(case, Path(folder))
@@ -154,7 +160,38 @@ def wake(
                 raise RuntimeError(
                     f"the guest's clock is not understood: {engine.began} < {first} <= {seen}?"
                 )
-            return look(Woken(engine, records, setup, first, offset, info, load))
+            result = look(Woken(engine, records, setup, first, offset, info, load))
+            if verify:
+                engine.qmp.execute("stop")
+                result["verified"] = records.verify().to_json()
+            return result
+
+
+class ImageMemory:
+    """The memory below 3 GiB of a guest in an image, whoever has written it.
+
+    :raises PostcopyError: it is no image.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._image = open_image(path)
+        self._ram = max(self._image.blocks, key=lambda block: block.size_bytes).name
+
+    def read(self, address: int, n_bytes: int) -> bytes:
+        """See :class:`benchmarks.workload.Memory`."""
+        first, end = address // 4096, -(-(address + n_bytes) // 4096)
+        start = address - first * 4096
+        return self._image.read(self._ram, first, end - first).tobytes()[start : start + n_bytes]
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._image.close()
+
+
+def verify_image(path: Path, work: Workload) -> dict[str, Any]:
+    """Check all of the memory in an image: its guest was at one point of its life."""
+    with closing(ImageMemory(path)) as memory:
+        return Records(memory, work).verify().to_json()
 
 
 def data_mib(work: Workload) -> int:

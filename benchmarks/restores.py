@@ -103,7 +103,9 @@ def main() -> int:
             quiet_s=options.quiet,
         ).run(
             campaign.alternating(wanted, options.repeat, by_case=True, wanted=options.engines),
-            lambda case, contender: wake(images, case, contender, options.timeout, look),
+            lambda case, contender: wake(
+                images, case, contender, options.timeout, look, verify=options.verify
+            ),
         )
 
 

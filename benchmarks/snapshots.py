@@ -13,6 +13,7 @@ from typing import Any, Final
 from benchmarks import campaign, host
 from benchmarks.clock import Clock, rdtsc
 from benchmarks.engines import Engine, Postcopy, Qemu, Setup
+from benchmarks.images import verify_image
 from benchmarks.protecting import protect_ms
 from benchmarks.report import Finding, Results, median, number
 from benchmarks.scenario import OURS, QEMU, Case, Contender, Figure, Target
@@ -55,6 +56,7 @@ _TARGETS: Final = {
 }
 _UNLIMITED: Final = 1 << 40
 _SETTLE_S: Final = 1.0
+_IMAGE: Final = "image"
 
 
 def cases(sizes_mib: Sequence[int]) -> list[Case]:
@@ -77,6 +79,7 @@ class Snapshots:
 
     clock: Clock
     timeout_s: float
+    verify: bool
 
     def measure(self, case: Case, contender: Contender) -> dict[str, Any]:
         """Start a guest, take an image of it; figures, and what the engine says itself."""
@@ -87,7 +90,10 @@ class Snapshots:
             folder, clock = Path(directory), self.clock.anchored()
             setup = Setup(folder, "kvm", case.memory_mib, case.workload, clock)
             with closing(contender.engine("source", setup)) as engine:
-                return _Taking(engine, case, contender, setup, self.timeout_s).measure()
+                result = _Taking(engine, case, contender, setup, self.timeout_s).measure()
+            if self.verify:
+                result["verified"] = verify_image(folder / _IMAGE, case.workload)
+            return result
 
 
 class _Taking:
@@ -98,7 +104,7 @@ class _Taking:
     ) -> None:
         self._engine, self._clock = engine, setup.clock
         self._contender, self._timeout_s = contender, timeout_s
-        self._image = setup.directory / "image"
+        self._image = setup.directory / _IMAGE
         self._data_mib = (case.workload.hot_bytes + case.workload.fill_bytes) // MIB
         self._records = Records(engine.memory, case.workload)
 
@@ -197,7 +203,7 @@ def main() -> int:
         quiet_s=options.quiet,
     ).run(
         campaign.alternating(wanted, options.repeat, wanted=options.engines),
-        Snapshots(clock, options.timeout).measure,
+        Snapshots(clock, options.timeout, options.verify).measure,
     )
 
 

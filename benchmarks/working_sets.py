@@ -97,12 +97,14 @@ def look(woken: Woken) -> dict[str, Any]:
     return {"figures": figures, "destination": woken.info}
 
 
-def measure(images: Images, case: Case, contender: Contender, timeout_s: float) -> dict[str, Any]:
+def measure(
+    images: Images, case: Case, contender: Contender, timeout_s: float, *, verify: bool
+) -> dict[str, Any]:
     """One restore; before the first of an image its working set is recorded."""
     image = images.image(case, Postcopy)
     if not image.path.with_name(image.path.name + SUFFIX).exists():
-        wake(images, case, _RECORDING, timeout_s, lambda _: {})
-    return wake(images, case, contender, timeout_s, look)
+        wake(images, case, _RECORDING, timeout_s, lambda _: {}, verify=False)
+    return wake(images, case, contender, timeout_s, look, verify=verify)
 
 
 def main() -> int:
@@ -122,7 +124,9 @@ def main() -> int:
             quiet_s=options.quiet,
         ).run(
             campaign.alternating(wanted, options.repeat, by_case=True, wanted=options.engines),
-            lambda case, contender: measure(images, case, contender, options.timeout),
+            lambda case, contender: measure(
+                images, case, contender, options.timeout, verify=options.verify
+            ),
         )
 
 

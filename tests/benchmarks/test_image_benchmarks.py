@@ -9,10 +9,11 @@ import pytest
 
 from benchmarks import campaign, restores, snapshots, waking, working_sets
 from benchmarks.clock import Clock
-from benchmarks.images import Image, first_access, times
+from benchmarks.images import Image, first_access, times, verify_image
 from benchmarks.report import Finding, median
 from benchmarks.timings import Moments, Observation, Offsets
-from benchmarks.workload import HOT_SET_AT, MIB, Workload, of_size
+from benchmarks.workload import _STATE, _STATE_AT, HOT_SET_AT, MIB, Workload, _pattern, of_size
+from snapshot.images import write_image
 
 HZ = 1_000_000_000  # a cycle is a nanosecond
 MS = HZ // 1000
@@ -244,3 +245,26 @@ def test_the_median_of_one_figure():
     results = [run(case, "qemu", first_ms=value) for value in (1.0, 5.0, 2.0)]
     assert median(case, "qemu", "first_ms", results) == 2.0
     assert median(case, "postcopy", "first_ms", results) is None
+
+
+@pytest.mark.parametrize("form", ["stream", "mapped-ram"])
+@pytest.mark.parametrize("fault", ["none", "stale page", "lost write", "wrong word", "wrong fill"])
+def test_an_image_is_one_moment_of_its_guests_life(tmp_path, form, fault):
+    work = Workload(MIB, MIB, random=False)
+    ram = np.zeros(20 * MIB, np.uint8)
+    for start in (work.hot_at, work.fill_at):
+        ram[start : start + MIB] = _pattern(start).view(np.uint8)
+    counters = ram[work.hot_at : work.hot_at + MIB].view(np.uint64).reshape(-1, 512)
+    counters[:, 0] = 7
+    _STATE.pack_into(ram.data, _STATE_AT, b"PCYBSTA1", 2, 0, 7 * len(counters), *[0] * 10)
+    match fault:
+        case "stale page":
+            counters[9, 0] = 6
+        case "lost write":
+            counters[9, 0] = 9
+        case "wrong word":
+            counters[200, 511] ^= 1
+        case "wrong fill":
+            ram[work.fill_at + 12345] ^= 1
+    path = write_image(tmp_path / "image", form, {"microvm.ram": ram.reshape(-1, 4096)})
+    assert verify_image(path, work)["ok"] is (fault == "none")
