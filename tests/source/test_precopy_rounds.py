@@ -1,5 +1,7 @@
 """The rounds of precopy with a tracker and a sender that only pretend."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ from postcopy.guest import Region
 from postcopy.kernel import memfd
 from postcopy.memory.ram_block import RamBlock
 from postcopy.parameters import Parameters
-from postcopy.source.counters import Counters, Rate
+from postcopy.source.counters import Behind, Counters, Rate
 from postcopy.source.dirty_pages import DirtyPages
 from postcopy.source.orders import Orders
 from postcopy.source.precopy import Outcome, Precopy
@@ -142,3 +144,79 @@ def test_an_order_ends_the_round_at_the_next_batch(block, order, outcome, batche
     dirty.collect_all()
     pending = np.flatnonzero(dirty.blocks[0].pending).tolist()
     assert set(pending) | set(sender.pages) == set(range(PAGES))
+
+
+class Watched(NotingSender):
+    """Notes the pages said to be left at each batch; each takes so long."""
+
+    def __init__(self, batch_s=0.0):
+        super().__init__()
+        self.left = []
+        self.now_s = 0.0
+        self._batch_s = batch_s
+
+    def watch(self, block, tracker):
+        """Run all rounds; return the pages said to be left, in one list for each round and its end."""
+        self.dirty = DirtyPages([block], tracker)
+        self.dirty._behind = Behind(lambda: self.now_s)
+        self.dirty.start()
+        values = Parameters().with_changes({"downtime-limit": 0})
+        ends = []
+
+        def on_pass(_):
+            self.look()
+            ends.append(len(self.left))
+
+        precopy = Precopy(self.dirty, self, Counters(), Orders(), lambda: values, on_pass)
+        assert precopy.run() is Outcome.SMALL_ENOUGH
+        return [self.left[i:j] for i, j in itertools.pairwise([0, *ends])]
+
+    def look(self):
+        self.left.append(self.dirty.remaining_bytes // 4096)
+
+    def send(self, pages, batch, behind=b""):
+        super().send(pages, batch)
+        self.look()
+        self.now_s += self._batch_s
+
+
+class HotTracker(ScriptedTracker):
+    """The guest writes to some pages again and again, until the second round begins."""
+
+    def __init__(self, pages):
+        super().__init__()
+        self._hot, self._rounds = pages, 0
+
+    def collect(self, block, start, end, *, protect):
+        self._rounds += protect
+        if self._rounds <= 1 and not protect:
+            self._now[: self._hot] = True
+        return super().collect(block, start, end, protect=protect)
+
+
+def test_what_is_left_of_a_guest_that_writes_on_does_not_jump_at_a_rounds_end(block):
+    hot = list(range(300))
+    rounds = Watched().watch(block, ScriptedTracker(hot, hot, hot))
+    assert rounds[0][-1] == 300
+    assert rounds[1:3] == [[300, 300, 300], [300, 300, 300]]
+    assert rounds[3][-1] == 0
+
+
+def test_nor_at_the_end_of_a_long_first_round(block):
+    """The tracker is asked meanwhile: what has been written again is left again."""
+    (first, second) = Watched(batch_s=1.0).watch(block, HotTracker(200))
+    assert first[-2:] == [200, 200]
+    assert first == sorted(first, reverse=True)
+    assert second[-1] == 0
+
+
+def test_every_write_known_is_counted_once(block):
+    """Postcopy is ordered in the midst of a round, some of which was expected anyway."""
+    orders = Orders()
+    hot = list(range(0, PAGES, 2))
+    tracker = ScriptedTracker(hot, hot)
+    sender = NotingSender(lambda s: len(s.pages) > PAGES + 100 and orders.postcopy())
+    outcome, _, dirty = begin(block, tracker, sender, orders, downtime_limit=0)
+    assert outcome is Outcome.POSTCOPY
+    dirty.look_for_writes()
+    assert dirty.remaining_bytes == np.count_nonzero(dirty.blocks[0].pending) * 4096

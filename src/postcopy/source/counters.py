@@ -13,6 +13,8 @@ from postcopy.statistics import Measured, MigrationInfo, RamStatistics
 from postcopy.status import Status
 
 _WINDOW_S = 0.1
+_LOOK_S = 0.5
+_LOOK_SHARE = 50
 
 
 @dataclass
@@ -60,6 +62,43 @@ class Rate:
         if elapsed >= _WINDOW_S:
             self._since = self._clock()
             self._bytes = 0
+
+
+class Behind:
+    """What the guest writes again of the memory that has had its turn in the present round.
+
+    The tracker is asked between rounds.  Were the figure of bytes left to say no more than is known
+    in between, it would shrink to nothing in each round, and jump at its end to what has been left
+    all the time.  So it stays at what the last round left until a look tells more.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._pause_s = _LOOK_S
+        self.next_round(0)
+
+    def next_round(self, left_bytes: int) -> None:
+        """A round begins, with so much left."""
+        self._looked = self._clock()
+        self._left_bytes = left_bytes
+        self._written_bytes = 0
+
+    @property
+    def is_to_be_looked_at(self) -> bool:
+        """Whether this round is so long that it is worth it to ask the tracker."""
+        return self._clock() - self._looked >= self._pause_s
+
+    def look(self, count_bytes: Callable[[], int]) -> None:
+        """Ask it, so rarely that this takes a fiftieth of the time at most."""
+        begin = self._clock()
+        self._written_bytes = count_bytes()
+        self._left_bytes = 0
+        self._looked = self._clock()
+        self._pause_s = max(_LOOK_S, _LOOK_SHARE * (self._looked - begin))
+
+    def left_bytes(self, known_bytes: int) -> int:
+        """What is left, if so much is known to be."""
+        return max(self._left_bytes, known_bytes + self._written_bytes)
 
 
 class Clock:

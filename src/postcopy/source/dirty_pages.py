@@ -4,6 +4,7 @@ A page is *pending* if it was never sent, or is known to have been written since
 tracker has not been asked about yet come on top; :meth:`DirtyPages.collect` adds them.
 """
 
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from postcopy.dirty.tracker import DirtyTracker
 from postcopy.memory.ram_block import RamBlock
 from postcopy.memory.runs import Indices, Mask, index_runs, next_set
+from postcopy.source.counters import Behind
 
 CHUNK_BYTES = 64 << 20
 """How much memory is protected, and then sent, at a time."""
@@ -94,56 +96,94 @@ class DirtyPages:
         self._tracker = tracker
         self.blocks = [BlockPages(block) for block in blocks]
         self.syncs = 0
-        self._expected_bytes = 0  # that the chunks still to come in this round will add
+        self._lock = threading.Lock()
+        # Under the lock, together with the pending pages that they become: bytes that the chunks
+        # still to come in this round will add.
+        self._expected_bytes = 0
+        self._behind = Behind()
 
     def start(self) -> None:
         """Begin to track; every page is pending."""
         self._tracker.start()
+        self._behind.next_round(0)
         self.syncs = 1  # everything is dirty: QEMU counts that as well
 
     def collect(self, pages: BlockPages, start: int, end: int) -> None:
         """Protect a chunk and add what was written in it."""
         written = self._tracker.collect(pages.block, start, end, protect=True)
         found_bytes = int(np.count_nonzero(written)) * pages.block.page_size_bytes
-        self._expected_bytes = max(0, self._expected_bytes - found_bytes)
-        pages.pending[start:end] |= written
+        with self._lock:
+            self._expected_bytes = max(0, self._expected_bytes - found_bytes)
+            pages.pending[start:end] |= written
         pages.look_at(start, end)
 
     def estimate_bytes(self) -> int:
         """Bytes that would be left to send if the guest stopped now; protects nothing."""
-        self.syncs += 1
-        self._expected_bytes = sum(self._count(pages, add=False) for pages in self.blocks)
-        return self._expected_bytes
+        left_bytes = sum(self._left_bytes(pages) for pages in self.blocks)
+        with self._lock:
+            self.syncs += 1
+            self._expected_bytes = left_bytes
+            self._behind.next_round(left_bytes)
+        return left_bytes
 
     def look_for_writes(self) -> None:
         """Add the writes so far of a guest that runs on; protects nothing."""
-        for pages in self.blocks:
-            self._count(pages, add=True)
+        self._add_all()
 
     def collect_all(self) -> int:
         """Add every write of a guest that has stopped; return the bytes left to send."""
         self.syncs += 1
-        self._expected_bytes = 0
-        return sum(self._count(pages, add=True) for pages in self.blocks)
+        return self._add_all()
+
+    def look_behind(self, passed: BlockPages, end: int) -> None:
+        """Now and then in a long round: ask what has been written of the memory up to there."""
+        if self._behind.is_to_be_looked_at:
+            self._behind.look(lambda: self._written_behind(passed, end))
 
     @property
     def remaining_bytes(self) -> int:
-        """Bytes left as far as is known without asking the tracker."""
-        return self._expected_bytes + sum(
-            int(np.count_nonzero(pages.pending)) * pages.block.page_size_bytes
-            for pages in self.blocks
-        )
+        """Bytes left as far as is known, or to be expected, without asking the tracker."""
+        with self._lock:
+            left_bytes = self._behind.left_bytes(self._expected_bytes + self._pending_bytes())
+        return min(left_bytes, sum(pages.block.size_bytes for pages in self.blocks))
 
     def stop(self) -> None:
         """Stop tracking."""
         self._tracker.stop()
 
-    def _count(self, pages: BlockPages, *, add: bool) -> int:
-        block = pages.block
+    def _pending_bytes(self) -> int:
+        return sum(
+            int(np.count_nonzero(pages.pending)) * pages.block.page_size_bytes
+            for pages in self.blocks
+        )
+
+    def _add_all(self) -> int:
+        written = [self._written(pages) for pages in self.blocks]
+        with self._lock:  # not a look between the two: what was expected is among what was written
+            for pages, found in zip(self.blocks, written, strict=True):
+                if found is not None:
+                    pages.pending |= found
+            self._expected_bytes = 0
+            self._behind.next_round(0)
+            return self._pending_bytes()
+
+    def _written_behind(self, passed: BlockPages, end: int) -> int:
+        written_bytes = 0
+        for pages in self.blocks:
+            until = end if pages is passed else pages.block.page_count
+            written = self._tracker.collect(pages.block, 0, until, protect=False)
+            written_bytes += int(np.count_nonzero(written)) * pages.block.page_size_bytes
+            if pages is passed:
+                break
+        return written_bytes
+
+    def _written(self, pages: BlockPages) -> Mask | None:
+        """What has been written, protecting nothing; None if all is pending anyway."""
         if pages.pending.all():
-            return block.size_bytes
-        written = self._tracker.collect(block, 0, block.page_count, protect=False)
-        if add:
-            pages.pending |= written
-            return int(np.count_nonzero(pages.pending)) * block.page_size_bytes
-        return int(np.count_nonzero(pages.pending | written)) * block.page_size_bytes
+            return None
+        return self._tracker.collect(pages.block, 0, pages.block.page_count, protect=False)
+
+    def _left_bytes(self, pages: BlockPages) -> int:
+        written = self._written(pages)
+        left = pages.pending if written is None else pages.pending | written
+        return int(np.count_nonzero(left)) * pages.block.page_size_bytes

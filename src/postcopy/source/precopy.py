@@ -85,6 +85,7 @@ class Precopy:
             self._sender.send(pages, batch)
             self._sender.pace(self._orders.interrupt)
             start = int(batch[-1]) + 1
+            self._dirty.look_behind(pages, start)
         return None
 
     def _interrupted(self) -> Outcome | None:
