@@ -13,6 +13,7 @@ from postcopy.status import Status
 _PAUSE_TIMEOUT_S: Final = 10.0
 _POLL_S: Final = 0.01
 _LISTENS_ALREADY: Final = "triggered already"  # QEMU's words
+_LATE_CONNECTIONS: Final = 3
 _FIRST_PAUSE_S: Final = 0.1
 _LONGEST_PAUSE_S: Final = 5.0
 _ARRIVED: Final = (Status.POSTCOPY_PAUSED, Status.COMPLETED)
@@ -86,11 +87,7 @@ async def bring_together(
     for side in (source, destination):
         await _pause(side)
     where = uri or _free_port(destination.address)
-    try:
-        await destination.execute("migrate-recover", {"uri": where})
-    except Refused as error:
-        if _LISTENS_ALREADY not in str(error):
-            raise
+    await _listen(destination, where)
     met = address_of(await destination.execute("query-migrate"), where)
     await source.execute("migrate", {"uri": met, "resume": True})
 
@@ -123,10 +120,30 @@ async def _check_broken(source: Connection, destination: Connection) -> None:
     raise Refused(f"there is no broken postcopy to recover; {'; '.join(told)}{advice}")
 
 
+async def _listen(destination: Connection, where: str) -> None:
+    """Have it listen anew; a connection from before may come as late as that, and is broken then."""
+    for _ in range(_LATE_CONNECTIONS):
+        await _pause(destination)
+        try:
+            await destination.execute("migrate-recover", {"uri": where})
+        except Refused as error:
+            if _LISTENS_ALREADY in str(error):
+                return
+            if await _status(destination) not in _BREAKABLE:
+                raise
+        else:
+            return
+    raise Refused(f"{destination.address} is called again and again; try once more")
+
+
 async def _pause(side: Connection) -> None:
     if await _status(side) is Status.POSTCOPY_PAUSED:
         return
-    await side.execute("migrate-pause")
+    try:
+        await side.execute("migrate-pause")
+    except Refused:
+        if await _status(side) is not Status.POSTCOPY_PAUSED:
+            raise  # else it has broken by itself, in that very moment
     try:
         async with asyncio.timeout(_PAUSE_TIMEOUT_S):
             while await _status(side) is not Status.POSTCOPY_PAUSED:
