@@ -4,30 +4,39 @@ The kernel may try for minutes to reach a host that does not answer; a user who 
 """
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 
 from postcopy.channel.address import Address
 from postcopy.channel.channel import Channel
 from postcopy.channel.connect import connect
-from postcopy.errors import MigrationCancelled
+from postcopy.errors import ChannelBroken, MigrationCancelled
 from postcopy.source.orders import Orders
 
 
-def connect_unless_cancelled(address: Address, orders: Orders) -> Channel:
+def connect_unless_cancelled(
+    address: Address, orders: Orders, in_vain: Callable[[], bool] = lambda: False
+) -> Channel:
     """Open a channel; the thread ``connect`` does it, so that this one can be told to stop.
 
+    :param in_vain: whether nobody needs it any more; whoever makes it true sets ``orders.interrupt``.
     :raises CannotConnect: nobody is there.
     :raises MigrationCancelled: the user has given up; what may still come of it is closed.
+    :raises ChannelBroken: it is in vain.
     """
     made: Future[Channel] = Future()
     made.add_done_callback(lambda _: orders.interrupt.set())
     threading.Thread(target=_connect, args=(address, made), name="connect", daemon=True).start()
     while not made.done():
+        if orders.cancelled or in_vain():
+            made.add_done_callback(_close)
+            if orders.cancelled:
+                raise MigrationCancelled("cancelled by the user")
+            raise ChannelBroken(
+                f"{address}: the first connection broke before the second was there"
+            )
         orders.interrupt.wait()
         orders.interrupt.clear()
-        if orders.cancelled:
-            made.add_done_callback(_close)
-            raise MigrationCancelled("cancelled by the user")
     return made.result()
 
 

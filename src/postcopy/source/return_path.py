@@ -135,6 +135,10 @@ class ReturnPath:
             self._changed.wait_for(lambda: self._over, _LAST_WORD_S)
             return self._reason() if self._over else error
 
+    def has_ended(self) -> bool:
+        """Whether nothing more will come."""
+        return self._over
+
     @property
     def refused(self) -> bool:
         """Whether the destination has said that it did not take the guest."""

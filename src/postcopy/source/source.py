@@ -226,7 +226,8 @@ class Source:
         """Connect once more; the destination knows the two connections by their order."""
         if not self._preempt:
             return
-        channel = connect_unless_cancelled(parse(uri), self.orders)
+        ended = connection.answers.has_ended
+        channel = connect_unless_cancelled(parse(uri), self.orders, ended)
         channel.watch(self._parameters.x_link_timeout / 1000)
         connection.open_urgent(channel)
 

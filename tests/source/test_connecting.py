@@ -1,0 +1,68 @@
+"""A host that does not answer is not waited for longer than anybody wants it."""
+
+import threading
+
+import pytest
+
+from postcopy.channel.address import parse
+from postcopy.errors import ChannelBroken, MigrationCancelled
+from postcopy.source import connecting
+from postcopy.source.orders import Orders
+
+NOWHERE = parse("tcp:127.0.0.1:1")
+
+
+class Late:
+    """A channel that comes when nobody waits for it any more."""
+
+    def __init__(self):
+        self.go, self.closed = threading.Event(), threading.Event()
+
+    def connect(self, _):
+        assert self.go.wait(10)
+        return self
+
+    def close(self):
+        self.closed.set()
+
+
+@pytest.fixture
+def late(monkeypatch):
+    made = Late()
+    monkeypatch.setattr(connecting, "connect", made.connect)
+    yield made
+    made.go.set()
+
+
+def test_until_the_user_gives_up(late):
+    orders = Orders()
+    threading.Timer(0.01, orders.cancel).start()
+    with pytest.raises(MigrationCancelled):
+        connecting.connect_unless_cancelled(NOWHERE, orders)
+    late.go.set()
+    assert late.closed.wait(10)
+
+
+def test_until_the_first_connection_breaks_and_with_it_the_need_of_a_second(late):
+    orders, broken = Orders(), threading.Event()
+
+    def break_it():
+        broken.set()
+        orders.interrupt.set()
+
+    threading.Timer(0.01, break_it).start()
+    with pytest.raises(ChannelBroken, match="the first connection broke before the second"):
+        connecting.connect_unless_cancelled(NOWHERE, orders, broken.is_set)
+    late.go.set()
+    assert late.closed.wait(10)
+
+
+def test_and_not_at_all_if_that_was_so_before(late):
+    with pytest.raises(ChannelBroken):
+        connecting.connect_unless_cancelled(NOWHERE, Orders(), lambda: True)
+
+
+def test_who_comes_in_time_is_taken(late):
+    late.go.set()
+    assert connecting.connect_unless_cancelled(NOWHERE, Orders()) is late
+    assert not late.closed.is_set()
