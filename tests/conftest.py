@@ -4,6 +4,7 @@ A thread that dies of an exception fails its test: pytest makes a warning of it
 (``PytestUnhandledThreadExceptionWarning``), and ``filterwarnings = error`` a failure of that.
 """
 
+import hypothesis
 import pytest
 
 from fakes.waiting import wait_until
@@ -15,6 +16,10 @@ MARKERS = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A busy host may stop a test for seconds; how fast something is, benchmarks say.
+    slow = [hypothesis.HealthCheck.too_slow]
+    hypothesis.settings.register_profile("house", deadline=None, suppress_health_check=slow)
+    hypothesis.settings.load_profile("house")
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
 
