@@ -8,16 +8,16 @@ import threading
 import pytest
 
 from fakes.waiting import wait_until
-from postcopy.channel import (
+from postcopy.channel.address import (
     ExecAddress,
     FdAddress,
     FileAddress,
-    Listener,
     TcpAddress,
     UnixAddress,
-    connect,
 )
 from postcopy.channel.command import CommandChannel
+from postcopy.channel.connect import connect
+from postcopy.channel.listen import Listener
 from postcopy.errors import CannotConnect, CannotListen, ChannelBroken, Refused
 
 

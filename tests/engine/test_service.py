@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from postcopy.destination.destination import Destination
-from postcopy.engine import service as module
+from postcopy.engine import incoming
 from postcopy.engine.service import EngineService
 from postcopy.source.source import Source
 from postcopy.status import Progress, Status
@@ -44,14 +44,14 @@ def service():
     ours, theirs = socket.socketpair()
     with contextlib.closing(ours), contextlib.closing(theirs):
         made = EngineService(theirs)
-        made._progress = Progress(begin=Status.POSTCOPY_PAUSED)
+        made._desk.progress = Progress(begin=Status.POSTCOPY_PAUSED)
         yield made
 
 
 def test_who_orders_a_resume_is_answered_before_anything_is_said_to_the_peer(service):
     """An engine that dies in a recovery must not take its answer to the order with it."""
-    service._job = job = PausedSource()
-    orders, here = service._handlers(), threading.current_thread().name
+    service._desk.job = job = PausedSource()
+    orders, here = service._link._handlers, threading.current_thread().name
     orders["resume_source"](uri="tcp:127.0.0.1:1")
     assert job.calls == [("begin", here)]
     orders["go_on"]()
@@ -68,9 +68,9 @@ def test_another_address_can_be_given_as_soon_as_the_first_is_listened_on(servic
         def __init__(self, _):
             pass
 
-    monkeypatch.setattr(module, "Listener", Listener)
-    service._job = job = PausedDestination()
+    monkeypatch.setattr(incoming, "Listener", Listener)
+    service._desk.job = job = PausedDestination()
     here = threading.current_thread().name
-    service._handlers()["recover_destination"](uri="tcp:127.0.0.1:0")
+    service._link._handlers["recover_destination"](uri="tcp:127.0.0.1:0")
     assert job.done.wait(10)
     assert job.calls == [("stop waiting", here), ("begin", here), ("recover", "destination")]

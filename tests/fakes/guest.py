@@ -12,7 +12,7 @@ from postcopy.kernel.mapping import Mapping
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.link.guest_service import MISSING_FEATURES, MISSING_MODE
 from postcopy.machine.device_formats import FORMATS
-from postcopy.memory import page_map
+from postcopy.memory import page_map_file
 from postcopy.paging.ram import PagedRam
 from postcopy.parameters import Capabilities
 from postcopy.status import Progress, Status
@@ -48,7 +48,7 @@ class FakeGuest:
     def paged_ram(self) -> PagedRam:
         address, fd = self._mapping.address, os.dup(self._fd)
         region = Region(RAM, self._size, self._page_size, 0, address, fd)
-        self._ram = PagedRam([region], [page_map.create(self._size // self._page_size)])
+        self._ram = PagedRam([region], [page_map_file.create(self._size // self._page_size)])
         return self._ram
 
     def touch(self, page: int) -> bytes:

@@ -5,7 +5,8 @@ import pytest
 from fakes.waiting import wait_until
 from faults.fault_channel import PACKAGE, RESUME_ACK, RUN, FaultChannel, Way
 from faults.test_relay import ends, receive_exactly
-from postcopy.channel import Listener, TcpAddress
+from postcopy.channel.address import TcpAddress
+from postcopy.channel.listen import Listener
 from postcopy.errors import ChannelBroken
 
 

@@ -4,7 +4,9 @@ import pytest
 
 from fakes.waiting import wait_until
 from faults.relay import Relay, Way
-from postcopy.channel import Listener, TcpAddress, UnixAddress, connect, parse
+from postcopy.channel.address import TcpAddress, UnixAddress, parse
+from postcopy.channel.connect import connect
+from postcopy.channel.listen import Listener
 from postcopy.errors import ChannelBroken
 
 

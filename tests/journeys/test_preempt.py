@@ -5,7 +5,8 @@ import pytest
 from fakes.pair import NEVER_ENDS, POSTCOPY, TRICKLE, hammer, idle
 from fakes.waiting import wait_until
 from faults.relay import Relay
-from postcopy.channel import Listener, TcpAddress
+from postcopy.channel.address import TcpAddress
+from postcopy.channel.listen import Listener
 from postcopy.errors import Refused
 from postcopy.parameters import Capability
 from postcopy.status import Status

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postcopy.memory import page_map
+from postcopy.memory import page_map_file
 from postcopy.memory.page_map import FORGOTTEN, MISSING, RECEIVED, REQUESTED, PageMap
 from postcopy.memory.runs import index_runs, next_set, runs
 
@@ -53,7 +53,7 @@ def test_next_set_finds_one_far_away(position):
 
 @pytest.fixture
 def pages():
-    made = PageMap(page_map.create(5000), 5000)
+    made = PageMap(page_map_file.create(5000), 5000)
     yield made
     made.close()
 
@@ -95,7 +95,7 @@ def test_of_eight_who_ask_one_is_told_to(pages):
 
 
 def test_it_outlives_who_wrote_it():
-    fd = page_map.create(100)
+    fd = page_map_file.create(100)
     kept = os.dup(fd)
     first = PageMap(fd, 100)
     first.receive(slice(10, 20))

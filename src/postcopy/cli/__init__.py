@@ -1,17 +1,12 @@
 """The command line: one file a subcommand, and the one table of them.
 
-A subcommand's file imports only click at first; what its work needs it imports when it works, so that
-``--help`` and completion come at once.
+Whoever is going to need an engine at once has it begin before anything else: see
+:mod:`postcopy.cli.head_start`.
 """
 
-import importlib
 import sys
 from collections.abc import Sequence
 from typing import Final
-
-import click
-
-from postcopy.cli import failures
 
 COMMANDS: Final = {
     "run": "postcopy.cli.run",
@@ -32,37 +27,19 @@ COMMANDS: Final = {
 """Subcommand: the module that has a click command of that name."""
 
 
-class _Subcommands(click.Group):
-    """Takes subcommands from the table, each when it is asked for."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        if cmd_name not in COMMANDS:
-            return None
-        command: click.Command = getattr(importlib.import_module(COMMANDS[cmd_name]), cmd_name)
-        return command
-
-
-@click.command(cls=_Subcommands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-@click.version_option(package_name="postcopy", prog_name="postcopy")
-@click.pass_context
-def cli(context: click.Context, debug: bool) -> None:
-    """Running memory that moves: live migration of a guest, by precopy and postcopy.
-
-    \b
-    Exit codes: 0 done, 1 failed, 2 usage, 3 refused beforehand, 4 needs recovery.
-    """  # noqa: D301 - click reads the backspace
-    context.obj = {"debug": debug}
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code; an error is one line on stderr."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    shared = {}
+    if arguments is None:  # this process is ours alone
+        from postcopy.cli.head_start import engines_for
+
+        shared["engines"] = engines_for(given)
+    from postcopy.cli import failures
+    from postcopy.cli.commands import cli
+
     try:
-        code = cli.main(given, prog_name="postcopy", standalone_mode=False)
+        code = cli.main(given, prog_name="postcopy", standalone_mode=False, obj=shared)
     except BaseException as error:  # the last resort: no traceback reaches a user
         code = failures.report(error, debug="--debug" in given)
     sys.exit(code if isinstance(code, int) else failures.DONE)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -22,10 +22,11 @@ from postcopy.link.engine_process import EnginePool
 from postcopy.machine.config import MachineConfig
 from postcopy.machine.machine import Machine
 from postcopy.machine.run_state import RunState
-from postcopy.monitor.backend import Backend
-from postcopy.monitor.hmp_console import HmpConsole
-from postcopy.monitor.server import serve_hmp, serve_qmp
 from postcopy.status import Status
+
+if TYPE_CHECKING:
+    from postcopy.monitor.backend import Backend
+    from postcopy.monitor.hmp_console import HmpConsole
 
 _CLOSE_S: Final = 2.0
 
@@ -114,6 +115,8 @@ class GuestProcess:
             control.prepare()
         else:
             threading.Thread(target=control.prepare, name="prepare", daemon=True).start()
+        from postcopy.monitor.backend import Backend  # a guest that wakes does not wait for it
+
         backend = Backend(machine, control, self.events)
         if settings.incoming not in {None, DEFER}:
             control.incoming(str(settings.incoming))  # before QMP: who finds that finds this too
@@ -129,22 +132,26 @@ class GuestProcess:
         told = threading.Thread(target=_tell_times, args=(control,), name="times", daemon=True)
         told.start()
 
-    def _serve(self, backend: Backend) -> None:
+    def _serve(self, backend: "Backend") -> None:
+        from postcopy.monitor.server import serve_hmp, serve_qmp
+
         for address in self._settings.qmps:
             self._cleanup.callback(serve_qmp(address, backend).close)
         for address in self._settings.monitors:
             if address != STDIO:
                 self._cleanup.callback(serve_hmp(address, backend).close)
 
-    def _open_console(self, backend: Backend) -> None:
+    def _open_console(self, backend: "Backend") -> None:
         """The console has a thread of its own: the main thread must stay free for signals."""
+        from postcopy.monitor.hmp_console import HmpConsole
+
         self._cleanup.callback(terminal.restorer())
         console = HmpConsole(backend, sys.stdin, sys.stdout)
         threading.Thread(
             target=self._converse, args=(console,), name="console", daemon=True
         ).start()
 
-    def _converse(self, console: HmpConsole) -> None:
+    def _converse(self, console: "HmpConsole") -> None:
         try:
             console.run()
         finally:

@@ -31,7 +31,7 @@ def restore(context: click.Context, /, **given: Any) -> None:
     """
     from postcopy.link.engine_process import EnginePool
 
-    engines = EnginePool()
+    engines = context.obj.get("engines") or EnginePool()
     engines.prepare()  # an engine starts while we import what we need ourselves
     try:
         context.exit(_run(given, engines))
@@ -43,4 +43,4 @@ def _run(options: dict[str, Any], engines: Any) -> int:
     from postcopy.cli.guest_process import GuestProcess
     from postcopy.cli.restore_settings import restore_settings
 
-    return GuestProcess(restore_settings(options), engines).run()
+    return GuestProcess(restore_settings(options, engines), engines).run()

@@ -2,31 +2,32 @@
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, get_args
 
+from postcopy.cli.ahead import import_ahead
 from postcopy.cli.run_settings import NONE, RestoreOrder, RunSettings, monitors_of
 from postcopy.errors import ImageError, Refused
-from postcopy.guest import DeviceState
+from postcopy.link.engine_process import EnginePool
 from postcopy.machine.config import RAM_NAMES, MachineConfig, MachineType
-from postcopy.snapshot.image import open_image
 
 _START_TIME_FIELD: Final = 21  # of /proc/PID/stat, in clock ticks since the host has started
 
 
-def restore_settings(options: Mapping[str, Any]) -> RunSettings:
+def restore_settings(options: Mapping[str, Any], engines: EnginePool) -> RunSettings:
     """The settings that the options and the image mean.
 
+    :param engines: the next of these opens the image, and restores it.
     :raises Refused: they do not go together, or the image is none that a machine of ours can run.
     """
-    path = Path(options["path"])
+    path = Path(options["path"]).absolute()  # as the engine is told later, too
     if options["record"] and not options["lazy"]:
         raise Refused(
             "--record-working-set notes what is touched before it is there; give --lazy too"
         )
     return RunSettings(
-        machine=_machine(path, options),
+        machine=_machine(path, options, engines),
         incoming=None,
         paused=options["paused"],
         monitors=monitors_of(options),
@@ -51,19 +52,22 @@ def process_start_ns() -> int:
     return time.monotonic_ns() - max(0, age_ns)
 
 
-def _machine(path: Path, options: Mapping[str, Any]) -> MachineConfig:
+def _machine(path: Path, options: Mapping[str, Any], engines: EnginePool) -> MachineConfig:
+    """The machine of an image.  The engine reads it, and goes on with what it has opened."""
+    answer = engines.ask("look_at_image", path=str(path))
+    import_ahead(lambda: answer.has_come)
     try:
-        with open_image(path) as image:
-            machine = _machine_type(path, image.machine_name)
-            config = MachineConfig(
-                memory_bytes=_memory_bytes(path, machine, image.blocks),
-                vcpus=_vcpus(path, image.devices),
-                accel=options["accel"],
-                huge_pages=options["huge_pages"],
-                machine_type=machine,
-            )
+        image = answer.wait()
     except ImageError as error:
         raise Refused(str(error)) from error
+    machine = _machine_type(path, image["machine"])
+    config = MachineConfig(
+        memory_bytes=_memory_bytes(path, machine, image["blocks"]),
+        vcpus=_vcpus(path, image["vcpus"]),
+        accel=options["accel"],
+        huge_pages=options["huge_pages"],
+        machine_type=machine,
+    )
     config.check()
     return config
 
@@ -78,16 +82,14 @@ def _machine_type(path: Path, name: str) -> MachineType:
     )
 
 
-def _memory_bytes(path: Path, machine: MachineType, blocks: Sequence[Any]) -> int:
+def _memory_bytes(path: Path, machine: MachineType, blocks: Mapping[str, int]) -> int:
     name = RAM_NAMES[machine]
-    for block in blocks:
-        if block.name == name:
-            return int(block.size_bytes)
-    raise Refused(f"{path}: it has no RAM block '{name}'")
+    if name not in blocks:
+        raise Refused(f"{path}: it has no RAM block '{name}'")
+    return blocks[name]
 
 
-def _vcpus(path: Path, devices: Sequence[DeviceState]) -> int:
-    count = sum(1 for device in devices if device.name == "cpu")
+def _vcpus(path: Path, count: int) -> int:
     if not count:
         raise Refused(f"{path}: it has no vCPU")
     return count

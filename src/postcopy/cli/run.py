@@ -42,4 +42,4 @@ def run(context: click.Context, /, **given: Any) -> None:
     from postcopy.cli.guest_process import GuestProcess
     from postcopy.cli.run_settings import RunSettings
 
-    context.exit(GuestProcess(RunSettings.of(given)).run())
+    context.exit(GuestProcess(RunSettings.of(given), context.obj.get("engines")).run())

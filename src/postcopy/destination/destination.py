@@ -32,9 +32,7 @@ from postcopy.stream.decoder import Decoder
 from postcopy.stream.layout import DeviceFormats, Expected
 from postcopy.stream.mapped_decoder import MappedDecoder
 from postcopy.stream.mapped_ram import CAPABILITY
-
-IGNORED_BLOCKS = frozenset({"pc.bios", "pc.rom"})
-"""Blocks of a real microvm that a guest without firmware has no use for."""
+from postcopy.stream.numbers import IGNORED_BLOCKS
 
 RAM_SECTION_ID = 2
 """What our own source calls it: for an engine that did not see the beginning."""

@@ -1,13 +1,13 @@
 """``python -m postcopy.engine --link FD``: started by a guest's process, never by hand."""
 
-import argparse
 import gc
 import os
 import socket
 import sys
 import threading
+from collections.abc import Iterable
 
-from postcopy.engine.service import EngineService
+from postcopy.engine.service import TRADES, EngineService
 
 _SWITCH_INTERVAL_S = 0.0001
 """How long one thread of the engine may keep the others from running: a page may be waited for."""
@@ -26,15 +26,27 @@ def _end(fault: threading.ExceptHookArgs) -> None:
     os._exit(1)
 
 
-def main() -> None:
-    """Serve one guest's process until it closes the link."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--link", type=int, required=True, help="descriptor of the Unix socket")
-    arguments = parser.parse_args()
+def serve(link: int, trades: Iterable[str]) -> None:
+    """Serve one guest's process until it closes the link; this process ends then.
+
+    :param link: descriptor of the Unix socket.
+    :param trades: what it is to be ready for before it takes orders.
+    """
     end_on_fault()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    service = EngineService(socket.socket(fileno=link))
+    service.learn(trades)
     gc.freeze()  # what importing has made lives as long as the process
-    EngineService(socket.socket(fileno=arguments.link)).run()
+    service.run()
+
+
+def main() -> None:
+    """Serve whoever has started this process, with whatever job there is."""
+    import argparse
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--link", type=int, required=True, help="descriptor of the Unix socket")
+    serve(parser.parse_args().link, TRADES)
 
 
 if __name__ == "__main__":

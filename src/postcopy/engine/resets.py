@@ -1,35 +1,22 @@
 """An engine's orders about a reset point: see :mod:`postcopy.snapshot.reset`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from postcopy.engine.desk import Desk
 from postcopy.errors import WrongState
-from postcopy.link.guest_proxy import GuestProxy, encode_states
-from postcopy.link.rpc import Handler
+from postcopy.link.guest_proxy import encode_states
 from postcopy.snapshot.reset import Reset
 
 
 class Resets:
-    """Keeps the memory of one reset point, and puts it back whenever it is told to.
+    """Keeps the memory of one reset point, and puts it back whenever it is told to."""
 
-    :param guest: whose memory it is.
-    """
-
-    def __init__(self, guest: Callable[[], GuestProxy]) -> None:
-        self._guest = guest
+    def __init__(self, desk: Desk) -> None:
+        self._guest = desk.guest
         self._reset: Reset | None = None
 
-    def handlers(self) -> Mapping[str, Handler]:
-        """The orders, by name."""
-        return {
-            "reset_to_image": self._to_image,
-            "reset_to_now": self._to_now,
-            "keep_rest": self._keep_rest,
-            "adopt_reset": self._adopt,
-            "put_back": self._put_back,
-        }
-
-    def _to_image(self, **arguments: Any) -> dict[str, Any]:
+    def reset_to_image(self, **arguments: Any) -> dict[str, Any]:
         """The point is an image; return what the guest's process must keep of it."""
         reset = self._make(**arguments)
         reset.watch()
@@ -39,18 +26,19 @@ class Resets:
             "states": encode_states(reset.devices),
         }
 
-    def _to_now(self, **arguments: Any) -> int:
+    def reset_to_now(self, **arguments: Any) -> int:
         """The point is close: return how many bytes have been copied."""
         return self._make(**arguments).keep()
 
-    def _keep_rest(self) -> int:
+    def keep_rest(self) -> int:
         """The guest stands still, at its point."""
         return self._job.keep_rest()
 
-    def _put_back(self, *, everything: bool) -> int:
+    def put_back(self, *, everything: bool) -> int:
+        """Put the memory back: what was written since, or everything."""
         return self._job.put_back(everything=everything)
 
-    def _adopt(self, **arguments: Any) -> None:
+    def adopt_reset(self, **arguments: Any) -> None:
         """Stand in for an engine that has died."""
         self._make(**arguments).watch()
 

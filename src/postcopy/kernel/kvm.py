@@ -19,15 +19,16 @@ import ctypes
 import errno
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import ClassVar, Self, TypeVar
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
 
 from postcopy.abi import kvm as abi
 from postcopy.abi.ioctl import Ioctl
 from postcopy.errors import HostCannot, KernelError
 from postcopy.kernel import calls
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 _PROT_READ_WRITE = 3
 _MAP_SHARED = 1
@@ -131,12 +132,14 @@ class KvmVm:
         )
         calls.ioctl(self._fd, abi.KVM_SET_USER_MEMORY_REGION, region)
 
-    def dirty_log(self, slot: int, size_bytes: int) -> npt.NDArray[np.uint8]:
+    def dirty_log(self, slot: int, size_bytes: int) -> "npt.NDArray[np.uint8]":
         """Fetch and clear what vCPUs have written in a slot since the last call.
 
         :return: one bit for each 4 KiB page, page 0 in the lowest bit of byte 0.
         :raises KernelError: ``ENOENT`` when the slot's log is off.
         """
+        import numpy as np
+
         # KVM writes whole 64-bit words.
         words = -(-size_bytes // (_PAGE_BYTES * 64))
         bitmap = np.zeros(words * 8, dtype=np.uint8)

@@ -8,17 +8,18 @@ and is for memory that no userfaultfd watches in this process.
 
 import ctypes
 import weakref
-from typing import Self
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Self, TypeAlias, Union
 
 from postcopy.abi import mman
 from postcopy.kernel import calls
 
 _PAGE_BYTES = 4096  # mincore's unit on x86, whatever the mapping's own page size is
 
-Buffer = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
+if TYPE_CHECKING:  # a guest that wakes does not wait until numpy has been imported
+    import numpy as np
+    import numpy.typing as npt
+
+Buffer: TypeAlias = Union[bytes, bytearray, memoryview, "npt.NDArray[np.uint8]"]
 
 
 class Mapping:
@@ -80,11 +81,18 @@ class Mapping:
         :raises ValueError: the range is not inside the mapping, or the mapping is closed.
         :raises KernelError: ``EFAULT``: a page of it is lost (poisoned), or not writable.
         """
-        source = np.frombuffer(data, np.uint8)
-        address = self._checked(offset, source.size)
-        calls.write_memory(address, source.ctypes.data, source.size)
+        if isinstance(data, bytes):
+            address = self._checked(offset, len(data))
+            source = ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p)
+            calls.write_memory(address, source.value or 0, len(data))
+            return
+        import numpy as np
 
-    def view(self) -> npt.NDArray[np.uint8]:
+        array = np.frombuffer(data, np.uint8)
+        address = self._checked(offset, array.size)
+        calls.write_memory(address, array.ctypes.data, array.size)
+
+    def view(self) -> "npt.NDArray[np.uint8]":
         """The whole mapping as an array of bytes.
 
         Only for memory that no userfaultfd watches in this process: touching a missing page through
@@ -93,6 +101,8 @@ class Mapping:
 
         :raises ValueError: the mapping is closed.
         """
+        import numpy as np
+
         address = self._checked(0, self._length)
         exported = self._viewed() if self._viewed is not None else None
         if exported is None:
@@ -100,12 +110,14 @@ class Mapping:
             self._viewed = weakref.ref(exported)
         return np.frombuffer(memoryview(exported).cast("B"), np.uint8)
 
-    def resident(self, offset: int = 0, length_bytes: int | None = None) -> npt.NDArray[np.bool_]:
+    def resident(self, offset: int = 0, length_bytes: int | None = None) -> "npt.NDArray[np.bool_]":
         """Which pages are in memory: one element per 4 KiB, of all or of a part.
 
         For shared memory that means in the file, whoever put them there; for anonymous memory,
         mapped here.  (``mincore(2)``.)
         """
+        import numpy as np
+
         length = self._length - offset if length_bytes is None else length_bytes
         address = self._checked(offset, length)
         result = np.empty(-(-length // _PAGE_BYTES), np.uint8)

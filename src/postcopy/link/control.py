@@ -86,10 +86,10 @@ class MigrationControl:
 
     def prepare(self) -> None:
         """Start what takes time: an engine, and for a destination its memory."""
+        self._engines.prepare()
+        self._service.prepare()
         if self._awaits:
             self._engines.start().call("prepare_destination")
-        else:
-            self._engines.prepare()
 
     def close(self) -> None:
         """End whatever is going on; the process is leaving."""

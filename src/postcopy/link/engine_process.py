@@ -8,52 +8,117 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, Protocol, Self
 
-from postcopy.link.guest_service import MAY_WAIT_FOR_PAGES
-from postcopy.link.rpc import Handler, Link
+from postcopy.errors import EngineDied
+from postcopy.link.rpc import Answer, Handler, Link
+
+# numpy's linear algebra, which nobody uses here, starts threads that spin.
+_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}
+
+
+class _Process(Protocol):
+    """What there is to know of a child process."""
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+
+    def wait(self) -> int:
+        """Wait for its end, any number of times."""
+
+    def poll(self) -> int | None:
+        """How it has ended, if it has."""
 
 
 class EngineProcess:
     """One engine: a process of its own, and our end of the link to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, process: _Process, connection: socket.socket) -> None:
+        self._process = process
+        self._socket = connection
+        self._lock = threading.Lock()
+        # Under the lock.
+        self._on_end: Callable[[], None] = lambda: None
+        self._is_gone = False
+        self.link: Link | None = None
+
+    @classmethod
+    def start(cls) -> Self:
+        """A new interpreter, ready for any job when it has imported all."""
+        import subprocess  # seldom the way of the first engine: see `fork`
+
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "postcopy.engine", "--link", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                # numpy's linear algebra, which nobody uses here, starts threads that spin.
-                env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+                env=os.environ | _ENVIRONMENT,
                 # A Ctrl-C is for the monitor; the engine ends with its link.
                 start_new_session=True,
             )
-        self._socket = ours
-        self.link: Link | None = None
+        return cls(process, ours)
+
+    @classmethod
+    def fork(cls, serve: Callable[[int], None]) -> Self:
+        """Branch off from this process, which has one thread and holds nothing that must not be shared.
+
+        :param serve: what the engine does with the descriptor of its end of the link.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        pid = os.fork()
+        if not pid:
+            _be_engine(theirs.fileno(), serve)
+        theirs.close()
+        return cls(_Forked(pid), ours)
 
     @property
     def process_id(self) -> int:
         """The engine's process."""
         return self._process.pid
 
+    def ask(self, order: str, **arguments: Any) -> Answer:
+        """Have it do something for which it needs no guest.
+
+        :raises EngineDied: it is gone.
+        """
+        return self._begun().ask(order, **arguments)
+
     def connect(self, handlers: Mapping[str, Handler], on_end: Callable[[], None]) -> Link:
-        """Begin to talk to it."""
+        """Begin to talk to it about a guest."""
+        from postcopy.link.guest_service import MAY_WAIT_FOR_PAGES  # an engine needs no more of it
+
+        link = self._begun()
         # A pause that comes after the guest has been let go on would stop it for good.
-        completed = frozenset(handlers) - MAY_WAIT_FOR_PAGES
-        self.link = Link(
-            self._socket, handlers, on_end=on_end, completed=completed, name="engine-link"
-        )
-        self.link.start()
+        link.serve(handlers, completed=frozenset(handlers) - MAY_WAIT_FOR_PAGES)
+        with self._lock:
+            self._on_end = on_end
+            is_gone = self._is_gone
+        if is_gone:
+            on_end()
+        return link
+
+    def _begun(self) -> Link:
+        if self.link is None:
+            self.link = Link(self._socket, {}, on_end=self._gone, name="engine-link")
+            self.link.start()
         return self.link
 
     @property
     def is_dead(self) -> bool:
         """Whether its process has ended."""
         return self._process.poll() is not None
+
+    def _gone(self) -> None:
+        with self._lock:
+            self._is_gone = True
+            on_end = self._on_end
+        on_end()
 
     def end(self) -> None:
         """Let it go: it ends by itself when the link does."""
@@ -70,13 +135,60 @@ class EngineProcess:
         self._process.wait()
 
 
-class EnginePool:
-    """Hands out engines, and starts the next one ahead."""
+class _Forked:
+    """A child that is no program of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._lock = threading.Lock()
+        self._code: int | None = None
+
+    def wait(self) -> int:
+        """See :class:`_Process`."""
+        with self._lock:
+            if self._code is None:
+                _, status = os.waitpid(self.pid, 0)
+                self._code = os.waitstatus_to_exitcode(status)
+            return self._code
+
+    def poll(self) -> int | None:
+        """See :class:`_Process`."""
+        if not self._lock.acquire(blocking=False):
+            return None  # somebody waits for the end
+        try:
+            if self._code is None:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                self._code = os.waitstatus_to_exitcode(status) if pid else None
+            return self._code
+        finally:
+            self._lock.release()
+
+
+def _be_engine(link: int, serve: Callable[[int], None]) -> NoReturn:
+    """What :meth:`EngineProcess.start` has done to a new interpreter, in a process that goes on."""
+    try:
+        os.setsid()
+        kept = os.dup2(link, 3)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
+        os.environ.update(_ENVIRONMENT)
+        serve(kept)
+    except BaseException:
+        traceback.print_exc()
+    os._exit(1)
+
+
+class EnginePool:
+    """Hands out engines, and starts the next one ahead.
+
+    :param first: one that has been started already.
+    """
+
+    def __init__(self, first: EngineProcess | None = None) -> None:
         self._lock = threading.Lock()
         # Under the lock: the one that waits, and who is going to start it.
-        self._spare: EngineProcess | None = None
+        self._spare = first
         self._timer: threading.Timer | None = None
         self._closed = False
 
@@ -90,7 +202,7 @@ class EnginePool:
             if self._spare is not None or self._closed:
                 return
             if not delay_s:
-                self._spare = EngineProcess()
+                self._spare = EngineProcess.start()
                 return
             self._timer = threading.Timer(delay_s, self.prepare)
             self._timer.daemon = True
@@ -101,6 +213,15 @@ class EnginePool:
             self._timer.cancel()
             self._timer = None
 
+    def ask(self, order: str, **arguments: Any) -> Answer:
+        """Have the next one do something for which it needs no guest: see :meth:`EngineProcess.ask`."""
+        self.prepare()
+        with self._lock:
+            spare = self._spare
+        if spare is None:
+            raise EngineDied(f"{order}: no engine is started any more")
+        return spare.ask(order, **arguments)
+
     def take(self) -> EngineProcess:
         """Return a fresh engine."""
         with self._lock:
@@ -108,7 +229,7 @@ class EnginePool:
         if engine is not None and engine.is_dead:
             engine.end()
             engine = None
-        return engine or EngineProcess()
+        return engine or EngineProcess.start()
 
     def close(self) -> None:
         """Let the one that waits go."""

@@ -7,23 +7,22 @@ missing, the descriptor kept here is what makes a thread that touches it wait in
 import base64
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from postcopy.abi import mman
 from postcopy.abi.userfaultfd import Feature, RegisterMode
-from postcopy.errors import PageExists, WrongState
+from postcopy.errors import WrongState
 from postcopy.guest import DeviceState, Guest, Region
 from postcopy.kernel import calls, memfd
-from postcopy.kernel.unmap import unmap
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.link.guest_proxy import encode_states
 from postcopy.link.rpc import Descriptors, Handler
-from postcopy.memory import page_map
-from postcopy.memory.runs import Mask, runs
+from postcopy.memory import page_map_file
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 class OwnedGuest(Guest, Protocol):
@@ -58,7 +57,7 @@ class OwnedGuest(Guest, Protocol):
     def stop_dirty_log(self) -> None:
         """Stop noting."""
 
-    def fetch_dirty_log(self) -> npt.NDArray[np.uint8]:
+    def fetch_dirty_log(self) -> "npt.NDArray[np.uint8]":
         """Fetch and clear the log: packed bits, one a 4 KiB page."""
 
 
@@ -100,6 +99,11 @@ class GuestService:
         """Whether the destination is known to have taken the guest."""
         self.arrived_there = False
         """Whether it is known to have every page, so that nothing here matters any more."""
+
+    @staticmethod
+    def prepare() -> None:
+        """Import what needs numpy: a guest that wakes does not wait for it, one that moves would later."""
+        from postcopy.link import missing_pages  # noqa: F401
 
     @property
     def watches_missing(self) -> bool:
@@ -173,7 +177,7 @@ class GuestService:
             if not self._page_maps:
                 self._empty_memory()
                 self._page_maps = [
-                    page_map.create(region.size_bytes // region.page_size_bytes)
+                    page_map_file.create(region.size_bytes // region.page_size_bytes)
                     for region in self._guest.regions()
                 ]
             return None, Descriptors(self._page_maps)
@@ -252,22 +256,19 @@ class GuestService:
 
     def _unmap_missing(self) -> None:
         """Unmap, here alone, what the page maps do not have as received; the memory stays."""
-        for region, pages in self._mapped_page_maps():
-            unmap(_addresses(region, pages.missing()))
+        from postcopy.link import missing_pages
+
+        missing_pages.unmap_missing(*self._paged())
 
     def _unmap_forgotten(self) -> None:
         """Unmap what was received and has been discarded since; nothing else is mapped of the missing."""
-        for region, pages in self._mapped_page_maps():
-            unmap(_addresses(region, pages.states == page_map.FORGOTTEN))
-            pages.unmapped()
+        from postcopy.link import missing_pages
 
-    def _mapped_page_maps(self) -> Iterator[tuple[Region, page_map.PageMap]]:
+        missing_pages.unmap_forgotten(*self._paged())
+
+    def _paged(self) -> tuple[Sequence[Region], Sequence[int]]:
         with self._lock:
-            page_maps = list(self._page_maps)
-        for region, fd in zip(self._guest.regions(), page_maps, strict=True):
-            pages = page_map.PageMap(os.dup(fd), region.size_bytes // region.page_size_bytes)
-            yield region, pages
-            pages.close()
+            return self._guest.regions(), list(self._page_maps)
 
     def _watch_missing(self, *, only_still: bool) -> tuple[None, Descriptors]:
         with self._lock:
@@ -296,13 +297,9 @@ class GuestService:
             watch, page_maps = self._missing, list(self._page_maps)
         if watch is None:
             raise WrongState("no page is missing")
-        lost = {}
-        for region, fd in zip(self._guest.regions(), page_maps, strict=True):
-            pages = page_map.PageMap(os.dup(fd), region.size_bytes // region.page_size_bytes)
-            lost[region.name] = sum(
-                _poison(watch, region, first, end) for first, end in runs(pages.missing()).tolist()
-            )
-            pages.close()
+        from postcopy.link import missing_pages
+
+        lost = missing_pages.poison(watch, self._guest.regions(), page_maps)
         self.lost_pages = lost
         self.unwatch_missing()
         return lost
@@ -324,26 +321,3 @@ class GuestService:
                 # That wakes who waits for a page, but not who waits to write to one.
                 watch.wake(region.host_address, region.size_bytes)
             watch.close()
-
-
-def _addresses(region: Region, pages: Mask) -> npt.NDArray[np.uint64]:
-    """Where the runs of these pages are mapped: address and length of each, shape ``(n, 2)``."""
-    ranges = runs(pages).astype(np.uint64) * np.uint64(region.page_size_bytes)
-    ranges[:, 1] -= ranges[:, 0]
-    ranges[:, 0] += np.uint64(region.host_address)
-    return ranges
-
-
-def _poison(watch: Userfaultfd, region: Region, first: int, end: int) -> int:
-    """Poison the pages of a run that are still missing; return how many those were."""
-    size = region.page_size_bytes
-    position, stop = (region.host_address + page * size for page in (first, end))
-    poisoned = 0
-    while position < stop:
-        try:
-            done = watch.poison(position, stop - position)
-            poisoned += done
-        except PageExists:
-            done = size  # the engine had placed it, and died before it could say so
-        position += done
-    return poisoned // size

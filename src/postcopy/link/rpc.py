@@ -13,7 +13,6 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from typing import Any
 
 from postcopy import errors
@@ -24,6 +23,38 @@ _LONGEST_BYTES = 64 << 20
 _MOST_DESCRIPTORS = 128
 
 Handler = Callable[..., Any]
+
+
+class Answer:
+    """What a call waits for; from any thread."""
+
+    def __init__(self) -> None:
+        self._come = threading.Event()
+        self._result: Any = None
+        self._error: PostcopyError | None = None
+
+    def give(self, result: Any, error: PostcopyError | None = None) -> None:
+        """End the wait, unless it has ended."""
+        if not self._come.is_set():
+            self._result, self._error = result, error
+            self._come.set()
+
+    @property
+    def has_come(self) -> bool:
+        """Whether :meth:`wait` returns at once."""
+        return self._come.is_set()
+
+    def wait(self, timeout_s: float | None = None) -> Any:
+        """The other end's answer.
+
+        :raises EngineDied: the other process is gone.
+        :raises PostcopyError: whatever the other end raised, by its own class where it has one here.
+        """
+        if not self._come.wait(timeout_s):
+            raise TimeoutError(f"no answer within {timeout_s} s")
+        if self._error is not None:
+            raise self._error
+        return self._result
 
 
 class Descriptors(list[int]):
@@ -59,11 +90,18 @@ class Link:
         self._numbers = itertools.count(1)
         self._sending = threading.Lock()
         # Calls that wait for their answer; `_ended` and this dictionary change under `_waiting_lock`.
-        self._waiting: dict[int, Future[Any]] = {}
+        self._waiting: dict[int, Answer] = {}
         self._waiting_lock = threading.Lock()
         self._ended = False
         self._incoming: list[int] = []
         self._reader = threading.Thread(target=self._read, name=name, daemon=True)
+
+    def serve(
+        self, handlers: Mapping[str, Handler], *, completed: frozenset[str] = frozenset()
+    ) -> None:
+        """Let the other end call and send these, too."""
+        self._completed |= completed
+        self._handlers.update(handlers)
 
     def start(self) -> None:
         """Begin to take messages."""
@@ -82,17 +120,29 @@ class Link:
         :raises EngineDied: the other process is gone.
         :raises PostcopyError: whatever the other end raised, by its own class where it has one here.
         """
-        number = next(self._numbers)
-        answer: Future[Any] = Future()
+        number, answer = self._ask(name, arguments, fds)
+        try:
+            return answer.wait(timeout_s)
+        finally:
+            self._waiting.pop(number, None)
+
+    def ask(self, name: str, **arguments: Any) -> Answer:
+        """Call the other end, and do something else until it answers.
+
+        :raises EngineDied: the other process is gone.
+        """
+        return self._ask(name, arguments, ())[1]
+
+    def _ask(
+        self, name: str, arguments: Mapping[str, Any], fds: Sequence[int]
+    ) -> tuple[int, Answer]:
+        number, answer = next(self._numbers), Answer()
         with self._waiting_lock:
             if self._ended:
                 raise EngineDied(f"{name}: the other process is gone")
             self._waiting[number] = answer
         self._send({"call": name, "id": number, "args": arguments, "fds": len(fds)}, fds)
-        try:
-            return answer.result(timeout_s)
-        finally:
-            self._waiting.pop(number, None)
+        return number, answer
 
     def note(self, name: str, **arguments: Any) -> None:
         """Tell the other end; nobody answers.  Silently nothing when the other end is gone."""
@@ -206,17 +256,16 @@ class Link:
         if answer is None:
             return  # the caller gave up waiting
         if "error" in message:
-            answer.set_exception(_revive(message["error"]))
+            answer.give(None, _revive(message["error"]))
         else:
-            answer.set_result((message["result"], fds) if fds else message["result"])
+            answer.give((message["result"], fds) if fds else message["result"])
 
     def _end(self) -> None:
         with self._waiting_lock:
             self._ended = True
             waiting = list(self._waiting.values())
         for answer in waiting:
-            if not answer.done():
-                answer.set_exception(EngineDied("the other process is gone"))
+            answer.give(None, EngineDied("the other process is gone"))
         for thread in self._at_work:
             thread.join()
         self._socket.close()

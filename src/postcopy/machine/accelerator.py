@@ -1,10 +1,7 @@
 """Who runs the guest's code: KVM where it is, a software CPU elsewhere."""
 
 import importlib.util
-from typing import Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Protocol
 
 from postcopy.errors import HostCannot
 from postcopy.kernel.mapping import Mapping
@@ -12,6 +9,10 @@ from postcopy.machine.address_map import AddressMap
 from postcopy.machine.config import MachineConfig
 from postcopy.machine.cpu import Cpu, Ports
 from postcopy.machine.kvm_cpu import KvmAccelerator
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 class Accelerator(Protocol):
@@ -33,7 +34,7 @@ class Accelerator(Protocol):
     def stop_dirty_log(self) -> None:
         """Stop noting; harmless when not started."""
 
-    def fetch_dirty_log(self) -> npt.NDArray[np.uint8]:
+    def fetch_dirty_log(self) -> "npt.NDArray[np.uint8]":
         """One bit for each 4 KiB page written since the last call, lowest bit first."""
 
     def close(self) -> None:

@@ -18,10 +18,9 @@ bit, so the processor never writes there: memory changes only where the guest's 
 Addresses beyond the RAM are not mapped: touching one ends the guest.  (Intel SDM volume 3, 4.5.)
 """
 
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-
-import numpy as np
 
 from postcopy.kernel.mapping import Mapping
 from postcopy.machine.address_map import AddressMap
@@ -65,7 +64,7 @@ def prepare_memory(
     ram: Mapping, addresses: AddressMap, image: bytes | None, load_address: int
 ) -> None:
     """Write the tables and the image into memory that is all zeros."""
-    ram.write(GDT_ADDRESS, np.array(_GDT, dtype="<u8").tobytes())
+    ram.write(GDT_ADDRESS, _words(_GDT))
     for address, table in page_tables(addresses):
         ram.write(address, table)
     if image is not None:
@@ -74,16 +73,12 @@ def prepare_memory(
 
 def page_tables(addresses: AddressMap) -> Iterator[tuple[int, bytes]]:
     """The tables that map the block in one piece from 0 on, each with the address it belongs at."""
-    pages = np.concatenate(
-        [
-            np.arange(part.guest_address, part.end_address, _LARGE_PAGE_BYTES, dtype="<u8")
-            for part in addresses.parts
-        ]
-    )
-    entries = pages | np.uint64(_PAGE)
+    entries = array("Q")
+    for part in addresses.parts:
+        entries.extend(range(part.guest_address | _PAGE, part.end_address, _LARGE_PAGE_BYTES))
     places = [_directory_address(n) for n in range(-(-len(entries) // _TABLE_WORDS))]
-    yield PML4_ADDRESS, _table([PDPT_ADDRESS | _TABLE])
-    yield PDPT_ADDRESS, _table([place | _TABLE for place in places])
+    yield PML4_ADDRESS, _words([PDPT_ADDRESS | _TABLE])
+    yield PDPT_ADDRESS, _words([place | _TABLE for place in places])
     for number, place in enumerate(places):
         yield place, entries[number * _TABLE_WORDS : (number + 1) * _TABLE_WORDS].tobytes()
 
@@ -98,8 +93,8 @@ def _directory_address(number: int) -> int:
     return start + (number if far < 0 else far) * _TABLE_BYTES
 
 
-def _table(entries: list[int]) -> bytes:
-    return np.array(entries, dtype="<u8").tobytes()
+def _words(values: Iterable[int]) -> bytes:
+    return array("Q", values).tobytes()
 
 
 def boot_state(*, index: int, memory_bytes: int, entry: int, privilege: int) -> CpuState:

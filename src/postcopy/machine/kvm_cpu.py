@@ -2,9 +2,7 @@
 
 import signal
 import threading
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from postcopy.abi import kvm as abi
 from postcopy.errors import GuestError, HostCannot, KernelError
@@ -16,6 +14,10 @@ from postcopy.machine.cpu import Exit, ExitReason, Ports
 from postcopy.machine.cpu_state import CpuState
 from postcopy.machine.kvm_state import read_kvm_state, with_lost_iopl, write_kvm_state
 from postcopy.machine.signals import KICK
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 _PAGE_BYTES = 4096
 _MOST_ACCESSES = 16  # of 8 bytes each, of one instruction
@@ -58,8 +60,10 @@ class KvmAccelerator:
         """KVM forgets what it has noted."""
         self._set_memory(log_dirty=False)
 
-    def fetch_dirty_log(self) -> npt.NDArray[np.uint8]:
+    def fetch_dirty_log(self) -> "npt.NDArray[np.uint8]":
         """See :meth:`postcopy.kernel.kvm.KvmVm.dirty_log`; of the whole block, in order of offsets."""
+        import numpy as np
+
         # Parts are whole units of 2 MiB, which is whole words of the log.
         return np.concatenate(
             [self._vm.dirty_log(slot, part.size_bytes) for slot, part in enumerate(self._parts)]

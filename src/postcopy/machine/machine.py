@@ -6,10 +6,7 @@ migration but what :class:`postcopy.guest.Guest` asks of any guest.
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Self
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Self
 
 from postcopy.errors import GuestError, KernelError, Refused, StreamError, WrongState
 from postcopy.guest import DeviceState, Region, VcpuThread
@@ -23,6 +20,10 @@ from postcopy.machine.run_state import RunState
 from postcopy.machine.serial_port import SerialPort
 from postcopy.machine.signals import install_kick_handler
 from postcopy.machine.vcpu import Vcpu
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 class Machine:
@@ -289,7 +290,7 @@ class Machine:
         """Stop noting."""
         self._accelerator.stop_dirty_log()
 
-    def fetch_dirty_log(self) -> npt.NDArray[np.uint8]:
+    def fetch_dirty_log(self) -> "npt.NDArray[np.uint8]":
         """Fetch and clear the log: one bit for each 4 KiB page, page 0 in bit 0 of byte 0.
 
         Only the vCPUs' writes are in it, not those of :meth:`write_memory` or of an engine.

@@ -2,7 +2,6 @@
 
 import struct
 from dataclasses import dataclass, replace
-from importlib import resources
 from typing import Final
 
 from postcopy.errors import Refused
@@ -52,6 +51,8 @@ class Workload:
 
     def image(self) -> bytes:
         """The image, parameters patched in; load and enter it at 0x10000."""
+        from importlib import resources  # takes long, and a destination needs it not
+
         directory = resources.files("postcopy.machine") / "workloads"
         image = bytearray((directory / f"{self.name}.bin").read_bytes())
         _PARAMETERS.pack_into(

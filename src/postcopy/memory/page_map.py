@@ -12,20 +12,11 @@ import threading
 import numpy as np
 import numpy.typing as npt
 
-from postcopy.kernel import memfd
 from postcopy.kernel.mapping import Mapping
+from postcopy.memory.page_map_file import size_bytes
 from postcopy.memory.runs import Indices, Mask
 
 MISSING, REQUESTED, RECEIVED, PLACING, FORGOTTEN = 0, 1, 2, 3, 4
-
-
-def create(pages: int) -> int:
-    """Make the memory of a page map for ``pages`` pages, all missing; return its descriptor."""
-    return memfd.create("postcopy-page-map", 2 * _rounded(pages))
-
-
-def _rounded(pages: int) -> int:
-    return max(4096, -(-pages // 4096) * 4096)
 
 
 class PageMap:
@@ -38,8 +29,8 @@ class PageMap:
     """
 
     def __init__(self, fd: int, pages: int) -> None:
-        room = _rounded(pages)
-        self._mapping = Mapping.shared(fd, 2 * room)
+        self._mapping = Mapping.shared(fd, size_bytes(pages))
+        room = size_bytes(pages) // 2
         self.states: npt.NDArray[np.uint8] = self._mapping.view()[:pages]
         self.touched: Mask = self._mapping.view()[room : room + pages].view(np.bool_)
         """Which pages somebody has waited for, since the map was made; no lock, one pager writes."""

@@ -10,7 +10,6 @@ from postcopy.monitor.backend import Backend
 from postcopy.monitor.hmp import Hmp, completions
 
 PROMPT = "(postcopy) "
-GREETING = f"{version.package()} monitor - type 'help' for more information"
 
 
 class HmpConsole:
@@ -27,7 +26,7 @@ class HmpConsole:
 
     def run(self) -> None:
         """Serve until there is no more input; the caller's thread is the console's."""
-        self._print(f"{GREETING}\n")
+        self._print(f"{version.package()} monitor - type 'help' for more information\n")
         if self._editing:
             _complete_commands()
         with contextlib.suppress(BrokenPipeError, ConnectionError, KeyboardInterrupt):

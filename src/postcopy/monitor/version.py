@@ -4,7 +4,6 @@ Clients ask for the version to know which commands and members to expect; ours a
 that is the version, and the package tells the truth.
 """
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 QEMU_VERSION = {"major": 10, "minor": 0, "micro": 2}
@@ -12,6 +11,8 @@ QEMU_VERSION = {"major": 10, "minor": 0, "micro": 2}
 
 def package() -> str:
     """Our own name and version."""
+    from importlib.metadata import PackageNotFoundError, version  # takes long to import
+
     try:
         return f"postcopy {version('postcopy')}"
     except PackageNotFoundError:  # run from a source tree that was not installed

@@ -19,15 +19,15 @@ from postcopy.memory.runs import Mask
 from postcopy.snapshot.damage import Damage
 from postcopy.snapshot.digests import CHUNK_BYTES
 from postcopy.snapshot.elements import read_elements, read_plain_blocks, read_start
-from postcopy.snapshot.image_base import Image, ImageBlock, PageRows
+from postcopy.snapshot.image_base import CHUNK_IMAGE_MAGIC, Image, ImageBlock, PageRows
 from postcopy.snapshot.image_file import ImageFile
 from postcopy.snapshot.manifest import ADDRESS_BYTES, Manifest, StoredBlock
 from postcopy.snapshot.store import ChunkStore
 from postcopy.stream.numbers import FLAGS_MASK, TARGET_PAGE_BYTES, RamFlag
-from postcopy.stream.ram_records import refuse_flags
+from postcopy.stream.ram_flags import refuse_flags
 from postcopy.stream.reader import WholeBuffer
 
-MAGIC: Final = b"PCCHUNKS"
+MAGIC: Final = CHUNK_IMAGE_MAGIC
 PAGES_PER_CHUNK: Final = CHUNK_BYTES // TARGET_PAGE_BYTES
 
 _KEPT_CHUNKS: Final = 64  # 4 MiB: whoever reads page by page unpacks each chunk once

@@ -11,8 +11,7 @@ to be checked has to pay.
 import binascii
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +20,9 @@ from blake3 import blake3
 from postcopy.kernel import memfd
 from postcopy.memory.runs import Mask, runs
 from postcopy.snapshot.image_file import ImageFile
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
 
 CHUNK_BYTES: Final = 64 << 10
 DIGEST_BYTES: Final = 16
@@ -138,7 +140,7 @@ def take_digests(file: ImageFile) -> ChunkDigests:
                 found[chunk] = np.frombuffer(digest(data), np.uint8)
                 present[chunk] = True
 
-    with ThreadPoolExecutor(_THREADS, "digests") as pool:
+    with _pool() as pool:
         for _ in pool.map(take, _tasks(suspects)):
             pass
     return ChunkDigests.of(file.size_bytes, present, found[present].tobytes())
@@ -164,9 +166,15 @@ def damaged_chunks(
         for task in tasks:
             yield from bad(task)
         return
-    with ThreadPoolExecutor(_THREADS, "digests") as pool:
+    with _pool() as pool:
         for found in pool.map(bad, tasks):
             yield from found
+
+
+def _pool() -> "ThreadPoolExecutor":
+    from concurrent.futures import ThreadPoolExecutor  # a restore uses none, and waits for it
+
+    return ThreadPoolExecutor(_THREADS, "digests")
 
 
 def chunk_of(file: ImageFile, chunk: int) -> npt.NDArray[np.uint8]:

@@ -6,30 +6,35 @@ looked for first, from the end; sections that it does not name are those of our 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from postcopy.errors import StreamError
 from postcopy.guest import DeviceState
-from postcopy.machine.device_formats import FORMATS
 from postcopy.snapshot.image_base import LARGEST_RAM_BYTES, Contents, ImageBlock
-from postcopy.stream.commands import CommandContext, read_command
 from postcopy.stream.configuration import read_any_configuration, read_header
 from postcopy.stream.description import DescribedFormats, parse_description
-from postcopy.stream.layout import Limits, Receiver
+from postcopy.stream.file_records import Configuration
+from postcopy.stream.layout import Limits
 from postcopy.stream.numbers import (
     FLAGS_MASK,
     RAM_SECTION_NAME,
     TARGET_PAGE_BYTES,
+    Command,
     RamFlag,
     SectionType,
 )
-from postcopy.stream.ram_records import refuse_flags
+from postcopy.stream.ram_flags import refuse_flags
 from postcopy.stream.reader import WholeBuffer
-from postcopy.stream.records import Configuration, OpenReturnPath, Ping, SwitchoverStart
 from postcopy.stream.sections import check_ram_head, read_device, read_footer, read_head
 
-_HARMLESS = (OpenReturnPath, Ping, SwitchoverStart)
 _LIMITS = Limits()
+# The commands that an image may have, and how long they are: all others need a module that a restore
+# would wait for.
+_HARMLESS: dict[int, int] = {
+    Command.OPEN_RETURN_PATH: 0,
+    Command.PING: 4,
+    Command.SWITCHOVER_START: 0,
+}
 _HEAD_BYTES = 5  # of the description: type and length
 _TAILS = (64 << 10, 1 << 20, _LIMITS.description_bytes + _HEAD_BYTES)
 
@@ -70,6 +75,8 @@ class ImageFormats:
         """See :class:`postcopy.stream.layout.DeviceFormats`."""
         if self._described is not None and self._described.has(name, instance):
             return self._described.payload_length(name, instance, version, data)
+        from postcopy.machine.device_formats import FORMATS  # few images need them
+
         return FORMATS.payload_length(name, instance, version, data)
 
 
@@ -210,6 +217,18 @@ def _read_part(reader: WholeBuffer, ram: RamReader, found: _Found) -> None:
 
 
 def _read_command(reader: WholeBuffer) -> None:
+    at = reader.position
+    number, length = reader.u16(), reader.u16()
+    if _HARMLESS.get(number) == length:
+        reader.skip(length)
+        return
+    reader.seek(at)
+    _refuse_command(reader)
+
+
+def _refuse_command(reader: WholeBuffer) -> NoReturn:
+    from postcopy.stream.commands import CommandContext, read_command
+    from postcopy.stream.layout import Receiver
+
     record = read_command(reader, CommandContext(Receiver({}), 0))
-    if not isinstance(record, _HARMLESS):
-        reader.fail(f"{type(record).__name__}: a migration with postcopy is no image")
+    reader.fail(f"{type(record).__name__}: a migration with postcopy is no image")

@@ -3,12 +3,10 @@
 from pathlib import Path
 
 from postcopy.errors import ImageError, StreamError
-from postcopy.snapshot.chunk_image import MAGIC, ChunkImage
 from postcopy.snapshot.elements import read_start
-from postcopy.snapshot.image_base import Image, ImageBlock
+from postcopy.snapshot.image_base import CHUNK_IMAGE_MAGIC, Image, ImageBlock
 from postcopy.snapshot.image_file import ImageFile
 from postcopy.snapshot.mapped_image import MappedImage
-from postcopy.snapshot.stream_image import StreamImage
 from postcopy.stream.mapped_ram import CAPABILITY
 from postcopy.stream.reader import Incomplete, WholeBuffer
 
@@ -34,12 +32,17 @@ def open_image(path: str | Path) -> Image:
 def _parse(path: Path, file: ImageFile) -> Image:
     reader = WholeBuffer(file.data)
     try:
-        if bytes(file.data[: len(MAGIC)]) == MAGIC:
+        if bytes(file.data[: len(CHUNK_IMAGE_MAGIC)]) == CHUNK_IMAGE_MAGIC:
+            from postcopy.snapshot.chunk_image import ChunkImage
+
             return ChunkImage(path, file, reader)
         capabilities = read_start(reader).capabilities
         reader.seek(0)
-        form = MappedImage if CAPABILITY in capabilities else StreamImage
-        return form(path, file, reader)
+        if CAPABILITY in capabilities:
+            return MappedImage(path, file, reader)
+        from postcopy.snapshot.stream_image import StreamImage
+
+        return StreamImage(path, file, reader)
     except Incomplete:
         raise ImageError(path, "the file is cut off here", reader.consumed) from None
     except StreamError as error:

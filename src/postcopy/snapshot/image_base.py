@@ -24,6 +24,9 @@ from postcopy.snapshot.damage import Damage
 
 PageRows = npt.NDArray[np.uint8]
 
+CHUNK_IMAGE_MAGIC = b"PCCHUNKS"
+"""What the file of an image of chunks begins with."""
+
 LARGEST_RAM_BYTES = 16 << 40
 """RAM of more than this is not taken for true: a mask of its pages alone would be 4 GiB."""
 

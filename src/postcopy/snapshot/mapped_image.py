@@ -16,7 +16,7 @@ from postcopy.snapshot.image_base import Image, ImageBlock, PageRows
 from postcopy.snapshot.image_file import ImageFile
 from postcopy.stream.mapped_ram import MappedBlock, decode_bitmap, read_list
 from postcopy.stream.numbers import TARGET_PAGE_BYTES, RamFlag
-from postcopy.stream.ram_records import refuse_flags
+from postcopy.stream.ram_flags import refuse_flags
 from postcopy.stream.reader import WholeBuffer
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from postcopy.destination.destination import IGNORED_BLOCKS
 from postcopy.errors import ImageError
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Mask, runs
@@ -18,6 +17,7 @@ from postcopy.snapshot.mapped_image import MappedImage
 from postcopy.snapshot.origin import Origin
 from postcopy.snapshot.verify import open_for_restore
 from postcopy.snapshot.working_set import BadWorkingSet, WorkingSet
+from postcopy.stream.numbers import IGNORED_BLOCKS
 
 
 class OpenedImage:

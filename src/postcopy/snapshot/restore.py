@@ -36,6 +36,7 @@ class Restore:
 
     :param ram: the guest's memory; ours from now on.
     :param on_progress: called once, when the first page is in place.
+    :param opened: the image, if it is open already; ours from now on.
     :raises ImageError: the image is damaged, is none, or does not fit the guest.
     """
 
@@ -47,6 +48,7 @@ class Restore:
         progress: Progress,
         parameters: Parameters,
         on_progress: Callable[[], None] = lambda: None,
+        opened: OpenedImage | None = None,
     ) -> None:
         self._guest = guest
         self._ram = ram
@@ -54,7 +56,7 @@ class Restore:
         self._progress = progress
         self._on_progress = on_progress
         self._limiter = RateLimiter(parameters.max_postcopy_bandwidth)
-        self._opened = OpenedImage(wishes.path)
+        self._opened = opened or OpenedImage(wishes.path)
         self._lost: list[Lost] = []
         self._failure: PostcopyError | None = None
         self._userfaultfd: Userfaultfd | None = None

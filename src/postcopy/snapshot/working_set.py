@@ -7,7 +7,6 @@ image's guest wanted would be brought for nothing.
 
 import base64
 import binascii
-import hashlib
 import json
 import os
 import zlib
@@ -108,6 +107,8 @@ def identity_of(path: Path) -> str:
 
     :raises Refused: it cannot be read.
     """
+    import hashlib  # a restore with a manifest needs none of it, and waits for it
+
     digest = hashlib.blake2b(digest_size=32)
     try:
         with path.open("rb") as file:

@@ -8,6 +8,7 @@ import struct
 import uuid as uuids
 from collections.abc import Callable
 
+from postcopy.stream.file_records import Configuration
 from postcopy.stream.layout import Expected
 from postcopy.stream.numbers import (
     LONGEST_NAME,
@@ -18,7 +19,6 @@ from postcopy.stream.numbers import (
     SectionType,
 )
 from postcopy.stream.reader import StreamBuffer
-from postcopy.stream.records import Configuration
 
 PAGE_BITS = "configuration/target-page-bits"
 CAPABILITIES = "configuration/capabilities"

@@ -13,8 +13,8 @@ from typing import Any, TypeAlias, cast
 
 from postcopy.errors import StreamError
 from postcopy.stream.configuration import CAPABILITIES, encode_name
+from postcopy.stream.file_records import Configuration, DeviceSection
 from postcopy.stream.numbers import TARGET_PAGE_BYTES, SectionType
-from postcopy.stream.records import Configuration, DeviceSection
 
 Device: TypeAlias = Mapping[str, Any]
 """One device of a description: ``name``, ``instance_id``, ``fields``, and so on."""

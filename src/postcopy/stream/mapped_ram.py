@@ -19,9 +19,9 @@ import numpy.typing as npt
 
 from postcopy.errors import StreamCut, StreamError
 from postcopy.stream.configuration import encode_name
+from postcopy.stream.file_records import MappedBlock, bitmap_bytes
 from postcopy.stream.numbers import LONGEST_NAME, TARGET_PAGE_BYTES
 from postcopy.stream.reader import BytesLike, Incomplete, StreamBuffer
-from postcopy.stream.records import MappedBlock, bitmap_bytes
 
 __all__ = (
     "CAPABILITY",

@@ -19,6 +19,9 @@ FLAGS_MASK = TARGET_PAGE_BYTES - 1
 RAM_SECTION_NAME = "ram"
 RAM_SECTION_VERSION = 4
 
+IGNORED_BLOCKS = frozenset({"pc.bios", "pc.rom"})
+"""Blocks of a real microvm that a guest without firmware has no use for."""
+
 BITMAP_END = 0x0123456789ABCDEF
 """Ends a received-bitmap on the return path."""
 

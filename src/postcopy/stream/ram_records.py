@@ -21,6 +21,7 @@ from postcopy.stream.numbers import (
     ZERO_RECORD_BYTES,
     RamFlag,
 )
+from postcopy.stream.ram_flags import refuse_flags
 from postcopy.stream.reader import Incomplete, StreamBuffer
 from postcopy.stream.records import Offsets, Pages, ZeroPages
 
@@ -34,20 +35,6 @@ _NEIGHBOURS = 1024
 _RAMP = np.arange(_NEIGHBOURS, dtype=np.uint64) * np.uint64(TARGET_PAGE_BYTES)
 _FLAGS_OF = np.uint64(FLAGS_MASK)
 _OFFSET_OF = ~_FLAGS_OF
-
-_REFUSED = {
-    RamFlag.XBZRLE: "xbzrle is not supported; switch the capability off at the source",
-    RamFlag.MULTIFD_FLUSH: "multifd is not supported; switch the capability off at the source",
-    RamFlag.HOOK: "RDMA is not supported; migrate over a socket or into a file",
-}
-
-
-def refuse_flags(reader: StreamBuffer, flags: int) -> NoReturn:
-    """Raise the error for a record, whose word has just been read, that is not for us."""
-    for flag, message in _REFUSED.items():
-        if flags & ~_CONTINUE == flag:
-            reader.fail(message, HEADER_BYTES)
-    reader.fail(f"Unknown combination of migration flags: {flags:#x}", HEADER_BYTES)
 
 
 class RamRecords:

@@ -10,6 +10,9 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from postcopy.stream.file_records import Configuration as Configuration  # noqa: PLC0414 - given on
+from postcopy.stream.file_records import DeviceSection as DeviceSection  # noqa: PLC0414 - given on
+from postcopy.stream.file_records import MappedBlock as MappedBlock  # noqa: PLC0414 - given on
 from postcopy.stream.numbers import SectionType
 
 Offsets: TypeAlias = npt.NDArray[np.uint64]
@@ -17,20 +20,6 @@ Offsets: TypeAlias = npt.NDArray[np.uint64]
 
 PageRows: TypeAlias = npt.NDArray[np.uint8]
 """Contents of target pages, shape ``(n, 4096)``."""
-
-
-@dataclass(frozen=True, slots=True)
-class Configuration:
-    """The section behind the header.
-
-    ``page_bits`` is sent only for targets with a variable page size, ``capabilities`` holds
-    validated ones only, ``uuid`` is 16 bytes or absent.
-    """
-
-    machine: str
-    page_bits: int | None = None
-    capabilities: tuple[str, ...] = ()
-    uuid: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,42 +42,6 @@ class RamSetup:
 
     section_id: int
     blocks: tuple[BlockEntry, ...]
-
-
-def bitmap_bytes(page_count: int) -> int:
-    """Bytes of a mapped-ram file's bitmap, in whole words of 64 bits."""
-    return -(-page_count // 64) * 8
-
-
-@dataclass(frozen=True, slots=True)
-class MappedBlock:
-    """Where one RAM block lies in the file; offsets and sizes in bytes.
-
-    Comes for each block, before :class:`RamSetup`; the next bytes that the decoder wants are those at
-    :attr:`end_offset` of the file.
-    """
-
-    name: str
-    size_bytes: int
-    page_bytes: int
-    header_offset: int
-    bitmap_offset: int
-    pages_offset: int
-
-    @property
-    def page_count(self) -> int:
-        """How many pages the block has, present or not."""
-        return self.size_bytes // self.page_bytes
-
-    @property
-    def bitmap_bytes(self) -> int:
-        """The length of its bitmap, in whole words."""
-        return bitmap_bytes(self.page_count)
-
-    @property
-    def end_offset(self) -> int:
-        """Where what follows the block begins."""
-        return self.pages_offset + self.size_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,17 +79,6 @@ class ZeroPages:
 
     block: str
     offsets: Offsets
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceSection:
-    """A FULL section: one device's state; ``payload`` is opaque here."""
-
-    section_id: int
-    name: str
-    instance: int
-    version: int
-    payload: bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from postcopy.errors import StreamError
+from postcopy.stream.file_records import DeviceSection
 from postcopy.stream.layout import DeviceFormats
 from postcopy.stream.numbers import RAM_SECTION_NAME, RAM_SECTION_VERSION, SectionType
 from postcopy.stream.reader import Incomplete, StreamBuffer
-from postcopy.stream.records import DeviceSection
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,36 @@
+"""An engine that begins before its guest's process has imported anything that it does not need too.
+
+Starting an interpreter takes 10 ms and importing numpy 50, for which a guest that is to wake would
+wait.  So the engine branches off (``fork``) from a process that is a few milliseconds old, has one thread,
+and has opened nothing; and imports on one processor what it needs, while the guest's process does on
+another.  Every later engine is a new interpreter: then there are threads and a KVM machine.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from postcopy.link.engine_process import EnginePool
+
+_HELP = {"-h", "--help"}
+
+
+def engines_for(arguments: Sequence[str]) -> "EnginePool | None":
+    """The engines for a command, one of which is on its way; None: it needs none, or not at once."""
+    trade = _trade(arguments)
+    if trade is None or _HELP.intersection(arguments):
+        return None
+    from postcopy.engine.__main__ import serve
+    from postcopy.link.engine_process import EnginePool, EngineProcess
+
+    return EnginePool(EngineProcess.fork(lambda link: serve(link, [trade])))
+
+
+def _trade(arguments: Sequence[str]) -> str | None:
+    """What the engine is to be ready for."""
+    match [each for each in arguments if each != "--debug"]:
+        case ["restore", *_]:
+            return "Restoring"
+        case ["run", *rest] if any(each.startswith("--incoming") for each in rest):
+            return "Incoming"
+    return None

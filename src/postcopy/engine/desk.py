@@ -1,0 +1,145 @@
+"""What an engine's orders share: the guest, and the one job that this process is for."""
+
+import os
+import threading
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from postcopy.errors import PostcopyError, WrongState
+from postcopy.link.guest_proxy import GuestProxy
+from postcopy.link.rpc import Link
+from postcopy.parameters import Capabilities, Parameters
+from postcopy.statistics import MigrationInfo
+from postcopy.status import Progress, Status
+
+if TYPE_CHECKING:
+    from postcopy.destination.incoming_ram import Populating
+    from postcopy.paging.ram import PagedRam
+
+
+class Job(Protocol):
+    """A source, snapshot, destination or restore."""
+
+    @property
+    def error(self) -> PostcopyError | None:
+        """Why it has failed or paused."""
+
+    def info(self) -> MigrationInfo:
+        """The figures as they are now."""
+
+    def pause(self) -> None:
+        """Break its connection."""
+
+    def set_parameters(self, parameters: Parameters) -> None:
+        """Take over parameters that the user has changed meanwhile."""
+
+
+class Desk:
+    """One engine's guest, job and status.
+
+    :ivar take_capabilities: called when the user has changed them meanwhile; only a destination cares.
+    :ivar leave: called when the guest's process has closed the link, before this one ends.
+    :ivar ram: of a guest that is to arrive, or to wake.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.job: Job | None = None
+        self.leave: Callable[[], None] = lambda: None
+        self.take_capabilities: Callable[[Capabilities], None] = lambda _: None
+        self.ram: PagedRam | None = None
+        self.populating: Populating | None = None
+        self.progress = Progress(self._report, Status.SETUP)
+        self._guest: GuestProxy | None = None
+        self._starting = threading.Lock()
+        # Under the lock: the job's thread, which has been started.
+        self._thread: threading.Thread | None = None
+
+    def guest(self) -> GuestProxy:
+        """The guest; asked about itself when it is first needed."""
+        if self._guest is None:
+            self._guest = GuestProxy(self.link)
+        return self._guest
+
+    def take_ram(self) -> "PagedRam":
+        """The guest's memory with its page maps."""
+        from postcopy.paging.ram import PagedRam
+
+        if self.ram is None:
+            guest = self.guest()
+            self.ram = PagedRam(guest.regions(), guest.page_maps())
+        return self.ram
+
+    def stand_in(self, status: Status) -> None:
+        """Begin where an engine that has died had come to."""
+        self.progress = Progress(self._report, status)
+
+    def start(self, name: str, run: Callable[[], None]) -> None:
+        """Run the job, or go on with it, on a thread of its own."""
+        thread = threading.Thread(target=_guarded, args=(run,), name=name, daemon=True)
+        with self._starting:  # or others could take the one before for it
+            thread.start()
+            self._thread = thread
+
+    def join(self, timeout_s: float | None = None) -> bool:
+        """Wait for a job that has paused to let go of everything; return whether it has."""
+        with self._starting:
+            thread = self._thread
+        if thread is None:
+            return True
+        thread.join(timeout_s)
+        return not thread.is_alive()
+
+    def check_paused(self) -> None:
+        """Refuse to recover what is not paused.
+
+        :raises WrongState: it is not.
+        """
+        if self.progress.status is not Status.POSTCOPY_PAUSED:
+            raise WrongState(f"nothing to recover from: {self.progress.status.value}")
+
+    # --- orders that every job understands
+
+    def set_parameters(self, parameters: Mapping[str, Any]) -> None:
+        """Take over what the user has set meanwhile."""
+        if self.job is not None:
+            self.job.set_parameters(Parameters().with_changes(parameters))
+
+    def set_capabilities(self, capabilities: Sequence[str]) -> None:
+        """Take over what the user has switched meanwhile."""
+        self.take_capabilities(Capabilities.of(capabilities))
+
+    def pause(self) -> None:
+        """Break the job's connection."""
+        if self.job is not None:
+            self.job.pause()
+
+    def info(self) -> dict[str, Any]:
+        """The job's figures.
+
+        :raises WrongState: there is no job yet.
+        """
+        if self.job is None:
+            raise WrongState("this engine has nothing to do yet")
+        return self.job.info().to_wire()
+
+    def _report(self, status: Status) -> None:
+        """Tell the guest's process; called with each change, in order."""
+        assert self.job is not None
+        error = self.job.error
+        self.link.note(
+            "status",
+            status=status.value,
+            error=str(error) if error is not None else None,
+            info=self.job.info().to_wire(),
+        )
+
+
+def _guarded(run: Callable[[], None]) -> None:
+    """Run a job; a fault of ours ends the process, and the guest's process decides what it means."""
+    try:
+        run()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)

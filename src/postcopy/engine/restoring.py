@@ -1,0 +1,77 @@
+"""An engine's orders about a guest that wakes from its image."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from postcopy.engine.desk import Desk
+from postcopy.errors import WrongState
+from postcopy.parameters import Parameters
+from postcopy.snapshot.opened import OpenedImage
+from postcopy.snapshot.restore import Restore
+from postcopy.snapshot.wishes import Wishes
+from postcopy.status import Status
+
+
+class Restoring:
+    """Runs one restore."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._opened: OpenedImage | None = None
+
+    def look_at_image(self, path: str) -> dict[str, Any]:
+        """Open an image for which there is no machine yet; return what its machine must be like."""
+        self._opened = opened = OpenedImage(Path(path))
+        image = opened.image
+        return {
+            "machine": image.machine_name,
+            "blocks": {block.name: block.size_bytes for block in image.blocks},
+            "vcpus": sum(1 for device in image.devices if device.name == "cpu"),
+        }
+
+    def start_restore(
+        self, wishes: dict[str, Any], parameters: Mapping[str, Any], **_: object
+    ) -> str:
+        """Open the image; return what tells it from others."""
+        desk, wanted = self._desk, Wishes.of(wishes)
+        if desk.populating is not None:
+            desk.populating.stop()
+        desk.job = restore = Restore(
+            desk.guest(),
+            desk.take_ram(),
+            wanted,
+            desk.progress,
+            Parameters().with_changes(parameters),
+            lambda: desk.link.note("progressed"),
+            opened=self._take_opened(wanted.path),
+        )
+        return restore.identity
+
+    def _take_opened(self, path: Path) -> OpenedImage | None:
+        """What has been looked at, if that is it: its file may have another name by now."""
+        opened, self._opened = self._opened, None
+        if opened is None or opened.path == path:
+            return opened
+        opened.close()
+        return None
+
+    def restore(self) -> None:
+        """Wake the guest."""
+        self._desk.start("restore", self._restore.run)
+
+    def adopt_restore(self, status: str, **arguments: Any) -> None:
+        """Stand in for an engine that has died, wherever it was."""
+        self._desk.stand_in(Status(status))
+        self.start_restore(**arguments)
+        self._desk.start("restore", self._restore.adopt)
+
+    def hurry(self, *, wanted: bool) -> None:
+        """Somebody waits for the guest to be whole; or nobody does any more."""
+        self._restore.hurry(wanted=wanted)
+
+    @property
+    def _restore(self) -> Restore:
+        if not isinstance(self._desk.job, Restore):
+            raise WrongState("this engine restores nothing")
+        return self._desk.job

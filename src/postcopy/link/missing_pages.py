@@ -1,0 +1,77 @@
+"""What the guest's process does with the pages that its page maps say are missing."""
+
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from postcopy.errors import PageExists
+from postcopy.guest import Region
+from postcopy.kernel.unmap import unmap
+from postcopy.kernel.userfaultfd import Userfaultfd
+from postcopy.memory import page_map
+from postcopy.memory.runs import Mask, runs
+
+
+def unmap_missing(regions: Sequence[Region], page_maps: Sequence[int]) -> None:
+    """Unmap, in this process alone, what has not been received; the memory stays.
+
+    :param page_maps: their descriptors, one a region.
+    """
+    for region, pages in _opened(regions, page_maps):
+        unmap(_addresses(region, pages.missing()))
+
+
+def unmap_forgotten(regions: Sequence[Region], page_maps: Sequence[int]) -> None:
+    """Unmap what was received and has been discarded since."""
+    for region, pages in _opened(regions, page_maps):
+        unmap(_addresses(region, pages.states == page_map.FORGOTTEN))
+        pages.unmapped()
+
+
+def poison(
+    watch: Userfaultfd, regions: Sequence[Region], page_maps: Sequence[int]
+) -> dict[str, int]:
+    """Make each missing page fail whoever touches it; return how many of each block that were.
+
+    :raises KernelError: some pages are not poisoned.
+    """
+    return {
+        region.name: sum(
+            _poison(watch, region, first, end) for first, end in runs(pages.missing()).tolist()
+        )
+        for region, pages in _opened(regions, page_maps)
+    }
+
+
+def _opened(
+    regions: Sequence[Region], page_maps: Sequence[int]
+) -> Iterator[tuple[Region, page_map.PageMap]]:
+    for region, fd in zip(regions, page_maps, strict=True):
+        pages = page_map.PageMap(os.dup(fd), region.size_bytes // region.page_size_bytes)
+        yield region, pages
+        pages.close()
+
+
+def _addresses(region: Region, pages: Mask) -> npt.NDArray[np.uint64]:
+    """Where the runs of these pages are mapped: address and length of each, shape ``(n, 2)``."""
+    ranges = runs(pages).astype(np.uint64) * np.uint64(region.page_size_bytes)
+    ranges[:, 1] -= ranges[:, 0]
+    ranges[:, 0] += np.uint64(region.host_address)
+    return ranges
+
+
+def _poison(watch: Userfaultfd, region: Region, first: int, end: int) -> int:
+    """Poison the pages of a run that are still missing; return how many those were."""
+    size = region.page_size_bytes
+    position, stop = (region.host_address + page * size for page in (first, end))
+    poisoned = 0
+    while position < stop:
+        try:
+            done = watch.poison(position, stop - position)
+            poisoned += done
+        except PageExists:
+            done = size  # the engine had placed it, and died before it could say so
+        position += done
+    return poisoned // size
