@@ -112,3 +112,10 @@ def _cpu_model() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.machine()
+
+
+def available_mib() -> int:
+    """How much memory the host can still give, in MiB."""
+    text = Path("/proc/meminfo").read_text()
+    (line,) = (line for line in text.splitlines() if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) >> 10

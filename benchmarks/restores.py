@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
-from benchmarks import campaign
+from benchmarks import campaign, host
 from benchmarks.clock import Clock
 from benchmarks.engines import Postcopy, Qemu
 from benchmarks.images import Images, Woken, data_mib, times, wake
@@ -27,8 +27,10 @@ _FIGURES: Final = (
     Figure("engine_cpu_s", "CPU time of the process and its children, s"),
     Figure("others_cpus", "CPUs busy with others", compared=False),
 )
-_MOST_DATA_MIB: Final = 2048
-"""The fill ends below 3 GiB, where a PC has its hole; 3008 MiB is the most."""
+_MOST_DATA_MIB: Final = 3008
+"""The fill ends below 3 GiB, where a PC has its hole."""
+_HELD_TIMES: Final = 4
+"""How often the host must have room for the data: two images, a guest, and what :func:`wake` warms."""
 _FLAT: Final = 1.2
 _SOONER: Final = Target(0.2)
 
@@ -79,11 +81,16 @@ def flatness(cases: Sequence[Case], results: Results) -> list[Finding]:
     return found
 
 
+def most_data_mib() -> int:
+    """How much data the host has room for, up to the most that a guest can have."""
+    return min(_MOST_DATA_MIB, host.available_mib() // (_HELD_TIMES + 1))
+
+
 def main() -> int:
     """Run what the command line asks for; exit code as of ``python -m benchmarks``."""
     parser = campaign.parser("restores", __doc__ or "", "256,1024,8192")
-    parser.add_argument("--most-data", type=int, default=_MOST_DATA_MIB,
-        help="MiB of data in the largest guests, up to 3008; default %(default)s")  # fmt: skip
+    parser.add_argument("--most-data", type=int, default=most_data_mib(),
+        help="MiB of data in the largest guests, up to 3008; default here: %(default)s")  # fmt: skip
     options = parser.parse_args()
     chosen = [one for one in _CONTENDERS if not options.engines or one.name in options.engines]
     if missing := campaign.missing(chosen):
