@@ -7,6 +7,7 @@ A thread that dies of an exception fails its test: pytest makes a warning of it
 import hypothesis
 import pytest
 
+from fakes.commands import Running, need_kvm
 from fakes.waiting import wait_until
 
 MARKERS = (
@@ -22,6 +23,19 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("house")
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("kvm"):
+        need_kvm()
+
+
+@pytest.fixture
+def guest(tmp_path):
+    """A machine of ``postcopy run`` whose guest writes to its memory all the time."""
+    need_kvm()
+    with Running(tmp_path, "guest", "--workload", "hammer") as running:
+        yield running
 
 
 @pytest.fixture

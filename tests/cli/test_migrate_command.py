@@ -6,15 +6,10 @@ import subprocess
 
 import pytest
 
-from fakes.commands import DEADLINE_S, POSTCOPY, Running, need_kvm, one_line, pair, postcopy
+from fakes.commands import DEADLINE_S, POSTCOPY, Running, one_line, pair, postcopy
 from fakes.waiting import wait_until
 
 pytestmark = pytest.mark.kvm
-
-
-@pytest.fixture(autouse=True)
-def _kvm():
-    need_kvm()
 
 
 def json_lines(text):

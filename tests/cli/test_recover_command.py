@@ -5,17 +5,12 @@ import subprocess
 
 import pytest
 
-from fakes.commands import DEADLINE_S, POSTCOPY, need_kvm, one_line, pair, postcopy
+from fakes.commands import DEADLINE_S, POSTCOPY, one_line, pair, postcopy
 from fakes.waiting import wait_until
 from faults.fault_channel import NOTHING_MISSING, FaultChannel
 
 pytestmark = pytest.mark.kvm
 PAUSED = "postcopy-paused"
-
-
-@pytest.fixture(autouse=True)
-def _kvm():
-    need_kvm()
 
 
 @pytest.fixture

@@ -4,20 +4,9 @@ import json
 
 import pytest
 
-from fakes.commands import Running, need_kvm, one_line, postcopy
+from fakes.commands import one_line, postcopy
 
 pytestmark = pytest.mark.kvm
-
-
-@pytest.fixture(autouse=True)
-def _kvm():
-    need_kvm()
-
-
-@pytest.fixture
-def guest(tmp_path):
-    with Running(tmp_path, "guest", "--workload", "hammer") as guest:
-        yield guest
 
 
 def reset(guest, *options):

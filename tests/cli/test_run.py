@@ -6,15 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from fakes.commands import DEADLINE_S, POSTCOPY, Running, need_kvm
+from fakes.commands import DEADLINE_S, POSTCOPY, Running
 from fakes.waiting import wait_until
 
 pytestmark = pytest.mark.kvm
-
-
-@pytest.fixture(autouse=True)
-def _kvm():
-    need_kvm()
 
 
 def ask_console(text, *options):

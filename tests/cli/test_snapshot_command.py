@@ -5,23 +5,12 @@ import stat
 
 import pytest
 
-from fakes.commands import Running, need_kvm, one_line, postcopy
+from fakes.commands import one_line, postcopy
 from postcopy.snapshot.image import open_image
 from postcopy.snapshot.manifest import Manifest
 from postcopy.snapshot.verify import find_damages
 
 pytestmark = pytest.mark.kvm
-
-
-@pytest.fixture(autouse=True)
-def _kvm():
-    need_kvm()
-
-
-@pytest.fixture
-def guest(tmp_path):
-    with Running(tmp_path, "guest", "--workload", "hammer") as guest:
-        yield guest
 
 
 def assert_runs_on(guest):

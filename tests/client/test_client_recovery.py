@@ -5,17 +5,12 @@ import contextlib
 
 import pytest
 
-from fakes.commands import need_kvm, pair
+from fakes.commands import pair
 from fakes.waiting import wait_until
 from postcopy import Machine, NeedsRecovery, Phase, Refused, Status
 from postcopy.errors import WrongState
 
 pytestmark = pytest.mark.kvm
-
-
-@pytest.fixture(autouse=True)
-def _kvm():
-    need_kvm()
 
 
 @contextlib.asynccontextmanager

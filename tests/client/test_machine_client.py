@@ -5,7 +5,7 @@ import gc
 
 import pytest
 
-from fakes.commands import Running, need_kvm, pair
+from fakes.commands import Running, pair
 from postcopy import (
     CannotConnect,
     ChannelBroken,
@@ -20,11 +20,6 @@ from postcopy import (
 from postcopy.client import addresses, sync
 
 pytestmark = pytest.mark.kvm
-
-
-@pytest.fixture(autouse=True)
-def _kvm():
-    need_kvm()
 
 
 @pytest.mark.parametrize(

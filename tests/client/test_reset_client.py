@@ -4,22 +4,10 @@ import asyncio
 
 import pytest
 
-from fakes.commands import Running, need_kvm
 from postcopy import Guest, Refused
 from postcopy.client import sync
 
 pytestmark = pytest.mark.kvm
-
-
-@pytest.fixture(autouse=True)
-def _kvm():
-    need_kvm()
-
-
-@pytest.fixture
-def guest(tmp_path):
-    with Running(tmp_path, "guest", "--workload", "hammer") as guest:
-        yield guest
 
 
 def test_back_to_a_moment(guest):

@@ -5,7 +5,6 @@ import os
 
 import pytest
 
-from fakes.commands import Running, need_kvm
 from fakes.waiting import wait_until
 from postcopy import (
     Guest,
@@ -22,17 +21,6 @@ from postcopy.snapshot.manifest import Manifest, beside
 from postcopy.snapshot.verify import find_damages
 
 pytestmark = pytest.mark.kvm
-
-
-@pytest.fixture(autouse=True)
-def _kvm():
-    need_kvm()
-
-
-@pytest.fixture
-def guest(tmp_path):
-    with Running(tmp_path, "guest", "--workload", "hammer") as guest:
-        yield guest
 
 
 def left_behind(tmp_path):

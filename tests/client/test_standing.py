@@ -44,6 +44,20 @@ def test_what_has_failed_depends_on_who_has_the_guest(status, run_state, incomin
     assert standing(status, run_state, incoming=incoming) is row
 
 
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_a_guest_that_wakes_is_no_side_of_a_migration(side):
+    restore = {"demand-faults": 3, "restore-running-us": 80000}
+    waking = {"status": "postcopy-active", "x-postcopy": restore, "ram": {"remaining": 3 << 20}}
+    told = side_of(side, "unix:/a", waking, "running")
+    assert "the rest of its memory follows from the image" in told.standing.meaning
+    assert told.standing.owner == "here"
+    paused = side_of(side, "unix:/a", waking | {"status": "postcopy-paused"}, "running")
+    assert what_next([paused], "unix:/a", None).startswith("migrate_recover file:PATH ")
+    # A migration that has waited for it shows its times, too, and is a migration all the same.
+    moving = waking | {"x-postcopy": restore | {"restore-complete-us": 90000}}
+    assert side_of(side, "unix:/a", moving, "running").standing is not told.standing
+
+
 def test_two_sides_in_words():
     info = {"status": "postcopy-paused", "error-desc": "broken", "ram": {"remaining": 3 << 20}}
     ours = side_of("source", "unix:/a", info, "finish-migrate")

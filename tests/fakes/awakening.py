@@ -32,6 +32,16 @@ def wake(side: Side, path: Path, *, lazy: bool = True, **wishes: object) -> None
     side.control.restore(str(path), lazy=lazy, exit_on_error=False, **wishes)
 
 
+def half_awake(trip: Journey, path: Path, form: str = "mapped-ram") -> Side:
+    """The guest runs, nearly nothing of it has come, and next to nothing comes unasked."""
+    side = trip.destination
+    side.set(parameters=TRICKLE)
+    wake(side, put_to_sleep(trip, path, form))
+    side.wait(Status.POSTCOPY_ACTIVE)
+    wait_for_faults(side)
+    return side
+
+
 def woken(trip: Journey) -> Side:
     """Wait for the end of a restore, and look at all of the guest's memory."""
     side = trip.destination

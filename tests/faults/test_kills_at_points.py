@@ -66,19 +66,6 @@ BOTH_KNOW = tuple(point for point in TOLD if point != "destination.nothing-missi
 """The source has heard that the destination needs nothing: whatever dies then, both are done."""
 
 
-@pytest.fixture
-def kill_at(monkeypatch, tmp_path):
-    """``kill_at(point)``: the first engine to come there dies; returns whether it is still to."""
-
-    def arm(point):
-        marker = tmp_path / "kill"
-        marker.touch()
-        monkeypatch.setenv(kill_points.VARIABLE, f"{point}@{marker}")
-        return marker.exists
-
-    return arm
-
-
 def test_every_point_is_tried():
     named = {
         point

@@ -59,16 +59,24 @@ def begin_stalled(portrait, sink):
     assert portrait.side.status is Status.ACTIVE
 
 
+def begin_crowded(portrait, sink):
+    """A snapshot for which no more can be kept aside: the guest waits to write."""
+    begin_stalled(portrait, sink)
+
+    def crowded():
+        return portrait.measured().aside_most_bytes >= ASIDE_BYTES - MIB
+
+    wait_until(crowded, DEADLINE_S, "no more room aside")
+
+
 class TestEngineKilled:
     @pytest.mark.parametrize("point", kill_points.SNAPSHOT)
-    def test_at_each_step(self, tmp_path, image, monkeypatch, point):
-        marker = tmp_path / "kill"
-        marker.touch()
-        monkeypatch.setenv(kill_points.VARIABLE, f"{point}@{marker}")
+    def test_at_each_step(self, tmp_path, image, kill_at, point):
+        waits = kill_at(point)
         with Portrait(hammer(fill_kib=2048)) as portrait:
             portrait.begin(f"file:{image}")
             portrait.side.wait(Status.FAILED)
-            assert not marker.exists(), f"nobody came to {point}"
+            assert not waits(), f"nobody came to {point}"
             assert "engine process died" in portrait.side.error
             assert names_in(image.parent) == ["image"]
             if point == "snapshot.published":
@@ -80,12 +88,7 @@ class TestEngineKilled:
     def test_while_the_guest_waits_for_the_sink(self, tmp_path):
         workload = load("hammer", 128 * MIB, 2, fill_bytes=96 * MIB, hot_bytes=96 * MIB)
         with Sink(tmp_path) as sink, Portrait(workload) as portrait:
-            begin_stalled(portrait, sink)
-            wait_until(
-                lambda: portrait.measured().aside_most_bytes >= ASIDE_BYTES - MIB,
-                DEADLINE_S,
-                "no more room aside",
-            )
+            begin_crowded(portrait, sink)
             os.kill(portrait.side.engine_process_id(), signal.SIGKILL)
             check_survived(portrait, tmp_path)
 
@@ -167,12 +170,7 @@ class TestCancelled:
     def test_while_the_guest_waits_for_the_sink(self, tmp_path):
         workload = load("hammer", 128 * MIB, 1, fill_bytes=96 * MIB, hot_bytes=96 * MIB)
         with Sink(tmp_path) as sink, Portrait(workload) as portrait:
-            begin_stalled(portrait, sink)
-            wait_until(
-                lambda: portrait.measured().aside_most_bytes >= ASIDE_BYTES - MIB,
-                DEADLINE_S,
-                "no more room aside",
-            )
+            begin_crowded(portrait, sink)
             portrait.side.control.cancel()
             check_survived(portrait, tmp_path, Status.CANCELLED)
 

@@ -21,12 +21,18 @@ def trip(journey, tmp_path):
         yield recovering
 
 
-def test_urgent_pages_that_come_after_the_end_of_all_others(trip):
+def all_but_urgent_sent(trip):
+    """Everything is pushed, and the urgent pages are held on their way."""
     channel = trip.start()
     channel.hold(URGENT)
     trip.until_postcopy()
     trip.hurry()
     wait_until(lambda: ALL_SENT.begin in channel.recorded(), DEADLINE_S, "the end of the push")
+    return channel
+
+
+def test_urgent_pages_that_come_after_the_end_of_all_others(trip):
+    channel = all_but_urgent_sent(trip)
     assert END_OF_RAM.begin not in channel.recorded()
     assert trip.destination.status is Status.POSTCOPY_ACTIVE
     channel.release(URGENT)
@@ -35,11 +41,7 @@ def test_urgent_pages_that_come_after_the_end_of_all_others(trip):
 
 def test_urgent_pages_lost_behind_the_end_of_all_others(trip):
     """The source has nothing left to send, and learns in the recovery that it has."""
-    channel = trip.start()
-    channel.hold(URGENT)
-    trip.until_postcopy()
-    trip.hurry()
-    wait_until(lambda: ALL_SENT.begin in channel.recorded(), DEADLINE_S, "the end of the push")
+    channel = all_but_urgent_sent(trip)
     channel.break_all()
     trip.until_settled()
     assert {trip.source.status, trip.destination.status} == {Status.POSTCOPY_PAUSED}

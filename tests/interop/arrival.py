@@ -1,9 +1,11 @@
 """Checks of a guest that has moved: it goes on counting, and not a page of it is wrong."""
 
 from fakes.waiting import wait_until
+from interop.our_guest import OurGuest
 from postcopy.machine import oracle, records
 from postcopy.machine.records import Read
 from postcopy.machine.workload import Workload
+from postcopy.status import Status
 
 GOES_ON_S = 30
 
@@ -34,3 +36,13 @@ def check_memory(read: Read, workload: Workload) -> None:
     found = oracle.verify(read, workload)
     assert found.ok, found
     assert found.pages_checked > workload.pages
+
+
+def send_to_qemu(workload, qemu):
+    """Bring our guest into QEMU, where it works on."""
+    with OurGuest.running(workload, "kvm") as ours:
+        ours.migration.migrate(qemu.listen("tcp:127.0.0.1:0"))
+        assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
+        left_at = iterations(ours.machine.read_memory, workload)
+    qemu.wait_migration("completed")
+    wait_until_beyond(qemu.read_memory, workload, left_at)

@@ -3,7 +3,12 @@
 import pytest
 
 from fakes.waiting import wait_until
-from interop.arrival import check_goes_on, check_memory, iterations, wait_until_beyond
+from interop.arrival import (
+    check_goes_on,
+    check_memory,
+    iterations,
+    send_to_qemu,
+)
 from interop.our_guest import OurGuest
 from interop.qemu_guest import QemuGuest
 from machine.machines import MIB, need
@@ -15,16 +20,6 @@ pytestmark = pytest.mark.qemu
 
 MEMORY_BYTES = 32 * MIB
 HOT_BYTES = 8 * MIB
-
-
-def send_to_qemu(workload, qemu):
-    """Bring our guest into QEMU, where it works on."""
-    with OurGuest.running(workload, "kvm") as ours:
-        ours.migration.migrate(qemu.listen("tcp:127.0.0.1:0"))
-        assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
-        left_at = iterations(ours.machine.read_memory, workload)
-    qemu.wait_migration("completed")
-    wait_until_beyond(qemu.read_memory, workload, left_at)
 
 
 def check_back(ours, workload, qemu):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from interop.arrival import check_goes_on, check_memory, iterations, wait_until_beyond
+from interop.arrival import check_goes_on, check_memory, iterations, send_to_qemu
 from interop.our_guest import TIMEOUT_S, OurGuest
 from interop.qemu_guest import QemuGuest
 from machine.machines import MIB, need
@@ -21,12 +21,7 @@ def test_an_image_of_qemu_wakes_lazily(tmp_path, accelerator, vcpus, form):
     workload = workloads.load("hammer", MEMORY_BYTES, vcpus, hot_bytes=8 * MIB)
     image = tmp_path / "image"
     with QemuGuest(tmp_path, "microvm", accelerator, MEMORY_BYTES, vcpus) as qemu:
-        with OurGuest.running(workload, "kvm") as ours:
-            ours.migration.migrate(qemu.listen("tcp:127.0.0.1:0"))
-            assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
-            left_at = iterations(ours.machine.read_memory, workload)
-        qemu.wait_migration("completed")
-        wait_until_beyond(qemu.read_memory, workload, left_at)
+        send_to_qemu(workload, qemu)
         if form == "mapped-ram":
             qemu.capabilities("mapped-ram")
         qemu.parameters(max_bandwidth=1 << 40)

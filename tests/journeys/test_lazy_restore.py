@@ -9,6 +9,7 @@ from fakes.awakening import (
     AT_ONCE,
     FORMS,
     TRICKLE,
+    half_awake,
     measured,
     put_to_sleep,
     wait_for_faults,
@@ -83,11 +84,7 @@ def test_it_runs_while_nearly_all_is_missing(journey, tmp_path):
 
 def test_stop_and_cont_while_pages_are_missing(journey, tmp_path):
     trip = journey(hammer(vcpus=2))
-    side = trip.destination
-    side.set(parameters=TRICKLE)
-    wake(side, put_to_sleep(trip, tmp_path / "image"))
-    side.wait(Status.POSTCOPY_ACTIVE)
-    wait_for_faults(side)
+    side = half_awake(trip, tmp_path / "image")
     for _ in range(3):
         side.machine.stop()
         assert not side.machine.running
@@ -137,11 +134,8 @@ def test_nothing_comes_before_cont_if_told_so(journey, tmp_path):
 
 def test_what_makes_no_sense_is_refused(journey, tmp_path):
     trip = journey(hammer())
-    path = put_to_sleep(trip, tmp_path / "image")
-    side = trip.destination
-    side.set(parameters=TRICKLE)
-    wake(side, path)
-    side.wait(Status.POSTCOPY_ACTIVE)
+    path = tmp_path / "image"
+    side = half_awake(trip, path)
     with pytest.raises(WrongState, match="already been started"):
         wake(side, path)
     with pytest.raises(WrongState, match="already been started"):

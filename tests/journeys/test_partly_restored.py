@@ -10,23 +10,13 @@ import signal
 
 import pytest
 
-from fakes.awakening import AT_ONCE, TRICKLE, put_to_sleep, wait_for_faults, wake, woken
+from fakes.awakening import AT_ONCE, half_awake, wake, woken
 from fakes.pair import DEADLINE_S, POSTCOPY, Journey, Side, hammer
 from fakes.waiting import wait_until
 from machine.machines import wait_for_progress
 from postcopy.errors import WrongState
 from postcopy.parameters import Capability
 from postcopy.status import Status
-
-
-def half_awake(trip: Journey, path, form="mapped-ram") -> Side:
-    """The guest runs, nearly nothing of it has come, and next to nothing comes unasked."""
-    side = trip.destination
-    side.set(parameters=TRICKLE)
-    wake(side, put_to_sleep(trip, path, form))
-    side.wait(Status.POSTCOPY_ACTIVE)
-    wait_for_faults(side)
-    return side
 
 
 @contextlib.contextmanager

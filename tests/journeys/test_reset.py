@@ -9,9 +9,8 @@ import pytest
 
 from fakes.awakening import (
     FORMS,
-    TRICKLE,
+    half_awake,
     put_to_sleep,
-    wait_for_faults,
     wake,
     woken,
     write_manifest,
@@ -151,13 +150,9 @@ def test_back_to_the_image_that_it_woke_from(journey, tmp_path, form, lazy):
 
 def test_a_guest_that_is_not_whole_yet_is_completed_first(journey, tmp_path):
     trip = journey(hammer())
-    path = put_to_sleep(trip, tmp_path / "image")
+    path = tmp_path / "image"
+    side = half_awake(trip, path)
     then = trip.source.ram()
-    side = trip.destination
-    side.set(parameters=TRICKLE)
-    wake(side, path)
-    side.wait(Status.POSTCOPY_ACTIVE)
-    wait_for_faults(side)
     side.control.resetting.set_point(str(path))
     assert side.status is Status.COMPLETED
     now, _ = back(side)
