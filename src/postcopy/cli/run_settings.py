@@ -3,12 +3,11 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 from postcopy.errors import Refused
 from postcopy.machine import workload
-from postcopy.machine.config import MachineConfig
+from postcopy.machine.config import MachineConfig, read_image
 
 DEFER = "defer"
 STDIO = "stdio"
@@ -105,5 +104,5 @@ def _image(options: Mapping[str, Any]) -> bytes | None:
     if bool(image) == bool(name):
         raise Refused("a guest needs just one of --image, --workload and --incoming; give one")
     if image:
-        return Path(image).read_bytes()
+        return read_image(image)
     return workload.load(name, options["memory"], options["smp"]).image()

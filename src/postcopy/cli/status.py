@@ -63,7 +63,7 @@ async def _ask(source: str | None, destination: str | None) -> list[Side]:
 
 def side_of(name: str, address: str, info: Mapping[str, Any], run_state: str) -> Side:
     """Put one side's answers into words."""
-    from postcopy.client.standing import standing
+    from postcopy.client.standing import is_restoring, standing
     from postcopy.status import Status
 
     found = Status(info.get("status", "none"))
@@ -74,7 +74,9 @@ def side_of(name: str, address: str, info: Mapping[str, Any], run_state: str) ->
         run_state=run_state,
         why=info.get("error-desc"),
         remaining_bytes=info.get("ram", {}).get("remaining"),
-        standing=standing(found, run_state, incoming=name == "destination"),
+        standing=standing(
+            found, run_state, incoming=name == "destination", restoring=is_restoring(info)
+        ),
     )
 
 

@@ -20,14 +20,15 @@ _REFUSED_CODES: Final = frozenset({2, 3})
 
 
 class MachineProcess:
-    """A ``postcopy run`` that we have started, with a folder of its own for its socket.
+    """A ``postcopy run``, or ``restore``, that we have started, with a folder of its own for its socket.
 
     It ends with the process that started it, even if that is killed: its monitor on standard input
     then comes to its end.
     """
 
-    def __init__(self, process: "subprocess.Popen[bytes]", folder: Path) -> None:
+    def __init__(self, process: "subprocess.Popen[bytes]", folder: Path, command: str) -> None:
         self._process = process
+        self._command = command
         self.folder = folder
 
     @classmethod
@@ -51,7 +52,7 @@ class MachineProcess:
                 stderr=stderr,
                 start_new_session=True,  # a Ctrl-C is for whoever drives it
             )
-        started = cls(process, folder)
+        started = cls(process, folder, command)
         try:
             return started, await started._connect(qmp)
         except BaseException:
@@ -65,7 +66,9 @@ class MachineProcess:
                 with contextlib.suppress(CannotConnect):
                     return await Connection.connect(qmp)
             if asyncio.get_running_loop().time() > deadline:
-                raise CannotConnect(f"'postcopy run' did not answer within {_START_TIMEOUT_S:g} s")
+                raise CannotConnect(
+                    f"'postcopy {self._command}' did not answer within {_START_TIMEOUT_S:g} s"
+                )
             await asyncio.sleep(_POLL_S)
         raise self._why_it_ended(self._process.returncode)
 

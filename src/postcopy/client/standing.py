@@ -1,9 +1,10 @@
-"""Where a migration stands, in plain words: one table for each side, and nothing else.
+"""Where a migration stands, in plain words: one table for each side, and one for restores.
 
 Every status has a row on either side.  ``{source}`` and ``{destination}`` stand for QMP addresses,
 which whoever prints a row fills in.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -129,6 +130,21 @@ DESTINATION: Final[dict[Status, Standing]] = {
 }  # fmt: skip
 """What a status means at the side that the guest goes to."""
 
+RESTORE: Final[dict[Status, Standing]] = {
+    S.ACTIVE: Standing("restore: the guest's memory is read from its image", HERE, "the last page"),
+    S.POSTCOPY_ACTIVE: Standing(
+        "restore: the guest runs here, the rest of its memory follows from the image", HERE,
+        "the last page",
+    ),
+    S.POSTCOPY_PAUSED: Standing(
+        "the restore is paused: the guest runs here, and stops where it touches a page that has not come",
+        HERE, "its image; this process must not end",
+        "migrate_recover file:PATH   (at its monitor; PATH is where the image is now)",
+    ),
+    S.POSTCOPY_RECOVER: Standing("the restore goes on", HERE, "the image to be opened"),
+}  # fmt: skip
+"""What a status means of a guest that wakes from its image; the others mean what they mean anywhere."""
+
 LOST: Final = Standing(
     "the guest runs here without the pages that were lost with its source; who touches one fails",
     HERE, "", "save what you can from inside the guest, and start it anew",
@@ -143,17 +159,28 @@ UNCERTAIN: Final = Standing(
 """A source that has failed and may not run the guest."""
 
 
-def standing(status: Status, run_state: str, *, incoming: bool) -> Standing:
+def standing(
+    status: Status, run_state: str, *, incoming: bool, restoring: bool = False
+) -> Standing:
     """The row for one side.
 
     :param run_state: of its machine, as ``query-status`` says.
+    :param restoring: see :func:`is_restoring`.
     """
+    if restoring and status in RESTORE:
+        return RESTORE[status]
     if status is Status.FAILED:
         if incoming and run_state != "inmigrate":
             return LOST
         if not incoming and run_state in {"finish-migrate", "postmigrate"}:
             return UNCERTAIN
     return (DESTINATION if incoming else SOURCE)[status]
+
+
+def is_restoring(info: Mapping[str, Any]) -> bool:
+    """Tell a guest that wakes from its image from one that moves, by its ``query-migrate``."""
+    measured = info.get("x-postcopy", {})
+    return "demand-faults" in measured and "restore-complete-us" not in measured
 
 
 def how_to_recover(source: str, destination: str | None) -> str:

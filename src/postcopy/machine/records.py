@@ -16,7 +16,6 @@ Read = Callable[[int, int], bytes]
 
 RECORDS_ADDRESS: Final = 0x20000
 RECORD_BYTES: Final = 0x2000
-CONTROL_OFFSET: Final = 0x78
 FILLING, RUNNING, DONE = 1, 2, 3
 
 _MAGIC = b"PC_REC01"
