@@ -110,6 +110,21 @@ def _wait_for_faults_or_the_last(trip, side, more):
     wait_until(served, DEADLINE_S, f"{more} demand faults")
 
 
+def test_what_is_set_while_nobody_is_at_work_counts(journey, tmp_path):
+    trip = journey(hammer())
+    side = half_awake(trip, tmp_path / "image")
+    engines = side.control._engines
+    adopt = engines.adopt
+
+    def set_and_adopt(*arguments, **more):
+        side.set(parameters=AT_ONCE)
+        return adopt(*arguments, **more)
+
+    engines.adopt = set_and_adopt
+    engines.current.kill()
+    woken(trip)
+
+
 def _engine_is_new(side, old):
     engine = side.control._engine
     return engine is not None and engine.process_id != old

@@ -98,6 +98,8 @@ class Recovery:
         """
         settings = self._settings()
         _, addresses = self._engines.adopt("adopt_destination", fds=fds, uri=uri, **settings)
+        # What the user has said meanwhile may have been said to nobody.
+        self._engines.tell("set_parameters", parameters=self._settings()["parameters"])
         self._job().addresses = tuple(addresses)
 
     def _check_paused(self) -> None:

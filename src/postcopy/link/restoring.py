@@ -132,6 +132,8 @@ class Restoring:
         assert self.job is not None
         status, settings = self.job.status.value, self._settings()
         self._engines.adopt("adopt_restore", status=status, wishes=self._wishes, **settings)
+        # What the user has said meanwhile may have been said to nobody.
+        self._engines.tell("set_parameters", parameters=self._settings()["parameters"])
         if self._hurried:
             self._engines.tell("hurry", wanted=True)
 
