@@ -7,8 +7,14 @@ from postcopy.errors import PostcopyError, WrongState
 from postcopy.status import ENDED, Status
 
 DEADLINE_S = 20.0
-LASTS = NEVER_ENDS | {"max-postcopy-bandwidth": 1 << 20}
-"""Postcopy takes many seconds, so that there is something to break; :meth:`Recovering.hurry` ends it."""
+LASTS = NEVER_ENDS | {"max-bandwidth": 1 << 20, "max-postcopy-bandwidth": 1 << 20}
+"""Postcopy takes many seconds, so that there is something to break; :meth:`Recovering.hurry` ends it.
+
+A round of precopy takes as long.  A busy host may stop this process, and with it the guest, for more
+than the half second of a quicker one before it orders the switch: nothing would be left to switch for.
+"""
+WITH_ROUNDS = LASTS | {"max-bandwidth": NEVER_ENDS["max-bandwidth"]}
+"""For who waits for a round, and takes it if precopy completes."""
 
 SETTLED = ENDED | {Status.POSTCOPY_PAUSED}
 

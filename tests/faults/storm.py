@@ -15,7 +15,7 @@ import pytest
 from fakes.pair import POSTCOPY, hammer
 from fakes.waiting import wait_until
 from faults.fault_channel import RECOVERY, Way
-from faults.recovering import DEADLINE_S, LASTS, SETTLED, Recovering, broken_journey
+from faults.recovering import DEADLINE_S, SETTLED, WITH_ROUNDS, Recovering, broken_journey
 from postcopy.errors import PostcopyError
 from postcopy.parameters import Capability
 from postcopy.status import Status
@@ -29,7 +29,7 @@ MOST_BREAKS = 5
 HUGE = {
     "huge_pages": True,
     "workload": hammer(64, fill_kib=16 << 10),
-    "parameters": LASTS | {"max-postcopy-bandwidth": 16 << 20},
+    "parameters": WITH_ROUNDS | {"max-postcopy-bandwidth": 16 << 20},
 }
 PREEMPT = {"capabilities": (*POSTCOPY, Capability.POSTCOPY_PREEMPT)}
 VARIANTS = {"plain": {}, "preempt": PREEMPT, "huge": HUGE, "huge-preempt": HUGE | PREEMPT}
@@ -82,7 +82,7 @@ def _storm(one, journey, folder, rng, variant):
         number += 1
         here = folder / str(number)
         here.mkdir()
-        trip = broken_journey(journey, **VARIANTS[variant])
+        trip = broken_journey(journey, **({"parameters": WITH_ROUNDS} | VARIANTS[variant]))
         with contextlib.closing(trip), Recovering(trip, here) as broken:
             left -= one(rng, broken, min(left, MOST_BREAKS))
 
