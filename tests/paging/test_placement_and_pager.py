@@ -106,7 +106,7 @@ def test_a_run_with_pages_that_exist(arriving, there, zeros):
 def test_a_page_that_was_discarded_does_not_come_back_by_itself(arriving):
     arriving.place([3], 9)
     arriving.paged.pages.forget(np.arange(len(arriving.paged.pages.states)) == 3)
-    arriving.placement.discarded()
+    arriving.paged.is_clean = False
     arriving.placement.zeros(RAM, offsets([3]))
     assert not any(arriving.page(3))
 
@@ -166,6 +166,7 @@ def test_pieces_out_of_order_are_refused(huge, pages):
 def test_zero_pages_without_memory_take_none(arriving):
     arriving.listen()
     arriving.paged.block.pages[3] = 7  # what was discarded is in memory still
+    arriving.paged.is_clean = False
     arriving.placement.zeros(RAM, offsets(range(8)))
     assert arriving.received() == list(range(8))
     assert arriving.paged.block.has_data(0, 8).tolist() == [n == 3 for n in range(8)]

@@ -56,7 +56,6 @@ class Destination:
         self._door = Door(listener, self._preempt)
         self._ram = ram
         self._populating = populating
-        self._capabilities = capabilities
         self._progress = progress
         self.error: PostcopyError | None = None
         self._parameters = parameters or Parameters()
@@ -90,6 +89,7 @@ class Destination:
             expect=Expected(machine=guest.machine_name),
             ignored_blocks=IGNORED_BLOCKS,
         )
+        self.set_capabilities(capabilities)
 
     # --- called by the monitor, from other threads
 
@@ -100,6 +100,8 @@ class Destination:
     def set_capabilities(self, capabilities: Capabilities) -> None:
         """Take over capabilities that were set while nobody had called yet."""
         self._capabilities = capabilities
+        if capabilities.enabled(Capability.POSTCOPY_RAM):
+            self._populating.hide()
 
     def set_parameters(self, parameters: Parameters) -> None:
         """Take over parameters that the user has changed meanwhile."""

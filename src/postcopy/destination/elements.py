@@ -177,9 +177,8 @@ class Elements:
     def _discard(self, command: records.RamDiscard) -> None:
         if not self.advised or self._postcopy.listening:
             raise StreamError("CMD_POSTCOPY_RAM_DISCARD in wrong postcopy state (0)")
-        discard(self._ram, command.block, command.ranges)
-        self._placement.discarded()
-        self._postcopy.discarded()
+        if discard(self._ram, command.block, command.ranges):
+            self._postcopy.discarded()
 
     def _package(self, package: records.Package) -> None:
         if not self.advised:

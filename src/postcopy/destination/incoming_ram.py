@@ -19,13 +19,19 @@ class Populating:
     The first touch of a page costs more than carrying it (``docs/decisions``), so it is done while
     the destination waits.  Nothing depends on it: it stops as soon as it is told to, and when memory
     is short it does nothing.
+
+    It is mapped in the guest's process, too, unless postcopy may follow: that begins with nothing
+    mapped there, and taking a mapping away takes as long as making it.
     """
 
     def __init__(self, guest: GuestProxy, ram: PagedRam, budget_bytes: int) -> None:
         self._guest = guest
         self._ram = ram
         self._budget_bytes = budget_bytes
-        self._stopped = threading.Event()
+        self._changed = threading.Condition()
+        # Under `_changed`: what has been asked for.
+        self._stopped = False
+        self._hidden = False
         self._thread = threading.Thread(target=self._run, name="populate", daemon=True)
 
     def start(self) -> None:
@@ -34,21 +40,41 @@ class Populating:
 
     def stop(self) -> None:
         """End after the step at hand, and wait for that."""
-        self._stopped.set()
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()
 
+    def hide(self) -> None:
+        """Map nothing in the guest's process, or no longer: postcopy may follow."""
+        with self._changed:
+            self._hidden = True
+            self._changed.notify_all()
+
     def _run(self) -> None:
+        self._populate()
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or self._hidden)
+            if self._stopped:
+                return
+        try:
+            self._guest.unmap_missing()
+        except PostcopyError:
+            return  # it is done again when postcopy is advised
+
+    def _populate(self) -> None:
         left = self._budget_bytes
         for paged in self._ram:
             for offset in range(0, paged.block.size_bytes, _STEP_BYTES):
                 length = min(_STEP_BYTES, paged.block.size_bytes - offset)
                 left -= length
-                if self._stopped.is_set() or left < 0:
+                if self._stopped or left < 0:
                     return
                 try:
                     paged.block.populate(offset, length)
-                    self._guest.populate(paged.block.name, offset, length)
+                    if not self._hidden:
+                        self._guest.populate(paged.block.name, offset, length)
                 except PostcopyError:
                     return  # no memory to spare: pages are taken as they come
 
@@ -62,10 +88,11 @@ def memory_to_spare_bytes() -> int:
     return 0
 
 
-def discard(ram: PagedRam, name: str, ranges: npt.NDArray[np.uint64]) -> None:
+def discard(ram: PagedRam, name: str, ranges: npt.NDArray[np.uint64]) -> bool:
     """Forget ranges of a block: the source will send these pages again.
 
     :param ranges: start and length, in bytes, of whole pages of the block, shape ``(n, 2)``.
+    :return: whether any of them had been received; its old content is still in memory.
     """
     paged = ram[name]
     pages = ranges.astype(np.int64) // paged.block.page_size_bytes
@@ -73,7 +100,9 @@ def discard(ram: PagedRam, name: str, ranges: npt.NDArray[np.uint64]) -> None:
     edges = np.zeros(paged.block.page_count + 1, np.int32)
     np.add.at(edges, pages[:, 0], 1)
     np.add.at(edges, pages[:, 0] + pages[:, 1], -1)
-    paged.pages.forget(np.cumsum(edges[:-1]) > 0)
+    forgotten = paged.pages.forget(np.cumsum(edges[:-1]) > 0)
+    paged.is_clean &= not forgotten
+    return forgotten
 
 
 def empty_missing(ram: PagedRam) -> None:

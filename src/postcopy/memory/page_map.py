@@ -71,10 +71,15 @@ class PageMap:
         with self.lock:
             self.states[pages] = RECEIVED
 
-    def forget(self, pages: Mask) -> None:
-        """Note that these pages are to come again; what the guest can see of them is to be unmapped."""
+    def forget(self, pages: Mask) -> bool:
+        """Note that these pages are to come again; what the guest can see of them is to be unmapped.
+
+        :return: whether any of them was in place.
+        """
         with self.lock:
-            self.states[pages & (self.states == RECEIVED)] = FORGOTTEN
+            received = pages & (self.states == RECEIVED)
+            self.states[received] = FORGOTTEN
+        return bool(received.any())
 
     def unmapped(self) -> None:
         """Note that the guest sees nothing any more of what was forgotten."""

@@ -32,7 +32,6 @@ class Placement:
         self._blocktime = blocktime
         self._userfaultfd: Userfaultfd | None = None
         self._listening = False
-        self._discarded = False
         # The host page being put together from target pages: a huge page comes in 512 pieces.
         self._partial: tuple[str, int, npt.NDArray[np.uint8], int] | None = None
 
@@ -44,10 +43,6 @@ class Placement:
         """From now on pages are placed under the guest's eyes."""
         self._userfaultfd = userfaultfd
         self._listening = True
-
-    def discarded(self) -> None:
-        """Pages have been forgotten; what they held is still in memory."""
-        self._discarded = True
 
     def forget_halves(self) -> None:
         """Drop the pieces of a huge page that has not come whole: another connection begins."""
@@ -123,7 +118,7 @@ class Placement:
     def _write_zeros(self, paged: Paged, target: Indices) -> None:
         # Memory that has received nothing yet reads as zeros as it is.
         host = target // paged.block.target_pages_per_page
-        stale = target if self._discarded else target[paged.pages.states[host] == RECEIVED]
+        stale = target[paged.pages.states[host] == RECEIVED] if paged.is_clean else target
         if len(stale):
             paged.block.pages[stale] = 0
         paged.pages.receive(host)
@@ -147,7 +142,10 @@ class Placement:
         memory = paged.block.pages
         for start, end in index_runs(target).tolist():
             first = int(target[start])
-            memory[first : first + end - start] = 0 if data is None else data[start:end]
+            if data is not None:
+                memory[first : first + end - start] = data[start:end]
+            elif not paged.is_clean:
+                memory[first : first + end - start] = 0
             self._map(paged, first, end - start)
 
     def _without_holes(self, paged: Paged, target: Indices) -> Indices:

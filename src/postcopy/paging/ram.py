@@ -8,12 +8,14 @@ from postcopy.memory.page_map import PageMap
 from postcopy.memory.ram_block import RamBlock
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Paged:
     """One RAM block with the map of its pages."""
 
     block: RamBlock
     pages: PageMap
+    is_clean: bool = True
+    """Whether what has not been received has never been written to either: it reads as zeros."""
 
 
 class PagedRam:

@@ -75,6 +75,7 @@ class Switchover:
         self._clock = clock
         self._describe = describe
         self._discarded: dict[str, Mask] = {}
+        self._states: list[DeviceState] = []
         self.stopped = False
         self.committed = False
 
@@ -99,7 +100,7 @@ class Switchover:
         """Stop the vCPUs and find out what is left to send."""
         self._clock.stopped = time.monotonic()
         self.stopped = True
-        self._guest.pause()
+        self._states = list(self._guest.pause_and_save())
         if self._capabilities.enabled(Capability.PAUSE_BEFORE_SWITCHOVER):
             self._progress.move(Status.PRE_SWITCHOVER)
             self._orders.wait_to_proceed()
@@ -172,10 +173,9 @@ class Switchover:
         self.committed = True
 
     def _devices(self) -> list[DeviceState]:
-        states = self._guest.save_devices()
         if self._return_path is not None and not self._return_path.peer_is_ours:
-            states = [state for state in states if state.name not in OURS_ONLY]
-        return list(states)
+            return [state for state in self._states if state.name not in OURS_ONLY]
+        return self._states
 
     def _send_discards(self) -> int:
         """Say which pages are stale, but for those said before; return how many."""
