@@ -162,13 +162,11 @@ class Placement:
             blank[start:end] = ~paged.block.has_data(first, first + end - start)
         holes = target[blank]
         paged.pages.receive(holes)
-        waited_for = [
-            page for name, page in list(self._blocktime.waiting) if name == paged.block.name
-        ]
-        for page in np.intersect1d(np.array(waited_for, np.int64), holes).tolist():
-            assert self._userfaultfd is not None
-            show_blank(self._userfaultfd, paged.block, page)
-            self._wake_books(paged.block.name, page, page + 1)
+        for name, page in list(self._blocktime.waiting):
+            if name == paged.block.name and (holes == page).any():
+                assert self._userfaultfd is not None
+                show_blank(self._userfaultfd, paged.block, page)
+                self._wake_books(name, page, page + 1)
         return target[~blank]
 
     def _map(self, paged: Paged, page: int, count: int) -> None:
