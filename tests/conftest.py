@@ -16,6 +16,11 @@ MARKERS = (
 )
 
 
+# How long an example takes says how busy the host is, and nothing else.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # A busy host may stop a test for seconds; how fast something is, benchmarks say.
     slow = [hypothesis.HealthCheck.too_slow]

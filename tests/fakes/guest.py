@@ -74,11 +74,6 @@ class FakeGuest:
     def populate(self, block, offset, length_bytes):
         pass
 
-    def unmap_forgotten(self):
-        self.unmap_missing()
-        for paged in self._ram:
-            paged.pages.unmapped()
-
     def unmap_missing(self):
         self._mapping.discard(0, self._size)
 

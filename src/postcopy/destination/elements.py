@@ -141,7 +141,6 @@ class Elements:
             raise StreamError(f"CMD_PING ({ping.value:#x}) received with no return path")
         # A pong says that everything before the ping has been taken, devices included.
         self.load_devices()
-        self._postcopy.unmap_forgotten()
         if ping.value == ALL_SENT_PING:
             self._all_sent()
         self._return_path.pong(ping.value)
@@ -171,14 +170,13 @@ class Elements:
                 f"(s={advise.target_page_bytes} d={TARGET_PAGE_BYTES})"
             )
         self.advised = True
-        self._placement.advise(self._postcopy.prepare())
+        self._postcopy.prepare()
         reached("destination.advised")
 
     def _discard(self, command: records.RamDiscard) -> None:
         if not self.advised or self._postcopy.listening:
             raise StreamError("CMD_POSTCOPY_RAM_DISCARD in wrong postcopy state (0)")
-        if discard(self._ram, command.block, command.ranges):
-            self._postcopy.discarded()
+        discard(self._ram, command.block, command.ranges)
 
     def _package(self, package: records.Package) -> None:
         if not self.advised:

@@ -88,11 +88,10 @@ def memory_to_spare_bytes() -> int:
     return 0
 
 
-def discard(ram: PagedRam, name: str, ranges: npt.NDArray[np.uint64]) -> bool:
+def discard(ram: PagedRam, name: str, ranges: npt.NDArray[np.uint64]) -> None:
     """Forget ranges of a block: the source will send these pages again.
 
     :param ranges: start and length, in bytes, of whole pages of the block, shape ``(n, 2)``.
-    :return: whether any of them had been received; its old content is still in memory.
     """
     paged = ram[name]
     pages = ranges.astype(np.int64) // paged.block.page_size_bytes
@@ -101,8 +100,7 @@ def discard(ram: PagedRam, name: str, ranges: npt.NDArray[np.uint64]) -> bool:
     np.add.at(edges, pages[:, 0], 1)
     np.add.at(edges, pages[:, 0] + pages[:, 1], -1)
     forgotten = paged.pages.forget(np.cumsum(edges[:-1]) > 0)
-    paged.is_clean &= not forgotten
-    return forgotten
+    paged.is_clean &= not forgotten  # what they held is still in memory
 
 
 def empty_missing(ram: PagedRam) -> None:

@@ -25,6 +25,7 @@ from postcopy.memory.runs import Mask
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.pager import Pager
 from postcopy.paging.ram import Paged, PagedRam
+from postcopy.paging.showing import Showing
 from postcopy.parameters import Capabilities, Capability
 from postcopy.statistics import Measured, MigrationInfo
 from postcopy.status import Progress, Status
@@ -56,14 +57,14 @@ class Postcopy:
         self._userfaultfd: Userfaultfd | None = None
         self._pager: Pager | None = None
         self._pager_thread: threading.Thread | None = None
+        self._showing: Showing | None = None
         self._package_thread: threading.Thread | None = None
-        self._forgotten = False
         self.failure: PostcopyError | None = None
         self.listening = False
         self.finished = False
         """No page is missing, and nothing of this is left: a break changes nothing any more."""
 
-    def prepare(self) -> Userfaultfd:
+    def prepare(self) -> None:
         """Register the memory (ADVISE): if this host cannot do postcopy, it is said now.
 
         Nothing has been received, so nothing stays mapped in the guest; that takes time which would
@@ -71,17 +72,6 @@ class Postcopy:
         """
         self._userfaultfd = self._guest.watch_missing()
         self._guest.unmap_missing()
-        return self._userfaultfd
-
-    def discarded(self) -> None:
-        """Pages have been forgotten, which the guest's process has still mapped."""
-        self._forgotten = True
-
-    def unmap_forgotten(self) -> None:
-        """Take them out of the guest's sight; a source of ours has this done before it stops its guest."""
-        if self._forgotten:
-            self._forgotten = False
-            self._guest.unmap_forgotten()
 
     def take_package(self, decoder: Decoder, data: bytes) -> Userfaultfd:
         """Listen, and begin to load what the package holds.
@@ -93,7 +83,6 @@ class Postcopy:
             raise StreamError("the package does not begin with POSTCOPY_LISTEN")
         if self._userfaultfd is None or not self._return_path.is_open or self.listening:
             raise StreamError("CMD_POSTCOPY_LISTEN in wrong postcopy state")
-        self.unmap_forgotten()
         self._start_pager(self._userfaultfd)
         self.listening = True
         reached("destination.listening")
@@ -145,6 +134,7 @@ class Postcopy:
         self.settle()
         if self.failure is not None:
             raise self.failure
+        self._stop_showing()
         empty_missing(self._ram)
         self._guest.unwatch_missing()
         self.close()
@@ -152,6 +142,7 @@ class Postcopy:
 
     def close(self) -> None:
         """Stop the pager and let go of the userfaultfd."""
+        self._stop_showing()
         if self._pager is not None and self._pager_thread is not None:
             self._pager.stop()
             self._pager_thread.join()
@@ -159,6 +150,10 @@ class Postcopy:
         if self._userfaultfd is not None:
             self._userfaultfd.close()
             self._userfaultfd = None
+
+    def _stop_showing(self) -> None:
+        if self._showing is not None:
+            self._showing.stop()
 
     def info(self, status: Status, capabilities: Capabilities) -> MigrationInfo:
         """What ``query-migrate`` says at the destination."""
@@ -212,6 +207,8 @@ class Postcopy:
             pass  # it is ours all the same; the reader of the channel pauses, and recovery tells
         reached("destination.package-taken")
         self._guest.resume()
+        self._showing = Showing(self.userfaultfd, self._ram)
+        self._showing.start()
         reached("destination.running")
 
 

@@ -123,10 +123,6 @@ class GuestProxy:
         """Take the pages that have not been received out of the guest's sight: a touch is a fault."""
         self._link.call("unmap_missing")
 
-    def unmap_forgotten(self) -> None:
-        """The same for what has been discarded: with nothing else missing mapped, that is enough."""
-        self._link.call("unmap_forgotten")
-
     def watch_missing(self, *, only_still: bool = False) -> Userfaultfd:
         """Register all RAM for faults and hand over the userfaultfd; the guest keeps one too.
 

@@ -137,7 +137,6 @@ class GuestService:
             "unwatch_snapshot": self.unwatch_snapshot,
             "populate": self._populate,
             "unmap_missing": self._unmap_missing,
-            "unmap_forgotten": self._unmap_forgotten,
             "watch_missing": self._watch_missing,
             "unwatch_missing": self.unwatch_missing,
             "kvm_dirty_log": self._kvm_dirty_log,
@@ -259,12 +258,6 @@ class GuestService:
         from postcopy.link import missing_pages
 
         missing_pages.unmap_missing(*self._paged())
-
-    def _unmap_forgotten(self) -> None:
-        """Unmap what was received and has been discarded since; nothing else is mapped of the missing."""
-        from postcopy.link import missing_pages
-
-        missing_pages.unmap_forgotten(*self._paged())
 
     def _paged(self) -> tuple[Sequence[Region], Sequence[int]]:
         with self._lock:

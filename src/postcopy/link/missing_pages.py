@@ -23,13 +23,6 @@ def unmap_missing(regions: Sequence[Region], page_maps: Sequence[int]) -> None:
         unmap(_addresses(region, pages.missing()))
 
 
-def unmap_forgotten(regions: Sequence[Region], page_maps: Sequence[int]) -> None:
-    """Unmap what was received and has been discarded since."""
-    for region, pages in _opened(regions, page_maps):
-        unmap(_addresses(region, pages.states == page_map.FORGOTTEN))
-        pages.unmapped()
-
-
 def poison(
     watch: Userfaultfd, regions: Sequence[Region], page_maps: Sequence[int]
 ) -> dict[str, int]:

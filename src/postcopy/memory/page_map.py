@@ -16,15 +16,14 @@ from postcopy.kernel.mapping import Mapping
 from postcopy.memory.page_map_file import size_bytes
 from postcopy.memory.runs import Indices, Mask
 
-MISSING, REQUESTED, RECEIVED, PLACING, FORGOTTEN = 0, 1, 2, 3, 4
+MISSING, REQUESTED, RECEIVED, PLACING = range(4)
 
 
 class PageMap:
     """The state of every page of one RAM block.
 
     Invariant, kept under ``lock``: a page goes from missing by way of requested and placing to
-    received, and back to missing, by way of forgotten (discarded, but still mapped in the guest's
-    process), never while the guest runs.
+    received, and back to missing when it is discarded, never while the guest runs.
     Who has claimed a page (placing) is the only one who writes to it.
     """
 
@@ -72,19 +71,14 @@ class PageMap:
             self.states[pages] = RECEIVED
 
     def forget(self, pages: Mask) -> bool:
-        """Note that these pages are to come again; what the guest can see of them is to be unmapped.
+        """Note that these pages are to come again.
 
         :return: whether any of them was in place.
         """
         with self.lock:
             received = pages & (self.states == RECEIVED)
-            self.states[received] = FORGOTTEN
+            self.states[received] = MISSING
         return bool(received.any())
-
-    def unmapped(self) -> None:
-        """Note that the guest sees nothing any more of what was forgotten."""
-        with self.lock:
-            self.states[self.states == FORGOTTEN] = MISSING
 
     def adopt(self, mapped: Mask) -> None:
         """Take over from an engine that is gone, whoever had asked for what.

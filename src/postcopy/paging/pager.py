@@ -7,20 +7,18 @@ A page is asked for once, however many threads fault on it.  A fault that is rea
 has just been placed (the message was queued before) only wakes its thread again.
 """
 
-import errno
 import os
 import select
 import time
 from collections.abc import Callable, Sequence
 
-from postcopy.errors import KernelError, PageExists
 from postcopy.kernel.faults import Pagefault
 from postcopy.kernel.scheduling import run_soon
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.memory.ram_block import RamBlock
 from postcopy.paging.blocktime import Blocktime
-from postcopy.paging.placement import show_blank
 from postcopy.paging.ram import PagedRam
+from postcopy.paging.showing import show_to_waiting
 
 Request = tuple[RamBlock, int]
 """A block, and the number of the page that is wanted."""
@@ -70,30 +68,6 @@ class Pager:
             if len(pages):
                 self._ask([(paged.block, int(page)) for page in pages])
 
-    def _show(self, block: RamBlock, page: int) -> None:
-        """Map a page that has been received where the guest's process has not mapped it yet."""
-        size = block.page_size_bytes
-        address = block.host_address + page * size
-        try:
-            self._userfaultfd.map_existing(address, size)
-        except PageExists:
-            self._userfaultfd.wake(address, size)
-        except KernelError as error:
-            if error.errno != errno.EFAULT:
-                raise
-            # A zero page that was received as such, and has no memory behind it yet.
-            self._show_blank(block, page)
-
-    def _show_blank(self, block: RamBlock, page: int) -> None:
-        per_page = block.target_pages_per_page
-        if per_page == 1:
-            show_blank(self._userfaultfd, block, page)
-            return
-        block.pages[page * per_page : (page + 1) * per_page] = 0  # no one else shows huge ones
-        self._userfaultfd.map_existing(
-            block.host_address + page * block.page_size_bytes, block.page_size_bytes
-        )
-
     def _note(self, fault: Pagefault) -> Request | None:
         """Take one fault into the books; return the page to ask for, if nobody has yet."""
         now_ns = time.monotonic_ns()
@@ -108,7 +82,7 @@ class Pager:
         if paged.pages.request(page):
             return block, page
         if paged.pages.is_received(page):
-            # Placed between the fault and our reading of it.
+            # Received before the guest ran here, or between the fault and our reading of it.
             self._blocktime.withdraw(key, fault.thread_id, now_ns)
-            self._show(block, page)
+            show_to_waiting(self._userfaultfd, paged, page)
         return None

@@ -1,8 +1,8 @@
 """Put arriving pages in place: whole, and once.
 
 The engine writes every page through its own mapping of the memory.  Before the guest runs here that is
-all, and a later copy wins.  Once the guest's mapping is under userfaultfd (``listen``), a page that is
-missing is not mapped there: it is written where the guest cannot see it yet, and then mapped in one step
+all, and a later copy wins.  Once the guest runs under userfaultfd (``listen``), a page that is missing is
+not mapped there: it is written where the guest cannot see it yet, and then mapped in one step
 (``UFFDIO_CONTINUE``).  A page that has been received is never written again, since the guest may have
 written to it.
 
@@ -15,13 +15,14 @@ import time
 import numpy as np
 import numpy.typing as npt
 
-from postcopy.errors import PageExists, StreamError
+from postcopy.errors import StreamError
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.memory.page_map import RECEIVED
-from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
+from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Indices, index_runs
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.ram import Paged, PagedRam
+from postcopy.paging.showing import show, show_blank
 
 
 class Placement:
@@ -30,19 +31,13 @@ class Placement:
     def __init__(self, ram: PagedRam, blocktime: Blocktime) -> None:
         self._ram = ram
         self._blocktime = blocktime
-        self._userfaultfd: Userfaultfd | None = None
-        self._listening = False
+        self._userfaultfd: Userfaultfd | None = None  # while the guest runs
         # The host page being put together from target pages: a huge page comes in 512 pieces.
         self._partial: tuple[str, int, npt.NDArray[np.uint8], int] | None = None
-
-    def advise(self, userfaultfd: Userfaultfd) -> None:
-        """Postcopy may follow, and nothing is mapped in the guest: map what is received as it comes."""
-        self._userfaultfd = userfaultfd
 
     def listen(self, userfaultfd: Userfaultfd) -> None:
         """From now on pages are placed under the guest's eyes."""
         self._userfaultfd = userfaultfd
-        self._listening = True
 
     def forget_halves(self) -> None:
         """Drop the pieces of a huge page that has not come whole: another connection begins."""
@@ -68,7 +63,7 @@ class Placement:
             if self._take_run(paged, first, first + len(data), data):
                 return
         target = (offsets // TARGET_PAGE_BYTES).astype(np.int64)
-        if not self._listening:
+        if self._userfaultfd is None:
             self._write(paged, target, data)
         elif paged.block.target_pages_per_page > 1:
             for page, content in zip(target.tolist(), data, strict=True):
@@ -80,7 +75,7 @@ class Placement:
         """Place target pages that are all zero."""
         paged = self._ram[name]
         target = (offsets // TARGET_PAGE_BYTES).astype(np.int64)
-        if not self._listening:
+        if self._userfaultfd is None:
             self._write_zeros(paged, target)
         elif paged.block.target_pages_per_page > 1:
             for page in target.tolist():
@@ -90,18 +85,14 @@ class Placement:
 
     def _take_run(self, paged: Paged, first: int, end: int, data: npt.NDArray[np.uint8]) -> bool:
         """Take neighbouring pages on the shortest way; return whether that was possible."""
-        if not self._listening:
-            if self._userfaultfd is not None and (paged.pages.states[first:end] == RECEIVED).any():
-                return False  # which of them are to be shown is to be found out
-            paged.block.pages[first:end] = data
-        elif paged.pages.claim_run(first, end):
-            paged.block.pages[first:end] = data
-        else:
-            return False
         if self._userfaultfd is None:
+            paged.block.pages[first:end] = data
             paged.pages.receive(slice(first, end))
-        else:
-            self._map(paged, first, end - first)
+            return True
+        if not paged.pages.claim_run(first, end):
+            return False
+        paged.block.pages[first:end] = data
+        self._map(paged, first, end - first)
         return True
 
     # --- before the guest runs
@@ -113,7 +104,7 @@ class Placement:
             pages[first : last + 1] = data
         else:
             pages[target] = data
-        self._receive(paged, target // paged.block.target_pages_per_page)
+        paged.pages.receive(target // paged.block.target_pages_per_page)
 
     def _write_zeros(self, paged: Paged, target: Indices) -> None:
         # Memory that has received nothing yet reads as zeros as it is.
@@ -121,13 +112,6 @@ class Placement:
         stale = target[paged.pages.states[host] == RECEIVED] if paged.is_clean else target
         if len(stale):
             paged.block.pages[stale] = 0
-        paged.pages.receive(host)
-
-    def _receive(self, paged: Paged, host: Indices) -> None:
-        if self._userfaultfd is not None and paged.block.target_pages_per_page == 1:
-            fresh = host[paged.pages.states[host] != RECEIVED]
-            for start, end in index_runs(fresh).tolist():
-                self._show(paged, int(fresh[start]), end - start)
         paged.pages.receive(host)
 
     # --- under userfaultfd
@@ -171,23 +155,10 @@ class Placement:
 
     def _map(self, paged: Paged, page: int, count: int) -> None:
         """Show pages to the guest, and note that they have come."""
-        self._show(paged, page, count)
+        assert self._userfaultfd is not None
+        show(self._userfaultfd, paged.block, page, count)
         paged.pages.receive(slice(page, page + count))
         self._wake_books(paged.block.name, page, page + count)
-
-    def _show(self, paged: Paged, page: int, count: int) -> None:
-        """Map ``count`` pages from ``page`` on (of the block's own size) in the guest."""
-        assert self._userfaultfd is not None
-        block = paged.block
-        size = block.page_size_bytes
-        done = 0
-        while done < count:
-            address = block.host_address + (page + done) * size
-            try:
-                mapped = self._userfaultfd.map_existing(address, (count - done) * size)
-            except PageExists:
-                mapped = size
-            done += mapped // size
 
     def _wake_books(self, name: str, start: int, end: int) -> None:
         if not self._blocktime.waiting:
@@ -224,16 +195,3 @@ class Placement:
             if paged.pages.claim(np.array([page])).all():
                 paged.block.pages[page * per_page : (page + 1) * per_page] = whole
                 self._map(paged, page, 1)
-
-
-def show_blank(userfaultfd: Userfaultfd, block: RamBlock, page: int) -> None:
-    """Map a page of zeros that has no memory behind it, once: two threads may come to do so.
-
-    The kernel makes it and maps it in one step; whoever comes second finds it there, and must not
-    write to it, since the guest may have done so by then.
-    """
-    address = block.host_address + page * block.page_size_bytes
-    try:
-        userfaultfd.zeropage(address, block.page_size_bytes)
-    except PageExists:
-        userfaultfd.wake(address, block.page_size_bytes)

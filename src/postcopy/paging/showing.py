@@ -1,0 +1,125 @@
+"""Map pages that are in memory already in the guest's process, where they are not mapped yet.
+
+What precopy brings is only written: until the guest runs here nobody touches it, and what is not mapped
+need not be unmapped when it is discarded.  When the guest runs, a touch of such a page is a fault that
+the pager answers at once, without the source (``UFFDIO_CONTINUE``).  So that these become few, all that
+has been received is mapped by and by.
+"""
+
+import errno
+import threading
+from typing import Final
+
+from postcopy.errors import KernelError, PageExists
+from postcopy.kernel.userfaultfd import Userfaultfd
+from postcopy.memory.page_map import RECEIVED
+from postcopy.memory.ram_block import RamBlock
+from postcopy.memory.runs import runs
+from postcopy.paging.ram import Paged, PagedRam
+
+_STEP_PAGES: Final = 1024
+_REST_S: Final = 0.001
+"""Between two steps others have the interpreter: a step is a millisecond at most."""
+
+
+class Showing:
+    """Maps everything that had been received before the guest ran here: the thread ``showing``."""
+
+    def __init__(self, userfaultfd: Userfaultfd, ram: PagedRam) -> None:
+        self._userfaultfd = userfaultfd
+        self._ram = ram
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="showing", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the step at hand, and wait for that: the rest is mapped when it is touched."""
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._show_all()
+        except KernelError as error:
+            if error.errno != errno.ESRCH:  # the guest's process has ended
+                raise
+
+    def _show_all(self) -> None:
+        for paged in self._ram:
+            for start in range(0, paged.block.page_count, _STEP_PAGES):
+                if self._show_step(paged, start, min(start + _STEP_PAGES, paged.block.page_count)):
+                    self._stopped.wait(_REST_S)
+                if self._stopped.is_set():
+                    return
+
+    def _show_step(self, paged: Paged, start: int, end: int) -> bool:
+        received = paged.pages.states[start:end] == RECEIVED
+        if not received.any():
+            return False
+        # A zero page may have been received where there is no memory: it takes some when touched.
+        received &= paged.block.has_data(start, end)
+        for first, last in runs(received).tolist():
+            show(self._userfaultfd, paged.block, start + first, last - first)
+        return True
+
+
+def show(userfaultfd: Userfaultfd, block: RamBlock, page: int, count: int) -> None:
+    """Map ``count`` pages from ``page`` on (of the block's own size), all of them with memory behind."""
+    size = block.page_size_bytes
+    done = 0
+    while done < count:
+        address = block.host_address + (page + done) * size
+        try:
+            mapped = userfaultfd.map_existing(address, (count - done) * size)
+        except PageExists:
+            mapped = size
+        done += mapped // size
+
+
+def show_to_waiting(userfaultfd: Userfaultfd, paged: Paged, page: int) -> None:
+    """Map a page that has been received and that somebody waits for, with its next neighbours."""
+    block = paged.block
+    size = block.page_size_bytes
+    address = block.host_address + page * size
+    try:
+        userfaultfd.map_existing(address, _received_from(paged, page) * size)
+    except PageExists:
+        userfaultfd.wake(address, size)
+    except KernelError as error:
+        if error.errno != errno.EFAULT:
+            raise
+        # A zero page that was received as such, and has no memory behind it yet.
+        if block.target_pages_per_page == 1:
+            show_blank(userfaultfd, block, page)
+            return
+        per_page = block.target_pages_per_page
+        block.pages[page * per_page : (page + 1) * per_page] = 0  # no one else shows huge ones
+        userfaultfd.map_existing(address, size)
+
+
+_NEIGHBOURS: Final = 64
+
+
+def _received_from(paged: Paged, page: int) -> int:
+    """How many pages from this one on, which has been received, have been so without a gap."""
+    if paged.block.target_pages_per_page > 1:
+        return 1
+    received = paged.pages.states[page : page + _NEIGHBOURS] == RECEIVED
+    return len(received) if received.all() else int(received.argmin())
+
+
+def show_blank(userfaultfd: Userfaultfd, block: RamBlock, page: int) -> None:
+    """Map a page of zeros that has no memory behind it, once: two threads may come to do so.
+
+    The kernel makes it and maps it in one step; whoever comes second finds it there, and must not
+    write to it, since the guest may have done so by then.
+    """
+    address = block.host_address + page * block.page_size_bytes
+    try:
+        userfaultfd.zeropage(address, block.page_size_bytes)
+    except PageExists:
+        userfaultfd.wake(address, block.page_size_bytes)

@@ -1,0 +1,89 @@
+"""What has been received before the guest runs is mapped by and by, or when it is touched."""
+
+import os
+import threading
+
+import numpy as np
+import pytest
+
+from fakes.guest import RAM, FakeGuest
+from fakes.waiting import wait_until
+from postcopy.abi.pagemap import PageCategory
+from postcopy.kernel.pagemap import PagemapScanner
+from postcopy.memory.page_map import RECEIVED
+from postcopy.paging.blocktime import Blocktime
+from postcopy.paging.pager import Pager
+from postcopy.paging.showing import Showing
+
+PAGES = 4096
+BROUGHT = [*range(3, 40), 44, 1023, 1024, 1025, 4095]
+BLANK = [50, 51, 2000]
+
+
+class Arrived:
+    """A guest whose memory precopy has brought in part, and that runs now."""
+
+    def __init__(self):
+        self.guest = FakeGuest(PAGES * 4096, 4096)
+        self.ram = self.guest.paged_ram()
+        self.paged = self.ram[RAM]
+        self.paged.block.pages[BROUGHT] = 7
+        self.paged.pages.receive(np.array(BROUGHT + BLANK))
+        self.userfaultfd = self.guest.watch_missing()
+        self.guest.unmap_missing()
+
+    def mapped(self):
+        """The pages that the guest's process has in its page tables."""
+        base = self.paged.block.host_address
+        found = []
+        with PagemapScanner(os.getpid()) as scanner:
+            categories = PageCategory.PRESENT
+            for start, end in scanner.scan(
+                base, base + PAGES * 4096, protect=False, categories=categories
+            ):
+                found += range((int(start) - base) // 4096, (int(end) - base) // 4096)
+        return found
+
+    def close(self):
+        self.userfaultfd.close()
+        self.guest.close()
+        self.ram.close()
+
+
+@pytest.fixture
+def arrived():
+    made = Arrived()
+    yield made
+    made.close()
+
+
+def test_all_that_has_memory_is_mapped(arrived):
+    assert arrived.mapped() == []
+    showing = Showing(arrived.userfaultfd, arrived.ram)
+    showing.start()
+    wait_until(lambda: arrived.mapped() == BROUGHT, what="pages are mapped")
+    showing.stop()
+
+
+def test_it_does_not_mind_what_is_mapped_already(arrived):
+    for page in (4, 5, 30, 4095):
+        arrived.userfaultfd.map_existing(arrived.paged.block.host_address + page * 4096, 4096)
+    showing = Showing(arrived.userfaultfd, arrived.ram)
+    showing.start()
+    wait_until(lambda: arrived.mapped() == BROUGHT, what="pages are mapped")
+    showing.stop()
+
+
+def test_what_is_touched_comes_without_the_source_and_with_its_neighbours(arrived):
+    asked = []
+    pager = Pager(arrived.userfaultfd, arrived.ram, Blocktime({}), asked.extend)
+    thread = threading.Thread(target=pager.run, daemon=True)
+    thread.start()
+    try:
+        assert [arrived.guest.touch(page)[0] for page in (10, 44, 50, 1023)] == [7, 7, 0, 7]
+    finally:
+        pager.stop()
+        thread.join()
+    assert asked == []
+    assert arrived.mapped() == [*range(10, 40), 44, 50, 1023, 1024, 1025]
+    assert (arrived.paged.pages.states == RECEIVED).sum() == len(BROUGHT + BLANK)
