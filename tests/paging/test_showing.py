@@ -13,6 +13,7 @@ from postcopy.kernel.pagemap import PagemapScanner
 from postcopy.memory.page_map import RECEIVED
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.pager import Pager
+from postcopy.paging.placement import Placement
 from postcopy.paging.showing import Showing
 
 PAGES = 4096
@@ -87,3 +88,45 @@ def test_what_is_touched_comes_without_the_source_and_with_its_neighbours(arrive
     assert asked == []
     assert arrived.mapped() == [*range(10, 40), 44, 50, 1023, 1024, 1025]
     assert (arrived.paged.pages.states == RECEIVED).sum() == len(BROUGHT + BLANK)
+
+
+def test_single_pages_that_nobody_waits_for_are_mapped_later(arrived):
+    arrived.paged.block.pages[BROUGHT] = 0
+    arrived.paged.pages.states[:] = 0
+    later = []
+    placement = Placement(arrived.ram, Blocktime({}))
+    placement.listen(arrived.userfaultfd, lambda name, pages: later.append((name, pages.tolist())))
+    run, single = list(range(100, 120)), [7, 9, 11, 200, 201]
+    pages = np.array([*single[:3], *run, *single[3:]], np.uint64)
+    content = np.full((len(pages), 4096), 3, np.uint8)
+    placement.pages(RAM, pages * np.uint64(4096), content)
+    assert arrived.mapped() == run
+    assert later == [(RAM, single)]
+    assert (arrived.paged.pages.states[single] == RECEIVED).all()
+    showing = Showing(arrived.userfaultfd, arrived.ram)
+    showing.start()
+    showing.later(RAM, np.array(single))
+    wait_until(lambda: arrived.mapped() == sorted(run + single), what="pages are mapped")
+    showing.stop()
+
+
+def test_a_single_page_that_somebody_waits_for_is_mapped_at_once(arrived):
+    arrived.paged.pages.states[:] = 0
+    blocktime = Blocktime({})
+    asked = []
+    pager = Pager(arrived.userfaultfd, arrived.ram, blocktime, asked.extend)
+    placement = Placement(arrived.ram, blocktime)
+    placement.listen(arrived.userfaultfd, lambda *_: None)
+    serving = threading.Thread(target=pager.run, daemon=True)
+    touching = threading.Thread(target=arrived.guest.touch, args=(9,), daemon=True)
+    serving.start()
+    touching.start()
+    wait_until(lambda: asked, what="a page is asked for")
+    placement.pages(
+        RAM, np.array([7, 9], np.uint64) * np.uint64(4096), np.ones((2, 4096), np.uint8)
+    )
+    touching.join(10)
+    assert not touching.is_alive()
+    assert arrived.mapped() == [9]
+    pager.stop()
+    serving.join()

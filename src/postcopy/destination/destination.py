@@ -144,7 +144,8 @@ class Destination:
 
     def adopt(self) -> None:
         """Take over a paused postcopy whose engine has died."""
-        self._placement.listen(self._postcopy.adopt())
+        userfaultfd = self._postcopy.adopt()
+        self._placement.listen(userfaultfd, self._postcopy.showing.later)
         reached("destination.adopted")
 
     def _until_the_end(self, steps: Callable[[], None]) -> None:

@@ -187,7 +187,7 @@ class Elements:
         self.channel.bound_buffers(POSTCOPY_BUFFER_BYTES)
         self._urgent.accept()  # before anybody can ask for a page
         userfaultfd = self._postcopy.take_package(decoder, package.data)
-        self._placement.listen(userfaultfd)
+        self._placement.listen(userfaultfd, self._postcopy.showing.later)
         self._urgent.start(userfaultfd)
 
     def _all_sent(self) -> None:

@@ -95,6 +95,12 @@ class Postcopy:
         assert self._userfaultfd is not None
         return self._userfaultfd
 
+    @property
+    def showing(self) -> Showing:
+        """What maps pages that nobody waits for, from the same moment on."""
+        assert self._showing is not None
+        return self._showing
+
     def settle(self) -> None:
         """Wait until the package has either run the guest or failed: nothing between the two."""
         if self._package_thread is not None:
@@ -115,6 +121,7 @@ class Postcopy:
         self._start_pager(userfaultfd)
         for paged in self._ram:
             userfaultfd.wake(paged.block.host_address, paged.block.size_bytes)
+        self.showing.start()
         return userfaultfd
 
     def ask_again(self) -> None:
@@ -182,6 +189,7 @@ class Postcopy:
     def _start_pager(self, userfaultfd: Userfaultfd) -> None:
         self._pager = Pager(userfaultfd, self._ram, self._blocktime, self._return_path.request)
         self._pager_thread = _start("pager", self._pager.run)
+        self._showing = Showing(userfaultfd, self._ram)
 
     # --- the thread "package"
 
@@ -207,8 +215,7 @@ class Postcopy:
             pass  # it is ours all the same; the reader of the channel pauses, and recovery tells
         reached("destination.package-taken")
         self._guest.resume()
-        self._showing = Showing(self.userfaultfd, self._ram)
-        self._showing.start()
+        self.showing.start()
         reached("destination.running")
 
 

@@ -11,6 +11,7 @@ share is the page map, where a page is claimed before it is written.
 """
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +20,12 @@ from postcopy.errors import StreamError
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.memory.page_map import RECEIVED
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
-from postcopy.memory.runs import Indices, index_runs
+from postcopy.memory.runs import Indices, Mask, index_runs
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.ram import Paged, PagedRam
-from postcopy.paging.showing import show, show_blank
+from postcopy.paging.showing import show, show_to_waiting
+
+_LONG_RUN_PAGES = 8
 
 
 class Placement:
@@ -32,12 +35,19 @@ class Placement:
         self._ram = ram
         self._blocktime = blocktime
         self._userfaultfd: Userfaultfd | None = None  # while the guest runs
+        self._later: Callable[[str, Indices], None] | None = None
         # The host page being put together from target pages: a huge page comes in 512 pieces.
         self._partial: tuple[str, int, npt.NDArray[np.uint8], int] | None = None
 
-    def listen(self, userfaultfd: Userfaultfd) -> None:
-        """From now on pages are placed under the guest's eyes."""
+    def listen(
+        self, userfaultfd: Userfaultfd, later: Callable[[str, Indices], None] | None = None
+    ) -> None:
+        """From now on pages are placed under the guest's eyes.
+
+        :param later: shows pages of a block, by and by, that nobody waits for.
+        """
         self._userfaultfd = userfaultfd
+        self._later = later
 
     def forget_halves(self) -> None:
         """Drop the pieces of a huge page that has not come whole: another connection begins."""
@@ -121,37 +131,42 @@ class Placement:
         if not claimed.all():
             target = target[claimed]
             data = None if data is None else data[claimed]
-        if data is None:
-            target = self._without_holes(paged, target)
-        memory = paged.block.pages
-        for start, end in index_runs(target).tolist():
-            first = int(target[start])
-            if data is not None:
-                memory[first : first + end - start] = data[start:end]
-            elif not paged.is_clean:
-                memory[first : first + end - start] = 0
-            self._map(paged, first, end - start)
+        in_memory = target
+        if data is not None:
+            paged.block.pages[target] = data
+        else:
+            in_memory = target[_has_data(paged, target)]
+            if not paged.is_clean:
+                paged.block.pages[in_memory] = 0
+        paged.pages.receive(target)
+        self._show(paged, in_memory)
+        self._help_waiting(paged, target)
 
-    def _without_holes(self, paged: Paged, target: Indices) -> Indices:
-        """Receive zero pages that have no memory behind them, and give them none; return the others.
+    def _show(self, paged: Paged, target: Indices) -> None:
+        """Show long runs now; the rest later, if there is somebody for that: each costs a call."""
+        assert self._userfaultfd is not None
+        ranges = index_runs(target)
+        if self._later is not None:
+            short = ranges[:, 1] - ranges[:, 0] < _LONG_RUN_PAGES
+            lengths = ranges[:, 1] - ranges[:, 0]
+            if short.any():
+                self._later(paged.block.name, target[np.repeat(short, lengths)])
+                ranges = ranges[~short]
+        for start, end in ranges.tolist():
+            show(self._userfaultfd, paged.block, int(target[start]), end - start)
 
-        A large guest that has used little of its memory stays small.  Who touches such a page later
-        is helped by the pager, which finds it received.  Who has touched it before is waiting, and
-        gets it now: a fault is in the books before the pager looks whether the page is received, so
-        either it finds it so, or we find it in the books.
+    def _help_waiting(self, paged: Paged, target: Indices) -> None:
+        """Show received pages to those who wait for them.
+
+        Who touches such a page from now on is helped by the pager, which finds it received.  Who has
+        touched it before is waiting, and gets it now: a fault is in the books before the pager looks
+        whether the page is received, so either it finds it so, or we find it in the books.
         """
-        blank = np.zeros(len(target), np.bool_)
-        for start, end in index_runs(target).tolist():
-            first = int(target[start])
-            blank[start:end] = ~paged.block.has_data(first, first + end - start)
-        holes = target[blank]
-        paged.pages.receive(holes)
+        assert self._userfaultfd is not None
         for name, page in list(self._blocktime.waiting):
-            if name == paged.block.name and (holes == page).any():
-                assert self._userfaultfd is not None
-                show_blank(self._userfaultfd, paged.block, page)
+            if name == paged.block.name and (target == page).any():
+                show_to_waiting(self._userfaultfd, paged, page)
                 self._wake_books(name, page, page + 1)
-        return target[~blank]
 
     def _map(self, paged: Paged, page: int, count: int) -> None:
         """Show pages to the guest, and note that they have come."""
@@ -195,3 +210,12 @@ class Placement:
             if paged.pages.claim(np.array([page])).all():
                 paged.block.pages[page * per_page : (page + 1) * per_page] = whole
                 self._map(paged, page, 1)
+
+
+def _has_data(paged: Paged, target: Indices) -> Mask:
+    """Which pages have memory behind them: a large guest that has used little of it stays small."""
+    found = np.zeros(len(target), np.bool_)
+    for start, end in index_runs(target).tolist():
+        first = int(target[start])
+        found[start:end] = paged.block.has_data(first, first + end - start)
+    return found

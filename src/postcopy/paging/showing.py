@@ -3,68 +3,82 @@
 What precopy brings is only written: until the guest runs here nobody touches it, and what is not mapped
 need not be unmapped when it is discarded.  When the guest runs, a touch of such a page is a fault that
 the pager answers at once, without the source (``UFFDIO_CONTINUE``).  So that these become few, all that
-has been received is mapped by and by.
+has been received is mapped by and by; and single pages that nobody waits for are left to that, too.
 """
 
 import errno
 import threading
+import time
 from typing import Final
 
 from postcopy.errors import KernelError, PageExists
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.memory.page_map import RECEIVED
 from postcopy.memory.ram_block import RamBlock
-from postcopy.memory.runs import runs
+from postcopy.memory.runs import Indices, Mask, runs
 from postcopy.paging.ram import Paged, PagedRam
 
 _STEP_PAGES: Final = 1024
-_REST_S: Final = 0.001
-"""Between two steps others have the interpreter: a step is a millisecond at most."""
+_MOST_REST_S: Final = 0.01
 
 
 class Showing:
-    """Maps everything that had been received before the guest ran here: the thread ``showing``."""
+    """The thread ``showing``: at most half of the time at work, since it hurries for nobody.
+
+    :ivar pages: of each block, what is to be mapped still; set by whoever has received pages.
+    """
 
     def __init__(self, userfaultfd: Userfaultfd, ram: PagedRam) -> None:
         self._userfaultfd = userfaultfd
-        self._ram = ram
+        self._blocks = {paged.block.name: (paged, paged.pages.states == RECEIVED) for paged in ram}
+        self._more = threading.Event()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="showing", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Begin with all that has been received so far."""
+        self._more.set()
         self._thread.start()
+
+    def later(self, name: str, pages: Indices) -> None:
+        """Have received pages, with memory behind them, mapped by and by."""
+        self._blocks[name][1][pages] = True
+        self._more.set()
 
     def stop(self) -> None:
         """End after the step at hand, and wait for that: the rest is mapped when it is touched."""
         self._stopped.set()
+        self._more.set()
         if self._thread.is_alive():
             self._thread.join()
 
     def _run(self) -> None:
         try:
-            self._show_all()
+            while self._more.wait() and not self._stopped.is_set():
+                self._more.clear()
+                self._show_all()
         except KernelError as error:
             if error.errno != errno.ESRCH:  # the guest's process has ended
                 raise
 
     def _show_all(self) -> None:
-        for paged in self._ram:
-            for start in range(0, paged.block.page_count, _STEP_PAGES):
-                if self._show_step(paged, start, min(start + _STEP_PAGES, paged.block.page_count)):
-                    self._stopped.wait(_REST_S)
+        for paged, wanted in self._blocks.values():
+            for start in range(0, len(wanted), _STEP_PAGES):
+                end = start + _STEP_PAGES
+                if wanted[start:end].any():
+                    began = time.monotonic()
+                    self._show_step(paged, wanted[start:end], start)
+                    self._stopped.wait(min(time.monotonic() - began, _MOST_REST_S))
                 if self._stopped.is_set():
                     return
 
-    def _show_step(self, paged: Paged, start: int, end: int) -> bool:
-        received = paged.pages.states[start:end] == RECEIVED
-        if not received.any():
-            return False
+    def _show_step(self, paged: Paged, wanted: Mask, start: int) -> None:
+        now = wanted.copy()
+        wanted[now] = False
         # A zero page may have been received where there is no memory: it takes some when touched.
-        received &= paged.block.has_data(start, end)
-        for first, last in runs(received).tolist():
+        now &= paged.block.has_data(start, start + len(now))
+        for first, last in runs(now).tolist():
             show(self._userfaultfd, paged.block, start + first, last - first)
-        return True
 
 
 def show(userfaultfd: Userfaultfd, block: RamBlock, page: int, count: int) -> None:
