@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from postcopy.memory import page_map_file
 from postcopy.memory.page_map import MISSING, RECEIVED, REQUESTED, PageMap
-from postcopy.memory.runs import index_runs, next_set, runs
+from postcopy.memory.runs import index_runs, numbers_in, next_set, runs
 
 masks = st.lists(st.booleans(), max_size=200).map(lambda bits: np.array(bits, np.bool_))
 
@@ -67,7 +67,8 @@ def test_a_page_goes_its_way(pages):
     assert pages.is_received(7)
     assert not pages.request(8)
     assert pages.requested().tolist() == []
-    pages.forget(np.isin(np.arange(len(pages.states)), [8, 9]))
+    assert pages.forget(np.array([8, 9]))
+    assert not pages.forget(np.array([9]))
     assert not pages.is_received(8)
     assert pages.states[7:10].tolist() == [RECEIVED, MISSING, MISSING]
     pages.request(9)
@@ -101,3 +102,19 @@ def test_it_outlives_who_wrote_it():
     second = PageMap(kept, 100)
     assert np.flatnonzero(~second.missing()).tolist() == list(range(10, 20))
     second.close()
+
+
+@pytest.mark.parametrize(
+    ("ranges", "numbers"),
+    [
+        ([], []),
+        ([(3, 2)], [3, 4]),
+        ([(0, 1), (7, 3), (4, 0), (2, 1)], [0, 2, 7, 8, 9]),
+        ([(0, 10), (0, 10), (5, 2)], list(range(10))),
+        ([(2, 7), (4, 5)], [2, 3, 4, 5, 6, 7, 8]),
+    ],
+)
+def test_the_numbers_in_ranges(ranges, numbers):
+    found = numbers_in(np.array(ranges, np.int64).reshape(-1, 2), 10)
+    assert sorted(set(found.tolist())) == numbers
+    assert len(found) <= 10

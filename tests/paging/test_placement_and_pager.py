@@ -105,7 +105,7 @@ def test_a_run_with_pages_that_exist(arriving, there, zeros):
 
 def test_a_page_that_was_discarded_does_not_come_back_by_itself(arriving):
     arriving.place([3], 9)
-    arriving.paged.pages.forget(np.arange(len(arriving.paged.pages.states)) == 3)
+    arriving.paged.pages.forget(np.array([3]))
     arriving.paged.is_clean = False
     arriving.placement.zeros(RAM, offsets([3]))
     assert not any(arriving.page(3))

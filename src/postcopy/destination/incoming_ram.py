@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from postcopy.errors import PostcopyError
 from postcopy.link.guest_proxy import GuestProxy
-from postcopy.memory.runs import runs
+from postcopy.memory.runs import numbers_in, runs
 from postcopy.paging.ram import PagedRam
 
 _STEP_BYTES = 32 << 20
@@ -95,11 +95,7 @@ def discard(ram: PagedRam, name: str, ranges: npt.NDArray[np.uint64]) -> None:
     """
     paged = ram[name]
     pages = ranges.astype(np.int64) // paged.block.page_size_bytes
-    # There may be thousands of ranges, and the guest stands still: no statement a range.
-    edges = np.zeros(paged.block.page_count + 1, np.int32)
-    np.add.at(edges, pages[:, 0], 1)
-    np.add.at(edges, pages[:, 0] + pages[:, 1], -1)
-    forgotten = paged.pages.forget(np.cumsum(edges[:-1]) > 0)
+    forgotten = paged.pages.forget(numbers_in(pages, paged.block.page_count))
     paged.is_clean &= not forgotten  # what they held is still in memory
 
 

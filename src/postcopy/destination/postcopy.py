@@ -141,26 +141,27 @@ class Postcopy:
         self.settle()
         if self.failure is not None:
             raise self.failure
-        self._stop_showing()
         empty_missing(self._ram)
+        # Nobody may map pages in memory that is not watched any more; who waits is woken by that.
+        self._stop_serving()
         self._guest.unwatch_missing()
         self.close()
         self.finished = True
 
     def close(self) -> None:
         """Stop the pager and let go of the userfaultfd."""
-        self._stop_showing()
-        if self._pager is not None and self._pager_thread is not None:
-            self._pager.stop()
-            self._pager_thread.join()
-            self._pager = None
+        self._stop_serving()
         if self._userfaultfd is not None:
             self._userfaultfd.close()
             self._userfaultfd = None
 
-    def _stop_showing(self) -> None:
+    def _stop_serving(self) -> None:
         if self._showing is not None:
             self._showing.stop()
+        if self._pager is not None and self._pager_thread is not None:
+            self._pager.stop()
+            self._pager_thread.join()
+            self._pager = None
 
     def info(self, status: Status, capabilities: Capabilities) -> MigrationInfo:
         """What ``query-migrate`` says at the destination."""

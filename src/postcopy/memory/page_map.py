@@ -70,15 +70,15 @@ class PageMap:
         with self.lock:
             self.states[pages] = RECEIVED
 
-    def forget(self, pages: Mask) -> bool:
+    def forget(self, pages: Indices) -> bool:
         """Note that these pages are to come again.
 
         :return: whether any of them was in place.
         """
         with self.lock:
-            received = pages & (self.states == RECEIVED)
+            received = pages[self.states[pages] == RECEIVED]
             self.states[received] = MISSING
-        return bool(received.any())
+        return len(received) > 0
 
     def adopt(self, mapped: Mask) -> None:
         """Take over from an engine that is gone, whoever had asked for what.

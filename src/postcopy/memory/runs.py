@@ -37,6 +37,24 @@ def index_runs(pages: Indices) -> npt.NDArray[np.int64]:
     return np.stack((starts, ends), axis=1)
 
 
+def numbers_in(ranges: npt.NDArray[np.int64], bound: int) -> Indices:
+    """Return every number in the ranges, without a statement a range: there may be thousands.
+
+    :param ranges: first number and length of each, shape ``(n, 2)``; they may overlap.
+    :param bound: all numbers are below it, so that overlapping ranges take no more memory than that.
+    """
+    starts, lengths = ranges[:, 0], ranges[:, 1]
+    total = int(lengths.sum())
+    if total > bound:
+        edges = np.zeros(bound + 1, np.int32)
+        np.add.at(edges, starts, 1)
+        np.add.at(edges, starts + lengths, -1)
+        return np.flatnonzero(np.cumsum(edges[:-1]))
+    before = np.cumsum(lengths) - lengths
+    numbers: Indices = np.repeat(starts - before, lengths) + np.arange(total)
+    return numbers
+
+
 def next_set(mask: Mask, start: int, limit: int) -> Indices:
     """Return up to ``limit`` set pages at or after ``start``, ascending."""
     if mask[start : start + limit].all() and start + limit <= len(mask):
