@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from postcopy.memory import page_map_file
 from postcopy.memory.page_map import MISSING, RECEIVED, REQUESTED, PageMap
-from postcopy.memory.runs import index_runs, numbers_in, next_set, runs
+from postcopy.memory.runs import index_runs, next_set, numbers_in, runs
 
 masks = st.lists(st.booleans(), max_size=200).map(lambda bits: np.array(bits, np.bool_))
 
