@@ -23,13 +23,16 @@ from postcopy.stream.records import Ping
 PUSH_BYTES = 256 << 10
 """Data in a batch of the push: what an urgent page may find itself behind in the sender."""
 
+PREEMPTED_PUSH_BYTES = 512 << 10
+"""The same where urgent pages have a channel of their own."""
+
 CALM_PUSH_BYTES, CALM_S = 1024 << 10, 0.02
 """The same when nothing has been asked for so long: each batch has its price in CPU time."""
 
-WINDOW_BYTES = 4096 << 10
+WINDOW_BYTES = 6144 << 10
 """What it may find itself behind on the wire; see docs/decisions."""
 
-PING_BYTES = 1024 << 10
+PING_BYTES = 2048 << 10
 """How much is pushed between two pings: each costs both sides a wake-up."""
 
 POSTCOPY_BUFFER_BYTES = 256 << 10
@@ -140,10 +143,14 @@ class PostcopyPush:
             if ping is not None:
                 self._sender.say(encode_command(Ping(ping)))
 
+    def _batch_bytes(self) -> int:
+        if time.monotonic() - self._last_request > CALM_S:
+            return CALM_PUSH_BYTES
+        return PUSH_BYTES if self.urgent is None else PREEMPTED_PUSH_BYTES
+
     def _next_batch(self) -> tuple[BlockPages, Indices] | None:
         """Take the next pages from the pending ones."""
-        calm = time.monotonic() - self._last_request > CALM_S
-        batch_bytes = CALM_PUSH_BYTES if calm else PUSH_BYTES
+        batch_bytes = self._batch_bytes()
         number, page = self._position
         count = len(self._dirty.blocks)
         # Once round all blocks, and once more over the part of the first that was skipped.
