@@ -41,17 +41,27 @@ class BlockPages:
         """Look at many pages at once, which :meth:`look_for_data` then need not do batch by batch.
 
         They must be protected, or the guest stopped: who fills a hole afterwards has written to it.
+        Once such writes are made pending the look is void: see :meth:`add_written`.
         """
         self._look(start, end)
         self._looked_at = start, end
+
+    def add_written(self, written: Mask | None) -> None:
+        """Make pages pending, any of which may have been a hole when last looked at.
+
+        :param written: None if all are pending already.
+        """
+        self._looked_at = (0, 0)
+        if written is not None:
+            self.pending |= written
 
     def look_for_data(self, batch: Indices) -> Mask:
         """Tell which pages of an ascending batch have memory behind them; the others are zero.
 
         A page must be protected, or the guest stopped, before its last look.
         """
+        start, end = self._looked_at  # first: another thread may look now, for the push
         has_data = self.has_data[batch]
-        start, end = self._looked_at
         if has_data.all() or (start <= batch[0] and batch[-1] < end):
             return has_data
         unknown = batch[~has_data]
@@ -161,8 +171,7 @@ class DirtyPages:
         written = [self._written(pages) for pages in self.blocks]
         with self._lock:  # not a look between the two: what was expected is among what was written
             for pages, found in zip(self.blocks, written, strict=True):
-                if found is not None:
-                    pages.pending |= found
+                pages.add_written(found)
             self._expected_bytes = 0
             self._behind.next_round(0)
             return self._pending_bytes()

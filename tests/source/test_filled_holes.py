@@ -1,0 +1,153 @@
+"""Holes that the guest fills while it is being sent: what arrives is what was there in the end."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from postcopy.guest import Region
+from postcopy.kernel import memfd
+from postcopy.memory.ram_block import RamBlock
+from postcopy.parameters import Parameters
+from postcopy.source.counters import Counters, Rate
+from postcopy.source.dirty_pages import BlockPages, DirtyPages
+from postcopy.source.orders import Orders
+from postcopy.source.precopy import Precopy
+
+PAGES = 600  # more than two batches
+STAMP = slice(0, 8)
+
+
+class Guest:
+    """Memory that begins as holes, and a tracker that notes each write to it."""
+
+    def __init__(self):
+        size = PAGES * 4096
+        self.block = RamBlock(Region("ram", size, 4096, 0, 1 << 40, memfd.create("t", size)))
+        self._written = np.ones(PAGES, np.bool_)
+        self._stamp = 0
+
+    def write(self, pages):
+        self._stamp += 1
+        self.block.pages[pages, STAMP] = np.frombuffer(self._stamp.to_bytes(8, "little"), np.uint8)
+        self._written[pages] = True
+
+    def start(self):
+        self._written[:] = True
+
+    def collect(self, block, start, end, *, protect):
+        found = self._written[start:end].copy()
+        if protect:
+            self._written[start:end] = False
+        return found
+
+    def stop(self):
+        pass
+
+
+class Destination:
+    """Takes pages as a sender finds them: what is known to be a hole is not read.
+
+    The guest writes after each batch, while it runs.
+    """
+
+    def __init__(self, guest, writes=()):
+        self.memory = np.zeros((PAGES, 8), np.uint8)
+        self.rate = Rate()
+        self.rate.bytes_per_second = 1 << 20
+        self._guest = guest
+        self._writes = list(writes)
+
+    def send(self, pages, batch, behind=b""):
+        has_data = pages.look_for_data(batch)
+        self.memory[batch] = 0
+        self.memory[batch[has_data]] = pages.block.pages[batch[has_data], STAMP]
+        if self._writes:
+            self._guest.write(self._writes.pop(0))
+
+    def pace(self, interrupt):
+        pass
+
+
+def by_precopy(pages):
+    """Batches as the end of a precopy takes them."""
+    start = 0
+    while len(batch := pages.next_batch(start, PAGES, 256)):
+        yield batch
+        start = int(batch[-1]) + 1
+
+
+def by_postcopy(pages):
+    """Batches as the push takes them."""
+    while len(batch := pages.next_batch_of_stopped(0, 64)):
+        yield batch
+
+
+def on_demand(pages):
+    """Pages as they are asked for."""
+    for page in np.flatnonzero(pages.pending)[::-1]:
+        yield np.array([page])
+
+
+def travel(destination, guest, ending, last_write, orders):
+    """Send all of the guest, which writes once more just before it stops."""
+    dirty = DirtyPages([guest.block], guest)
+    dirty.start()
+    values = Parameters().with_changes({"downtime-limit": 1000})
+    Precopy(dirty, destination, Counters(), orders, lambda: values, lambda _: None).run()
+    destination._writes.clear()
+    guest.write(last_write)
+    dirty.collect_all()
+    (pages,) = dirty.blocks
+    for batch in ending(pages):
+        pages.pending[batch] = False
+        destination.send(pages, batch)
+
+
+@pytest.mark.parametrize("ending", [by_precopy, by_postcopy, on_demand])
+def test_a_hole_filled_after_the_last_round_is_not_sent_as_zeros(ending):
+    guest = Guest()
+    destination = Destination(guest)
+    travel(destination, guest, ending, [3, 100, 101, PAGES - 1], Orders())
+    np.testing.assert_array_equal(destination.memory, guest.block.pages[:, STAMP])
+    guest.block.close()
+
+
+some_pages = st.lists(st.integers(0, PAGES - 1), max_size=20)
+
+
+@given(
+    writes=st.lists(some_pages, max_size=6),
+    last_write=some_pages,
+    ending=st.sampled_from([by_precopy, by_postcopy, on_demand]),
+    postcopy=st.booleans(),
+)
+def test_whatever_is_filled_at_whatever_moment_arrives(writes, last_write, ending, postcopy):
+    guest, orders = Guest(), Orders()
+    destination = Destination(guest, writes)
+    if postcopy:
+        destination.pace = lambda _: orders.postcopy()
+    travel(destination, guest, ending, last_write, orders)
+    np.testing.assert_array_equal(destination.memory, guest.block.pages[:, STAMP])
+    guest.block.close()
+
+
+def test_a_page_asked_for_during_a_look_ahead_is_not_sent_as_zeros():
+    """The push looks ahead, on its thread, just while a request is being answered."""
+    guest = Guest()
+    guest.write(list(range(PAGES)))
+    pages = BlockPages(guest.block)
+
+    class LookedAtMeanwhile:
+        """Gives what it holds, and only then does the other thread look."""
+
+        def __getitem__(self, key):
+            found = known[key]
+            pages.has_data = known
+            pages.look_at(0, PAGES)
+            return found
+
+    known = pages.has_data
+    pages.has_data = LookedAtMeanwhile()
+    assert pages.look_for_data(np.array([5])).all()
+    guest.block.close()
