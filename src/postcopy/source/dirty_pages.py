@@ -18,7 +18,7 @@ CHUNK_BYTES = 64 << 20
 """How much memory is protected, and then sent, at a time."""
 
 
-_LOOK_AHEAD_PAGES = 4096
+_WINDOW_PAGES = 4096
 
 _MOST_TOGETHER = 16
 """A batch may have so many times more pages than its limit says, if the others are holes."""
@@ -36,6 +36,8 @@ class BlockPages:
         self.has_data: Mask = np.zeros(block.page_count, np.bool_)
         """Pages known to have memory behind them; the others were holes when last looked at."""
         self._looked_at = (0, 0)
+        # Windows that were looked at after the guest had stopped here: nothing in them changes.
+        self._final: Mask = np.zeros(-(-block.page_count // _WINDOW_PAGES), np.bool_)
 
     def look_at(self, start: int, end: int) -> None:
         """Look at many pages at once, which :meth:`look_for_data` then need not do batch by batch.
@@ -60,14 +62,29 @@ class BlockPages:
 
         A page must be protected, or the guest stopped, before its last look.
         """
-        start, end = self._looked_at  # first: another thread may look now, for the push
+        # First: another thread may look now, for the push.
+        has_looked = self._has_looked(int(batch[0]), int(batch[-1]))
         has_data = self.has_data[batch]
-        if has_data.all() or (start <= batch[0] and batch[-1] < end):
+        if has_data.all() or has_looked:
             return has_data
         unknown = batch[~has_data]
         for start, end in index_runs(unknown).tolist():
             self._look(int(unknown[start]), int(unknown[end - 1]) + 1)
         return self.has_data[batch]
+
+    def look_around(self, page: int) -> None:
+        """Of a guest that has stopped here: look at the window around a page, once and for all."""
+        window = page // _WINDOW_PAGES
+        if not self._final[window]:
+            start = window * _WINDOW_PAGES
+            self._look(start, min(start + _WINDOW_PAGES, len(self.pending)))
+            self._final[window] = True
+
+    def _has_looked(self, first: int, last: int) -> bool:
+        start, end = self._looked_at
+        if start <= first and last < end:
+            return True
+        return bool(self._final[first // _WINDOW_PAGES : last // _WINDOW_PAGES + 1].all())
 
     def _look(self, start: int, end: int) -> None:
         if not self.has_data[start:end].all():
@@ -86,11 +103,13 @@ class BlockPages:
         return batch[np.cumsum(self.look_for_data(batch)) <= limit]
 
     def next_batch_of_stopped(self, start: int, limit: int) -> Indices:
-        """As :meth:`next_batch`, of a guest that has stopped here: a look ahead stays right."""
-        batch = next_set(self.pending, start, 1)
-        if len(batch) and not self._looked_at[0] <= batch[0] < self._looked_at[1] - limit:
-            self.look_at(int(batch[0]), min(int(batch[0]) + _LOOK_AHEAD_PAGES, len(self.pending)))
-        return self.next_batch(start, len(self.pending), limit)
+        """As :meth:`next_batch`, of a guest that has stopped here, and within one window."""
+        first = next_set(self.pending, start, 1)
+        if not len(first):
+            return first
+        self.look_around(int(first[0]))
+        end = (int(first[0]) // _WINDOW_PAGES + 1) * _WINDOW_PAGES
+        return self.next_batch(int(first[0]), min(end, len(self.pending)), limit)
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """First and end page of each chunk."""

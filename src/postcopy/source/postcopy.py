@@ -8,8 +8,6 @@ if there is one, or else over the same channel, where an urgent page goes before
 import threading
 import time
 
-import numpy as np
-
 from postcopy.memory.runs import Indices
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages, DirtyPages
@@ -89,10 +87,11 @@ class PostcopyPush:
             with self._lock:
                 self._counters.requests += 1
                 self._last_request = time.monotonic()
-                wanted = np.flatnonzero(pages.pending[first:end]) + first
+                wanted = pages.pending[first:end].nonzero()[0] + first
                 pages.pending[wanted] = False
                 if len(wanted):
                     self._position = (self._dirty.blocks.index(pages), end)
+            pages.look_around(first)
             for start in range(0, len(wanted), BATCH_PAGES):
                 self._send_urgent(pages, wanted[start : start + BATCH_PAGES])
         finally:
