@@ -55,6 +55,9 @@ class Desk:
         self._starting = threading.Lock()
         # Under the lock: the job's thread, which has been started.
         self._thread: threading.Thread | None = None
+        self._setting = threading.Lock()
+        # Under the lock: what the user has set last, if anything since this engine was put to work.
+        self._told: Parameters | None = None
 
     def guest(self) -> GuestProxy:
         """The guest; asked about itself when it is first needed."""
@@ -74,6 +77,17 @@ class Desk:
     def stand_in(self, status: Status) -> None:
         """Begin where an engine that has died had come to."""
         self.progress = Progress(self._report, status)
+
+    def take_on(self, job: Job) -> None:
+        """Have this job.
+
+        Its order was written before it came here, and was making the job since: what the user has set
+        meanwhile is newer, and counts.
+        """
+        with self._setting:
+            self.job = job
+            if self._told is not None:
+                job.set_parameters(self._told)
 
     def start(self, name: str, run: Callable[[], None]) -> None:
         """Run the job, or go on with it, on a thread of its own."""
@@ -102,9 +116,11 @@ class Desk:
     # --- orders that every job understands
 
     def set_parameters(self, parameters: Mapping[str, Any]) -> None:
-        """Take over what the user has set meanwhile."""
-        if self.job is not None:
-            self.job.set_parameters(Parameters().with_changes(parameters))
+        """Take over what the user has set meanwhile; a job that is still to come gets it then."""
+        with self._setting:
+            self._told = told = Parameters().with_changes(parameters)
+            if self.job is not None:
+                self.job.set_parameters(told)
 
     def set_capabilities(self, capabilities: Sequence[str]) -> None:
         """Take over what the user has switched meanwhile."""

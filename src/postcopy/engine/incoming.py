@@ -48,7 +48,7 @@ class Incoming:
     ) -> list[dict[str, object]]:
         desk = self._desk
         assert desk.populating is not None
-        desk.job = destination = Destination(
+        destination = Destination(
             desk.guest(),
             FORMATS,
             listener,
@@ -58,6 +58,7 @@ class Incoming:
             desk.progress,
             Parameters().with_changes(parameters),
         )
+        desk.take_on(destination)
         desk.take_capabilities = destination.set_capabilities
         desk.leave = destination.stop_waiting  # a Unix socket's file would stay
         return described(listener)

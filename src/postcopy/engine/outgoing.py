@@ -34,7 +34,8 @@ class Outgoing:
         """Begin to send the guest, or to write the image of it."""
         if Capability.BACKGROUND_SNAPSHOT in Capabilities.of(capabilities).on:
             snapshot = self._make_snapshot(uri_of(uri, fds), capabilities, parameters)
-            self._desk.job, self._desk.leave = snapshot, snapshot.leave
+            self._desk.take_on(snapshot)
+            self._desk.leave = snapshot.leave
             run = snapshot.run
         else:
             self._make_source(uri_of(uri, fds), capabilities, parameters)
@@ -58,13 +59,15 @@ class Outgoing:
     def _make_source(
         self, uri: str, capabilities: Sequence[str], parameters: Mapping[str, Any]
     ) -> None:
-        self._desk.job = Source(
-            self._desk.guest(),
-            Wishes(uri, Capabilities.of(capabilities)),
-            Parameters().with_changes(parameters),
-            self._desk.progress,
-            self._describing(capabilities),
-            lambda number: self._desk.link.note("passed", number=number),
+        self._desk.take_on(
+            Source(
+                self._desk.guest(),
+                Wishes(uri, Capabilities.of(capabilities)),
+                Parameters().with_changes(parameters),
+                self._desk.progress,
+                self._describing(capabilities),
+                lambda number: self._desk.link.note("passed", number=number),
+            )
         )
 
     def resume_source(self, uri: str, fds: Sequence[int] = ()) -> None:

@@ -37,7 +37,7 @@ class Restoring:
         desk, wanted = self._desk, Wishes.of(wishes)
         if desk.populating is not None:
             desk.populating.stop()
-        desk.job = restore = Restore(
+        restore = Restore(
             desk.guest(),
             desk.take_ram(),
             wanted,
@@ -46,6 +46,7 @@ class Restoring:
             lambda: desk.link.note("progressed"),
             opened=self._take_opened(wanted.path),
         )
+        desk.take_on(restore)
         return restore.identity
 
     def _take_opened(self, path: Path) -> OpenedImage | None:

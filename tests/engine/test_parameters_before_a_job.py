@@ -1,0 +1,91 @@
+"""What the user sets before the engine has come to have a job is not lost."""
+
+import contextlib
+import socket
+
+import pytest
+
+from postcopy.engine import incoming, outgoing, restoring
+from postcopy.engine.service import EngineService
+from postcopy.parameters import Parameters
+
+OLD, NEW = {"max-bandwidth": 1000}, {"max-bandwidth": 7}
+IMAGE = {"path": "/image", "began_ns": 0}
+SETTINGS = {"capabilities": [], "parameters": OLD}
+
+
+class Worker:
+    """A job of any kind that does nothing; the user sets parameters while it is being made."""
+
+    addresses = ()
+    identity = ""
+    error = None
+
+    def __init__(self, *_, **__):
+        self.told = Parameters().with_changes(OLD)
+        self.meanwhile()
+
+    def meanwhile(self):
+        """Nothing."""
+
+    def set_parameters(self, parameters):
+        self.told = parameters
+
+    def nothing(self, *_):
+        """Whatever else it is told to do."""
+
+    run = adopt = recover = begin_recovery = set_capabilities = stop_waiting = start = nothing
+
+
+class AnyGuest:
+    machine_name = "any"
+
+
+ORDERS = {
+    "start_source": {"uri": "tcp:127.0.0.1:1", **SETTINGS},
+    "adopt_source": SETTINGS,
+    "listen": {"uri": "tcp:127.0.0.1:0", **SETTINGS},
+    "adopt_destination": {"uri": "tcp:127.0.0.1:0", **SETTINGS},
+    "start_restore": {"wishes": IMAGE, **SETTINGS},
+    "adopt_restore": {"status": "postcopy-active", "wishes": IMAGE, **SETTINGS},
+}
+
+
+@pytest.fixture
+def service(monkeypatch):
+    for module, name in (
+        (outgoing, "Source"),
+        (incoming, "Destination"),
+        (incoming, "Listener"),
+        (incoming, "Populating"),
+        (restoring, "Restore"),
+    ):
+        monkeypatch.setattr(module, name, type(name, (Worker,), {}))
+    ours, theirs = socket.socketpair()
+    with contextlib.closing(ours), contextlib.closing(theirs):
+        made = EngineService(theirs)
+        made._desk._guest, made._desk.ram = AnyGuest(), object()
+        yield made
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_they_count_whatever_the_order_says(service, order):
+    orders = service._link._handlers
+    orders["set_parameters"](parameters={"max-bandwidth": 8})
+    orders["set_parameters"](parameters=NEW)
+    orders[order](**ORDERS[order])
+    assert service._desk.job.told.max_bandwidth == 7
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_and_so_do_those_that_come_while_the_job_is_being_made(service, order, monkeypatch):
+    orders = service._link._handlers
+    monkeypatch.setattr(Worker, "meanwhile", lambda _: orders["set_parameters"](parameters=NEW))
+    orders[order](**ORDERS[order])
+    assert service._desk.job.told.max_bandwidth == 7
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_without_them_the_order_counts(service, order):
+    service._link._handlers[order](**ORDERS[order])
+    assert service._desk.job.told.max_bandwidth == 1000
