@@ -246,3 +246,19 @@ class TestCheckedPages:
             assert checked.is_good("ram", 15)
             (damage,) = checked.damages()
             assert (damage.block, damage.block_offset) == ("ram", 16 * PAGE)
+
+    def test_chunks_are_checked_ahead_until_they_need_not_be(self, path):
+        with open_image(path) as image:
+            start = image.place("ram").pages_offset
+        image, manifest = open_for_restore(path)
+        wanted = np.zeros(64, np.bool_)
+        wanted[0] = wanted[16:28] = wanted[32:64] = True
+        turns = iter([False, False, True])
+        with image:
+            checked = CheckedPages(image, manifest)
+            checked.look_ahead("ram", wanted, lambda: next(turns))
+            for page in (0, 20, 40, 60):
+                flip(path, (start + page * PAGE) * 8)
+            # What has been found good is not looked at again.
+            good = [checked.is_good("ram", page) for page in (0, 20, 40, 60)]
+            assert good == [False, True, True, False]

@@ -12,6 +12,7 @@ from postcopy.errors import ImageError
 from postcopy.memory.page_map import RECEIVED
 from postcopy.snapshot.filler import Filler, Pace
 from postcopy.snapshot.filling import Filling
+from postcopy.snapshot.head_start import LEAST_BYTES, HeadStart
 
 PAGE = 4096
 PAGES = 256
@@ -125,6 +126,51 @@ def test_the_working_set_comes_first_and_no_rate_holds_it():
         scene.filler.new_rate(0)
         scene.finish()
         assert len(scene.received()) == PAGES
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_a_guest_is_let_run_when_all_of_a_small_set_is_in(fixed):
+    wanted = np.zeros(PAGES, np.bool_)
+    wanted[::3] = True
+    wanted[40:80] = True
+    with Scene(FakeOrigin(fixed=fixed, zero=[42]), wanted, rate=1) as scene:
+        scene.filler.head_start.wait()
+        assert set(np.flatnonzero(wanted)) - {42, 0} <= set(scene.received())
+        assert scene.filler.ready_ns is not None
+        for page in (3, 40, 79, 252):
+            assert int.from_bytes(scene.guest.touch(page), "little") == page + 1
+        assert scene.filler.faults == 0
+
+
+def test_a_large_set_holds_a_guest_up_for_its_first_part_only():
+    head_start = HeadStart(wanted=True)
+    head_start.brought(LEAST_BYTES)
+    assert not head_start.ended
+    head_start.wait()
+    assert head_start.ended
+
+
+def test_nobody_waits_without_a_set_or_for_one_that_is_being_recorded():
+    HeadStart(wanted=False).wait()
+    with Scene(FakeOrigin(), np.ones(PAGES, np.bool_), holds_for_recording=True) as scene:
+        scene.filler.head_start.wait()
+        assert scene.received() == []
+
+
+def test_a_pager_that_ends_keeps_nobody_waiting():
+    with Scene(FakeOrigin(bad=range(PAGES)), np.ones(PAGES, np.bool_)) as scene:
+        scene.filler.stop()
+        scene.filler.head_start.wait()
+
+
+def test_scattered_pages_of_a_wrong_chunk_are_lost_and_never_served():
+    wanted = np.zeros(PAGES, np.bool_)
+    wanted[::2] = True
+    with Scene(FakeOrigin(bad=[8, 9, 10, 11]), wanted, rate=1) as scene:
+        scene.filler.head_start.wait()
+        assert [(lost.pages, lost.reason) for lost in scene.lost] == [(4, "page 8 is wrong")]
+        assert (scene.words()[8:12] == 0).all()
+        assert int.from_bytes(scene.guest.touch(12), "little") == 13
 
 
 def test_who_waits_for_the_end_gets_it_at_full_speed():

@@ -1,6 +1,7 @@
 """Pages of a mapped image that may be served: each chunk is checked once, before its first page."""
 
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from postcopy.snapshot.digests import CHUNK_BYTES
 from postcopy.snapshot.manifest import Manifest
 from postcopy.snapshot.mapped_image import MappedImage
 
+_MANY_PAGES = CHUNK_BYTES // TARGET_PAGE_BYTES // 2
 _UNKNOWN, _GOOD, _BAD = 0, 1, 2
 
 
@@ -39,7 +41,8 @@ class CheckedPages:
         first = start // CHUNK_BYTES
         end = -(-(start + count * TARGET_PAGE_BYTES) // CHUNK_BYTES)
         for chunk in (first + np.flatnonzero(self._verdicts[first:end] == _UNKNOWN)).tolist():
-            self._check(chunk)
+            if self._verdicts[chunk] == _UNKNOWN:  # still: others check, too
+                self._check(chunk)
         chunks = (start + np.arange(count, dtype=np.int64) * TARGET_PAGE_BYTES) // CHUNK_BYTES
         good: Mask = self._verdicts[chunks] == _GOOD
         return good
@@ -51,6 +54,23 @@ class CheckedPages:
         if self._verdicts[chunk] == _UNKNOWN:
             self._check(chunk)
         return bool(self._verdicts[chunk] == _GOOD)
+
+    def look_ahead(self, block_name: str, wanted: Mask, ended: Callable[[], bool]) -> None:
+        """Check chunks before their pages are asked for, from the first one on.
+
+        Only those of which many are: single pages are placed in calls so short that two threads
+        would spend their time with waiting for the interpreter.
+
+        :param wanted: the pages that will be; shape ``(pages of the block,)``.
+        :param ended: whether to leave the rest to those who ask.
+        """
+        start = self._image.place(block_name).pages_offset
+        pages_of = np.bincount((start + np.flatnonzero(wanted) * TARGET_PAGE_BYTES) // CHUNK_BYTES)
+        for chunk in np.flatnonzero(pages_of >= _MANY_PAGES).tolist():
+            if ended():
+                return
+            if self._verdicts[chunk] == _UNKNOWN:
+                self._check(chunk)
 
     def damages(self) -> list[Damage]:
         """What has been found wrong so far, in the order of finding."""

@@ -3,7 +3,7 @@
 One thread does both.  So a demand never waits for a lock, for the interpreter, or for more than the one
 step of the push that is under way; and between two steps the push always looks whether somebody waits.
 What comes unasked comes in two phases: the working set of earlier restores, at once; and everything else
-when the guest runs.
+when the guest runs.  The guest is let run when the first has had a head start.
 """
 
 import os
@@ -14,24 +14,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from postcopy.abi import mman
 from postcopy.abi.userfaultfd import EventCode, PagefaultFlag
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.errors import KernelError
-from postcopy.kernel import calls
 from postcopy.kernel.faults import MESSAGE
 from postcopy.kernel.scheduling import run_soon
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.kill_points import reached
 from postcopy.memory.runs import Mask
-from postcopy.snapshot.filling import Filling
+from postcopy.snapshot.filling import Filling, Run, Runs
+from postcopy.snapshot.head_start import HeadStart
 
 _MOST_FAULTS: Final = 64
 _SHORT_STEP_BYTES: Final = 128 << 10
 _LONG_STEP_BYTES: Final = 1 << 20
 _QUIET_NS: Final = 5_000_000
+_LEAST_A_RUN_BYTES: Final = 16 << 10
 _STEPS_A_SECOND: Final = 10
-_AHEAD_BYTES: Final = 8 << 20
 _SETTLED_NS: Final = 200_000_000
 _LONGEST_RECORDING_NS: Final = 10_000_000_000
 _PAGEFAULT: Final = int(EventCode.PAGEFAULT)
@@ -75,11 +74,13 @@ class Filler:
         self._hurry = False
         self._may_end = False
         self._exhausted = False
-        self._runs = self._plan()
-        self._run: tuple[Filling, int, int] | None = None
+        self._todo = self._plan()
+        self._rest: tuple[Filling, Runs] | None = None
         self._not_before_ns = 0
         self._began_ns = self._last_fault_ns = time.monotonic_ns()
         self._recording = pace.holds_for_recording
+        # Who records sees only what has not come unasked.
+        self.head_start = HeadStart(wanted=bool(working_set) and not pace.holds_for_recording)
         self.latencies_ns = array("Q")
         self.ready_ns: int | None = None
         """When the working set was in, or, recording, when the faults had settled; monotonic."""
@@ -123,10 +124,25 @@ class Filler:
         os.close(self._wake_reader)
         os.close(self._wake_writer)
 
+    # --- a thread that helps it
+
+    def look_ahead(self) -> None:
+        """Check what the replay will bring, up to the end of its head start."""
+        for filling in self._fillings:
+            wanted = self._working_set.get(filling.paged.block.name)
+            if wanted is not None:
+                filling.origin.look_ahead(wanted, lambda: self.head_start.ended)
+
     # --- the thread
 
     def run(self) -> None:
         """Serve and push until every page is in place, and it :meth:`may_end`; or told to stop."""
+        try:
+            self._run()
+        finally:
+            self.head_start.end()
+
+    def _run(self) -> None:
         run_soon()
         poll = select.poll()
         poll.register(self._userfaultfd.fd, select.POLLIN)
@@ -197,53 +213,68 @@ class Filler:
 
     def _push(self) -> bool:
         """Take one step; return whether there was anything left to do."""
-        if self._run is None:
+        if self._rest is None:
             try:
-                self._run = next(self._runs)
+                self._rest = next(self._todo)
             except StopIteration:
                 return False
-            if self._run is None:
+            if self._rest is None:
                 return True
-        filling, first, end = self._run
+        filling, found = self._rest
+        step = _take(
+            found, self._step_bytes() >> filling.shift, _LEAST_A_RUN_BYTES >> filling.shift
+        )
+        filling.push(step)
+        if not found:
+            self._rest = None
+        pushed_bytes = sum(end - first for first, end in step) << filling.shift
+        if self.ready_ns is None:
+            self.head_start.brought(pushed_bytes)
+        elif not self._hurry:
+            self._pace(pushed_bytes)
+        self._note_progress()
+        return True
+
+    def _step_bytes(self) -> int:
         quiet = time.monotonic_ns() - self._last_fault_ns > _QUIET_NS
         step_bytes = _LONG_STEP_BYTES if quiet else _SHORT_STEP_BYTES
         if self._limiter.bytes_per_second and self.ready_ns is not None and not self._hurry:
             step_bytes = min(step_bytes, self._limiter.bytes_per_second // _STEPS_A_SECOND)
-        count = min(end - first, max(1, step_bytes >> filling.shift))
-        filling.push(first, count)
-        self._run = (filling, first + count, end) if first + count < end else None
-        if self.ready_ns is not None and not self._hurry:
-            self._pace(count << filling.shift)
-        self._note_progress()
-        return True
+        return step_bytes
 
     def _pace(self, pushed_bytes: int) -> None:
         wait_s = self._limiter.spend(pushed_bytes)
         self._not_before_ns = time.monotonic_ns() + int(wait_s * 1e9)
 
-    def _plan(self) -> Iterator[tuple[Filling, int, int] | None]:
+    def _plan(self) -> Iterator[tuple[Filling, Runs] | None]:
         """What comes unasked, in order; None between the working set and the rest."""
         for filling in self._fillings:
             wanted = self._working_set.get(filling.paged.block.name)
             if wanted is not None:
-                yield from self._reading_ahead(filling, wanted)
+                yield from ((filling, found) for found in filling.missing(wanted))
         self.ready_ns = time.monotonic_ns()
+        self.head_start.end()
         reached("restore.working-set-in")
         yield None
         for filling in self._fillings:
-            yield from self._reading_ahead(filling, None)
+            yield from ((filling, found) for found in filling.missing())
 
-    @staticmethod
-    def _reading_ahead(filling: Filling, wanted: Mask | None) -> Iterator[tuple[Filling, int, int]]:
-        """Have the kernel read the file before the push gets there: it would wait, and demands too."""
-        base, ahead = filling.origin.base, 0
-        for first, end in filling.missing(wanted):
-            if base and first << filling.shift >= ahead:
-                start = first << filling.shift
-                length = min(_AHEAD_BYTES, filling.end - filling.base - start)
-                try:
-                    calls.madvise(base + start, length, mman.MADV_WILLNEED)
-                except KernelError:
-                    base = 0  # it was only advice
-                ahead = start + length // 2
-            yield filling, first, end
+
+def _take(runs: Runs, most: int, least_a_run: int) -> list[Run]:
+    """Take off the front of ``runs`` what makes one step.
+
+    :param most: pages, but at least one.
+    :param least_a_run: as how many pages a shorter run counts: each costs a call, and often a digest.
+    """
+    step: list[Run] = []
+    used = 0
+    while runs and (used < most or not step):
+        first, end = runs[0]
+        taken = max(1, min(end - first, most - used))
+        step.append((first, first + taken))
+        used += max(taken, least_a_run)
+        if first + taken == end:
+            runs.popleft()
+        else:
+            runs[0] = (first + taken, end)
+    return step

@@ -1,13 +1,16 @@
 """One RAM block that is being filled from an image: how a page of it gets into place."""
 
 import errno
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
+from postcopy.abi import mman
 from postcopy.errors import ImageError, KernelError, PageExists
+from postcopy.kernel import calls
 from postcopy.kernel.page_copier import PageCopier
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.memory.page_map import RECEIVED
@@ -16,6 +19,11 @@ from postcopy.paging.ram import Paged
 from postcopy.snapshot.origin import Origin
 
 _WINDOW_PAGES: Final = 1 << 14
+_AHEAD_BYTES: Final = 8 << 20
+
+Run = tuple[int, int]
+"""The first page of some that follow one another, and the end."""
+Runs = deque[Run]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +66,8 @@ class Filling:
         self._states = paged.pages.states
         self._data: Mask | None = None
         self._fixed = origin.base
+        self._reads_ahead = bool(self._fixed)
+        self._ahead = 0
 
     def adopt(self) -> None:
         """Take over from an engine that is gone: what is in memory is in place, whole."""
@@ -70,19 +80,26 @@ class Filling:
         if data is None:
             data = self._data = self.origin.data
         self.touched[page] = True
-        if not data[page]:
+        if data[page]:
+            self._place_one(page)
+        else:
             self._zero(page)
-        elif self._fixed and self.origin.is_good(page):
+            self.placed_pages += 1
+        self._states[page] = RECEIVED
+
+    def _place_one(self, page: int) -> None:
+        """Place a page with data: the shortest way for one."""
+        if self._fixed and self.origin.is_good(page):
             offset = page << self.shift
             try:
-                if not self._copier.place(self.base + offset, self._fixed + offset):
+                if self._copier.place(self.base + offset, self._fixed + offset):
+                    self.placed_pages += 1
+                else:
                     self.show(page)
             except KernelError as error:
                 self._failed(page, error)
         else:
             self._place(page, 1)
-        self._states[page] = RECEIVED
-        self.placed_pages += 1
 
     def show(self, page: int) -> None:
         """Map a page that is in memory, but not where the guest sees it."""
@@ -92,17 +109,35 @@ class Filling:
         except PageExists:
             self._userfaultfd.wake(address, self.page_bytes)
 
-    def push(self, first: int, count: int) -> None:
+    def push(self, step: Iterable[Run]) -> None:
         """Place pages that nobody has asked for, unless they are there."""
-        end = first + count
-        while first < end:
-            first += self._place(first, end - first)
+        for first, end in step:
+            self._read_ahead(first)
+            if end - first == 1:
+                if self._states[first] != RECEIVED:
+                    self._place_one(first)
+                    self._states[first] = RECEIVED
+                continue
+            page = first
+            while page < end:
+                page += self._place(page, end - page)
 
-    def missing(self, wanted: Mask | None = None) -> Iterator[tuple[int, int]]:
-        """Find the runs of pages with data that are not in place, a window at a time.
+    def _read_ahead(self, page: int) -> None:
+        """Have the kernel read the file before the push gets there: it would wait, and demands too."""
+        start = page << self.shift
+        if not self._reads_ahead or self._ahead - _AHEAD_BYTES <= start < self._ahead:
+            return
+        length = min(_AHEAD_BYTES, self.end - self.base - start)
+        self._ahead = start + length // 2
+        try:
+            calls.madvise(self._fixed + start, length, mman.MADV_WILLNEED)
+        except KernelError:
+            self._reads_ahead = False  # it was only advice
+
+    def missing(self, wanted: Mask | None = None) -> Iterator[Runs]:
+        """Find the runs of pages with data that are not in place, a window at a time; ascending.
 
         :param wanted: only these.
-        :return: first page and end of each run; ascending.
         """
         data = self.origin.data
         for start in range(0, len(data), _WINDOW_PAGES):
@@ -110,8 +145,8 @@ class Filling:
             todo = data[window] & (self._states[window] != RECEIVED)
             if wanted is not None:
                 todo &= wanted[window]
-            for first, end in runs(todo).tolist():
-                yield start + first, start + end
+            if todo.any():
+                yield deque((start + first, start + end) for first, end in runs(todo).tolist())
 
     @property
     def missing_pages(self) -> int:

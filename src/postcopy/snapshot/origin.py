@@ -1,5 +1,7 @@
 """Where the pages of one RAM block come from: an image, page by page or in runs."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from postcopy.errors import ImageError
@@ -57,6 +59,16 @@ class Origin:
         first, pages = page * self._per_page, count * self._per_page
         good = self._check.good(self._name, first, pages)
         return count if good.all() else int(good.argmin()) // self._per_page
+
+    def look_ahead(self, wanted: Mask, ended: Callable[[], bool]) -> None:
+        """Check pages that will be used, on a thread beside the one that uses them.
+
+        :param wanted: these.
+        :param ended: whether to leave the rest to that thread.
+        """
+        if self._check is not None:
+            pages = np.repeat(wanted & self.data, self._per_page)
+            self._check.look_ahead(self._name, pages, ended)
 
     def address(self, page: int, count: int) -> tuple[int, int]:
         """Give pages in this process's memory; they are there up to the next call.

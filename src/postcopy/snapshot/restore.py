@@ -4,9 +4,11 @@ It is postcopy with a file in the place of the source.  The guest's memory, empt
 userfaultfd; the pager (:mod:`postcopy.snapshot.filler`) serves it from the image; the devices are
 loaded and the guest runs.  Nothing before that takes longer for more memory.
 
-Two threads: ``restore`` fills and then ends the restore; ``wake`` loads the devices and runs the guest,
-which may wait for pages that the first one brings.  All that must outlive this process is elsewhere: the
-memory itself says which pages are in place, and the file has the others.
+Three threads: ``restore`` fills and then ends the restore; ``wake`` gives it a head start, loads the
+devices and runs the guest, which may wait for pages that the first one brings; and up to then
+``checking`` takes the digests of a working set, on the processor that the guest leaves idle.  All that
+must outlive this process is elsewhere: the memory itself says which pages are in place, and the file
+has the others.
 """
 
 import threading
@@ -169,8 +171,11 @@ class Restore:
         waking = threading.Thread(
             target=self._wake_guarded, args=(filler,), name="wake", daemon=True
         )
+        checking = threading.Thread(target=filler.look_ahead, name="checking", daemon=True)
         waking.start()
+        checking.start()
         filler.run()
+        checking.join()
         waking.join()
         if self._failure is not None:
             raise self._failure
@@ -181,6 +186,7 @@ class Restore:
 
     def _wake_guarded(self, filler: Filler) -> None:
         try:
+            filler.head_start.wait()
             self._wake()
             self._progress.move(Status.POSTCOPY_ACTIVE, only_from=frozenset({Status.ACTIVE}))
             reached("restore.running")

@@ -1,0 +1,54 @@
+"""How long a guest that wakes leaves its memory to the replay of its working set: a bounded time.
+
+Until the guest runs, every page that is brought is a fault that it never takes, and nobody is kept
+waiting but by this.  So the replay begins when the memory is watched, goes on while the devices are
+loaded, and has a head start: the first few MiB, however long they take, which is all of a small set;
+and of a larger one as much as comes in a time that a user does not notice.  Both bounds are the same
+whatever the guest's size.
+"""
+
+import threading
+import time
+from typing import Final
+
+LEAST_BYTES: Final = 8 << 20
+MOST_NS: Final = 20_000_000
+
+
+class HeadStart:
+    """The pager tells what has been brought; whoever is to run the guest waits.
+
+    :param wanted: whether there is a working set.
+    """
+
+    def __init__(self, *, wanted: bool) -> None:
+        self._until_ns = time.monotonic_ns() + MOST_NS
+        self._left_bytes = LEAST_BYTES
+        self._least = threading.Event()
+        self._all = threading.Event()
+        self._ended = False
+        if not wanted:
+            self.end()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the guest runs, or has nothing to wait for any more."""
+        return self._ended
+
+    def brought(self, size_bytes: int) -> None:
+        """So much more of the working set is in place."""
+        self._left_bytes -= size_bytes
+        if self._left_bytes <= 0:
+            self._least.set()
+
+    def end(self) -> None:
+        """All of it is in place, or no more will come."""
+        self._ended = True
+        self._least.set()
+        self._all.set()
+
+    def wait(self) -> None:
+        """Return when the guest is to run."""
+        self._least.wait()
+        self._all.wait(max(0, self._until_ns - time.monotonic_ns()) / 1e9)
+        self._ended = True
