@@ -151,3 +151,17 @@ def test_a_page_asked_for_during_a_look_ahead_is_not_sent_as_zeros():
     pages.has_data = LookedAtMeanwhile()
     assert pages.look_for_data(np.array([5])).all()
     guest.block.close()
+
+
+def test_a_request_before_the_guest_has_stopped_makes_nothing_final():
+    """No destination should ask so early; if one does, it gets no zeros for it."""
+    guest = Guest()
+    dirty = DirtyPages([guest.block], guest)
+    (pages,) = dirty.blocks
+    dirty.start()
+    pages.pending[:] = False
+    pages.look_around(5)
+    guest.write([6])
+    dirty.collect_all()
+    assert pages.look_for_data(np.array([6])).all()
+    guest.block.close()

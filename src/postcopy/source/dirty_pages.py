@@ -54,6 +54,7 @@ class BlockPages:
         :param written: None if all are pending already.
         """
         self._looked_at = (0, 0)
+        self._final[:] = False  # if anybody asked before the guest had stopped
         if written is not None:
             self.pending |= written
 
