@@ -9,6 +9,7 @@ import pytest
 from fakes.guest import RAM, FakeGuest
 from fakes.waiting import wait_until
 from postcopy.errors import StreamError
+from postcopy.memory.page_map import RECEIVED
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.pager import Pager
 from postcopy.paging.placement import Placement
@@ -123,6 +124,24 @@ def test_an_engine_that_died_while_placing(arriving):
     pages.adopt(mapped)
     assert arriving.received() == [2, 7]
     assert pages.request(5)
+
+
+@pytest.mark.parametrize("pages", [[5], [7, 8, 9], list(range(20, 60)), [3, 5, 9, 100]])
+def test_what_the_guest_can_see_has_been_received(arriving, pages, monkeypatch):
+    """An engine that dies in the very moment of showing must not leave a page that is asked for again."""
+    arriving.listen()
+    show, states = arriving.userfaultfd.map_existing, arriving.paged.pages.states
+    seen = []
+
+    def watched(address, length_bytes):
+        first = (address - arriving.paged.block.host_address) // 4096
+        seen.extend(states[first : first + length_bytes // 4096].tolist())
+        return show(address, length_bytes)
+
+    monkeypatch.setattr(arriving.userfaultfd, "map_existing", watched)
+    run = pages == list(range(pages[0], pages[0] + len(pages)))
+    arriving.placement.pages(RAM, offsets(pages), filled(pages, 1), neighbours=run)
+    assert seen == [RECEIVED] * len(pages)
 
 
 def test_more_pages_than_are_staged_at_once(arriving):

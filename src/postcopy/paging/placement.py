@@ -169,10 +169,14 @@ class Placement:
                 self._wake_books(name, page, page + 1)
 
     def _map(self, paged: Paged, page: int, count: int) -> None:
-        """Show pages to the guest, and note that they have come."""
+        """Note that pages have come, and show them to the guest.
+
+        In this order: what the guest may have written to is never taken for missing, whenever this
+        engine dies.
+        """
         assert self._userfaultfd is not None
-        show(self._userfaultfd, paged.block, page, count)
         paged.pages.receive(slice(page, page + count))
+        show(self._userfaultfd, paged.block, page, count)
         self._wake_books(paged.block.name, page, page + count)
 
     def _wake_books(self, name: str, start: int, end: int) -> None:
