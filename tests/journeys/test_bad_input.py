@@ -14,6 +14,8 @@ from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.machine.machine import Machine
 from postcopy.parameters import Capability
 from postcopy.status import Status
+from postcopy.stream.records import RequestPages
+from postcopy.stream.return_path import encode_message
 
 MIB = 1 << 20
 
@@ -87,6 +89,22 @@ def test_a_peer_that_is_no_destination(journey, tmp_path, answer):
             peer.sendall(answer)
         trip.source.wait(Status.FAILED)
     assert trip.source.error
+    trip.verify_source()
+
+
+def test_a_page_that_is_asked_for_before_it_can_be_missing(journey, tmp_path):
+    trip = journey(hammer(), capabilities=POSTCOPY, parameters=NEVER_ENDS)
+    block = trip.source.machine.regions()[0].name
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(f"{tmp_path}/door")
+        door.listen(1)
+        trip.source.control.migrate(f"unix:{tmp_path}/door")
+        peer, _ = door.accept()
+        with peer:
+            peer.sendall(encode_message(RequestPages(block, 0, 4096)))
+            trip.source.wait(Status.FAILED)
+    assert "asks for a page before it can miss one" in trip.source.error
+    assert f"block {block}, offset 0x0" in trip.source.error
     trip.verify_source()
 
 

@@ -8,6 +8,7 @@ if there is one, or else over the same channel, where an urgent page goes before
 import threading
 import time
 
+from postcopy.errors import StreamError
 from postcopy.memory.runs import Indices
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages, DirtyPages
@@ -52,6 +53,7 @@ class PostcopyPush:
         self._sender = sender
         self._counters = counters
         self._over = threading.Event()
+        self._begun = False
         self._by_name = {pages.block.name: pages for pages in dirty.blocks}
         self._lock = threading.Lock()
         self._sending = threading.Lock()
@@ -61,6 +63,10 @@ class PostcopyPush:
         self._position: tuple[int, int] = (0, 0)  # number of a block, page there
         self.urgent: UrgentChannel | None = None
         self.window = FlightWindow(WINDOW_BYTES, PING_BYTES)
+
+    def begin(self) -> None:
+        """Pages may be asked for from now on: the guest has stopped here."""
+        self._begun = True
 
     def run(self) -> None:
         """Push until nothing is pending."""
@@ -77,7 +83,15 @@ class PostcopyPush:
         self.window.close()
 
     def serve(self, name: str, start_bytes: int, length_bytes: int) -> None:
-        """Send the pages of one request, unless they are on their way already."""
+        """Send the pages of one request, unless they are on their way already.
+
+        :raises StreamError: nothing has been handed over that could miss a page.
+        """
+        if not self._begun:
+            raise StreamError(
+                f"the destination asks for a page before it can miss one: block {name}, "
+                f"offset {start_bytes:#x}"
+            )
         with self._urgent_done:
             self._urgent += 1
         try:

@@ -293,6 +293,7 @@ class Source:
         channel = connect_unless_cancelled(parse(uri), self.orders)
         _check_answers(channel)
         connection = self._connect(channel, self._dirty, answered=True)
+        connection.push.begin()
         self._progress.move(Status.POSTCOPY_RECOVER)
         reached("source.recovery-connected")
         connection.begin_watch()

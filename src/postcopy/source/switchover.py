@@ -157,6 +157,7 @@ class Switchover:
         self._commit()
         # From here an engine that takes over from us must recover, whatever it finds.
         self._progress.move(Status.POSTCOPY_ACTIVE)
+        self._connection.push.begin()
         reached("source.before-package")
         try:
             # RUN is the last byte of it: a send that fails has not delivered it.
