@@ -71,14 +71,16 @@ class Job:
 
     def info(self) -> MigrationInfo:
         """How it stands, by the last figures that it gave."""
-        measured = self._last.measured
+        status = self.status  # first: the figures that belong to it have come before it changed
+        last = self._last
+        measured = last.measured
         if self._after is not None:
             measured = _completed(measured, self._after.info().measured)
         return replace(
-            self._last,
-            status=self.status,
+            last,
+            status=status,
             incoming=self.incoming,
-            error_desc=self.error or self._last.error_desc,
+            error_desc=self.error or last.error_desc,
             socket_address=self.addresses if self.incoming else (),
             measured=measured,
         )
