@@ -148,3 +148,19 @@ def test_what_makes_no_sense_is_refused(journey, tmp_path):
         wake(side, path)
     with pytest.raises(WrongState, match="not specified"):
         wake(trip.source, path)
+
+
+def test_an_eager_guest_is_not_whole_before_it_runs(journey, tmp_path, monkeypatch):
+    trip = journey(hammer())
+    path = put_to_sleep(trip, tmp_path / "image")
+    side, seen = trip.destination, []
+    load = side.machine.load_devices
+
+    def watched(states):
+        seen.append(measured(side).restore_complete_us)
+        load(states)
+
+    monkeypatch.setattr(side.machine, "load_devices", watched)
+    wake(side, path, lazy=False)
+    woken(trip)
+    assert seen == [None]

@@ -220,7 +220,8 @@ class Restore:
         """All that there is is in place, and the rest is zero, as memory is that nobody has touched."""
         reached("restore.all-in")
         self._guest.unwatch_missing()
-        self.figures.complete()
+        if self._wishes.lazy:
+            self.figures.complete()  # else when it runs: nobody is told before that it is whole
         reached("restore.unwatched")
         if self._wishes.record and not self._lost:
             try:
