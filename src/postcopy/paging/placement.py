@@ -147,8 +147,8 @@ class Placement:
         assert self._userfaultfd is not None
         ranges = index_runs(target)
         if self._later is not None:
-            short = ranges[:, 1] - ranges[:, 0] < _LONG_RUN_PAGES
             lengths = ranges[:, 1] - ranges[:, 0]
+            short = lengths < _LONG_RUN_PAGES
             if short.any():
                 self._later(paged.block.name, target[np.repeat(short, lengths)])
                 ranges = ranges[~short]

@@ -21,15 +21,16 @@ from postcopy.paging.ram import Paged, PagedRam
 _STEP_PAGES: Final = 1024
 _MOST_REST_S: Final = 0.01
 
+_NEIGHBOURS: Final = 64
+"""Pages that a touch of one brings along, if they have been received."""
+
 
 class Showing:
-    """The thread ``showing``: at most half of the time at work, since it hurries for nobody.
-
-    :ivar pages: of each block, what is to be mapped still; set by whoever has received pages.
-    """
+    """The thread ``showing``: at most half of the time at work, since it hurries for nobody."""
 
     def __init__(self, userfaultfd: Userfaultfd, ram: PagedRam) -> None:
         self._userfaultfd = userfaultfd
+        # Of each block, what is to be mapped still: set by whoever has received pages, cleared here.
         self._blocks = {paged.block.name: (paged, paged.pages.states == RECEIVED) for paged in ram}
         self._more = threading.Event()
         self._stopped = threading.Event()
@@ -113,9 +114,6 @@ def show_to_waiting(userfaultfd: Userfaultfd, paged: Paged, page: int) -> None:
         per_page = block.target_pages_per_page
         block.pages[page * per_page : (page + 1) * per_page] = 0  # no one else shows huge ones
         userfaultfd.map_existing(address, size)
-
-
-_NEIGHBOURS: Final = 64
 
 
 def _received_from(paged: Paged, page: int) -> int:

@@ -86,9 +86,8 @@ class Switchover:
         the time in which the guest stands still.
         """
         assert self._return_path is not None
-        for (
-            ping
-        ) in DISCARD_PINGS:  # the guest has written meanwhile, but the less the shorter it took
+        # The guest writes meanwhile, but the less the shorter a pass takes.
+        for ping in DISCARD_PINGS:
             self._dirty.look_for_writes()
             said_pages = self._send_discards()
             self._channel.send(encode_command(Ping(ping)))
