@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -77,17 +78,24 @@ def test_no_address(journey, uri):
     next_one_succeeds(trip)
 
 
-@pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH_9.6\r\n", os.urandom(4096)])
-def test_a_peer_that_is_no_destination(journey, tmp_path, answer):
-    trip = journey(hammer(), parameters=NEVER_ENDS)
+@contextmanager
+def peer_of(trip, tmp_path):
+    """Migrate to a socket of the test's own; the other end of the connection."""
     with socket.socket(socket.AF_UNIX) as door:
         door.bind(f"{tmp_path}/door")
         door.listen(1)
         trip.source.control.migrate(f"unix:{tmp_path}/door")
         peer, _ = door.accept()
         with peer:
-            peer.sendall(answer)
-        trip.source.wait(Status.FAILED)
+            yield peer
+
+
+@pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH_9.6\r\n", os.urandom(4096)])
+def test_a_peer_that_is_no_destination(journey, tmp_path, answer):
+    trip = journey(hammer(), parameters=NEVER_ENDS)
+    with peer_of(trip, tmp_path) as peer:
+        peer.sendall(answer)
+    trip.source.wait(Status.FAILED)
     assert trip.source.error
     trip.verify_source()
 
@@ -95,14 +103,9 @@ def test_a_peer_that_is_no_destination(journey, tmp_path, answer):
 def test_a_page_that_is_asked_for_before_it_can_be_missing(journey, tmp_path):
     trip = journey(hammer(), capabilities=POSTCOPY, parameters=NEVER_ENDS)
     block = trip.source.machine.regions()[0].name
-    with socket.socket(socket.AF_UNIX) as door:
-        door.bind(f"{tmp_path}/door")
-        door.listen(1)
-        trip.source.control.migrate(f"unix:{tmp_path}/door")
-        peer, _ = door.accept()
-        with peer:
-            peer.sendall(encode_message(RequestPages(block, 0, 4096)))
-            trip.source.wait(Status.FAILED)
+    with peer_of(trip, tmp_path) as peer:
+        peer.sendall(encode_message(RequestPages(block, 0, 4096)))
+        trip.source.wait(Status.FAILED)
     assert "asks for a page before it can miss one" in trip.source.error
     assert f"block {block}, offset 0x0" in trip.source.error
     trip.verify_source()
