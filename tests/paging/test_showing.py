@@ -130,3 +130,38 @@ def test_a_single_page_that_somebody_waits_for_is_mapped_at_once(arrived):
     assert arrived.mapped() == [9]
     pager.stop()
     serving.join()
+
+
+class LateClear(threading.Event):
+    """Whoever clears it is held up before that, in the very moment in which it is told to stop."""
+
+    def __init__(self, stop):
+        super().__init__()
+        self._stop = stop
+        self._set_twice = threading.Event()
+        self._begun = False
+
+    def set(self):
+        super().set()
+        if self._begun:
+            self._set_twice.set()
+
+    def clear(self):
+        if not self._begun:
+            self._begun = True
+            threading.Thread(target=self._stop, daemon=True).start()
+            assert self._set_twice.wait(10)
+        super().clear()
+
+
+def test_told_to_stop_in_the_moment_in_which_it_begins_a_round_it_ends(arrived):
+    """Or the thread that reads the main channel would wait for it for ever, and answer no ping."""
+    showing = Showing(arrived.userfaultfd, arrived.ram)
+    showing._more = LateClear(showing.stop)
+    showing.start()
+    showing._thread.join(10)
+    try:
+        assert not showing._thread.is_alive()
+    finally:
+        showing._more.set()
+        showing._thread.join(10)

@@ -55,7 +55,9 @@ class Showing:
 
     def _run(self) -> None:
         try:
-            while self._more.wait() and not self._stopped.is_set():
+            while not self._stopped.is_set():
+                self._more.wait()
+                # A stop that is said here must be found below: what it has set is forgotten now.
                 self._more.clear()
                 self._show_all()
         except KernelError as error:
