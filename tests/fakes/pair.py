@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fakes.stacks import stacks
 from fakes.waiting import wait_until
 from machine.machines import MIB, config_for, need, wait_for_progress, wait_for_work
 from postcopy.channel.address import TcpAddress
@@ -99,9 +100,17 @@ class Side:
     def wait(self, *wanted: Status, timeout_s: float = DEADLINE_S) -> Status:
         """Until the status is one of these; any other end of the migration fails at once."""
         ends = {Status.COMPLETED, Status.FAILED, Status.CANCELLED, Status.POSTCOPY_PAUSED}
-        found = self.control.progress.wait(*wanted, *ends, timeout=timeout_s)
+        found = self.until(*wanted, *ends, timeout_s=timeout_s)
         assert found in wanted, f"{found.value}: {self.error}"
         return found
+
+    def until(self, *wanted: Status, timeout_s: float = DEADLINE_S) -> Status:
+        """Until the status is one of these; what all threads do is told if it does not come."""
+        try:
+            return self.control.progress.wait(*wanted, timeout=timeout_s)
+        except TimeoutError as late:
+            names = [status.value for status in wanted]
+            raise AssertionError(f"not {names}: {late}; {self.story()}\n{stacks()}") from late
 
     def wait_rounds(self, rounds: int) -> None:
         """Until so many rounds of precopy are done."""

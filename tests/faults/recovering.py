@@ -78,11 +78,11 @@ class Recovering:
     def until_settled(self):
         """Both sides have ended, or wait for a recovery."""
         sides = (self.source, self.destination)
-        try:
-            wait_until(lambda: all(side.status in SETTLED for side in sides), DEADLINE_S)
-        except AssertionError:
-            stories = [side.story() for side in sides]
-            raise AssertionError(f"not both settled: {self.story()}; {stories}") from None
+        wait_until(
+            lambda: all(side.status in SETTLED for side in sides),
+            DEADLINE_S,
+            lambda: f"both settled: {self.story()}; {[side.story() for side in sides]}",
+        )
 
     def settle_or_go_on(self) -> bool:
         """Wait until both sides have settled, or go on by themselves; return whether they do.

@@ -115,7 +115,7 @@ def _cut_one(rng, broken, most):
     if rng.random() < 0.25:
         _cut_anywhere(rng, channel)  # so early that it may be before the switchover
     broken.switch()
-    broken.source.control.progress.wait(Status.POSTCOPY_ACTIVE, *SETTLED, timeout=DEADLINE_S)
+    broken.source.until(Status.POSTCOPY_ACTIVE, *SETTLED)
     while breaks < most and broken.source.status is not Status.FAILED:
         _break_link(rng, broken, channel)
         breaks += 1
@@ -126,7 +126,7 @@ def _cut_one(rng, broken, most):
         if rng.random() < 0.5:
             _cut_anywhere(rng, channel)
         broken.source.control.migrate(channel.uri, resume=True)
-    broken.source.control.progress.wait(Status.POSTCOPY_ACTIVE, *SETTLED, timeout=DEADLINE_S)
+    broken.source.until(Status.POSTCOPY_ACTIVE, *SETTLED)
     _end(broken)
     return max(breaks, 1)
 
@@ -137,7 +137,7 @@ def _kill_one(rng, broken, most):
     broken.switch()
     if rng.random() < 0.75:
         for side in (broken.source, broken.destination):
-            side.control.progress.wait(Status.POSTCOPY_ACTIVE, *SETTLED, timeout=DEADLINE_S)
+            side.until(Status.POSTCOPY_ACTIVE, *SETTLED)
     killed = 0
     while killed < most:
         _progress(rng, broken)

@@ -158,7 +158,7 @@ def test_dead_while_its_last_call_is_answered(journey, tmp_path, kill_at, monkey
         broken.until_postcopy()
         broken.hurry()
         wait_until(lambda: not waits(), DEADLINE_S, "nobody came to the end")
-        control.progress.wait(Status.COMPLETED, timeout=DEADLINE_S)
+        broken.destination.until(Status.COMPLETED)
         assert "postcopy-paused" in broken.destination.story()
         assert broken.destination.error is None
         broken.until_settled()
@@ -183,5 +183,5 @@ def test_recovery(journey, tmp_path, kill_at, point):
             except PostcopyError:
                 assert point == "source.adopted"
         wait_until(lambda: not waits(), DEADLINE_S, f"nobody came to {point}")
-        broken.source.control.progress.wait(Status.POSTCOPY_PAUSED, timeout=DEADLINE_S)
+        broken.source.until(Status.POSTCOPY_PAUSED)
         check_owner(broken, DESTINATION)

@@ -54,14 +54,14 @@ def test_the_statuses_are_qemus(broken):
 def test_on_purpose_and_over_tcp(broken):
     broken.resume("tcp:127.0.0.1:0")
     for side in (broken.source, broken.destination):
-        side.control.progress.wait(ACTIVE, timeout=DEADLINE_S)
+        side.until(ACTIVE)
     for side in (broken.source, broken.destination):
         side.control.pause()
         broken.until_settled()
         assert side.error == "Postcopy migration is paused by the user"
         broken.resume("tcp:127.0.0.1:0")
-        broken.source.control.progress.wait(ACTIVE, timeout=DEADLINE_S)
-        broken.destination.control.progress.wait(ACTIVE, timeout=DEADLINE_S)
+        broken.source.until(ACTIVE)
+        broken.destination.until(ACTIVE)
     arrive(broken)
 
 
@@ -123,10 +123,10 @@ def test_wrong_peers_and_then_the_right_ones(broken):
             broken.source.control.migrate(f"fd:{source_end.fileno()}", resume=True)
         destination_peer.send(b"\x08")
         for side in (broken.source, broken.destination):
-            side.control.progress.wait(Status.POSTCOPY_RECOVER, timeout=DEADLINE_S)
+            side.until(Status.POSTCOPY_RECOVER)
         for side in (broken.source, broken.destination):
             side.control.pause()
-            side.control.progress.wait(PAUSED, timeout=DEADLINE_S)
+            side.until(PAUSED)
     assert "postcopy-recover-setup" in broken.source.story()
     broken.resume()
     arrive(broken)
@@ -140,13 +140,13 @@ def test_a_peer_that_is_gone_before_the_resume(broken):
         with source_end, destination_end:
             source_peer.close()
             broken.destination.control.recover(f"fd:{destination_end.fileno()}")
-            broken.destination.control.progress.wait(Status.POSTCOPY_RECOVER, timeout=DEADLINE_S)
+            broken.destination.until(Status.POSTCOPY_RECOVER)
             broken.source.control.migrate(f"fd:{source_end.fileno()}", resume=True)
             wait_until(lambda: broken.source.story().count("postcopy-paused") == 2, DEADLINE_S)
         assert "postcopy-recover-setup" in broken.source.story()
         assert broken.destination.status is Status.POSTCOPY_RECOVER
         broken.destination.control.pause()
-        broken.destination.control.progress.wait(PAUSED, timeout=DEADLINE_S)
+        broken.destination.until(PAUSED)
     broken.resume()
     arrive(broken)
 
@@ -233,7 +233,7 @@ def test_listening_elsewhere_before_anybody_has_come(broken):
 
 def test_a_second_resume_is_refused(broken):
     channel = broken.resume()
-    broken.source.control.progress.wait(ACTIVE, timeout=DEADLINE_S)
+    broken.source.until(ACTIVE)
     with pytest.raises(WrongState, match="Cannot resume if there is no paused migration"):
         broken.source.control.migrate(channel.uri, resume=True)
     with pytest.raises(WrongState, match="can only be run when postcopy is paused"):

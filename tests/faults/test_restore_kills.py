@@ -30,7 +30,7 @@ def test_lazy(journey, tmp_path, kill_at, point, form):
     trip.new_destination()
     wake(trip.destination, path)
     wait_until(lambda: not waits(), DEADLINE_S, f"nobody came to {point}")
-    trip.destination.control.progress.wait(*ENDED, timeout=DEADLINE_S)
+    trip.destination.until(*ENDED)
     woken(trip)
 
 
@@ -42,7 +42,7 @@ def test_eager(journey, tmp_path, kill_at, point):
     trip.new_destination()
     wake(trip.destination, path, lazy=False)
     wait_until(lambda: not waits(), DEADLINE_S, f"nobody came to {point}")
-    trip.destination.control.progress.wait(*ENDED, timeout=DEADLINE_S)
+    trip.destination.until(*ENDED)
     woken(trip)
 
 
@@ -70,7 +70,7 @@ def test_engines_that_all_die_leave_a_guest_that_waits(journey, tmp_path, monkey
     side = half_awake(trip, path)
     monkeypatch.setenv(kill_points.VARIABLE, "restore.watching")
     side.control._engine.kill()
-    side.control.progress.wait(Status.POSTCOPY_PAUSED, timeout=DEADLINE_S)
+    side.until(Status.POSTCOPY_PAUSED)
     assert "no other could take its place: they die one after the other" in side.error
     monkeypatch.delenv(kill_points.VARIABLE)
     side.control.recover(f"file:{path}")
@@ -85,7 +85,7 @@ def test_an_image_that_has_gone_is_asked_for(journey, tmp_path):
     side = half_awake(trip, path)
     path.rename(tmp_path / "elsewhere")
     side.control._engine.kill()
-    side.control.progress.wait(Status.POSTCOPY_PAUSED, timeout=DEADLINE_S)
+    side.until(Status.POSTCOPY_PAUSED)
     assert str(path) in side.error
     path.write_bytes((tmp_path / "elsewhere").read_bytes()[:-1] + b"?")
     with pytest.raises(PostcopyError):

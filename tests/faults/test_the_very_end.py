@@ -4,7 +4,7 @@ import pytest
 
 from fakes.pair import POSTCOPY
 from faults.fault_channel import AFTER_PACKAGE, ALL_SENT, END_OF_RAM, NOTHING_MISSING, SHUT
-from faults.recovering import DEADLINE_S, Recovering, broken_journey
+from faults.recovering import Recovering, broken_journey
 from postcopy.errors import WrongState
 from postcopy.parameters import Capability
 from postcopy.status import Status
@@ -56,7 +56,7 @@ def test_where_the_source_cannot_know_it_is_told(trip):
         trip.source.control.arrived()
     begin(trip, lambda channel: channel.cut(NOTHING_MISSING, at=0))
     trip.destination.wait(Status.COMPLETED)
-    trip.source.control.progress.wait(Status.POSTCOPY_PAUSED, timeout=DEADLINE_S)
+    trip.source.until(Status.POSTCOPY_PAUSED)
     with pytest.raises(WrongState, match="when an outgoing postcopy is paused"):
         trip.destination.control.arrived()
     trip.source.control.arrived()

@@ -22,6 +22,7 @@ from postcopy.link.engine_process import EnginePool
 from postcopy.machine.config import MachineConfig
 from postcopy.machine.machine import Machine
 from postcopy.machine.run_state import RunState
+from postcopy.stacks import tell_when_asked
 from postcopy.status import Status
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class GuestProcess:
         :return: the exit code.
         """
         self._name_process()
+        tell_when_asked()
         with self._cleanup:
             self._start()
             while not self._over:

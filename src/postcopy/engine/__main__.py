@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterable
 
 from postcopy.engine.service import TRADES, EngineService
+from postcopy.stacks import tell_when_asked
 
 _SWITCH_INTERVAL_S = 0.0001
 """How long one thread of the engine may keep the others from running: a page may be waited for."""
@@ -32,6 +33,7 @@ def serve(link: int, trades: Iterable[str]) -> None:
     :param link: descriptor of the Unix socket.
     :param trades: what it is to be ready for before it takes orders.
     """
+    tell_when_asked()
     end_on_fault()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     service = EngineService(socket.socket(fileno=link))
