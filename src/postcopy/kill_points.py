@@ -97,6 +97,12 @@ RESTORE_LAZY = (
     "restore.all-in",
     "restore.unwatched",
 )
+RESTORE_RECORDING = (
+    "restore.recording",
+    "restore.recorded",
+    "restore.all-in",
+    "restore.unwatched",
+)
 RESTORE_EAGER = (
     "restore.begun",
     "restore.watching",

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 
 from fakes.awakening import (
@@ -12,12 +13,16 @@ from fakes.awakening import (
     put_to_sleep,
     wake,
     woken,
+    write_manifest,
 )
 from fakes.pair import DEADLINE_S, hammer
 from fakes.waiting import wait_until
 from machine.machines import wait_for_progress
 from postcopy import kill_points
 from postcopy.errors import PostcopyError
+from postcopy.snapshot import page_copies, working_set
+from postcopy.snapshot.manifest import Manifest
+from postcopy.snapshot.page_copies import PageCopies
 from postcopy.status import ENDED, Status
 
 
@@ -32,6 +37,28 @@ def test_lazy(journey, tmp_path, kill_at, point, form):
     wait_until(lambda: not waits(), DEADLINE_S, f"nobody came to {point}")
     trip.destination.until(*ENDED)
     woken(trip)
+
+
+@pytest.mark.parametrize("point", kill_points.RESTORE_RECORDING)
+def test_what_was_touched_is_recorded_whoever_dies(journey, tmp_path, kill_at, point):
+    trip = journey(hammer())
+    path = put_to_sleep(trip, tmp_path / "image")
+    write_manifest(path)
+    waits = kill_at(point)
+    trip.new_destination()
+    wake(trip.destination, path, record=True, prefetch="off")
+    wait_until(lambda: not waits(), DEADLINE_S, f"nobody came to {point}")
+    woken(trip)
+    identity = Manifest.load(path).identity
+    blocks = {"microvm.ram": trip.workload.memory_bytes // 4096}
+    found = working_set.load(working_set.beside(path), identity, blocks)
+    first = trip.workload.slice_address(0) // 4096
+    assert found.pages["microvm.ram"][first : first + 16].all()
+    copies = PageCopies(page_copies.beside(working_set.beside(path)), identity, blocks)
+    copied = np.concatenate([part.pages for part in copies.parts])
+    copies.close()
+    assert set(range(first, first + 16)) <= set(copied.tolist())
+    assert not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.parametrize("point", kill_points.RESTORE_EAGER)

@@ -9,10 +9,12 @@ from fakes.guest import RAM, FakeGuest
 from fakes.waiting import wait_until
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.errors import ImageError
-from postcopy.memory.page_map import RECEIVED
+from postcopy.memory.page_map import EARLY, LATE, RECEIVED, UNTOUCHED
+from postcopy.snapshot import filling, page_copies
 from postcopy.snapshot.filler import Filler, Pace
 from postcopy.snapshot.filling import Filling
 from postcopy.snapshot.head_start import LEAST_BYTES, HeadStart
+from postcopy.snapshot.page_copies import PageCopies, Part
 
 PAGE = 4096
 PAGES = 256
@@ -140,6 +142,107 @@ def test_a_guest_is_let_run_when_all_of_a_small_set_is_in(fixed):
         for page in (3, 40, 79, 252):
             assert int.from_bytes(scene.guest.touch(page), "little") == page + 1
         assert scene.filler.faults == 0
+
+
+def copies_of(tmp_path, origin, *wanted):
+    """Copies of pages of an image; they say that they are copies by their second word."""
+
+    def read(_, first, count):
+        rows = origin.rows[first : first + count].copy()
+        rows[:, 1] = 0
+        return rows.view(np.uint8).reshape(count, PAGE)
+
+    parts = [Part(RAM, np.array(pages, np.int64)) for pages in wanted]
+    page_copies.save(tmp_path / "copies", "image", parts, read)
+    return PageCopies(tmp_path / "copies", "image", {RAM: PAGES})
+
+
+def test_copies_come_first_and_in_their_order(tmp_path):
+    origin = FakeOrigin()
+    wanted = np.zeros(PAGES, np.bool_)
+    wanted[[7, 30, 31, 32, 200]] = True
+    copies = copies_of(tmp_path, origin, [200], [30, 31, 32])
+    placed = []
+    with Scene(origin, wanted, rate=1, copies=copies) as scene:
+        scene.filler.look_ahead()
+        scene.filler.head_start.wait()
+        assert scene.received() == [7, 30, 31, 32, 200]
+        second = np.frombuffer(scene.guest.memory(), np.uint64).reshape(PAGES, -1)[:, 1]
+        placed = second[[7, 30, 31, 32, 200]].tolist()
+        assert scene.filling.missing_pages == PAGES - 5
+    assert placed == [8, 0, 0, 0, 0]
+    copies.close()
+
+
+def test_what_is_there_is_not_placed_again_from_a_copy(tmp_path):
+    origin = FakeOrigin()
+    copies = copies_of(tmp_path, origin, range(20, 60))
+    scene = Scene(origin, np.zeros(PAGES, np.bool_), rate=1, copies=copies)
+    scene.paged.block.pages[40:50] = 99
+    scene.filling.adopt()
+    scene.paged.pages.states[45] = 0  # as if nobody had noted it
+    with scene:
+        scene.filler.head_start.wait()
+        assert scene.received() == list(range(20, 60))
+        assert (scene.words()[40:50] == 0x6363636363636363).all()
+        assert (scene.words()[20:40] == np.arange(21, 41)).all()
+    copies.close()
+
+
+def test_bad_copies_are_left_to_the_image(tmp_path):
+    origin = FakeOrigin()
+    pages = np.arange(0, PAGES, 2)
+    copies_of(tmp_path, origin, pages).close()
+    raw = bytearray((tmp_path / "copies").read_bytes())
+    raw[-1] ^= 1
+    (tmp_path / "copies").write_bytes(raw)
+    copies = PageCopies(tmp_path / "copies", "image", {RAM: PAGES})
+    wanted = np.zeros(PAGES, np.bool_)
+    wanted[pages] = True
+    with Scene(origin, wanted, rate=1, copies=copies) as scene:
+        scene.filler.head_start.wait()
+        assert scene.received() == pages.tolist()
+        second = np.frombuffer(scene.guest.memory(), np.uint64).reshape(PAGES, -1)[pages, 1]
+        assert (second[:64] == 0).all()
+        assert (second[64:] == pages[64:] + 1).all()
+        assert not scene.lost
+    copies.close()
+
+
+def test_what_is_missing_is_counted_once_and_kept(tmp_path):
+    with Scene(FakeOrigin(zero=range(100, 120), bad=[8]), rate=1) as scene:
+        assert scene.filling.missing_pages == PAGES - 20
+        scene.filler.guest_runs()
+        wait_until(scene.received)
+        before = scene.filling.missing_pages
+        for page in (250, 110, 3):
+            scene.guest.touch(page)
+        wait_until(lambda: scene.filler.faults >= 3)
+        expected = scene.filling.origin.data & (scene.paged.pages.states != RECEIVED)
+        assert scene.filling.missing_pages == expected.sum() < before
+        scene.filler.new_rate(0)
+        scene.finish()
+        assert scene.filling.missing_pages == 0
+
+
+def test_the_first_that_are_touched_are_told_from_the_others(monkeypatch):
+    monkeypatch.setattr(filling, "_EARLY_FAULTS", 2)
+    with Scene(FakeOrigin(), rate=1) as scene:
+        for page in (9, 200, 30):
+            scene.guest.touch(page)
+        wait_until(lambda: scene.filler.faults >= 3)
+        touched = scene.filling.touched
+        assert [touched[page] for page in (9, 200, 30, 31)] == [EARLY, EARLY, LATE, UNTOUCHED]
+
+
+def test_faults_are_served_until_it_may_end():
+    with Scene(FakeOrigin(zero=[40])) as scene:
+        scene.filler.guest_runs()
+        scene.filler.wait_all_in()
+        assert scene.thread.is_alive()
+        assert scene.guest.touch(40) == bytes(8)
+        scene.finish()
+    scene.filler.wait_all_in()
 
 
 def test_a_large_set_holds_a_guest_up_for_its_first_part_only():

@@ -17,6 +17,7 @@ from postcopy.memory.page_map_file import size_bytes
 from postcopy.memory.runs import Indices, Mask
 
 MISSING, REQUESTED, RECEIVED, PLACING = range(4)
+UNTOUCHED, EARLY, LATE = range(3)
 
 
 class PageMap:
@@ -31,8 +32,9 @@ class PageMap:
         self._mapping = Mapping.shared(fd, size_bytes(pages))
         room = size_bytes(pages) // 2
         self.states: npt.NDArray[np.uint8] = self._mapping.view()[:pages]
-        self.touched: Mask = self._mapping.view()[room : room + pages].view(np.bool_)
-        """Which pages somebody has waited for, since the map was made; no lock, one pager writes."""
+        self.touched: npt.NDArray[np.uint8] = self._mapping.view()[room : room + pages]
+        """Which pages somebody has waited for since the map was made, and whether these were among the
+        first; no lock, one pager writes."""
         self.lock = threading.Lock()
         os.close(fd)
 
@@ -108,5 +110,5 @@ class PageMap:
     def close(self) -> None:
         """Unmap; the memory itself lives on with the guest's process."""
         self.states = np.empty(0, np.uint8)
-        self.touched = np.empty(0, np.bool_)
+        self.touched = np.empty(0, np.uint8)
         self._mapping.close()

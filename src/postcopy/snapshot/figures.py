@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from postcopy.memory.runs import Mask
 from postcopy.paging.ram import Paged
@@ -44,8 +45,8 @@ class Figures:
         """Every page is in place now."""
         self._complete_ns = time.monotonic_ns()
 
-    def touched(self) -> list[tuple[Paged, Mask]]:
-        """Which pages somebody has waited for."""
+    def touched(self) -> list[tuple[Paged, npt.NDArray[np.uint8]]]:
+        """Which pages somebody has waited for: see :attr:`postcopy.memory.page_map.PageMap.touched`."""
         return [(filling.paged, filling.touched) for filling in self._fillings]
 
     def info(self, status: Status, error: str | None) -> MigrationInfo:

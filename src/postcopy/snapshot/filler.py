@@ -8,6 +8,7 @@ when the guest runs.  The guest is let run when the first has had a head start.
 
 import os
 import select
+import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,14 +23,15 @@ from postcopy.kernel.scheduling import run_soon
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.kill_points import reached
 from postcopy.memory.runs import Mask
-from postcopy.snapshot.filling import Filling, Run, Runs
+from postcopy.snapshot.filling import Filling
 from postcopy.snapshot.head_start import HeadStart
+from postcopy.snapshot.page_copies import PageCopies
+from postcopy.snapshot.pushing import FromCopies, FromImage, Work
 
 _MOST_FAULTS: Final = 64
 _SHORT_STEP_BYTES: Final = 128 << 10
 _LONG_STEP_BYTES: Final = 1 << 20
 _QUIET_NS: Final = 5_000_000
-_LEAST_A_RUN_BYTES: Final = 16 << 10
 _STEPS_A_SECOND: Final = 10
 _SETTLED_NS: Final = 200_000_000
 _LONGEST_RECORDING_NS: Final = 10_000_000_000
@@ -43,10 +45,12 @@ class Pace:
 
     :ivar holds_for_recording: bring nothing unasked before the faults have settled: what nobody has
         touched yet would never be seen to be touched.
+    :ivar copies: of pages of the working set, if there are any: these come first.
     """
 
     limiter: RateLimiter
     holds_for_recording: bool = False
+    copies: PageCopies | None = None
 
 
 class Filler:
@@ -72,10 +76,13 @@ class Filler:
         self._wake_reader, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._stopped = False
         self._hurry = False
+        self._guest_runs = False
         self._may_end = False
         self._exhausted = False
+        self._copies = pace.copies
         self._todo = self._plan()
-        self._rest: tuple[Filling, Runs] | None = None
+        self._all_in = threading.Event()
+        self._rest: Work | None = None
         self._not_before_ns = 0
         self._began_ns = self._last_fault_ns = time.monotonic_ns()
         self._recording = pace.holds_for_recording
@@ -103,10 +110,19 @@ class Filler:
         self._not_before_ns = 0
         self._wake()
 
+    def guest_runs(self) -> None:
+        """The guest runs: bring the rest."""
+        self._guest_runs = True
+        self._wake()
+
+    def wait_all_in(self) -> None:
+        """Return when nothing is left to bring; or :meth:`run` has ended, whatever the reason."""
+        self._all_in.wait()
+
     def may_end(self) -> None:
         """The guest runs: bring the rest, and let :meth:`run` end with the last page."""
         self._may_end = True
-        self._wake()
+        self.guest_runs()
 
     def stop(self) -> None:
         """Make :meth:`run` return; faults that come later wait."""
@@ -128,6 +144,9 @@ class Filler:
 
     def look_ahead(self) -> None:
         """Check what the replay will bring, up to the end of its head start."""
+        if self._copies is not None:
+            self._copies.look_ahead(lambda: self.head_start.ended)
+            return
         for filling in self._fillings:
             wanted = self._working_set.get(filling.paged.block.name)
             if wanted is not None:
@@ -141,6 +160,7 @@ class Filler:
             self._run()
         finally:
             self.head_start.end()
+            self._all_in.set()
 
     def _run(self) -> None:
         run_soon()
@@ -156,6 +176,7 @@ class Filler:
                     self._serve()
             if not (ready or self._push()):
                 self._exhausted = True
+                self._all_in.set()
 
     def _serve(self) -> None:
         try:
@@ -205,7 +226,7 @@ class Filler:
             self._recording = False
         if self.ready_ns is None:
             return 0
-        if not self._may_end:
+        if not self._guest_runs:
             return None  # the guest does not run yet: what it needs for that it asks for
         if self._not_before_ns <= now_ns:
             return 0
@@ -220,14 +241,9 @@ class Filler:
                 return False
             if self._rest is None:
                 return True
-        filling, found = self._rest
-        step = _take(
-            found, self._step_bytes() >> filling.shift, _LEAST_A_RUN_BYTES >> filling.shift
-        )
-        filling.push(step)
-        if not found:
+        pushed_bytes = self._rest.step(self._step_bytes())
+        if self._rest.done:
             self._rest = None
-        pushed_bytes = sum(end - first for first, end in step) << filling.shift
         if self.ready_ns is None:
             self.head_start.brought(pushed_bytes)
         elif not self._hurry:
@@ -246,35 +262,33 @@ class Filler:
         wait_s = self._limiter.spend(pushed_bytes)
         self._not_before_ns = time.monotonic_ns() + int(wait_s * 1e9)
 
-    def _plan(self) -> Iterator[tuple[Filling, Runs] | None]:
-        """What comes unasked, in order; None between the working set and the rest."""
+    def _plan(self) -> Iterator[Work | None]:
+        """What comes unasked, in order; None: nothing yet, but somebody may wait by now."""
+        yield from self._plan_copies()
         for filling in self._fillings:
             wanted = self._working_set.get(filling.paged.block.name)
             if wanted is not None:
-                yield from ((filling, found) for found in filling.missing(wanted))
+                filling.count()
+                yield from _from_image(filling, wanted)
         self.ready_ns = time.monotonic_ns()
         self.head_start.end()
         reached("restore.working-set-in")
         yield None
         for filling in self._fillings:
-            yield from ((filling, found) for found in filling.missing())
+            filling.count()
+            yield from _from_image(filling)
+
+    def _plan_copies(self) -> Iterator[Work]:
+        if self._copies is None:
+            return
+        first = 0
+        for part in self._copies.parts:
+            for filling in self._fillings:
+                if filling.paged.block.name == part.block:
+                    yield FromCopies(filling, self._copies, part, first)
+            first += len(part.pages)
 
 
-def _take(runs: Runs, most: int, least_a_run: int) -> list[Run]:
-    """Take off the front of ``runs`` what makes one step.
-
-    :param most: pages, but at least one.
-    :param least_a_run: as how many pages a shorter run counts: each costs a call, and often a digest.
-    """
-    step: list[Run] = []
-    used = 0
-    while runs and (used < most or not step):
-        first, end = runs[0]
-        taken = max(1, min(end - first, most - used))
-        step.append((first, first + taken))
-        used += max(taken, least_a_run)
-        if first + taken == end:
-            runs.popleft()
-        else:
-            runs[0] = (first + taken, end)
-    return step
+def _from_image(filling: Filling, wanted: Mask | None = None) -> Iterator[Work | None]:
+    for found in filling.missing(wanted):
+        yield FromImage(filling, found) if found else None

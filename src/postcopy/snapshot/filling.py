@@ -13,13 +13,15 @@ from postcopy.errors import ImageError, KernelError, PageExists
 from postcopy.kernel import calls
 from postcopy.kernel.page_copier import PageCopier
 from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.memory.page_map import RECEIVED
-from postcopy.memory.runs import Mask, runs
+from postcopy.memory.page_map import EARLY, LATE, RECEIVED
+from postcopy.memory.runs import Indices, Mask, runs
 from postcopy.paging.ram import Paged
 from postcopy.snapshot.origin import Origin
 
 _WINDOW_PAGES: Final = 1 << 14
 _AHEAD_BYTES: Final = 8 << 20
+_EARLY_FAULTS: Final = 256
+_NEIGHBOURS_APART: Final = 2  # sums of two numbers of which both go up by one
 
 Run = tuple[int, int]
 """The first page of some that follow one another, and the end."""
@@ -65,6 +67,8 @@ class Filling:
         self._copier = PageCopier(userfaultfd, block.page_size_bytes)
         self._states = paged.pages.states
         self._data: Mask | None = None
+        self._left: int | None = None
+        self._brought = 0
         self._fixed = origin.base
         self._reads_ahead = bool(self._fixed)
         self._ahead = 0
@@ -79,13 +83,14 @@ class Filling:
         data = self._data
         if data is None:
             data = self._data = self.origin.data
-        self.touched[page] = True
+        self.touched[page] = EARLY if self._brought < _EARLY_FAULTS else LATE
+        self._brought += 1
         if data[page]:
             self._place_one(page)
         else:
             self._zero(page)
             self.placed_pages += 1
-        self._states[page] = RECEIVED
+        self._note(page)
 
     def _place_one(self, page: int) -> None:
         """Place a page with data: the shortest way for one."""
@@ -116,11 +121,51 @@ class Filling:
             if end - first == 1:
                 if self._states[first] != RECEIVED:
                     self._place_one(first)
-                    self._states[first] = RECEIVED
+                    self._note(first)
                 continue
             page = first
             while page < end:
                 page += self._place(page, end - page)
+
+    def place_copies(self, pages: Indices, source: int) -> None:
+        """Place copies of pages, unless the pages are there; what cannot be read is left to the image.
+
+        :param source: where the copies lie in this process, one behind the other.
+        """
+        which = np.flatnonzero(self._states[pages] != RECEIVED)
+        todo = pages[which]
+        # Runs of pages that are neighbours here, and among the copies.
+        starts = np.flatnonzero(np.diff(todo + which, prepend=-2) != _NEIGHBOURS_APART)
+        firsts = todo[starts].tolist()
+        addresses = (source + (which[starts] << self.shift)).tolist()
+        counts = np.diff(starts, append=len(todo)).tolist()
+        try:
+            for page, address, count in zip(firsts, addresses, counts, strict=True):
+                self._place_copy(page, address, count)
+        except KernelError as error:
+            if error.errno != errno.EFAULT:
+                raise
+            return
+        self.placed_pages += len(todo)
+        self._note_all(todo)
+
+    def _place_copy(self, page: int, source: int, count: int) -> None:
+        address = self.base + (page << self.shift)
+        if count == 1:
+            if not self._copier.place(address, source):
+                self.show(page)
+            return
+        done = 0
+        while done < count:
+            offset = done << self.shift
+            try:
+                length = (count << self.shift) - offset
+                done += (
+                    self._userfaultfd.copy(address + offset, source + offset, length) >> self.shift
+                )
+            except PageExists:
+                self.show(page + done)
+                done += 1
 
     def _read_ahead(self, page: int) -> None:
         """Have the kernel read the file before the push gets there: it would wait, and demands too."""
@@ -137,6 +182,8 @@ class Filling:
     def missing(self, wanted: Mask | None = None) -> Iterator[Runs]:
         """Find the runs of pages with data that are not in place, a window at a time; ascending.
 
+        There may be none in a window.  A caller looks after others before it asks for the next one.
+
         :param wanted: only these.
         """
         data = self.origin.data
@@ -145,13 +192,34 @@ class Filling:
             todo = data[window] & (self._states[window] != RECEIVED)
             if wanted is not None:
                 todo &= wanted[window]
-            if todo.any():
-                yield deque((start + first, start + end) for first, end in runs(todo).tolist())
+            yield deque((start + first, start + end) for first, end in runs(todo).tolist())
+
+    def count(self) -> None:
+        """Count what is missing, once; from then on who wants to know costs the pager nothing."""
+        if self._left is None:
+            self._left = self._count_missing()
 
     @property
     def missing_pages(self) -> int:
         """How many pages with data are not in place."""
-        return int((self.origin.data & (self._states != RECEIVED)).sum())
+        left = self._left
+        return self._count_missing() if left is None else left
+
+    def _count_missing(self) -> int:
+        return int(np.count_nonzero(self.origin.data & (self._states != RECEIVED)))
+
+    def _note(self, page: int) -> None:
+        """A page is in place, or lost."""
+        if self._left is not None and self._states[page] != RECEIVED and self.origin.data[page]:
+            self._left -= 1
+        self._states[page] = RECEIVED
+
+    def _note_all(self, pages: Indices | slice) -> None:
+        """Pages are in place, or lost."""
+        if self._left is not None:
+            new = self.origin.data[pages] & (self._states[pages] != RECEIVED)
+            self._left -= int(np.count_nonzero(new))
+        self._states[pages] = RECEIVED
 
     # --- steps that return how many pages are done with
 
@@ -175,7 +243,7 @@ class Filling:
         except PageExists:
             self.show(page)
             done = 1
-        self._states[page : page + done] = RECEIVED
+        self._note_all(slice(page, page + done))
         return done
 
     def _zero(self, page: int) -> None:
@@ -202,7 +270,7 @@ class Filling:
             self._on_lost(Lost(self.paged.block.name, len(lost), self.origin.reason(page)))
         for number in lost.tolist():
             self._poison(number)
-            self._states[number] = RECEIVED
+        self._note_all(lost)
         return max(1, end - page)
 
     def _poison(self, page: int) -> None:

@@ -5,16 +5,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from postcopy.errors import ImageError
-from postcopy.memory.ram_block import TARGET_PAGE_BYTES
+from postcopy.errors import ImageError, Refused
+from postcopy.memory.page_map import EARLY, UNTOUCHED
 from postcopy.memory.runs import Mask, runs
 from postcopy.paging.ram import Paged, PagedRam
-from postcopy.snapshot import working_set
+from postcopy.snapshot import page_copies, working_set
 from postcopy.snapshot.checked import CheckedPages
 from postcopy.snapshot.image import Image
 from postcopy.snapshot.mapped_image import MappedImage
 from postcopy.snapshot.origin import Origin
+from postcopy.snapshot.page_copies import PageCopies, Part
 from postcopy.snapshot.verify import open_for_restore
 from postcopy.snapshot.working_set import BadWorkingSet, WorkingSet
 from postcopy.stream.numbers import IGNORED_BLOCKS
@@ -34,6 +36,8 @@ class OpenedImage:
             self.identity = manifest.identity
         else:
             self.identity = working_set.identity_of(path)
+        self._has_digests = manifest is not None
+        self._copies: PageCopies | None = None
         self._check: CheckedPages | None = None
         if manifest is not None and isinstance(self.image, MappedImage):
             self._check = CheckedPages(self.image, manifest)
@@ -91,36 +95,67 @@ class OpenedImage:
         """Read what earlier restores have touched, in pages of the guest's size; empty without."""
         with contextlib.suppress(BadWorkingSet):
             path = working_set.beside(self.path)
-            found = working_set.load(path, self.identity, _page_counts(self.image, ram))
+            found = working_set.load(path, self.identity, _page_counts(self.image))
             if found is not None:
                 return {paged.block.name: _coarser(found, paged) for paged in ram}
         return {}
 
-    def record(self, touched: Iterable[tuple[Paged, Mask]]) -> None:
-        """Add what this restore has touched.
+    def copies(self, ram: PagedRam) -> PageCopies | None:
+        """Give the copies of pages of the working set, if a recording has kept some."""
+        if any(paged.block.target_pages_per_page > 1 for paged in ram):
+            return None  # pages of 2 MiB are put together from the image
+        if self._copies is None and self._has_digests:
+            path = page_copies.beside(working_set.beside(self.path))
+            with contextlib.suppress(ImageError):
+                self._copies = PageCopies(path, self.identity, _page_counts(self.image))
+        return self._copies
 
+    def record(self, touched: Iterable[tuple[Paged, npt.NDArray[np.uint8]]]) -> None:
+        """Add what this restore has touched, and copy these pages.
+
+        :param touched: pages of each block: see :attr:`postcopy.memory.page_map.PageMap.touched`.
         :raises Refused: it cannot be written.
         """
-        pages = {
-            paged.block.name: np.repeat(mask, paged.block.target_pages_per_page)
-            for paged, mask in touched
+        touches = {
+            paged.block.name: np.repeat(touches, paged.block.target_pages_per_page)
+            for paged, touches in touched
         }
-        seen = WorkingSet(self.identity, pages)
-        working_set.record(working_set.beside(self.path), seen)
+        path = working_set.beside(self.path)
+        seen = {name: each != UNTOUCHED for name, each in touches.items()}
+        whole = working_set.record(path, WorkingSet(self.identity, seen))
+        if self._has_digests:  # else nobody could tell a page of this image from one of another
+            early = {name: each == EARLY for name, each in touches.items()}
+            self._copy(page_copies.beside(path), whole, early)
+
+    def _copy(self, path: Path, whole: WorkingSet, early: Mapping[str, Mask]) -> None:
+        wanted = {name: mask & self._can_be_had(name, mask) for name, mask in whole.pages.items()}
+        first = [Part(name, np.flatnonzero(mask & early[name])) for name, mask in wanted.items()]
+        later = [Part(name, np.flatnonzero(mask & ~early[name])) for name, mask in wanted.items()]
+        try:
+            page_copies.save(path, self.identity, first + later, self.image.read)
+        except OSError as error:
+            raise Refused(f"working set {path} cannot be written: {error.strerror}") from error
+
+    def _can_be_had(self, name: str, wanted: Mask) -> Mask:
+        """Tell which pages have anything in them, and are what they were."""
+        found = self.image.has_data(name).copy()
+        if self._check is not None:
+            for first, end in runs(wanted & found).tolist():
+                found[first:end] &= self._check.good(name, first, end - first)
+        return found
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the files."""
+        if self._copies is not None:
+            self._copies.close()
         self.image.close()
 
     def _unfit(self, what: str) -> ImageError:
         return ImageError(self.path, f"{what}")
 
 
-def _page_counts(image: Image, ram: PagedRam) -> dict[str, int]:
-    return {
-        paged.block.name: image.block(paged.block.name).size_bytes // TARGET_PAGE_BYTES
-        for paged in ram
-    }
+def _page_counts(image: Image) -> dict[str, int]:
+    return {block.name: block.pages for block in image.blocks if block.name not in IGNORED_BLOCKS}
 
 
 def _coarser(found: WorkingSet, paged: Paged) -> Mask:

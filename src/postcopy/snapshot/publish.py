@@ -62,7 +62,7 @@ def write_whole(path: Path, data: bytes) -> None:
     :raises OSError: as :func:`publish`; nothing is left behind.
     """
     written = partial(path)
-    with _removed_on_error(written):
+    with removed_on_error(written):
         fd = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, MODE)
         with os.fdopen(fd, "wb") as file:
             file.write(data)
@@ -79,7 +79,8 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _removed_on_error(path: Path) -> Iterator[None]:
+def removed_on_error(path: Path) -> Iterator[None]:
+    """Leave nothing half-written behind."""
     try:
         yield
     except BaseException:

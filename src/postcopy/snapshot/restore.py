@@ -153,7 +153,8 @@ class Restore:
         ]
         prefetch = self._wishes.lazy and self._wishes.prefetch == "auto"
         working_set = self._opened.working_set(self._ram) if prefetch else {}
-        pace = Pace(self._limiter, holds_for_recording=self._wishes.record)
+        copies = self._opened.copies(self._ram) if working_set else None
+        pace = Pace(self._limiter, holds_for_recording=self._wishes.record, copies=copies)
         self._filler = Filler(userfaultfd, fillings, working_set, pace, self._on_progress)
         self.figures.watch(fillings, self._filler, working_set)
         if self._hurried:
@@ -194,7 +195,25 @@ class Restore:
             self._failure = error
             filler.stop()
         else:
+            filler.guest_runs()
+            if self._wishes.record:
+                filler.wait_all_in()
+                self._record()
             filler.may_end()
+
+    def _record(self) -> None:
+        """Keep what has been touched, while faults are still served.
+
+        Should this engine die, its successor does it again: nothing has been let go of.
+        """
+        if self._lost:
+            return
+        reached("restore.recording")
+        try:
+            self._opened.record(self.figures.touched())
+        except PostcopyError as error:
+            self.error = error  # the guest has all of its memory all the same
+        reached("restore.recorded")
 
     def _wake(self) -> None:
         self._guest.wake(self._opened.image.devices)
@@ -223,11 +242,6 @@ class Restore:
         if self._wishes.lazy:
             self.figures.complete()  # else when it runs: nobody is told before that it is whole
         reached("restore.unwatched")
-        if self._wishes.record and not self._lost:
-            try:
-                self._opened.record(self.figures.touched())
-            except PostcopyError as error:
-                self.error = error  # the guest has all of its memory all the same
 
     def _on_lost(self, lost: Lost) -> None:
         self._lost.append(lost)

@@ -1,7 +1,8 @@
 """The pages that a guest touches first after it has woken, as earlier restores have seen it.
 
 What is kept is a set and no order: which pages a guest touches is the same from one restore to the
-next, in which order is not.  The file lies beside the image and is bound to it: pages that some other
+next, in which order is not (copies of them, :mod:`postcopy.snapshot.page_copies`, know at least which
+were among the first).  The file lies beside the image and is bound to it: pages that some other
 image's guest wanted would be brought for nothing.
 """
 
