@@ -14,7 +14,7 @@ from postcopy.link.guest_service import MISSING_FEATURES, MISSING_MODE
 from postcopy.machine.device_formats import FORMATS
 from postcopy.memory import page_map_file
 from postcopy.paging.ram import PagedRam
-from postcopy.parameters import Capabilities
+from postcopy.parameters import Capabilities, Parameters
 from postcopy.status import Progress, Status
 
 RAM = "microvm.ram"
@@ -87,8 +87,16 @@ class FakeGuest:
 class LocalDestination:
     """A destination in this process that reads from one descriptor, until its stream ends."""
 
-    def __init__(self, fd: int, memory_bytes: int, capabilities: Capabilities) -> None:
-        self.guest = FakeGuest(memory_bytes)
+    def __init__(
+        self,
+        fd: int,
+        memory_bytes: int,
+        capabilities: Capabilities,
+        *,
+        parameters: Parameters | None = None,
+        guest: type[FakeGuest] = FakeGuest,
+    ) -> None:
+        self.guest = guest(memory_bytes)
         self.statuses: list[Status] = []
         ram = self.guest.paged_ram()
         populating = Populating(self.guest, ram, 0)
@@ -101,6 +109,7 @@ class LocalDestination:
             populating,
             capabilities,
             Progress(self.statuses.append, Status.SETUP),
+            parameters,
         )
 
     def run(self) -> Status:

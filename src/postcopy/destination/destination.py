@@ -34,6 +34,7 @@ from postcopy.stream.mapped_decoder import MappedDecoder
 from postcopy.stream.mapped_ram import CAPABILITY
 from postcopy.stream.numbers import IGNORED_BLOCKS
 
+_LOOK_S = 0.05
 RAM_SECTION_ID = 2
 """What our own source calls it: for an engine that did not see the beginning."""
 
@@ -211,7 +212,9 @@ class Destination:
 
     def _is_waiting(self) -> bool:
         status = self._progress.status
-        if status is Status.POSTCOPY_ACTIVE:
+        if status is Status.POSTCOPY_ACTIVE or (
+            self._postcopy.listening and status is Status.ACTIVE
+        ):
             # With its last page in place it waits for one word: that there is nothing more.
             return self._postcopy.finished or self._ram.any_expected()
         return status is Status.POSTCOPY_RECOVER
@@ -277,8 +280,7 @@ class Destination:
     # --- the end
 
     def _fail(self, error: PostcopyError) -> None:
-        # A package that has come may run the guest yet: wait until it has, or cannot.
-        self._postcopy.settle()
+        self._settle_package()
         if self._postcopy.finished:
             if self._progress.status is not Status.COMPLETED:
                 self._end(Status.COMPLETED)  # only the end of the stream has not come
@@ -299,6 +301,13 @@ class Destination:
             pass  # nobody is there to hear it
         if self._progress.status not in {Status.COMPLETED, Status.FAILED}:
             self._end(Status.FAILED)
+
+    def _settle_package(self) -> None:
+        """A package that has come may run the guest yet: wait until it has, or cannot."""
+        while not self._postcopy.settle(_LOOK_S):
+            self._urgent.close()  # nothing brings another page from here on
+            if self._postcopy.give_up_package():
+                return
 
     def _end(self, status: Status) -> None:
         """Say that it is over.  Whoever hears it may end this process: nothing outside may be left."""

@@ -59,6 +59,9 @@ class Postcopy:
         self._pager_thread: threading.Thread | None = None
         self._showing: Showing | None = None
         self._package_thread: threading.Thread | None = None
+        self._deciding = threading.Lock()
+        # Under the lock, from the package on: whether its guest shall not run here.
+        self._given_up = False
         self.failure: PostcopyError | None = None
         self.listening = False
         self.finished = False
@@ -101,10 +104,25 @@ class Postcopy:
         assert self._showing is not None
         return self._showing
 
-    def settle(self) -> None:
-        """Wait until the package has either run the guest or failed: nothing between the two."""
+    def settle(self, timeout_s: float | None = None) -> bool:
+        """Wait until the package has either run the guest or failed: nothing between the two.
+
+        :return: whether it has, within the time.
+        """
         if self._package_thread is not None:
-            self._package_thread.join()
+            self._package_thread.join(timeout_s)
+            return not self._package_thread.is_alive()
+        return True
+
+    def give_up_package(self) -> bool:
+        """A device waits for a page that does not come: its guest shall not run here, if it does not yet.
+
+        :return: whether it never will; the thread that loads is left alone until the memory is
+            watched no more.
+        """
+        with self._deciding:
+            self._given_up = self._progress.status is Status.ACTIVE and self._ram.any_expected()
+            return self._given_up
 
     def adopt(self) -> Userfaultfd:
         """Take over from an engine that has died while the guest ran here.
@@ -205,9 +223,12 @@ class Postcopy:
         devices, pings = _unpack(decoder)
         self._guest.load_devices(devices)
         reached("destination.package-loaded")
-        # Said before the pong: whoever has heard that the package was taken, and then finds this
-        # engine dead, finds a guest's process that knows what it owns.
-        self._progress.move(Status.POSTCOPY_ACTIVE)
+        with self._deciding:
+            if self._given_up:
+                raise ChannelBroken("the link broke while a device waited for a page")
+            # Said before the pong: whoever has heard that the package was taken, and then finds this
+            # engine dead, finds a guest's process that knows what it owns.
+            self._progress.move(Status.POSTCOPY_ACTIVE)
         reached("destination.owning")
         try:
             for ping in pings:
