@@ -171,7 +171,6 @@ class Source:
             switchover.complete_precopy()
         else:
             switchover.start_postcopy()
-            connection.begin_watch()
             # Should it not take the devices, nothing of ours lies unread between its last word and us.
             connection.answers.wait_pong(PACKAGE_PING)
             self._ran_there = True

@@ -153,6 +153,7 @@ class Switchover:
                 + encode_command(PostcopyRun())
             )
         )
+        self._connection.begin_watch()  # it may not even take the package
         self._commit()
         # From here an engine that takes over from us must recover, whatever it finds.
         self._progress.move(Status.POSTCOPY_ACTIVE)

@@ -1,0 +1,65 @@
+"""A destination that does not even read the package, while no other side may run the guest."""
+
+import socket
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from postcopy.channel.sockets import SocketChannel
+from postcopy.errors import ChannelBroken
+from postcopy.guest import DeviceState
+from postcopy.parameters import Capabilities
+from postcopy.source.connection import Connection
+from postcopy.source.counters import Clock, Counters
+from postcopy.source.orders import Orders
+from postcopy.source.switchover import PACKAGE_PING, Switchover
+from postcopy.status import Progress, Status
+
+FAR_TOO_MUCH_BYTES = 8 << 20
+"""For what the kernel takes of a package that nobody reads."""
+
+
+def hand_over(switchover, connection):
+    switchover.start_postcopy()
+    connection.answers.wait_pong(PACKAGE_PING)
+
+
+@pytest.mark.parametrize("more_bytes", [0, FAR_TOO_MUCH_BYTES])
+def test_it_is_noticed_whether_or_not_the_kernel_takes_all_of_it(more_bytes):
+    near, far = socket.socketpair()
+    given_up = threading.Event()
+    pages = SimpleNamespace(
+        block=SimpleNamespace(name="ram", size_bytes=4096, page_size_bytes=4096),
+        pending=np.ones(1, np.bool_),
+    )
+    dirty, orders, counters = SimpleNamespace(blocks=[pages]), Orders(), Counters()
+    connection = Connection(
+        SocketChannel(near, "unread"),
+        dirty,
+        SimpleNamespace(sent_bytes=0),
+        counters,
+        orders.interrupt,
+        lambda: 200,
+        answered=True,
+    )
+    switchover = Switchover(
+        SimpleNamespace(give_up=given_up.set),
+        connection,
+        dirty,
+        orders,
+        Progress(begin=Status.DEVICE),
+        Capabilities(),
+        counters,
+        Clock(),
+        lambda _: "",
+    )
+    switchover._states = [DeviceState("cpu", 0, 1, bytes(more_bytes))]
+    with far:
+        with pytest.raises(ChannelBroken) as broken:
+            hand_over(switchover, connection)
+        assert "no sign of life from the destination" in str(connection.explain(broken.value))
+        assert given_up.is_set()
+        assert switchover.committed is (more_bytes == 0)  # what was not taken whole cannot run
+    connection.abandon()
