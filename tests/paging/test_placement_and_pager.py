@@ -333,3 +333,24 @@ def test_a_zero_page_without_memory_is_there_for_who_waits_and_who_comes_later(a
         thread.join(10)
     assert sorted(found) == [(5, bytes(8)), (6, bytes(8))]
     assert arriving.paged.block.has_data(0, 8).tolist() == [n in {5, 6} for n in range(8)]
+
+
+def test_a_page_whose_placing_has_failed_is_missing_still(arriving):
+    """In the next connection it comes again, and what had been written of it does not show."""
+    arriving.listen()
+    arriving.paged.pages.request(7)
+    arriving.paged.block.pages[7] = 1  # as far as the placing had come
+    arriving.paged.pages.claim(np.array([7]))
+    arriving.ram.forget_claims()
+    assert arriving.paged.pages.requested().tolist() == [7]
+    arriving.placement.zeros(RAM, offsets([7]))
+    assert arriving.received() == [7]
+    assert arriving.page(7) == bytes(4096)
+
+
+def test_what_has_been_placed_is_not_forgotten_with_it(arriving):
+    arriving.listen()
+    arriving.place([3], 1)
+    arriving.ram.forget_claims()
+    assert arriving.received() == [3]
+    assert arriving.paged.is_clean

@@ -185,6 +185,7 @@ class Destination:
         section = self._decoder.ram_section_id or self._guest.kept_stream()[0] or RAM_SECTION_ID
         self._decoder.resume(section)
         self._placement.forget_halves()
+        self._ram.forget_claims()
         self._return_path.open(channel, hold_requests=True)
         self._progress.move(Status.POSTCOPY_RECOVER)
         reached("destination.recovery-connected")

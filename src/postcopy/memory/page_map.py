@@ -67,6 +67,16 @@ class PageMap:
             states[:] = PLACING
         return True
 
+    def unclaim(self) -> bool:
+        """Whoever was to write the pages that are claimed is gone: each is to be asked for again.
+
+        :return: whether there were any.
+        """
+        with self.lock:
+            claimed = self.states == PLACING
+            self.states[claimed] = REQUESTED
+        return bool(claimed.any())
+
     def receive(self, pages: Indices | slice) -> None:
         """Note that these pages are in place, whole."""
         with self.lock:

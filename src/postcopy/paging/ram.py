@@ -51,6 +51,12 @@ class PagedRam:
         """Whether a page that was asked for is not in place yet."""
         return any(paged.pages.any_expected() for paged in self)
 
+    def forget_claims(self) -> None:
+        """No channel is being read: what was to be placed and has failed to be is still missing."""
+        for paged in self:
+            if paged.pages.unclaim():
+                paged.is_clean = False  # it may have been written in part
+
     def close(self) -> None:
         """Let go of all memory."""
         for paged in self:
