@@ -222,3 +222,23 @@ def test_names_travel_once(bench):
     source.send(page_of(1) + struct.pack(">Q", 2 * 4096 | PAGE | CONTINUE) + bytes([3]) * 4096)
     bench.wait_placed(1, 2)
     assert bench.guest.touch(2) == bytes([3]) * 8
+
+
+def test_an_end_of_it_alone_is_a_break(bench):
+    """A middlebox has dropped this one: what is asked for would come no more, with no sign of it."""
+    bench.timeout_ms = 50
+    source = bench.connected()
+    source.close()
+    assert bench.failed.wait(10)
+    assert isinstance(bench.urgent.failure, ChannelBroken)
+    assert "the source closed the second connection" in str(bench.urgent.failure)
+
+
+def test_an_end_that_the_main_channels_follows_is_none(bench):
+    bench.timeout_ms = 60_000
+    source = bench.connected()
+    source.close()
+    wait_until(lambda: bench.urgent._ended, 10, "its end")
+    bench.urgent.finish()
+    assert bench.urgent.failure is None
+    assert not bench.failed.is_set()

@@ -119,7 +119,9 @@ class Urgent:
 
     def close(self) -> None:
         """Let go of it; on return nothing more is placed."""
-        self._closing = True
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
         self.shutdown()
         if self._thread is not None:
             self._thread.join()
@@ -142,11 +144,20 @@ class Urgent:
             failure = error
         with self._changed:
             self._ended = True
+            self._changed.notify_all()
+            failure = failure or self._early_end(channel)
             if not self._closing:
                 self.failure = failure
             self._changed.notify_all()
         if self.failure is not None:
             self._on_failure()
+
+    def _early_end(self, channel: Channel) -> PostcopyError | None:
+        """Its end is in order if the main channel's comes soon; alone it would bring no page any more."""
+        timeout_s = self._timeout_ms() / 1000
+        if not timeout_s or self._changed.wait_for(lambda: self._closing, timeout_s):
+            return None
+        return ChannelBroken(f"{channel.description}: the source closed the second connection")
 
     def _place(self, decoder: UrgentDecoder, placement: Placement) -> None:
         while (record := decoder.next_record()) is not None:
