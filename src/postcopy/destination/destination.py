@@ -262,8 +262,7 @@ class Destination:
     def _complete_precopy(self) -> None:
         if not self._elements.ram_seen:
             raise StreamError("the stream ended without any RAM: nothing has arrived")
-        if self._elements.advised:
-            self._guest.unwatch_missing()  # it was in vain: nothing will mend a fault
+        self._elements.give_postcopy_up()
         self._elements.load_devices()
         reached("destination.devices-loaded")
         self._guest.resume()

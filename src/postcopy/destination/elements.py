@@ -99,10 +99,17 @@ class Elements:
             handler(record)
 
     def load_devices(self) -> None:
-        """Give the guest the device states that have come."""
+        """Give the guest the device states that have come: precopy has brought all else before them."""
         devices, self._devices = self._devices, []
         if devices:
+            self.give_postcopy_up()  # they may touch the memory, and nobody mends a fault yet
             self._guest.load_devices(devices)
+
+    def give_postcopy_up(self) -> None:
+        """There was no need for it: watch the memory no more."""
+        if self.advised:
+            self.advised = False
+            self._guest.unwatch_missing()
 
     # --- precopy
 
@@ -128,6 +135,8 @@ class Elements:
         self._placement.pages(pages.block, pages.offsets, pages.data, neighbours=pages.neighbours)
 
     def _device(self, section: records.DeviceSection) -> None:
+        if self._postcopy.listening:
+            raise StreamError(f"section {section.name} behind the package")
         self._devices.append(
             DeviceState(section.name, section.instance, section.version, section.payload)
         )
