@@ -1,4 +1,4 @@
-"""Precopy where postcopy was possible: a device that reads guest memory is served by nobody, and needs to be."""
+"""Precopy that might have become postcopy: nobody mends a fault of a device that is being loaded."""
 
 import socket
 import threading
