@@ -1,8 +1,10 @@
 """Precopy: the guest runs while its memory goes over, stands still for a moment, and runs there."""
 
+from dataclasses import replace
+
 import pytest
 
-from fakes.pair import NEVER_ENDS, QUICK, hammer, idle, tiny
+from fakes.pair import NEVER_ENDS, POSTCOPY, QUICK, hammer, idle, tiny
 from postcopy.parameters import Capability
 from postcopy.status import Status
 
@@ -92,3 +94,20 @@ def test_the_figures_add_up(journey):
     assert ram.normal + ram.duplicate >= ram.total // 4096
     assert 0 <= info.downtime_ms <= info.total_time_ms
     assert info.setup_time_ms <= info.total_time_ms
+
+
+def test_a_guest_whose_wall_clock_kvm_writes_while_its_devices_are_loaded(journey):
+    """As a Linux guest has it; with postcopy-ram on its memory has been watched until then."""
+    trip = journey(hammer(), capabilities=POSTCOPY)
+    machine = trip.source.machine
+    machine.stop()
+    (vcpu,) = machine._vcpus
+    last_page = machine.memory_bytes - 4096
+    vcpu.set_state(replace(vcpu.get_state(), wall_clock_msr=last_page))
+    machine.cont()
+    trip.migrate()
+    trip.source.wait(Status.COMPLETED)
+    trip.destination.wait(Status.COMPLETED)
+    (arrived,) = trip.destination.machine._vcpus
+    trip.destination.machine.stop()
+    assert arrived.get_state().wall_clock_msr == last_page
