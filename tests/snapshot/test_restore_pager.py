@@ -32,6 +32,12 @@ class FakeOrigin:
         self.base = self.rows.ctypes.data if fixed else 0
         self.asked = []
 
+    def has(self, page):
+        return bool(self.data[page])
+
+    def has_data(self, first, end):
+        return self.data[first:end]
+
     def is_good(self, page):
         return page not in self.wrong
 

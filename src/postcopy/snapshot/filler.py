@@ -268,14 +268,14 @@ class Filler:
         for filling in self._fillings:
             wanted = self._working_set.get(filling.paged.block.name)
             if wanted is not None:
-                filling.count()
+                yield from filling.count()
                 yield from _from_image(filling, wanted)
         self.ready_ns = time.monotonic_ns()
         self.head_start.end()
         reached("restore.working-set-in")
         yield None
         for filling in self._fillings:
-            filling.count()
+            yield from filling.count()
             yield from _from_image(filling)
 
     def _plan_copies(self) -> Iterator[Work]:

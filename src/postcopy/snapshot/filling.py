@@ -66,8 +66,8 @@ class Filling:
         self._userfaultfd = userfaultfd
         self._copier = PageCopier(userfaultfd, block.page_size_bytes)
         self._states = paged.pages.states
-        self._data: Mask | None = None
-        self._left: int | None = None
+        # Of the first so many pages: how many with data are missing.
+        self._counted = self._left = 0
         self._brought = 0
         self._fixed = origin.base
         self._reads_ahead = bool(self._fixed)
@@ -80,17 +80,15 @@ class Filling:
 
     def bring(self, page: int) -> None:
         """Place a page that somebody waits for."""
-        data = self._data
-        if data is None:
-            data = self._data = self.origin.data
+        data = self.origin.has(page)
         self.touched[page] = EARLY if self._brought < _EARLY_FAULTS else LATE
         self._brought += 1
-        if data[page]:
+        if data:
             self._place_one(page)
         else:
             self._zero(page)
             self.placed_pages += 1
-        self._note(page)
+        self._note(page, data=data)
 
     def _place_one(self, page: int) -> None:
         """Place a page with data: the shortest way for one."""
@@ -147,7 +145,8 @@ class Filling:
                 raise
             return
         self.placed_pages += len(todo)
-        self._note_all(todo)
+        self._left -= int(np.count_nonzero(todo < self._counted))
+        self._states[todo] = RECEIVED
 
     def _place_copy(self, page: int, source: int, count: int) -> None:
         address = self.base + (page << self.shift)
@@ -186,40 +185,53 @@ class Filling:
 
         :param wanted: only these.
         """
-        data = self.origin.data
-        for start in range(0, len(data), _WINDOW_PAGES):
-            window = slice(start, start + _WINDOW_PAGES)
-            todo = data[window] & (self._states[window] != RECEIVED)
+        pages = len(self._states)
+        for start in range(0, pages, _WINDOW_PAGES):
+            end = min(start + _WINDOW_PAGES, pages)
+            todo = self._todo(start, end)
             if wanted is not None:
-                todo &= wanted[window]
-            yield deque((start + first, start + end) for first, end in runs(todo).tolist())
+                todo &= wanted[start:end]
+            yield deque((start + first, start + last) for first, last in runs(todo).tolist())
 
-    def count(self) -> None:
-        """Count what is missing, once; from then on who wants to know costs the pager nothing."""
-        if self._left is None:
-            self._left = self._count_missing()
+    def count(self) -> Iterator[None]:
+        """Count what is missing, once and a window at a time: who wants to know costs the pager nothing.
+
+        The caller looks after others between two windows.
+        """
+        while self._counted < len(self._states):
+            end = min(self._counted + _WINDOW_PAGES, len(self._states))
+            self._left += self._count_missing(self._counted, end)
+            self._counted = end
+            yield None
 
     @property
     def missing_pages(self) -> int:
         """How many pages with data are not in place."""
-        left = self._left
-        return self._count_missing() if left is None else left
+        pages = len(self._states)
+        if self._counted == pages:
+            return self._left
+        starts = range(0, pages, _WINDOW_PAGES)  # no call is so long that the pager waits for it
+        return sum(self._count_missing(at, min(at + _WINDOW_PAGES, pages)) for at in starts)
 
-    def _count_missing(self) -> int:
-        return int(np.count_nonzero(self.origin.data & (self._states != RECEIVED)))
+    def _count_missing(self, first: int, end: int) -> int:
+        return int(np.count_nonzero(self._todo(first, end)))
 
-    def _note(self, page: int) -> None:
+    def _todo(self, first: int, end: int) -> Mask:
+        todo: Mask = self.origin.has_data(first, end) & (self._states[first:end] != RECEIVED)
+        return todo
+
+    def _note(self, page: int, *, data: bool = True) -> None:
         """A page is in place, or lost."""
-        if self._left is not None and self._states[page] != RECEIVED and self.origin.data[page]:
+        if data and page < self._counted and self._states[page] != RECEIVED:
             self._left -= 1
         self._states[page] = RECEIVED
 
-    def _note_all(self, pages: Indices | slice) -> None:
-        """Pages are in place, or lost."""
-        if self._left is not None:
-            new = self.origin.data[pages] & (self._states[pages] != RECEIVED)
-            self._left -= int(np.count_nonzero(new))
-        self._states[pages] = RECEIVED
+    def _note_run(self, first: int, end: int) -> None:
+        """So are these, whether they have anything in them or not."""
+        counted = min(end, self._counted)
+        if counted > first:
+            self._left -= self._count_missing(first, counted)
+        self._states[first:end] = RECEIVED
 
     # --- steps that return how many pages are done with
 
@@ -243,7 +255,7 @@ class Filling:
         except PageExists:
             self.show(page)
             done = 1
-        self._note_all(slice(page, page + done))
+        self._note_run(page, page + done)
         return done
 
     def _zero(self, page: int) -> None:
@@ -270,7 +282,7 @@ class Filling:
             self._on_lost(Lost(self.paged.block.name, len(lost), self.origin.reason(page)))
         for number in lost.tolist():
             self._poison(number)
-        self._note_all(lost)
+        self._note_run(first, end)
         return max(1, end - page)
 
     def _poison(self, page: int) -> None:

@@ -94,6 +94,14 @@ class Image(ABC):
         :raises KeyError: there is no such block.
         """
 
+    def bits(self, block_name: str) -> npt.NDArray[np.uint8] | None:
+        """Give :meth:`has_data` as packed bits, the lowest first, if it lies so in the file.
+
+        :raises KeyError: there is no such block.
+        """
+        del block_name
+        return None
+
     @abstractmethod
     def _copy(self, block: ImageBlock, first: int, rows: PageRows) -> None:
         """Copy the pages with data from ``first`` on into ``rows``, which is all zero."""

@@ -92,6 +92,11 @@ class MappedImage(Image):
             self._masks[block_name] = mask
         return mask
 
+    def bits(self, block_name: str) -> npt.NDArray[np.uint8]:
+        """See :meth:`Image.bits`."""
+        block = self._places[block_name]
+        return self._file.data[block.bitmap_offset : block.bitmap_offset + block.bitmap_bytes]
+
     def view(self, block_name: str) -> PageRows | None:
         """See :meth:`Image.view`."""
         block = self._places[block_name]

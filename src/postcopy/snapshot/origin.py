@@ -31,6 +31,7 @@ class Origin:
         # Pages of 2 MiB are put together: the file may hold old bytes where a page is zero now.
         view = image.view(block.name) if self._per_page == 1 else None
         self._view = view
+        self._bits = image.bits(block.name) if view is not None else None
         self.base = 0 if view is None else int(view.ctypes.data)
         """Where page 0 lies in this process; 0: pages lie at no fixed places."""
 
@@ -47,6 +48,19 @@ class Origin:
                 found = np.logical_or.reduceat(found, starts)
             self._data = found
         return self._data
+
+    def has(self, page: int) -> bool:
+        """Whether a page has anything in it: the short way for one that somebody waits for."""
+        if self._bits is not None:
+            return bool(self._bits[page >> 3] >> (page & 7) & 1)
+        return bool(self.data[page])
+
+    def has_data(self, first: int, end: int) -> Mask:
+        """Which of these pages have anything in them, at a cost that does not depend on the others."""
+        if self._bits is None:
+            return self.data[first:end]
+        bits = np.unpackbits(self._bits[first >> 3 : -(-end >> 3)], bitorder="little")
+        return bits.view(np.bool_)[first & 7 : (first & 7) + end - first]
 
     def is_good(self, page: int) -> bool:
         """Tell whether a page at a fixed place may be used: the short way for a fault."""
