@@ -35,13 +35,17 @@ class Direct:
         return base64.b64decode(self._log(action=action))
 
 
-@pytest.fixture(params=[("kvm", 1), ("kvm", 4), ("unicorn", 1)], ids=["kvm", "kvm-4", "unicorn"])
+@pytest.fixture(
+    params=[("kvm", 1, True), ("kvm", 4, True), ("kvm", 2, False), ("unicorn", 1, True)],
+    ids=["kvm", "kvm-4", "kvm-2-small-pages", "unicorn"],
+)
 def hammered(request):
-    accelerator, vcpus = request.param
+    accelerator, vcpus, huge = request.param
     need(accelerator)
     fill = 8 * MIB if accelerator == "kvm" else MIB // 2
     workload = load("hammer", 32 * MIB, vcpus, fill_bytes=fill, hot_bytes=fill)
-    with Machine(config_for(workload, accelerator)) as machine:
+    config = config_for(workload, accelerator, transparent_huge_pages=huge)
+    with Machine(config) as machine:
         machine.start()
         wait_for_work(machine, workload)
         yield machine

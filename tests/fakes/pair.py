@@ -180,12 +180,18 @@ class Journey:
     paused: bool = False
     kind: type[Machine] = Machine
     huge_pages: bool = False
+    transparent: Sequence[bool] = (True, True)
 
     def __post_init__(self) -> None:
         for name in self.accelerators:
             need(name)
         self.sides: list[Side] = []
-        config = config_for(self.workload, self.accelerators[0], huge_pages=self.huge_pages)
+        config = config_for(
+            self.workload,
+            self.accelerators[0],
+            huge_pages=self.huge_pages,
+            transparent_huge_pages=self.transparent[0],
+        )
         self.source = self._add(Side(config))
         self.source.set(self.capabilities, self.parameters)
         self.destination = self.new_destination()
@@ -211,6 +217,7 @@ class Journey:
                 "vcpus": self.workload.vcpus,
                 "accel": self.accelerators[-1],
                 "huge_pages": self.huge_pages,
+                "transparent_huge_pages": self.transparent[-1],
             }
             | changes
         )

@@ -48,6 +48,19 @@ def test_between_accelerators(journey, accelerators):
     switch(trip, 0)
 
 
+@pytest.mark.parametrize(
+    "transparent",
+    [(False, False), (True, False), (False, True)],
+    ids=["small-small", "huge-small", "small-huge"],
+)
+def test_where_the_kernel_gives_no_huge_pages(journey, transparent):
+    parameters = SLOW | {"max-bandwidth": 64 << 20}
+    trip = journey(
+        hammer(vcpus=2), capabilities=POSTCOPY, parameters=parameters, transparent=transparent
+    )
+    switch(trip, 1)
+
+
 def test_two_gibibytes_that_are_mostly_empty(journey):
     trip = journey(hammer(2048, vcpus=2), capabilities=POSTCOPY, parameters=SLOW)
     switch(trip, 1)

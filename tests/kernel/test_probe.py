@@ -9,7 +9,7 @@ import pytest
 
 from postcopy.abi.userfaultfd import Feature
 from postcopy.errors import KernelError
-from postcopy.kernel import probe, userfaultfd_open
+from postcopy.kernel import huge_tmpfs, probe, userfaultfd_open
 from postcopy.kernel.probe import probe_host
 
 
@@ -43,6 +43,31 @@ def test_it_leaves_no_descriptor_behind():
     before = count()
     probe_host()
     assert count() == before
+
+
+GUEST_PAGES = "transparent huge pages for guest memory"
+
+
+@pytest.mark.parametrize(
+    ("setting", "available", "cure"),
+    [
+        ("always within_size [advise] never deny force", True, ""),
+        ("always within_size advise [never] deny force", False, "run as root, or echo within_size"),
+        ("", False, "CONFIG_TRANSPARENT_HUGEPAGE"),
+    ],
+)
+def test_huge_guest_memory_without_rights_is_up_to_the_host(
+    monkeypatch, tmp_path, setting, available, cure
+):
+    def refused(_):
+        raise KernelError("fsopen", errno.EPERM)
+
+    (tmp_path / "enabled").write_text("always [madvise] never")
+    (tmp_path / "shmem_enabled").write_text(setting)
+    monkeypatch.setattr(probe, "_TRANSPARENT", tmp_path)
+    monkeypatch.setattr(huge_tmpfs, "create", refused)
+    finding = found()[GUEST_PAGES]
+    assert (finding.available, cure in finding.cure) == (available, True)
 
 
 def test_a_host_with_nothing_is_described_and_not_crashed_on(monkeypatch, tmp_path):

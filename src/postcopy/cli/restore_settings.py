@@ -66,6 +66,7 @@ def _machine(path: Path, options: Mapping[str, Any], engines: EnginePool) -> Mac
         vcpus=_vcpus(path, image["vcpus"]),
         accel=options["accel"],
         huge_pages=options["huge_pages"],
+        transparent_huge_pages=not options["lazy"],
         machine_type=machine,
     )
     config.check()

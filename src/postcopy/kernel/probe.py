@@ -14,7 +14,7 @@ from pathlib import Path
 from postcopy.abi.kvm import KVM_API_VERSION, KVM_GET_API_VERSION
 from postcopy.abi.userfaultfd import Feature, RegisterMode
 from postcopy.errors import HostCannot, KernelError
-from postcopy.kernel import userfaultfd_open
+from postcopy.kernel import huge_tmpfs, userfaultfd_open
 from postcopy.kernel.calls import ioctl_plain
 from postcopy.kernel.mapping import Mapping
 from postcopy.kernel.pagemap import PagemapScanner
@@ -22,6 +22,7 @@ from postcopy.kernel.userfaultfd import Userfaultfd
 
 _HUGE_PAGE_POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 _TRANSPARENT = Path("/sys/kernel/mm/transparent_hugepage")
+_NO_TRANSPARENT = "use a kernel with CONFIG_TRANSPARENT_HUGEPAGE"
 _USES = {
     Feature.PAGEFAULT_FLAG_WP: "background snapshots",
     Feature.EVENT_REMOVE: "guests that balloon",
@@ -174,13 +175,31 @@ def _huge_pages() -> Iterator[Finding]:
 
 
 def _transparent_huge_pages() -> Iterator[Finding]:
-    for name, file in (("anonymous memory", "enabled"), ("memfds", "shmem_enabled")):
-        path = _TRANSPARENT / file
-        chosen = _read(path).partition("[")[2].partition("]")[0]
-        on = chosen not in {"never", "deny", ""}
-        cure = "" if on else f"echo advise > {path}" if "advise" in _read(path) else ""
-        title = f"transparent huge pages for {name}"
-        yield Finding(title, on, chosen or "the kernel has none", cure)
+    on, chosen = _chosen("enabled")
+    cure = f"echo madvise > {_TRANSPARENT / 'enabled'}" if chosen else _NO_TRANSPARENT
+    title = "transparent huge pages for anonymous memory"
+    yield Finding(title, on, chosen or "the kernel has none", "" if on else cure)
+    yield _transparent_guest_memory()
+
+
+def _transparent_guest_memory() -> Finding:
+    name = "transparent huge pages for guest memory"
+    try:
+        os.close(huge_tmpfs.create(1 << 21))
+    except KernelError as error:
+        on, chosen = _chosen("shmem_enabled")
+        if on:
+            return Finding(name, available=True, detail=f"{chosen}, for memfds")
+        cure = f"run as root, or echo within_size > {_TRANSPARENT / 'shmem_enabled'}"
+        detail = f"{error}; a guest runs on small pages, and slower while it is migrated"
+        return Finding(name, available=False, detail=detail, cure=cure if chosen else _NO_TRANSPARENT)
+    return Finding(name, available=True, detail="from a tmpfs of our own")
+
+
+def _chosen(file: str) -> tuple[bool, str]:
+    """Whether one of the kernel's settings of huge pages is on, and what is chosen there."""
+    chosen = _read(_TRANSPARENT / file).partition("[")[2].partition("]")[0]
+    return chosen not in {"never", "deny", ""}, chosen
 
 
 def _memory() -> Iterator[Finding]:

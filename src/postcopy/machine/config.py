@@ -36,7 +36,11 @@ class MachineConfig:
         bytes in RSI, and 512 bytes of stack at RSP.
     :param privilege: 3 (port I/O allowed) or 0.  Under some nested hypervisors code at privilege 0
         is emulated and a thousand times slower.
-    :param huge_pages: back the memory with the host's 2 MiB pages.
+    :param huge_pages: back the memory with 2 MiB pages from the host's pool, reserved now; it is then
+        missing, placed and discarded in those.
+    :param transparent_huge_pages: else take 2 MiB pages wherever the kernel has one free, as QEMU
+        does; all else stays a matter of 4 KiB.  Not for a guest that is to touch little of its memory:
+        its first touch takes, and clears, all of a huge page.
     :param machine_type: what the machine is called on the wire, and with it its RAM block: only a
         machine of the same type takes its guest, be it ours or QEMU's ``-M``.  The guest sees no
         difference; the monitor does, by physical addresses from 3 GiB on.
@@ -50,6 +54,7 @@ class MachineConfig:
     entry: int = LOAD_ADDRESS
     privilege: int = 3
     huge_pages: bool = False
+    transparent_huge_pages: bool = True
     machine_type: MachineType = "microvm"
 
     @property

@@ -49,8 +49,7 @@ class Machine:
         install_kick_handler()
         self.config = config
         self._addresses = config.address_map
-        huge = config.page_size_bytes if config.huge_pages else None
-        self._ram_fd = memfd.create(config.ram_name, config.memory_bytes, huge_page_size=huge)
+        self._ram_fd = _make_ram(config)
         self._ram = Mapping.shared(self._ram_fd, config.memory_bytes)
         self._vcpus: list[Vcpu] = []
         try:
@@ -341,6 +340,15 @@ class Machine:
     def _free_ram(self) -> None:
         self._ram.close()
         os.close(self._ram_fd)
+
+
+def _make_ram(config: MachineConfig) -> int:
+    if config.huge_pages:
+        size = config.page_size_bytes
+        return memfd.create(config.ram_name, config.memory_bytes, huge_page_size=size)
+    if config.transparent_huge_pages:
+        return memfd.create_transparent(config.ram_name, config.memory_bytes)
+    return memfd.create(config.ram_name, config.memory_bytes)
 
 
 def _known_run_state(name: str) -> RunState:
