@@ -61,6 +61,11 @@ class PageMap:
     def claim_run(self, first: int, end: int) -> bool:
         """Claim neighbouring pages, all of them or none."""
         with self.lock:
+            if end - first == 1:  # somebody waits for it
+                if self.states[first] >= RECEIVED:
+                    return False
+                self.states[first] = PLACING
+                return True
             states = self.states[first:end]
             if (states >= RECEIVED).any():
                 return False

@@ -10,6 +10,7 @@ Called by the threads that read channels.  Each thread has a :class:`Placement` 
 share is the page map, where a page is claimed before it is written.
 """
 
+import os
 import time
 from collections.abc import Callable
 
@@ -177,15 +178,15 @@ class Placement:
         assert self._userfaultfd is not None
         paged.pages.receive(slice(page, page + count))
         show(self._userfaultfd, paged.block, page, count)
-        self._wake_books(paged.block.name, page, page + count)
+        if self._blocktime.waiting:
+            self._wake_books(paged.block.name, page, page + count)
 
     def _wake_books(self, name: str, start: int, end: int) -> None:
-        if not self._blocktime.waiting:
-            return
         arrived = [key for key in list(self._blocktime.waiting) if key[0] == name]
         arrived = [key for key in arrived if start <= key[1] < end]
         if arrived:
             self._blocktime.placed(arrived, time.monotonic_ns())
+            os.sched_yield()  # to the vCPU, where it has been woken on this CPU: the rest can wait
 
     # --- huge pages: whole, or not at all
 

@@ -23,6 +23,8 @@ _WINDOW_PAGES = 4096
 _MOST_TOGETHER = 16
 """A batch may have so many times more pages than its limit says, if the others are holes."""
 
+_NONE: Indices = np.empty(0, np.int64)
+
 
 class BlockPages:
     """The pages of one block, in pages of its own size.
@@ -111,6 +113,17 @@ class BlockPages:
         self.look_around(int(first[0]))
         end = (int(first[0]) // _WINDOW_PAGES + 1) * _WINDOW_PAGES
         return self.next_batch(int(first[0]), min(end, len(self.pending)), limit)
+
+    def take(self, first: int, end: int) -> Indices:
+        """Take those of a few pages that are pending; they are not any more."""
+        if end - first == 1:  # the usual request
+            if not self.pending[first]:
+                return _NONE
+            self.pending[first] = False
+            return np.arange(first, end)
+        taken: Indices = self.pending[first:end].nonzero()[0] + first
+        self.pending[taken] = False
+        return taken
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """First and end page of each chunk."""

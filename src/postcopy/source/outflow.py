@@ -23,6 +23,11 @@ class Outflow:
         self.rate = Rate()
         self.phase = "precopy_bytes"
 
+    @property
+    def limit(self) -> int:
+        """The bandwidth limit now, in bytes a second; 0 = none."""
+        return self._limiter.bytes_per_second
+
     def say(self, command: bytes) -> None:
         """Send a command behind the pages."""
         self._channel.send(command)

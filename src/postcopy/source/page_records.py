@@ -36,6 +36,9 @@ class PageRecords:
         :param batch: pages of the block's own size.
         """
         per_page = pages.block.target_pages_per_page
+        if per_page == 1 and len(batch) == 1:
+            yield self._page(pages, int(batch[0]))
+            return
         if per_page == 1 and (run := _data_run(pages, batch)) is not None:
             yield self._run(pages, *run)
             return
@@ -70,6 +73,15 @@ class PageRecords:
     def encode_zeros(self, block: str, target: Indices) -> EncodedPages:
         """Write pages of the wire that are known to be zero."""
         return EncodedPages([self._encoder.zeros(block, _offsets(target))], 0, len(target))
+
+    def _page(self, pages: BlockPages, page: int) -> EncodedPages:
+        block = pages.block
+        if pages.has_data[page] or pages.look_for_data(np.array([page])).all():
+            record = self._encoder.nonzero_page(block.name, page, block.pages)
+            if record is not None:
+                return EncodedPages(record, 1, 0)
+        offset = np.array([page * TARGET_PAGE_BYTES], np.uint64)
+        return EncodedPages([self._encoder.zeros(block.name, offset)], 0, 1)
 
     def _run(self, pages: BlockPages, first: int, count: int) -> EncodedPages:
         block = pages.block

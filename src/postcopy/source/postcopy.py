@@ -28,6 +28,12 @@ PREEMPTED_PUSH_BYTES = 512 << 10
 CALM_PUSH_BYTES, CALM_S = 1024 << 10, 0.02
 """The same when nothing has been asked for so long: each batch has its price in CPU time."""
 
+LIMITED_PUSH_S = 0.003
+"""Under a bandwidth limit no more goes at once than so much time's worth: the CPU is idle anyway, and a
+page that is asked for waits at both ends for the batch that is being worked at."""
+
+LEAST_PUSH_BYTES = 64 << 10
+
 WINDOW_BYTES = 6144 << 10
 """What it may find itself behind on the wire; see docs/decisions."""
 
@@ -101,8 +107,7 @@ class PostcopyPush:
             with self._lock:
                 self._counters.requests += 1
                 self._last_request = time.monotonic()
-                wanted = pages.pending[first:end].nonzero()[0] + first
-                pages.pending[wanted] = False
+                wanted = pages.take(first, end)
                 if len(wanted):
                     self._position = (self._dirty.blocks.index(pages), end)
             pages.look_around(first)
@@ -157,6 +162,11 @@ class PostcopyPush:
                 self._sender.say(encode_command(Ping(ping)))
 
     def _batch_bytes(self) -> int:
+        wanted = self._unlimited_batch_bytes()
+        limit = self._sender.limit
+        return min(wanted, max(LEAST_PUSH_BYTES, int(limit * LIMITED_PUSH_S))) if limit else wanted
+
+    def _unlimited_batch_bytes(self) -> int:
         if time.monotonic() - self._last_request > CALM_S:
             return CALM_PUSH_BYTES
         return PUSH_BYTES if self.urgent is None else PREEMPTED_PUSH_BYTES

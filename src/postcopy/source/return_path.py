@@ -15,7 +15,6 @@ from postcopy.stream.identity import is_ours
 from postcopy.stream.records import Pong, RecvBitmapReply, RequestPages, ResumeAck, Shut
 from postcopy.stream.return_path import ReturnPathDecoder
 
-_READ_BYTES = 1 << 16
 _LAST_WORD_S = 1.0
 _ITS_ERROR = "its own error says why"
 
@@ -63,11 +62,11 @@ class ReturnPath:
     def run(self) -> None:
         """Take messages until the destination has had its last word, or the channel breaks."""
         run_soon()  # a page may be asked for
-        view = memoryview(bytearray(_READ_BYTES))
+        channel, decoder = self._channel, self._decoder
         try:
-            while self._shut is None and (count := self._channel.receive_into(view)):
-                self._decoder.feed(view[:count])
-                while (message := self._decoder.next_message()) is not None:
+            while self._shut is None and (count := channel.receive_into(decoder.buffer())):
+                decoder.received(count)
+                while (message := decoder.next_message()) is not None:
                     self._take(message)
             end: PostcopyError = ChannelBroken(
                 f"{self._channel.description}: the destination closed the connection; {_ITS_ERROR}"

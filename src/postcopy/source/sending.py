@@ -29,6 +29,10 @@ class Sender(Protocol):
     rate: Rate
     phase: str
 
+    @property
+    def limit(self) -> int:
+        """The bandwidth limit now, in bytes a second; 0 = none."""
+
     def begin(self, blocks: Sequence[RamBlock], *, postcopy: bool) -> None:
         """Say what blocks there are (RAM's START section): before any page.
 

@@ -26,6 +26,8 @@ from postcopy.stream.numbers import (
 )
 from postcopy.stream.records import Offsets, PageRows
 
+_WORD = struct.Struct(">Q")
+_PAGE, _CONTINUE = int(RamFlag.PAGE), int(RamFlag.CONTINUE)
 _FIRST = 264  # where record 0 begins if it has no name: behind the longest name, words aligned
 _FEW_RUNS = 8  # pages a run from which on copies of slices beat picking page by page
 
@@ -110,6 +112,23 @@ class PageEncoder:
         if self._page_words[:count, 0].all():
             return self._records(block, offsets), None
         return self._without_zeros(block, offsets)
+
+    def nonzero_page(
+        self, block: str, page: int, source: PageRows
+    ) -> list[bytes | memoryview] | None:
+        """As :meth:`nonzero_run`, of one page that somebody waits for: it is not even copied.
+
+        :return: the record, in pieces, or ``None`` if the page is zero.
+        """
+        contents = source[page]
+        data = contents.data
+        if not (any(data[:8]) or contents.any()):
+            return None
+        word = page << TARGET_PAGE_BITS | _PAGE
+        if block == self._block:
+            return [_WORD.pack(word | _CONTINUE), data]
+        self._block = block
+        return [_WORD.pack(word), encode_name(block), data]
 
     def nonzero_copies(
         self, block: str, offsets: Offsets, contents: PageRows

@@ -122,10 +122,20 @@ class RamRecords:
         """Where the next pages belong, and whether they are neighbours."""
         limit = self._limits.pages_per_record
         count = min(reader.available // PAGE_RECORD_BYTES, limit, _NEIGHBOURS)
+        if count == 1:
+            return self._one_offset(reader), True
         if count > 1 and len(run := self._neighbours(reader, PAGE_RECORD_BYTES, count)) > 1:
             return run, True
         offsets = self._offsets(reader, _PAGE, PAGE_RECORD_BYTES, limit)
         return offsets, len(offsets) == 1
+
+    def _one_offset(self, reader: StreamBuffer) -> Offsets:
+        """Where the one page belongs that is there: somebody waits for it, so without ceremony."""
+        offset = reader.u64() & ~FLAGS_MASK
+        reader.rollback()
+        if offset > self._last_offset and not self._dropping:
+            reader.fail(f"Illegal RAM offset {offset:x}")
+        return np.array([offset], np.uint64)
 
     def _offsets(self, reader: StreamBuffer, kind: int, stride: int, limit: int) -> Offsets:
         # The caller knows that the first record is of the kind.

@@ -34,6 +34,7 @@ from postcopy.stream.records import (
 
 _CAPACITY_BYTES = 64 << 10
 _HEAD_BYTES = 4
+_LAST_TYPE = max(ReturnPathType)
 _REQUEST_BYTES = 12
 _WORD_BITS = 64
 
@@ -174,8 +175,8 @@ class ReturnPathDecoder:
 
     def _read_head(self) -> tuple[ReturnPathType, int]:
         reader = self._reader
-        number, length = reader.u16(), reader.u16()
-        if number == ReturnPathType.INVALID or number > max(ReturnPathType):
+        number, length = divmod(reader.u32(), 1 << 16)
+        if number == ReturnPathType.INVALID or number > _LAST_TYPE:
             reader.fail(
                 f"RP: Received invalid message {number:#06x} length {length:#06x}", _HEAD_BYTES
             )
