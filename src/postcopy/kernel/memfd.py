@@ -39,10 +39,10 @@ def create(name: str, size_bytes: int, *, huge_page_size: int | None = None) -> 
 
 
 def create_transparent(name: str, size_bytes: int) -> int:
-    """As :func:`create`, of huge pages wherever the kernel has one free and lets us: a guest on those
-    takes far fewer faults.
+    """As :func:`create`, of 2 MiB pages wherever the kernel has one free and lets us have it.
 
-    Where it does not (it takes ``CAP_SYS_ADMIN``) this is a plain memfd.
+    A guest on those takes far fewer faults.  Without the right to them (``CAP_SYS_ADMIN``) this is a
+    plain memfd.
     """
     try:
         return huge_tmpfs.create(size_bytes)

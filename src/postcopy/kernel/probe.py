@@ -192,7 +192,9 @@ def _transparent_guest_memory() -> Finding:
             return Finding(name, available=True, detail=f"{chosen}, for memfds")
         cure = f"run as root, or echo within_size > {_TRANSPARENT / 'shmem_enabled'}"
         detail = f"{error}; a guest runs on small pages, and slower while it is migrated"
-        return Finding(name, available=False, detail=detail, cure=cure if chosen else _NO_TRANSPARENT)
+        return Finding(
+            name, available=False, detail=detail, cure=cure if chosen else _NO_TRANSPARENT
+        )
     return Finding(name, available=True, detail="from a tmpfs of our own")
 
 

@@ -10,7 +10,6 @@ Called by the threads that read channels.  Each thread has a :class:`Placement` 
 share is the page map, where a page is claimed before it is written.
 """
 
-import os
 import time
 from collections.abc import Callable
 
@@ -186,7 +185,6 @@ class Placement:
         arrived = [key for key in arrived if start <= key[1] < end]
         if arrived:
             self._blocktime.placed(arrived, time.monotonic_ns())
-            os.sched_yield()  # to the vCPU, where it has been woken on this CPU: the rest can wait
 
     # --- huge pages: whole, or not at all
 

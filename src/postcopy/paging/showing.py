@@ -15,11 +15,12 @@ from postcopy.errors import KernelError, PageExists
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.memory.page_map import RECEIVED
 from postcopy.memory.ram_block import RamBlock
-from postcopy.memory.runs import Indices, Mask, runs
+from postcopy.memory.runs import Indices, Mask, next_set, runs
 from postcopy.paging.ram import Paged, PagedRam
 
 _STEP_PAGES: Final = 1024
 _MOST_REST_S: Final = 0.01
+_BETWEEN_PASSES_S: Final = 0.05
 
 _NEIGHBOURS: Final = 64
 """Pages that a touch of one brings along, if they have been received."""
@@ -60,20 +61,21 @@ class Showing:
                 # A stop that is said here must be found below: what it has set is forgotten now.
                 self._more.clear()
                 self._show_all()
+                self._stopped.wait(_BETWEEN_PASSES_S)
         except KernelError as error:
             if error.errno != errno.ESRCH:  # the guest's process has ended
                 raise
 
     def _show_all(self) -> None:
         for paged, wanted in self._blocks.values():
-            for start in range(0, len(wanted), _STEP_PAGES):
+            start = 0
+            while len(found := next_set(wanted, start, 1)) and not self._stopped.is_set():
+                start = int(found[0]) // _STEP_PAGES * _STEP_PAGES
                 end = start + _STEP_PAGES
-                if wanted[start:end].any():
-                    began = time.monotonic()
-                    self._show_step(paged, wanted[start:end], start)
-                    self._stopped.wait(min(time.monotonic() - began, _MOST_REST_S))
-                if self._stopped.is_set():
-                    return
+                began = time.monotonic()
+                self._show_step(paged, wanted[start:end], start)
+                self._stopped.wait(min(time.monotonic() - began, _MOST_REST_S))
+                start = end
 
     def _show_step(self, paged: Paged, wanted: Mask, start: int) -> None:
         now = wanted.copy()

@@ -28,7 +28,7 @@ PREEMPTED_PUSH_BYTES = 512 << 10
 CALM_PUSH_BYTES, CALM_S = 1024 << 10, 0.02
 """The same when nothing has been asked for so long: each batch has its price in CPU time."""
 
-LIMITED_PUSH_S = 0.003
+LIMITED_PUSH_S = 0.006
 """Under a bandwidth limit no more goes at once than so much time's worth: the CPU is idle anyway, and a
 page that is asked for waits at both ends for the batch that is being worked at."""
 
