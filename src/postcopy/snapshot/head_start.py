@@ -12,7 +12,7 @@ import time
 from typing import Final
 
 LEAST_BYTES: Final = 8 << 20
-MOST_NS: Final = 20_000_000
+MOST_NS: Final = 60_000_000
 
 
 class HeadStart:
