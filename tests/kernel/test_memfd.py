@@ -19,6 +19,22 @@ def free_huge_pages() -> int:
     return int(path.read_text()) if path.exists() else 0
 
 
+def test_only_memory_that_has_pages_is_emptied(monkeypatch):
+    asked = []
+    real = calls.fallocate
+    monkeypatch.setattr(calls, "fallocate", lambda *a: (asked.append(a), real(*a)))
+    fd = memfd.create("new", 4 * PAGE)
+    try:
+        memfd.empty(fd, 0, 4 * PAGE)
+        assert asked == []
+        os.pwrite(fd, b"x", 3 * PAGE)
+        memfd.empty(fd, 0, 4 * PAGE)
+        assert len(asked) == 1
+        assert (os.pread(fd, 1, 3 * PAGE), os.fstat(fd).st_blocks) == (b"\0", 0)
+    finally:
+        os.close(fd)
+
+
 def open_descriptors() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 

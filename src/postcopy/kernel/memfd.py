@@ -82,6 +82,15 @@ def punch_hole(fd: int, offset: int, length_bytes: int) -> None:
     calls.fallocate(fd, mode, offset, length_bytes)
 
 
+def empty(fd: int, offset: int, length_bytes: int) -> None:
+    """As :func:`punch_hole`, of memory that may well be new: then nothing is done.
+
+    Even where there is no page to take back KVM looks for each through its own tables: 2 ms of 8 GiB.
+    """
+    if os.fstat(fd).st_blocks:
+        punch_hole(fd, offset, length_bytes)
+
+
 def allocate(fd: int, offset: int, length_bytes: int) -> None:
     """Fill holes with zero pages now, so that nobody waits for them later.
 

@@ -196,7 +196,7 @@ class GuestService:
         """
         if not self._guest.owned:
             for region in self._guest.regions():
-                memfd.punch_hole(region.fd, region.fd_offset, region.size_bytes)
+                memfd.empty(region.fd, region.fd_offset, region.size_bytes)
 
     def _pause_and_save(self) -> list[list[Any]]:
         self._guest.pause()

@@ -70,6 +70,10 @@ class RamBlock:
             (end - start) * self.page_size_bytes,
         )
 
+    def empty(self) -> None:
+        """Free all pages; costs nothing if there are none."""
+        memfd.empty(self._fd, self._fd_offset, self.size_bytes)
+
     def populate(self, offset_bytes: int, length_bytes: int) -> None:
         """Take memory from the kernel now, so that the first touch of a page costs nothing later."""
         self._mapping.populate(offset_bytes, length_bytes)

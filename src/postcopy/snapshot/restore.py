@@ -131,7 +131,7 @@ class Restore:
     def _begin(self) -> Filler:
         reached("restore.begun")
         for paged in self._ram:
-            paged.block.discard(0, paged.block.page_count)
+            paged.block.empty()
         self._progress.move(Status.ACTIVE)
         return self._watch(adopt=False)
 
