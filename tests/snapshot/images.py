@@ -1,5 +1,7 @@
 """Images for tests, written out piece by piece so that each of them can be wrong."""
 
+import contextlib
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -141,3 +143,12 @@ def flip(path: Path, bit: int) -> None:
         byte = file.read(1)[0]
         file.seek(bit // 8)
         file.write(bytes([byte ^ 1 << bit % 8]))
+
+
+def open_below(folder: Path) -> list[str]:
+    """The files in a folder that this process has open."""
+    found = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the one that has just listed them
+            found.append(os.readlink(f"/proc/self/fd/{number}"))
+    return [each for each in found if each.startswith(f"{folder}/")]

@@ -17,7 +17,7 @@ from postcopy.snapshot.manifest import Manifest, Parent, beside
 from postcopy.snapshot.manifest_file import encode
 from postcopy.snapshot.publish import partial
 from postcopy.snapshot.verify import find_damages, open_for_restore
-from snapshot.images import PAGE, TIMES, flip, memory, write_image, write_manifest
+from snapshot.images import PAGE, TIMES, flip, memory, open_below, write_image, write_manifest
 
 FORMS = ("stream", "mapped-ram")
 
@@ -217,6 +217,7 @@ def test_a_restore_refuses_a_damaged_stream_at_once(tmp_path):
     flip(path, 90_000 * 8)
     with pytest.raises(ImageError, match="block ram from offset"):
         open_for_restore(path)
+    assert open_below(tmp_path) == []
 
 
 class TestCheckedPages:

@@ -30,8 +30,8 @@ NOISE = np.random.default_rng(5).bytes(CHUNK_BYTES)
 def write_chunks(path, blocks, store="chunks"):
     """Make an image of chunks of memory."""
     whole = write_image(path.with_suffix(".whole"), "mapped-ram", blocks)
-    with open_image(whole) as image:
-        stored, packed = pack(image, ChunkStore(path.parent / store))
+    with open_image(whole) as image, ChunkStore(path.parent / store) as chunks:
+        stored, packed = pack(image, chunks)
         path.write_bytes(skeleton(image))
         plain = write_manifest(path.with_suffix(".whole"))
     manifest = dataclasses.replace(
@@ -55,10 +55,16 @@ def assert_holds(path, blocks):
             assert not rows[~image.has_data(name)].any()
 
 
-def put(store, *chunks):
+def put(folder, *chunks):
     """Each chunk's address, and how many bytes it took."""
-    with store.intake() as intake:
+    with ChunkStore(folder) as store, store.intake() as intake:
         return intake.put(chunks)
+
+
+def get(folder, address, length):
+    """A chunk, as one reads it who has just opened the store."""
+    with ChunkStore(folder) as store:
+        return store.get(address, length)
 
 
 def packs_of(folder):
@@ -66,27 +72,31 @@ def packs_of(folder):
 
 
 class TestStore:
-    def test_a_chunk_comes_back(self, tmp_path):
-        store = ChunkStore(tmp_path / "chunks")
+    @pytest.fixture
+    def store(self, tmp_path):
+        with ChunkStore(tmp_path / "chunks") as store:
+            yield store
+
+    def test_a_chunk_comes_back(self, store):
         chunks = (b"x", NOISE, bytes(CHUNK_BYTES), b"ab" * 2048)
-        for data, (address, written) in zip(chunks, put(store, *chunks), strict=True):
+        for data, (address, written) in zip(chunks, put(store.folder, *chunks), strict=True):
             assert 0 < written <= len(data) + 64
             assert store.get(address, len(data)) == data
-            assert ChunkStore(store.folder).get(address, len(data)) == data
+            assert get(store.folder, address, len(data)) == data
 
-    def test_equal_chunks_are_kept_once_and_for_their_owner_alone(self, tmp_path):
-        store = ChunkStore(tmp_path / "chunks")
-        (address, written), again = put(store, NOISE, NOISE)
+    def test_equal_chunks_are_kept_once_and_for_their_owner_alone(self, store):
+        with store.intake() as intake:
+            (address, written), again = intake.put([NOISE, NOISE])
         assert again == (address, 0)
-        assert put(store, NOISE) == [(address, 0)]
-        assert put(ChunkStore(store.folder), NOISE) == [(address, 0)]
+        with store.intake() as intake:
+            assert intake.put([NOISE]) == [(address, 0)]
+        assert put(store.folder, NOISE) == [(address, 0)]
         (file,) = packs_of(store.folder)
         assert written < file.stat().st_size < written + 100
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         assert stat.S_IMODE(store.folder.stat().st_mode) == 0o700
 
-    def test_many_threads_may_put_the_same(self, tmp_path):
-        store = ChunkStore(tmp_path / "chunks")
+    def test_many_threads_may_put_the_same(self, store):
         with store.intake() as intake, ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(intake.put, [[NOISE, b"x"], [b"x", NOISE]] * 20))
         assert sum(written > 0 for answer in answers for _, written in answer) == 2
@@ -94,54 +104,50 @@ class TestStore:
 
     @pytest.mark.parametrize("call", ["fsync", "replace"])
     def test_nothing_is_left_when_the_disk_is_full(self, tmp_path, monkeypatch, call):
-        store = ChunkStore(tmp_path / "chunks")
-
         def full(*_):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(Path if call == "replace" else os, call, full)
         with pytest.raises(OSError, match="No space"):
-            put(store, NOISE)
+            put(tmp_path / "chunks", NOISE)
         monkeypatch.undo()
-        assert [each for each in store.folder.rglob("*") if each.is_file()] == []
+        assert [each for each in tmp_path.rglob("*") if each.is_file()] == []
 
-    def test_a_chunk_that_is_gone_is_named(self, tmp_path):
-        store = ChunkStore(tmp_path)
+    def test_a_chunk_that_is_gone_is_named(self, store):
         with pytest.raises(ImageError, match=r"the chunk 0{64} is not there any more"):
             store.get(bytes(32), 10)
 
     def test_each_flipped_bit_of_a_pack_is_found(self, tmp_path):
         data = bytes(range(64)) * 8
-        ((address, _),) = put(ChunkStore(tmp_path), data)
+        ((address, _),) = put(tmp_path, data)
         (pack_file,) = packs_of(tmp_path)
         for bit in range(pack_file.stat().st_size * 8):
             flip(pack_file, bit)
             with pytest.raises(ImageError, match=str(pack_file)):
-                ChunkStore(tmp_path).get(address, len(data))
+                get(tmp_path, address, len(data))
             flip(pack_file, bit)
-        assert ChunkStore(tmp_path).get(address, len(data)) == data
+        assert get(tmp_path, address, len(data)) == data
 
     def test_a_pack_that_is_cut_off_is_found(self, tmp_path):
-        ((address, _),) = put(ChunkStore(tmp_path), b"abc")
+        ((address, _),) = put(tmp_path, b"abc")
         (pack_file,) = packs_of(tmp_path)
         whole = pack_file.read_bytes()
         for length in range(len(whole)):
             pack_file.write_bytes(whole[:length])
             with pytest.raises(ImageError, match=str(pack_file)):
-                ChunkStore(tmp_path).get(address, 3)
+                get(tmp_path, address, 3)
 
     def test_a_damaged_pack_does_not_keep_others_from_being_read(self, tmp_path):
-        ((lost, _),) = put(ChunkStore(tmp_path), b"lost")
+        ((lost, _),) = put(tmp_path, b"lost")
         (pack_file,) = packs_of(tmp_path)
         flip(pack_file, pack_file.stat().st_size * 8 - 1)
-        ((kept, _),) = put(ChunkStore(tmp_path), b"kept")
-        assert ChunkStore(tmp_path).get(kept, 4) == b"kept"
+        ((kept, _),) = put(tmp_path, b"kept")
+        assert get(tmp_path, kept, 4) == b"kept"
         with pytest.raises(ImageError, match=str(pack_file)):
-            ChunkStore(tmp_path).get(lost, 4)
-        assert put(ChunkStore(tmp_path), b"lost")[0][1] > 0, "what cannot be read is not there"
+            get(tmp_path, lost, 4)
+        assert put(tmp_path, b"lost")[0][1] > 0, "what cannot be read is not there"
 
-    def test_a_frame_that_claims_much_is_refused_before_memory_is_taken(self, tmp_path):
-        store = ChunkStore(tmp_path)
+    def test_a_frame_that_claims_much_is_refused_before_memory_is_taken(self, store):
         bomb = zstandard.ZstdCompressor().compress(bytes(1 << 30))
         assert len(bomb) < CHUNK_BYTES
         long, claiming = bytes(32), bytes(31) + b"x"
@@ -153,13 +159,13 @@ class TestStore:
             store.get(long, CHUNK_BYTES)
 
     def test_an_index_that_claims_much_is_refused_before_memory_is_taken(self, tmp_path):
-        ((address, _),) = put(ChunkStore(tmp_path), b"abc")
+        ((address, _),) = put(tmp_path, b"abc")
         (pack_file,) = packs_of(tmp_path)
         with pack_file.open("r+b") as file:
             file.seek(-32, os.SEEK_END)
             file.write(struct.pack("<QQ", 1 << 60, 8))
         with pytest.raises(ImageError, match="another length"):
-            ChunkStore(tmp_path).get(address, 3)
+            get(tmp_path, address, 3)
 
 
 class TestImage:
@@ -216,7 +222,8 @@ class TestImage:
         write_chunks(path, memory())
         manifest = Manifest.load(path)
         address = manifest.stored.blocks["ram"].addresses[32:64]
-        pack_file, offset, length = ChunkStore(tmp_path / "chunks").find(address)
+        with ChunkStore(tmp_path / "chunks") as store:
+            pack_file, offset, length = store.find(address)
         flip(pack_file.path, (offset + length // 2) * 8)
         (damage,) = find_damages(path, manifest)
         assert (damage.path, damage.offset) == (pack_file.path, offset)

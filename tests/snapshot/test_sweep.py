@@ -1,5 +1,8 @@
 """A store gives back what no image needs any more, and nothing that one does."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 
@@ -12,7 +15,7 @@ from postcopy.snapshot.publish import partial
 from postcopy.snapshot.store import ChunkStore
 from postcopy.snapshot.sweep import sweep
 from postcopy.snapshot.wanted import Cost, Wanted
-from snapshot.images import flip, memory, write_image
+from snapshot.images import flip, memory, open_below, write_image
 
 
 def take(path, blocks, parent=None):
@@ -130,6 +133,26 @@ def test_a_damaged_manifest_keeps_everything(chain, store):
     with pytest.raises(ImageError, match="before the store is swept"):
         sweep(store)
     assert size_of(store) == before
+
+
+def test_a_damaged_pack_keeps_everything_and_no_other_stays_open(chain, store):
+    damaged = min(store.glob("*.pack"))
+    flip(damaged, damaged.stat().st_size * 8 - 1)
+    before = size_of(store)
+    with pytest.raises(ImageError, match=str(damaged)):
+        sweep(store)
+    assert size_of(store) == before
+    assert open_below(store) == []
+
+
+def test_a_snapshot_that_the_disk_has_no_room_for_leaves_nothing_open(chain, store, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        take(store.parent / "wednesday", memory(pages=400, seed=2), next(iter(chain)))
+    assert open_below(store.parent) == []
 
 
 def test_no_sweep_while_a_snapshot_is_being_taken(chain, store):

@@ -62,6 +62,7 @@ def finish(path: Path, wanted: Wanted, cost: Cost) -> Finished:
             ram = image.ram_bytes
             if wanted.chunked:
                 store, parent = _store(path, wanted)
+                held.enter_context(store)
                 held.enter_context(store.held())  # until a manifest names what is in it
                 manifest, packed = _to_chunks(image, path, store, parent)
             else:
@@ -101,7 +102,6 @@ def _to_chunks(
 ) -> tuple[Manifest, Packed]:
     remember(store.folder, path.parent)
     blocks, packed = pack(image, store)
-    store.close()
     anew(path).write_bytes(skeleton(image))
     with ImageFile(anew(path)) as file:
         digests = take_digests(file)

@@ -15,7 +15,7 @@ import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 import zstandard
 from blake3 import blake3
@@ -37,7 +37,10 @@ def address_of(data: bytes) -> bytes:
 
 
 class ChunkStore:
-    """A folder of chunks.  Any thread, and any process, may read and write at the same time."""
+    """A folder of chunks.  Any thread, and any process, may read and write at the same time.
+
+    Each pack that has been looked into stays open until it is closed: use it in a ``with``.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -141,6 +144,12 @@ class ChunkStore:
         with self._lock:
             while self._packs:
                 self._packs.popitem()[1].close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def packs(self) -> tuple[PackFile, ...]:

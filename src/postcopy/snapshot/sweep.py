@@ -78,7 +78,7 @@ def sweep(folder: Path, *, without: Sequence[Path] = (), dry_run: bool = False) 
     store = ChunkStore(folder)
     if not store.exists:
         raise Refused(f"{folder} is no store of chunks; give one, or an image of one")
-    with store.held(alone=True):
+    with store, store.held(alone=True):
         images, used = _used(folder, {each.absolute().resolve() for each in without})
         store.learn()
         for error in store.damaged:
@@ -89,7 +89,6 @@ def sweep(folder: Path, *, without: Sequence[Path] = (), dry_run: bool = False) 
             live = np.isin(pack.addresses, used) & ~np.isin(pack.addresses, kept)
             kept = np.concatenate((kept, pack.addresses[live]))
             found = _sweep_pack(store, pack, live, found, dry_run=dry_run)
-    store.close()
     return found
 
 

@@ -4,6 +4,7 @@ Two users: ``postcopy verify`` reads everything; a restore reads what it needs b
 and has each chunk of memory checked before it serves a page from it.
 """
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,17 +24,16 @@ def find_damages(path: Path, manifest: Manifest) -> Iterator[Damage]:
 
     :raises ImageError: there is none, it has another size, or makes no sense.
     """
-    with ImageFile(path) as file:
+    with ImageFile(path) as file, contextlib.ExitStack() as opened:
         check_size(file, manifest)
-        image = _try_to_open(path)
+        image = _try_to_open(path, opened)
         whole = True
         for chunk in damaged_chunks(file, manifest.digests):
             whole = False
             yield _damage(path, image, chunk, file.size_bytes)
-    if image is None and whole:
-        image = open_image(path)  # which says what is wrong with it, though it is as it was
-    if image is not None:
-        with image:
+        if image is None and whole:
+            open_image(path).close()  # which says what is wrong with it, though it is as it was
+        if image is not None:
             yield from image.damages()
 
 
@@ -49,12 +49,13 @@ def open_for_restore(path: Path) -> tuple[Image, Manifest | None]:
     if not beside(path).exists():
         return open_image(path), None
     manifest = Manifest.load(path)
-    with ImageFile(path) as file:
+    with ImageFile(path) as file, contextlib.ExitStack() as opened:
         check_size(file, manifest)
-        image = _try_to_open(path)
+        image = _try_to_open(path, opened)
         only = None if image is None else ~memory_chunks(image, file.size_bytes)
         for chunk in damaged_chunks(file, manifest.digests, only):
             raise _damage(path, image, chunk, file.size_bytes).error()
+        opened.pop_all()
     return image if image is not None else open_image(path), manifest
 
 
@@ -80,10 +81,10 @@ def memory_chunks(image: Image, file_bytes: int) -> Mask:
     return mask
 
 
-def _try_to_open(path: Path) -> Image | None:
+def _try_to_open(path: Path, opened: contextlib.ExitStack) -> Image | None:
     # The digests say it better, if it is for damage that it cannot be opened.
     try:
-        return open_image(path)
+        return opened.enter_context(open_image(path))
     except ImageError:
         return None
 
