@@ -98,7 +98,7 @@ class LocalDestination:
     ) -> None:
         self.guest = guest(memory_bytes)
         self.statuses: list[Status] = []
-        ram = self.guest.paged_ram()
+        self._ram = ram = self.guest.paged_ram()
         populating = Populating(self.guest, ram, 0)
         populating.start()
         self.job = Destination(
@@ -120,4 +120,6 @@ class LocalDestination:
     def close(self) -> None:
         """Let go of what a paused postcopy has kept."""
         self.job._postcopy.close()
+        if self.statuses[-1:] == [Status.POSTCOPY_PAUSED]:  # else it has done so itself
+            self._ram.close()
         self.guest.close()

@@ -162,11 +162,14 @@ class Side:
 
     def close(self) -> None:
         self.control.close()
-        missing = self.control._service._missing
-        if missing is not None:
-            # The process would end here.  A vCPU that waits for a page table cannot be parked before.
-            missing.close()
+        # The process would end here.  A vCPU that waits for a page table cannot be parked before.
+        service = self.control._service
+        for watch in (service._missing, service._writes):
+            if watch is not None:
+                watch.close()
         self.machine.close()
+        for fd in service._page_maps:
+            os.close(fd)
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Images for tests, written out piece by piece so that each of them can be wrong."""
 
 import contextlib
-import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -148,7 +147,7 @@ def flip(path: Path, bit: int) -> None:
 def open_below(folder: Path) -> list[str]:
     """The files in a folder that this process has open."""
     found = []
-    for number in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # the one that has just listed them
-            found.append(os.readlink(f"/proc/self/fd/{number}"))
-    return [each for each in found if each.startswith(f"{folder}/")]
+    for each in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the one that lists them
+            found.append(each.readlink())
+    return [str(each) for each in found if each.is_relative_to(folder)]
