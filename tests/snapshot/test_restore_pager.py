@@ -1,5 +1,6 @@
 """The pager of a restore by itself: what it brings, in which order, and what it leaves alone."""
 
+import os
 import threading
 
 import numpy as np
@@ -10,7 +11,7 @@ from fakes.waiting import wait_until
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.errors import ImageError
 from postcopy.memory.page_map import EARLY, LATE, RECEIVED, UNTOUCHED
-from postcopy.snapshot import filling, page_copies
+from postcopy.snapshot import filler, filling, page_copies
 from postcopy.snapshot.filler import Filler, Pace
 from postcopy.snapshot.filling import Filling
 from postcopy.snapshot.head_start import LEAST_BYTES, HeadStart
@@ -83,6 +84,7 @@ class Scene:
     def __exit__(self, *_):
         self.filler.stop()
         self.thread.join(10)
+        self.filler.close()
         self.guest.unwatch_missing()
         self.userfaultfd.close()
         self.ram.close()
@@ -244,11 +246,11 @@ def test_the_first_that_are_touched_are_told_from_the_others(monkeypatch):
 def test_faults_are_served_until_it_may_end():
     with Scene(FakeOrigin(zero=[40])) as scene:
         scene.filler.guest_runs()
-        scene.filler.wait_all_in()
+        assert scene.filler.wait_all_in()
         assert scene.thread.is_alive()
         assert scene.guest.touch(40) == bytes(8)
         scene.finish()
-    scene.filler.wait_all_in()
+    assert scene.filler.wait_all_in()
 
 
 def test_a_large_set_holds_a_guest_up_for_its_first_part_only():
@@ -270,6 +272,17 @@ def test_a_pager_that_ends_keeps_nobody_waiting():
     with Scene(FakeOrigin(bad=range(PAGES)), np.ones(PAGES, np.bool_)) as scene:
         scene.filler.stop()
         scene.filler.head_start.wait()
+        assert not scene.filler.wait_all_in()  # nobody takes what has been touched by then for all
+
+
+def test_who_is_late_does_not_write_to_what_has_its_descriptors_now(monkeypatch):
+    with Scene(FakeOrigin()) as scene:
+        scene.finish()
+    written = []
+    monkeypatch.setattr(os, "write", lambda *call: written.append(call))
+    scene.filler.hurry()
+    scene.filler.new_rate(0)
+    assert written == []
 
 
 def test_scattered_pages_of_a_wrong_chunk_are_lost_and_never_served():
@@ -297,6 +310,19 @@ def test_recording_holds_the_rest_back_until_hurried():
         assert scene.received() == [3]
         scene.filler.hurry()
         scene.finish()
+        assert len(scene.received()) == PAGES
+
+
+def test_recording_waits_for_a_guest_whose_devices_take_long(monkeypatch):
+    """What it touches can be seen only when it runs; nothing is over before."""
+    monkeypatch.setattr(filler, "_SETTLED_NS", 1)
+    monkeypatch.setattr(filler, "_LONGEST_RECORDING_NS", 1)
+    with Scene(FakeOrigin(), holds_for_recording=True) as scene:
+        scene.guest.touch(3)
+        wait_until(lambda: scene.filler.faults)
+        assert scene.filler._may_push_in_ms() is None
+        scene.filler.guest_runs()
+        assert scene.filler.wait_all_in()
         assert len(scene.received()) == PAGES
 
 
@@ -364,3 +390,16 @@ def test_what_cannot_be_read_is_lost_alone():
         scene.finish()
         assert [each.pages for each in scene.lost] == [1]
         assert (scene.words()[[29, 30, 31]] == [30, 0, 32]).all()
+
+
+def test_a_large_page_of_zeros_counts_once():
+    """There is no page of zeros of its size, so it is copied."""
+    guest = FakeGuest(PAGES * PAGE, 2 * PAGE)
+    ram = guest.paged_ram()
+    (paged,) = ram
+    userfaultfd = guest.watch_missing()
+    filled = Filling(userfaultfd, paged, FakeOrigin(zero=[5]), pytest.fail)
+    filled.bring(5)
+    assert filled.placed_pages == 1
+    for each in (userfaultfd, ram, guest):
+        each.close()

@@ -26,7 +26,7 @@ from postcopy.memory.runs import Mask
 from postcopy.snapshot.filling import Filling
 from postcopy.snapshot.head_start import HeadStart
 from postcopy.snapshot.page_copies import PageCopies
-from postcopy.snapshot.pushing import FromCopies, FromImage, Work
+from postcopy.snapshot.pushing import Work, from_copies, from_image
 
 _MOST_FAULTS: Final = 64
 _SHORT_STEP_BYTES: Final = 128 << 10
@@ -74,9 +74,10 @@ class Filler:
         self._limiter = pace.limiter
         self._on_progress: Callable[[], None] | None = on_progress
         self._wake_reader, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._waking = threading.Lock()  # its number may be another's as soon as it is closed
         self._stopped = False
         self._hurry = False
-        self._guest_runs = False
+        self._runs_ns: int | None = None  # since when the guest runs
         self._may_end = False
         self._exhausted = False
         self._copies = pace.copies
@@ -84,7 +85,7 @@ class Filler:
         self._all_in = threading.Event()
         self._rest: Work | None = None
         self._not_before_ns = 0
-        self._began_ns = self._last_fault_ns = time.monotonic_ns()
+        self._last_fault_ns = time.monotonic_ns()
         self._recording = pace.holds_for_recording
         # Who records sees only what has not come unasked.
         self.head_start = HeadStart(wanted=bool(working_set) and not pace.holds_for_recording)
@@ -112,12 +113,14 @@ class Filler:
 
     def guest_runs(self) -> None:
         """The guest runs: bring the rest."""
-        self._guest_runs = True
+        if self._runs_ns is None:
+            self._runs_ns = time.monotonic_ns()
         self._wake()
 
-    def wait_all_in(self) -> None:
-        """Return when nothing is left to bring; or :meth:`run` has ended, whatever the reason."""
+    def wait_all_in(self) -> bool:
+        """Wait until nothing is left to bring; return False if :meth:`run` has ended before."""
         self._all_in.wait()
+        return self._exhausted
 
     def may_end(self) -> None:
         """The guest runs: bring the rest, and let :meth:`run` end with the last page."""
@@ -130,15 +133,20 @@ class Filler:
         self._wake()
 
     def _wake(self) -> None:
-        try:
-            os.write(self._wake_writer, b"\0")
-        except (BlockingIOError, OSError):
-            pass  # it is awake, or gone
+        with self._waking:
+            if self._wake_writer < 0:
+                return
+            try:
+                os.write(self._wake_writer, b"\0")
+            except BlockingIOError:
+                pass  # full: then it wakes anyway
 
     def close(self) -> None:
-        """Let go of the pipe, when :meth:`run` has returned."""
-        os.close(self._wake_reader)
-        os.close(self._wake_writer)
+        """Let go of the pipe, when :meth:`run` has returned; who is late with an order does no harm."""
+        with self._waking:
+            os.close(self._wake_reader)
+            os.close(self._wake_writer)
+            self._wake_reader = self._wake_writer = -1
 
     # --- a thread that helps it
 
@@ -217,18 +225,18 @@ class Filler:
         """How long to wait for faults before the next step of the push; 0: it may go now."""
         if self._hurry:
             return 0
+        runs_ns = self._runs_ns
+        if runs_ns is None:
+            # A guest asks for what it needs up to then, and has yet to touch what is to be recorded.
+            return None if self._recording or self.ready_ns is not None else 0
         now_ns = time.monotonic_ns()
         if self._recording:
-            settled_ns = self._last_fault_ns + _SETTLED_NS
-            until_ns = min(settled_ns, self._began_ns + _LONGEST_RECORDING_NS)
+            settled_ns = max(self._last_fault_ns, runs_ns) + _SETTLED_NS
+            until_ns = min(settled_ns, runs_ns + _LONGEST_RECORDING_NS)
             if until_ns > now_ns:
                 return (until_ns - now_ns) // 1_000_000 + 1
             self._recording = False
-        if self.ready_ns is None:
-            return 0
-        if not self._guest_runs:
-            return None  # the guest does not run yet: what it needs for that it asks for
-        if self._not_before_ns <= now_ns:
+        if self.ready_ns is None or self._not_before_ns <= now_ns:
             return 0
         return (self._not_before_ns - now_ns) // 1_000_000 + 1
 
@@ -264,31 +272,17 @@ class Filler:
 
     def _plan(self) -> Iterator[Work | None]:
         """What comes unasked, in order; None: nothing yet, but somebody may wait by now."""
-        yield from self._plan_copies()
+        if self._copies is not None:
+            yield from from_copies(self._fillings, self._copies)
         for filling in self._fillings:
             wanted = self._working_set.get(filling.paged.block.name)
             if wanted is not None:
                 yield from filling.count()
-                yield from _from_image(filling, wanted)
+                yield from from_image(filling, wanted)
         self.ready_ns = time.monotonic_ns()
         self.head_start.end()
         reached("restore.working-set-in")
         yield None
         for filling in self._fillings:
             yield from filling.count()
-            yield from _from_image(filling)
-
-    def _plan_copies(self) -> Iterator[Work]:
-        if self._copies is None:
-            return
-        first = 0
-        for part in self._copies.parts:
-            for filling in self._fillings:
-                if filling.paged.block.name == part.block:
-                    yield FromCopies(filling, self._copies, part, first)
-            first += len(part.pages)
-
-
-def _from_image(filling: Filling, wanted: Mask | None = None) -> Iterator[Work | None]:
-    for found in filling.missing(wanted):
-        yield FromImage(filling, found) if found else None
+            yield from from_image(filling)

@@ -87,7 +87,6 @@ class Filling:
             self._place_one(page)
         else:
             self._zero(page)
-            self.placed_pages += 1
         self._note(page, data=data)
 
     def _place_one(self, page: int) -> None:
@@ -263,6 +262,7 @@ class Filling:
         try:
             if self.page_bytes == 4096:
                 self._userfaultfd.zeropage(address, self.page_bytes)
+                self.placed_pages += 1
             else:
                 self._copy(page, 1)  # huge pages have no page of zeros
         except PageExists:

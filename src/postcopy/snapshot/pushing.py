@@ -1,7 +1,9 @@
 """What the pager of a restore brings unasked, in steps: runs of an image, or copies of a working set."""
 
+from collections.abc import Iterator, Sequence
 from typing import Final, Protocol
 
+from postcopy.memory.runs import Mask
 from postcopy.snapshot.filling import Filling, Run, Runs
 from postcopy.snapshot.page_copies import PageCopies, Part
 
@@ -19,7 +21,7 @@ class Work(Protocol):
         """Bring so much at most, but at least a page; return how many bytes it was."""
 
 
-class FromImage:
+class _FromImage:
     """Runs of one block."""
 
     def __init__(self, filling: Filling, found: Runs) -> None:
@@ -39,7 +41,7 @@ class FromImage:
         return sum(end - first for first, end in step) << shift
 
 
-class FromCopies:
+class _FromCopies:
     """Pages of one block of which there are copies; those whose copies are bad are left to the image.
 
     :param first: which of the copies is the first of these.
@@ -70,6 +72,22 @@ class FromCopies:
         else:
             self._at = self._copies.after(copy) - self._first
         return good << shift
+
+
+def from_image(filling: Filling, wanted: Mask | None = None) -> Iterator[Work | None]:
+    """What is missing of a block, or of these of its pages; None: nothing of a part of it."""
+    for found in filling.missing(wanted):
+        yield _FromImage(filling, found) if found else None
+
+
+def from_copies(fillings: Sequence[Filling], copies: PageCopies) -> Iterator[Work]:
+    """All copies, in their order."""
+    first = 0
+    for part in copies.parts:
+        for filling in fillings:
+            if filling.paged.block.name == part.block:
+                yield _FromCopies(filling, copies, part, first)
+        first += len(part.pages)
 
 
 def _take(runs: Runs, most: int, least_a_run: int) -> list[Run]:

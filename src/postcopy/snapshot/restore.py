@@ -196,8 +196,7 @@ class Restore:
             filler.stop()
         else:
             filler.guest_runs()
-            if self._wishes.record:
-                filler.wait_all_in()
+            if self._wishes.record and filler.wait_all_in():
                 self._record()
             filler.may_end()
 
@@ -265,5 +264,7 @@ class Restore:
     def _let_go(self) -> None:
         if self._userfaultfd is not None:
             self._userfaultfd.close()
+        if self._filler is not None:
+            self._filler.close()
         self._opened.close()
         self._ram.close()
