@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, Self, TypedDict, Unpack
 
+from postcopy.client.capabilities import set_capabilities
 from postcopy.client.connection import Connection
 from postcopy.client.launch import MachineProcess
 from postcopy.client.migration import Migration, Postcopy
@@ -141,8 +142,7 @@ class Machine:
 
     async def set_capabilities(self, changes: Mapping[str, bool]) -> None:
         """Switch migration capabilities by QEMU's names, all of them or none."""
-        states = [{"capability": str(name), "state": on} for name, on in changes.items()]
-        await self.execute("migrate-set-capabilities", {"capabilities": states})
+        await set_capabilities(self._connection, changes)
 
     async def set_parameters(self, changes: Mapping[str, Any]) -> None:
         """Set migration parameters by QEMU's names, all of them or none."""

@@ -3,15 +3,15 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
 
+from postcopy.client.capabilities import for_a_snapshot
 from postcopy.client.connection import Connection
 from postcopy.client.progress import STOPPED, Phase, Progress, ProgressTracker
 from postcopy.errors import MigrationCancelled, MigrationFailed, PostcopyError, Refused
-from postcopy.parameters import Capability
 from postcopy.snapshot.publish import check_free, discard, partial
 from postcopy.snapshot.wanted import Cost, Form, Wanted
 from postcopy.status import Status
@@ -157,7 +157,7 @@ class SnapshotJob:
             # A background snapshot of QEMU 10 never writes the bitmaps of mapped-ram: of such a
             # machine we take a stream, and put the pages at their places ourselves.
             mapped = ours and (self._wanted.chunked or self._wanted.form == "mapped-ram")
-            async with _capabilities(self._machine, mapped=mapped):
+            async with for_a_snapshot(self._machine, mapped=mapped):
                 answer = await self._save()
             finished = await self._finish(answer)
         except BaseException:
@@ -275,27 +275,3 @@ class _Told:
             measured.get("write-faults"),
             measured.get("device-bytes"),
         )
-
-
-@contextlib.asynccontextmanager
-async def _capabilities(machine: Connection, *, mapped: bool) -> AsyncIterator[None]:
-    """Have the machine's capabilities as a snapshot needs them, and then as they were."""
-    listed = await machine.execute("query-migrate-capabilities")
-    before = {each["capability"]: bool(each["state"]) for each in listed}
-    wanted = dict.fromkeys(before, False)  # most of them exclude a background snapshot
-    wanted[Capability.EVENTS.value] = before.get(Capability.EVENTS.value, False)
-    wanted |= {Capability.BACKGROUND_SNAPSHOT.value: True}
-    if mapped:
-        wanted[Capability.MAPPED_RAM.value] = True
-    changes = {name: on for name, on in wanted.items() if before.get(name) != on}
-    await _set(machine, changes)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(PostcopyError):  # gone, or busy: what went wrong matters more
-            await _set(machine, {name: before.get(name, False) for name in changes})
-
-
-async def _set(machine: Connection, changes: Mapping[str, bool]) -> None:
-    states = [{"capability": name, "state": on} for name, on in changes.items()]
-    await machine.execute("migrate-set-capabilities", {"capabilities": states})
