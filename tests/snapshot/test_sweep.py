@@ -126,6 +126,15 @@ def test_images_in_other_folders_are_known(chain, store, tmp_path):
     assert swept.freed_bytes > 0
 
 
+def test_a_folder_may_have_any_name(chain, store):
+    folder = store.parent / os.fsdecode(b"f\xff")
+    folder.mkdir()
+    monday, blocks = next(iter(chain.items()))
+    take(folder / "image", blocks, monday)
+    assert folder / "image" in sweep(store).images
+    holds(folder / "image", blocks)
+
+
 def test_a_damaged_manifest_keeps_everything(chain, store):
     monday = next(iter(chain))
     before = size_of(store)

@@ -2,7 +2,9 @@
 
 import base64
 import json
+import os
 import stat
+import threading
 import zlib
 
 import numpy as np
@@ -72,6 +74,7 @@ def test_two_images_do_not_unite():
         ({"blocks": {}}, "other blocks"),
         ({"blocks": []}, "no working set"),
         ({"restores": "x"}, "no working set"),
+        ({"restores": float("inf")}, "no working set"),
         ({"image": 5}, "another image"),
     ],
 )
@@ -81,6 +84,22 @@ def test_what_makes_no_sense_is_refused(tmp_path, change, why):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(BadWorkingSet, match=why):
         load(path)
+
+
+def test_nobody_waits_for_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "set")
+    told = []
+    thread = threading.Thread(target=lambda: told.append(_refusal(tmp_path / "set")), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert told
+    assert "not a regular file" in told[0]
+
+
+def _refusal(path):
+    with pytest.raises(BadWorkingSet) as refused:
+        load(path)
+    return str(refused.value)
 
 
 @pytest.mark.parametrize(

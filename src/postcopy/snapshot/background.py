@@ -240,8 +240,9 @@ class BackgroundSnapshot:
     def _break_off(self) -> None:
         """Wake whoever waits for the sink, from any thread."""
         self._aside.close()
-        if self._channel is not None:
-            self._channel.shutdown()
+        channel = self._channel  # its own thread may let go of it meanwhile
+        if channel is not None:
+            channel.shutdown()
 
     def _fail(self, error: PostcopyError) -> None:
         cancelled = self._progress.status is Status.CANCELLING

@@ -151,7 +151,7 @@ class OpenedImage:
         self.image.close()
 
     def _unfit(self, what: str) -> ImageError:
-        return ImageError(self.path, f"{what}")
+        return ImageError(self.path, what)
 
 
 def _page_counts(image: Image) -> dict[str, int]:

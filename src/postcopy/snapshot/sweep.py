@@ -45,7 +45,7 @@ def remember(store: Path, folder: Path) -> None:
 
     :raises OSError: the disk is full, or broken.
     """
-    where = os.path.relpath(folder, store).encode()
+    where = os.fsencode(os.path.relpath(folder, store))
     note = store / f"{address_of(where).hex()[:16]}{_FOLDER_SUFFIX}"
     if not note.exists():
         write_whole(note, where)
@@ -145,6 +145,6 @@ def _addresses(image: Path, store: Path) -> bytes | None:
 def _folders(store: Path) -> Iterator[Path]:
     yield store.parent.resolve()
     for note in sorted(store.glob(f"*{_FOLDER_SUFFIX}")):
-        folder = (store / note.read_text()).resolve()
+        folder = (store / os.fsdecode(note.read_bytes())).resolve()
         if folder != store.parent.resolve():
             yield folder

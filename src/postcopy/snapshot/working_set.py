@@ -18,14 +18,24 @@ from typing import Any, Final
 
 import numpy as np
 
-from postcopy.errors import PostcopyError, Refused
+from postcopy.errors import ImageError, PostcopyError, Refused
 from postcopy.memory.runs import Mask
+from postcopy.snapshot.image_file import open_regular
 from postcopy.snapshot.publish import write_whole
 
 SUFFIX: Final = ".working-set"
 _VERSION: Final = 1
 _EDGE_BYTES: Final = 64 << 10
 _LARGEST_FILE_BYTES: Final = 64 << 20
+_NONSENSE: Final = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,  # JSON may say that it has been recorded infinitely often
+    RecursionError,
+    zlib.error,
+)
 
 
 class BadWorkingSet(Refused):
@@ -86,15 +96,17 @@ def load(path: Path, identity: str, blocks: Mapping[str, int]) -> WorkingSet | N
     :raises BadWorkingSet: the file cannot be read, is none, or of another image.
     """
     try:
-        with path.open("rb") as file:
+        if not path.exists():
+            return None
+        with os.fdopen(open_regular(path), "rb") as file:
             raw = file.read(_LARGEST_FILE_BYTES + 1)
-    except FileNotFoundError:
-        return None
     except OSError as error:
         raise BadWorkingSet(f"working set {path} cannot be read: {error.strerror}") from error
+    except ImageError as error:
+        raise BadWorkingSet(f"working set {error}; remove it, and record it anew") from error
     try:
         return _parse(raw, identity, blocks)
-    except (ValueError, KeyError, TypeError, AttributeError, zlib.error, RecursionError) as error:
+    except _NONSENSE as error:
         raise BadWorkingSet(f"{path} is no working set: {error}; record it anew") from error
     except BadWorkingSet as error:
         raise BadWorkingSet(f"working set {path} {error}; record it anew") from error
