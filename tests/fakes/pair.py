@@ -164,11 +164,15 @@ class Side:
         self.control.close()
         # The process would end here.  A vCPU that waits for a page table cannot be parked before.
         service = self.control._service
-        for watch in (service._missing, service._writes):
+        with service._lock:  # the engine's last call may be at work yet
+            watches, maps = (service._missing, service._writes), service._page_maps
+            service._missing = service._writes = None
+            service._page_maps = []
+        for watch in watches:
             if watch is not None:
                 watch.close()
         self.machine.close()
-        for fd in service._page_maps:
+        for fd in maps:
             os.close(fd)
 
 
