@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from fakes.commands import one_line, postcopy
+from postcopy.snapshot import working_set
 from postcopy.snapshot.finish import finish
 from postcopy.snapshot.manifest import beside
 from postcopy.snapshot.publish import partial
 from postcopy.snapshot.wanted import Cost, Wanted
+from postcopy.snapshot.working_set import WorkingSet
 from snapshot.images import PAGE, flip, memory, write_image, write_manifest
 
 
@@ -87,6 +89,15 @@ class TestInspect:
         assert [each["name"] for each in found["devices"]] == ["timer", "globalstate"]
         assert found["manifest"]["identity"] == identity
         assert found["manifest"]["times"]["pause_us"] == 900
+
+    def test_a_recorded_working_set(self, path):
+        assert json.loads(postcopy("inspect", "--json", str(path)).stdout)["working_set"] is None
+        pages = {name: np.ones(len(rows), np.bool_) for name, rows in memory().items()}
+        working_set.record(working_set.beside(path), WorkingSet("ab" * 32, pages))
+        found = json.loads(postcopy("inspect", "--json", str(path)).stdout)
+        assert found["working_set"] == str(working_set.beside(path))
+        told = postcopy("inspect", str(path)).stdout.splitlines()
+        assert ["working", "set", str(working_set.beside(path))] in [line.split() for line in told]
 
 
 class TestDiff:

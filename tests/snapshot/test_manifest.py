@@ -33,10 +33,10 @@ def damages(path):
 
 def test_a_manifest_says_again_what_it_was_told(path):
     written = write_manifest(path)
-    written = dataclasses.replace(written, parent=Parent("older", "00ff"), working_set="image.ws")
+    written = dataclasses.replace(written, parent=Parent("older", "00ff"))
     written.save(path)
     read = Manifest.load(path)
-    for name in ("form", "machine", "blocks", "times", "parent", "working_set", "identity"):
+    for name in ("form", "machine", "blocks", "times", "parent", "identity"):
         assert getattr(read, name) == getattr(written, name)
     np.testing.assert_array_equal(read.digests.present, written.digests.present)
     assert read.digests.digests == written.digests.digests
@@ -59,8 +59,8 @@ def test_a_manifest_that_cannot_be_written_leaves_the_old_one(path, monkeypatch)
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space"):
-        dataclasses.replace(old, working_set="new").save(path)
-    assert Manifest.load(path).working_set is None
+        dataclasses.replace(old, parent=Parent("new", "00ff")).save(path)
+    assert Manifest.load(path).parent is None
     assert not partial(beside(path)).exists()
 
 

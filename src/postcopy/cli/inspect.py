@@ -49,6 +49,8 @@ def lines(found: "Survey") -> Iterator[tuple[str, str]]:
     for device in found.devices:
         name = f"device {device.name} {device.instance}"
         yield name, f"version {device.version}, {device.size_bytes} bytes"
+    if found.working_set is not None:
+        yield "working set", found.working_set
     if found.manifest is None:
         yield "manifest", "none: nobody can tell whether a bit has changed"
         return
@@ -70,5 +72,3 @@ def _told(found: "Survey") -> Iterator[tuple[str, str]]:
     parent = found.manifest["parent"]
     if parent is not None:
         yield "parent", f"{parent['path']} ({parent['identity'][:16]})"
-    if found.manifest["working_set"] is not None:
-        yield "working set", found.manifest["working_set"]

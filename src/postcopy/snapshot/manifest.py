@@ -84,7 +84,6 @@ class Manifest:
 
     :param form: the image's format.
     :param digests: of the image's file.
-    :param working_set: the name of the recorded working set beside the image.
     :param stored: for the format ``chunks`` alone.
     """
 
@@ -94,7 +93,6 @@ class Manifest:
     digests: ChunkDigests
     times: Times
     parent: Parent | None = None
-    working_set: str | None = None
     stored: Stored | None = None
 
     @property
@@ -132,7 +130,6 @@ class Manifest:
             "machine": self.machine,
             "blocks": [asdict(block) for block in self.blocks],
             "parent": None if self.parent is None else asdict(self.parent),
-            "working_set": self.working_set,
             "times": asdict(self.times),
             "identity": self.identity,
             "file_bytes": self.digests.size_bytes,
@@ -159,7 +156,6 @@ class Manifest:
             digests=_digests(fields),
             times=_times(fields.object("times")),
             parent=_parent(fields),
-            working_set=fields.optional("working_set", str),
             stored=_stored(fields, blocks),
         )
         _check_identity(fields, manifest)

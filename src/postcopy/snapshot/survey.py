@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from postcopy.snapshot import working_set
 from postcopy.snapshot.chunk_image import ChunkImage
 from postcopy.snapshot.digests import CHUNK_BYTES
 from postcopy.snapshot.image import Image
@@ -36,6 +37,7 @@ class Survey:
 
     :ivar file_bytes, disk_bytes: the file's length, and what it takes on the disk.
     :ivar store: the folder of its chunks, of which it uses ``stored_chunks``.
+    :ivar working_set: the file of the one that has been recorded, if there is one.
     :ivar manifest: what the manifest says beside that; ``None`` without one.
     """
 
@@ -49,6 +51,7 @@ class Survey:
     devices: tuple[DeviceSurvey, ...]
     store: str | None
     stored_chunks: int | None
+    working_set: str | None
     manifest: dict[str, Any] | None
 
     def to_json(self) -> dict[str, Any]:
@@ -63,6 +66,7 @@ def survey(image: Image) -> Survey:
     """
     status = image.path.stat()
     manifest = Manifest.load(image.path) if beside(image.path).exists() else None
+    recorded = working_set.beside(image.path)
     chunked = isinstance(image, ChunkImage)
     return Survey(
         path=str(image.path),
@@ -78,6 +82,7 @@ def survey(image: Image) -> Survey:
         ),
         store=str(_folder(image)) if chunked else None,
         stored_chunks=_stored_chunks(manifest) if chunked else None,
+        working_set=str(recorded) if recorded.exists() else None,
         manifest=None if manifest is None else _told(manifest),
     )
 
@@ -104,7 +109,6 @@ def _told(manifest: Manifest) -> dict[str, Any]:
         "identity": manifest.identity,
         "times": asdict(manifest.times),
         "parent": None if manifest.parent is None else asdict(manifest.parent),
-        "working_set": manifest.working_set,
         "chunk_bytes": CHUNK_BYTES,
         "chunks_with_data": int(manifest.digests.present.sum()),
     }
