@@ -49,7 +49,8 @@ def pair(request, tmp_path):
     """The two ends of one channel of each kind that goes both ways."""
     if request.param == "fd":
         ours, theirs = (s.detach() for s in socket.socketpair())
-        ends = connect(FdAddress(ours)), Listener(FdAddress(theirs)).accept()
+        with Listener(FdAddress(theirs)) as listener:
+            ends = connect(FdAddress(ours)), listener.accept()
     else:
         address = {
             "tcp": TcpAddress("127.0.0.1", 0),
@@ -226,7 +227,8 @@ def test_a_full_disk_is_broken():
 
 def test_a_pipe_wakes_and_ends_like_a_socket():
     reading, writing = os.pipe()
-    near, far = connect(FdAddress(writing)), Listener(FdAddress(reading)).accept()
+    with Listener(FdAddress(reading)) as listener:
+        near, far = connect(FdAddress(writing)), listener.accept()
     near.send(b"abc")
     assert near.pending_output() == 3
     assert not near.can_return

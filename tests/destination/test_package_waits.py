@@ -6,11 +6,8 @@ import threading
 
 import pytest
 
-from fakes.guest import RAM, FakeGuest, LocalDestination
+from fakes.guest import RAM, FakeGuest, LocalDestination, need_missing_pages
 from fakes.waiting import wait_until
-from postcopy.errors import HostCannot
-from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.link.guest_service import MISSING_FEATURES
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.status import Status
 from postcopy.stream import encoder
@@ -105,10 +102,7 @@ class Source:
 
 @pytest.fixture
 def source():
-    try:
-        Userfaultfd.open(MISSING_FEATURES).close()
-    except HostCannot as reason:
-        pytest.skip(str(reason))
+    need_missing_pages()
     with contextlib.ExitStack() as stack:
 
         def make(timeout_ms=0):

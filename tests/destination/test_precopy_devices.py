@@ -6,10 +6,7 @@ import threading
 import pytest
 
 from destination.test_package_waits import Needy
-from fakes.guest import RAM, LocalDestination
-from postcopy.errors import HostCannot
-from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.link.guest_service import MISSING_FEATURES
+from fakes.guest import RAM, LocalDestination, need_missing_pages
 from postcopy.parameters import Capabilities, Capability
 from postcopy.status import Status
 from postcopy.stream import encoder
@@ -47,10 +44,7 @@ def beginning():
 @pytest.fixture
 def take():
     """``take(stream)``: a destination that has taken it and nothing more, or hangs."""
-    try:
-        Userfaultfd.open(MISSING_FEATURES).close()
-    except HostCannot as reason:
-        pytest.skip(str(reason))
+    need_missing_pages()
     made = []
 
     def run(stream):

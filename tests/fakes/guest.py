@@ -2,10 +2,13 @@
 
 import os
 
+import pytest
+
 from postcopy.channel.address import FdAddress
 from postcopy.channel.listen import Listener
 from postcopy.destination.destination import Destination
 from postcopy.destination.incoming_ram import Populating
+from postcopy.errors import HostCannot
 from postcopy.guest import Region, VcpuThread
 from postcopy.kernel import memfd
 from postcopy.kernel.mapping import Mapping
@@ -18,6 +21,14 @@ from postcopy.parameters import Capabilities, Parameters
 from postcopy.status import Progress, Status
 
 RAM = "microvm.ram"
+
+
+def need_missing_pages() -> None:
+    """Skip a test where userfaultfd cannot tell of missing pages."""
+    try:
+        Userfaultfd.open(MISSING_FEATURES).close()
+    except HostCannot as reason:
+        pytest.skip(str(reason))
 
 
 class FakeGuest:

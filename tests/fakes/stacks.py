@@ -48,11 +48,13 @@ def _all_that_comes(fd: int) -> bytes:
     pause = threading.Event()
     told, begun = b"", time.monotonic()
     last = begun
-    while time.monotonic() - begun < _MOST_S and not (told and time.monotonic() - last > _QUIET_S):
+    while True:
+        looked = time.monotonic()  # before the look: whoever is held up behind it looks once more
         if more := os.read(fd, 1 << 16):
-            told, last = told + more, time.monotonic()
+            told, last = told + more, looked
+        elif looked - begun > _MOST_S or (told and looked - last > _QUIET_S):
+            return told
         pause.wait(_LOOK_S)
-    return told
 
 
 def catches(number: int) -> bool:
@@ -88,9 +90,11 @@ def _ours() -> str:
 
 def _waits(number: int) -> str:
     """Where its threads are in the kernel, which their stacks do not tell."""
-    found = Counter(
-        (task / "wchan").read_text() or "?" for task in Path(f"/proc/{number}/task").iterdir()
-    )
+    try:
+        tasks = [task.name for task in Path(f"/proc/{number}/task").iterdir()]
+    except OSError as gone:
+        return str(gone)
+    found = Counter(_read(number, f"task/{task}/wchan") or "?" for task in tasks)
     return ", ".join(f"{where} x {count}" for where, count in found.most_common())
 
 

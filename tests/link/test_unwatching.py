@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import os
 import threading
 from types import SimpleNamespace
 
@@ -26,7 +27,9 @@ def guest():
         memory.append(mmap.mmap(fd, size))
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory[-1]))
         regions.append(Region(f"ram{number}", size, 4096, 0, address, fd))
-    return SimpleNamespace(regions=lambda: regions, memory=memory)
+    yield SimpleNamespace(regions=lambda: regions, memory=memory)
+    for region in regions:
+        os.close(region.fd)
 
 
 def test_no_call_lets_go_of_more_than_a_step(guest, monkeypatch):
