@@ -24,7 +24,7 @@ class Ends:
             "note": self.notes.append,
             "slow": lambda: self.release.wait(10),
             "open": lambda: ("read end", Descriptors(self.pipe)),
-            "take": lambda fds: [os.read(fd, 10).decode() for fd in fds],
+            "take": self.take,
             "fail": self.fail,
             "break": lambda: 1 // 0,
             "long": lambda n: "x" * n,
@@ -37,6 +37,13 @@ class Ends:
 
     def _near_ended(self):
         self.ended.append("near")
+
+    @staticmethod
+    def take(fds):
+        found = [os.read(fd, 10).decode() for fd in fds]
+        for fd in fds:
+            os.close(fd)
+        return found
 
     @staticmethod
     def fail(kind):

@@ -143,6 +143,17 @@ def test_qemus_own_client_drives_it(server, backend):
     assert {"name": "migrate-recover"} in commands
 
 
+@pytest.fixture
+def event_loop():
+    """For a client that would make one and never close it, to the harm of some later test."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    yield
+    asyncio.set_event_loop(None)
+    loop.close()
+
+
+@pytest.mark.usefixtures("event_loop")
 def test_qmp_shell_drives_it(server, capsys):
     with QMPShell(server.address.removeprefix("unix:")) as shell:
         shell.connect(negotiate=True)
