@@ -148,6 +148,15 @@ class TestExtract:
         assert "do not agree" in one_line(outcome)
         assert not (tmp_path / "out").exists()
 
+    def test_not_over_the_image_itself(self, path, tmp_path):
+        before = path.read_bytes()
+        (tmp_path / "link").symlink_to(path)
+        for out in (path, tmp_path / "link"):
+            outcome = postcopy("extract", str(path), "--ram", str(out))
+            assert outcome.returncode == 3
+            assert one_line(outcome).startswith(f"{out} is the image itself")
+        assert path.read_bytes() == before
+
     def test_a_block_that_is_not_there(self, path, tmp_path):
         outcome = postcopy("extract", str(path), "--ram", str(tmp_path / "out"), "--block", "vga")
         assert outcome.returncode == 3

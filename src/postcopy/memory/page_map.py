@@ -24,7 +24,8 @@ class PageMap:
     """The state of every page of one RAM block.
 
     Invariant, kept under ``lock``: a page goes from missing by way of requested and placing to
-    received, and back to missing when it is discarded, never while the guest runs.
+    received; back from placing, when nobody is left to write it; and back from received to missing, when
+    it is discarded, never while the guest runs.
     Who has claimed a page (placing) is the only one who writes to it.
     """
 

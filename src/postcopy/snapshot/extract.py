@@ -31,9 +31,12 @@ def extract(image: Image, block: ImageBlock, path: Path) -> int:
     """Write a block to a file, in the place of what is there.
 
     :return: how many bytes of data were written; the rest are holes.
+    :raises Refused: that is the image itself.
     :raises OSError: the disk is full, or broken; nothing stands under the name then.
     :raises ImageError: the image cannot be read.
     """
+    if path.exists() and path.samefile(image.path):
+        raise Refused(f"{path} is the image itself; give another path for its memory")
     written = partial(path)
     try:
         fd = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, MODE)
