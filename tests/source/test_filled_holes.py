@@ -1,5 +1,7 @@
 """Holes that the guest fills while it is being sent: what arrives is what was there in the end."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,6 +11,7 @@ from postcopy.guest import Region
 from postcopy.kernel import memfd
 from postcopy.memory.ram_block import RamBlock
 from postcopy.parameters import Parameters
+from postcopy.source import dirty_pages, precopy
 from postcopy.source.counters import Counters, Rate
 from postcopy.source.dirty_pages import BlockPages, DirtyPages
 from postcopy.source.orders import Orders
@@ -21,7 +24,8 @@ STAMP = slice(0, 8)
 class Guest:
     """Memory that begins as holes, and a tracker that notes each write to it."""
 
-    def __init__(self):
+    def __init__(self, *, is_quick=False):
+        self.is_quick = is_quick
         size = PAGES * 4096
         self.block = RamBlock(Region("ram", size, 4096, 0, 1 << 40, memfd.create("t", size)))
         self._written = np.ones(PAGES, np.bool_)
@@ -121,13 +125,20 @@ some_pages = st.lists(st.integers(0, PAGES - 1), max_size=20)
     last_write=some_pages,
     ending=st.sampled_from([by_precopy, by_postcopy, on_demand]),
     postcopy=st.booleans(),
+    steps=st.sampled_from([None, (600, 600), (100, 100), (100, 30), (7, 3)]),
 )
-def test_whatever_is_filled_at_whatever_moment_arrives(writes, last_write, ending, postcopy):
-    guest, orders = Guest(), Orders()
+def test_whatever_is_filled_at_whatever_moment_arrives(writes, last_write, ending, postcopy, steps):
+    """``steps``: pages that are protected at a time, and after how many it is asked again; or never."""
+    guest, orders = Guest(is_quick=steps is not None), Orders()
     destination = Destination(guest, writes)
     if postcopy:
         destination.pace = lambda _: orders.postcopy()
-    travel(destination, guest, ending, last_write, orders)
+    chunk, window = steps or (PAGES, PAGES)
+    with (
+        mock.patch.object(dirty_pages, "CHUNK_BYTES", chunk * 4096),
+        mock.patch.object(precopy, "_WINDOW_PAGES", window),
+    ):
+        travel(destination, guest, ending, last_write, orders)
     np.testing.assert_array_equal(destination.memory, guest.block.pages[:, STAMP])
     guest.block.close()
 

@@ -20,6 +20,8 @@ PAGES = 1024
 class ScriptedTracker:
     """Tells of the writes of one script entry a round; ``None`` is a guest that has stopped."""
 
+    is_quick = False
+
     def __init__(self, *script):
         self._script = list(script)
         self._now = np.zeros(PAGES, np.bool_)
@@ -220,3 +222,55 @@ def test_every_write_known_is_counted_once(block):
     assert outcome is Outcome.POSTCOPY
     dirty.look_for_writes()
     assert dirty.remaining_bytes == np.count_nonzero(dirty.blocks[0].pending) * 4096
+
+
+class QuickTracker(ScriptedTracker):
+    """The guest writes to some pages as soon as they are protected, in each of so many rounds."""
+
+    is_quick = True
+
+    def __init__(self, hot, rounds):
+        super().__init__()
+        self._hot, self._rounds = hot, rounds
+
+    def collect(self, block, start, end, *, protect):
+        found = super().collect(block, start, end, protect=protect)
+        if protect and self._rounds:
+            here = [page for page in self._hot if start <= page < end]
+            self._now[here] = True
+            self._rounds -= end == PAGES
+        return found
+
+
+def test_what_is_written_before_its_turn_is_not_sent_in_vain(block):
+    hot = list(range(100, 200))
+    sender = NotingSender()
+    outcome, passes, dirty = begin(block, QuickTracker(hot, 1), sender, downtime_limit=0)
+    assert outcome is Outcome.SMALL_ENOUGH
+    assert sender.pages == [*range(100), *range(200, PAGES), *hot]
+    assert passes == [2, 3]
+    assert dirty.remaining_bytes == 0
+
+
+def test_what_is_always_written_again_is_left_for_the_end(block):
+    hot = list(range(0, PAGES, 16))
+    sender = NotingSender()
+    outcome, _, dirty = begin(block, QuickTracker(hot, 99), sender, downtime_limit=500)
+    assert outcome is Outcome.SMALL_ENOUGH
+    assert sorted(sender.pages) == sorted(set(range(PAGES)) - set(hot))
+    assert dirty.remaining_bytes == len(hot) * 4096
+    assert dirty.collect_all() == len(hot) * 4096
+    assert np.flatnonzero(dirty.blocks[0].pending).tolist() == hot
+
+
+def test_what_is_held_back_is_counted_once(block):
+    hot = list(range(100, 200))
+    dirty = DirtyPages([block], QuickTracker(hot, 1))
+    dirty.start()
+    (pages,) = dirty.blocks
+    dirty.collect(pages, 0, PAGES)
+    held = dirty.written_again(pages, 0, PAGES)
+    assert np.flatnonzero(held).tolist() == hot
+    pages.pending[~held] = False
+    assert dirty._written_behind(pages, PAGES) == 0
+    assert dirty.remaining_bytes == len(hot) * 4096

@@ -15,6 +15,8 @@ from postcopy.memory.runs import Mask
 class KvmLogTracker:
     """Tracks the writes of a guest on KVM, whose RAM is one block."""
 
+    is_quick = False  # it fetches the log of all memory
+
     def __init__(self, guest: GuestProxy) -> None:
         self._guest = guest
         self._kept: Mask | None = None

@@ -18,6 +18,8 @@ from postcopy.memory.runs import Mask
 class PagemapTracker:
     """Tracks the writes of one guest."""
 
+    is_quick = True
+
     def __init__(self, guest: GuestProxy) -> None:
         self._guest = guest
         self._scanner: PagemapScanner | None = None

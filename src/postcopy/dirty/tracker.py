@@ -17,7 +17,12 @@ from postcopy.memory.runs import Mask
 
 
 class DirtyTracker(Protocol):
-    """Notices every write of the guest.  Used by one thread."""
+    """Notices every write of the guest.  Used by one thread.
+
+    :ivar is_quick: whether asking about a few pages costs little.
+    """
+
+    is_quick: bool
 
     def start(self) -> None:
         """Begin; what was written before counts as written."""

@@ -93,16 +93,20 @@ class BlockPages:
         if not self.has_data[start:end].all():
             self.has_data[start:end] = self.block.has_data(start, end)
 
-    def next_batch(self, start: int, end: int, limit: int) -> Indices:
+    def next_batch(self, start: int, end: int, limit: int, held: Mask | None = None) -> Indices:
         """The next pending pages from ``start`` on, ascending; none is empty.
 
         :param limit: most pages with memory behind them.  Holes take nine bytes each on the wire, so
             there may be many more of those.
+        :param held: which of the last pages before ``end`` are not to be had now; ``start`` is one of
+            these pages.
         """
-        batch = next_set(self.pending[:end], start, limit)
+        first = 0 if held is None else end - len(held)
+        ready = self.pending[first:end] if held is None else self.pending[first:end] & ~held
+        batch = next_set(ready, start - first, limit) + first
         if not len(batch) or self.look_for_data(batch).all():
             return batch
-        batch = next_set(self.pending[:end], start, limit * _MOST_TOGETHER)
+        batch = next_set(ready, start - first, limit * _MOST_TOGETHER) + first
         return batch[np.cumsum(self.look_for_data(batch)) <= limit]
 
     def next_batch_of_stopped(self, start: int, limit: int) -> Indices:
@@ -141,7 +145,7 @@ class DirtyPages:
         self.syncs = 0
         self._lock = threading.Lock()
         # Under the lock, together with the pending pages that they become: bytes that the chunks
-        # still to come in this round will add.
+        # still to come in this round will add to those.
         self._expected_bytes = 0
         self._behind = Behind()
 
@@ -152,20 +156,29 @@ class DirtyPages:
         self.syncs = 1  # everything is dirty: QEMU counts that as well
 
     def collect(self, pages: BlockPages, start: int, end: int) -> None:
-        """Protect a chunk and add what was written in it."""
+        """Protect a chunk and add what was written in it; it is to be looked at before it is sent."""
         written = self._tracker.collect(pages.block, start, end, protect=True)
-        found_bytes = int(np.count_nonzero(written)) * pages.block.page_size_bytes
+        pending = pages.pending[start:end]
         with self._lock:
+            found_bytes = int(np.count_nonzero(written & ~pending)) * pages.block.page_size_bytes
             self._expected_bytes = max(0, self._expected_bytes - found_bytes)
-            pages.pending[start:end] |= written
-        pages.look_at(start, end)
+            pending |= written
+
+    def written_again(self, pages: BlockPages, start: int, end: int) -> Mask | None:
+        """Which of these pages were written since they were protected; None if that costs too much.
+
+        It is not added to what is pending: the next round will be told of it again.
+        """
+        if not self._tracker.is_quick:
+            return None
+        return self._tracker.collect(pages.block, start, end, protect=False)
 
     def estimate_bytes(self) -> int:
         """Bytes that would be left to send if the guest stopped now; protects nothing."""
         left_bytes = sum(self._left_bytes(pages) for pages in self.blocks)
         with self._lock:
             self.syncs += 1
-            self._expected_bytes = left_bytes
+            self._expected_bytes = left_bytes - self._pending_bytes()
             self._behind.next_round(left_bytes)
         return left_bytes
 
@@ -214,6 +227,7 @@ class DirtyPages:
         for pages in self.blocks:
             until = end if pages is passed else pages.block.page_count
             written = self._tracker.collect(pages.block, 0, until, protect=False)
+            written &= ~pages.pending[:until]  # what was held back is pending, and counted there
             written_bytes += int(np.count_nonzero(written)) * pages.block.page_size_bytes
             if pages is passed:
                 break

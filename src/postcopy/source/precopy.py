@@ -1,8 +1,10 @@
 """Send the memory of a guest that goes on writing to it.
 
 A round goes once through all memory, chunk by chunk: protect a chunk, then send what is pending in it.
-At the end of a round the tracker is asked how much was written meanwhile.  Rounds end when the rest
-could be sent within the downtime that the user allows, or when the user asks for postcopy.
+What the guest has written again in between is held back: it has to be sent in the next round anyway.  So
+that hot pages show as such, a chunk is protected while the one before it is sent.  At the end of a round
+the tracker is asked how much was written meanwhile.  Rounds end when the rest could be sent within the
+downtime that the user allows, or when the user asks for postcopy.
 
 The decisive figure is looked at between rounds only: within a round it says little, since the chunks
 that have had their turn are being written again while the others shrink.
@@ -11,6 +13,7 @@ that have had their turn are being written again while the others shrink.
 import enum
 import time
 from collections.abc import Callable
+from typing import Final
 
 from postcopy.parameters import Parameters
 from postcopy.source.counters import Counters
@@ -18,6 +21,9 @@ from postcopy.source.dirty_pages import BlockPages, DirtyPages
 from postcopy.source.orders import Orders
 from postcopy.source.page_records import BATCH_PAGES
 from postcopy.source.sending import Sender
+
+_WINDOW_PAGES: Final = 4096
+"""After so many pages the tracker is asked again which are being written."""
 
 
 class Outcome(enum.Enum):
@@ -67,18 +73,24 @@ class Precopy:
                 return Outcome.SMALL_ENOUGH
 
     def _round(self) -> Outcome | None:
-        for pages in self._dirty.blocks:
-            for start, end in pages.chunks():
-                if (outcome := self._interrupted()) is not None:
-                    return outcome
-                self._dirty.collect(pages, start, end)
-                outcome = self._send(pages, start, end)
+        chunks = [(pages, *chunk) for pages in self._dirty.blocks for chunk in pages.chunks()]
+        for number, (pages, start, end) in enumerate(chunks):
+            if (outcome := self._interrupted()) is not None:
+                return outcome
+            for chunk in chunks[number + 1 if number else 0 : number + 2]:
+                self._dirty.collect(*chunk)
+            pages.look_at(start, end)
+            for window in range(start, end, _WINDOW_PAGES):
+                outcome = self._send(pages, window, min(window + _WINDOW_PAGES, end))
                 if outcome is not None:
                     return outcome
         return None
 
     def _send(self, pages: BlockPages, start: int, end: int) -> Outcome | None:
-        while len(batch := pages.next_batch(start, end, BATCH_PAGES)):
+        if not pages.pending[start:end].any():
+            return None
+        held = self._dirty.written_again(pages, start, end)
+        while len(batch := pages.next_batch(start, end, BATCH_PAGES, held)):
             if (outcome := self._interrupted()) is not None:
                 return outcome
             pages.pending[batch] = False
