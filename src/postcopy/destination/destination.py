@@ -13,7 +13,7 @@ from postcopy.channel.files import check_seekable
 from postcopy.channel.listen import Listener
 from postcopy.channel.silence import SilenceWatch
 from postcopy.destination.door import Door
-from postcopy.destination.elements import Elements, layout_of
+from postcopy.destination.elements import POSTCOPY_BUFFER_BYTES, Elements, layout_of
 from postcopy.destination.incoming_ram import Populating
 from postcopy.destination.postcopy import Postcopy
 from postcopy.destination.return_path import ReturnPath
@@ -181,7 +181,7 @@ class Destination:
         channel = self._meet()
         self.error = self._silent = None
         self._paused_by_user = False
-        channel.bound_buffers(self._urgent.main_buffer_bytes)
+        channel.bound_buffers(POSTCOPY_BUFFER_BYTES)
         section = self._decoder.ram_section_id or self._guest.kept_stream()[0] or RAM_SECTION_ID
         self._decoder.resume(section)
         self._placement.forget_halves()

@@ -30,6 +30,9 @@ from postcopy.stream.decoder import Decoder
 from postcopy.stream.identity import ALL_SENT_PING
 from postcopy.stream.layout import BlockLayout, DeviceFormats, Layout
 
+POSTCOPY_BUFFER_BYTES = 4096 << 10
+"""What the kernel may hold of the main channel once pages are asked for."""
+
 
 def layout_of(ram: PagedRam) -> Layout:
     """Our blocks, as a decoder needs to know them."""
@@ -190,7 +193,7 @@ class Elements:
         reached("destination.package-received")
         decoder = Decoder(self._formats, layout_of(self._ram), package=True)
         assert self.channel is not None
-        self.channel.bound_buffers(self._urgent.main_buffer_bytes)
+        self.channel.bound_buffers(POSTCOPY_BUFFER_BYTES)
         self._urgent.accept()  # before anybody can ask for a page
         userfaultfd = self._postcopy.take_package(decoder, package.data)
         self._placement.listen(userfaultfd, self._postcopy.showing.later)

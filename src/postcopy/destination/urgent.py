@@ -19,12 +19,6 @@ from postcopy.stream.layout import Layout
 from postcopy.stream.records import Pages
 from postcopy.stream.urgent_decoder import UrgentDecoder
 
-_MAIN_BUFFER_BYTES = 1024 << 10
-"""What the kernel may hold of the main channel in postcopy, if urgent pages travel on it."""
-
-_RELIEVED_BUFFER_BYTES = 4096 << 10
-"""The same if they have a channel of their own: fewer, longer turns for the pages that nobody waits for."""
-
 _PATIENCE_S = 30.0
 """How long to wait for the second connection when the link is not watched: a guest stands still."""
 
@@ -90,11 +84,6 @@ class Urgent:
             target=self._run, args=arguments, name="urgent", daemon=True
         )
         self._thread.start()
-
-    @property
-    def main_buffer_bytes(self) -> int:
-        """What the kernel may hold of the main channel in postcopy."""
-        return _RELIEVED_BUFFER_BYTES if self._wanted() else _MAIN_BUFFER_BYTES
 
     @property
     def received_bytes(self) -> int:

@@ -19,7 +19,7 @@ from postcopy.source.urgent_channel import UrgentChannel
 from postcopy.stream.commands import encode_command
 from postcopy.stream.records import Ping
 
-PUSH_BYTES = 256 << 10
+PUSH_BYTES = 512 << 10
 """Data in a batch of the push: what an urgent page may find itself behind in the sender."""
 
 PREEMPTED_PUSH_BYTES = 1024 << 10
@@ -40,11 +40,8 @@ WINDOW_BYTES = 6144 << 10
 PING_BYTES = 2048 << 10
 """How much is pushed between two pings: each costs both sides a wake-up."""
 
-BUFFER_BYTES = 256 << 10
+POSTCOPY_BUFFER_BYTES = 1024 << 10
 """What this side's kernel may hold of the push, if the way is short."""
-
-PREEMPTED_BUFFER_BYTES = 1024 << 10
-"""The same where urgent pages have a channel of their own: they need not pass it, only share the CPU."""
 
 BEGIN_S, QUIET_S = 0.05, 0.005
 """How long the guest may have the channel to itself at first, and when it is taken to have begun."""
@@ -76,11 +73,6 @@ class PostcopyPush:
     def begin(self) -> None:
         """Pages may be asked for from now on: the guest has stopped here."""
         self._begun = True
-
-    @property
-    def buffer_bytes(self) -> int:
-        """What the kernel may hold of the push."""
-        return BUFFER_BYTES if self.urgent is None else PREEMPTED_BUFFER_BYTES
 
     def run(self) -> None:
         """Push until nothing is pending."""

@@ -26,6 +26,7 @@ from postcopy.source.counters import Clock, Counters, Rate, describe
 from postcopy.source.dirty_pages import DirtyPages
 from postcopy.source.opening import FIRST_PING, opening
 from postcopy.source.orders import Orders
+from postcopy.source.postcopy import POSTCOPY_BUFFER_BYTES
 from postcopy.source.precopy import Outcome, Precopy
 from postcopy.source.recovery import agree_on_what_is_missing
 from postcopy.source.sending import choose_sender
@@ -261,7 +262,7 @@ class Source:
         connection.sender.count()
         connection.sender.phase = "postcopy_bytes"
         self._limiter.set_rate(self._parameters.max_postcopy_bandwidth)
-        connection.channel.bound_buffers(connection.push.buffer_bytes)
+        connection.channel.bound_buffers(POSTCOPY_BUFFER_BYTES)
         reached("source.pushing")
         connection.push.run()
         arrived = connection.wait_until_taken()
