@@ -8,8 +8,10 @@ import argparse
 import ctypes
 import json
 import os
+import signal
 import subprocess
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from postcopy.kernel import memfd
 from postcopy.kernel.mapping import Mapping
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.link.guest_service import MISSING_FEATURES, MISSING_MODE
-from postcopy.memory import page_map
+from postcopy.memory import page_map_file
 from postcopy.paging.ram import PagedRam
 from postcopy.snapshot.filler import Filler, Pace
 from postcopy.snapshot.filling import Filling
@@ -36,6 +38,9 @@ class _File:
     def __init__(self, mapping: Mapping) -> None:
         self.base = mapping.address
         self.data = np.ones(mapping.length // PAGE, np.bool_)
+
+    def has(self, _page: int) -> bool:
+        return True
 
     def is_good(self, _page: int) -> bool:
         return True
@@ -55,7 +60,7 @@ def build(folder: Path) -> ctypes.CDLL:
 def serve_by_us(userfaultfd: Userfaultfd, memory: Mapping, fd: int, file: Mapping) -> None:
     """The pager of a restore that has nothing to push."""
     region = Region("ram", memory.length, PAGE, 0, memory.address, os.dup(fd))
-    ram = PagedRam([region], [page_map.create(memory.length // PAGE)])
+    ram = PagedRam([region], [page_map_file.create(memory.length // PAGE)])
     (paged,) = ram
     filling = Filling(userfaultfd, paged, _File(file), lambda _: None)  # type: ignore[arg-type]
     filling.missing = lambda *_: iter(())  # type: ignore[method-assign,assignment]
@@ -78,6 +83,9 @@ def measure(library: ctypes.CDLL, serve: Serve, size_bytes: int, seed: int) -> l
         if not child:
             try:
                 serve(userfaultfd, memory, fd, file)
+            except BaseException:
+                traceback.print_exc()
+                os.kill(os.getppid(), signal.SIGKILL)  # it would wait for its pages for ever
             finally:
                 os._exit(1)
         library.touch(memory.address, pages.ctypes.data, len(pages), took.ctypes.data)
