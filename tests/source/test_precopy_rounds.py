@@ -252,6 +252,16 @@ def test_what_is_written_before_its_turn_is_not_sent_in_vain(block):
     assert dirty.remaining_bytes == 0
 
 
+def test_later_rounds_send_what_is_hot(block):
+    """Or they would be over at once, and protect it again and again for nothing."""
+    hot = list(range(100))
+    sender = NotingSender()
+    outcome, passes, _ = begin(block, QuickTracker(hot, 3), sender, downtime_limit=0)
+    assert outcome is Outcome.SMALL_ENOUGH
+    assert sender.pages == [*range(100, PAGES), *hot, *hot, *hot]
+    assert passes == [2, 3, 4, 5]
+
+
 def test_what_is_always_written_again_is_left_for_the_end(block):
     hot = list(range(0, PAGES, 16))
     sender = NotingSender()

@@ -1,10 +1,12 @@
 """Send the memory of a guest that goes on writing to it.
 
 A round goes once through all memory, chunk by chunk: protect a chunk, then send what is pending in it.
-What the guest has written again in between is held back: it has to be sent in the next round anyway.  So
-that hot pages show as such, a chunk is protected while the one before it is sent.  At the end of a round
-the tracker is asked how much was written meanwhile.  Rounds end when the rest could be sent within the
-downtime that the user allows, or when the user asks for postcopy.
+In the first round, what the guest has written again in between is held back: it has to be sent in the
+next anyway.  So that hot pages show as such, a chunk is then protected while the one before it is sent.
+Later rounds consist of hot pages: with those held back they would be over at once, and each would cost
+the guest a fault for every page it writes.  At the end of a round the tracker is asked how much was
+written meanwhile.  Rounds end when the rest could be sent within the downtime that the user allows, or
+when the user asks for postcopy.
 
 The decisive figure is looked at between rounds only: within a round it says little, since the chunks
 that have had their turn are being written again while the others shrink.
@@ -15,6 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from postcopy.memory.runs import Mask
 from postcopy.parameters import Parameters
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages, DirtyPages
@@ -62,7 +65,7 @@ class Precopy:
         while True:
             self._counters.syncs = self._dirty.syncs
             began = time.monotonic()
-            outcome = self._round()
+            outcome = self._round(is_first=self._dirty.syncs == 1)
             if outcome is not None:
                 return outcome
             left_bytes = self._dirty.estimate_bytes()
@@ -72,24 +75,25 @@ class Precopy:
             if left_bytes <= self._affordable_bytes():
                 return Outcome.SMALL_ENOUGH
 
-    def _round(self) -> Outcome | None:
+    def _round(self, *, is_first: bool) -> Outcome | None:
         chunks = [(pages, *chunk) for pages in self._dirty.blocks for chunk in pages.chunks()]
         for number, (pages, start, end) in enumerate(chunks):
             if (outcome := self._interrupted()) is not None:
                 return outcome
-            for chunk in chunks[number + 1 if number else 0 : number + 2]:
+            ahead = 1 if is_first else 0
+            for chunk in chunks[number + ahead if number else 0 : number + ahead + 1]:
                 self._dirty.collect(*chunk)
             pages.look_at(start, end)
-            for window in range(start, end, _WINDOW_PAGES):
-                outcome = self._send(pages, window, min(window + _WINDOW_PAGES, end))
+            step = _WINDOW_PAGES if is_first else end - start
+            for first in range(start, end, step):
+                window_end = min(first + step, end)
+                held = self._dirty.written_again(pages, first, window_end) if is_first else None
+                outcome = self._send(pages, first, window_end, held)
                 if outcome is not None:
                     return outcome
         return None
 
-    def _send(self, pages: BlockPages, start: int, end: int) -> Outcome | None:
-        if not pages.pending[start:end].any():
-            return None
-        held = self._dirty.written_again(pages, start, end)
+    def _send(self, pages: BlockPages, start: int, end: int, held: Mask | None) -> Outcome | None:
         while len(batch := pages.next_batch(start, end, BATCH_PAGES, held)):
             if (outcome := self._interrupted()) is not None:
                 return outcome
