@@ -13,6 +13,7 @@ that have had their turn are being written again while the others shrink.
 """
 
 import enum
+import itertools
 import time
 from collections.abc import Callable
 from typing import Final
@@ -77,23 +78,31 @@ class Precopy:
 
     def _round(self, *, is_first: bool) -> Outcome | None:
         chunks = [(pages, *chunk) for pages in self._dirty.blocks for chunk in pages.chunks()]
-        for number, (pages, start, end) in enumerate(chunks):
+        unprotected = iter(chunks)
+        due = 2 if is_first else 1
+        for pages, start, end in chunks:
             if (outcome := self._interrupted()) is not None:
                 return outcome
-            ahead = 1 if is_first else 0
-            for chunk in chunks[number + ahead if number else 0 : number + ahead + 1]:
+            for chunk in itertools.islice(unprotected, due):
                 self._dirty.collect(*chunk)
+            due = 1
             pages.look_at(start, end)
-            step = _WINDOW_PAGES if is_first else end - start
-            for first in range(start, end, step):
-                window_end = min(first + step, end)
-                held = self._dirty.written_again(pages, first, window_end) if is_first else None
-                outcome = self._send(pages, first, window_end, held)
-                if outcome is not None:
-                    return outcome
+            send = self._send_but_hot if is_first else self._send
+            if (outcome := send(pages, start, end)) is not None:
+                return outcome
         return None
 
-    def _send(self, pages: BlockPages, start: int, end: int, held: Mask | None) -> Outcome | None:
+    def _send_but_hot(self, pages: BlockPages, start: int, end: int) -> Outcome | None:
+        for first in range(start, end, _WINDOW_PAGES):
+            window_end = min(first + _WINDOW_PAGES, end)
+            held = self._dirty.written_again(pages, first, window_end)
+            if (outcome := self._send(pages, first, window_end, held)) is not None:
+                return outcome
+        return None
+
+    def _send(
+        self, pages: BlockPages, start: int, end: int, held: Mask | None = None
+    ) -> Outcome | None:
         while len(batch := pages.next_batch(start, end, BATCH_PAGES, held)):
             if (outcome := self._interrupted()) is not None:
                 return outcome
