@@ -9,8 +9,10 @@ import pytest
 
 from postcopy.abi.userfaultfd import Feature
 from postcopy.errors import KernelError
-from postcopy.kernel import huge_tmpfs, probe, userfaultfd_open
+from postcopy.kernel import cpu_latency, huge_tmpfs, probe, userfaultfd_open
 from postcopy.kernel.probe import probe_host
+
+AWAKE = "CPUs kept awake for faults"
 
 
 def found():
@@ -29,6 +31,7 @@ def test_names_are_unique_and_every_lack_has_its_cure():
 def test_it_agrees_with_the_host():
     findings = found()
     assert findings["KVM"].available == os.access("/dev/kvm", os.R_OK | os.W_OK)
+    assert findings[AWAKE].available == os.access(cpu_latency.DEVICE, os.W_OK)
     supported = userfaultfd_open.supported_features()
     for feature in Feature:
         assert findings[f"userfaultfd: {feature.name}"].available == (feature in supported)
@@ -75,12 +78,13 @@ def test_a_host_with_nothing_is_described_and_not_crashed_on(monkeypatch, tmp_pa
         raise KernelError("userfaultfd", errno.ENOSYS)
 
     monkeypatch.setattr(userfaultfd_open, "DEVICE", tmp_path / "userfaultfd")
+    monkeypatch.setattr(cpu_latency, "DEVICE", tmp_path / "cpu_dma_latency")
     monkeypatch.setattr(userfaultfd_open, "by_syscall", closed)
     monkeypatch.setattr(probe, "_HUGE_PAGE_POOL", tmp_path)
     monkeypatch.setattr(probe, "_TRANSPARENT", tmp_path)
     monkeypatch.setattr(probe.importlib.util, "find_spec", lambda _: None)
     findings = found()
-    for name in ("userfaultfd: by device", "userfaultfd: by system call", "unicorn"):
+    for name in ("userfaultfd: by device", "userfaultfd: by system call", AWAKE, "unicorn"):
         assert not findings[name].available
         assert findings[name].cure
     assert "CONFIG_USERFAULTFD" in findings["userfaultfd features"].cure
@@ -100,6 +104,34 @@ def test_kvm_that_cannot_be_opened(monkeypatch, code, cure):
     (finding,) = probe._kvm()
     assert not finding.available
     assert finding.cure.startswith(cure)
+
+
+@pytest.mark.parametrize(
+    ("code", "cure"),
+    [(errno.EACCES, f"setfacl -m u:{os.getuid()}:w "), (errno.ENOENT, "pass the device ")],
+)
+def test_cpus_that_cannot_be_kept_awake(monkeypatch, tmp_path, code, cure):
+    def closed(*_):
+        raise OSError(code, os.strerror(code))
+
+    device = tmp_path / "cpu_dma_latency"
+    device.touch()
+    monkeypatch.setattr(cpu_latency, "DEVICE", device)
+    monkeypatch.setattr(probe.os, "open", closed)
+    (finding,) = probe._cpu_latency()
+    assert not finding.available
+    assert "0.1 ms longer" in finding.detail
+    assert finding.cure.startswith(cure)
+    assert str(device) in finding.cure
+
+
+def test_looking_for_the_device_asks_for_nothing(monkeypatch, tmp_path):
+    device = tmp_path / "cpu_dma_latency"
+    device.touch()
+    monkeypatch.setattr(cpu_latency, "DEVICE", device)
+    (finding,) = probe._cpu_latency()
+    assert (finding.available, finding.cure) == (True, "")
+    assert device.read_bytes() == b""
 
 
 def test_an_older_kernels_lacking_features_name_the_kernel_that_has_them(monkeypatch):
