@@ -7,10 +7,12 @@ import time
 import numpy as np
 import pytest
 
+from fakes.cpus import CpusNoted
 from fakes.guest import RAM, FakeGuest
 from fakes.waiting import wait_until
 from postcopy.errors import StreamError
 from postcopy.memory.page_map import RECEIVED
+from postcopy.paging import pager as pager_module
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.pager import Pager
 from postcopy.paging.placement import Placement
@@ -244,6 +246,20 @@ def test_eight_threads_on_one_page_ask_once(arriving, paging):
     report = arriving.blocktime.report()
     assert report.faults == 8
     assert not arriving.blocktime.waiting
+
+
+def test_cpus_are_kept_awake_for_each_fault_until_it_ends(arriving, monkeypatch):
+    cpus = CpusNoted()
+    monkeypatch.setattr(pager_module, "CpusAwake", lambda: cpus)
+    paging = Paging(arriving)
+    for page in (5, 9):
+        (thread,) = touch(arriving, [page], [])
+        wait_until(lambda page=page: page in [asked for _, asked in paging.asked], what="a request")
+        cpus.calls.append("asked")
+        arriving.place([page], 1)
+        thread.join(10)
+    paging.close()
+    assert cpus.calls == ["a while", "a while", "asked", "a while", "asked", "close"]
 
 
 def test_several_pages_at_once(arriving, paging):

@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 
+from fakes.cpus import CpusNoted
 from fakes.guest import RAM, FakeGuest
 from fakes.waiting import wait_until
 from postcopy.channel.rate_limit import RateLimiter
@@ -124,6 +125,19 @@ def test_what_is_touched_comes_although_nothing_else_does(fixed):
         wait_until(lambda: scene.filler.faults >= 4)
         assert np.flatnonzero(scene.filling.touched).tolist() == [7, 9, 133, 200]
         assert len(scene.received()) < 10
+
+
+def test_cpus_are_kept_awake_for_each_fault_until_it_ends(monkeypatch):
+    cpus = CpusNoted()
+    monkeypatch.setattr(filler, "CpusAwake", lambda: cpus)
+    with Scene(FakeOrigin(), rate=1) as scene:
+        for page in (200, 9):
+            scene.guest.touch(page)
+        wait_until(lambda: scene.filler.faults >= 2)
+    *before, last = cpus.calls
+    assert len(before) >= 2
+    assert set(before) == {"a while"}
+    assert last == "close"
 
 
 def test_the_working_set_comes_first_and_no_rate_holds_it():

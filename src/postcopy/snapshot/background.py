@@ -7,7 +7,7 @@ devices are saved.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 
 from postcopy.channel.address import parse
@@ -17,6 +17,7 @@ from postcopy.channel.partial_file import begin_partial, publish, remove_partial
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.errors import MigrationCancelled, PostcopyError
 from postcopy.guest import DeviceState
+from postcopy.kernel.cpu_latency import CpusAwake
 from postcopy.kill_points import reached
 from postcopy.link.guest_proxy import GuestProxy
 from postcopy.memory.ram_block import RamBlock
@@ -162,16 +163,18 @@ class BackgroundSnapshot:
     def _freeze(self, guard: WriteGuard) -> Sequence[DeviceState]:
         """The moment of the picture; return what the devices were then."""
         self._check_cancelled()
-        self._clock.stopped = time.monotonic()
-        try:
-            # The devices before the memory is frozen: one may write to it while it is being saved.
-            states = self._guest.pause_and_save()
-            reached("snapshot.guest-stopped")
-            guard.freeze()
-            reached("snapshot.frozen")
-        finally:
-            self._guest.resume()
-        self._clock.handed_over = time.monotonic()
+        with closing(CpusAwake()) as awake:
+            awake.a_while()
+            self._clock.stopped = time.monotonic()
+            try:
+                # The devices before the memory is frozen: one may write to it while it is being saved.
+                states = self._guest.pause_and_save()
+                reached("snapshot.guest-stopped")
+                guard.freeze()
+                reached("snapshot.frozen")
+            finally:
+                self._guest.resume()
+            self._clock.handed_over = time.monotonic()
         reached("snapshot.guest-resumed")
         return states
 

@@ -18,6 +18,7 @@ from typing import Final
 from postcopy.abi.userfaultfd import EventCode, PagefaultFlag
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.errors import KernelError
+from postcopy.kernel.cpu_latency import CpusAwake
 from postcopy.kernel.faults import MESSAGE
 from postcopy.kernel.scheduling import run_soon
 from postcopy.kernel.userfaultfd import Userfaultfd
@@ -81,6 +82,7 @@ class Filler:
         self._may_end = False
         self._exhausted = False
         self._copies = pace.copies
+        self._awake = CpusAwake()
         self._todo = self._plan()
         self._all_in = threading.Event()
         self._rest: Work | None = None
@@ -167,6 +169,7 @@ class Filler:
         try:
             self._run()
         finally:
+            self._awake.close()
             self.head_start.end()
             self._all_in.set()
 
@@ -192,6 +195,7 @@ class Filler:
         except BlockingIOError:
             return
         since_ns = time.monotonic_ns()
+        self._awake.a_while()
         for event, flags, address, _ in MESSAGE.iter_unpack(messages):
             if event != _PAGEFAULT:
                 continue

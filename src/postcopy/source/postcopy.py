@@ -9,6 +9,7 @@ import threading
 import time
 
 from postcopy.errors import StreamError
+from postcopy.kernel.cpu_latency import CpusAwake
 from postcopy.memory.runs import Indices
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages, DirtyPages
@@ -60,6 +61,7 @@ class PostcopyPush:
         self._counters = counters
         self._over = threading.Event()
         self._begun = False
+        self._awake = CpusAwake()
         self._by_name = {pages.block.name: pages for pages in dirty.blocks}
         self._lock = threading.Lock()
         self._sending = threading.Lock()
@@ -73,6 +75,7 @@ class PostcopyPush:
     def begin(self) -> None:
         """Pages may be asked for from now on: the guest has stopped here."""
         self._begun = True
+        self._awake.a_while()
 
     def run(self) -> None:
         """Push until nothing is pending."""
@@ -87,6 +90,7 @@ class PostcopyPush:
         """Wake a push that sleeps: the channel is gone, and sending will say so."""
         self._over.set()
         self.window.close()
+        self._awake.close()
 
     def serve(self, name: str, start_bytes: int, length_bytes: int) -> None:
         """Send the pages of one request, unless they are on their way already.
@@ -98,6 +102,7 @@ class PostcopyPush:
                 f"the destination asks for a page before it can miss one: block {name}, "
                 f"offset {start_bytes:#x}"
             )
+        self._awake.a_while()
         with self._urgent_done:
             self._urgent += 1
         try:

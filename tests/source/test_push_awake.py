@@ -1,0 +1,56 @@
+"""The source's CPUs are kept awake while the destination asks for pages."""
+
+import pytest
+
+from fakes.cpus import CpusNoted
+from postcopy.errors import StreamError
+from postcopy.source import postcopy
+from postcopy.source.counters import Counters
+
+
+class Block:
+    """The pages of a block, all of which have been sent."""
+
+    def __init__(self, calls):
+        self.block = self
+        self.name = "ram"
+        self.page_size_bytes = 4096
+        self._calls = calls
+
+    def take(self, first, end):
+        self._calls.append(f"take {first} to {end}")
+        return []
+
+    def look_around(self, first):
+        pass
+
+
+class Dirty:
+    """What is pending, of one block."""
+
+    def __init__(self, calls):
+        self.blocks = [Block(calls)]
+
+
+@pytest.fixture
+def cpus(monkeypatch):
+    noted = CpusNoted()
+    monkeypatch.setattr(postcopy, "CpusAwake", lambda: noted)
+    return noted
+
+
+def test_from_the_stop_on_for_each_request_until_the_connection_ends(cpus):
+    push = postcopy.PostcopyPush(Dirty(cpus.calls), None, Counters())
+    push.begin()
+    for page in (3, 8):
+        push.serve("ram", page * 4096, 4096)
+    push.stop()
+    served = ["a while", "take 3 to 4", "a while", "take 8 to 9"]
+    assert cpus.calls == ["a while", *served, "close"]
+
+
+def test_not_for_who_may_not_ask_yet(cpus):
+    push = postcopy.PostcopyPush(Dirty(cpus.calls), None, Counters())
+    with pytest.raises(StreamError, match="before it can miss one"):
+        push.serve("ram", 0, 4096)
+    assert cpus.calls == []
