@@ -7,8 +7,31 @@ and a peer whose host answers while its process does not is none of its business
 import threading
 from collections.abc import Callable
 
+from postcopy.channel.channel import Channel
+
 _TICKS = 10
 _IDLE_S = 0.5
+
+
+class Taken:
+    """How much of what was sent a peer has taken; it never becomes less.
+
+    What is still pending a Unix socket counts with the kernel's own overhead: taken at its word, each
+    send would look as if the peer had done something.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._most_bytes = 0
+
+    def of(self, sent_bytes: int) -> int:
+        """As far as is known, in bytes.
+
+        :param sent_bytes: what has been sent on the channel by now, or what counts of it.
+        """
+        taken_bytes = sent_bytes - self._channel.pending_output()
+        self._most_bytes = max(self._most_bytes, taken_bytes)
+        return self._most_bytes
 
 
 class SilenceWatch:

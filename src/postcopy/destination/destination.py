@@ -11,7 +11,7 @@ from collections.abc import Callable
 from postcopy.channel.channel import Channel
 from postcopy.channel.files import check_seekable
 from postcopy.channel.listen import Listener
-from postcopy.channel.silence import SilenceWatch
+from postcopy.channel.silence import SilenceWatch, Taken
 from postcopy.destination.door import Door
 from postcopy.destination.elements import POSTCOPY_BUFFER_BYTES, Elements, layout_of
 from postcopy.destination.incoming_ram import Populating
@@ -196,20 +196,21 @@ class Destination:
         self._elements.channel = self._channel = channel = self._door.main()
         channel.watch(self._link_timeout_ms() / 1000)
         self._urgent.expect(self._door)
+        taken = Taken(channel)
         self._silence = SilenceWatch(
             self._link_timeout_ms,
-            lambda: self._signs(channel),
+            lambda: self._signs(channel, taken),
             self._is_waiting,
             self._fell_silent,
         )
         self._silence.start()
         return channel
 
-    def _signs(self, channel: Channel) -> tuple[int, int]:
+    def _signs(self, channel: Channel, taken: Taken) -> tuple[int, int]:
         """What shows that the source is alive: in a recovery, that it takes our bitmaps, too."""
         recovering = self._progress.status is Status.POSTCOPY_RECOVER
-        taken = channel.sent_bytes - channel.pending_output() if recovering else 0
-        return channel.received_bytes + self._urgent.received_bytes, taken
+        taken_bytes = taken.of(channel.sent_bytes) if recovering else 0
+        return channel.received_bytes + self._urgent.received_bytes, taken_bytes
 
     def _is_waiting(self) -> bool:
         status = self._progress.status

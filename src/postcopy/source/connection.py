@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 
 from postcopy.channel.channel import Channel
-from postcopy.channel.silence import SilenceWatch
+from postcopy.channel.silence import SilenceWatch, Taken
 from postcopy.errors import ChannelBroken, PostcopyError
 from postcopy.kill_points import reached
 from postcopy.source.counters import Counters
@@ -50,6 +50,7 @@ class Connection:
         self._counters = counters
         self._urgent: UrgentChannel | None = None
         self._silence: SilenceWatch | None = None
+        self._taken = Taken(channel)
         self._timeout_ms = timeout_ms
         self._cause: PostcopyError | None = None
         self.sender = sender
@@ -119,8 +120,7 @@ class Connection:
 
     def _signs(self) -> tuple[int, int, int]:
         urgent = self._urgent.taken_bytes if self._urgent is not None else 0
-        taken = self.sender.sent_bytes - self.channel.pending_output()
-        return self.channel.received_bytes, taken, urgent
+        return self.channel.received_bytes, self._taken.of(self.sender.sent_bytes), urgent
 
     def _ask_for_life(self) -> bool:
         try:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 
 from postcopy.channel.channel import Channel
+from postcopy.channel.silence import Taken
 from postcopy.errors import ChannelBroken, PostcopyError
 from postcopy.memory.runs import Indices
 from postcopy.source.counters import Counters
@@ -26,6 +27,7 @@ class UrgentChannel:
         self, channel: Channel, counters: Counters, on_break: Callable[[PostcopyError], None]
     ) -> None:
         self._channel = channel
+        self._taken = Taken(channel)
         self._counters = counters
         self._on_break = on_break
         self._records = PageRecords()
@@ -51,7 +53,7 @@ class UrgentChannel:
     @property
     def taken_bytes(self) -> int:
         """What the peer has taken so far (its kernel, on TCP)."""
-        return self._channel.sent_bytes - self._channel.pending_output()
+        return self._taken.of(self._channel.sent_bytes)
 
     def expect_end(self) -> None:
         """All pages have been sent: from now on its end is nothing to wonder about."""
