@@ -7,9 +7,20 @@ is a leaky bucket of the same size: a burst of at most a tenth, then at the rate
 import threading
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 BURST_S = 0.1
 """Who was idle may send this much time's worth at once, as QEMU's slices allow."""
+
+
+class Interrupt(Protocol):
+    """What a wait may be broken off by: a :class:`threading.Event`, or what behaves as one."""
+
+    def wait(self, timeout: float, /) -> bool:
+        """Sleep so many seconds, or less; return whether it is set."""
+
+    def is_set(self) -> bool:
+        """Whether it is set."""
 
 
 class RateLimiter:
@@ -65,7 +76,7 @@ class RateLimiter:
             self._due = max(self._due, now - BURST_S) + n_bytes / self._rate
             return max(0.0, self._due - now)
 
-    def wait(self, n_bytes: int, interrupted: threading.Event | None = None) -> bool:
+    def wait(self, n_bytes: int, interrupted: Interrupt | None = None) -> bool:
         """Spend, and sleep until more may be sent.
 
         A new rate counts within a tenth of a second for who already sleeps.

@@ -69,6 +69,7 @@ class Connection:
                 self.push.window.pong,
                 self._wake_senders,
             )
+            self.push.answers = self.return_path
             self.return_path.start()
 
     @property

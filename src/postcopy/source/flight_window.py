@@ -54,14 +54,15 @@ class FlightWindow:
                     break
             self._changed.notify_all()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether another batch may be sent."""
+        return self._closed or self._sent_bytes - self._answered_bytes <= self._window_bytes
+
     def wait(self) -> None:
         """Sleep until another batch may be sent."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: (
-                    self._closed or self._sent_bytes - self._answered_bytes <= self._window_bytes
-                )
-            )
+            self._changed.wait_for(lambda: self.is_open)
 
     def close(self) -> None:
         """Let everybody go: the channel is gone."""

@@ -1,9 +1,7 @@
 """What has gone out over one channel: counted, and kept to the bandwidth limit."""
 
-import threading
-
 from postcopy.channel.channel import Channel
-from postcopy.channel.rate_limit import RateLimiter
+from postcopy.channel.rate_limit import Interrupt, RateLimiter
 from postcopy.source.counters import Counters, Rate
 
 
@@ -32,7 +30,7 @@ class Outflow:
         """Send a command behind the pages."""
         self._channel.send(command)
 
-    def pace(self, interrupt: threading.Event) -> None:
+    def pace(self, interrupt: Interrupt) -> None:
         """Sleep as long as the bandwidth limit wants it, unless interrupted."""
         spent, self._unpaced_bytes = self._unpaced_bytes, 0
         self._limiter.wait(spent, interrupt)

@@ -3,6 +3,9 @@
 Two threads send.  ``source`` pushes what is pending, from the page last asked for onwards; the thread
 ``return-path`` sends what a vCPU waits for, at once and past the bandwidth limit: over the urgent channel
 if there is one, or else over the same channel, where an urgent page goes before the next batch.
+
+Under a bandwidth limit, and without an urgent channel, the first does the work of the second: it has the
+time, and so nobody waits for a CPU or for the interpreter that it holds.
 """
 
 import threading
@@ -14,7 +17,9 @@ from postcopy.memory.runs import Indices
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages, DirtyPages
 from postcopy.source.flight_window import FlightWindow
+from postcopy.source.meanwhile import Meanwhile
 from postcopy.source.page_records import BATCH_PAGES
+from postcopy.source.return_path import ReturnPath
 from postcopy.source.sending import Sender
 from postcopy.source.urgent_channel import UrgentChannel
 from postcopy.stream.commands import encode_command
@@ -29,11 +34,11 @@ PREEMPTED_PUSH_BYTES = 1024 << 10
 CALM_PUSH_BYTES, CALM_S = 1024 << 10, 0.02
 """The same when nothing has been asked for so long: each batch has its price in CPU time."""
 
-LIMITED_PUSH_S = 0.006
+LIMITED_PUSH_S = 0.003
 """Under a bandwidth limit no more goes at once than so much time's worth: the CPU is idle anyway, and a
 page that is asked for waits at both ends for the batch that is being worked at."""
 
-LEAST_PUSH_BYTES = 64 << 10
+LEAST_PUSH_BYTES = 32 << 10
 
 WINDOW_BYTES = 6144 << 10
 """What it may find itself behind on the wire; see docs/decisions."""
@@ -70,6 +75,7 @@ class PostcopyPush:
         self._last_request = 0.0
         self._position: tuple[int, int] = (0, 0)  # number of a block, page there
         self.urgent: UrgentChannel | None = None
+        self.answers: ReturnPath | None = None
         self.window = FlightWindow(WINDOW_BYTES, PING_BYTES)
 
     def begin(self) -> None:
@@ -80,10 +86,16 @@ class PostcopyPush:
     def run(self) -> None:
         """Push until nothing is pending."""
         self._let_guest_begin()
-        while self._push_batch():
-            self._let_urgent_by()
-            self.window.wait()
-            self._sender.pace(self._over)
+        meanwhile = Meanwhile(self._over, self.answers)
+        try:
+            while self._push_batch():
+                meanwhile.read(here=self.urgent is None and self._is_limited())
+                meanwhile.look()
+                self._let_urgent_by()
+                meanwhile.wait_for(self.window)
+                self._sender.pace(meanwhile)
+        finally:
+            meanwhile.read(here=False)
         self._let_urgent_by()  # what they have taken is not pending any more, but perhaps not yet sent
 
     def stop(self) -> None:
@@ -168,8 +180,13 @@ class PostcopyPush:
 
     def _batch_bytes(self) -> int:
         wanted = self._unlimited_batch_bytes()
-        limit = self._sender.limit
-        return min(wanted, max(LEAST_PUSH_BYTES, int(limit * LIMITED_PUSH_S))) if limit else wanted
+        if not self._is_limited():
+            return wanted
+        return min(wanted, max(LEAST_PUSH_BYTES, int(self._sender.limit * LIMITED_PUSH_S)))
+
+    def _is_limited(self) -> bool:
+        """Whether the bandwidth limit makes the push sleep."""
+        return 0 < self._sender.limit * LIMITED_PUSH_S < PUSH_BYTES
 
     def _unlimited_batch_bytes(self) -> int:
         if time.monotonic() - self._last_request > CALM_S:

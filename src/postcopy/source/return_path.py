@@ -1,7 +1,8 @@
 """What the destination says: the thread ``return-path`` reads it.
 
 Page requests are served from this very thread, so that no hand-over between threads stands between a
-vCPU that waits and its page.
+vCPU that waits and its page.  While the push has to wait for its bandwidth limit, its thread reads instead
+(:meth:`ReturnPath.look`): it would have the interpreter just when a page is asked for.
 """
 
 import threading
@@ -9,6 +10,7 @@ from collections.abc import Callable
 
 from postcopy.channel.channel import Channel
 from postcopy.errors import ChannelBroken, PostcopyError, StreamError
+from postcopy.kernel.reading import ReadingTurn
 from postcopy.kernel.scheduling import run_soon
 from postcopy.memory.runs import Mask
 from postcopy.stream.identity import is_ours
@@ -47,6 +49,8 @@ class ReturnPath:
         self._end: PostcopyError | None = None
         self._bitmaps: dict[str, Mask] = {}
         self._resumed = False
+        self.turn = ReadingTurn(channel.fileno())
+        self._failure: PostcopyError | None = None  # met by who had borrowed the turn
         self._thread = threading.Thread(target=self.run, name="return-path", daemon=True)
         self.peer_is_ours = False
 
@@ -62,12 +66,10 @@ class ReturnPath:
     def run(self) -> None:
         """Take messages until the destination has had its last word, or the channel breaks."""
         run_soon()  # a page may be asked for
-        channel, decoder = self._channel, self._decoder
         try:
-            while self._shut is None and (count := channel.receive_into(decoder.buffer())):
-                decoder.received(count)
-                while (message := decoder.next_message()) is not None:
-                    self._take(message)
+            self.turn.wait()
+            while self._receive():
+                self.turn.wait()
             end: PostcopyError = ChannelBroken(
                 f"{self._channel.description}: the destination closed the connection; {_ITS_ERROR}"
             )
@@ -75,12 +77,32 @@ class ReturnPath:
             end = error
             if isinstance(error.__cause__, ConnectionError):  # not ended by ourselves
                 end = ChannelBroken(f"{error}: the destination is gone; {_ITS_ERROR}")
+        self.turn.end()
         with self._changed:
             self._end = end
             self._changed.notify_all()
         if self._shut != 0:
             self._channel.shutdown()  # wake a sender that waits for a peer who is gone
         self._on_end()
+
+    def look(self, timeout_s: float | None = 0) -> bool:
+        """Take what the destination says, in place of the thread; for who has borrowed its turn.
+
+        What ends the return path is left to the thread, which gets its turn back.
+
+        :param timeout_s: how long to wait for a message; None: as long as it takes.
+        :return: whether anything has come; False as well if the thread reads itself.
+        """
+        if not self.turn.is_borrowed or not self.turn.is_readable(timeout_s):
+            return False
+        try:
+            goes_on = self._receive()
+        except PostcopyError as error:
+            self._failure = error
+            goes_on = False
+        if not goes_on:
+            self.turn.give_back(at_once=True)
+        return True
 
     def wait_pong(self, *values: int) -> int:
         """Wait until the destination has come to our ping; return which of ``values`` it answered.
@@ -151,6 +173,19 @@ class ReturnPath:
         if self._shut:
             return StreamError(f"the destination could not take the guest; {_ITS_ERROR}")
         return self._end or ChannelBroken("the return path has ended")
+
+    def _receive(self) -> bool:
+        """Take what has come; return whether more may come."""
+        if self._failure is not None:
+            raise self._failure
+        if self._shut is not None:
+            return False
+        if not (count := self._channel.receive_into(self._decoder.buffer())):
+            return False
+        self._decoder.received(count)
+        while (message := self._decoder.next_message()) is not None:
+            self._take(message)
+        return self._shut is None
 
     def _take(self, message: object) -> None:
         if isinstance(message, RequestPages):

@@ -1,12 +1,11 @@
 """How pages leave: as records on a stream, or at their places in a file (mapped-ram)."""
 
-import threading
 from collections.abc import Sequence
 from typing import Protocol
 
 from postcopy.channel.channel import Channel
 from postcopy.channel.files import check_seekable
-from postcopy.channel.rate_limit import RateLimiter
+from postcopy.channel.rate_limit import Interrupt, RateLimiter
 from postcopy.memory.ram_block import RamBlock
 from postcopy.memory.runs import Indices
 from postcopy.parameters import Capabilities, Capability
@@ -58,7 +57,7 @@ class Sender(Protocol):
     def say(self, command: bytes) -> None:
         """Send a command behind the pages."""
 
-    def pace(self, interrupt: threading.Event) -> None:
+    def pace(self, interrupt: Interrupt) -> None:
         """Sleep as long as the bandwidth limit wants it, unless interrupted."""
 
     def end_of_ram(self) -> bytes:
