@@ -7,6 +7,7 @@ import subprocess
 from postcopy.channel.address import ExecAddress
 from postcopy.channel.descriptors import DescriptorChannel
 from postcopy.errors import ChannelBroken
+from postcopy.stacks import not_handed_down
 
 CLOSE_PATIENCE_S = 60.0
 """How long a command may go on working after its input ended, before it is ended itself."""
@@ -26,13 +27,14 @@ class CommandChannel(DescriptorChannel):
 
     def __init__(self, address: ExecAddress, patience_s: float = CLOSE_PATIENCE_S) -> None:
         # A session of its own: the signal that ends the command must reach its children too.
-        self._process = subprocess.Popen(
-            ["/bin/sh", "-c", address.command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            start_new_session=True,
-        )
+        with not_handed_down():
+            self._process = subprocess.Popen(
+                ["/bin/sh", "-c", address.command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+                start_new_session=True,
+            )
         self._patience_s = patience_s
         assert self._process.stdin is not None
         assert self._process.stdout is not None
