@@ -37,7 +37,7 @@ class TestVerify:
         outcome = postcopy("verify", str(path))
         assert outcome.returncode == 1
         assert "do not agree with their digest: block ram from offset" in outcome.stdout
-        assert one_line(outcome) == f"{path} is damaged in 1 places; take it from a copy"
+        assert one_line(outcome) == f"{path} is damaged in one place; take it from a copy"
         found = json.loads(postcopy("verify", "--json", str(path)).stdout)
         assert not found["whole"]
         (damage,) = found["damages"]

@@ -44,7 +44,8 @@ def verify(path: Path, adopt: bool, as_json: bool) -> None:
         whole = {"path": str(path), "identity": manifest.identity, "whole": not damages}
         click.echo(json.dumps(whole | {"damages": [_as_object(each) for each in damages]}))
     if damages:
-        raise CommandFailed(f"{path} is damaged in {len(damages)} places; take it from a copy")
+        where = "one place" if len(damages) == 1 else f"{len(damages)} places"
+        raise CommandFailed(f"{path} is damaged in {where}; take it from a copy")
     if not as_json:
         click.echo(f"{path}: whole; identity {manifest.identity}")
 
