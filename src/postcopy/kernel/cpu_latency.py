@@ -43,9 +43,8 @@ class CpusAwake:
     def a_while(self) -> None:
         """Keep CPUs awake for the next tenth of a second; any thread may call this, and often."""
         self._until_ns = time.monotonic_ns() + _WHILE_NS
-        if (
-            not self._settled
-        ):  # first the time, then this look: the ender does it the other way round
+        # First the time, then this look: the ender does it the other way round.
+        if not self._settled:
             with self._lock:
                 if not self._settled:
                     self._settled = True

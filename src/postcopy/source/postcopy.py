@@ -17,8 +17,8 @@ from postcopy.memory.runs import Indices
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages, DirtyPages
 from postcopy.source.flight_window import FlightWindow
-from postcopy.source.meanwhile import Meanwhile
 from postcopy.source.page_records import BATCH_PAGES
+from postcopy.source.push_waits import PushWaits
 from postcopy.source.return_path import ReturnPath
 from postcopy.source.sending import Sender
 from postcopy.source.urgent_channel import UrgentChannel
@@ -86,16 +86,16 @@ class PostcopyPush:
     def run(self) -> None:
         """Push until nothing is pending."""
         self._let_guest_begin()
-        meanwhile = Meanwhile(self._over, self.answers)
+        waits = PushWaits(self._over, self.answers)
         try:
             while self._push_batch():
-                meanwhile.read(here=self.urgent is None and self._is_limited())
-                meanwhile.look()
+                waits.read(here=self.urgent is None and self._is_limited())
+                waits.look()
                 self._let_urgent_by()
-                meanwhile.wait_for(self.window)
-                self._sender.pace(meanwhile)
+                waits.wait_for(self.window)
+                self._sender.pace(waits)
         finally:
-            meanwhile.read(here=False)
+            waits.read(here=False)
         self._let_urgent_by()  # what they have taken is not pending any more, but perhaps not yet sent
 
     def stop(self) -> None:

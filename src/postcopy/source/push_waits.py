@@ -6,7 +6,7 @@ from postcopy.source.flight_window import FlightWindow
 from postcopy.source.return_path import ReturnPath
 
 
-class Meanwhile:
+class PushWaits:
     """Waits of one push, each of them broken off when it is over.
 
     :param over: set when nothing can be sent any more.

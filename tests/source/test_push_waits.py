@@ -9,7 +9,7 @@ from postcopy.channel.rate_limit import RateLimiter
 from postcopy.channel.sockets import SocketChannel
 from postcopy.errors import ChannelBroken, StreamError
 from postcopy.source.flight_window import FIRST_PING, FlightWindow
-from postcopy.source.meanwhile import Meanwhile
+from postcopy.source.push_waits import PushWaits
 from postcopy.source.return_path import ReturnPath
 from postcopy.stream.layout import BlockLayout
 from postcopy.stream.records import Pong, RequestPages, Shut
@@ -37,7 +37,7 @@ class Push:
             self.end,
         )
         self.answers.start()
-        self.meanwhile = Meanwhile(self.over, self.answers)
+        self.waits = PushWaits(self.over, self.answers)
 
     def serve(self, name, start_bytes, length_bytes):
         with self.serving:
@@ -49,7 +49,7 @@ class Push:
         self.window.close()
 
     def close(self):
-        self.meanwhile.read(here=False)
+        self.waits.read(here=False)
         self.channel.shutdown()
         self.answers.join()
         self.channel.close()
@@ -65,12 +65,12 @@ def push():
 
 def test_a_page_is_asked_of_the_thread_that_reads(push):
     me = threading.current_thread()
-    push.meanwhile.read(here=True)
+    push.waits.read(here=True)
     push.peer.send(REQUEST * 3)
     while len(push.served) < 3:
-        assert not push.meanwhile.wait(10)
+        assert not push.waits.wait(10)
     assert push.served == [me] * 3
-    push.meanwhile.read(here=False)
+    push.waits.read(here=False)
     push.peer.send(REQUEST)
     with push.serving:
         assert push.serving.wait_for(lambda: len(push.served) == 4, 10)
@@ -78,51 +78,51 @@ def test_a_page_is_asked_of_the_thread_that_reads(push):
 
 
 def test_what_has_come_by_now_is_taken_without_waiting(push):
-    push.meanwhile.read(here=True)
+    push.waits.read(here=True)
     push.peer.send(REQUEST)
-    push.meanwhile.look()
-    push.meanwhile.look()
+    push.waits.look()
+    push.waits.look()
     assert len(push.served) == 1
 
 
 def test_a_wait_for_the_bandwidth_limit_serves(push):
-    push.meanwhile.read(here=True)
+    push.waits.read(here=True)
     push.peer.send(REQUEST)
     limiter = RateLimiter(1000)
-    assert limiter.wait(110, push.meanwhile)
+    assert limiter.wait(110, push.waits)
     assert push.served == [threading.current_thread()]
 
 
 def test_a_wait_for_the_window_takes_the_pong_that_opens_it(push):
-    push.meanwhile.read(here=True)
+    push.waits.read(here=True)
     assert push.window.sent(20) == FIRST_PING
     assert not push.window.is_open
     push.peer.send(REQUEST + encode_message(Pong(FIRST_PING)))
-    push.meanwhile.wait_for(push.window)
+    push.waits.wait_for(push.window)
     assert push.window.is_open
     assert len(push.served) == 1
 
 
 @pytest.mark.parametrize("here", [True, False])
 def test_the_destinations_verdict_ends_every_wait(push, here):
-    push.meanwhile.read(here=here)
+    push.waits.read(here=here)
     push.window.sent(20)
     push.peer.send(encode_message(Shut(1)))
-    push.meanwhile.wait_for(push.window)
-    while not push.meanwhile.wait(10):
+    push.waits.wait_for(push.window)
+    while not push.waits.wait(10):
         pass
     with pytest.raises(StreamError, match="could not take the guest"):
         push.answers.wait_shut()
-    push.meanwhile.read(here=True)  # nobody is there any more to pass it
+    push.waits.read(here=True)  # nobody is there any more to pass it
     assert not push.answers.turn.is_borrowed
 
 
 @pytest.mark.parametrize("here", [True, False])
 def test_an_end_ends_every_wait(push, here):
-    push.meanwhile.read(here=here)
+    push.waits.read(here=here)
     push.peer.close()
     push.window.sent(20)
-    push.meanwhile.wait_for(push.window)
+    push.waits.wait_for(push.window)
     assert push.over.wait(10)
     with pytest.raises(ChannelBroken, match="closed the connection"):
         push.answers.wait_shut()
@@ -130,18 +130,18 @@ def test_an_end_ends_every_wait(push, here):
 
 @pytest.mark.parametrize("here", [True, False])
 def test_so_does_a_break_of_our_own(push, here):
-    push.meanwhile.read(here=here)
+    push.waits.read(here=here)
     push.window.sent(20)
     threading.Thread(target=push.channel.shutdown).start()
-    push.meanwhile.wait_for(push.window)
+    push.waits.wait_for(push.window)
     assert push.over.wait(10)
 
 
 @pytest.mark.parametrize("here", [True, False])
 def test_nonsense_is_refused_by_name_whoever_reads_it(push, here):
-    push.meanwhile.read(here=here)
+    push.waits.read(here=here)
     push.peer.send(b"\xff" * 64)
-    while not push.meanwhile.wait(10):
+    while not push.waits.wait(10):
         pass
     with pytest.raises(StreamError, match="RP: Received invalid message 0xffff"):
         push.answers.wait_shut()
@@ -149,9 +149,9 @@ def test_nonsense_is_refused_by_name_whoever_reads_it(push, here):
 
 def test_without_answers_it_only_waits():
     over = threading.Event()
-    meanwhile = Meanwhile(over, None)
-    meanwhile.read(here=True)
-    meanwhile.look()
+    waits = PushWaits(over, None)
+    waits.read(here=True)
+    waits.look()
     over.set()
-    assert meanwhile.wait(10)
-    assert meanwhile.is_set()
+    assert waits.wait(10)
+    assert waits.is_set()
