@@ -110,9 +110,14 @@ class Connection:
         self._watch(self._ask_for_life)
 
     def expect_last_word(self) -> None:
-        """The same from the end of the stream on, behind which there must be no ping."""
+        """The same from here to the end: behind the end of the stream there must be no ping.
+
+        :raises ChannelBroken: the destination has been silent for too long already.
+        """
         if self._silence is not None:
             self._silence.stop()
+        if self._cause is not None:
+            raise self._cause
         self._watch(lambda: True)
 
     def _watch(self, waiting: Callable[[], bool]) -> None:

@@ -110,6 +110,8 @@ class Switchover:
 
     def complete_precopy(self) -> None:
         """Send the rest while the guest stands still, and hand it over."""
+        if self._return_path is not None:
+            self._connection.begin_watch()  # nobody is to stand still for a peer that does nothing
         self._channel.send(encode_command(SwitchoverStart()))
         for pages in self._dirty.blocks:
             start = 0
@@ -125,6 +127,7 @@ class Switchover:
             # Before the last byte: only when it answers has the destination taken all that it needs.
             self._channel.send(encode_command(Ping(LAST_PING)))
             self._return_path.wait_pong(LAST_PING)
+            self._connection.expect_last_word()
         reached("source.all-taken")
         self._check_cancelled()
         self._commit()
@@ -134,7 +137,6 @@ class Switchover:
         self._clock.handed_over = time.monotonic()
         self._channel.send(encoder.description(self._describe(states)))
         if self._return_path is not None:
-            self._connection.expect_last_word()
             self._return_path.wait_shut()
         self._clock.confirmed = time.monotonic()
 
