@@ -2,9 +2,11 @@
 
 import asyncio
 import os
+import resource
 
 import pytest
 
+from fakes.pair import MIB, engines
 from fakes.waiting import wait_until
 from postcopy import (
     Guest,
@@ -84,6 +86,20 @@ def test_what_fails_leaves_nothing_and_the_guest_runs_on(guest, tmp_path):
         assert machine.run_state() == "running"
     assert not path.exists()
     assert not beside(path).exists()
+
+
+def test_a_full_disk_is_told_by_the_name_that_was_asked_for(guest, tmp_path):
+    """As far as a process sees it: so many bytes, and no more."""
+    path = tmp_path / "image"
+    wait_until(lambda: engines(guest.process.pid), 30, "an engine")
+    for engine in engines(guest.process.pid):
+        resource.prlimit(engine, resource.RLIMIT_FSIZE, (3 * MIB, 3 * MIB))
+    with sync.Guest.connect(guest.qmp) as machine, pytest.raises(MigrationFailed) as failed:
+        machine.snapshot(path)
+    assert str(failed.value) == (
+        f"the snapshot failed: file:{path}: File too large; the guest runs on"
+    )
+    assert left_behind(tmp_path) == []
 
 
 def test_a_cancel_leaves_nothing_and_the_guest_runs_on(guest, tmp_path):

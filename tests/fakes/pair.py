@@ -298,8 +298,8 @@ def ram_of(machine: Machine) -> np.ndarray:
     return memory.reshape(-1, PAGE_BYTES)
 
 
-def engines() -> list[int]:
-    """The engine processes that this process has started and that still are."""
+def engines(of: int | None = None) -> list[int]:
+    """The engine processes that a process, or this one, has started and that still are."""
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -309,7 +309,7 @@ def engines() -> list[int]:
             command = (entry / "cmdline").read_bytes()
         except OSError:
             continue  # it has just ended
-        if parent == os.getpid() and b"postcopy.engine" in command:
+        if parent == (of or os.getpid()) and b"postcopy.engine" in command:
             found.append(int(entry.name))
     return found
 

@@ -118,7 +118,7 @@ class TestSinkThatFails:
         resource.prlimit(engine, resource.RLIMIT_FSIZE, (3 * MIB, 3 * MIB))
         portrait.begin(f"file:{image}")
         portrait.side.wait(Status.FAILED)
-        assert portrait.side.error == f"file:{image}.partial: File too large"
+        assert portrait.side.error == f"file:{image}: File too large"
         assert names_in(image.parent) == ["image"]
         assert image.read_bytes() == OLD
         check_survived(portrait, tmp_path)

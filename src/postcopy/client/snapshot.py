@@ -194,6 +194,9 @@ class SnapshotJob:
         if status is Status.CANCELLED:
             raise MigrationCancelled("the snapshot was cancelled; the guest runs on")
         why = answer.get("error-desc", "the machine does not say why")
+        # It was told another name than the one that was asked for; ours has another beside that.
+        for written in (partial(partial(self._path)), partial(self._path)):
+            why = why.replace(str(written), str(self._path))
         raise MigrationFailed(f"the snapshot failed: {why}; the guest runs on")
 
     async def _until_stopped(self) -> Mapping[str, Any]:

@@ -128,6 +128,7 @@ class BackgroundSnapshot:
             if address is self._address
             else connect(address)  # an ordinary file: on return it is there, and ours to remove
         )
+        channel.description = str(self._address)  # what was asked for, in each error
         # A host that is gone must not make the guest wait for what it will never take.
         channel.watch(self._parameters.x_link_timeout / 1000)
         reached("snapshot.connected")
