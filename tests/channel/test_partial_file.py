@@ -5,8 +5,9 @@ import os
 import pytest
 
 from postcopy.channel.address import FileAddress, parse
-from postcopy.channel.partial_file import begin_partial, partial_of, publish, remove_partial
-from postcopy.errors import CannotConnect, ChannelBroken
+from postcopy.channel.claim import claimed
+from postcopy.channel.partial_file import PartialFile, remove_partial
+from postcopy.errors import CannotConnect, ChannelBroken, Refused
 
 
 @pytest.fixture
@@ -16,18 +17,30 @@ def address(tmp_path):
 
 def test_written_beside_and_renamed(tmp_path, address):
     (tmp_path / "image").write_text("old")
-    partial = begin_partial(address)
+    made = PartialFile(address)
+    partial = made.begin()
     assert partial == FileAddress(f"{tmp_path}/image.partial")
     with (tmp_path / "image.partial").open("w") as file:
         file.write("new")
         file.flush()
         assert (tmp_path / "image").read_text() == "old"
-        publish(address, file.fileno())
+        made.publish(file.fileno())
+    made.end()
     assert (tmp_path / "image").read_text() == "new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["image"]
 
 
-def test_what_is_half_written_can_be_removed(tmp_path, address):
+def test_what_is_half_written_goes_at_the_end(tmp_path, address):
+    made = PartialFile(address)
+    made.end()
+    made.begin()
+    (tmp_path / "image.partial").touch()
+    made.end()
+    made.end()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_dead_process_has_left_can_be_removed(tmp_path, address):
     remove_partial(address)
     (tmp_path / "image.partial").touch()
     remove_partial(address)
@@ -36,32 +49,54 @@ def test_what_is_half_written_can_be_removed(tmp_path, address):
 
 def test_what_another_has_left_is_not_written_into(tmp_path, address):
     (tmp_path / "image.partial").write_text("left")
-    begin_partial(address)
-    assert not list(tmp_path.iterdir())
+    made = PartialFile(address)
+    made.begin()
+    assert not (tmp_path / "image.partial").exists()
+    made.end()
+
+
+def test_what_another_is_writing_stays_as_it_is(tmp_path, address):
+    with claimed(address.path):
+        (tmp_path / "image.partial").write_text("half")
+        second = PartialFile(address)
+        with pytest.raises(Refused, match="another snapshot is being written to"):
+            second.begin()
+        second.end()
+        remove_partial(address)
+        assert (tmp_path / "image.partial").read_text() == "half"
 
 
 @pytest.mark.parametrize("uri", ["tcp:a:1", "unix:/a", "exec:cat", "fd:3", "file:/a,offset=1"])
 def test_there_is_nothing_to_rename(uri):
     address = parse(uri)
-    assert partial_of(address) is None
-    assert begin_partial(address) is address
+    made = PartialFile(address)
+    assert made.begin() is address
+    made.publish(-1)
+    made.end()
     remove_partial(address)
-    publish(address, -1)
 
 
 def test_a_fifo_is_written_to_directly(tmp_path, address):
     os.mkfifo(tmp_path / "image")
-    assert partial_of(address) is None
-    assert begin_partial(address) is address
+    assert PartialFile(address).begin() is address
 
 
 def test_a_folder_is_refused(tmp_path):
     with pytest.raises(CannotConnect, match="Is a directory"):
-        begin_partial(FileAddress(str(tmp_path)))
+        PartialFile(FileAddress(str(tmp_path))).begin()
+    remove_partial(FileAddress(str(tmp_path)))
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(CannotConnect, match=r"Could not open '.*/no/image': No such file"):
+        PartialFile(FileAddress(f"{tmp_path}/no/image")).begin()
 
 
 def test_a_name_that_cannot_be_given(tmp_path, address):
+    made = PartialFile(address)
+    made.begin()
     with (tmp_path / "image.partial").open("w") as file:
         (tmp_path / "image.partial").unlink()
         with pytest.raises(ChannelBroken, match="No such file"):
-            publish(address, file.fileno())
+            made.publish(file.fileno())
+    made.end()

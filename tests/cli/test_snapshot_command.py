@@ -6,6 +6,7 @@ import stat
 import pytest
 
 from fakes.commands import one_line, postcopy
+from postcopy.channel.claim import claimed
 from postcopy.snapshot.image import open_image
 from postcopy.snapshot.manifest import Manifest
 from postcopy.snapshot.verify import find_damages
@@ -69,6 +70,29 @@ def test_a_name_that_is_taken_is_refused_beforehand(guest, tmp_path):
     assert outcome.returncode == 3
     assert "exists; remove it, or give another path" in one_line(outcome)
     assert (tmp_path / "image").read_text() == "mine"
+
+
+def test_a_name_that_is_being_written_is_refused_beforehand(guest, tmp_path):
+    half = tmp_path / "image.partial"
+    with claimed(tmp_path / "image"):
+        half.write_text("half of another's")
+        outcome = postcopy("snapshot", "--from", guest.qmp, str(tmp_path / "image"))
+        assert outcome.returncode == 3
+        assert one_line(outcome) == (
+            f"another snapshot is being written to {tmp_path}/image; wait for its end, or give "
+            "another path"
+        )
+        assert half.read_text() == "half of another's"
+    assert_runs_on(guest)
+
+
+def test_a_machine_that_still_writes_for_somebody_who_has_gone_is_in_the_way(guest, tmp_path):
+    half = tmp_path / "image.partial.partial"
+    with claimed(tmp_path / "image.partial"):
+        half.write_text("half of another's")
+        outcome = postcopy("snapshot", "--from", guest.qmp, str(tmp_path / "image"))
+        assert outcome.returncode == 3
+        assert half.read_text() == "half of another's"
 
 
 def test_a_parent_without_a_store_is_refused_beforehand(guest, tmp_path):

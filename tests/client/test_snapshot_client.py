@@ -88,6 +88,29 @@ def test_what_fails_leaves_nothing_and_the_guest_runs_on(guest, tmp_path):
     assert not beside(path).exists()
 
 
+def test_of_two_at_a_time_for_one_name_the_second_is_refused(guest, tmp_path):
+    """The first is not disturbed by it, whenever it comes."""
+    path = tmp_path / "image"
+
+    async def take():
+        async with Guest.connect(guest.qmp) as machine:
+            first = await machine.start_snapshot(path)
+            refused = []
+            async for _ in first.events():
+                try:
+                    second = await machine.snapshot(path)
+                except Refused as error:
+                    refused.append(str(error))
+                else:
+                    raise AssertionError(second)
+            return await first.result(), refused
+
+    snapshot, refused = asyncio.run(take())
+    assert f"another snapshot is being written to {path}; wait for its end" in refused[0]
+    assert list(find_damages(path, Manifest.load(snapshot.path))) == []
+    assert left_behind(tmp_path) == ["image", "image.manifest.json"]
+
+
 def test_a_full_disk_is_told_by_the_name_that_was_asked_for(guest, tmp_path):
     """As far as a process sees it: so many bytes, and no more."""
     path = tmp_path / "image"

@@ -12,6 +12,7 @@ from fakes.sink import Sink
 from fakes.snapshots import Portrait
 from fakes.waiting import wait_until
 from postcopy import kill_points
+from postcopy.channel.claim import claimed
 from postcopy.machine.workload import load
 from postcopy.snapshot.aside import ASIDE_BYTES
 from postcopy.status import Status
@@ -121,6 +122,16 @@ class TestSinkThatFails:
         assert portrait.side.error == f"file:{image}: File too large"
         assert names_in(image.parent) == ["image"]
         assert image.read_bytes() == OLD
+        check_survived(portrait, tmp_path)
+
+    def test_another_is_being_written_there(self, tmp_path, portrait, image):
+        half = image.with_name("image.partial")
+        with claimed(image):
+            half.write_bytes(b"half")
+            portrait.begin(f"file:{image}")
+            portrait.side.wait(Status.FAILED)
+            assert f"another snapshot is being written to {image};" in portrait.side.error
+            assert half.read_bytes() == b"half"
         check_survived(portrait, tmp_path)
 
     def test_no_such_folder(self, tmp_path, portrait):

@@ -12,7 +12,7 @@ from postcopy.client.capabilities import for_a_snapshot
 from postcopy.client.connection import Connection
 from postcopy.client.progress import STOPPED, Phase, Progress, ProgressTracker
 from postcopy.errors import MigrationCancelled, MigrationFailed, PostcopyError, Refused
-from postcopy.snapshot.publish import check_free, discard, partial
+from postcopy.snapshot.publish import partial, reserved
 from postcopy.snapshot.wanted import Cost, Form, Wanted
 from postcopy.status import Status
 
@@ -146,11 +146,9 @@ class SnapshotJob:
         await self._machine.execute("migrate_cancel")
 
     async def _run(self) -> Snapshot:
-        check_free(self._path)
-        discard(self._path)
-        if self._wanted.parent is not None:
-            await asyncio.to_thread(lambda: _files().check_parent(self._wanted.parent))
-        try:
+        with reserved(self._path):
+            if self._wanted.parent is not None:
+                await asyncio.to_thread(lambda: _files().check_parent(self._wanted.parent))
             ours = await self._is_ours()
             if not ours:
                 await self._check_state()
@@ -160,9 +158,6 @@ class SnapshotJob:
             async with for_a_snapshot(self._machine, mapped=mapped):
                 answer = await self._save()
             finished = await self._finish(answer)
-        except BaseException:
-            discard(self._path)
-            raise
         result = self._outcome(answer, finished)
         await self._publish(replace(self._last, phase=Phase.COMPLETED, fraction=1.0))
         return result

@@ -412,6 +412,7 @@ class MigrationControl:
             self._service.unwatch_writes()
             self._service.unwatch_snapshot()
             if self._settings.enabled(Capability.BACKGROUND_SNAPSHOT):
+                engine.kill()  # its link goes first, and then the claim on what it was writing
                 remove_partial(parse(self._last_uri))  # no half image is left behind
             if self._guest.owned:
                 self._resume_guest()

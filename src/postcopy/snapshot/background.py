@@ -13,7 +13,7 @@ from dataclasses import replace
 from postcopy.channel.address import parse
 from postcopy.channel.channel import Channel
 from postcopy.channel.connect import connect
-from postcopy.channel.partial_file import begin_partial, publish, remove_partial
+from postcopy.channel.partial_file import PartialFile
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.errors import MigrationCancelled, PostcopyError
 from postcopy.guest import DeviceState
@@ -53,6 +53,7 @@ class BackgroundSnapshot:
     ) -> None:
         self._guest = guest
         self._address = parse(uri)
+        self._file = PartialFile(self._address)
         self._capabilities = capabilities
         self._parameters = parameters
         self._progress = progress
@@ -64,7 +65,6 @@ class BackgroundSnapshot:
         self._aside = Aside()
         self._device_bytes = 0
         # Made by the steps of it, in this order.
-        self._began = False
         self._channel: Channel | None = None
         self._sender: Sender | None = None
         self._blocks: list[RamBlock] = []
@@ -89,7 +89,7 @@ class BackgroundSnapshot:
 
     def leave(self) -> None:
         """The engine ends, and nobody writes on: no half image stays."""
-        remove_partial(self._address)
+        self._file.end()
 
     def info(self) -> MigrationInfo:
         """The figures as they are now."""
@@ -121,8 +121,7 @@ class BackgroundSnapshot:
 
     def _open(self) -> tuple[Channel, Sender]:
         """Reach the sink, and say what is to come."""
-        self._began = True  # whether the sink can be reached or not: what is half there is ours
-        address = begin_partial(self._address)
+        address = self._file.begin()
         self._channel = channel = (
             connect_unless_cancelled(address, self.orders)
             if address is self._address
@@ -216,7 +215,7 @@ class BackgroundSnapshot:
         sender.count()
         reached("snapshot.all-sent")
         self._check_cancelled()
-        publish(self._address, channel.fileno())
+        self._file.publish(channel.fileno())
         reached("snapshot.published")
         channel.close()  # for a command this is when it proves to have worked
 
@@ -263,9 +262,7 @@ class BackgroundSnapshot:
             except PostcopyError:
                 pass  # it was over already
             self._channel = None
-        if self._began:
-            self._began = False
-            remove_partial(self._address)
+        self._file.end()
         while self._blocks:
             self._blocks.pop().close()
 

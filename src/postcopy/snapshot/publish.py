@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from postcopy.channel.address import FileAddress
+from postcopy.channel.claim import claimed
+from postcopy.channel.partial_file import remove_partial
 from postcopy.errors import Refused
 
 PARTIAL: Final = ".partial"
@@ -33,9 +36,32 @@ def check_free(path: Path) -> None:
         raise Refused(f"{path.parent} is no folder; make it, or give another path")
 
 
+@contextlib.contextmanager
+def reserved(path: Path) -> Iterator[None]:
+    """Hold a name that is free, for one image; nothing half-written is there, first or last.
+
+    :raises Refused: it is not free, or somebody is writing an image for it.
+    :raises OSError: nothing can be written there.
+    """
+    check_free(path)
+    with claimed(path):
+        check_free(path)  # it may have been published meanwhile
+        with claimed(partial(path)):
+            pass  # else a machine is still writing there, for somebody who has gone
+        discard(path)
+        try:
+            yield
+        finally:
+            discard(path)
+
+
 def discard(path: Path) -> None:
-    """Take away what somebody has left half-written; harmless when there is nothing."""
-    for each in (partial(path), partial(partial(path)), anew(path)):
+    """Take away what somebody has left half-written; harmless when there is nothing.
+
+    For who has claimed the name, but for what a machine is still writing there for nobody.
+    """
+    remove_partial(FileAddress(str(partial(path))))
+    for each in (partial(path), anew(path)):
         with contextlib.suppress(OSError):  # whoever writes there next says what is wrong
             each.unlink(missing_ok=True)
 
