@@ -39,19 +39,15 @@ class MachineProcess:
 
         :param command: ``restore`` in its place, with its arguments.
         :raises Refused: it refused its options.
-        :raises CannotConnect: it ended, or its QMP did not come.
+        :raises CannotConnect: it could not be started, it ended, or its QMP did not come.
         """
         folder = Path(tempfile.mkdtemp(prefix="postcopy-"))
         qmp = f"unix:{folder / 'qmp'}"
-        with (folder / "stderr").open("wb") as stderr:
-            line = [sys.executable, "-m", "postcopy", command, "--monitor", "stdio", "--qmp", qmp]
-            process = subprocess.Popen(
-                [*line, *_command_line(options), "--", *arguments],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=stderr,
-                start_new_session=True,  # a Ctrl-C is for whoever drives it
-            )
+        line = [command, "--monitor", "stdio", "--qmp", qmp, *_command_line(options)]
+        with contextlib.ExitStack() as cleanup:
+            cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
+            process = _run([*line, "--", *arguments], folder / "stderr")
+            cleanup.pop_all()
         started = cls(process, folder, command)
         try:
             return started, await started._connect(qmp)
@@ -89,6 +85,21 @@ class MachineProcess:
         if self._process.stdin is not None:
             self._process.stdin.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _run(line: list[str], errors: Path) -> "subprocess.Popen[bytes]":
+    try:
+        with errors.open("wb") as stderr:
+            return subprocess.Popen(
+                [sys.executable, "-m", "postcopy", *line],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                start_new_session=True,  # a Ctrl-C is for whoever drives it
+            )
+    except OSError as failure:
+        why = failure.strerror or failure
+        raise CannotConnect(f"cannot start 'postcopy {line[0]}': {why}") from failure
 
 
 def _command_line(options: Mapping[str, object]) -> list[str]:

@@ -164,15 +164,14 @@ class Migration:
             self._wake.clear()
             answer: Mapping[str, Any] = await self._source.execute("query-migrate")
             progress = self._tracker.take(answer)
-            if progress.status is Status.NONE:
-                continue  # asked before it had begun
-            self._publish(progress)
-            if progress.phase is Phase.POSTCOPY:
-                self._retries.succeeded()
-            if progress.phase in STOPPED:
-                return answer
-            if self._postcopy_is_due(progress):
-                await self.start_postcopy()
+            if progress.status is not Status.NONE:  # else it was asked before it had begun
+                self._publish(progress)
+                if progress.phase is Phase.POSTCOPY:
+                    self._retries.succeeded()
+                if progress.phase in STOPPED:
+                    return answer
+                if self._postcopy_is_due(progress):
+                    await self.start_postcopy()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), _INTERVAL_S)
 
