@@ -17,30 +17,52 @@ _NOISE = re.compile(r"/(pluggy|_pytest|pytest)/|<frozen runpy>| in _bootstrap(_i
 _MOST_S, _QUIET_S, _LOOK_S = 3.0, 0.1, 0.01
 
 
+class TellsNothing(Exception):
+    """A process whose stacks cannot be had; the sentence says why."""
+
+
 def stacks() -> str:
     """This process (both guests, in most tests), and each below it that tells when it is asked."""
     told = [f"--- this process, {os.getpid()}\n{_ours()}"]
     told += [
-        f"--- process {number}: {_command(number)}\nin the kernel: {_waits(number)}\n{ask(number)}"
+        f"--- process {number}: {_command(number)}\nin the kernel: {_waits(number)}\n{_told(number)}"
         for number in descendants()
         if catches(number)
     ]
     return "\n".join(line for line in "\n".join(told).splitlines() if not _NOISE.search(line))
 
 
+def _told(number: int) -> str:
+    try:
+        return ask(number)
+    except TellsNothing as why:
+        return str(why)
+
+
 def ask(number: int) -> str:
-    """The stacks of a process, where its stderr can be read: in a file, as pytest's capture is one."""
+    """The stacks of a process, where its stderr can be read: in a file, as pytest's capture is one.
+
+    :raises TellsNothing: it has ended, or does not listen, or is held up; or its stderr is no file.
+    """
+    if not catches(number):
+        raise TellsNothing(f"process {number} has ended, or the signal would end it")
     path = Path(f"/proc/{number}/fd/2")
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             os.kill(number, SIGNAL)
-            return "on its stderr, which is no file"
+            raise TellsNothing(f"process {number} tells it on its stderr, which is no file")
         with path.open("rb") as stderr:
             stderr.seek(0, os.SEEK_END)
             os.kill(number, SIGNAL)
-            return _all_that_comes(stderr.fileno()).decode(errors="replace")
+            told = _all_that_comes(stderr.fileno()).decode(errors="replace")
     except OSError as gone:
-        return str(gone)
+        raise TellsNothing(f"process {number} cannot be asked: {gone}") from gone
+    if not told:
+        raise TellsNothing(
+            f"process {number} said nothing for {_MOST_S:g} s: one of its threads waits with the "
+            "interpreter lock"
+        )
+    return told
 
 
 def _all_that_comes(fd: int) -> bytes:
