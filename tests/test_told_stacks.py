@@ -75,7 +75,8 @@ def library():
 
 tell_when_asked()
 threading.Thread(target=library).start()
-threading.Event().wait()
+while True:
+    threading.Event().wait(0.05)
 """
 
 A_COMMAND = """
@@ -177,6 +178,7 @@ def test_a_process_that_has_closed_its_stderr_goes_on(tmp_path):
 
 
 def test_a_thread_of_a_librarys_may_get_the_signal(tmp_path):
+    """Then it is answered as soon as the main thread runs any Python."""
     stderr = tmp_path / "stderr"
     with running(ONE_NOT_BLOCKED, stderr):
         wait_until(lambda: dumps(stderr), DEADLINE_S)

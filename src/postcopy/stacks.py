@@ -51,7 +51,10 @@ class _Teller:
         self._thread.start()
 
     def __call__(self, _number: int, _frame: object) -> None:
-        """It was not blocked there: a thread of a library's, or one in :func:`not_handed_down`."""
+        """It was not blocked there: a thread of a library's, or one in :func:`not_handed_down`.
+
+        Python calls handlers in the main thread, when that is not in the kernel; ask twice.
+        """
         if self._thread.ident is not None:
             signal.pthread_kill(self._thread.ident, SIGNAL)
 
