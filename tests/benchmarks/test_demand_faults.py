@@ -2,12 +2,14 @@
 
 import json
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks import sleepless
 from postcopy.errors import HostCannot
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.link.guest_service import MISSING_FEATURES
@@ -27,4 +29,34 @@ def test_both_handlers_serve_every_page():
         command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    assert set(json.loads(done.stdout)) == {"c", "postcopy", "p50 ratio"}
+    assert set(json.loads(done.stdout)) - {"c, awake"} == {"c", "postcopy", "p50"}
+
+
+class TestSomebodyKeepsTheCpusAwake:
+    def test_who_wants_them_asleep_waits_for_the_end(self, tmp_path, monkeypatch):
+        device = tmp_path / "cpu_dma_latency"
+        device.write_bytes(struct.pack("=i", 0))
+        waits = []
+
+        def wait(seconds):
+            waits.append(seconds)
+            device.write_bytes(struct.pack("=i", 2_000_000_000))
+
+        monkeypatch.setattr(sleepless.time, "sleep", wait)
+        sleepless.wait_until_cpus_may_sleep(device=device)
+        assert len(waits) == 1
+
+    def test_but_not_for_ever(self, tmp_path):
+        device = tmp_path / "cpu_dma_latency"
+        device.write_bytes(struct.pack("=i", 20))
+        with pytest.raises(TimeoutError, match="CPUs that wake within 20 us; 'fuser"):
+            sleepless.wait_until_cpus_may_sleep(0, device)
+
+    def test_where_nobody_can_nobody_does(self, tmp_path):
+        sleepless.wait_until_cpus_may_sleep(0, tmp_path / "nothing")
+
+    def test_it_is_asked_for(self, tmp_path):
+        device = tmp_path / "cpu_dma_latency"
+        device.touch()
+        with sleepless.cpus_awake(device):
+            assert device.read_bytes() == bytes(4)
