@@ -106,15 +106,21 @@ class Origin:
         return self._image.read(self._name, page * self._per_page, count * self._per_page)
 
     def bad(self, page: int) -> tuple[int, int]:
-        """Give the pages that are lost together with ``page``: the first, and the end."""
+        """Give the pages that are lost together with ``page``: the first, and the end.
+
+        Into whichever of them a bad chunk reaches; one of 2 MiB lies on many chunks.
+        """
         if self._check is None or not isinstance(self._image, MappedImage):
             return page, page + 1
-        start = self._image.place(self._name).pages_offset
-        offset = start + page * self._per_page * TARGET_PAGE_BYTES
-        chunk = offset // CHUNK_BYTES * CHUNK_BYTES
-        first = max(0, chunk - start) // (self._per_page * TARGET_PAGE_BYTES)
-        end = -(-(chunk + CHUNK_BYTES - start) // (self._per_page * TARGET_PAGE_BYTES))
-        return first, min(max(end, page + 1), len(self.data))
+        at, count = page * self._per_page, self._per_page
+        wrong = np.flatnonzero(~self._check.good(self._name, at, count))
+        if not len(wrong):
+            wrong = np.zeros(1, np.int64)  # it cannot be read: nor, most likely, what is around it
+        start, page_bytes = self._image.place(self._name).pages_offset, count * TARGET_PAGE_BYTES
+        chunk, last = ((start + (at + wrong[[0, -1]]) * TARGET_PAGE_BYTES) // CHUNK_BYTES).tolist()
+        first = max(0, chunk * CHUNK_BYTES - start) // page_bytes
+        end = -(-((last + 1) * CHUNK_BYTES - start) // page_bytes)
+        return first, min(end, len(self.data))
 
     def reason(self, page: int) -> str:
         """Say why a page cannot be had: file, block and offset."""
