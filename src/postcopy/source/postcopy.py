@@ -34,6 +34,9 @@ PREEMPTED_PUSH_BYTES = 1024 << 10
 CALM_PUSH_BYTES, CALM_S = 1024 << 10, 0.02
 """The same when nothing has been asked for so long: each batch has its price in CPU time."""
 
+FIRST_PUSH_BYTES = 64 << 10
+"""The first batch goes while the guest is being started there, and keeps a CPU from that."""
+
 LIMITED_PUSH_S = 0.003
 """Under a bandwidth limit no more goes at once than so much time's worth: the CPU is idle anyway, and a
 page that is asked for waits at both ends for the batch that is being worked at."""
@@ -143,14 +146,14 @@ class PostcopyPush:
             self._sender.send(pages, wanted)
 
     def _let_guest_begin(self) -> None:
-        """Push one batch, then hold back while the guest asks for its first pages.
+        """Push a few pages, then hold back while the guest asks for its first ones.
 
         It needs them one after the other (page tables, code, stack), and until it has them it stands
         still: behind the push each would cost it milliseconds.  Many of them lie at the beginning of
         memory; and where KVM walks the guest's page tables itself, a vCPU that waits for one of these
         cannot even be stopped.
         """
-        self._push_batch()
+        self._push_batch(FIRST_PUSH_BYTES)
         deadline = time.monotonic() + BEGIN_S
         with self._urgent_done:
             while (left_s := deadline - time.monotonic()) > 0:
@@ -164,10 +167,10 @@ class PostcopyPush:
         with self._urgent_done:
             self._urgent_done.wait_for(lambda: not self._urgent)
 
-    def _push_batch(self) -> bool:
+    def _push_batch(self, most_bytes: int | None = None) -> bool:
         """Send the next batch; return whether there was one."""
         with self._lock:
-            batch = self._next_batch()
+            batch = self._next_batch(most_bytes or self._batch_bytes())
         if batch is not None:
             self._send(*batch)
         return batch is not None
@@ -193,9 +196,8 @@ class PostcopyPush:
             return CALM_PUSH_BYTES
         return PUSH_BYTES if self.urgent is None else PREEMPTED_PUSH_BYTES
 
-    def _next_batch(self) -> tuple[BlockPages, Indices] | None:
+    def _next_batch(self, batch_bytes: int) -> tuple[BlockPages, Indices] | None:
         """Take the next pages from the pending ones."""
-        batch_bytes = self._batch_bytes()
         number, page = self._position
         count = len(self._dirty.blocks)
         # Once round all blocks, and once more over the part of the first that was skipped.

@@ -1,0 +1,71 @@
+"""The push begins with little, and holds back while the guest asks for its first pages."""
+
+import threading
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from fakes.waiting import wait_until
+from postcopy.guest import Region
+from postcopy.kernel import memfd
+from postcopy.memory.ram_block import RamBlock
+from postcopy.source import postcopy
+from postcopy.source.counters import Counters
+from postcopy.source.dirty_pages import DirtyPages
+
+PAGES = 1024  # less than the window
+DEADLINE_S = 60.0
+FIRST_PAGES = postcopy.FIRST_PUSH_BYTES // 4096
+
+
+class Sent:
+    """A sender that only notes."""
+
+    limit = 0
+
+    def __init__(self):
+        self.batches = []
+
+    def send(self, pages, batch):
+        self.batches.append(batch)
+        return len(batch) * 4096
+
+    def say(self, command):
+        pass
+
+    def pace(self, interrupt):
+        pass
+
+
+@pytest.fixture
+def block():
+    made = RamBlock(Region("ram", PAGES * 4096, 4096, 0, 1 << 40, memfd.create("t", PAGES * 4096)))
+    made.pages[:, 0] = 1
+    yield made
+    made.close()
+
+
+def test_until_the_guest_has_begun_only_a_few_pages_and_those_it_asks_for(block, monkeypatch):
+    clock = mock.Mock(monotonic=mock.Mock(return_value=0.0))
+    monkeypatch.setattr(postcopy, "time", clock)
+    monkeypatch.setattr(postcopy, "QUIET_S", DEADLINE_S)
+    monkeypatch.setattr(postcopy, "BEGIN_S", DEADLINE_S)
+    sent = Sent()
+    push = postcopy.PostcopyPush(DirtyPages([block], None), sent, Counters())
+    push.begin()
+    thread = threading.Thread(target=push.run)
+    thread.start()
+    wait_until(lambda: sent.batches)
+    push.serve("ram", 500 * 4096, 4096)
+    assert [batch.tolist() for batch in sent.batches] == [list(range(FIRST_PAGES)), [500]]
+
+    def has_gone_on():
+        clock.monotonic.return_value += DEADLINE_S + 1
+        push.serve("ram", 500 * 4096, 4096)  # which is on its way already
+        return not thread.is_alive()
+
+    wait_until(has_gone_on)
+    push.stop()
+    assert sent.batches[2][0] == 501  # it goes on from there
+    assert sorted(np.concatenate(sent.batches).tolist()) == list(range(PAGES))
