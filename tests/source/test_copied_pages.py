@@ -7,8 +7,8 @@ from postcopy.stream.numbers import RamFlag
 
 
 def records_of(encoded):
-    """The buffers of one go, parsed: (offset, flag, the page or None)."""
-    data = b"".join(bytes(buffer) for buffer in encoded.buffers)
+    """The parts of one go, parsed: (offset, flag, the page or None)."""
+    data = b"".join(bytes(part) for part in encoded.parts)
     found, at = [], 0
     while at < len(data):
         word = int.from_bytes(data[at : at + 8], "big")

@@ -68,6 +68,7 @@ class Destination:
         self.memory[batch[has_data]] = pages.block.pages[batch[has_data], STAMP]
         if self._writes:
             self._guest.write(self._writes.pop(0))
+        return 0
 
     def pace(self, interrupt):
         pass

@@ -54,6 +54,7 @@ class NotingSender:
     def send(self, pages, batch, behind=b""):
         self.sent.append(batch.tolist())
         self._after(self)
+        return 0
 
     def pace(self, interrupt):
         pass
@@ -180,6 +181,7 @@ class Watched(NotingSender):
         super().send(pages, batch)
         self.look()
         self.now_s += self._batch_s
+        return 0
 
 
 class HotTracker(ScriptedTracker):

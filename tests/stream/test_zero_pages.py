@@ -1,4 +1,4 @@
-"""Zero pages are found among the staged ones: no byte is missed, the others go out as they are."""
+"""Zero pages are found where they lie: no byte is missed, the others go out as they are."""
 
 import numpy as np
 from hypothesis import given
@@ -19,7 +19,7 @@ def test_no_byte_is_missed(written):
     encoder.pages("ram", np.array([0], np.uint64), memory)  # the name has been said
     records, zero = encoder.nonzero_pages("ram", pages * np.uint64(4096), memory)
     assert (~zero).tolist() == touched
-    rows = np.frombuffer(records, np.uint8).reshape(-1, PAGE_RECORD_BYTES)
+    rows = np.frombuffer(bytes(records), np.uint8).reshape(-1, PAGE_RECORD_BYTES)
     expected = pages[np.array(touched, np.bool_)].astype(np.int64)
     assert len(rows) == len(expected)
     assert (rows[:, 8:] == memory[expected]).all()

@@ -3,15 +3,17 @@
 import abc
 import threading
 from collections.abc import Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
+from postcopy.channel.gathering import IOV_MAX, Gathering
 from postcopy.errors import ChannelBroken
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 Buffer = bytes | bytearray | memoryview
 """What can be sent: contiguous bytes.  (``collections.abc.Buffer`` comes with Python 3.12.)"""
-
-IOV_MAX = 1024
-"""Pieces the kernel takes in one gathering call, see sysconf(_SC_IOV_MAX)."""
 
 
 class Channel(abc.ABC):
@@ -66,6 +68,21 @@ class Channel(abc.ABC):
                     raise self._broken(failure) from failure
                 self.sent_bytes += n_sent
                 left = _rest(left, n_sent)
+
+    def send_gathered(self, pieces: "npt.NDArray[np.uint64]") -> None:
+        """Send all of many pieces of memory, in order, from where they lie.
+
+        :param pieces: address and length in bytes of each, shape ``(n, 2)``, contiguous.  The memory is
+            the caller's, and stays until this returns.
+        :raises ChannelBroken: as :meth:`send`; or a page cannot be read, because it is lost.
+        """
+        left = Gathering(pieces)
+        with self._sending:
+            while left:
+                try:
+                    self.sent_bytes += self._gather_some(left)
+                except (OSError, ValueError) as failure:
+                    raise self._broken(failure) from failure
 
     def send_if_idle(self, data: Buffer) -> bool:
         """Send a few bytes, unless that might have to wait: for another sender, or for room.
@@ -145,6 +162,10 @@ class Channel(abc.ABC):
     @abc.abstractmethod
     def _send_some(self, pieces: list[memoryview]) -> int:
         """Send one byte or more of the pieces, in one call."""
+
+    @abc.abstractmethod
+    def _gather_some(self, left: Gathering) -> int:
+        """Send one byte or more of what is left, in one call."""
 
     @abc.abstractmethod
     def _receive_some(self, view: memoryview) -> int:

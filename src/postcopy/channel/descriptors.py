@@ -6,8 +6,10 @@ import os
 import select
 import stat
 import termios
+from collections.abc import Callable
 
 from postcopy.channel.channel import Channel
+from postcopy.channel.gathering import Gathering
 from postcopy.errors import ChannelBroken
 
 
@@ -56,12 +58,18 @@ class DescriptorChannel(Channel):
         return count[0]
 
     def _send_some(self, pieces: list[memoryview]) -> int:
+        return self._write(lambda fd: os.writev(fd, pieces))
+
+    def _gather_some(self, left: Gathering) -> int:
+        return self._write(left.write)
+
+    def _write(self, write: Callable[[int], int]) -> int:
         if self._writing is None:
             raise ValueError("it can only be read from")
         while True:
             self._wait_for(self._writing, select.POLLOUT)
             try:
-                return os.writev(self._writing, pieces)
+                return write(self._writing)
             except BlockingIOError:
                 continue  # another process filled the pipe between poll and write
 

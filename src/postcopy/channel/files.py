@@ -3,6 +3,7 @@
 import os
 
 from postcopy.channel.channel import Buffer, Channel
+from postcopy.channel.gathering import Gathering
 from postcopy.errors import ChannelBroken, Refused
 
 PIECE_BYTES = 16 << 20
@@ -95,6 +96,12 @@ class FileChannel(Channel):
     def _send_some(self, pieces: list[memoryview]) -> int:
         self._check(writing=True)
         n_written = os.pwritev(self._fd, pieces, self._position)
+        self._position += n_written
+        return n_written
+
+    def _gather_some(self, left: Gathering) -> int:
+        self._check(writing=True)
+        n_written = left.write_at(self._fd, self._position)
         self._position += n_written
         return n_written
 

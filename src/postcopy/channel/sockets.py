@@ -7,6 +7,7 @@ import sys
 import termios
 
 from postcopy.channel.channel import Channel
+from postcopy.channel.gathering import Gathering
 
 _RTT_OFFSET = 68  # of tcpi_rtt in struct tcp_info, microseconds
 _NEAR_S = 0.001
@@ -94,6 +95,9 @@ class SocketChannel(Channel):
         if len(pieces) == 1:
             return self._socket.send(pieces[0])
         return self._socket.sendmsg(pieces)
+
+    def _gather_some(self, left: Gathering) -> int:
+        return left.write(self._socket.fileno())
 
     def _receive_some(self, view: memoryview) -> int:
         return self._socket.recv_into(view)

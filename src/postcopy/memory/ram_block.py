@@ -8,7 +8,7 @@ import numpy.typing as npt
 from postcopy.guest import Region
 from postcopy.kernel import memfd
 from postcopy.kernel.mapping import Mapping
-from postcopy.memory.runs import runs
+from postcopy.memory.runs import Indices, runs
 
 TARGET_PAGE_BYTES = 4096
 """The page of the wire, whatever the block's own page is."""
@@ -42,6 +42,14 @@ class RamBlock:
     def target_pages_per_page(self) -> int:
         """How many pages of the wire make one page of this block."""
         return self.page_size_bytes // TARGET_PAGE_BYTES
+
+    def target_pages(self, pages: Indices) -> Indices:
+        """The pages of the wire that make these pages of the block's own size, in the same order."""
+        per_page = self.target_pages_per_page
+        if per_page == 1:
+            return pages
+        pieces: Indices = (pages[:, None] * per_page + np.arange(per_page)).reshape(-1)
+        return pieces
 
     def has_data(self, start: int, end: int) -> npt.NDArray[np.bool_]:
         """Tell which pages ``start`` to ``end`` have anything behind them; the others are zero.

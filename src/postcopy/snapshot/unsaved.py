@@ -121,8 +121,8 @@ class UnsavedPages:
             wanted = has_data[start - first : stop - first]
             with self.lock:
                 unsaved = self._masks[block.name][start:stop]
-                present = _target_pages(block, start + np.flatnonzero(unsaved & wanted))
-                absent = _target_pages(block, start + np.flatnonzero(unsaved & ~wanted))
+                present = block.target_pages(start + np.flatnonzero(unsaved & wanted))
+                absent = block.target_pages(start + np.flatnonzero(unsaved & ~wanted))
                 _copy(block, present, room[filled : filled + len(present)])
                 unsaved[:] = False
             filled += len(present)
@@ -146,13 +146,6 @@ def _pieces(has_data: Mask, page_size_bytes: int) -> list[tuple[int, int]]:
     cuts = np.flatnonzero(has_data)[most::most].tolist()
     edges = [0, *cuts, len(has_data)]
     return list(itertools.pairwise(edges))
-
-
-def _target_pages(block: RamBlock, pages: Indices) -> Indices:
-    per_page = block.target_pages_per_page
-    if per_page == 1:
-        return pages
-    return (pages[:, None] * per_page + np.arange(per_page)).reshape(-1)
 
 
 def _copy(block: RamBlock, target: Indices, into: PageRows) -> None:

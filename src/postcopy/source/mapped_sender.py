@@ -23,6 +23,7 @@ from postcopy.stream.encoder import RamPart
 from postcopy.stream.mapped_ram import MappedBlock, encode_bitmap, encode_entry, lay_out
 from postcopy.stream.numbers import SectionType
 from postcopy.stream.records import PageRows
+from postcopy.stream.zero_pages import are_zero
 
 
 class MappedPageSender(Outflow):
@@ -55,9 +56,9 @@ class MappedPageSender(Outflow):
         :param batch: pages of the block's own size, ascending.
         """
         block = pages.block
-        target, has_data = _target_pages(block, batch, pages.look_for_data(batch))
-        written = target[has_data]
-        written = written[~_all_zero(block.pages, written)]
+        target = block.target_pages(batch)
+        written = block.target_pages(batch[pages.look_for_data(batch)])
+        written = written[~are_zero(block.pages, written)]
         self._mark(block.name, target, written)
         for start, end in index_runs(written).tolist():
             first = int(written[start])
@@ -70,7 +71,7 @@ class MappedPageSender(Outflow):
         :param target: pages of the file, ascending.
         :param contents: those pages and no others, in the order of ``target``.
         """
-        rows = np.flatnonzero(~_all_zero(contents, np.arange(len(contents))))
+        rows = np.flatnonzero(~are_zero(contents, np.arange(len(contents))))
         written = target[rows]
         self._mark(block, target, written)
         both = np.flatnonzero((np.diff(written) != 1) | (np.diff(rows) != 1)) + 1
@@ -104,25 +105,3 @@ class MappedPageSender(Outflow):
         for name, place in self._places.items():
             self._file.write_at(place.bitmap_offset, encode_bitmap(self._present[name]))
         return RamPart(RAM_SECTION_ID, SectionType.END).around()
-
-
-def _target_pages(block: RamBlock, batch: Indices, has_data: Mask) -> tuple[Indices, Mask]:
-    """The pages of the file for pages of the block's own size."""
-    per_page = block.target_pages_per_page
-    if per_page == 1:
-        return batch, has_data
-    pieces: Indices = (batch[:, None] * per_page + np.arange(per_page)).reshape(-1)
-    return pieces, np.repeat(has_data, per_page)
-
-
-def _all_zero(rows: PageRows, candidates: Indices) -> Mask:
-    """Tell which of these pages hold nothing but zeros; a bit in the first word settles it for most.
-
-    :param candidates: numbers of rows.
-    """
-    words = rows.view(np.uint64)
-    zero: Mask = words[candidates, 0] == 0
-    if zero.any():
-        unsettled = np.flatnonzero(zero)
-        zero[unsettled] = ~words[candidates[unsettled]].any(axis=1)
-    return zero

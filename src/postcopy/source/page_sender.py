@@ -59,9 +59,7 @@ class PageSender(Outflow):
     def _send(self, encodings: Iterable[EncodedPages]) -> int:
         sent_bytes = 0
         for encoded in encodings:
-            buffers = [self._part.head, *encoded.buffers, self._part.tail]
-            self._channel.send_many(buffers)
-            sent_bytes += sum(len(buffer) for buffer in buffers)
+            sent_bytes += encoded.send(self._channel, self._part.head, self._part.tail)
             self._counters.add_pages(encoded.normal_pages, encoded.zero_pages)
         return self._spent(sent_bytes)
 

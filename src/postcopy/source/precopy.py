@@ -18,8 +18,10 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Mask
 from postcopy.parameters import Parameters
+from postcopy.source.batch_size import BatchSize
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages, DirtyPages
 from postcopy.source.orders import Orders
@@ -60,6 +62,7 @@ class Precopy:
         self._orders = orders
         self._parameters = parameters
         self._on_pass = on_pass
+        self._batch_size = BatchSize(BATCH_PAGES * TARGET_PAGE_BYTES)
 
     def run(self) -> Outcome:
         """Send round after round until there is a reason to stop."""
@@ -103,15 +106,20 @@ class Precopy:
     def _send(
         self, pages: BlockPages, start: int, end: int, held: Mask | None = None
     ) -> Outcome | None:
-        while len(batch := pages.next_batch(start, end, BATCH_PAGES, held)):
+        while len(batch := pages.next_batch(start, end, self._batch_pages(pages), held)):
             if (outcome := self._interrupted()) is not None:
                 return outcome
             pages.pending[batch] = False
-            self._sender.send(pages, batch)
+            self._batch_size.begin()
+            sent_bytes = self._sender.send(pages, batch)
             self._sender.pace(self._orders.interrupt)
+            self._batch_size.end(sent_bytes)
             start = int(batch[-1]) + 1
             self._dirty.look_behind(pages, start)
         return None
+
+    def _batch_pages(self, pages: BlockPages) -> int:
+        return max(1, self._batch_size.bytes // pages.block.page_size_bytes)
 
     def _interrupted(self) -> Outcome | None:
         self._orders.interrupt.clear()

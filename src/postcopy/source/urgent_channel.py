@@ -46,9 +46,8 @@ class UrgentChannel:
         """
         with self._sending:
             for encoded in self._records.encode(pages, wanted):
-                self._channel.send_many(encoded.buffers)
+                self._counters.urgent_bytes += encoded.send(self._channel)
                 self._counters.add_pages(encoded.normal_pages, encoded.zero_pages)
-                self._counters.urgent_bytes += sum(len(buffer) for buffer in encoded.buffers)
 
     @property
     def taken_bytes(self) -> int:

@@ -1,21 +1,21 @@
-"""RAM records of pages and zero pages, written run by run into a staging buffer.
+"""RAM records of pages and zero pages.
 
-In the staging buffer every record has its 4104 bytes, so words and pages of a run are set by one
-assignment each.  The first record of another block bears its name; so that the name needs no
-gap, the first word and the name are written *before* where that record would begin::
+Pages are not copied: a page's record is its header here and its bytes there, and the kernel gathers
+them.  The headers stand in an array of words; in the table of pieces each has its place for good, so
+that only the addresses of the pages are written anew::
 
-      spare room      record 0           record 1
-    ├────────────────┼───────┬──────────┼───────┬──────────┤
-           ▲ word, name ────►│ page 0   │ word  │ page 1   │
+      table      word 0 │ page 0 │ word 1 │ page 1 │ ...
+
+The first record of another block bears its name: it has a word of its own, with the name behind it.
 """
 
-import itertools
 import struct
 
 import numpy as np
 import numpy.typing as npt
 
 from postcopy.stream.configuration import encode_name
+from postcopy.stream.iovecs import Iovecs, address_of
 from postcopy.stream.numbers import (
     HEADER_BYTES,
     PAGE_RECORD_BYTES,
@@ -25,43 +25,33 @@ from postcopy.stream.numbers import (
     RamFlag,
 )
 from postcopy.stream.records import Offsets, PageRows
+from postcopy.stream.zero_pages import are_zero
 
 _WORD = struct.Struct(">Q")
 _PAGE, _CONTINUE = int(RamFlag.PAGE), int(RamFlag.CONTINUE)
-_FIRST = 264  # where record 0 begins if it has no name: behind the longest name, words aligned
-_FEW_RUNS = 8  # pages a run from which on copies of slices beat picking page by page
 
 
 class PageEncoder:
     """Writes the pages of one channel, which remembers the block named last.  One thread only."""
 
     def __init__(self, max_pages: int = 256) -> None:
-        """Make the staging buffer.
+        """Make the table.
 
-        :param max_pages: the most that one call of :meth:`pages` may be given.
+        :param max_pages: the most that one call may be given, but for zeros.
         """
         self._max_pages = max_pages
         self._block: str | None = None
-        staging = np.zeros(_FIRST + max_pages * PAGE_RECORD_BYTES, np.uint8)
-        self._staging = staging.data
-        self._words: npt.NDArray[np.uint64] = np.ndarray(
-            (max_pages,), ">u8", staging, _FIRST, (PAGE_RECORD_BYTES,)
-        )
-        self._rows: PageRows = np.ndarray(
-            (max_pages, TARGET_PAGE_BYTES),
-            np.uint8,
-            staging,
-            _FIRST + HEADER_BYTES,
-            (PAGE_RECORD_BYTES, 1),
-        )
-        self._ramp = np.arange(max_pages, dtype=np.uint64) << np.uint64(TARGET_PAGE_BITS)
-        self._page_words: npt.NDArray[np.uint64] = np.ndarray(
-            (max_pages, TARGET_PAGE_BYTES // 8),
-            np.uint64,
-            staging,
-            _FIRST + HEADER_BYTES,
-            (PAGE_RECORD_BYTES, 8),
-        )
+        ramp: Offsets = np.arange(max_pages, dtype=np.uint64)
+        self._words: npt.NDArray[np.uint64] = np.zeros(max_pages, ">u8")
+        table = np.empty((max_pages, 2, 2), np.uint64)
+        table[:, 0, 0] = ramp * np.uint64(HEADER_BYTES)
+        table[:, 0, 0] += np.uint64(address_of(self._words))
+        table[:, 0, 1] = HEADER_BYTES
+        table[:, 1, 1] = TARGET_PAGE_BYTES
+        self._page_addresses = table[:, 1, 0]
+        self._table = table.reshape(-1, 2)
+        self._first_word = self._table[0].copy()
+        self._ramp = ramp << np.uint64(TARGET_PAGE_BITS)
 
     @property
     def max_pages(self) -> int:
@@ -72,51 +62,44 @@ class PageEncoder:
         """Forget the block named last: on a new connection it must be named afresh."""
         self._block = None
 
-    def pages(self, block: str, offsets: Offsets, source: PageRows) -> memoryview:
-        """Write pages of a block, in the order of ``offsets``.
+    def pages(self, block: str, offsets: Offsets, source: PageRows) -> Iovecs:
+        """Write pages of a block, in the order of ``offsets``, whatever they hold.
 
         :param offsets: byte offsets in the block, multiples of 4096.
-        :param source: the whole block, shape ``(m, 4096)``.
+        :param source: the whole block, shape ``(m, 4096)``, contiguous.
         :return: the records; valid until the next call.
         :raises ValueError: more pages than :attr:`max_pages`, or none.
         :raises IndexError: an offset lies outside of the block.
         """
-        self._stage(offsets, source)
-        return self._records(block, offsets)
+        self._check(offsets, source)
+        return self._records(block, offsets, offsets, source)
 
     def nonzero_pages(
         self, block: str, offsets: Offsets, source: PageRows
-    ) -> tuple[memoryview, npt.NDArray[np.bool_]]:
-        """Write those pages that are not all zero, and tell which are.
-
-        They are looked at where they have just been copied to, in the processor's cache.
+    ) -> tuple[Iovecs, npt.NDArray[np.bool_]]:
+        """As :meth:`pages`, without those that are all zero; and tell which are.
 
         :return: the records (perhaps none), valid until the next call; and for each of ``offsets``
             whether it is a zero page, which :meth:`zeros` is to write.
         """
-        self._stage(offsets, source)
-        return self._without_zeros(block, offsets)
+        self._check(offsets, source)
+        return self._nonzero(block, offsets, offsets, source)
 
-    def nonzero_run(
-        self, block: str, first: int, count: int, source: PageRows
-    ) -> tuple[memoryview, npt.NDArray[np.bool_] | None]:
-        """As :meth:`nonzero_pages`, of ``count`` neighbouring pages: the usual case, the shortest way.
+    def nonzero_copies(
+        self, block: str, offsets: Offsets, contents: PageRows
+    ) -> tuple[Iovecs, npt.NDArray[np.bool_]]:
+        """As :meth:`nonzero_pages`, of pages that have been copied out of the block before.
 
-        :return: the records, and which pages are zero, or ``None`` if none is.
+        :param contents: those pages and no others, in the order of ``offsets``; contiguous.
         """
-        self._check(count)
-        if first + count > len(source):
-            raise IndexError(f"page {first + count - 1} of a block of {len(source)} pages")
-        self._rows[:count] = source[first : first + count]
-        offsets = self._ramp[:count] + np.uint64(first << TARGET_PAGE_BITS)
-        if self._page_words[:count, 0].all():
-            return self._records(block, offsets), None
-        return self._without_zeros(block, offsets)
+        places = self._ramp[: len(offsets)]
+        self._check(places, contents)
+        return self._nonzero(block, offsets, places, contents)
 
     def nonzero_page(
         self, block: str, page: int, source: PageRows
     ) -> list[bytes | memoryview] | None:
-        """As :meth:`nonzero_run`, of one page that somebody waits for: it is not even copied.
+        """As :meth:`nonzero_pages`, of one page that somebody waits for: the shortest way.
 
         :return: the record, in pieces, or ``None`` if the page is zero.
         """
@@ -129,63 +112,6 @@ class PageEncoder:
             return [_WORD.pack(word | _CONTINUE), data]
         self._block = block
         return [_WORD.pack(word), encode_name(block), data]
-
-    def nonzero_copies(
-        self, block: str, offsets: Offsets, contents: PageRows
-    ) -> tuple[memoryview, npt.NDArray[np.bool_]]:
-        """As :meth:`nonzero_pages`, of pages that have been copied out of the block before.
-
-        :param contents: those pages and no others, in the order of ``offsets``.
-        """
-        self._check(len(offsets))
-        self._rows[: len(offsets)] = contents
-        return self._without_zeros(block, offsets)
-
-    def _without_zeros(
-        self, block: str, offsets: Offsets
-    ) -> tuple[memoryview, npt.NDArray[np.bool_]]:
-        count = len(offsets)
-        zero = _all_zero(self._page_words[:count])
-        if zero.any():
-            offsets = offsets[~zero]
-            self._rows[: len(offsets)] = self._rows[:count][~zero]
-            if not len(offsets):
-                return self._staging[:0], zero
-        return self._records(block, offsets), zero
-
-    def _stage(self, offsets: Offsets, source: PageRows) -> None:
-        self._check(len(offsets))
-        self._copy(offsets >> np.uint64(TARGET_PAGE_BITS), source)
-
-    def _check(self, count: int) -> None:
-        if not 0 < count <= self._max_pages:
-            raise ValueError(f"{count} pages; 1 to {self._max_pages} fit in one call")
-
-    def _records(self, block: str, offsets: Offsets) -> memoryview:
-        """Put the words before the pages that are staged."""
-        count = len(offsets)
-        self._words[:count] = offsets | np.uint64(RamFlag.PAGE | RamFlag.CONTINUE)
-        start = _FIRST
-        if block != self._block:
-            name = encode_name(block)
-            start -= len(name)
-            lead = struct.pack(">Q", int(offsets[0]) | RamFlag.PAGE) + name
-            self._staging[start : start + len(lead)] = lead
-            self._block = block
-        return self._staging[start : _FIRST + count * PAGE_RECORD_BYTES]
-
-    def _copy(self, indices: Offsets, source: PageRows) -> None:
-        if int(indices.max()) >= len(source):
-            raise IndexError(f"page {int(indices.max())} of a block of {len(source)} pages")
-        breaks = np.flatnonzero(np.diff(indices.view(np.int64)) != 1) + 1
-        count = len(indices)
-        if len(breaks) and count < len(breaks) * _FEW_RUNS:
-            self._rows[:count] = source[indices]
-            return
-        edges = [0, *breaks.tolist(), count]
-        for begin, end in itertools.pairwise(edges):
-            first = int(indices[begin])
-            self._rows[begin:end] = source[first : first + end - begin]
 
     def zeros(self, block: str, offsets: Offsets) -> bytes:
         """Write zero pages of a block, in the order of ``offsets``; any number of them.
@@ -203,11 +129,42 @@ class PageEncoder:
         lead = struct.pack(">Q", int(offsets[0]) | RamFlag.ZERO) + encode_name(block) + b"\0"
         return lead + records[1:].tobytes()
 
+    def _check(self, places: Offsets, source: PageRows) -> None:
+        """Only what lies in ``source`` may be read: the kernel is given addresses."""
+        count = len(places)
+        if not 0 < count <= self._max_pages:
+            raise ValueError(f"{count} pages; 1 to {self._max_pages} fit in one call")
+        last = int(places.max()) >> TARGET_PAGE_BITS
+        if last >= len(source):
+            raise IndexError(f"page {last} of a block of {len(source)} pages")
+        if not source.flags.c_contiguous:
+            raise ValueError("the pages of a block must lie one behind the other")
 
-def _all_zero(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    """Tell which rows hold nothing but zeros; a bit in the first word settles it for most."""
-    zero: npt.NDArray[np.bool_] = words[:, 0] == 0
-    if zero.any():
-        candidates = np.flatnonzero(zero)
-        zero[candidates] = np.bitwise_or.reduce(words[candidates], axis=1) == 0
-    return zero
+    def _nonzero(
+        self, block: str, offsets: Offsets, places: Offsets, source: PageRows
+    ) -> tuple[Iovecs, npt.NDArray[np.bool_]]:
+        zero = are_zero(source, places >> np.uint64(TARGET_PAGE_BITS))
+        if zero.any():
+            offsets, places = offsets[~zero], places[~zero]
+        return self._records(block, offsets, places, source), zero
+
+    def _records(self, block: str, offsets: Offsets, places: Offsets, source: PageRows) -> Iovecs:
+        """Fill the table.
+
+        :param places: where each page begins in ``source``, in bytes.
+        """
+        count = len(offsets)
+        if not count:
+            return Iovecs(self._table[:0], 0, ())
+        self._words[:count] = offsets | np.uint64(_PAGE | _CONTINUE)
+        self._page_addresses[:count] = places + np.uint64(address_of(source))
+        n_bytes = count * PAGE_RECORD_BYTES
+        table = self._table[: 2 * count]
+        if block == self._block:
+            table[0] = self._first_word
+            return Iovecs(table, n_bytes, (self._words, source))
+        name = encode_name(block)
+        first = np.frombuffer(_WORD.pack(int(offsets[0]) | _PAGE) + name, np.uint8)
+        table[0] = address_of(first), len(first)
+        self._block = block
+        return Iovecs(table, n_bytes + len(name), (self._words, source, first))
