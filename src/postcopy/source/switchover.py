@@ -21,7 +21,6 @@ from postcopy.source.connection import Connection
 from postcopy.source.counters import Clock, Counters
 from postcopy.source.dirty_pages import DirtyPages
 from postcopy.source.orders import Orders
-from postcopy.source.page_records import BATCH_PAGES
 from postcopy.status import Progress, Status
 from postcopy.stream import encoder
 from postcopy.stream.commands import DISCARD_VERSION, command, encode_command
@@ -45,6 +44,9 @@ LAST_PING = 5
 PACKAGE_PING = 3
 DISCARD_PINGS = (10, 11, 12)
 _FEW_PAGES = 1000
+_REST_BYTES = (
+    1 << 20
+)  # sent at a time: silence is watched for by what the kernel has taken, call by call
 
 
 class Switchover:
@@ -114,8 +116,9 @@ class Switchover:
             self._connection.begin_watch()  # nobody is to stand still for a peer that does nothing
         self._channel.send(encode_command(SwitchoverStart()))
         for pages in self._dirty.blocks:
-            start = 0
-            while len(batch := pages.next_batch(start, pages.block.page_count, BATCH_PAGES)):
+            start, end = 0, pages.block.page_count
+            limit = max(1, _REST_BYTES // pages.block.page_size_bytes)
+            while len(batch := pages.next_batch(start, end, limit)):
                 self._check_cancelled()
                 pages.pending[batch] = False
                 self._sender.send(pages, batch)
