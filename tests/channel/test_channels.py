@@ -1,5 +1,7 @@
 """Channels over real sockets, pipes, files and commands."""
 
+import array
+import fcntl
 import os
 import socket
 import struct
@@ -19,6 +21,9 @@ from postcopy.channel.command import CommandChannel
 from postcopy.channel.connect import connect
 from postcopy.channel.listen import Listener
 from postcopy.errors import CannotConnect, CannotListen, ChannelBroken, Refused
+
+SIOCOUTQNSD = 0x894B  # linux/sockios.h: bytes that have not been sent at all
+LARGEST_SEGMENT_BYTES = 64 << 10
 
 
 def read_all(channel):
@@ -89,6 +94,27 @@ def test_many_pieces_arrive_whole_and_in_order(pair):
     thread.join(10)
     assert not isinstance(outcome[0], Exception)
     assert near.sent_bytes == far.received_bytes == sum(map(len, pieces))
+
+
+def test_of_what_has_not_left_the_kernel_holds_half_of_the_bound(pair):
+    near, _ = pair
+    if not near.description.startswith("tcp"):
+        return  # on this machine nothing waits to leave
+    near.bound_buffers(1 << 20)
+    thread, outcome = in_thread(lambda: near.send(bytes(64 << 20)))
+    sizes = []
+
+    def stands_still():
+        sizes.append(near.pending_output())
+        return sizes[-5:] == sizes[-1:] * 5 and sizes[-1] > 0
+
+    wait_until(stands_still, 10, "the peer's window is full")
+    unsent = array.array("i", [0])
+    fcntl.ioctl(near.fileno(), SIOCOUTQNSD, unsent)
+    assert 0 < unsent[0] <= (1 << 19) + LARGEST_SEGMENT_BYTES
+    near.shutdown()
+    thread.join(10)
+    assert isinstance(outcome[0], ChannelBroken)
 
 
 def test_what_is_not_taken_is_pending(pair):

@@ -8,9 +8,9 @@ MOST = 16 << 20
 class Way:
     """Takes so many bytes a second."""
 
-    def __init__(self):
+    def __init__(self, **bounds):
         self.now_s = 0.0
-        self.size = BatchSize(MOST, lambda: self.now_s)
+        self.size = BatchSize(MOST, lambda: self.now_s, **bounds)
 
     def send(self, n_bytes, per_second):
         self.size.begin()
@@ -45,6 +45,13 @@ def test_it_stays_where_a_batch_takes_a_moment():
     way = Way()
     rate = LEAST_BYTES / MOMENT_S / 0.9
     assert [way.send(way.size.bytes, rate) for _ in range(3)] == [LEAST_BYTES] * 3
+
+
+def test_what_a_moment_is_and_how_little_is_enough_may_differ():
+    way = Way(least_bytes=4096, moment_s=0.1)
+    assert way.send(4096, 100e3) == 8192
+    assert way.send(8192, 41e3) == 4100
+    assert way.send(4100, 1e3) == 4096
 
 
 def test_what_passes_in_between_does_not_count():

@@ -11,7 +11,7 @@ from postcopy.guest import Region
 from postcopy.kernel import memfd
 from postcopy.memory.ram_block import RamBlock
 from postcopy.source import postcopy
-from postcopy.source.counters import Counters
+from postcopy.source.counters import Counters, Rate
 from postcopy.source.dirty_pages import DirtyPages
 
 PAGES = 1024  # less than the window
@@ -26,6 +26,7 @@ class Sent:
 
     def __init__(self):
         self.batches = []
+        self.rate = Rate()
 
     def send(self, pages, batch):
         self.batches.append(batch)

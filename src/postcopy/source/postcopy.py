@@ -14,6 +14,7 @@ import time
 from postcopy.errors import StreamError
 from postcopy.kernel.cpu_latency import CpusAwake
 from postcopy.memory.runs import Indices
+from postcopy.source.batch_size import BatchSize
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages, DirtyPages
 from postcopy.source.flight_window import FlightWindow
@@ -25,14 +26,15 @@ from postcopy.source.urgent_channel import UrgentChannel
 from postcopy.stream.commands import encode_command
 from postcopy.stream.records import Ping
 
-PUSH_BYTES = 512 << 10
-"""Data in a batch of the push: what an urgent page may find itself behind in the sender."""
+MOST_PUSH_BYTES, LEAST_PUSH_BYTES = 2048 << 10, 256 << 10
+"""Most and least data in a batch of the push, without a limit: what an urgent page may find itself behind
+in the sender.  Each batch has its price in CPU time, and all CPUs may be busy; see docs/decisions."""
 
-PREEMPTED_PUSH_BYTES = 1024 << 10
-"""The same where urgent pages have a channel of their own."""
+PUSH_S = 0.005
+"""No more goes at once than takes so long."""
 
-CALM_PUSH_BYTES, CALM_S = 1024 << 10, 0.02
-"""The same when nothing has been asked for so long: each batch has its price in CPU time."""
+PREEMPTED_PUSH_BYTES, CALM_S = 1024 << 10, 0.02
+"""Most data where urgent pages have a channel of their own, unless none has been asked for so long."""
 
 FIRST_PUSH_BYTES = 64 << 10
 """The first batch goes while the guest is being started there, and keeps a CPU from that."""
@@ -41,7 +43,10 @@ LIMITED_PUSH_S = 0.003
 """Under a bandwidth limit no more goes at once than so much time's worth: the CPU is idle anyway, and a
 page that is asked for waits at both ends for the batch that is being worked at."""
 
-LEAST_PUSH_BYTES = 32 << 10
+LEAST_LIMITED_BYTES = 32 << 10
+
+BUSY_BYTES_PER_SECOND = 170 << 20
+"""Who may push so much, or more, has no time to wait for what is asked."""
 
 WINDOW_BYTES = 6144 << 10
 """What it may find itself behind on the wire; see docs/decisions."""
@@ -69,6 +74,7 @@ class PostcopyPush:
         self._counters = counters
         self._over = threading.Event()
         self._begun = False
+        self._size = BatchSize(MOST_PUSH_BYTES, least_bytes=LEAST_PUSH_BYTES, moment_s=PUSH_S)
         self._awake = CpusAwake()
         self._by_name = {pages.block.name: pages for pages in dirty.blocks}
         self._lock = threading.Lock()
@@ -92,7 +98,7 @@ class PostcopyPush:
         waits = PushWaits(self._over, self.answers)
         try:
             while self._push_batch():
-                waits.read(here=self.urgent is None and self._is_limited())
+                waits.read(here=self.urgent is None and self._has_time())
                 waits.look()
                 self._let_urgent_by()
                 waits.wait_for(self.window)
@@ -177,24 +183,23 @@ class PostcopyPush:
 
     def _send(self, pages: BlockPages, batch: Indices) -> None:
         with self._sending:
-            ping = self.window.sent(self._sender.send(pages, batch))
+            self._size.begin()
+            sent_bytes = self._sender.send(pages, batch)
+            self._size.end(sent_bytes)
+            ping = self.window.sent(sent_bytes)
             if ping is not None:
                 self._sender.say(encode_command(Ping(ping)))
 
     def _batch_bytes(self) -> int:
-        wanted = self._unlimited_batch_bytes()
-        if not self._is_limited():
-            return wanted
-        return min(wanted, max(LEAST_PUSH_BYTES, int(self._sender.limit * LIMITED_PUSH_S)))
+        is_calm = time.monotonic() - self._last_request > CALM_S
+        most = MOST_PUSH_BYTES if self.urgent is None or is_calm else PREEMPTED_PUSH_BYTES
+        if limit := self._sender.limit:
+            most = min(most, max(LEAST_LIMITED_BYTES, int(limit * LIMITED_PUSH_S)))
+        return min(most, self._size.bytes)
 
-    def _is_limited(self) -> bool:
+    def _has_time(self) -> bool:
         """Whether the bandwidth limit makes the push sleep."""
-        return 0 < self._sender.limit * LIMITED_PUSH_S < PUSH_BYTES
-
-    def _unlimited_batch_bytes(self) -> int:
-        if time.monotonic() - self._last_request > CALM_S:
-            return CALM_PUSH_BYTES
-        return PUSH_BYTES if self.urgent is None else PREEMPTED_PUSH_BYTES
+        return 0 < self._sender.limit < BUSY_BYTES_PER_SECOND
 
     def _next_batch(self, batch_bytes: int) -> tuple[BlockPages, Indices] | None:
         """Take the next pages from the pending ones."""
