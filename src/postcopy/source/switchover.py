@@ -44,9 +44,8 @@ LAST_PING = 5
 PACKAGE_PING = 3
 DISCARD_PINGS = (10, 11, 12)
 _FEW_PAGES = 1000
-_REST_BYTES = (
-    1 << 20
-)  # sent at a time: silence is watched for by what the kernel has taken, call by call
+_REST_BYTES = 1 << 20
+"""Sent at a time: silence is watched for by what has gone out, batch by batch."""
 
 
 class Switchover:
