@@ -39,9 +39,10 @@ PREEMPTED_PUSH_BYTES, CALM_S = 1024 << 10, 0.02
 FIRST_PUSH_BYTES = 64 << 10
 """The first batch goes while the guest is being started there, and keeps a CPU from that."""
 
-LIMITED_PUSH_S = 0.003
-"""Under a bandwidth limit no more goes at once than so much time's worth: the CPU is idle anyway, and a
-page that is asked for waits at both ends for the batch that is being worked at."""
+LIMITED_PUSH_S, PREEMPTED_LIMITED_PUSH_S = 0.003, 0.06
+"""Under a bandwidth limit no more goes at once than so much time's worth: a page that is asked for waits at
+both ends for the batch that is being worked at.  With a channel of its own it seldom meets one, if these
+are few."""
 
 LEAST_LIMITED_BYTES = 32 << 10
 
@@ -194,7 +195,8 @@ class PostcopyPush:
         is_calm = time.monotonic() - self._last_request > CALM_S
         most = MOST_PUSH_BYTES if self.urgent is None or is_calm else PREEMPTED_PUSH_BYTES
         if limit := self._sender.limit:
-            most = min(most, max(LEAST_LIMITED_BYTES, int(limit * LIMITED_PUSH_S)))
+            worth_s = LIMITED_PUSH_S if self.urgent is None else PREEMPTED_LIMITED_PUSH_S
+            most = min(most, max(LEAST_LIMITED_BYTES, int(limit * worth_s)))
         return min(most, self._size.bytes)
 
     def _has_time(self) -> bool:
