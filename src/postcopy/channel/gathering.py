@@ -9,9 +9,8 @@ import errno
 import os
 from typing import TYPE_CHECKING, Any
 
-if (
-    TYPE_CHECKING
-):  # a guest that wakes has channels, and does not wait until numpy has been imported
+# Not when it runs: a guest that wakes has channels, and does not wait until numpy has been imported.
+if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
