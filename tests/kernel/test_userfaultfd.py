@@ -13,7 +13,7 @@ from watched import PAGE, Mapping, Toucher, in_child, memory_of, open_or_skip, w
 
 from postcopy.abi.userfaultfd import Feature, PagefaultFlag, RangeIoctl, RegisterMode
 from postcopy.errors import HostCannot, KernelError, PageExists
-from postcopy.kernel import calls, memfd, userfaultfd_open
+from postcopy.kernel import calls, memfd, userfaultfd, userfaultfd_open
 from postcopy.kernel.faults import MESSAGE, Fork, Pagefault, Remap, Remove, Unmap, parse
 from postcopy.kernel.userfaultfd import Userfaultfd
 
@@ -218,6 +218,48 @@ def test_a_range_has_one_watcher():
     with watched() as w, open_or_skip() as second, pytest.raises(KernelError) as busy:
         second.register(w.memory.address, w.memory.length, RegisterMode.MISSING)
     assert busy.value.errno == errno.EBUSY
+
+
+PLACING = {
+    "copy": ("copy", lambda w: w.copy(0, 0, PAGE)),
+    "zeropage": ("zeropage", lambda w: w.zeropage(0, PAGE)),
+    "continue": ("mapped", lambda w: w.map_existing(0, PAGE)),
+    "poison": ("updated", lambda w: w.poison(0, PAGE)),
+    "move": ("move", lambda w: w.move(0, 0, PAGE)),
+}
+
+
+class BusyKernel:
+    """Answers EAGAIN, with nothing done, the first time."""
+
+    def __init__(self, answer):
+        self.calls = 0
+        self._answer = answer
+
+    def ioctl(self, _fd, request, argument):
+        self.calls += 1
+        if self.calls == 1:
+            setattr(argument, self._answer, -errno.EAGAIN)
+            raise KernelError(request.name, errno.EAGAIN)
+        return 0
+
+
+@pytest.mark.parametrize("request_name", PLACING)
+def test_what_is_to_be_placed_is_not_forgotten_by_a_kernel_that_is_busy(monkeypatch, request_name):
+    answer, place = PLACING[request_name]
+    kernel = BusyKernel(answer)
+    monkeypatch.setattr(userfaultfd, "ioctl", kernel.ioctl)
+    assert place(Userfaultfd(-1, Feature.MISSING_SHMEM)) == PAGE
+    assert kernel.calls == 2
+
+
+@pytest.mark.parametrize("request_name", PLACING)
+def test_but_with_events_whoever_reads_them_is_told(monkeypatch, request_name):
+    answer, place = PLACING[request_name]
+    kernel = BusyKernel(answer)
+    monkeypatch.setattr(userfaultfd, "ioctl", kernel.ioctl)
+    assert place(Userfaultfd(-1, Feature.EVENT_REMOVE)) == 0
+    assert kernel.calls == 1
 
 
 def test_placing_waits_for_the_remove_event_to_be_read():

@@ -1,6 +1,5 @@
 """What has been received before the guest runs is mapped by and by, or when it is touched."""
 
-import errno
 import os
 import threading
 
@@ -10,13 +9,12 @@ import pytest
 from fakes.guest import RAM, FakeGuest
 from fakes.waiting import wait_until
 from postcopy.abi.pagemap import PageCategory
-from postcopy.errors import KernelError
 from postcopy.kernel.pagemap import PagemapScanner
 from postcopy.memory.page_map import RECEIVED
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.pager import Pager
 from postcopy.paging.placement import Placement
-from postcopy.paging.showing import Showing, show_to_waiting
+from postcopy.paging.showing import Showing
 
 PAGES = 4096
 BROUGHT = [*range(3, 40), 44, 1023, 1024, 1025, 4095]
@@ -167,37 +165,3 @@ def test_told_to_stop_in_the_moment_in_which_it_begins_a_round_it_ends(arrived):
     finally:
         showing._more.set()
         showing._thread.join(10)
-
-
-class Busy:
-    """A userfaultfd whose kernel is in the way of itself: the first time it does nothing (EAGAIN)."""
-
-    def __init__(self, error=None):
-        self.calls = []
-        self._error = error
-
-    def _do(self, name, address, length):
-        self.calls.append(name)
-        if self.calls.count(name) == 1:
-            return 0
-        if name == "map" and self._error is not None:
-            raise self._error
-        return length
-
-    def map_existing(self, address, length):
-        return self._do("map", address, length)
-
-    def zeropage(self, address, length):
-        return self._do("zero", address, length)
-
-
-def test_who_waits_is_not_left_waiting_by_a_kernel_that_is_busy(arrived):
-    userfaultfd = Busy()
-    show_to_waiting(userfaultfd, arrived.paged, BROUGHT[0])
-    assert userfaultfd.calls == ["map", "map"]
-
-
-def test_nor_is_who_waits_for_a_page_without_memory(arrived):
-    userfaultfd = Busy(KernelError("UFFDIO_CONTINUE", errno.EFAULT))
-    show_to_waiting(userfaultfd, arrived.paged, BLANK[0])
-    assert userfaultfd.calls == ["map", "map", "zero", "zero"]

@@ -13,6 +13,7 @@ Some facts, measured (``docs`` has more):
 
 import errno
 import os
+from collections.abc import Callable
 from typing import Self
 
 from postcopy.abi import userfaultfd as abi
@@ -24,6 +25,7 @@ from postcopy.kernel.calls import ioctl
 from postcopy.kernel.faults import MESSAGE, Event, parse
 
 NO_FEATURES = Feature(0)
+_EVENTS = Feature.EVENT_FORK | Feature.EVENT_REMAP | Feature.EVENT_REMOVE | Feature.EVENT_UNMAP
 
 
 class Userfaultfd:
@@ -88,7 +90,7 @@ class Userfaultfd:
         :param source: an address in *this* process.
         :param protect: place them write-protected; the range must be registered for ``WP``.
         :return: the bytes placed.  Fewer than asked: the next page exists already, or the address
-            space changed; 0: it is changing now.  Read the events, then go on from there.
+            space changed; 0, only with events: it is changing now.  Read them, then go on from there.
         :raises PageExists: the first page exists already.
         :raises KernelError: otherwise; ``ESRCH`` if the process is gone, ``ENOENT`` if the range is
             not registered (any more).
@@ -97,11 +99,9 @@ class Userfaultfd:
             0 if wake else abi.UFFDIO_COPY_MODE_DONTWAKE
         )
         argument = abi.uffdio_copy(destination, source, length_bytes, mode)
-        try:
-            ioctl(self.fd, abi.UFFDIO_COPY, argument)
-        except KernelError as error:
-            return _placed(error, argument.copy, destination, length_bytes)
-        return length_bytes
+        return self._place(
+            abi.UFFDIO_COPY, argument, lambda: argument.copy, destination, length_bytes
+        )
 
     def zeropage(self, address: int, length_bytes: int, *, wake: bool = True) -> int:
         """Place pages of zeros, which takes no memory if the range is anonymous.
@@ -112,11 +112,9 @@ class Userfaultfd:
         """
         mode = 0 if wake else abi.UFFDIO_ZEROPAGE_MODE_DONTWAKE
         argument = abi.uffdio_zeropage(abi.uffdio_range(address, length_bytes), mode)
-        try:
-            ioctl(self.fd, abi.UFFDIO_ZEROPAGE, argument)
-        except KernelError as error:
-            return _placed(error, argument.zeropage, address, length_bytes)
-        return length_bytes
+        return self._place(
+            abi.UFFDIO_ZEROPAGE, argument, lambda: argument.zeropage, address, length_bytes
+        )
 
     def map_existing(
         self, address: int, length_bytes: int, *, protect: bool = False, wake: bool = True
@@ -131,11 +129,9 @@ class Userfaultfd:
             0 if wake else abi.UFFDIO_CONTINUE_MODE_DONTWAKE
         )
         argument = abi.uffdio_continue(abi.uffdio_range(address, length_bytes), mode)
-        try:
-            ioctl(self.fd, abi.UFFDIO_CONTINUE, argument)
-        except KernelError as error:
-            return _placed(error, argument.mapped, address, length_bytes)
-        return length_bytes
+        return self._place(
+            abi.UFFDIO_CONTINUE, argument, lambda: argument.mapped, address, length_bytes
+        )
 
     def poison(self, address: int, length_bytes: int, *, wake: bool = True) -> int:
         """Mark missing pages as lost: whoever touches one gets ``SIGBUS``, never zeros.
@@ -145,11 +141,9 @@ class Userfaultfd:
         """
         mode = 0 if wake else abi.UFFDIO_POISON_MODE_DONTWAKE
         argument = abi.uffdio_poison(abi.uffdio_range(address, length_bytes), mode)
-        try:
-            ioctl(self.fd, abi.UFFDIO_POISON, argument)
-        except KernelError as error:
-            return _placed(error, argument.updated, address, length_bytes)
-        return length_bytes
+        return self._place(
+            abi.UFFDIO_POISON, argument, lambda: argument.updated, address, length_bytes
+        )
 
     def move(
         self,
@@ -172,11 +166,9 @@ class Userfaultfd:
             0 if wake else abi.UFFDIO_MOVE_MODE_DONTWAKE
         )
         argument = abi.uffdio_move(destination, source, length_bytes, mode)
-        try:
-            ioctl(self.fd, abi.UFFDIO_MOVE, argument)
-        except KernelError as error:
-            return _placed(error, argument.move, destination, length_bytes)
-        return length_bytes
+        return self._place(
+            abi.UFFDIO_MOVE, argument, lambda: argument.move, destination, length_bytes
+        )
 
     def write_protect(
         self, address: int, length_bytes: int, *, protect: bool, wake: bool = True
@@ -226,6 +218,29 @@ class Userfaultfd:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _place(
+        self,
+        request: Ioctl[Argument],
+        argument: Argument,
+        answer: Callable[[], int],
+        address: int,
+        length_bytes: int,
+    ) -> int:
+        """Make a request that places pages; return how many bytes it has placed.
+
+        Without events nothing has to be read before it can go on: what is in the way passes, and who
+        waits for the page must not be forgotten.
+        """
+        while True:
+            try:
+                ioctl(self.fd, request, argument)
+            except KernelError as error:
+                done = _placed(error, answer(), address, length_bytes)
+                if done or self.features & _EVENTS:
+                    return done
+            else:
+                return length_bytes
 
     def _request(
         self, request: Ioctl[Argument], argument: Argument, address: int, length_bytes: int

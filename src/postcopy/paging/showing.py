@@ -105,9 +105,7 @@ def show_to_waiting(userfaultfd: Userfaultfd, paged: Paged, page: int) -> None:
     size = block.page_size_bytes
     address = block.host_address + page * size
     try:
-        # Until something is done: the page tables may be changing under the kernel (EAGAIN).
-        while not userfaultfd.map_existing(address, _received_from(paged, page) * size):
-            pass
+        userfaultfd.map_existing(address, _received_from(paged, page) * size)
     except PageExists:
         userfaultfd.wake(address, size)
     except KernelError as error:
@@ -119,7 +117,7 @@ def show_to_waiting(userfaultfd: Userfaultfd, paged: Paged, page: int) -> None:
             return
         per_page = block.target_pages_per_page
         block.pages[page * per_page : (page + 1) * per_page] = 0  # no one else shows huge ones
-        show(userfaultfd, block, page, 1)
+        userfaultfd.map_existing(address, size)
 
 
 def _received_from(paged: Paged, page: int) -> int:
@@ -138,7 +136,6 @@ def show_blank(userfaultfd: Userfaultfd, block: RamBlock, page: int) -> None:
     """
     address = block.host_address + page * block.page_size_bytes
     try:
-        while not userfaultfd.zeropage(address, block.page_size_bytes):
-            pass
+        userfaultfd.zeropage(address, block.page_size_bytes)
     except PageExists:
         userfaultfd.wake(address, block.page_size_bytes)
