@@ -18,7 +18,6 @@ from postcopy.source.batch_size import BatchSize
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages, DirtyPages
 from postcopy.source.flight_window import FlightWindow
-from postcopy.source.page_records import BATCH_PAGES
 from postcopy.source.push_waits import PushWaits
 from postcopy.source.return_path import ReturnPath
 from postcopy.source.sending import Sender
@@ -48,6 +47,9 @@ LEAST_LIMITED_BYTES = 32 << 10
 
 BUSY_BYTES_PER_SECOND = 170 << 20
 """Who may push so much, or more, has no time to wait for what is asked."""
+
+REQUEST_PAGES = 256
+"""Of one request no more goes at once, whatever a peer asks for: others wait for the channel, too."""
 
 WINDOW_BYTES = 6144 << 10
 """What it may find itself behind on the wire; see docs/decisions."""
@@ -138,8 +140,8 @@ class PostcopyPush:
                 if len(wanted):
                     self._position = (self._dirty.blocks.index(pages), end)
             pages.look_around(first)
-            for start in range(0, len(wanted), BATCH_PAGES):
-                self._send_urgent(pages, wanted[start : start + BATCH_PAGES])
+            for start in range(0, len(wanted), REQUEST_PAGES):
+                self._send_urgent(pages, wanted[start : start + REQUEST_PAGES])
         finally:
             with self._urgent_done:
                 self._urgent -= 1
