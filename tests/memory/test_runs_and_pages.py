@@ -67,8 +67,8 @@ def test_a_page_goes_its_way(pages):
     assert pages.is_received(7)
     assert not pages.request(8)
     assert pages.requested().tolist() == []
-    assert pages.forget(np.array([8, 9]))
-    assert not pages.forget(np.array([9]))
+    assert pages.forget(np.array([8, 9])).tolist() == [8]
+    assert pages.forget(np.array([9])).tolist() == []
     assert not pages.is_received(8)
     assert pages.states[7:10].tolist() == [RECEIVED, MISSING, MISSING]
     pages.request(9)

@@ -10,6 +10,7 @@ import pytest
 from fakes.cpus import CpusNoted
 from fakes.guest import RAM, FakeGuest
 from fakes.waiting import wait_until
+from postcopy.destination.incoming_ram import discard
 from postcopy.errors import StreamError
 from postcopy.memory.page_map import RECEIVED
 from postcopy.paging import pager as pager_module
@@ -109,10 +110,21 @@ def test_a_run_with_pages_that_exist(arriving, there, zeros):
 
 def test_a_page_that_was_discarded_does_not_come_back_by_itself(arriving):
     arriving.place([3], 9)
-    arriving.paged.pages.forget(np.array([3]))
-    arriving.paged.is_clean = False
+    discard(arriving.ram, RAM, np.array([[3 * 4096, 4096]], np.uint64))
     arriving.placement.zeros(RAM, offsets([3]))
     assert not any(arriving.page(3))
+
+
+@pytest.mark.parametrize("listening", [False, True])
+def test_only_what_was_discarded_is_written_over_with_zeros(arriving, listening):
+    """Memory that has received nothing reads as zeros: to write to all of it would take its time."""
+    arriving.place([3], 9)
+    discard(arriving.ram, RAM, np.array([[3 * 4096, 4096]], np.uint64))
+    arriving.paged.block.pages[5] = 1  # a mark
+    if listening:
+        arriving.listen()
+    arriving.placement.zeros(RAM, offsets([3, 5]))
+    assert [arriving.page(n)[0] for n in (3, 5)] == [0, 1]
 
 
 def test_an_engine_that_died_while_placing(arriving):
@@ -188,7 +200,7 @@ def test_pieces_out_of_order_are_refused(huge, pages):
 def test_zero_pages_without_memory_take_none(arriving):
     arriving.listen()
     arriving.paged.block.pages[3] = 7  # what was discarded is in memory still
-    arriving.paged.is_clean = False
+    arriving.paged.stale[3] = True
     arriving.placement.zeros(RAM, offsets(range(8)))
     assert arriving.received() == list(range(8))
     assert arriving.paged.block.has_data(0, 8).tolist() == [n == 3 for n in range(8)]
@@ -370,4 +382,4 @@ def test_what_has_been_placed_is_not_forgotten_with_it(arriving):
     arriving.place([3], 1)
     arriving.ram.forget_claims()
     assert arriving.received() == [3]
-    assert arriving.paged.is_clean
+    assert not arriving.paged.stale.any()

@@ -96,7 +96,7 @@ def discard(ram: PagedRam, name: str, ranges: npt.NDArray[np.uint64]) -> None:
     paged = ram[name]
     pages = ranges.astype(np.int64) // paged.block.page_size_bytes
     forgotten = paged.pages.forget(numbers_in(pages, paged.block.page_count))
-    paged.is_clean &= not forgotten  # what they held is still in memory
+    paged.stale[forgotten] = True  # what they held is still in memory
 
 
 def empty_missing(ram: PagedRam) -> None:

@@ -135,7 +135,7 @@ class Postcopy:
         with PagemapScanner(self._guest.process_id) as scanner:
             for paged in self._ram:
                 paged.pages.adopt(_mapped(scanner, paged))
-                paged.is_clean = False  # a page may have been half written
+                paged.stale[:] = True  # a page may have been half written
         self._start_pager(userfaultfd)
         for paged in self._ram:
             userfaultfd.wake(paged.block.host_address, paged.block.size_bytes)

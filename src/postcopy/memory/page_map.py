@@ -73,30 +73,30 @@ class PageMap:
             states[:] = PLACING
         return True
 
-    def unclaim(self) -> bool:
+    def unclaim(self) -> Mask:
         """Whoever was to write the pages that are claimed is gone: each is to be asked for again.
 
-        :return: whether there were any.
+        :return: which ones.
         """
         with self.lock:
-            claimed = self.states == PLACING
+            claimed: Mask = self.states == PLACING
             self.states[claimed] = REQUESTED
-        return bool(claimed.any())
+        return claimed
 
     def receive(self, pages: Indices | slice) -> None:
         """Note that these pages are in place, whole."""
         with self.lock:
             self.states[pages] = RECEIVED
 
-    def forget(self, pages: Indices) -> bool:
+    def forget(self, pages: Indices) -> Indices:
         """Note that these pages are to come again.
 
-        :return: whether any of them was in place.
+        :return: those of them that were in place.
         """
         with self.lock:
-            received = pages[self.states[pages] == RECEIVED]
+            received: Indices = pages[self.states[pages] == RECEIVED]
             self.states[received] = MISSING
-        return len(received) > 0
+        return received
 
     def adopt(self, mapped: Mask) -> None:
         """Take over from an engine that is gone, whoever had asked for what.

@@ -119,7 +119,7 @@ class Placement:
     def _write_zeros(self, paged: Paged, target: Indices) -> None:
         # Memory that has received nothing yet reads as zeros as it is.
         host = target // paged.block.target_pages_per_page
-        stale = target[paged.pages.states[host] == RECEIVED] if paged.is_clean else target
+        stale = target[(paged.pages.states[host] == RECEIVED) | paged.stale[host]]
         if len(stale):
             paged.block.pages[stale] = 0
         paged.pages.receive(host)
@@ -136,8 +136,8 @@ class Placement:
             paged.block.pages[target] = data
         else:
             in_memory = target[_has_data(paged, target)]
-            if not paged.is_clean:
-                paged.block.pages[in_memory] = 0
+            if len(stale := in_memory[paged.stale[in_memory]]):
+                paged.block.pages[stale] = 0
         paged.pages.receive(target)
         self._show(paged, in_memory)
         self._help_waiting(paged, target)

@@ -1,11 +1,14 @@
 """All RAM of the arriving guest: which block and page an address or a record means."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from postcopy.guest import Region
 from postcopy.memory.page_map import PageMap
 from postcopy.memory.ram_block import RamBlock
+from postcopy.memory.runs import Mask
 
 
 @dataclass(slots=True)
@@ -14,8 +17,12 @@ class Paged:
 
     block: RamBlock
     pages: PageMap
-    is_clean: bool = True
-    """Whether what has not been received has never been written to either: it reads as zeros."""
+    stale: Mask = field(init=False)
+    """Which pages may hold what is not to be seen there any more.  Of the others, those that have not been
+    received read as zeros."""
+
+    def __post_init__(self) -> None:
+        self.stale = np.zeros(self.block.page_count, np.bool_)
 
 
 class PagedRam:
@@ -54,8 +61,7 @@ class PagedRam:
     def forget_claims(self) -> None:
         """No channel is being read: what was to be placed and has failed to be is still missing."""
         for paged in self:
-            if paged.pages.unclaim():
-                paged.is_clean = False  # it may have been written in part
+            paged.stale |= paged.pages.unclaim()  # they may have been written in part
 
     def close(self) -> None:
         """Let go of all memory."""
