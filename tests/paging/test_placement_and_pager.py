@@ -13,7 +13,6 @@ from fakes.waiting import wait_until
 from postcopy.destination.incoming_ram import discard
 from postcopy.errors import StreamError
 from postcopy.memory.page_map import RECEIVED
-from postcopy.paging import pager as pager_module
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.pager import Pager
 from postcopy.paging.placement import Placement
@@ -210,15 +209,18 @@ def test_zero_pages_without_memory_take_none(arriving):
 # --- the pager
 
 
+def pager_of(arriving, ask, cpus=None):
+    return Pager(arriving.userfaultfd, arriving.ram, arriving.blocktime, ask, cpus or CpusNoted())
+
+
 class Paging:
     """A pager at work, and what it has asked for."""
 
     def __init__(self, arriving):
         arriving.listen()
         self.asked = []
-        self.pager = Pager(
-            arriving.userfaultfd, arriving.ram, arriving.blocktime, self.asked.extend
-        )
+        self.cpus = CpusNoted()
+        self.pager = pager_of(arriving, self.asked.extend, self.cpus)
         self.thread = threading.Thread(target=self.pager.run, daemon=True)
         self.thread.start()
 
@@ -260,18 +262,15 @@ def test_eight_threads_on_one_page_ask_once(arriving, paging):
     assert not arriving.blocktime.waiting
 
 
-def test_cpus_are_kept_awake_for_each_fault_until_it_ends(arriving, monkeypatch):
-    cpus = CpusNoted()
-    monkeypatch.setattr(pager_module, "CpusAwake", lambda: cpus)
-    paging = Paging(arriving)
+def test_cpus_are_kept_awake_for_each_fault(arriving, paging):
+    cpus = paging.cpus
     for page in (5, 9):
         (thread,) = touch(arriving, [page], [])
         wait_until(lambda page=page: page in [asked for _, asked in paging.asked], what="a request")
         cpus.calls.append("asked")
         arriving.place([page], 1)
         thread.join(10)
-    paging.close()
-    assert cpus.calls == ["a while", "a while", "asked", "a while", "asked", "close"]
+    assert cpus.calls == ["a while", "a while", "asked", "a while", "asked"]
 
 
 def test_several_pages_at_once(arriving, paging):
@@ -308,7 +307,7 @@ def test_a_fault_that_is_read_late_only_wakes_its_thread(arriving):
     poll = arriving.userfaultfd
     wait_until(lambda: _has_events(poll), 20, "a fault")
     arriving.place([4], 3)
-    pager = Pager(arriving.userfaultfd, arriving.ram, arriving.blocktime, asked.extend)
+    pager = pager_of(arriving, asked.extend)
     thread = threading.Thread(target=pager.run, daemon=True)
     thread.start()
     for waiting in threads:
@@ -327,7 +326,7 @@ def test_a_fault_whose_page_came_before_it_was_noted_is_no_sample(arriving):
     wait_until(lambda: _has_events(arriving.userfaultfd), 20, "a fault")
     (fault,) = arriving.userfaultfd.read_events()
     arriving.place([4], 3)
-    pager = Pager(arriving.userfaultfd, arriving.ram, arriving.blocktime, lambda _: None)
+    pager = pager_of(arriving, lambda _: None)
     assert pager._note(fault) is None
     for thread in threads:
         thread.join(10)

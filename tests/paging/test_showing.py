@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 
+from fakes.cpus import CpusNoted
 from fakes.guest import RAM, FakeGuest
 from fakes.waiting import wait_until
 from postcopy.abi.pagemap import PageCategory
@@ -77,7 +78,7 @@ def test_it_does_not_mind_what_is_mapped_already(arrived):
 
 def test_what_is_touched_comes_without_the_source_and_with_its_neighbours(arrived):
     asked = []
-    pager = Pager(arrived.userfaultfd, arrived.ram, Blocktime({}), asked.extend)
+    pager = Pager(arrived.userfaultfd, arrived.ram, Blocktime({}), asked.extend, CpusNoted())
     thread = threading.Thread(target=pager.run, daemon=True)
     thread.start()
     try:
@@ -114,7 +115,7 @@ def test_a_single_page_that_somebody_waits_for_is_mapped_at_once(arrived):
     arrived.paged.pages.states[:] = 0
     blocktime = Blocktime({})
     asked = []
-    pager = Pager(arrived.userfaultfd, arrived.ram, blocktime, asked.extend)
+    pager = Pager(arrived.userfaultfd, arrived.ram, blocktime, asked.extend, CpusNoted())
     placement = Placement(arrived.ram, blocktime)
     placement.listen(arrived.userfaultfd, lambda *_: None)
     serving = threading.Thread(target=pager.run, daemon=True)

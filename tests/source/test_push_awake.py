@@ -39,14 +39,16 @@ def cpus(monkeypatch):
     return noted
 
 
-def test_from_the_stop_on_for_each_request_until_the_connection_ends(cpus):
+def test_from_before_the_stop_on_for_each_request_until_the_connection_ends(cpus):
     push = postcopy.PostcopyPush(Dirty(cpus.calls), None, Counters())
+    push.expect()
+    cpus.calls.append("the guest stops")
     push.begin()
     for page in (3, 8):
         push.serve("ram", page * 4096, 4096)
     push.stop()
     served = ["a while", "take 3 to 4", "a while", "take 8 to 9"]
-    assert cpus.calls == ["a while", *served, "close"]
+    assert cpus.calls == ["a while", "the guest stops", "a while", *served, "close"]
 
 
 def test_not_for_who_may_not_ask_yet(cpus):

@@ -22,6 +22,7 @@ FAR_TOO_MUCH_BYTES = 8 << 20
 
 
 def hand_over(switchover, connection):
+    connection.begin_watch()  # as discard_ahead() has done, while the guest ran
     switchover.start_postcopy()
     connection.answers.wait_pong(PACKAGE_PING)
 

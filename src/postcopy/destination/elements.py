@@ -185,6 +185,7 @@ class Elements:
     def _discard(self, command: records.RamDiscard) -> None:
         if not self.advised or self._postcopy.listening:
             raise StreamError("CMD_POSTCOPY_RAM_DISCARD in wrong postcopy state (0)")
+        self._postcopy.expect_guest()
         discard(self._ram, command.block, command.ranges)
 
     def _package(self, package: records.Package) -> None:

@@ -17,6 +17,7 @@ from postcopy.destination.incoming_ram import empty_missing
 from postcopy.destination.return_path import ReturnPath
 from postcopy.errors import ChannelBroken, PostcopyError, StreamError
 from postcopy.guest import DeviceState
+from postcopy.kernel.cpu_latency import CpusAwake
 from postcopy.kernel.pagemap import PagemapScanner
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.kill_points import reached
@@ -59,6 +60,7 @@ class Postcopy:
         self._pager_thread: threading.Thread | None = None
         self._showing: Showing | None = None
         self._package_thread: threading.Thread | None = None
+        self._awake = CpusAwake()
         self._deciding = threading.Lock()
         # Under the lock, from the package on: whether its guest shall not run here.
         self._given_up = False
@@ -75,6 +77,10 @@ class Postcopy:
         """
         self._userfaultfd = self._guest.watch_missing()
         self._guest.unmap_missing()
+
+    def expect_guest(self) -> None:
+        """It is about to stop at the source: who works on that is not to wait until a CPU has woken."""
+        self._awake.a_while()
 
     def take_package(self, decoder: Decoder, data: bytes) -> Userfaultfd:
         """Listen, and begin to load what the package holds.
@@ -180,6 +186,7 @@ class Postcopy:
             self._pager.stop()
             self._pager_thread.join()
             self._pager = None
+        self._awake.close()
 
     def info(self, status: Status, capabilities: Capabilities) -> MigrationInfo:
         """What ``query-migrate`` says at the destination."""
@@ -206,7 +213,8 @@ class Postcopy:
         )
 
     def _start_pager(self, userfaultfd: Userfaultfd) -> None:
-        self._pager = Pager(userfaultfd, self._ram, self._blocktime, self._return_path.request)
+        request = self._return_path.request
+        self._pager = Pager(userfaultfd, self._ram, self._blocktime, request, self._awake)
         self._pager_thread = _start("pager", self._pager.run)
         self._showing = Showing(userfaultfd, self._ram)
 

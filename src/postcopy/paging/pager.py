@@ -29,6 +29,7 @@ class Pager:
     """Serves one userfaultfd until :meth:`stop`.
 
     :param ask: how a page is asked for; gets all requests of one batch of faults.
+    :param awake: keeps CPUs awake while there are faults; closed by who has made it.
     """
 
     def __init__(
@@ -37,13 +38,14 @@ class Pager:
         ram: PagedRam,
         blocktime: Blocktime,
         ask: Callable[[Sequence[Request]], None],
+        awake: CpusAwake,
     ) -> None:
         self._userfaultfd = userfaultfd
         self._ram = ram
         self._blocktime = blocktime
         self._ask = ask
         self._stop_reader, self._stop_writer = os.pipe2(os.O_CLOEXEC)
-        self._awake = CpusAwake()
+        self._awake = awake
         self.faults = 0
 
     def run(self) -> None:
@@ -59,7 +61,6 @@ class Pager:
             wanted = [request for fault in faults if (request := self._note(fault)) is not None]
             if wanted:
                 self._ask(wanted)
-        self._awake.close()
         os.close(self._stop_reader)
 
     def stop(self) -> None:

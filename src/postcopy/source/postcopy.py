@@ -90,6 +90,10 @@ class PostcopyPush:
         self.answers: ReturnPath | None = None
         self.window = FlightWindow(WINDOW_BYTES, PING_BYTES)
 
+    def expect(self) -> None:
+        """The guest is about to stop here: who works on that is not to wait until a CPU has woken."""
+        self._awake.a_while()
+
     def begin(self) -> None:
         """Pages may be asked for from now on: the guest has stopped here."""
         self._begun = True

@@ -87,6 +87,8 @@ class Switchover:
         the time in which the guest stands still.
         """
         assert self._return_path is not None
+        self._connection.begin_watch()  # it may not even take the package
+        self._connection.push.expect()
         # The guest writes meanwhile, but the less the shorter a pass takes.
         for ping in DISCARD_PINGS:
             self._dirty.look_for_writes()
@@ -157,7 +159,6 @@ class Switchover:
                 + encode_command(PostcopyRun())
             )
         )
-        self._connection.begin_watch()  # it may not even take the package
         self._commit()
         # From here an engine that takes over from us must recover, whatever it finds.
         self._progress.move(Status.POSTCOPY_ACTIVE)
