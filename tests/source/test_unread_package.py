@@ -10,6 +10,8 @@ import pytest
 from postcopy.channel.sockets import SocketChannel
 from postcopy.errors import ChannelBroken
 from postcopy.guest import DeviceState
+from postcopy.link.guest_proxy import Saving, encode_states
+from postcopy.link.rpc import Answer
 from postcopy.parameters import Capabilities
 from postcopy.source.connection import Connection
 from postcopy.source.counters import Clock, Counters
@@ -19,6 +21,12 @@ from postcopy.status import Progress, Status
 
 FAR_TOO_MUCH_BYTES = 8 << 20
 """For what the kernel takes of a package that nobody reads."""
+
+
+def saved(states):
+    answer = Answer()
+    answer.give(encode_states(states))
+    return Saving(answer)
 
 
 def hand_over(switchover, connection):
@@ -56,7 +64,7 @@ def test_it_is_noticed_whether_or_not_the_kernel_takes_all_of_it(more_bytes):
         Clock(),
         lambda _: "",
     )
-    switchover._states = [DeviceState("cpu", 0, 1, bytes(more_bytes))]
+    switchover._saving = saved([DeviceState("cpu", 0, 1, bytes(more_bytes))])
     with far:
         with pytest.raises(ChannelBroken) as broken:
             hand_over(switchover, connection)

@@ -4,9 +4,25 @@ import base64
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from postcopy.errors import PostcopyError
 from postcopy.guest import DeviceState, Region, VcpuThread
 from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.link.rpc import Link
+from postcopy.link.rpc import Answer, Link
+
+
+class Saving:
+    """The devices of a stopped guest are being saved."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+
+    def states(self) -> Sequence[DeviceState]:
+        """Wait for their states."""
+        return decode_states(self._answer.wait())
+
+    def settle(self) -> None:
+        """Wait until nothing of it is under way: a guest that is let run then is not stopped again."""
+        self._answer.settle()
 
 
 class GuestProxy:
@@ -67,6 +83,16 @@ class GuestProxy:
     def pause_and_save(self) -> Sequence[DeviceState]:
         """Stop every vCPU and return the state of all devices: one call, since the guest waits for it."""
         return decode_states(self._link.call("pause_and_save"))
+
+    def pause_to_save(self) -> "Saving":
+        """Stop every vCPU, and have the devices saved while the caller does something else."""
+        parked, saved = self._link.ask("pause"), self._link.ask("pause_and_save")
+        try:
+            parked.wait()
+        except PostcopyError:
+            saved.settle()  # it may have stopped them after all, but does no more
+            raise
+        return Saving(saved)
 
     def load_devices(self, states: Sequence[DeviceState]) -> None:
         """Give the devices their state."""

@@ -44,6 +44,10 @@ class Answer:
         """Whether :meth:`wait` returns at once."""
         return self._come.is_set()
 
+    def settle(self) -> None:
+        """Wait until it has come, or never will."""
+        self._come.wait()
+
     def wait(self, timeout_s: float | None = None) -> Any:
         """The other end's answer.
 

@@ -329,6 +329,7 @@ class Source:
         switchover = self._switchover
         if switchover is not None and switchover.stopped:
             if not switchover.committed or refused:
+                switchover.settle()
                 self._guest.take_back()
                 self._guest.resume()
             else:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from postcopy.errors import ChannelBroken, MigrationCancelled
 from postcopy.guest import DeviceState
 from postcopy.kill_points import reached
-from postcopy.link.guest_proxy import GuestProxy
+from postcopy.link.guest_proxy import GuestProxy, Saving
 from postcopy.memory.runs import Mask, runs
 from postcopy.parameters import Capabilities, Capability
 from postcopy.source.connection import Connection
@@ -76,7 +76,7 @@ class Switchover:
         self._clock = clock
         self._describe = describe
         self._discarded: dict[str, Mask] = {}
-        self._states: list[DeviceState] = []
+        self._saving: Saving | None = None
         self.stopped = False
         self.committed = False
 
@@ -99,10 +99,10 @@ class Switchover:
                 return
 
     def stop_guest(self) -> None:
-        """Stop the vCPUs and find out what is left to send."""
+        """Stop the vCPUs and find out what is left to send; the devices are being saved meanwhile."""
         self._clock.stopped = time.monotonic()
         self.stopped = True
-        self._states = list(self._guest.pause_and_save())
+        self._saving = self._guest.pause_to_save()
         if self._capabilities.enabled(Capability.PAUSE_BEFORE_SWITCHOVER):
             self._progress.move(Status.PRE_SWITCHOVER)
             self._orders.wait_to_proceed()
@@ -174,14 +174,21 @@ class Switchover:
         self._clock.handed_over = time.monotonic()
         self._channel.send(encode_command(Ping(4)))
 
+    def settle(self) -> None:
+        """Wait until nothing of the stop is under way: the guest may be let run again then."""
+        if self._saving is not None:
+            self._saving.settle()
+
     def _commit(self) -> None:
         self._guest.give_up()
         self.committed = True
 
     def _devices(self) -> list[DeviceState]:
+        assert self._saving is not None
+        states = list(self._saving.states())
         if self._return_path is not None and not self._return_path.peer_is_ours:
-            return [state for state in self._states if state.name not in OURS_ONLY]
-        return self._states
+            return [state for state in states if state.name not in OURS_ONLY]
+        return states
 
     def _send_discards(self) -> int:
         """Say which pages are stale, but for those said before; return how many."""
