@@ -59,7 +59,7 @@ def test_what_another_is_writing_stays_as_it_is(tmp_path, address):
     with claimed(address.path):
         (tmp_path / "image.partial").write_text("half")
         second = PartialFile(address)
-        with pytest.raises(Refused, match="another snapshot is being written to"):
+        with pytest.raises(Refused, match="somebody else is writing"):
             second.begin()
         second.end()
         remove_partial(address)

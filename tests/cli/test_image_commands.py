@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fakes.commands import one_line, postcopy
+from postcopy.channel.claim import claimed
 from postcopy.snapshot import working_set
 from postcopy.snapshot.finish import finish
 from postcopy.snapshot.manifest import beside
@@ -156,6 +157,17 @@ class TestExtract:
             assert outcome.returncode == 3
             assert one_line(outcome).startswith(f"{out} is the image itself")
         assert path.read_bytes() == before
+
+    def test_not_where_another_is_writing(self, path, tmp_path):
+        out, half = tmp_path / "out", partial(tmp_path / "out")
+        half.write_text("half of another's")
+        with claimed(out):
+            outcome = postcopy("extract", str(path), "--ram", str(out))
+            assert outcome.returncode == 3
+            assert one_line(outcome).startswith(f"somebody else is writing {out};")
+            assert half.read_text() == "half of another's"
+        assert postcopy("extract", str(path), "--ram", str(out)).returncode == 0
+        assert sorted(file.name for file in tmp_path.iterdir()) == sorted([path.name, "out"])
 
     def test_a_block_that_is_not_there(self, path, tmp_path):
         outcome = postcopy("extract", str(path), "--ram", str(tmp_path / "out"), "--block", "vga")

@@ -130,7 +130,7 @@ class TestSinkThatFails:
             half.write_bytes(b"half")
             portrait.begin(f"file:{image}")
             portrait.side.wait(Status.FAILED)
-            assert f"another snapshot is being written to {image};" in portrait.side.error
+            assert f"somebody else is writing {image};" in portrait.side.error
             assert half.read_bytes() == b"half"
         check_survived(portrait, tmp_path)
 

@@ -36,8 +36,7 @@ class Claim:
             os.close(self._fd)
             if not is_free:
                 raise Refused(
-                    f"another snapshot is being written to {path}; wait for its end, or give "
-                    "another path"
+                    f"somebody else is writing {path}; wait until that is done, or give another path"
                 )
             # Its holder has taken it away meanwhile: whoever comes next would not see ours.
 

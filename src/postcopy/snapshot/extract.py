@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Final
 
+from postcopy.channel.claim import claimed
 from postcopy.errors import Refused
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Mask, runs
@@ -31,12 +32,17 @@ def extract(image: Image, block: ImageBlock, path: Path) -> int:
     """Write a block to a file, in the place of what is there.
 
     :return: how many bytes of data were written; the rest are holes.
-    :raises Refused: that is the image itself.
+    :raises Refused: that is the image itself, or somebody else is writing there.
     :raises OSError: the disk is full, or broken; nothing stands under the name then.
     :raises ImageError: the image cannot be read.
     """
     if path.exists() and path.samefile(image.path):
         raise Refused(f"{path} is the image itself; give another path for its memory")
+    with claimed(path):
+        return _extract(image, block, path)
+
+
+def _extract(image: Image, block: ImageBlock, path: Path) -> int:
     written = partial(path)
     try:
         fd = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, MODE)
