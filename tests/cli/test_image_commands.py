@@ -1,6 +1,7 @@
 """``postcopy verify``, ``inspect``, ``diff``, ``extract`` and ``sweep``."""
 
 import json
+import resource
 import stat
 
 import numpy as np
@@ -168,6 +169,29 @@ class TestExtract:
             assert half.read_text() == "half of another's"
         assert postcopy("extract", str(path), "--ram", str(out)).returncode == 0
         assert sorted(file.name for file in tmp_path.iterdir()) == sorted([path.name, "out"])
+
+    def test_what_cannot_be_written_is_named_as_it_was_given(self, path, tmp_path):
+        for out, why in (
+            (tmp_path / "nowhere" / "out", "No such file or directory"),
+            (path / "out", "Not a directory"),
+            (tmp_path, "Is a directory"),
+        ):
+            outcome = postcopy("extract", str(path), "--ram", str(out))
+            assert outcome.returncode == 1
+            assert one_line(outcome).startswith(f"{out}: {why}")
+
+    def test_what_the_disk_does_not_take(self, path, tmp_path):
+        out = tmp_path / "out"
+        limit = resource.RLIMIT_FSIZE
+        before = resource.getrlimit(limit)
+        resource.setrlimit(limit, (4096, before[1]))  # its child has it, too
+        try:
+            outcome = postcopy("extract", str(path), "--ram", str(out))
+        finally:
+            resource.setrlimit(limit, before)
+        assert outcome.returncode == 1
+        assert one_line(outcome).startswith(f"{out}: File too large")
+        assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
     def test_a_block_that_is_not_there(self, path, tmp_path):
         outcome = postcopy("extract", str(path), "--ram", str(tmp_path / "out"), "--block", "vga")

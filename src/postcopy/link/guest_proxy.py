@@ -84,7 +84,7 @@ class GuestProxy:
         """Stop every vCPU and return the state of all devices: one call, since the guest waits for it."""
         return decode_states(self._link.call("pause_and_save"))
 
-    def pause_to_save(self) -> "Saving":
+    def pause_to_save(self) -> Saving:
         """Stop every vCPU, and have the devices saved while the caller does something else."""
         parked, saved = self._link.ask("pause"), self._link.ask("pause_and_save")
         try:

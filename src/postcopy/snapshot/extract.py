@@ -38,8 +38,11 @@ def extract(image: Image, block: ImageBlock, path: Path) -> int:
     """
     if path.exists() and path.samefile(image.path):
         raise Refused(f"{path} is the image itself; give another path for its memory")
-    with claimed(path):
-        return _extract(image, block, path)
+    try:
+        with claimed(path):
+            return _extract(image, block, path)
+    except OSError as failure:  # which may name what stands beside it, or nothing
+        raise OSError(failure.errno, failure.strerror, str(path)) from failure
 
 
 def _extract(image: Image, block: ImageBlock, path: Path) -> int:
