@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import threading
 
 import pytest
 
@@ -161,3 +162,33 @@ def test_cancel_while_the_peer_reads_nothing(journey, tmp_path):
             trip.source.control.cancel()
             cancelled(trip, called=False)
     moves_now(trip)
+
+
+def test_while_the_devices_are_being_saved(journey, monkeypatch):
+    """To save them stops the guest, if it runs: nobody lets it run before that is over."""
+    trip = journey(hammer(), parameters=QUICK, capabilities=PAUSING)
+    machine = trip.source.machine
+    pause, save = machine.pause, machine.save_devices
+    may_stop, saved = threading.Event(), threading.Event()
+
+    def late():
+        if threading.current_thread().name == "pause_and_save":
+            assert may_stop.wait(20)
+        pause()
+
+    def noted():
+        try:
+            return save()
+        finally:
+            saved.set()
+
+    monkeypatch.setattr(machine, "pause", late)
+    monkeypatch.setattr(machine, "save_devices", noted)
+    trip.migrate()
+    trip.source.wait(Status.PRE_SWITCHOVER)
+    trip.source.control.cancel()
+    with pytest.raises(TimeoutError):
+        trip.source.control.progress.wait(Status.CANCELLED, timeout=0.3)
+    may_stop.set()
+    assert saved.wait(20)
+    cancelled(trip)
