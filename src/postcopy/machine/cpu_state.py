@@ -68,6 +68,9 @@ class Fpu:
     ``registers`` are R0-R7 *as stacked* (ST0 first), 80 bit integers: sign and exponent above bit
     64, mantissa below.  ``status`` has the top of the stack in bits 11-13.  ``in_use`` is one bit
     for each physical register, set where the register holds something (FXSAVE's abridged tag).
+
+    The last instruction's opcode and pointers are defined while its exception is pending (bit 7 of
+    ``status``).  AMD processors forget them otherwise (AMD APM volume 2, FXRSTOR).
     """
 
     control: int = 0x37F
