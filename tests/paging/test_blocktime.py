@@ -1,9 +1,13 @@
 """Blocktime: a timeline done by hand, and any timeline against the slow and obvious way."""
 
+import threading
+import tracemalloc
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postcopy.paging.blocktime import BUCKETS, Blocktime
+from postcopy.paging.blocktime import Blocktime
+from postcopy.statistics import LATENCY_BUCKETS
 
 US = 1000
 THREADS = {100: 0, 101: 1}
@@ -49,19 +53,8 @@ def test_before_any_fault():
     report = Blocktime(THREADS).report()
     assert report.vcpu_us == (0, 0)
     assert report.overlapped_us == report.faults == report.mean_ns == 0
-    assert report.distribution == (0,) * BUCKETS
+    assert report.distribution == (0,) * LATENCY_BUCKETS
     assert (report.p50_us, report.p99_us, report.max_us) == (0, 0, 0)
-
-
-def test_buckets_at_their_edges():
-    time = Blocktime({})
-    latencies_us = [0, 1, 2, 3, 4, 2**22, 2**23, 2**24, 2**30]
-    for number, latency in enumerate(latencies_us):
-        time.fault(page(number), 1, 0)
-        time.placed([page(number)], latency * US)
-    distribution = time.report().distribution
-    assert distribution[:3] == (2, 2, 1)
-    assert distribution[22:] == (1, 3)
 
 
 def test_two_threads_on_one_page_are_both_let_go():
@@ -91,6 +84,42 @@ def test_a_fault_noted_too_late_is_no_sample():
     time.placed([page(2)], 30 * US)
     report = time.report()
     assert (report.faults, report.vcpu_us, report.overlapped_us) == (1, (20, 0), 0)
+
+
+def test_a_report_waits_for_nothing_that_the_fault_path_holds():
+    """While pages are being noted as placed a report is made: so neither waits for the other."""
+    time = Blocktime(THREADS)
+    for number in range(3):
+        time.fault(page(number), 100, 0)
+    reports = []
+
+    def pages():
+        for number in range(3):
+            reporting = threading.Thread(target=lambda: reports.append(time.report()), daemon=True)
+            reporting.start()
+            reporting.join(10)
+            assert not reporting.is_alive(), "the report waits for a lock of the fault path"
+            yield page(number)
+
+    time.placed(pages(), 5 * US)
+    assert [report.faults for report in reports] == [0, 1, 2]
+
+
+def test_the_room_does_not_grow_with_the_faults():
+    time = Blocktime(THREADS)
+    time.fault(page(0), 100, 0)
+    time.placed([page(0)], 1)
+    tracemalloc.start()
+    try:
+        before_bytes, _ = tracemalloc.get_traced_memory()
+        for number in range(10_000):
+            time.fault(page(number), 100 + number % 3, number * 7919)
+            time.placed([page(number)], number * 7919 + number * 1_000_003)
+        after_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert time.report().faults == 10_001
+    assert after_bytes - before_bytes < 8192
 
 
 steps = st.lists(

@@ -197,9 +197,9 @@ class Postcopy:
         measured = Measured(
             blocktime_us=report.vcpu_us,
             overlapped_blocktime_us=report.overlapped_us,
-            fault_latency_p50_us=round(report.p50_us),
-            fault_latency_p99_us=round(report.p99_us),
-            fault_latency_max_us=round(report.max_us),
+            fault_latency_p50_us=report.p50_us,
+            fault_latency_p99_us=report.p99_us,
+            fault_latency_max_us=report.max_us,
         )
         return replace(
             info,

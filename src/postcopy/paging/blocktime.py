@@ -2,10 +2,10 @@
 
 A vCPU is blocked from the moment the pager reads its fault until the page is in place.  *Overlapped*
 is the time during which every vCPU was blocked at once, that is, in which the guest stood still; it is
-what QEMU calls ``postcopy-blocktime``.  The distribution has QEMU 10.1's 24 buckets, each twice as wide
-as the one before, the first being 1 µs to 2 µs.
+what QEMU calls ``postcopy-blocktime``.
 
-Called by the pager (``fault``) and by whoever places pages (``placed``), under one lock.
+Called by the pager (``fault``) and by the threads that place pages (``placed``), under one lock.  A report
+takes no lock: measuring must not make faults longer.
 """
 
 import threading
@@ -13,7 +13,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-BUCKETS = 24
+from postcopy.paging.latencies import LatencyHistogram
+
 PageKey = tuple[str, int]
 """A page: the name of its block and its number there."""
 
@@ -47,9 +48,9 @@ class BlocktimeReport:
     mean_ns: int
     faults: int
     distribution: tuple[int, ...]
-    p50_us: float
-    p99_us: float
-    max_us: float
+    p50_us: int
+    p99_us: int
+    max_us: int
 
 
 @dataclass(slots=True)
@@ -81,7 +82,7 @@ class Blocktime:
         self._blocked_vcpus = 0
         self._all_blocked_since_ns = 0
         self._overlapped_ns = 0
-        self._samples_ns: list[int] = []
+        self._latencies = LatencyHistogram()
 
     def fault(self, page: PageKey, thread_id: int, now_ns: int) -> None:
         """Note that a thread waits for a page."""
@@ -113,21 +114,22 @@ class Blocktime:
                 self._unblock(self._vcpus[vcpu])
 
     def report(self) -> BlocktimeReport:
-        """Sum up what has been measured so far."""
-        with self._lock:
-            samples = sorted(self._samples_ns)
-            return BlocktimeReport(
-                vcpu_us=tuple(vcpu.total_ns // 1000 for vcpu in self._vcpus),
-                overlapped_us=self._overlapped_ns // 1000,
-                vcpu_mean_ns=tuple(vcpu.latencies.mean_ns for vcpu in self._vcpus),
-                others_mean_ns=self._others.mean_ns,
-                mean_ns=sum(samples) // len(samples) if samples else 0,
-                faults=len(samples),
-                distribution=_distribution(samples),
-                p50_us=_quantile(samples, 0.5) / 1000,
-                p99_us=_quantile(samples, 0.99) / 1000,
-                max_us=(samples[-1] if samples else 0) / 1000,
-            )
+        """Sum up what has been measured so far; each figure for itself, for faults may end meanwhile."""
+        # Before the vCPUs' own times, which are counted first: so it is never more than these.
+        overlapped_ns = self._overlapped_ns
+        latencies = self._latencies.figures()
+        return BlocktimeReport(
+            vcpu_us=tuple(vcpu.total_ns // 1000 for vcpu in self._vcpus),
+            overlapped_us=overlapped_ns // 1000,
+            vcpu_mean_ns=tuple(vcpu.latencies.mean_ns for vcpu in self._vcpus),
+            others_mean_ns=self._others.mean_ns,
+            mean_ns=latencies.mean_ns,
+            faults=latencies.count,
+            distribution=latencies.distribution,
+            p50_us=latencies.p50_us,
+            p99_us=latencies.p99_us,
+            max_us=latencies.max_us,
+        )
 
     # --- under the lock
 
@@ -147,7 +149,7 @@ class Blocktime:
 
     def _end(self, waiter: _Waiter, now_ns: int) -> None:
         latency_ns = max(0, now_ns - waiter.since_ns)
-        self._samples_ns.append(latency_ns)
+        self._latencies.add(latency_ns)
         if waiter.vcpu is None:
             self._others.add(latency_ns)
             return
@@ -155,19 +157,7 @@ class Blocktime:
         vcpu.latencies.add(latency_ns)
         vcpu.blocked -= 1
         if vcpu.blocked == 0:
+            vcpu.total_ns += max(0, now_ns - vcpu.since_ns)
             if self._blocked_vcpus == len(self._vcpus):
                 self._overlapped_ns += max(0, now_ns - self._all_blocked_since_ns)
             self._blocked_vcpus -= 1
-            vcpu.total_ns += max(0, now_ns - vcpu.since_ns)
-
-
-def _distribution(samples_ns: Iterable[int]) -> tuple[int, ...]:
-    buckets = [0] * BUCKETS
-    for latency_ns in samples_ns:
-        exponent = max(1, latency_ns // 1000).bit_length() - 1
-        buckets[min(exponent, BUCKETS - 1)] += 1
-    return tuple(buckets)
-
-
-def _quantile(ordered: list[int], fraction: float) -> int:
-    return ordered[min(len(ordered) - 1, int(len(ordered) * fraction))] if ordered else 0

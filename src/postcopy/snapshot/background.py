@@ -267,14 +267,14 @@ class BackgroundSnapshot:
             self._blocks.pop().close()
 
     def _measured(self) -> Measured:
-        stalls = self._guard.stalls if self._guard is not None else None
+        stalls = self._guard.stalls.figures() if self._guard is not None else None
         clock = self._clock
         stopped = clock.stopped and clock.handed_over
         return Measured(
             pause_us=round((clock.handed_over - clock.stopped) * 1e6) if stopped else None,
             write_faults=stalls.count if stalls is not None else None,
-            write_stall_p50_us=stalls.quantile_us(0.5) if stalls is not None else None,
-            write_stall_p99_us=stalls.quantile_us(0.99) if stalls is not None else None,
+            write_stall_p50_us=stalls.p50_us if stalls is not None else None,
+            write_stall_p99_us=stalls.p99_us if stalls is not None else None,
             write_stall_max_us=stalls.max_us if stalls is not None else None,
             aside_bytes=self._aside.total_bytes,
             aside_most_bytes=self._aside.most_bytes,

@@ -76,17 +76,13 @@ class Figures:
 
     def _measured(self) -> Measured:
         filler = self._filler
-        latencies = np.array(filler.latencies_ns[:] if filler is not None else (), np.uint64)
-        if not len(latencies):
-            p50 = p99 = longest = None
-        else:
-            ordered = np.sort(latencies)
-            p50, p99 = (int(ordered[int(len(ordered) * part)]) // 1000 for part in (0.5, 0.99))
-            longest = int(ordered[-1]) // 1000
+        latencies = filler.latencies.figures() if filler is not None else None
+        if latencies is not None and not latencies.count:
+            latencies = None
         return Measured(
-            fault_latency_p50_us=p50,
-            fault_latency_p99_us=p99,
-            fault_latency_max_us=longest,
+            fault_latency_p50_us=latencies.p50_us if latencies is not None else None,
+            fault_latency_p99_us=latencies.p99_us if latencies is not None else None,
+            fault_latency_max_us=latencies.max_us if latencies is not None else None,
             restore_running_us=self._since(self._running_ns),
             restore_ready_us=self._since(self._ready_ns()),
             restore_complete_us=self._since(self._complete_ns),

@@ -10,7 +10,6 @@ import os
 import select
 import threading
 import time
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -24,6 +23,7 @@ from postcopy.kernel.scheduling import run_soon
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.kill_points import reached
 from postcopy.memory.runs import Mask
+from postcopy.paging.latencies import LatencyHistogram
 from postcopy.snapshot.filling import Filling
 from postcopy.snapshot.head_start import HeadStart
 from postcopy.snapshot.page_copies import PageCopies
@@ -91,7 +91,7 @@ class Filler:
         self._recording = pace.holds_for_recording
         # Who records sees only what has not come unasked.
         self.head_start = HeadStart(wanted=bool(working_set) and not pace.holds_for_recording)
-        self.latencies_ns = array("Q")
+        self.latencies = LatencyHistogram()
         self.ready_ns: int | None = None
         """When the working set was in, or, recording, when the faults had settled; monotonic."""
 
@@ -100,7 +100,7 @@ class Filler:
     @property
     def faults(self) -> int:
         """How many faults have been served."""
-        return len(self.latencies_ns)
+        return self.latencies.count
 
     def hurry(self, *, wanted: bool = True) -> None:
         """Somebody waits for the end, so go on at full speed; or nobody does any more."""
@@ -206,7 +206,7 @@ class Filler:
             else:
                 filling.bring(page)
             self._last_fault_ns = now_ns = time.monotonic_ns()
-            self.latencies_ns.append(now_ns - since_ns)
+            self.latencies.add(now_ns - since_ns)
         self._note_progress()
 
     def _find(self, address: int) -> Filling:

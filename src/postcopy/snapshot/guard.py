@@ -23,8 +23,8 @@ from postcopy.kernel.faults import Pagefault
 from postcopy.kernel.scheduling import run_soon
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.memory.ram_block import RamBlock
+from postcopy.paging.latencies import LatencyHistogram
 from postcopy.snapshot.aside import Aside
-from postcopy.snapshot.stalls import Stalls
 from postcopy.snapshot.unsaved import UnsavedPages
 
 RUN_BYTES = 64 << 10
@@ -59,7 +59,7 @@ class WriteGuard:
         self._unsaved = unsaved
         self._aside = aside
         self._on_error = on_error
-        self.stalls = Stalls()
+        self.stalls = LatencyHistogram()
         # Under the lock of the unsaved pages: what was written to before the stop, and whether it was.
         # In runs, for the guest stands still while they are gone through.
         self._written: set[_Run] = set()
