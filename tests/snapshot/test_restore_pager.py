@@ -1,5 +1,6 @@
 """The pager of a restore by itself: what it brings, in which order, and what it leaves alone."""
 
+import errno
 import os
 import threading
 
@@ -10,7 +11,7 @@ from fakes.cpus import CpusNoted
 from fakes.guest import RAM, FakeGuest
 from fakes.waiting import wait_until
 from postcopy.channel.rate_limit import RateLimiter
-from postcopy.errors import ImageError
+from postcopy.errors import ImageError, KernelError
 from postcopy.memory.page_map import EARLY, LATE, RECEIVED, UNTOUCHED
 from postcopy.snapshot import filler, filling, page_copies
 from postcopy.snapshot.filler import Filler, Pace
@@ -85,6 +86,9 @@ class Scene:
     def __exit__(self, *_):
         self.filler.stop()
         self.thread.join(10)
+        self.close()
+
+    def close(self):
         self.filler.close()
         self.guest.unwatch_missing()
         self.userfaultfd.close()
@@ -158,7 +162,7 @@ def test_a_guest_is_let_run_when_all_of_a_small_set_is_in(fixed):
     wanted[::3] = True
     wanted[40:80] = True
     with Scene(FakeOrigin(fixed=fixed, zero=[42]), wanted, rate=1) as scene:
-        scene.filler.head_start.wait()
+        assert scene.filler.head_start.wait()
         assert set(np.flatnonzero(wanted)) - {42, 0} <= set(scene.received())
         assert scene.filler.ready_ns is not None
         for page in (3, 40, 79, 252):
@@ -187,7 +191,7 @@ def test_copies_come_first_and_in_their_order(tmp_path):
     placed = []
     with Scene(origin, wanted, rate=1, copies=copies) as scene:
         scene.filler.look_ahead()
-        scene.filler.head_start.wait()
+        assert scene.filler.head_start.wait()
         assert scene.received() == [7, 30, 31, 32, 200]
         second = np.frombuffer(scene.guest.memory(), np.uint64).reshape(PAGES, -1)[:, 1]
         placed = second[[7, 30, 31, 32, 200]].tolist()
@@ -204,7 +208,7 @@ def test_what_is_there_is_not_placed_again_from_a_copy(tmp_path):
     scene.filling.adopt()
     scene.paged.pages.states[45] = 0  # as if nobody had noted it
     with scene:
-        scene.filler.head_start.wait()
+        assert scene.filler.head_start.wait()
         assert scene.received() == list(range(20, 60))
         assert (scene.words()[40:50] == 0x6363636363636363).all()
         assert (scene.words()[20:40] == np.arange(21, 41)).all()
@@ -222,7 +226,7 @@ def test_bad_copies_are_left_to_the_image(tmp_path):
     wanted = np.zeros(PAGES, np.bool_)
     wanted[pages] = True
     with Scene(origin, wanted, rate=1, copies=copies) as scene:
-        scene.filler.head_start.wait()
+        assert scene.filler.head_start.wait()
         assert scene.received() == pages.tolist()
         second = np.frombuffer(scene.guest.memory(), np.uint64).reshape(PAGES, -1)[pages, 1]
         assert (second[:64] == 0).all()
@@ -271,22 +275,40 @@ def test_a_large_set_holds_a_guest_up_for_its_first_part_only():
     head_start = HeadStart(wanted=True)
     head_start.brought(LEAST_BYTES)
     assert not head_start.ended
-    head_start.wait()
+    assert head_start.wait()
     assert head_start.ended
 
 
 def test_nobody_waits_without_a_set_or_for_one_that_is_being_recorded():
-    HeadStart(wanted=False).wait()
+    assert HeadStart(wanted=False).wait()
     with Scene(FakeOrigin(), np.ones(PAGES, np.bool_), holds_for_recording=True) as scene:
-        scene.filler.head_start.wait()
+        assert scene.filler.head_start.wait()
         assert scene.received() == []
 
 
-def test_a_pager_that_ends_keeps_nobody_waiting():
-    with Scene(FakeOrigin(bad=range(PAGES)), np.ones(PAGES, np.bool_)) as scene:
-        scene.filler.stop()
-        scene.filler.head_start.wait()
-        assert not scene.filler.wait_all_in()  # nobody takes what has been touched by then for all
+def test_no_guest_is_let_run_by_a_pager_that_was_stopped():
+    scene = Scene(FakeOrigin(bad=range(PAGES)), np.ones(PAGES, np.bool_))
+    scene.filler.stop()
+    scene.filler.run()
+    assert not scene.filler.head_start.wait()
+    assert not scene.filler.wait_all_in()  # nobody takes what has been touched by then for all
+    scene.close()
+
+
+def test_no_guest_is_let_run_by_a_pager_that_has_failed():
+    """What is missing would be zero, or never come."""
+    origin = FakeOrigin(fixed=False)
+
+    def no_memory(page, count):
+        raise KernelError("UFFDIO_COPY", errno.ENOMEM)
+
+    origin.address = no_memory
+    scene = Scene(origin, np.ones(PAGES, np.bool_))
+    with pytest.raises(KernelError, match="UFFDIO_COPY"):
+        scene.filler.run()
+    assert not scene.filler.head_start.wait()
+    assert not scene.filler.wait_all_in()
+    scene.close()
 
 
 def test_who_is_late_does_not_write_to_what_has_its_descriptors_now(monkeypatch):
@@ -303,7 +325,7 @@ def test_scattered_pages_of_a_wrong_chunk_are_lost_and_never_served():
     wanted = np.zeros(PAGES, np.bool_)
     wanted[::2] = True
     with Scene(FakeOrigin(bad=[8, 9, 10, 11]), wanted, rate=1) as scene:
-        scene.filler.head_start.wait()
+        assert scene.filler.head_start.wait()
         assert [(lost.pages, lost.reason) for lost in scene.lost] == [(4, "page 8 is wrong")]
         assert (scene.words()[8:12] == 0).all()
         assert int.from_bytes(scene.guest.touch(12), "little") == 13

@@ -377,16 +377,16 @@ class MigrationControl:
         Under the lock: who has seen the end and closes us finds nothing still going on.
         """
         job = self._work
-        no_guest_comes = status is Status.FAILED and job.incoming and not self._guest.owned
+        failed = status is Status.FAILED and job.incoming
+        # Decided before anything is told: an engine's last call may be at work here.
+        no_guest_comes = failed and self._service.abandon()
         with self._lock:
             self._restoring.end()
             job.progress.move(status)
             self._listening = False
             self._awaits = self._awaits and not self._guest.owned
             self._engines.end()
-            if no_guest_comes:
-                self._service.unwatch_missing()
-            elif self._guest.owned:
+            if self._guest.owned:
                 self._engines.prepare(_SPARE_DELAY_S)
         if no_guest_comes and self._exit_on_error:
             self._on_incoming_failed(job.error or "the migration failed")
@@ -446,7 +446,7 @@ class MigrationControl:
 
     def _restore_given_up(self, reason: str) -> None:
         self._work.error = reason
-        if not self._guest.owned:
+        if self._service.abandon():
             self._settle(Status.FAILED)
 
     def _settle_if_arrived(self) -> bool:

@@ -102,6 +102,14 @@ class GuestProxy:
         """Give the devices their state and let the guest run, unless an engine before us has done it."""
         self._link.call("wake", states=encode_states(states))
 
+    def abandon(self) -> bool:
+        """Give the arriving guest up, and let go of what waits for its pages.
+
+        :return: whether it never runs here from now on; False: it runs already.
+        """
+        abandoned: bool = self._link.call("abandon")
+        return abandoned
+
     def lost_pages(self, block: str, pages: int) -> None:
         """So many pages of a block are lost by now; does not wait."""
         self._link.note("lost_pages", block=block, pages=pages)

@@ -84,6 +84,16 @@ MAY_WAIT_FOR_PAGES = frozenset({"load_devices", "wake"})
 """Calls that may touch a missing page: should their engine die, only its successor can end them."""
 
 
+class Attempt:
+    """One attempt to have a guest arrive here.
+
+    :ivar abandoned: no guest comes of it; changed under the service's lock ``_deciding``.
+    """
+
+    def __init__(self) -> None:
+        self.abandoned = False
+
+
 class GuestService:
     """Answers an engine's calls for one guest.
 
@@ -99,6 +109,9 @@ class GuestService:
         self._snapshot: Userfaultfd | None = None
         self._page_maps: list[int] = []
         self._waking = threading.Lock()
+        # Held while it is decided whether an arriving guest runs here or is given up.
+        self._deciding = threading.Lock()
+        self._attempt = Attempt()
         self._kept_stream: tuple[int, Mapping[str, int]] = (0, {})
         self.lost_pages: Mapping[str, int] = {}
         self.reset_point = False
@@ -129,11 +142,12 @@ class GuestService:
             "kept_stream": lambda: self._kept_stream,
             "page_maps": self._page_map_descriptors,
             "pause": guest.pause,
-            "resume": guest.resume,
+            "resume": lambda: self._let_run(self._attempt),
             "pause_and_save": self._pause_and_save,
             "save_devices": lambda: encode_states(guest.save_devices()),
             "load_devices": self._load_devices,
             "wake": self._wake,
+            "abandon": self.abandon,
             "lost_pages": self._note_lost_pages,
             "give_up": self._give_up,
             "runs_there": self._runs_there,
@@ -183,6 +197,7 @@ class GuestService:
         with self._lock:
             if not self._page_maps:
                 self._empty_memory()
+                self._attempt = Attempt()
                 self._page_maps = [
                     page_map_file.create(region.size_bytes // region.page_size_bytes)
                     for region in self._guest.regions()
@@ -211,11 +226,30 @@ class GuestService:
         )
 
     def _wake(self, states: Sequence[Sequence[Any]]) -> None:
+        attempt = self._attempt
         # One engine may have died in the midst of this, and the next asks for it again.
         with self._waking:
             if not self._guest.owned:
+                _check_goes_on(attempt)
                 self._load_devices(states)
-                self._guest.resume()
+                self._let_run(attempt)
+
+    def _let_run(self, attempt: Attempt) -> None:
+        with self._deciding:
+            _check_goes_on(attempt)
+            self._guest.resume()
+
+    def abandon(self) -> bool:
+        """No guest comes: it is never let run, and only then its memory is watched no more.
+
+        :return: whether that is so; False: it runs here already, and its memory is watched on.
+        """
+        with self._deciding:
+            if self._guest.owned:
+                return False
+            self._attempt.abandoned = True
+        self.unwatch_missing()
+        return True
 
     def _note_lost_pages(self, block: str, pages: int) -> None:
         known = self.lost_pages.get(block, 0)
@@ -328,3 +362,8 @@ class GuestService:
                     if rest_s:
                         time.sleep(rest_s)
             watch.close()
+
+
+def _check_goes_on(attempt: Attempt) -> None:
+    if attempt.abandoned:
+        raise WrongState("the guest that was to arrive has been given up")

@@ -170,7 +170,7 @@ class Filler:
             self._run()
         finally:
             self._awake.close()
-            self.head_start.end()
+            self.head_start.give_up()  # without effect if the guest runs
             self._all_in.set()
 
     def _run(self) -> None:

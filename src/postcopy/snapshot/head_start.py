@@ -27,6 +27,7 @@ class HeadStart:
         self._least = threading.Event()
         self._all = threading.Event()
         self._ended = False
+        self._given_up = False
         if not wanted:
             self.end()
 
@@ -41,14 +42,20 @@ class HeadStart:
         if self._left_bytes <= 0:
             self._least.set()
 
+    def give_up(self) -> None:
+        """No more will come: a guest that does not run yet must not be let run."""
+        self._given_up = True
+        self.end()
+
     def end(self) -> None:
-        """All of it is in place, or no more will come."""
+        """All of it is in place."""
         self._ended = True
         self._least.set()
         self._all.set()
 
-    def wait(self) -> None:
-        """Return when the guest is to run."""
+    def wait(self) -> bool:
+        """Return whether the guest is to run, as soon as that is known."""
         self._least.wait()
         self._all.wait(max(0, self._until_ns - time.monotonic_ns()) / 1e9)
         self._ended = True
+        return not self._given_up

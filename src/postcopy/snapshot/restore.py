@@ -175,9 +175,15 @@ class Restore:
         checking = threading.Thread(target=filler.look_ahead, name="checking", daemon=True)
         waking.start()
         checking.start()
-        filler.run()
-        checking.join()
-        waking.join()
+        try:
+            filler.run()
+        except PostcopyError as error:
+            # Loading the devices may wait for a page that does not come any more: this ends it.
+            self._guest.abandon()
+            self._failure = error
+        finally:
+            checking.join()
+            waking.join()
         if self._failure is not None:
             raise self._failure
         self._finish()
@@ -187,12 +193,13 @@ class Restore:
 
     def _wake_guarded(self, filler: Filler) -> None:
         try:
-            filler.head_start.wait()
+            if not filler.head_start.wait():
+                return
             self._wake()
             self._progress.move(Status.POSTCOPY_ACTIVE, only_from=frozenset({Status.ACTIVE}))
             reached("restore.running")
         except PostcopyError as error:
-            self._failure = error
+            self._failure = self._failure or error
             filler.stop()
         else:
             filler.guest_runs()
