@@ -9,7 +9,7 @@ CODE := src tests benchmarks scripts
 
 help:
 	@echo "make demo   a running guest moves, and you watch"
-	@echo "make test   the whole test suite (installs QEMU when root)"
+	@echo "make test   the whole test suite (installs what it needs when root)"
 	@echo "make soak   break migrations at random for MINUTES=10, one line a minute"
 	@echo "make check  format, lint, types, layers, spelling"
 	@echo "make bench  measure, side by side with a real QEMU; bench-all: that and all that follows"
@@ -30,6 +30,7 @@ demo: venv
 	$(BIN)/postcopy demo
 
 test: venv
+	.ci/install-tools --if-root
 	.ci/install-qemu --if-root
 	$(BIN)/python -m pytest $(PYTEST)
 

@@ -4,10 +4,13 @@ A thread that dies of an exception fails its test: pytest makes a warning of it
 (``PytestUnhandledThreadExceptionWarning``), and ``filterwarnings = error`` a failure of that.
 """
 
+import contextlib
+
 import hypothesis
 import pytest
 
 from fakes.commands import Running, need_kvm
+from fakes.huge_pages import reserved
 from fakes.waiting import wait_until
 
 MARKERS = (
@@ -41,6 +44,13 @@ def guest(tmp_path):
     need_kvm()
     with Running(tmp_path, "guest", "--workload", "hammer") as running:
         yield running
+
+
+@pytest.fixture
+def huge_pages():
+    """``huge_pages(count)``: as many free pages of 2 MiB, until the test has ended."""
+    with contextlib.ExitStack() as stack:
+        yield lambda count: stack.enter_context(reserved(count))
 
 
 @pytest.fixture

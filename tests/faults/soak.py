@@ -51,8 +51,11 @@ def main():
 def one(storm_of, seed):
     """One test with its breaks, and nothing of it left behind."""
     variant = storm.variant_of(seed)
-    storm.need(variant)
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+    with (
+        storm.host_pages(variant),
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.ExitStack() as stack,
+    ):
         make = lambda *a, **more: stack.enter_context(_begin(*a, **more))  # noqa: E731
         storm_of(make, Path(folder), seed, variant)
     wait_until(lambda: not engines(), 10, f"engines are left: {engines()}")

@@ -7,11 +7,8 @@ One journey takes several breaks, one after the other, and ends with the oracle 
 import contextlib
 import os
 import random
-import re
-from pathlib import Path
 
-import pytest
-
+from fakes.huge_pages import reserved
 from fakes.pair import POSTCOPY, hammer
 from fakes.waiting import wait_until
 from faults.fault_channel import RECOVERY, Way
@@ -54,11 +51,9 @@ def variant_of(seed):
     return TURNS[seed % len(TURNS)]
 
 
-def need(variant):
-    """Skip what this host cannot do."""
-    if "huge" in variant and _free_huge_pages() < _HUGE_PAGES:
-        pytest.skip(f"needs {_HUGE_PAGES} free pages of 2 MiB: write them to "
-                    "/proc/sys/vm/nr_hugepages")  # fmt: skip
+def host_pages(variant):
+    """What has to be reserved of the host's memory meanwhile; skips where it has none to give."""
+    return reserved(_HUGE_PAGES) if "huge" in variant else contextlib.nullcontext()
 
 
 def say_how_to_repeat(seed):
@@ -214,8 +209,3 @@ def _kill(sides):
 
 _HUGE_PAGES = 80
 """Two guests of 64 MiB, and what of the journey before has not been given back yet."""
-
-
-def _free_huge_pages():
-    found = re.search(r"HugePages_Free: *(\d+)", Path("/proc/meminfo").read_text())
-    return int(found[1]) if found else 0

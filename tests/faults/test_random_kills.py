@@ -7,6 +7,6 @@ from faults import storm
 
 @pytest.mark.parametrize(("seed", "variant"), storm.tests())
 def test_random_kills(journey, tmp_path, seed, variant):
-    storm.need(variant)
     storm.say_how_to_repeat(seed)
-    storm.kills(journey, tmp_path, seed, variant)
+    with storm.host_pages(variant):
+        storm.kills(journey, tmp_path, seed, variant)

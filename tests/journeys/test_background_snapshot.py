@@ -1,8 +1,6 @@
 """Pictures of guests that go on: each page of them is as it was at one moment."""
 
-import re
 import stat
-from pathlib import Path
 
 import pytest
 
@@ -18,7 +16,6 @@ from postcopy.status import Status
 
 pytestmark = pytest.mark.kvm
 
-HUGE_PAGES_FREE = re.compile(r"HugePages_Free: +(\d+)")
 STORY = ["setup", "active", "STOP", "RESUME", "completed"]
 FULL = load("hammer", 64 * MIB, 1, hot_bytes=48 * MIB)
 
@@ -48,10 +45,8 @@ def test_a_gibibyte(tmp_path):
         portrait.check_image(f"file:{tmp_path}/image")
 
 
-def test_huge_pages(tmp_path):
-    free = HUGE_PAGES_FREE.search(Path("/proc/meminfo").read_text())
-    if not free or int(free[1]) < 32:
-        pytest.skip("needs 32 free huge pages: echo 64 > /proc/sys/vm/nr_hugepages")
+def test_huge_pages(huge_pages, tmp_path):
+    huge_pages(32)
     with Portrait(load("hammer", 32 * MIB, 1), huge_pages=True) as portrait:
         portrait.take(f"file:{tmp_path}/image")
         portrait.check_image(f"file:{tmp_path}/image")

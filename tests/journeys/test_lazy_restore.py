@@ -1,8 +1,5 @@
 """A guest wakes from its image: it runs first, and each page comes when it is touched, or behind."""
 
-import re
-from pathlib import Path
-
 import pytest
 
 from fakes.awakening import (
@@ -21,7 +18,6 @@ from machine.machines import wait_for_progress
 from postcopy.errors import WrongState
 from postcopy.status import Status
 
-HUGE_PAGES_FREE = re.compile(r"HugePages_Free: +(\d+)")
 LAZY = ["setup", "active", "RESUME", "postcopy-active", "completed"]
 EAGER = ["setup", "active", "RESUME", "completed"]
 
@@ -106,10 +102,8 @@ def test_an_image_can_be_woken_many_times(journey, tmp_path):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "eager"])
-def test_into_huge_pages(journey, tmp_path, form, lazy):
-    free = HUGE_PAGES_FREE.search(Path("/proc/meminfo").read_text())
-    if not free or int(free[1]) < 32:
-        pytest.skip("needs 32 free huge pages: echo 64 > /proc/sys/vm/nr_hugepages")
+def test_into_huge_pages(huge_pages, journey, tmp_path, form, lazy):
+    huge_pages(32)
     trip = journey(hammer())
     path = put_to_sleep(trip, tmp_path / "image", form)
     trip.destination.close()

@@ -1,7 +1,6 @@
 """A guest goes back to an earlier point of its life, again and again, and to the last word."""
 
 import os
-import re
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,6 @@ from postcopy.machine.workload import load
 from postcopy.parameters import Capability
 from postcopy.status import Status
 
-HUGE_PAGES_FREE = re.compile(r"HugePages_Free:\s+(\d+)")
 RESETS = 50
 EVERYWHERE = [("kvm", 1), ("kvm", 2), ("unicorn", 1)]
 
@@ -159,10 +157,8 @@ def test_a_guest_that_is_not_whole_yet_is_completed_first(journey, tmp_path):
     assert (now == then).all()
 
 
-def test_huge_pages():
-    free = HUGE_PAGES_FREE.search(Path("/proc/meminfo").read_text())
-    if not free or int(free[1]) < 32:
-        pytest.skip("needs 32 free huge pages: echo 64 > /proc/sys/vm/nr_hugepages")
+def test_huge_pages(huge_pages):
+    huge_pages(32)
     with Portrait(load("hammer", 32 * MIB, 1), huge_pages=True) as portrait:
         side = portrait.side
         then = set_point(side)

@@ -82,9 +82,8 @@ def test_huge_pages_of_another_size_have_a_cure_of_their_own(monkeypatch):
         memfd.create("huge", 1, huge_page_size=1 << 30)
 
 
-def test_a_huge_memfd_holds_what_is_written():
-    if free_huge_pages() < 1:
-        pytest.skip("needs a huge page: sysctl vm.nr_hugepages=4")
+def test_a_huge_memfd_holds_what_is_written(huge_pages):
+    huge_pages(1)
     fd = memfd.create("huge", HUGE, huge_page_size=HUGE)
     with Mapping.shared(fd, HUGE) as memory:
         memory.write(HUGE - 4, b"last")

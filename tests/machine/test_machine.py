@@ -5,7 +5,7 @@ import pytest
 
 from fakes.waiting import wait_until
 from machine.machines import MIB, Watched, config_for, need, wait_for_progress, wait_for_work
-from postcopy.errors import HostCannot, Refused, WrongState
+from postcopy.errors import Refused, WrongState
 from postcopy.machine import oracle, workload
 from postcopy.machine.config import MachineConfig
 from postcopy.machine.machine import Machine
@@ -214,14 +214,11 @@ def test_state_of_a_running_guest_is_not_given(accelerator):
             watched.machine.load_devices([])
 
 
-def test_huge_pages():
+def test_huge_pages(huge_pages):
     need("kvm")
     work = workload.load("hammer", 8 * MIB)
-    try:
-        watched = Watched(config_for(work, "kvm", huge_pages=True))
-    except HostCannot as error:
-        pytest.skip(f"needs huge pages: {error}")
-    with watched:
+    huge_pages(4)
+    with Watched(config_for(work, "kvm", huge_pages=True)) as watched:
         machine = watched.machine
         assert machine.regions()[0].page_size_bytes == 2 * MIB
         machine.start()
