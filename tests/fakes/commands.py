@@ -50,11 +50,12 @@ class Running:
 
     command: Sequence[str] = POSTCOPY
 
-    def __init__(self, folder: Path, name: str, *options: str) -> None:
+    def __init__(self, folder: Path, name: str, *options: str, stderr: int | None = None) -> None:
         self.path = folder / name
         self.qmp = f"unix:{self.path}"
         self._options = options
         self._stderr = folder / f"{name}.stderr"
+        self._stderr_fd = stderr
 
     def __enter__(self) -> "Running":
         line = [*self.command, "run", "--memory", "64M", "--qmp", self.qmp, *self._options]
@@ -63,7 +64,7 @@ class Running:
                 line,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
-                stderr=stderr,
+                stderr=stderr if self._stderr_fd is None else self._stderr_fd,
                 env=os.environ | {"PYTHONFAULTHANDLER": "1"},
             )
         with contextlib.ExitStack() as cleanup:

@@ -10,10 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import click
-
 from postcopy.cli import terminal
 from postcopy.cli.failures import DONE, FAILED
+from postcopy.cli.notices import notice
 from postcopy.cli.run_settings import DEFER, STDIO, RestoreOrder, RunSettings
 from postcopy.errors import ImageError, Refused
 from postcopy.events import EventBus
@@ -77,7 +76,7 @@ class GuestProcess:
             self._start()
             while not self._over:
                 os.read(self._wake_reader, 1)
-        sys.stdout.flush()
+        _try(_flush)
         os._exit(self._exit_code)
 
     def end(self, exit_code: int) -> None:
@@ -161,7 +160,7 @@ class GuestProcess:
 
     def _incoming_failed(self, reason: str) -> None:
         what = "incoming migration" if self._settings.restore is None else "restore"
-        click.echo(f"postcopy: the {what} failed: {reason}", err=True)
+        notice(f"the {what} failed: {reason}")
         self.end(FAILED)
 
     def _catch_signals(self) -> None:
@@ -171,7 +170,7 @@ class GuestProcess:
 
     def _terminate(self, number: int, _frame: object) -> None:
         if not self._over:
-            click.echo(f"postcopy: terminating on signal {number}", err=True)
+            notice(f"terminating on signal {number}")
         self.end(DONE)
 
     def _name_process(self) -> None:
@@ -184,18 +183,27 @@ def _tell_times(control: MigrationControl) -> None:
     control.progress.wait(Status.COMPLETED, Status.FAILED)
     info = control.info()
     if info.error_desc is not None:
-        click.echo(f"postcopy: {info.error_desc}", err=True)
+        notice(info.error_desc)
     times = info.measured
     if times is None or times.restore_complete_us is None:
         return
     spans = (times.restore_running_us, times.restore_ready_us, times.restore_complete_us)
     names = ("running", "ready", "complete")
     parts = [f"{name} after {us / 1e6:.3f} s" for name, us in zip(names, spans, strict=True) if us]
-    click.echo(f"postcopy: {', '.join(parts)}; {times.demand_faults} demand faults", err=True)
+    notice(f"{', '.join(parts)}; {times.demand_faults} demand faults")
+
+
+def _flush() -> None:
+    with contextlib.suppress(OSError, ValueError):  # closed, or full: what was said there is lost
+        sys.stdout.flush()
 
 
 def _try(close: Callable[[], None]) -> None:
-    """Close within a moment, or not: a vCPU that waits for a page may be unstoppable (Linux 6.18)."""
+    """Close within a moment, or not.
+
+    A vCPU that waits for a page may be unstoppable (Linux 6.18), and standard output may be a pipe that
+    nothing reads.
+    """
     thread = threading.Thread(target=close, name="close", daemon=True)
     thread.start()
     thread.join(_CLOSE_S)

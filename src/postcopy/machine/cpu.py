@@ -56,7 +56,8 @@ class Cpu(Protocol):
     def kick(self) -> None:
         """Make the present or the next enter() return ``INTERRUPTED`` soon; from any thread.
 
-        Holds until :meth:`unkick`, so a kick that comes just before the entry is not lost.
+        Holds until :meth:`unkick`, so a kick that comes just before the entry is not lost.  Forbidden
+        once the thread that entered has ended, or may end: it would get a signal.
         """
 
     def unkick(self) -> None:

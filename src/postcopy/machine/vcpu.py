@@ -1,5 +1,6 @@
 """One vCPU and the thread that runs it, for the machine's whole life."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +11,8 @@ from postcopy.guest import VcpuThread
 from postcopy.machine.cpu import Cpu, Exit, ExitReason
 from postcopy.machine.cpu_state import CpuState
 
+_log = logging.getLogger(__name__)
+
 MOST_VAIN_INTERRUPTS = 16
 """So often a vCPU may be interrupted by nobody at one instruction; more means a poisoned page."""
 
@@ -18,8 +21,10 @@ class Vcpu:
     """A vCPU that runs when it is wanted and is parked when not.
 
     Invariant, kept under one lock: ``_inside`` while its thread is in the guest or on its way, and
-    then nobody else touches the CPU.  :meth:`want` and :meth:`unwant` may come from any thread,
-    :meth:`wait_parked` from any but this vCPU's own.
+    then nobody else touches the CPU; ``_over`` from when its thread will not come back to the CPU, and
+    then the CPU is not kicked: that would be a signal to a thread that may have ended.  :meth:`want` and
+    :meth:`unwant` may come from any thread and at any time, :meth:`wait_parked` from any but this vCPU's
+    own.  No exception ends the thread: the guest has ended then, and ``on_end`` is told why.
 
     :param on_end: called on the vCPU's thread when the guest cannot go on (``SHUTDOWN``,
         ``FAILED``); it must not wait for this vCPU.
@@ -35,6 +40,7 @@ class Vcpu:
         self._halted = False
         self._ended = False
         self._closing = False
+        self._over = False
         self._vain_interrupts = 0
         self._vain_address = 0
         self._thread = threading.Thread(target=self.run, name=f"vcpu-{index}", daemon=True)
@@ -42,31 +48,50 @@ class Vcpu:
 
     def run(self) -> None:
         """The thread: into the guest, out again, and see why."""
-        while self._wait_until_wanted():
+        try:
+            while self._wait_until_wanted():
+                self._run_once()
+        finally:
+            with self._changed:
+                self._inside, self._over = False, True
+                self._changed.notify_all()
+
+    def _run_once(self) -> None:
+        exit_ = self._enter()
+        if exit_.reason is ExitReason.HALTED:
+            self._halted = True
+        elif exit_.reason is not ExitReason.INTERRUPTED:
+            self._ended = True
+            try:
+                self._on_end(self, exit_)
+            except Exception:
+                _log.exception("vCPU %d has ended, and its machine could not be told", self.index)
+
+    def _enter(self) -> Exit:
+        try:
             # Only an interrupted CPU is whole: an IN that was served still waits for its answer.
             exit_ = self._cpu.enter()
             while exit_.reason is ExitReason.SERVED:
                 exit_ = self._cpu.enter()
-            if exit_.reason is ExitReason.INTERRUPTED:
-                exit_ = self._unless_in_vain(exit_)
-            if exit_.reason is ExitReason.HALTED:
-                self._halted = True
-            elif exit_.reason is not ExitReason.INTERRUPTED:
-                self._ended = True
-                self._on_end(self, exit_)
+            return self._unless_in_vain(exit_)
+        except Exception as error:
+            _log.exception("vCPU %d cannot go on", self.index)
+            return Exit(ExitReason.FAILED, f"{type(error).__name__}: {error}")
 
     def want(self) -> None:
         """Let the vCPU run, unless the guest has halted it or it has ended."""
         with self._changed:
             self._wanted = True
-            self._cpu.unkick()
+            if not self._over:
+                self._cpu.unkick()
             self._changed.notify_all()
 
     def unwant(self) -> None:
         """Ask the vCPU to park; see :meth:`wait_parked`."""
         with self._changed:
             self._wanted = False
-            self._cpu.kick()
+            if not self._over:
+                self._cpu.kick()
             self._changed.notify_all()
 
     def wait_parked(self, timeout_s: float | None = None) -> bool:
@@ -93,7 +118,7 @@ class Vcpu:
         self._ended = False
 
     def close(self) -> None:
-        """End the thread and give the CPU back."""
+        """End the thread and give the CPU back; to want or unwant it later changes nothing."""
         with self._changed:
             self._closing = True
         self.unwant()
@@ -116,7 +141,7 @@ class Vcpu:
     def _unless_in_vain(self, exit_: Exit) -> Exit:
         # A vCPU that touches a poisoned page is interrupted by SIGBUS each time it tries.  The
         # kernel does not tell us the page, but there is no way past that instruction.
-        if not self._wanted:
+        if exit_.reason is not ExitReason.INTERRUPTED or not self._wanted:
             return exit_
         address = self._cpu.get_state().rip
         if address != self._vain_address:
