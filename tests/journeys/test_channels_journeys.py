@@ -3,8 +3,14 @@
 import os
 import socket
 
-from fakes.pair import NEVER_ENDS, POSTCOPY, hammer
+import pytest
+
+from fakes import carry
+from fakes.pair import NEVER_ENDS, POSTCOPY, TRICKLE, hammer
+from postcopy.parameters import Capability
 from postcopy.status import Status
+
+ANSWERED = (Capability.RETURN_PATH,)
 
 
 def test_a_pair_of_descriptors(journey):
@@ -57,6 +63,53 @@ def test_commands(journey, tmp_path):
     trip.source.wait(Status.COMPLETED)
     trip.destination.listen(f"exec:gzip -dc {tmp_path}/saved")
     trip.finish()
+
+
+def carried(trip, tmp_path, name="door"):
+    """Begin over a command that carries both ways."""
+    where = trip.destination.listen(f"unix:{tmp_path}/{name}")
+    trip.source.control.migrate(carry.command(where))
+
+
+def test_a_command_answers(journey, tmp_path):
+    trip = journey(hammer(), capabilities=ANSWERED)
+    carried(trip, tmp_path)
+    trip.finish()
+
+
+def test_postcopy_through_a_command(journey, tmp_path):
+    trip = journey(hammer(), capabilities=POSTCOPY, parameters=NEVER_ENDS)
+    carried(trip, tmp_path)
+    trip.source.wait_rounds(1)
+    trip.source.control.start_postcopy()
+    trip.finish()
+
+
+def test_a_recovery_through_a_command(journey, tmp_path):
+    trip = journey(hammer(), capabilities=POSTCOPY, parameters=TRICKLE)
+    carried(trip, tmp_path)
+    trip.source.control.start_postcopy()
+    trip.destination.wait(Status.POSTCOPY_ACTIVE)
+    trip.source.wait(Status.POSTCOPY_ACTIVE)
+    trip.source.control.pause()
+    trip.source.wait(Status.POSTCOPY_PAUSED)
+    trip.destination.wait(Status.POSTCOPY_PAUSED)
+    trip.destination.control.recover(f"unix:{tmp_path}/again")
+    trip.source.set(parameters={"max-postcopy-bandwidth": 0})
+    trip.source.control.migrate(carry.command(f"unix:{tmp_path}/again"), resume=True)
+    trip.finish()
+
+
+@pytest.mark.parametrize("capabilities", [ANSWERED, POSTCOPY], ids=["answered", "postcopy"])
+def test_a_command_that_answers_is_cancelled(journey, tmp_path, capabilities):
+    trip = journey(hammer(), capabilities=capabilities, parameters=NEVER_ENDS)
+    carried(trip, tmp_path)
+    trip.destination.wait(Status.ACTIVE)  # the command has got there
+    trip.source.wait(Status.ACTIVE)
+    trip.source.control.cancel()
+    trip.source.wait(Status.CANCELLED)
+    trip.verify_source()
+    trip.destination.wait(Status.FAILED)
 
 
 def test_a_command_that_fails_leaves_the_guest_here(journey):

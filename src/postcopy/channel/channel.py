@@ -143,7 +143,12 @@ class Channel(abc.ABC):
 
     @abc.abstractmethod
     def fileno(self) -> int:
-        """A descriptor to poll, or to hand to another process."""
+        """A descriptor to look at, or to hand to another process; -1 once it is closed."""
+
+    @property
+    def input_fds(self) -> tuple[int, ...]:
+        """What to poll for input: one is readable when ``receive_into`` would return, or raise, at once."""
+        return (self.fileno(),)
 
     @abc.abstractmethod
     def bound_buffers(self, n_bytes: int) -> None:

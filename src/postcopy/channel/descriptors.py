@@ -45,6 +45,11 @@ class DescriptorChannel(Channel):
         fd = self._writing if self._writing is not None else self._reading
         return -1 if fd is None else fd
 
+    @property
+    def input_fds(self) -> tuple[int, ...]:
+        """The descriptor read from, and the one by which ``shutdown`` wakes a reader."""
+        return (self._woken,) if self._reading is None else (self._reading, self._woken)
+
     def bound_buffers(self, n_bytes: int) -> None:
         """No effect: a file has none, and a pipe's is small."""
 

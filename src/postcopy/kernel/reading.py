@@ -13,17 +13,19 @@ import threading
 class ReadingTurn:
     """Passes the turn to read between the thread that owns it and one that borrows it.
 
-    :param fd: what is read; only looked at here, through a duplicate: it may be closed meanwhile.
+    :param fds: what is read, and what else is a reason to read: any of them readable.  They are only
+        looked at here, through duplicates: they may be closed meanwhile.
     """
 
-    def __init__(self, fd: int) -> None:
-        self._fd = os.dup(fd)
+    def __init__(self, *fds: int) -> None:
+        self._fds = [os.dup(fd) for fd in fds]
         self._call = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._sleep = select.poll()
-        self._sleep.register(self._fd, select.POLLIN)
         self._sleep.register(self._call, select.POLLIN)
         self._glance = select.poll()
-        self._glance.register(self._fd, select.POLLIN)
+        for fd in self._fds:
+            self._sleep.register(fd, select.POLLIN)
+            self._glance.register(fd, select.POLLIN)
         self._changed = threading.Condition()
         # Under `_changed`: whether the borrower wants the turn, whether it has it, whether the owner is
         # to read even if nothing has come, and whether it has gone.
@@ -57,8 +59,8 @@ class ReadingTurn:
         with self._changed:
             self._ended = True
             self._changed.notify_all()
-            os.close(self._fd)
-            os.close(self._call)
+            for fd in (*self._fds, self._call):
+                os.close(fd)
 
     # --- the borrower
 

@@ -49,7 +49,7 @@ class ReturnPath:
         self._end: PostcopyError | None = None
         self._bitmaps: dict[str, Mask] = {}
         self._resumed = False
-        self.turn = ReadingTurn(channel.fileno())
+        self.turn = ReadingTurn(*channel.input_fds)
         self._failure: PostcopyError | None = None  # met by who had borrowed the turn
         self._thread = threading.Thread(target=self.run, name="return-path", daemon=True)
         self.peer_is_ours = False
