@@ -14,6 +14,7 @@ from postcopy.cli.progress_view import View
 from postcopy.client.migration import Migration
 from postcopy.client.progress import Phase
 from postcopy.client.result import Result
+from postcopy.client.told import name_of
 from postcopy.errors import MigrationFailed, NeedsRecovery, PostcopyError, Refused
 
 _AFTER_SWITCHOVER: Final = frozenset(
@@ -129,7 +130,7 @@ async def show_to_the_end(
         with view:
             result = await Watch(migration, view).until_end(timeout_s)
     except PostcopyError as error:
-        view.finish({"status": migration.status.value, "error": str(error)})
+        view.finish({"status": name_of(migration.status), "error": str(error)})
         raise
     view.finish({"status": "completed"} | result.to_json())
     if not as_json:

@@ -64,13 +64,13 @@ async def _ask(source: str | None, destination: str | None) -> list[Side]:
 def side_of(name: str, address: str, info: Mapping[str, Any], run_state: str) -> Side:
     """Put one side's answers into words."""
     from postcopy.client.standing import is_restoring, standing
-    from postcopy.status import Status
+    from postcopy.client.told import name_of, status_of
 
-    found = Status(info.get("status", "none"))
+    found = status_of(info)
     return Side(
         name=name,
         address=address,
-        status=found.value,
+        status=name_of(found),
         run_state=run_state,
         why=info.get("error-desc"),
         remaining_bytes=info.get("ram", {}).get("remaining"),

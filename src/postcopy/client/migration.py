@@ -10,6 +10,7 @@ from postcopy.client.progress import STOPPED, Phase, Progress, ProgressTracker
 from postcopy.client.recovery import Retries, bring_together, settle_if_arrived
 from postcopy.client.result import Result
 from postcopy.client.standing import how_to_recover
+from postcopy.client.told import status_of
 from postcopy.errors import (
     MigrationCancelled,
     MigrationFailed,
@@ -26,6 +27,7 @@ Postcopy = Literal["now", "first-round", "manual"] | float | None
 
 _INTERVAL_S: Final = 0.1
 _DESTINATION_TIMEOUT_S: Final = 10.0
+_NOT_AGAINST_IT: Final = frozenset({Status.NONE, Status.ACTIVE, Status.COMPLETED})
 _DESTINATION_ENDS: Final = frozenset({"completed", "failed", "postcopy-paused"})
 
 
@@ -63,8 +65,11 @@ class Migration:
         return task
 
     @property
-    def status(self) -> Status:
-        """As the source said when it was last asked, at most a tenth of a second ago."""
+    def status(self) -> Status | str:
+        """As the source said when it was last asked, at most a tenth of a second ago.
+
+        A ``str`` if it is a status that this client does not know.
+        """
         return self._last.status
 
     @property
@@ -227,13 +232,9 @@ class Migration:
         raise broken
 
     def _outcome(self, source: Mapping[str, Any], destination: Mapping[str, Any]) -> Result:
-        status = Status(source["status"])
+        status = status_of(source)
         why = _reason(source, destination)
-        if status is Status.COMPLETED and destination.get("status") in {
-            None,
-            "completed",
-            "active",
-        }:
+        if status is Status.COMPLETED and _may_have_arrived(destination):
             return Result.of(source, destination)
         if status is Status.CANCELLED:
             raise MigrationCancelled("the migration was cancelled; the guest runs on where it was")
@@ -244,6 +245,12 @@ class Migration:
             f"the migration broke after the switchover: {why}; nothing is lost: type "
             f"'{how_to_recover(self._source.address, there)}'"
         )
+
+
+def _may_have_arrived(destination: Mapping[str, Any]) -> bool:
+    """Unless it tells otherwise, in words that we know."""
+    status = status_of(destination)
+    return not isinstance(status, Status) or status in _NOT_AGAINST_IT
 
 
 def _reason(source: Mapping[str, Any], destination: Mapping[str, Any]) -> str:

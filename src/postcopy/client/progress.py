@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from postcopy.client.told import name_of, status_of
 from postcopy.status import Status
 
 _WINDOW_MS: Final = 1000
@@ -57,6 +58,8 @@ class Progress:
     From one to the next ``fraction``, ``transferred_bytes``, ``round`` and ``elapsed_ms`` never get
     smaller.  ``remaining_bytes`` does in precopy, since the guest goes on writing.
 
+    :ivar status: a ``str`` if it is one that this client does not know; ``phase`` is then what it was
+        before, or what that leads to if the migration had stopped.
     :ivar fraction: 0 to 1; 1 only when it has completed.
     :ivar round: the precopy pass under way, from 1 on; 0 before the first.
     :ivar rate_bytes: sent per second, over the last second.
@@ -65,7 +68,7 @@ class Progress:
     """
 
     phase: Phase
-    status: Status
+    status: Status | str
     elapsed_ms: int
     fraction: float
     round: int
@@ -81,7 +84,7 @@ class Progress:
         """As JSON can carry it."""
         return asdict(self) | {
             "phase": self.phase.value,
-            "status": self.status.value,
+            "status": name_of(self.status),
             "fraction": round(self.fraction, 4),
         }
 
@@ -100,11 +103,12 @@ class ProgressTracker:
         self._transferred = 0
         self._elapsed_ms = 0
         self._left_at_switchover: int | None = None
+        self._phase = Phase.SETUP
 
     def take(self, answer: Mapping[str, Any]) -> Progress:
         """Fold in one answer; what it leaves out stays as it was."""
-        status = Status(answer.get("status", "none"))
-        phase = PHASES[status]
+        status = status_of(answer)
+        phase = self._phase = self._phase_of(status)
         ram = answer.get("ram", {})
         self._elapsed_ms = max(self._elapsed_ms, answer.get("total-time", 0))
         self._transferred = max(self._transferred, ram.get("transferred", 0))
@@ -127,6 +131,13 @@ class ProgressTracker:
             faults=faults,
             faults_per_s=faults_per_s,
         )
+
+    def _phase_of(self, status: Status | str) -> Phase:
+        if isinstance(status, Status):
+            return PHASES[status]
+        if self._phase is Phase.PAUSED:
+            return Phase.RECOVERY
+        return Phase.SETUP if self._phase in STOPPED else self._phase
 
     def _rates(self, faults: int) -> tuple[int, int]:
         samples = self._samples

@@ -7,6 +7,7 @@ from typing import Any, Final
 from postcopy.client import addresses
 from postcopy.client.connection import Connection
 from postcopy.client.standing import standing
+from postcopy.client.told import name_of, status_of
 from postcopy.errors import Refused
 from postcopy.status import Status
 
@@ -95,7 +96,7 @@ async def bring_together(
 def address_of(info: Mapping[str, Any], asked: str) -> str:
     """Where a destination listens: the port is the kernel's choice if 0 was asked for."""
     found = next(iter(info.get("socket-address", ())), None)
-    if found is None or not asked.endswith(":0"):
+    if found is None or "port" not in found or not asked.endswith(":0"):
         return asked
     host = f"[{found['host']}]" if ":" in found["host"] else found["host"]
     return f"tcp:{host}:{found['port']}"
@@ -113,7 +114,7 @@ async def _check_broken(source: Connection, destination: Connection) -> None:
     for name, status, side in whose:
         state = (await side.execute("query-status"))["status"]
         meaning = standing(status, state, incoming=name == "destination").meaning
-        told.append(f"the {name} is {status.value}: {meaning}")
+        told.append(f"the {name} is {name_of(status)}: {meaning}")
     advice = ""
     if found == [Status.POSTCOPY_PAUSED, Status.FAILED]:
         advice = "; if the guest never ran there, 'cont' at the source's monitor takes it back"
@@ -153,8 +154,8 @@ async def _pause(side: Connection) -> None:
         raise Refused(text) from None
 
 
-async def _status(side: Connection) -> Status:
-    return Status((await side.execute("query-migrate")).get("status", "none"))
+async def _status(side: Connection) -> Status | str:
+    return status_of(await side.execute("query-migrate"))
 
 
 def _free_port(qmp: str) -> str:

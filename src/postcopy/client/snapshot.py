@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
 from postcopy.client.capabilities import for_a_snapshot
 from postcopy.client.connection import Connection
 from postcopy.client.progress import STOPPED, Phase, Progress, ProgressTracker
+from postcopy.client.told import status_of
 from postcopy.errors import MigrationCancelled, MigrationFailed, PostcopyError, Refused
 from postcopy.snapshot.publish import partial, reserved
 from postcopy.snapshot.wanted import Cost, Form, Wanted
@@ -183,7 +184,7 @@ class SnapshotJob:
         except asyncio.CancelledError:
             await self._abandon()
             raise
-        status = Status(answer["status"])
+        status = status_of(answer)
         if status is Status.COMPLETED:
             return answer
         if status is Status.CANCELLED:

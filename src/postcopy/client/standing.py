@@ -158,15 +158,24 @@ UNCERTAIN: Final = Standing(
 )  # fmt: skip
 """A source that has failed and may not run the guest."""
 
+UNKNOWN: Final = Standing(
+    "a status that this client does not know: the machine is newer", "at the side whose machine is running",
+    "the next status", _STATUS,
+)  # fmt: skip
+"""Any side in a status of which this table has no row."""
+
 
 def standing(
-    status: Status, run_state: str, *, incoming: bool, restoring: bool = False
+    status: Status | str, run_state: str, *, incoming: bool, restoring: bool = False
 ) -> Standing:
     """The row for one side.
 
+    :param status: a ``str`` is one that this client does not know: :data:`UNKNOWN`.
     :param run_state: of its machine, as ``query-status`` says.
     :param restoring: see :func:`is_restoring`.
     """
+    if not isinstance(status, Status):
+        return UNKNOWN
     if restoring and status in RESTORE:
         return RESTORE[status]
     if status is Status.FAILED:

@@ -69,8 +69,8 @@ class Migration:
         self.asynchronous = asynchronous
 
     @property
-    def status(self) -> Status:
-        """As the source said when it was last asked."""
+    def status(self) -> Status | str:
+        """As the source said when it was last asked; a ``str`` if this client does not know it."""
         return self.asynchronous.status
 
     @property
