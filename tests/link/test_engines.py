@@ -5,56 +5,12 @@ import threading
 
 import pytest
 
+from fakes.engine import FakePool
+from fakes.stacks import stacks
 from fakes.waiting import wait_until
 from postcopy.errors import EngineDied, WrongState
-from postcopy.link.engine_process import EnginePool
+from postcopy.link.engine_process import EnginePool, EngineProcess
 from postcopy.link.engines import Engines
-from postcopy.link.rpc import Link
-
-
-class FakeEngine:
-    """An engine in this process; it answers ``echo``, and dies of ``die``."""
-
-    def __init__(self):
-        self._ours, theirs = socket.socketpair()
-        self.link = None
-        self.ended = threading.Event()
-        handlers = {"echo": lambda text: text, "die": self._die}
-        self.far = Link(theirs, handlers, on_end=self.ended.set)
-        self.far.start()
-
-    def _die(self):
-        self.far.close()
-
-    def connect(self, handlers, on_end):
-        self.link = Link(self._ours, handlers, on_end=on_end)
-        self.link.start()
-        return self.link
-
-    def end(self):
-        if self.link is None:
-            self._ours.close()
-        else:
-            self.link.close()
-
-
-class FakePool:
-    """Hands out engines; ``first`` is called before each."""
-
-    def __init__(self, first=lambda: None):
-        self._first = first
-        self.taken = []
-
-    def prepare(self, delay_s=0.0):
-        pass
-
-    def take(self):
-        self._first()
-        self.taken.append(FakeEngine())
-        return self.taken[-1]
-
-    def close(self):
-        pass
 
 
 @pytest.fixture
@@ -130,3 +86,70 @@ def test_a_spare_that_has_died_is_not_put_to_work():
         engine.end()
         pool.close()
         wait_until(lambda: engine.is_dead, 10, "its end")
+
+
+class DeadOnArrival(FakePool):
+    """The first of its engines have died unseen before they are put to work."""
+
+    def __init__(self, deaths):
+        super().__init__()
+        self.deaths = deaths
+
+    def take(self):
+        if self.deaths == 0:
+            return super().take()
+        self.deaths -= 1
+        ours, theirs = socket.socketpair()
+        engine = EngineProcess(Unreaped(), ours)
+        answer = engine.ask("look_at_image")
+        theirs.close()
+        with pytest.raises(EngineDied):
+            answer.wait(10)
+        engine.link.wait_over()
+        self.taken.append(engine)
+        return engine
+
+
+class Unreaped:
+    """A process closes its files before it can be waited for."""
+
+    pid = 1
+
+    def wait(self):
+        return 0
+
+    def poll(self):
+        return None
+
+
+def in_time(function):
+    """What it returns; a function that hangs fails the test."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function()), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert found, f"it hangs\n{stacks()}"
+    return found[0]
+
+
+def test_one_that_has_died_before_it_is_put_to_work_is_replaced():
+    told = []
+
+    def ended(engine):  # as MigrationControl does it
+        told.append(engine)
+        if engines.current is engine:
+            engines.end()
+
+    engines = Engines(lambda _: {}, ended, DeadOnArrival(2))
+    try:
+        assert in_time(engines.start).call("echo", text="x") == "x"
+        assert told == []
+    finally:
+        engines.close()
+
+
+def test_engines_that_all_die_before_they_are_put_to_work_are_said():
+    engines = Engines(lambda _: {}, lambda _: engines.end(), DeadOnArrival(100))
+    caught = in_time(lambda: pytest.raises(EngineDied, engines.start))
+    assert "die before they get anything to do" in str(caught.value)
+    assert engines.current is None

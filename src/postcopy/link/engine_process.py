@@ -5,6 +5,7 @@ started ahead: it waits, idle, for a job.
 """
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -14,11 +15,18 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, Protocol, Self
 
-from postcopy.errors import EngineDied
+from postcopy.errors import EngineDied, HostCannot
 from postcopy.link.rpc import Answer, Handler, Link
 
 # numpy's linear algebra, which nobody uses here, starts threads that spin.
 _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}
+
+_CURES = {
+    errno.EMFILE: "raise this process's limit of open files ('prlimit --nofile=1024 --pid PID')",
+    errno.ENFILE: "raise the host's limit of open files ('sysctl fs.file-max')",
+    errno.EAGAIN: "raise the limit of processes ('ulimit -u', 'pids.max')",
+    errno.ENOMEM: "free some of the host's memory",
+}
 
 
 class _Process(Protocol):
@@ -46,22 +54,33 @@ class EngineProcess:
         self._on_end: Callable[[], None] = lambda: None
         self._is_gone = False
         self.link: Link | None = None
+        """Our end of the link, once there has been anything to say."""
 
     @classmethod
     def start(cls) -> Self:
-        """A new interpreter, ready for any job when it has imported all."""
+        """A new interpreter, ready for any job when it has imported all.
+
+        :raises HostCannot: there are no descriptors, processes or memory for one.
+        """
         import subprocess  # seldom the way of the first engine: see `fork`
 
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "postcopy.engine", "--link", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env=os.environ | _ENVIRONMENT,
-                # A Ctrl-C is for the monitor; the engine ends with its link.
-                start_new_session=True,
-            )
+        with contextlib.ExitStack() as undo:
+            try:
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+                undo.callback(ours.close)
+                with theirs:
+                    process = subprocess.Popen(
+                        [sys.executable, "-m", "postcopy.engine", "--link", str(theirs.fileno())],
+                        pass_fds=[theirs.fileno()],
+                        stdin=subprocess.DEVNULL,
+                        env=os.environ | _ENVIRONMENT,
+                        # A Ctrl-C is for the monitor; the engine ends with its link.
+                        start_new_session=True,
+                    )
+            except OSError as error:
+                what = f"no engine process can be started: {error.strerror}"
+                raise HostCannot(what, _CURES.get(error.errno or 0, "try again")) from error
+            undo.pop_all()
         return cls(process, ours)
 
     @classmethod
@@ -90,24 +109,28 @@ class EngineProcess:
         return self._begun().ask(order, **arguments)
 
     def connect(self, handlers: Mapping[str, Handler], on_end: Callable[[], None]) -> Link:
-        """Begin to talk to it about a guest."""
+        """Begin to talk to it about a guest.
+
+        :param on_end: called once, from the link's reader thread, when the link ends after this.
+        :raises EngineDied: it has ended already; ``on_end`` is never called.
+        """
         from postcopy.link.guest_service import MAY_WAIT_FOR_PAGES  # an engine needs no more of it
 
         link = self._begun()
         # A pause that comes after the guest has been let go on would stop it for good.
         link.serve(handlers, completed=frozenset(handlers) - MAY_WAIT_FOR_PAGES)
         with self._lock:
+            if self._is_gone:
+                raise EngineDied("the engine process ended before it got anything to do")
             self._on_end = on_end
-            is_gone = self._is_gone
-        if is_gone:
-            on_end()
         return link
 
     def _begun(self) -> Link:
-        if self.link is None:
-            self.link = Link(self._socket, {}, on_end=self._gone, name="engine-link")
-            self.link.start()
-        return self.link
+        with self._lock:
+            if self.link is None:
+                self.link = Link(self._socket, {}, on_end=self._gone, name="engine-link")
+                self.link.start()
+            return self.link
 
     @property
     def is_dead(self) -> bool:
@@ -122,10 +145,7 @@ class EngineProcess:
 
     def end(self) -> None:
         """Let it go: it ends by itself when the link does."""
-        if self.link is None:
-            self._socket.close()
-        else:
-            self.link.close()
+        self._begun().close()
         threading.Thread(target=self._process.wait, name="engine-reaper", daemon=True).start()
 
     def kill(self) -> None:

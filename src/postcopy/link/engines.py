@@ -11,6 +11,9 @@ from postcopy.link.rpc import Handler, Link
 _AHEAD_S: Final = 5.0
 """When a successor is started: most migrations are over by then, and need the CPUs until then."""
 
+_MOST_STARTS: Final = 3
+"""Engines to take, one after the other, for one that lives when it is put to work."""
+
 _MOST_REPLACEMENTS: Final = 5
 """Engines to start, one after the other, when none lives to get anywhere."""
 
@@ -42,17 +45,34 @@ class Engines:
         self._pool.prepare(delay_s)
 
     def start(self) -> Link:
-        """Put a fresh engine to work.
+        """Put a fresh engine to work; one that has died before it got anything to do is replaced.
 
-        :raises WrongState: closed; nobody would end it any more.
+        :raises WrongState: closed: an engine that is started now would never be ended.
+        :raises EngineDied: they die one after the other.
         """
-        engine = self._pool.take()
+        for _ in range(_MOST_STARTS):
+            engine = self._pool.take()
+            self._put_to_work(engine)
+            # Not under the lock: what is called when the link ends may take it.
+            try:
+                return engine.connect(self._handlers(engine), lambda it=engine: self._on_end(it))
+            except EngineDied:
+                self._drop(engine)
+        raise EngineDied("engine processes die before they get anything to do")
+
+    def _put_to_work(self, engine: EngineProcess) -> None:
         with self._lock:
             if not self._closed:
                 self.current = engine
-                return engine.connect(self._handlers(engine), lambda: self._on_end(engine))
+                return
         engine.end()
         raise WrongState("this process is leaving: no engine is started any more")
+
+    def _drop(self, engine: EngineProcess) -> None:
+        with self._lock:
+            if self.current is engine:
+                self.current = None
+        engine.end()
 
     def call(self, name: str, **arguments: Any) -> Any:
         """Have the engine at work do something.
