@@ -2,8 +2,12 @@
 
 import pytest
 
+from fakes.engine import FakePool
 from fakes.pair import NEVER_ENDS, Journey, Side, idle
 from fakes.waiting import wait_until
+from postcopy.errors import HostCannot, PostcopyError
+from postcopy.events import EventBus
+from postcopy.link.control import MigrationControl
 from postcopy.machine.config import MachineConfig
 from postcopy.status import Status
 
@@ -78,3 +82,37 @@ def test_a_prepared_engine_that_dies_is_not_asked_to_listen():
         assert side.status is Status.SETUP
     finally:
         side.close()
+
+
+def test_an_order_that_its_engine_cannot_begin_has_failed():
+    """The guest stays where it is, and the next order finds nothing in its way."""
+    with Journey(idle(16)) as trip:
+        control = MigrationControl(trip.source.machine, EventBus(), engines=FakePool())
+        try:
+            for _ in range(2):
+                with pytest.raises(PostcopyError, match="internal error in start_source"):
+                    control.migrate("tcp:127.0.0.1:1")
+                assert control.progress.status is Status.FAILED
+                assert "internal error in start_source" in control.info().error_desc
+                assert trip.source.machine.owned
+                assert trip.source.machine.running
+        finally:
+            control.close()
+        trip.migrate()
+        trip.finish()
+
+
+def test_an_order_for_which_there_is_no_engine_has_failed():
+    def none():
+        raise HostCannot("no engine process can be started", "free some of the host's memory")
+
+    with Journey(idle(16)) as trip:
+        control = MigrationControl(trip.source.machine, EventBus(), engines=FakePool(none))
+        try:
+            with pytest.raises(HostCannot):
+                control.migrate("tcp:127.0.0.1:1")
+            assert control.progress.status is Status.FAILED
+            assert "no engine process can be started" in control.info().error_desc
+        finally:
+            control.close()
+        assert trip.source.machine.running

@@ -5,7 +5,7 @@ decides what an engine's death means.  The figures are the engine's; it is asked
 """
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -74,7 +74,7 @@ class MigrationControl:
         self._lock = threading.RLock()
         self._check_movable = partial(check_movable, guest, self._service)
         self._departing = Departing(
-            self._lock, self._restoring, self._engines, self._settings, self._check_movable
+            self._lock, self._restoring, self._engines, self._begin, self._check_movable
         )
         check, complete = self._check_can_start, self._restoring.complete_first
         self.resetting = Resetting(guest, self._service, pool, self._lock, check, complete)
@@ -89,7 +89,8 @@ class MigrationControl:
         self._engines.prepare()
         self._service.prepare()
         if self._awaits:
-            self._engines.start().call("prepare_destination")
+            with suppress(EngineDied):  # 'incoming' starts another
+                self._engines.start().call("prepare_destination")
 
     def close(self) -> None:
         """End whatever is going on; the process is leaving."""
@@ -148,12 +149,34 @@ class MigrationControl:
                 if after is not None:
                     self._departing.take(job, uri, fds)
                     return
-                link = self._engines.start()
                 job.progress.move(Status.SETUP)
-            with suppress(
-                EngineDied
-            ):  # the end of the link has been dealt with, as the status says
-                link.call("start_source", fds=fds, uri=uri, **self._settings.to_wire())
+                try:
+                    link = self._engines.start()
+                except PostcopyError as error:
+                    self._not_begun(job, error)
+                    raise
+            self._begin(job, link, uri, fds)
+
+    def _begin(self, job: Job, link: Link, uri: str, fds: Sequence[int]) -> None:
+        """Have an engine send the guest.
+
+        :raises PostcopyError: it cannot, and the migration has failed; silently nothing when it has died:
+            the end of the link has been dealt with, as the status says.
+        """
+        try:
+            link.call("start_source", fds=fds, uri=uri, **self._settings.to_wire())
+        except EngineDied:
+            link.wait_over()
+        except PostcopyError as error:
+            self._not_begun(job, error)
+            raise
+
+    def _not_begun(self, job: Job, error: PostcopyError) -> None:
+        """What was ordered has failed before anything of it was done to the guest."""
+        with self._lock:
+            if self._work is job and job.busy:
+                job.error = str(error)
+                self._settle(Status.FAILED)
 
     def incoming(self, uri: str, *, exit_on_error: bool = True) -> None:
         """Listen for a guest."""
@@ -392,10 +415,16 @@ class MigrationControl:
             self._on_incoming_failed(job.error or "the migration failed")
 
     def _engine_ended(self, engine: EngineProcess) -> None:
-        """The link is gone: nothing new if we ended it, or if it had finished."""
+        """The link is gone: nothing new if we ended it, or if it had finished.
+
+        Under the lock: what is just being ordered of it has been noted then.
+        """
+        with self._lock:
+            if self._engine is engine:
+                self._engine_died(engine)
+
+    def _engine_died(self, engine: EngineProcess) -> None:
         job = self._work
-        if self._engine is not engine:
-            return
         if not job.busy:
             self._engines.end()  # it was ready for a migration: that will get another
             return

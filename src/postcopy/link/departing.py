@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from postcopy.errors import EngineDied, PostcopyError
+from postcopy.errors import PostcopyError
 from postcopy.link.engines import Engines
 from postcopy.link.job import Job
 from postcopy.link.restoring import Restoring
 from postcopy.link.rpc import Link
-from postcopy.link.settings import Settings
 from postcopy.status import ENDED, Status
 
 _WOKEN = frozenset({*ENDED, Status.POSTCOPY_PAUSED})
@@ -41,6 +40,7 @@ class Departing:
     Invariant, under ``lock``: while there is one, its job's status is ``setup``.
 
     :param lock: whoever changes what the engine at work does holds it; may be taken more than once.
+    :param begin: has an engine send the guest to an address, or raises after the job has failed.
     :param check: raises what speaks against moving the guest once it is whole; called under the lock.
     """
 
@@ -49,13 +49,13 @@ class Departing:
         lock: AbstractContextManager[object],
         restoring: Restoring,
         engines: Engines,
-        settings: Settings,
+        begin: Callable[[Job, Link, str, Sequence[int]], None],
         check: Callable[[], None],
     ) -> None:
         self._lock = lock
         self._restoring = restoring
         self._engines = engines
-        self._settings = settings
+        self._begin = begin
         self._check = check
         self._order: _Order | None = None
 
@@ -107,17 +107,11 @@ class Departing:
                 self._check()
                 link = self._engines.start()
                 self._order = None
-            self._begin(link, order)
-        except EngineDied:
-            pass  # the end of the link has been dealt with, and the status says so
+            self._begin(order.job, link, order.uri, order.fds)
+            if order.postcopy:
+                link.note("start_postcopy")
         except PostcopyError as error:
-            self.fail(str(error))
+            self.fail(str(error))  # nothing more to say of an order that has become a migration
         finally:
             for fd in order.fds:
                 os.close(fd)
-
-    def _begin(self, link: Link, order: _Order) -> None:
-        settings = self._settings.to_wire()
-        link.call("start_source", fds=order.fds, uri=order.uri, **settings)
-        if order.postcopy:
-            link.note("start_postcopy")

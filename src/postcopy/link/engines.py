@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Final
 
 from postcopy.errors import EngineDied, PostcopyError, WrongState
@@ -55,7 +56,7 @@ class Engines:
             self._put_to_work(engine)
             # Not under the lock: what is called when the link ends may take it.
             try:
-                return engine.connect(self._handlers(engine), lambda it=engine: self._on_end(it))
+                return engine.connect(self._handlers(engine), partial(self._on_end, engine))
             except EngineDied:
                 self._drop(engine)
         raise EngineDied("engine processes die before they get anything to do")
