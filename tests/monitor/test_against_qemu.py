@@ -1,6 +1,7 @@
 """The same input to our monitor and to a real QEMU's: the same answers."""
 
 import itertools
+import json
 
 import pytest
 
@@ -151,6 +152,52 @@ def test_requests_get_the_same_answers(compare):
 def test_bad_json_gets_the_same_answers(compare):
     for data in BAD_JSON:
         compare(data)
+
+
+SLOW = call("human-monitor-command", command_line="xp /1xb 0") | {"id": 1}
+ONE_WRITE = (
+    SLOW,
+    b"rubbish\n",
+    call("stop", zork=1) | {"id": 2},
+    [1],
+    {"execute": "zork", "id": 3},
+    b"}\n",
+    {"execute": "qmp_capabilities", "id": 4},
+    {"execute": "query-status", "x": 1, "id": 5},
+    {"execute": "query-name", "id": 6},
+)
+
+
+def as_bytes(requests):
+    return b"".join(r if isinstance(r, bytes) else json.dumps(r).encode() for r in requests)
+
+
+@pytest.mark.parametrize("enable", [[], ["oob"]], ids=["in band", "oob"])
+def test_answers_come_in_the_order_of_requests_good_or_bad(ours, theirs, backend, enable):
+    wrong_here = [{"exec-oob": "migrate-pause", "id": 7}, {"execute": "query-name", "id": 8}]
+    requests = [*ONE_WRITE, *([] if enable else wrong_here)]
+    backend.machine.page_is_there.clear()
+    for client in (ours, theirs):
+        client.negotiate(*enable).send(as_bytes(requests))
+    assert backend.machine.reader_waits.wait(20)
+    backend.machine.page_is_there.set()
+    said = [[client.reply() for _ in requests] for client in (ours, theirs)]
+    assert said[0] == said[1]
+
+
+def test_negotiation_is_answered_in_order_too(ours, theirs, backend):
+    requests = [
+        {"execute": "query-name", "id": 1},
+        b"rubbish\n",
+        call("qmp_capabilities", enable=["oob"]) | {"id": 2},
+        {"exec-oob": "query-status", "id": 3},
+        {"execute": "stop", "id": 4},
+    ]
+    for client in (ours, theirs):
+        client.send(as_bytes(requests))
+    for request in requests:
+        assert ours.reply() == theirs.reply(), request
+    assert [event["event"] for event in ours.events] == ["STOP"]
 
 
 def test_stop_and_cont_send_the_same_events(both):

@@ -3,7 +3,7 @@
 Three threads a client: the *reader* takes requests apart and runs those out of band at once; the
 *worker* runs the others one after another, so one that waits for a missing page holds up neither
 ``migrate-recover`` nor other clients; the *writer* sends answers and events in the order in which
-they were made.
+they were made.  What the reader finds wrong with a request is the worker's to answer, in its turn.
 """
 
 import json
@@ -28,6 +28,7 @@ _MAX_WAITING_REQUESTS = 64
 _MAX_UNSENT_MESSAGES = 4096
 _FLUSH_SECONDS = 1.0
 
+_NEGOTIATE = "qmp_capabilities"
 _NEGOTIATION = Struct(optional={"enable": array(enumeration("oob"))})
 
 
@@ -39,7 +40,9 @@ class QmpSession:
         self._backend = backend
         self._negotiated = False  # written by the reader alone, as is the next
         self._out_of_band = False
-        self._requests: queue.Queue[tuple[object, Request] | None] = queue.Queue(
+        self._wants_events = False  # written by the worker alone
+        self._answered = threading.Event()  # the negotiation, or the worker has ended
+        self._requests: queue.Queue[tuple[object, Request | QmpError] | None] = queue.Queue(
             _MAX_WAITING_REQUESTS
         )
         self._unsent: queue.Queue[dict[str, Any] | None] = queue.Queue(_MAX_UNSENT_MESSAGES)
@@ -111,54 +114,71 @@ class QmpSession:
 
     def _take(self, message: object) -> None:
         if isinstance(message, JsonError):
-            self._unsent.put(qmp_messages.failed(None, QmpError(str(message))))
+            self._requests.put((None, QmpError(str(message))))
             return
         try:
             request = qmp_messages.parse(message, out_of_band_allowed=self._out_of_band)
-            if self._is_negotiation(request):
-                self._unsent.put(qmp_messages.answered(message, None))
-            elif request.out_of_band:
-                self._unsent.put(self._answer(message, request))
-            else:
-                # Blocks when the client asks faster than we answer: then it has to wait.
-                self._requests.put((message, request))
         except QmpError as error:
-            self._unsent.put(qmp_messages.failed(message, error))
+            self._requests.put((message, error))
+            return
+        allowed = self._allowed(request)
+        if request.out_of_band:
+            self._unsent.put(self._answer(message, allowed))
+        else:
+            # Blocks when the client asks faster than we answer: then it has to wait.
+            self._requests.put((message, allowed))
+            if request.command == _NEGOTIATE:
+                self._answered.wait()  # what may be out of band from now on does not overtake it
 
-    def _is_negotiation(self, request: Request) -> bool:
+    def _allowed(self, request: Request) -> Request | QmpError:
+        try:
+            self._check(request)
+        except QmpError as error:
+            return error
+        return request
+
+    def _check(self, request: Request) -> None:
         name = request.command
-        if self._negotiated and name == "qmp_capabilities":
+        if self._negotiated and name == _NEGOTIATE:
             raise QmpError(
                 "Capabilities negotiation is already complete, command ignored", "CommandNotFound"
             )
-        if not self._negotiated and name != "qmp_capabilities":
+        if not self._negotiated and name != _NEGOTIATE:
             raise QmpError(
                 "Expecting capabilities negotiation with 'qmp_capabilities'", "CommandNotFound"
             )
         if name in COMMANDS and request.out_of_band and not COMMANDS[name].out_of_band:
             raise QmpError(f"The command {name} does not support OOB")
         if self._negotiated:
-            return False
+            return
         try:
             enable = _NEGOTIATION(request.arguments, "").get("enable", [])
         except PostcopyError as error:
             raise QmpError(str(error)) from error
         self._negotiated, self._out_of_band = True, "oob" in enable
-        return True
 
     # Section: the worker, and the reader for what is out of band
 
     def _work(self) -> None:
         while (item := self._requests.get()) is not None:
-            self._unsent.put(self._answer(*item))
+            message, request = item
+            self._unsent.put(self._answer(message, request))
+            if isinstance(request, Request) and request.command == _NEGOTIATE:
+                self._wants_events = True  # a client expects none before this answer
+                self._answered.set()
+        self._answered.set()
 
-    def _answer(self, message: object, request: Request) -> dict[str, Any]:
+    def _answer(self, message: object, request: Request | QmpError) -> dict[str, Any]:
         try:
+            if isinstance(request, QmpError):
+                raise request
             return qmp_messages.answered(message, self._execute(request))
         except QmpError as error:
             return qmp_messages.failed(message, error)
 
     def _execute(self, request: Request) -> object:
+        if request.command == _NEGOTIATE:
+            return None  # done by the reader, which must know at once what it may take
         command = COMMANDS.get(request.command)
         if command is None:
             raise QmpError(f"The command {request.command} has not been found", "CommandNotFound")
@@ -174,7 +194,7 @@ class QmpSession:
     # Section: the writer
 
     def _on_event(self, event: Event) -> None:
-        if not self._negotiated:
+        if not self._wants_events:
             return
         try:
             self._unsent.put_nowait(event.to_qmp())
