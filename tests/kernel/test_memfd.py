@@ -72,7 +72,7 @@ def test_too_few_huge_pages_are_refused_with_the_number_that_would_do():
 
 
 def test_huge_pages_of_another_size_have_a_cure_of_their_own(monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise KernelError("mmap", errno.ENOMEM)
 
     monkeypatch.setattr(calls, "mmap", full)

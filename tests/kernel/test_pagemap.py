@@ -145,12 +145,30 @@ def test_ranges_that_are_not_tracked_are_refused_when_protecting():
 
 
 def test_an_old_kernel_is_told_by_its_cure(monkeypatch):
-    def old(*_):
+    def old(*_, **__):
         raise KernelError("PAGEMAP_SCAN", errno.ENOTTY)
 
     monkeypatch.setattr("postcopy.kernel.pagemap.ioctl", old)
     with PagemapScanner(0) as scanner, pytest.raises(KernelError, match=r"Linux 6\.7 or newer"):
         scanner.scan(0, PAGE, protect=False)
+
+
+def test_what_a_call_protected_before_it_failed_counts_as_written(monkeypatch):
+    """The kernel does not tell what it was: to send too much harms nothing."""
+    left = [errno.ENOMEM]
+
+    def failing(*arguments, **more):
+        if left:
+            raise KernelError("PAGEMAP_SCAN", left.pop())
+        return calls.ioctl(*arguments, **more)
+
+    with tracked() as w, PagemapScanner(0) as scanner:
+        scan(scanner, w)
+        w.memory.write(3 * PAGE, b"x")
+        monkeypatch.setattr("postcopy.kernel.pagemap.ioctl", failing)
+        assert scan(scanner, w) == [[0, 64]]
+        w.memory.write(5 * PAGE, b"x")
+        assert scan(scanner, w) == [[5, 6]]
 
 
 def test_a_process_that_is_gone_is_named():

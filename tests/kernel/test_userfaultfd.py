@@ -236,7 +236,7 @@ class BusyKernel:
         self.calls = 0
         self._answer = answer
 
-    def ioctl(self, _fd, request, argument):
+    def ioctl(self, _fd, request, argument, **_):
         self.calls += 1
         if self.calls == 1:
             setattr(argument, self._answer, -errno.EAGAIN)

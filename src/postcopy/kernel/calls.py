@@ -1,17 +1,25 @@
 """Make a kernel call, and turn its failure into a :class:`~postcopy.errors.KernelError`.
 
+Failures that pass are outlived here, as :mod:`postcopy.kernel.patience` has it.
+
 Every call here lets go of the interpreter lock.  That is not a matter of speed: a call may touch
 guest memory, and if the page is missing, whoever is to bring it must be able to run meanwhile.
 :func:`fcntl.ioctl` does not do: CPython 3.11 keeps the lock for arguments over 1024 bytes.
 """
 
 import ctypes
-import errno
 import os
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
 
 from postcopy.abi.ioctl import Argument, Ioctl, PlainIoctl
 from postcopy.errors import KernelError
+from postcopy.kernel import patience
+from postcopy.kernel.patience import PASSES, Patience
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -46,19 +54,23 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 _byref = ctypes.byref
 
 
-def ioctl(fd: int, request: Ioctl[Argument], argument: Argument) -> int:
+def ioctl(
+    fd: int,
+    request: Ioctl[Argument],
+    argument: Argument,
+    *,
+    passes: frozenset[int] = PASSES,
+) -> int:
     """Make a request; what the kernel answers is left in ``argument``, also when it fails.
 
+    :param passes: the errnos to be outlived here.
     :return: the call's result, which is 0 for most requests.
     :raises KernelError: named by the request.
     """
-    while True:
-        result: int = _ioctl(fd, request.number, _byref(argument))
-        if result >= 0:
-            return result
-        error = ctypes.get_errno()
-        if error != errno.EINTR:
-            raise KernelError(request.name, error)
+    result: int = _ioctl(fd, request.number, _byref(argument))
+    if result >= 0:
+        return result
+    return _outlive(request.name, passes, str, lambda: _ioctl(fd, request.number, _byref(argument)))
 
 
 def ioctl_plain(fd: int, request: PlainIoctl, value: int = 0, *, retry: bool = True) -> int:
@@ -69,13 +81,13 @@ def ioctl_plain(fd: int, request: PlainIoctl, value: int = 0, *, retry: bool = T
     :return: the call's result, such as a new descriptor.
     :raises KernelError: named by the request; with ``EINTR`` only if not ``retry``.
     """
-    while True:
-        result: int = _ioctl(fd, request.number, ctypes.c_ulong(value))
-        if result >= 0:
-            return result
-        error = ctypes.get_errno()
-        if error != errno.EINTR or not retry:
-            raise KernelError(request.name, error)
+    result: int = _ioctl(fd, request.number, ctypes.c_ulong(value))
+    if result >= 0:
+        return result
+    passes = PASSES if retry else PASSES - patience.SIGNALS
+    return _outlive(
+        request.name, passes, str, lambda: _ioctl(fd, request.number, ctypes.c_ulong(value))
+    )
 
 
 def syscall(name: str, number: int, *arguments: int) -> int:
@@ -83,30 +95,49 @@ def syscall(name: str, number: int, *arguments: int) -> int:
 
     :raises KernelError: named ``name``.
     """
-    result: int = _syscall(number, *map(ctypes.c_long, arguments))
-    return _checked(name, result)
+    words = [ctypes.c_long(argument) for argument in arguments]
+    return _made(name, PASSES, str, lambda: _syscall(number, *words))
 
 
-def mmap(length_bytes: int, protection: int, flags: int, fd: int = -1, offset: int = 0) -> int:
-    """Map memory wherever the kernel likes, and return its address."""
-    address: int | None = _mmap(None, length_bytes, protection, flags, fd, offset)
-    if address is None or address == _MAP_FAILED:
-        raise KernelError("mmap", ctypes.get_errno(), f"{length_bytes} bytes of descriptor {fd}")
-    return address
+def mmap(
+    length_bytes: int,
+    protection: int,
+    flags: int,
+    fd: int = -1,
+    offset: int = 0,
+    *,
+    passes: frozenset[int] = PASSES,
+) -> int:
+    """Map memory wherever the kernel likes, and return its address.
+
+    :param passes: the errnos to be outlived here.
+    """
+
+    def call() -> int:
+        address: int | None = _mmap(None, length_bytes, protection, flags, fd, offset)
+        return -1 if address is None or address == _MAP_FAILED else address
+
+    return _made("mmap", passes, lambda: f"{length_bytes} bytes of descriptor {fd}", call)
 
 
 def munmap(address: int, length_bytes: int) -> None:
     """Take a mapping away."""
-    _checked("munmap", _munmap(address, length_bytes), address, length_bytes)
+    where = partial(_range, address, length_bytes)
+    _made("munmap", PASSES, where, lambda: _munmap(address, length_bytes))
 
 
-def madvise(address: int, length_bytes: int, advice: int) -> None:
-    """Tell the kernel about a range; interrupted advice is given again."""
-    while _madvise(address, length_bytes, advice) < 0:
-        error = ctypes.get_errno()
-        if error != errno.EINTR:
-            where = f"advice {advice} for [{address:#x}, {address + length_bytes:#x})"
-            raise KernelError("madvise", error, where)
+def madvise(
+    address: int, length_bytes: int, advice: int, *, passes: frozenset[int] = PASSES
+) -> None:
+    """Tell the kernel about a range; interrupted advice is given again.
+
+    :param passes: the errnos to be outlived here.
+    """
+
+    def where() -> str:
+        return f"advice {advice} for {_range(address, length_bytes)}"
+
+    _made("madvise", passes, where, lambda: _madvise(address, length_bytes, advice))
 
 
 class _Iovec(ctypes.Structure):
@@ -130,26 +161,77 @@ def _copy_all(name: str, call: Any, local: int, remote: int, length_bytes: int) 
     done = 0
     while done < length_bytes:
         here, there = (_Iovec(at + done, length_bytes - done) for at in (local, remote))
-        copied = call(os.getpid(), _byref(here), 1, _byref(there), 1, 0)
-        done += _checked(name, copied, remote + done, length_bytes - done)
+        arguments = (os.getpid(), _byref(here), 1, _byref(there), 1, 0)
+        where = partial(_range, remote + done, length_bytes - done)
+        done += _made(name, PASSES, where, call, *arguments)
 
 
 def mincore(address: int, length_bytes: int, result_address: int) -> None:
     """Write one byte a 4 KiB page to ``result_address``; bit 0 says whether it is in memory."""
-    _checked("mincore", _mincore(address, length_bytes, result_address), address, length_bytes)
+    where = partial(_range, address, length_bytes)
+    _made("mincore", PASSES, where, lambda: _mincore(address, length_bytes, result_address))
 
 
 def fallocate(fd: int, mode: int, offset: int, length_bytes: int) -> None:
     """Allocate a range of a file, or punch a hole into it; tried again when interrupted."""
-    while _fallocate(fd, mode, offset, length_bytes) < 0:
-        error = ctypes.get_errno()
-        if error != errno.EINTR:
-            where = f"mode {mode} for [{offset:#x}, {offset + length_bytes:#x})"
-            raise KernelError("fallocate", error, where)
+
+    def where() -> str:
+        return f"mode {mode} for {_range(offset, length_bytes)}"
+
+    _made("fallocate", PASSES, where, lambda: _fallocate(fd, mode, offset, length_bytes))
 
 
-def _checked(call: str, result: int, address: int | None = None, length_bytes: int = 0) -> int:
-    if result < 0:
-        where = "" if address is None else f"[{address:#x}, {address + length_bytes:#x})"
-        raise KernelError(call, ctypes.get_errno(), where)
-    return result
+def of_python(
+    name: str,
+    detail: str,
+    call: Callable[Parameters, Result],
+    *arguments: Parameters.args,
+    **named: Parameters.kwargs,
+) -> Result:
+    """Make a call for which Python has a function, such as :func:`os.memfd_create`.
+
+    :param name: of the kernel's call.
+    :param detail: what it is about.
+    :raises KernelError: in place of an ``OSError``.
+    """
+    waits = Patience()
+    while True:
+        try:
+            return call(*arguments, **named)
+        except OSError as error:
+            if not waits.outlives(error.errno or 0):
+                raise KernelError(name, error.errno or 0, detail) from error
+
+
+def _range(start: int, length_bytes: int) -> str:
+    return f"[{start:#x}, {start + length_bytes:#x})"
+
+
+def _made(
+    name: str,
+    passes: frozenset[int],
+    where: Callable[[], str],
+    call: Callable[..., int],
+    *arguments: Any,
+) -> int:
+    result = call(*arguments)
+    if result >= 0:
+        return result
+    return _outlive(name, passes, where, lambda: call(*arguments))
+
+
+def _outlive(
+    name: str, passes: frozenset[int], where: Callable[[], str], call: Callable[[], int]
+) -> int:
+    """A call has just failed: make it again while that may pass.
+
+    :param where: says what it is about.
+    :param call: returns a negative number when it has failed, with errno as ctypes has it.
+    :raises KernelError: it has lasted, or does not pass.
+    """
+    waits = Patience(passes)
+    while waits.outlives(error := ctypes.get_errno()):
+        result = call()
+        if result >= 0:
+            return result
+    raise KernelError(name, error, where())

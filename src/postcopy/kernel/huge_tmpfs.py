@@ -30,17 +30,17 @@ def create(size_bytes: int) -> int:
         for tmpfs; ``ENOSYS`` before Linux 5.2.
     """
     mounted = _mount()
+    flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
     try:
-        fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=mounted)
-    except OSError as error:
-        raise KernelError("open", error.errno or 0, "in a tmpfs of our own") from error
+        where = "in a tmpfs of our own"
+        fd = calls.of_python("open", where, os.open, ".", flags, 0o600, dir_fd=mounted)
     finally:
         os.close(mounted)
     try:
-        os.ftruncate(fd, size_bytes)
-    except OSError as error:
+        calls.of_python("ftruncate", f"{size_bytes} bytes", os.ftruncate, fd, size_bytes)
+    except KernelError:
         os.close(fd)
-        raise KernelError("ftruncate", error.errno or 0, f"{size_bytes} bytes") from error
+        raise
     return fd
 
 

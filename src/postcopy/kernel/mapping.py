@@ -11,7 +11,7 @@ import weakref
 from typing import TYPE_CHECKING, Self, TypeAlias, Union
 
 from postcopy.abi import mman
-from postcopy.kernel import calls
+from postcopy.kernel import calls, patience
 
 _PAGE_BYTES = 4096  # mincore's unit on x86, whatever the mapping's own page size is
 
@@ -133,7 +133,8 @@ class Mapping:
         :raises KernelError: ``ENOMEM`` if the host has not so much memory.
         """
         address = self._checked(offset, length_bytes)
-        calls.madvise(address, length_bytes, mman.MADV_POPULATE_WRITE)
+        # Whether there is so much memory is the question.
+        calls.madvise(address, length_bytes, mman.MADV_POPULATE_WRITE, passes=patience.SIGNALS)
 
     def discard(self, offset: int, length_bytes: int) -> None:
         """Forget pages (``MADV_DONTNEED``).

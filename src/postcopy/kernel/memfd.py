@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from postcopy.abi import mman
 from postcopy.errors import HostCannot, KernelError
-from postcopy.kernel import calls, huge_tmpfs
+from postcopy.kernel import calls, huge_tmpfs, patience
 
 
 def create(name: str, size_bytes: int, *, huge_page_size: int | None = None) -> int:
@@ -21,17 +21,11 @@ def create(name: str, size_bytes: int, *, huge_page_size: int | None = None) -> 
     flags = mman.MFD_CLOEXEC
     if huge_page_size is not None:
         flags |= mman.MFD_HUGETLB | (huge_page_size.bit_length() - 1) << mman.MFD_HUGE_SHIFT
+    fd = calls.of_python("memfd_create", f"for {name}", os.memfd_create, name, flags)
     try:
-        fd = os.memfd_create(name, flags)
-    except OSError as error:
-        raise KernelError("memfd_create", error.errno or 0, f"for {name}") from error
-    try:
-        os.ftruncate(fd, size_bytes)
+        calls.of_python("ftruncate", f"{size_bytes} bytes", os.ftruncate, fd, size_bytes)
         if huge_page_size is not None:
             _check_huge_pages(fd, size_bytes, huge_page_size)
-    except OSError as error:
-        os.close(fd)
-        raise KernelError("ftruncate", error.errno or 0, f"{size_bytes} bytes") from error
     except BaseException:
         os.close(fd)
         raise
@@ -54,7 +48,8 @@ def _check_huge_pages(fd: int, size_bytes: int, huge_page_size: int) -> None:
     # Mapping reserves the pages and fails if there are too few.  Without it a shortage would be a
     # SIGBUS later, in the middle of somebody's guest.
     try:
-        address = calls.mmap(size_bytes, mman.PROT_READ | mman.PROT_WRITE, mman.MAP_SHARED, fd)
+        protection, passes = mman.PROT_READ | mman.PROT_WRITE, patience.SIGNALS
+        address = calls.mmap(size_bytes, protection, mman.MAP_SHARED, fd, passes=passes)
     except KernelError as error:
         if error.errno != errno.ENOMEM:
             raise
@@ -107,12 +102,12 @@ def data_ranges(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
     at = start
     while at < end:
         try:
-            first = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError as error:
+            first = calls.of_python("lseek(SEEK_DATA)", "", os.lseek, fd, at, os.SEEK_DATA)
+        except KernelError as error:
             if error.errno == errno.ENXIO:
                 return  # nothing but a hole up to the end of the file
-            raise KernelError("lseek(SEEK_DATA)", error.errno or 0) from error
+            raise
         if first >= end:
             return
-        at = os.lseek(fd, first, os.SEEK_HOLE)
+        at = calls.of_python("lseek(SEEK_HOLE)", "", os.lseek, fd, first, os.SEEK_HOLE)
         yield first, min(at, end)

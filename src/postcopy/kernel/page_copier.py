@@ -10,6 +10,7 @@ import struct
 
 from postcopy.abi import userfaultfd as abi
 from postcopy.errors import KernelError
+from postcopy.kernel.patience import Patience
 from postcopy.kernel.userfaultfd import Userfaultfd
 
 _ARGUMENT = struct.Struct("<QQQQq")
@@ -33,16 +34,18 @@ class PageCopier:
 
         :param source: an address in this process.
         :return: whether it was placed; ``False``: there is a page already.
-        :raises KernelError: ``EFAULT`` if the source cannot be read.
+        :raises KernelError: ``EFAULT`` if the source cannot be read; what passes is outlived.
         """
         _ARGUMENT.pack_into(self._argument, 0, address, source, self._size, 0, 0)
+        waits: Patience | None = None
         while True:
             try:
                 fcntl.ioctl(self._userfaultfd.fd, abi.UFFDIO_COPY.number, self._argument, True)  # noqa: FBT003
             except OSError as error:
                 if error.errno == errno.EEXIST:
                     return False
-                if error.errno not in {errno.EAGAIN, errno.EINTR}:
+                waits = waits or self._userfaultfd.patience()
+                if not waits.outlives(error.errno or 0):
                     name = abi.UFFDIO_COPY.name
                     raise KernelError(name, error.errno or 0, f"at {address:#x}") from error
             else:

@@ -16,7 +16,9 @@ import numpy.typing as npt
 
 from postcopy.abi.pagemap import PAGEMAP_SCAN, PageCategory, ScanFlag, pm_scan_arg
 from postcopy.errors import KernelError
+from postcopy.kernel import calls
 from postcopy.kernel.calls import ioctl
+from postcopy.kernel.patience import NONE, Patience
 
 _CURES = {
     errno.ENOTTY: "this kernel has no PAGEMAP_SCAN; use Linux 6.7 or newer",
@@ -40,11 +42,10 @@ class PagemapScanner:
     def __init__(self, pid: int, *, capacity: int = 1 << 16) -> None:
         path = f"/proc/{pid or 'self'}/pagemap"
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            code = error.errno or 0
-            cure = _OPEN_CURES.get(code, "")
-            raise KernelError("open", code, f"{path}; {cure}") from error
+            fd = calls.of_python("open", path, os.open, path, os.O_RDONLY | os.O_CLOEXEC)
+        except KernelError as error:
+            cure = _OPEN_CURES.get(error.errno, "")
+            raise KernelError("open", error.errno, f"{path}; {cure}") from error
         self._prepare(fd, capacity)
 
     @classmethod
@@ -75,6 +76,8 @@ class PagemapScanner:
         :param protect: write-protect what is found, so that the next scan finds only what was
             written since.  The range must be registered for ``WP_ASYNC``.
         :return: shape ``(n, 2)``: ``[start, end)`` addresses, ascending, never touching each other.
+            More than there are, where a call failed and the failure has passed: what it had
+            protected by then it does not tell.
         :raises KernelError: ``ENOTTY``, ``EPERM`` or ``ESRCH``, each with its cure.
         """
         flags = ScanFlag.WP_MATCHING | ScanFlag.CHECK_WPASYNC if protect else 0
@@ -91,21 +94,29 @@ class PagemapScanner:
         at = start
         while at < end:
             argument.start = at
-            count = self._ask(argument)
-            if count:
-                _append(found, self._regions[:count, :2].copy())
+            count, has_failed = self._ask(argument)
             if argument.walk_end <= at:
                 raise KernelError("PAGEMAP_SCAN", errno.EIO, f"stands still at {at:#x}")
+            if protect and has_failed:
+                _append(found, np.array([[at, argument.walk_end]], np.uint64))
+            elif count:
+                _append(found, self._regions[:count, :2].copy())
             at = argument.walk_end
         return np.concatenate(found) if found else np.empty((0, 2), np.uint64)
 
-    def _ask(self, argument: pm_scan_arg) -> int:
-        try:
-            return ioctl(self._fd, PAGEMAP_SCAN, argument)
-        except KernelError as error:
-            where = f"[{argument.start:#x}, {argument.end:#x})"
-            cure = _CURES.get(error.errno, "")
-            raise KernelError(error.call, error.errno, f"{where}; {cure}") from error
+    def _ask(self, argument: pm_scan_arg) -> tuple[int, bool]:
+        """Return how many ranges were found, and whether it has failed before."""
+        waits: Patience | None = None
+        while True:
+            try:
+                return ioctl(self._fd, PAGEMAP_SCAN, argument, passes=NONE), waits is not None
+            except KernelError as error:
+                waits = waits or Patience()
+                if not waits.outlives(error.errno):
+                    where = f"[{argument.start:#x}, {argument.end:#x})"
+                    cure = _CURES.get(error.errno, "")
+                    raise KernelError(error.call, error.errno, f"{where}; {cure}") from error
+                argument.walk_end = 0
 
     def fileno(self) -> int:
         """The pagemap's descriptor."""

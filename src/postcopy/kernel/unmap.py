@@ -20,7 +20,7 @@ def unmap(ranges: npt.NDArray[np.uint64]) -> None:
     :param ranges: shape ``(n, 2)``: address and length in bytes, of whole pages.
     """
     vectors = np.ascontiguousarray(ranges, np.uint64)
-    process = os.pidfd_open(os.getpid())
+    process = calls.of_python("pidfd_open", "", os.pidfd_open, os.getpid())
     try:
         for first in range(0, len(vectors), _MOST_TOGETHER):
             _unmap_some(process, vectors[first : first + _MOST_TOGETHER])

@@ -5,7 +5,8 @@ Some facts, measured (``docs`` has more):
 * Placing a run stops at a page that is there already: the call reports the bytes before it, and
   the next call, which begins at that page, is refused with ``EEXIST``.
 * While the address space changes, or an event of such a change (remove, unmap, remap, fork) waits
-  to be read, placing is refused with ``EAGAIN``: read the events, then go on.
+  to be read, placing is refused with ``EAGAIN``: read the events, then go on.  Without events the
+  change passes by itself.
 * When the last descriptor is closed, all waiting threads go on and read *zeros*.  Whoever owns the
   memory must therefore hold a duplicate while a page is missing.
 * A second userfaultfd cannot register the same range (``EBUSY``).
@@ -13,6 +14,7 @@ Some facts, measured (``docs`` has more):
 
 import errno
 import os
+import threading
 from collections.abc import Callable
 from typing import Self
 
@@ -23,6 +25,7 @@ from postcopy.errors import KernelError, PageExists
 from postcopy.kernel import userfaultfd_open
 from postcopy.kernel.calls import ioctl
 from postcopy.kernel.faults import MESSAGE, Event, parse
+from postcopy.kernel.patience import NONE, PASSES, Patience
 
 NO_FEATURES = Feature(0)
 _EVENTS = Feature.EVENT_FORK | Feature.EVENT_REMAP | Feature.EVENT_REMOVE | Feature.EVENT_UNMAP
@@ -38,6 +41,9 @@ class Userfaultfd:
     def __init__(self, fd: int, features: Feature) -> None:
         self.fd = fd
         self.features = features
+        # Who wants events must read them first.
+        self._passes = PASSES - {errno.EAGAIN} if features & _EVENTS else PASSES
+        self._hurried = threading.Event()
 
     @classmethod
     def open(cls, features: Feature = NO_FEATURES, *, user_mode_only: bool = False) -> Self:
@@ -59,6 +65,14 @@ class Userfaultfd:
     def fileno(self) -> int:
         """For ``poll``: readable when events are pending."""
         return self.fd
+
+    def patience(self) -> Patience:
+        """For one call that is made through the descriptor."""
+        return Patience(self._passes, self._hurried)
+
+    def end_waits(self) -> None:
+        """Let no call wait any more until a failure has passed: it is to be raised at once."""
+        self._hurried.set()
 
     def register(self, address: int, length_bytes: int, mode: RegisterMode) -> RangeIoctl:
         """Watch a range, or change how it is watched; ``mode`` replaces what was there.
@@ -200,12 +214,20 @@ class Userfaultfd:
 
         :raises KernelError: ``EINVAL`` if the descriptor has not been through its handshake.
         """
-        try:
-            return parse(os.read(self.fd, limit * MESSAGE.size))
-        except BlockingIOError:
-            return []
-        except OSError as error:
-            raise KernelError("read", error.errno or 0, "of a userfaultfd") from error
+        return parse(self.read_messages(limit))
+
+    def read_messages(self, limit: int) -> bytes:
+        """As :meth:`read_events`, as the kernel writes them: see :mod:`postcopy.kernel.faults`."""
+        waits: Patience | None = None
+        while True:
+            try:
+                return os.read(self.fd, limit * MESSAGE.size)
+            except BlockingIOError:
+                return b""
+            except OSError as error:
+                waits = waits or self.patience()
+                if not waits.outlives(error.errno or 0):
+                    raise KernelError("read", error.errno or 0, "of a userfaultfd") from error
 
     def close(self) -> None:
         """Close the descriptor (see above what the last one does).  Harmless when closed."""
@@ -232,35 +254,41 @@ class Userfaultfd:
         Without events nothing has to be read before it can go on: what is in the way passes, and who
         waits for the page must not be forgotten.
         """
+        waits: Patience | None = None
         while True:
             try:
-                ioctl(self.fd, request, argument)
+                ioctl(self.fd, request, argument, passes=NONE)
             except KernelError as error:
-                done = _placed(error, answer(), address, length_bytes)
-                if done or self.features & _EVENTS:
-                    return done
+                if error.errno == errno.EAGAIN:
+                    # The kernel's own answer is signed: bytes, or the negative errno if it did nothing.
+                    done = max(answer(), 0)
+                    if done or self.features & _EVENTS:
+                        return done
+                waits = waits or self.patience()
+                if not waits.outlives(error.errno):
+                    raise _placing(error, address, length_bytes) from error
             else:
                 return length_bytes
 
     def _request(
         self, request: Ioctl[Argument], argument: Argument, address: int, length_bytes: int
     ) -> None:
-        try:
-            ioctl(self.fd, request, argument)
-        except KernelError as error:
-            raise _located(error, address, length_bytes) from error
+        waits: Patience | None = None
+        while True:
+            try:
+                ioctl(self.fd, request, argument, passes=NONE)
+            except KernelError as error:
+                waits = waits or self.patience()
+                if not waits.outlives(error.errno):
+                    raise _located(error, address, length_bytes) from error
+            else:
+                return
 
 
-def _placed(error: KernelError, done: int, address: int, length_bytes: int) -> int:
-    """What a placing request that did not do all has done.
-
-    The kernel's own answer is signed: bytes, or the negative errno again if it did nothing.
-    """
-    if error.errno == errno.EAGAIN:
-        return max(done, 0)
+def _placing(error: KernelError, address: int, length_bytes: int) -> KernelError:
     if error.errno == errno.EEXIST:
-        raise PageExists(error.call, error.errno, f"at {address:#x}") from None
-    raise _located(error, address, length_bytes) from None
+        return PageExists(error.call, error.errno, f"at {address:#x}")
+    return _located(error, address, length_bytes)
 
 
 def _located(error: KernelError, address: int, length_bytes: int) -> KernelError:

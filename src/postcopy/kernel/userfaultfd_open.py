@@ -8,6 +8,7 @@ from pathlib import Path
 from postcopy.abi import userfaultfd as abi
 from postcopy.abi.userfaultfd import Feature
 from postcopy.errors import HostCannot, KernelError
+from postcopy.kernel import calls
 from postcopy.kernel.calls import ioctl, ioctl_plain, syscall
 
 DEVICE = Path("/dev/userfaultfd")
@@ -87,10 +88,7 @@ def flags_for(*, user_mode_only: bool) -> int:
 
 def by_device(flags: int) -> int:
     """Open through ``/dev/userfaultfd`` (Linux 6.1), for which file permissions are enough."""
-    try:
-        device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise KernelError("open", error.errno or 0, str(DEVICE)) from error
+    device = calls.of_python("open", str(DEVICE), os.open, DEVICE, os.O_RDWR | os.O_CLOEXEC)
     try:
         return ioctl_plain(device, abi.USERFAULTFD_IOC_NEW, flags)
     finally:

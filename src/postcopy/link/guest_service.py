@@ -15,7 +15,7 @@ from postcopy.abi import mman
 from postcopy.abi.userfaultfd import Feature, RegisterMode
 from postcopy.errors import WrongState
 from postcopy.guest import DeviceState, Guest, Region
-from postcopy.kernel import calls, memfd
+from postcopy.kernel import calls, memfd, patience
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.link.guest_proxy import encode_states
 from postcopy.link.rpc import Descriptors, Handler
@@ -293,7 +293,8 @@ class GuestService:
         for region in self._guest.regions():
             if region.name == block:
                 advice = mman.MADV_POPULATE_WRITE
-                calls.madvise(region.host_address + offset, length_bytes, advice)
+                address = region.host_address + offset
+                calls.madvise(address, length_bytes, advice, passes=patience.SIGNALS)
 
     def _unmap_missing(self) -> None:
         """Unmap, here alone, what the page maps do not have as received; the memory stays."""

@@ -132,6 +132,7 @@ class Filler:
     def stop(self) -> None:
         """Make :meth:`run` return; faults that come later wait."""
         self._stopped = True
+        self._userfaultfd.end_waits()
         self._wake()
 
     def _wake(self) -> None:
@@ -190,9 +191,8 @@ class Filler:
                 self._all_in.set()
 
     def _serve(self) -> None:
-        try:
-            messages = os.read(self._userfaultfd.fd, _MOST_FAULTS * MESSAGE.size)
-        except BlockingIOError:
+        messages = self._userfaultfd.read_messages(_MOST_FAULTS)
+        if not messages:
             return
         since_ns = time.monotonic_ns()
         self._awake.a_while()

@@ -10,7 +10,7 @@ import numpy as np
 
 from postcopy.abi import mman
 from postcopy.errors import ImageError, KernelError, PageExists
-from postcopy.kernel import calls
+from postcopy.kernel import calls, patience
 from postcopy.kernel.page_copier import PageCopier
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.memory.page_map import EARLY, LATE, RECEIVED
@@ -173,7 +173,8 @@ class Filling:
         length = min(_AHEAD_BYTES, self.end - self.base - start)
         self._ahead = start + length // 2
         try:
-            calls.madvise(self._fixed + start, length, mman.MADV_WILLNEED)
+            advice = mman.MADV_WILLNEED
+            calls.madvise(self._fixed + start, length, advice, passes=patience.NONE)
         except KernelError:
             self._reads_ahead = False  # it was only advice
 

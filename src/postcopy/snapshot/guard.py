@@ -101,6 +101,7 @@ class WriteGuard:
     def stop(self) -> None:
         """Serve no more faults.  Who may still wait then is woken by the guest's process."""
         self._stopping = True
+        self._userfaultfd.end_waits()
         self._aside.close()
         if self._stop_writer >= 0:
             os.close(self._stop_writer)
