@@ -127,7 +127,7 @@ class QmpSession:
         else:
             # Blocks when the client asks faster than we answer: then it has to wait.
             self._requests.put((message, allowed))
-            if request.command == _NEGOTIATE:
+            if allowed is request and request.command == _NEGOTIATE:
                 self._answered.wait()  # what may be out of band from now on does not overtake it
 
     def _allowed(self, request: Request) -> Request | QmpError:
