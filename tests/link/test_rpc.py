@@ -1,13 +1,25 @@
 """Calls and notes between two ends; here both are in one process."""
 
+import contextlib
+import gc
 import os
+import resource
 import socket
 import threading
+import weakref
+from pathlib import Path
 
 import pytest
 
 from fakes.waiting import wait_until
-from postcopy.errors import EngineDied, HostCannot, KernelError, PostcopyError, StreamError
+from postcopy.errors import (
+    EngineDied,
+    HostCannot,
+    KernelError,
+    PostcopyError,
+    StreamError,
+    WrongState,
+)
 from postcopy.link.rpc import Descriptors, Link
 
 
@@ -28,6 +40,9 @@ class Ends:
             "fail": self.fail,
             "break": lambda: 1 // 0,
             "long": lambda n: "x" * n,
+            "open closed": lambda: (None, Descriptors([closed_descriptor()])),
+            "slow open": lambda: (self.release.wait(10), Descriptors(self.pipe)),
+            "refuse": self.refuse,
         }
         self.pipe = os.pipe()
         self.far = Link(second, handlers, on_end=lambda: self.ended.append("far"))
@@ -46,6 +61,10 @@ class Ends:
         return found
 
     @staticmethod
+    def refuse():
+        raise WrongState("not now")
+
+    @staticmethod
     def fail(kind):
         errors = {
             "stream": StreamError("bad bytes", 16),
@@ -57,6 +76,30 @@ class Ends:
     def close(self):
         self.near.close()
         wait_until(lambda: sorted(self.ended) == ["far", "near"], 10, "both ends end")
+
+
+def closed_descriptor():
+    fd = os.open(os.devnull, os.O_RDONLY)
+    os.close(fd)
+    return fd
+
+
+def open_files():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@contextlib.contextmanager
+def room_for(descriptors):
+    """This process cannot have more than so many files open besides those that are."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    made = [os.open(os.devnull, os.O_RDONLY) for _ in range(descriptors + 1)]
+    for fd in made:
+        os.close(fd)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(made), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.fixture
@@ -219,3 +262,131 @@ def test_what_is_at_work_is_completed_before_its_end_is_told():
 def _call_in_vain(link, name):
     with pytest.raises(EngineDied):
         link.call(name)
+
+
+@pytest.mark.parametrize("fds", [lambda: [closed_descriptor()], lambda: [0] * 300])
+def test_what_cannot_be_sent_is_said_to_who_sends_it(ends, fds):
+    with pytest.raises(KernelError, match="sendmsg failed"):
+        ends.near.call("take", fds=fds(), timeout_s=10)
+    assert ends.near.call("add", a=1, b=2) == 3
+
+
+def test_an_answer_that_cannot_be_sent_is_an_error(ends):
+    with pytest.raises(KernelError, match=r"sendmsg failed: Bad file descriptor \(EBADF\)"):
+        ends.near.call("open closed", timeout_s=10)
+    assert ends.near.call("add", a=1, b=2) == 3
+
+
+@pytest.mark.parametrize("room", [0, 1, 2])
+def test_who_has_no_room_for_descriptors_gets_no_call(ends, room):
+    pairs = [os.pipe() for _ in range(3)]
+    for number, (_, writing) in enumerate(pairs):
+        os.write(writing, str(number).encode())
+    reading = [pair[0] for pair in pairs]
+    before = open_files()
+    with room_for(room), pytest.raises(HostCannot, match=f"{room} of 3 file descriptors.*prlimit"):
+        ends.near.call("take", fds=reading, timeout_s=10)
+    assert open_files() == before
+    assert ends.near.call("take", fds=reading) == ["0", "1", "2"]
+    for pair in pairs:
+        for fd in pair:
+            os.close(fd)
+
+
+def test_more_descriptors_than_a_message_takes_are_refused(ends):
+    before = open_files()
+    with pytest.raises(HostCannot, match="128 of 200 file descriptors arrived"):
+        ends.near.call("take", fds=[0] * 200, timeout_s=10)
+    assert open_files() == before
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_who_has_no_room_for_descriptors_gets_no_answer(ends, room):
+    before = open_files()
+    with room_for(room), pytest.raises(HostCannot, match=f"{room} of 2 file descriptors"):
+        ends.near.call("open", timeout_s=10)
+    assert open_files() == before
+    result, fds = ends.near.call("open")
+    assert result == "read end"
+    for fd in fds:
+        os.close(fd)
+
+
+def test_the_descriptors_of_an_answer_that_comes_too_late_are_closed(ends):
+    before = open_files()
+    for _ in range(5):
+        with pytest.raises(TimeoutError):
+            ends.near.call("slow open", timeout_s=0.001)
+    ends.release.set()
+    assert ends.near.call("add", a=1, b=1) == 2
+    wait_until(lambda: open_files() == before, 10, "all are closed")
+
+
+def test_descriptors_that_nobody_has_taken_are_closed_with_the_link():
+    ours, theirs = socket.socketpair()
+    before = open_files() - 1
+    link = Link(ours, {})
+    socket.send_fds(theirs, [b"\x20\0\0\0{"], [0, 1])  # and no more of that message
+    theirs.close()
+    link.start()
+    link.wait_over()
+    assert open_files() == before - 1
+
+
+def test_an_answer_is_kept_by_who_waits_for_it_alone(ends):
+    answer = ends.near.ask("add", a=1, b=2)
+    assert answer.wait(10) == 3
+    kept = weakref.ref(answer)
+    del answer
+    wait_until(lambda: gc.collect() >= 0 and kept() is None, 10, "it is let go of")
+
+
+def test_a_note_that_comes_at_the_wrong_time_harms_nothing(ends, caplog):
+    ends.near.note("refuse")
+    assert ends.near.call("add", a=1, b=1) == 2
+    assert "refuse comes at the wrong time: not now" in caplog.text
+    assert ends.ended == []
+
+
+@pytest.mark.parametrize("name", ["break", "no such note"])
+def test_a_mistake_of_ours_in_a_note_ends_the_link_and_is_said(ends, caplog, name):
+    """What it was to do will never be done: either side knows what to do without the other."""
+    ends.near.note(name)
+    wait_until(lambda: sorted(ends.ended) == ["far", "near"], 10, "both ends end")
+    assert f"internal error in {name}; please report it" in caplog.text
+
+
+def test_a_call_for_which_there_is_no_thread_is_refused(ends, monkeypatch):
+    start = threading.Thread.start
+
+    def start_or_fail(thread):
+        if thread.name == "add":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_or_fail)
+    with pytest.raises(HostCannot, match="add: can't start new thread; raise the limit of threads"):
+        ends.near.call("add", a=1, b=1, timeout_s=10)
+    monkeypatch.undo()
+    assert ends.near.call("add", a=1, b=1) == 2
+
+
+def test_the_end_comes_to_who_waits_to_send():
+    ours, theirs = socket.socketpair()
+    near = Link(ours, {})
+    near.start()
+    caught = []
+
+    def send():
+        with pytest.raises(EngineDied):
+            near.call("echo", text="x" * 10_000_000)
+        caught.append(True)
+
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    theirs.recv(1)  # it has begun, and the rest is never read
+    near.close()
+    sender.join(10)
+    assert caught == [True]
+    near.wait_over()
+    theirs.close()

@@ -1,26 +1,22 @@
-"""Calls and notes between two processes, with file descriptors, over a Unix stream socket.
+"""Calls and notes between two processes, with file descriptors: see :mod:`postcopy.link.messages`.
 
-A message is a u32 length and that many bytes of JSON.  Descriptors travel by ``SCM_RIGHTS`` with the
-message that names them, and arrive in the same order.  Both ends may call at any time; a call is
-answered from a thread of its own, so that one which waits (for a missing page, say) holds up no
-other.  Notes have no answer and keep their order.
+Both ends may call at any time; a call is answered from a thread of its own, so that one which waits (for
+a missing page, say) holds up no other.  Notes have no answer and keep their order.
+
+What cannot be sent or taken is told to the caller.  Where nothing can be told, as of a note, the link
+ends: either side knows how to go on without the other, and none how to go on after a lost message.
 """
 
-import array
 import itertools
-import json
 import socket
-import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from postcopy import errors
-from postcopy.errors import EngineDied, PostcopyError
-
-_LENGTH = struct.Struct("<I")
-_LONGEST_BYTES = 64 << 20
-_MOST_DESCRIPTORS = 128
+from postcopy.errors import EngineDied, HostCannot, PostcopyError
+from postcopy.kernel import descriptors
+from postcopy.link.messages import Messages, Received
 
 Handler = Callable[..., Any]
 
@@ -84,7 +80,7 @@ class Link:
         completed: frozenset[str] = frozenset(),
         name: str = "link",
     ) -> None:
-        self._socket = connection
+        self._messages = Messages(connection)
         self._handlers = dict(handlers)
         self._on_end = on_end
         self._completed = completed
@@ -92,12 +88,10 @@ class Link:
         self._at_work: list[threading.Thread] = []
         self._over = threading.Event()
         self._numbers = itertools.count(1)
-        self._sending = threading.Lock()
-        # Calls that wait for their answer; `_ended` and this dictionary change under `_waiting_lock`.
+        self._lock = threading.Lock()
+        # Under the lock: calls whose answer has not come, and whether none will come any more.
         self._waiting: dict[int, Answer] = {}
-        self._waiting_lock = threading.Lock()
         self._ended = False
-        self._incoming: list[int] = []
         self._reader = threading.Thread(target=self._read, name=name, daemon=True)
 
     def serve(
@@ -122,18 +116,24 @@ class Link:
         """Ask the other end and wait for its answer.
 
         :raises EngineDied: the other process is gone.
+        :raises KernelError: the message cannot be sent.
+        :raises HostCannot: a process has no room for the descriptors that go along.
         :raises PostcopyError: whatever the other end raised, by its own class where it has one here.
+        :raises TimeoutError: no answer came in time; one that comes later counts for nothing.
         """
         number, answer = self._ask(name, arguments, fds)
         try:
             return answer.wait(timeout_s)
-        finally:
-            self._waiting.pop(number, None)
+        except TimeoutError:
+            if self._forget(number) is None:
+                return answer.wait()  # it has come just now, with descriptors maybe
+            raise
 
     def ask(self, name: str, **arguments: Any) -> Answer:
-        """Call the other end, and do something else until it answers.
+        """Call the other end, and do something else until it answers; no descriptors come along.
 
         :raises EngineDied: the other process is gone.
+        :raises KernelError: the message cannot be sent.
         """
         return self._ask(name, arguments, ())[1]
 
@@ -141,142 +141,151 @@ class Link:
         self, name: str, arguments: Mapping[str, Any], fds: Sequence[int]
     ) -> tuple[int, Answer]:
         number, answer = next(self._numbers), Answer()
-        with self._waiting_lock:
+        with self._lock:
             if self._ended:
                 raise EngineDied(f"{name}: the other process is gone")
             self._waiting[number] = answer
-        self._send({"call": name, "id": number, "args": arguments, "fds": len(fds)}, fds)
+        try:
+            self._messages.send({"call": name, "id": number, "args": arguments}, fds)
+        except PostcopyError:
+            self._forget(number)
+            raise
         return number, answer
+
+    def _forget(self, number: int) -> Answer | None:
+        with self._lock:
+            return self._waiting.pop(number, None)
 
     def note(self, name: str, **arguments: Any) -> None:
         """Tell the other end; nobody answers.  Silently nothing when the other end is gone."""
-        self._send({"note": name, "args": arguments}, ())
+        self._send_or_end({"note": name, "args": arguments})
+
+    def _send_or_end(self, message: Mapping[str, Any]) -> None:
+        try:
+            self._messages.send(message)
+        except EngineDied:
+            pass  # the reader sees it as well
+        except PostcopyError as error:
+            _warn("the link ends, since a message cannot be sent: %s", error)
+            self.close()
 
     def close(self) -> None:
         """End the link; calls that wait fail with :class:`EngineDied`."""
-        try:
-            self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the other end was quicker
+        self._messages.shut()
 
     def wait_over(self) -> None:
         """Wait until the other end is gone and ``on_end`` has returned; not from a handler."""
         self._over.wait()
 
-    # --- sending
-
-    def _send(self, message: dict[str, Any], fds: Sequence[int]) -> None:
-        body = json.dumps(message).encode()
-        data = _LENGTH.pack(len(body)) + body
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        try:
-            with self._sending:
-                sent = self._socket.sendmsg([data], ancillary)
-                if sent < len(data):
-                    self._socket.sendall(data[sent:])
-        except OSError:
-            pass  # the reader sees the end as well, and fails every waiting call
-
     # --- receiving, all on the reader's thread
 
     def _read(self) -> None:
-        buffer = bytearray()
         try:
-            while data := self._receive():
-                buffer += data
-                while (message := self._take(buffer)) is not None:
-                    self._dispatch(message)
+            for message in self._messages.receive():
+                self._dispatch(message)
         except OSError:
             pass  # closed under us: the same as the end
         finally:
             self._end()
 
-    def _receive(self) -> bytes:
-        space = socket.CMSG_SPACE(4 * _MOST_DESCRIPTORS)
-        data, ancillary, _, _ = self._socket.recvmsg(1 << 16, space, socket.MSG_CMSG_CLOEXEC)
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                received = array.array("i")
-                received.frombytes(payload[: len(payload) // 4 * 4])
-                self._incoming += received
-        return data
-
-    @staticmethod
-    def _take(buffer: bytearray) -> dict[str, Any] | None:
-        if len(buffer) < _LENGTH.size:
-            return None
-        (length,) = _LENGTH.unpack_from(buffer)
-        if length > _LONGEST_BYTES:
-            raise OSError(f"a message of {length} bytes")
-        end = _LENGTH.size + length
-        if len(buffer) < end:
-            return None
-        message: dict[str, Any] = json.loads(bytes(buffer[_LENGTH.size : end]))
-        del buffer[:end]
-        return message
-
-    def _dispatch(self, message: dict[str, Any]) -> None:
-        fds, count = self._incoming, message.get("fds", 0)
-        taken, self._incoming = fds[:count], fds[count:]
-        if "note" in message:
-            self._handlers[message["note"]](**message["args"])
-        elif "call" in message:
-            self._begin_answer(message, taken)
+    def _dispatch(self, message: Received) -> None:
+        body = message.body
+        if "note" in body:
+            self._take_note(body["note"], body["args"])
+        elif "call" in body:
+            self._begin_answer(message)
         else:
-            self._settle(message, taken)
+            self._settle(message)
 
-    def _begin_answer(self, message: dict[str, Any], fds: list[int]) -> None:
-        name = message["call"]
-        thread = threading.Thread(target=self._answer, args=(message, fds), name=name, daemon=True)
-        thread.start()
+    def _take_note(self, name: str, arguments: Mapping[str, Any]) -> None:
+        try:
+            self._handlers[name](**arguments)
+        except PostcopyError as error:
+            _warn("%s comes at the wrong time: %s", name, error)
+        except Exception:  # a fault of ours: what was told would be missing for ever
+            _warn("the link ends: internal error in %s; please report it", name, exc_info=True)
+            self.close()
+
+    def _begin_answer(self, message: Received) -> None:
+        name, fds = message.body["call"], message.fds
+        if not message.is_whole:
+            lost = descriptors.lost(name, message.arrived, message.body["fds"])
+            self._refuse(message, lost)
+            return
+        thread = threading.Thread(
+            target=self._answer, args=(message.body, fds), name=name, daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError as error:
+            descriptors.close_all(fds)
+            cure = "raise the limit of threads ('ulimit -u', 'pids.max'), or free some memory"
+            self._refuse(message, HostCannot(f"{name}: {error}", cure))
+            return
         if name in self._completed:
             self._at_work = [thread, *(other for other in self._at_work if other.is_alive())]
 
-    def _answer(self, message: dict[str, Any], fds: list[int]) -> None:
-        arguments = dict(message["args"])
+    def _refuse(self, message: Received, error: PostcopyError) -> None:
+        self._send_or_end({"id": message.body["id"], "error": _packed(error)})
+
+    def _answer(self, body: Mapping[str, Any], fds: list[int]) -> None:
+        arguments = dict(body["args"])
         if fds:
             arguments["fds"] = fds
-        reply: dict[str, Any] = {"id": message["id"]}
-        send: Sequence[int] = ()
+        reply: dict[str, Any] = {"id": body["id"]}
         try:
-            result = self._handlers[message["call"]](**arguments)
+            result = self._handlers[body["call"]](**arguments)
+            send: Sequence[int] = ()
             if (
                 isinstance(result, tuple)
                 and len(result) == 2
                 and isinstance(result[1], Descriptors)
             ):
                 result, send = result
-            reply["result"] = result
+            self._messages.send(reply | {"result": result}, send)
         except PostcopyError as error:
-            reply["error"] = {"class": type(error).__name__, "text": str(error)}
+            self._send_or_end(reply | {"error": _packed(error)})
         except Exception as error:  # a fault of ours: the caller must not wait for ever
-            text = f"internal error in {message['call']}: {error!r}; please report it"
-            reply["error"] = {"class": "PostcopyError", "text": text}
-        reply["fds"] = len(send)
-        self._send(reply, send)
+            text = f"internal error in {body['call']}: {error!r}; please report it"
+            self._send_or_end(reply | {"error": _packed(PostcopyError(text))})
 
-    def _settle(self, message: dict[str, Any], fds: list[int]) -> None:
-        answer = self._waiting.get(message["id"])
+    def _settle(self, message: Received) -> None:
+        body, fds = message.body, message.fds
+        answer = self._forget(body["id"])
         if answer is None:
-            return  # the caller gave up waiting
-        if "error" in message:
-            answer.give(None, _revive(message["error"]))
+            descriptors.close_all(fds)  # the caller gave up waiting
+        elif "error" in body:
+            answer.give(None, _revive(body["error"]))
+        elif not message.is_whole:
+            answer.give(None, descriptors.lost("an answer", message.arrived, body["fds"]))
         else:
-            answer.give((message["result"], fds) if fds else message["result"])
+            answer.give((body["result"], fds) if fds else body["result"])
 
     def _end(self) -> None:
-        with self._waiting_lock:
+        # What is at work here may wait to send.
+        self._messages.shut()
+        with self._lock:
             self._ended = True
-            waiting = list(self._waiting.values())
-        for answer in waiting:
+            waiting, self._waiting = self._waiting, {}
+        for answer in waiting.values():
             answer.give(None, EngineDied("the other process is gone"))
         for thread in self._at_work:
             thread.join()
-        self._socket.close()
+        self._messages.close()
         try:
             self._on_end()
         finally:
             self._over.set()
+
+
+def _warn(text: str, *arguments: object, exc_info: bool = False) -> None:
+    import logging  # a guest that wakes does not wait for it
+
+    logging.getLogger(__name__).warning(text, *arguments, exc_info=exc_info)
+
+
+def _packed(error: PostcopyError) -> dict[str, str]:
+    return {"class": type(error).__name__, "text": str(error)}
 
 
 def _revive(error: Mapping[str, str]) -> PostcopyError:
