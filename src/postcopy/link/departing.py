@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from postcopy.errors import PostcopyError
+from postcopy.kernel.descriptors import close_all, open_all
 from postcopy.link.engines import Engines
 from postcopy.link.job import Job
 from postcopy.link.restoring import Restoring
@@ -63,7 +64,7 @@ class Departing:
         """Take the order; a thread of its own sees to it."""
         assert self._restoring.job is not None
         restore = self._restoring.job
-        self._order = order = _Order(job, uri, [os.dup(fd) for fd in fds])
+        self._order = order = _Order(job, uri, open_all(os.dup, fds))
         job.progress.move(Status.SETUP)
         self._restoring.hurry()
         threading.Thread(
@@ -113,5 +114,4 @@ class Departing:
         except PostcopyError as error:
             self.fail(str(error))  # nothing more to say of an order that has become a migration
         finally:
-            for fd in order.fds:
-                os.close(fd)
+            close_all(order.fds)

@@ -16,6 +16,7 @@ from postcopy.abi.userfaultfd import Feature, RegisterMode
 from postcopy.errors import WrongState
 from postcopy.guest import DeviceState, Guest, Region
 from postcopy.kernel import calls, memfd, patience
+from postcopy.kernel.descriptors import close_all, open_all
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.link.guest_proxy import encode_states
 from postcopy.link.rpc import Descriptors, Handler
@@ -198,10 +199,12 @@ class GuestService:
             if not self._page_maps:
                 self._empty_memory()
                 self._attempt = Attempt()
-                self._page_maps = [
-                    page_map_file.create(region.size_bytes // region.page_size_bytes)
-                    for region in self._guest.regions()
-                ]
+                self._page_maps = open_all(
+                    lambda region: page_map_file.create(
+                        region.size_bytes // region.page_size_bytes
+                    ),
+                    self._guest.regions(),
+                )
             return None, Descriptors(self._page_maps)
 
     def _empty_memory(self) -> None:
@@ -319,8 +322,7 @@ class GuestService:
         with self._lock:
             self._unwatch(self._missing)
             self._missing = None
-            for fd in self._page_maps:
-                os.close(fd)
+            close_all(self._page_maps)
             self._page_maps = []
 
     def poison_missing(self) -> Mapping[str, int]:

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from postcopy.errors import EngineDied, GuestError, ImageError, PostcopyError, WrongState
 from postcopy.kernel import memfd
+from postcopy.kernel.descriptors import close_all, open_all
 from postcopy.link.engine_process import EnginePool, EngineProcess
 from postcopy.link.engines import Engines
 from postcopy.link.guest_proxy import decode_states
@@ -158,10 +159,10 @@ class Resetting:
             self._check()
             self._service.reset_point = True
         try:
-            copies = [
-                memfd.create(f"reset-{region.name}", region.size_bytes)
-                for region in self._guest.regions()
-            ]
+            copies = open_all(
+                lambda region: memfd.create(f"reset-{region.name}", region.size_bytes),
+                self._guest.regions(),
+            )
             told = {"path": None if file is None else file[0]}
             self._point = point = _Point(file, copies, told)
             link = self._engines.start()
@@ -223,8 +224,7 @@ class Resetting:
         self._engines.end()
         if self._service.reset_point:
             self._service.unwatch_writes()
-        for fd in point.copies if point is not None else ():
-            os.close(fd)
+        close_all(point.copies if point is not None else ())
         self._service.reset_point = False
 
     def _engine_ended(self, engine: EngineProcess) -> None:
