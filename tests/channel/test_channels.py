@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -303,15 +304,103 @@ def test_a_command_we_stop_listening_to_is_no_failure():
         assert source.receive_into(memoryview(bytearray(10)))
 
 
+def is_gone(pid):
+    """Whether no process has this number, or only what is left of one."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def command_with_children(folder, *, prologue=""):
+    """A command that goes on for ever after its input has ended; the processes that it consists of."""
+    pids = folder / "pids"
+    ran = CommandChannel(
+        ExecAddress(
+            f"{prologue} sleep 1000 & echo $$ $! > {pids}.new; mv {pids}.new {pids};"
+            " cat > /dev/null; wait"
+        )
+    )
+    wait_until(pids.exists, 10, "the command has started")
+    return ran, [int(pid) for pid in pids.read_text().split()]
+
+
+def all_gone(pids):
+    wait_until(lambda: all(map(is_gone, pids)), 10, f"{pids} have ended")
+
+
 def test_a_command_that_does_not_end_is_ended():
     channel = CommandChannel(ExecAddress("exec sleep 1000"), patience_s=0.05)
     with pytest.raises(ChannelBroken, match=r"still running 0.05 s after its input ended"):
         channel.close()
-    assert channel._process.returncode is not None
-    channel = CommandChannel(ExecAddress("sleep 1000"))
+    channel.close()
+
+
+def test_a_command_that_was_given_up_ends_with_its_children(tmp_path):
+    channel, pids = command_with_children(tmp_path)
     channel.shutdown()
-    channel.close()  # at once: the migration was given up
-    assert channel._process.returncode is not None
+    all_gone(pids)
+    channel.close()
+    channel.shutdown()
+
+
+@pytest.mark.parametrize("prologue", ["", "trap '' TERM;"], ids=["polite", "stubborn"])
+def test_to_close_a_command_can_be_given_up(tmp_path, prologue):
+    channel, pids = command_with_children(tmp_path, prologue=prologue)
+    channel.send(b"x")
+    thread, outcome = in_thread(channel.close)
+    wait_until(channel._sending.locked, 10, "the thread closes")
+    assert not any(map(is_gone, pids))
+    channel.shutdown()
+    thread.join(10)
+    all_gone(pids)
+    assert isinstance(outcome[0], ChannelBroken)
+    assert str(outcome[0]).endswith(": closed on this side")
+
+
+def test_a_process_that_ends_takes_its_command_with_it(tmp_path):
+    channel, pids = command_with_children(tmp_path, prologue="trap '' TERM;")
+    channel.leave()
+    all_gone(pids)
+
+
+def test_how_a_command_ends_is_of_no_account_once_all_is_delivered():
+    channel = connect(ExecAddress("cat > /dev/null; exit 3"))
+    channel.send(b"x")
+    channel.delivered()
+    channel.close()
+
+
+@pytest.mark.parametrize("command", ["exit 3", "kill $$"])
+def test_a_command_that_fails_says_so_to_who_reads(command):
+    status = {"exit 3": "3", "kill $$": "-15"}[command]
+    said = f"exec:{command}: the command ended with status {status}"
+    with Listener(ExecAddress(command)) as listener:
+        source = listener.accept()
+    with pytest.raises(ChannelBroken) as broken:
+        source.receive_into(memoryview(bytearray(1)))
+    assert str(broken.value) == said
+    with pytest.raises(ChannelBroken):
+        source.close()
+
+
+def test_a_command_that_fails_says_so_to_who_writes():
+    channel = connect(ExecAddress("exec 0<&-; exit 3"))
+
+    def send_until_refused():
+        while True:
+            channel.send(bytes(65536))
+
+    with pytest.raises(ChannelBroken, match=r"the command ended with status 3$"):
+        send_until_refused()
+    channel.shutdown()
+    channel.close()
+
+
+def test_a_command_that_goes_on_behind_its_output_has_ended_the_stream():
+    channel = connect(ExecAddress("exec >&-; cat > /dev/null"))
+    assert channel.receive_into(memoryview(bytearray(1))) == 0
+    channel.close()
 
 
 def test_a_listening_port_is_taken():

@@ -34,7 +34,9 @@ class Worker:
     def nothing(self, *_):
         """Whatever else it is told to do."""
 
-    run = adopt = recover = begin_recovery = set_capabilities = stop_waiting = start = nothing
+    run = adopt = recover = begin_recovery = set_capabilities = stop_waiting = leave = start = (
+        nothing
+    )
 
 
 class AnyGuest:

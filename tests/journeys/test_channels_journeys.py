@@ -2,11 +2,13 @@
 
 import os
 import socket
+from pathlib import Path
 
 import pytest
 
 from fakes import carry
-from fakes.pair import NEVER_ENDS, POSTCOPY, TRICKLE, hammer
+from fakes.pair import DEADLINE_S, NEVER_ENDS, POSTCOPY, TRICKLE, hammer
+from fakes.waiting import wait_until
 from postcopy.parameters import Capability
 from postcopy.status import Status
 
@@ -118,6 +120,80 @@ def test_a_command_that_fails_leaves_the_guest_here(journey):
     trip.source.wait(Status.FAILED)
     assert "exit 3" in trip.source.error
     trip.verify_source()
+
+
+def lingering(folder, *, prologue=""):
+    """A command that takes the stream and goes on for ever then; where it says its process's number."""
+    pid = folder / "pid"
+    return (
+        f"exec:{prologue} cat > {folder}/saved; echo $$ > {pid}.new; mv {pid}.new {pid}; sleep 1000 & wait",
+        pid,
+    )
+
+
+def wait_until_gone(pid_file):
+    pid = pid_file.read_text().strip()
+    wait_until(lambda: not Path(f"/proc/{pid}").exists(), 10, "the command has ended")
+
+
+@pytest.mark.parametrize("prologue", ["", "trap '' TERM;"], ids=["polite", "stubborn"])
+def test_a_command_that_goes_on_behind_the_end_is_cancelled(journey, tmp_path, prologue):
+    trip = journey(hammer())
+    uri, pid = lingering(tmp_path, prologue=prologue)
+    trip.source.control.migrate(uri)
+    wait_until(pid.exists, DEADLINE_S, "the command has all")
+    assert trip.source.status is Status.DEVICE
+    assert not trip.source.machine.running
+    trip.source.control.cancel()
+    trip.source.wait(Status.CANCELLED)
+    wait_until_gone(pid)
+    trip.verify_source()
+
+
+def test_a_snapshots_command_that_goes_on_behind_the_end_is_cancelled(journey, tmp_path):
+    trip = journey(hammer(), capabilities=(Capability.BACKGROUND_SNAPSHOT,))
+    uri, pid = lingering(tmp_path)
+    trip.source.control.migrate(uri)
+    wait_until(pid.exists, DEADLINE_S, "the command has all")
+    trip.source.control.cancel()
+    trip.source.wait(Status.CANCELLED)
+    wait_until_gone(pid)
+    trip.verify_source()
+
+
+@pytest.mark.parametrize("prologue", ["", "trap '' TERM;"], ids=["polite", "stubborn"])
+def test_a_command_ends_with_the_process_that_quits(journey, tmp_path, prologue):
+    trip = journey(hammer())
+    uri, pid = lingering(tmp_path, prologue=prologue)
+    trip.source.control.migrate(uri)
+    wait_until(pid.exists, DEADLINE_S, "the command has all")
+    trip.source.control.close()
+    wait_until_gone(pid)
+
+
+def test_a_command_that_a_guest_comes_from_ends_with_the_process_that_quits(journey, tmp_path):
+    trip = journey(hammer())
+    uri, pid = lingering(tmp_path)
+    trip.destination.listen(uri.replace("cat >", "echo >"))
+    wait_until(pid.exists, DEADLINE_S, "the command has begun")
+    trip.destination.control.close()
+    wait_until_gone(pid)
+
+
+def test_a_command_that_fails_brings_no_guest(journey):
+    trip = journey(hammer())
+    trip.destination.listen("exec:exit 7")
+    trip.destination.wait(Status.FAILED)
+    assert trip.destination.error == "exec:exit 7: the command ended with status 7"
+    trip.destination.listen()  # it waits for another
+
+
+def test_a_command_that_goes_on_behind_the_guest_keeps_nobody(journey, tmp_path):
+    trip = journey(hammer())
+    trip.source.control.migrate(f"file:{tmp_path}/saved")
+    trip.source.wait(Status.COMPLETED)
+    trip.destination.listen(f"exec:cat {tmp_path}/saved; exec >&-; exec sleep 1000")
+    trip.finish()
 
 
 def test_a_full_disk_leaves_the_guest_here(journey):

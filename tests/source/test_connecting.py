@@ -22,6 +22,9 @@ class Late:
         assert self.go.wait(10)
         return self
 
+    def shutdown(self):
+        """Nothing waits on it."""
+
     def close(self):
         self.closed.set()
 

@@ -164,6 +164,12 @@ class Channel(abc.ABC):
     def watch(self, seconds: float) -> None:  # noqa: B027  only TCP needs to do anything
         """Break by itself when a TCP peer's host is silent for ``seconds`` (0: never); else no effect."""
 
+    def delivered(self) -> None:  # noqa: B027  only a command needs it
+        """The peer has said that it has everything: how a command ends is of no account any more."""
+
+    def leave(self) -> None:  # noqa: B027  only a command needs it
+        """The process is about to end, which closes the channel: nothing that it started goes on."""
+
     @abc.abstractmethod
     def _send_some(self, pieces: list[memoryview]) -> int:
         """Send one byte or more of the pieces, in one call."""

@@ -123,6 +123,12 @@ class Destination:
         """Let go of an address at which nobody has called yet."""
         self._door.close()
 
+    def leave(self) -> None:
+        """The engine ends, and with it a command that the guest comes from."""
+        channel = self._channel  # which the destination's thread may let go of meanwhile
+        if channel is not None:
+            channel.leave()
+
     def _break(self) -> None:
         self._urgent.shutdown()
         channel = self._channel  # which the destination's thread may let go of meanwhile
@@ -322,9 +328,18 @@ class Destination:
         self._urgent.close()
         self._door.close()
         if self._channel is not None:
-            self._channel.close()
+            self._close(self._channel)
             self._channel = None
         if self._progress.status in AFTER_SWITCHOVER:
             return  # the pager goes on, and recovery will bring another channel
         self._postcopy.close()
         self._ram.close()
+
+    def _close(self, channel: Channel) -> None:
+        if self._progress.status in AFTER_SWITCHOVER:
+            channel.shutdown()  # there is no last word that a command would have to carry
+        channel.delivered()
+        try:
+            channel.close()
+        except ChannelBroken:
+            pass  # all has come, or it is known that it has not

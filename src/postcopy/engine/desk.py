@@ -40,6 +40,7 @@ class Desk:
 
     :ivar take_capabilities: called when the user has changed them meanwhile; only a destination cares.
     :ivar leave: called when the guest's process has closed the link, before this one ends.
+    :ivar end_commands: called after that, as the last thing: no command outlives this process.
     :ivar ram: of a guest that is to arrive, or to wake.
     """
 
@@ -47,6 +48,7 @@ class Desk:
         self.link = link
         self.job: Job | None = None
         self.leave: Callable[[], None] = lambda: None
+        self.end_commands: Callable[[], None] = lambda: None
         self.take_capabilities: Callable[[Capabilities], None] = lambda _: None
         self.ram: PagedRam | None = None
         self.populating: Populating | None = None

@@ -61,6 +61,7 @@ class Incoming:
         desk.take_on(destination)
         desk.take_capabilities = destination.set_capabilities
         desk.leave = destination.stop_waiting  # a Unix socket's file would stay
+        desk.end_commands = destination.leave
         return described(listener)
 
     def accept(self) -> None:

@@ -59,16 +59,16 @@ class Outgoing:
     def _make_source(
         self, uri: str, capabilities: Sequence[str], parameters: Mapping[str, Any]
     ) -> None:
-        self._desk.take_on(
-            Source(
-                self._desk.guest(),
-                Wishes(uri, Capabilities.of(capabilities)),
-                Parameters().with_changes(parameters),
-                self._desk.progress,
-                self._describing(capabilities),
-                lambda number: self._desk.link.note("passed", number=number),
-            )
+        source = Source(
+            self._desk.guest(),
+            Wishes(uri, Capabilities.of(capabilities)),
+            Parameters().with_changes(parameters),
+            self._desk.progress,
+            self._describing(capabilities),
+            lambda number: self._desk.link.note("passed", number=number),
         )
+        self._desk.take_on(source)
+        self._desk.end_commands = source.leave
 
     def resume_source(self, uri: str, fds: Sequence[int] = ()) -> None:
         """Leave ``postcopy-paused``.  Nothing is said to anybody yet: whoever asked is answered first."""

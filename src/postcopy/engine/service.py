@@ -14,11 +14,12 @@ from typing import Any, Final
 
 from postcopy.engine.desk import Desk
 from postcopy.link.rpc import Handler, Link
-from postcopy.status import Status
+from postcopy.status import ENDED
 
 _LAST_WORDS_S = 2.0
-"""How long a destination that has completed stays for its source to read so: a process that ends with
-unread bytes in a socket resets the connection, and takes its own last word with it."""
+"""How long a destination that has ended stays for its source to read so: a process that ends with
+unread bytes in a socket resets the connection, and takes its own last word with it.  A command carries
+that word, too."""
 
 TRADES: Final = {
     "Outgoing": (
@@ -77,8 +78,9 @@ class EngineService:
         self._link.start()
         self._ended.wait()
         self._desk.leave()
-        if self._desk.progress.status is Status.COMPLETED:
+        if self._desk.progress.status in ENDED:
             self._desk.join(_LAST_WORDS_S)
+        self._desk.end_commands()
         # Threads may wait in calls that nothing will end; all that matters outlives us elsewhere.
         os._exit(0)
 

@@ -88,7 +88,10 @@ class BackgroundSnapshot:
         """Nothing: those that mean something here count from the beginning."""
 
     def leave(self) -> None:
-        """The engine ends, and nobody writes on: no half image stays."""
+        """The engine ends, and with it a command that writes the image: no half of one stays."""
+        channel = self._channel  # its own thread may let go of it meanwhile
+        if channel is not None:
+            channel.leave()
         self._file.end()
 
     def info(self) -> MigrationInfo:

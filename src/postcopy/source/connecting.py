@@ -49,4 +49,6 @@ def _connect(address: Address, made: "Future[Channel]") -> None:
 
 def _close(made: "Future[Channel]") -> None:
     if made.exception() is None:
-        made.result().close()
+        channel = made.result()
+        channel.shutdown()
+        channel.close()

@@ -184,9 +184,14 @@ class Connection:
             self._urgent.shutdown()
 
     def finish(self) -> None:
-        """Close it in order: for a file or a command this is when it proves to have worked."""
+        """Close it in order: for a file or a command this is when it proves to have worked.
+
+        Where the destination answers, its last word has proved that.
+        """
         if self._urgent is not None:
             self._urgent.close()
+        if self.return_path is not None:
+            self.channel.delivered()
         self.channel.close()
 
     def abandon(self) -> None:

@@ -93,6 +93,11 @@ class Source:
         if self._ran_there or not self._parameters.x_link_timeout:
             self._break()
 
+    def leave(self) -> None:
+        """The engine ends, and with it a command that the guest goes through."""
+        if self._connection is not None:
+            self._connection.channel.leave()
+
     def _break(self) -> None:
         if self._connection is not None:
             self._connection.shutdown()
