@@ -12,6 +12,7 @@ from fakes.waiting import wait_until
 from faults.recovering import DEADLINE_S, Recovering, broken_journey
 from postcopy import kill_points
 from postcopy.errors import PostcopyError
+from postcopy.ownership import Owner
 from postcopy.parameters import Capability
 from postcopy.status import Status
 
@@ -91,7 +92,8 @@ def check_owner(broken, owner):
     if owner == HELD:
         check_held(broken)
         return
-    if broken.destination.status is Status.FAILED and not broken.source.control._service.runs_there:
+    known = broken.source.machine.ownership.owner is Owner.TAKEN
+    if broken.destination.status is Status.FAILED and not known:
         check_held(broken)  # TCP's reset has overtaken the last bytes of the one that died
         return
     broken.hurry()

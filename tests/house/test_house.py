@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from house.project import ROOT, files, modules, text
 
 MAX_LINES = 500
@@ -122,9 +124,10 @@ def test_imports_go_down_only():
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
 
 
-def test_the_page_of_statuses_is_current():
+@pytest.mark.parametrize("page", ["status", "ownership"])
+def test_the_drawn_pages_are_current(page):
     drawn = subprocess.run(
-        [sys.executable, "scripts/draw_status.py", "--check"],
+        [sys.executable, f"scripts/draw_{page}.py", "--check"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -273,5 +273,5 @@ def test_a_guest_that_is_not_here_cannot_be_sent(journey):
         trip.source.control.incoming("tcp:127.0.0.1:0")
     trip.migrate()
     trip.finish()
-    with pytest.raises(WrongState, match="Guest is waiting for an incoming migration"):
+    with pytest.raises(WrongState, match="the destination runs the guest"):
         trip.source.control.migrate("tcp:127.0.0.1:1")

@@ -171,10 +171,10 @@ def test_while_the_devices_are_being_saved(journey, monkeypatch):
     pause, save = machine.pause, machine.save_devices
     may_stop, saved = threading.Event(), threading.Event()
 
-    def late():
+    def late(*, to_move):
         if threading.current_thread().name == "pause_and_save":
             assert may_stop.wait(20)
-        pause()
+        pause(to_move=to_move)
 
     def noted():
         try:

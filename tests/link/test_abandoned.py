@@ -7,13 +7,15 @@ import pytest
 
 from postcopy.errors import WrongState
 from postcopy.link.guest_service import GuestService
+from postcopy.ownership import Move, Ownership
 
 
 class ArrivingGuest:
     """Its devices are loaded for as long as the test wants."""
 
     def __init__(self):
-        self.owned = False
+        self.ownership = Ownership()
+        self.ownership.move(Move.BEGIN)
         self.loading, self.go_on = threading.Event(), threading.Event()
         self.loads = 0
 
@@ -28,8 +30,12 @@ class ArrivingGuest:
         self.loading.set()
         assert self.go_on.wait(10)
 
-    def resume(self):
-        self.owned = True
+    @property
+    def owned(self):
+        return self.ownership.here
+
+    def resume(self, arrival):
+        self.ownership.move(Move.ARRIVE, arrival=arrival)
 
 
 @pytest.fixture
@@ -58,12 +64,12 @@ def test_what_is_being_loaded_is_not_run_afterwards(scene):
     scene.guest.go_on.set()
     scene.thread.join(10)
     assert not scene.guest.owned
-    assert "given up" in scene.ended[0]
+    assert "the incoming migration failed" in scene.ended[0]
 
 
 def test_who_comes_later_is_refused_before_anything_is_loaded(scene):
     assert scene.service.abandon()
-    with pytest.raises(WrongState, match="given up"):
+    with pytest.raises(WrongState, match="the incoming migration failed"):
         scene.wake(states=[])
     assert scene.guest.loads == 0
 
@@ -79,10 +85,11 @@ def test_another_attempt_is_let_run_and_the_one_before_it_is_not(scene):
     scene.thread.start()
     assert scene.guest.loading.wait(10)
     assert scene.service.abandon()
-    scene.service.handlers()["page_maps"]()  # as the next engine does first
+    scene.guest.ownership.move(Move.AWAIT)  # as the next order does first
     scene.guest.go_on.set()
     scene.thread.join(10)
     assert "given up" in scene.ended[0]
     assert not scene.guest.owned
-    scene.wake(states=[])
+    scene.guest.loading.clear()
+    scene.service.handlers()["wake"](states=[])
     assert scene.guest.owned

@@ -38,11 +38,11 @@ class SlowToSave:
         self.near.start()
         self.guest = GuestProxy(self.near)
 
-    def pause(self):
+    def pause(self, *, to_move=False):
         if self.failure is not None:
             raise self.failure
 
-    def save(self):
+    def save(self, *, to_move=False):
         self.saves += 1
         assert self.may_save.wait(20)
         self.saved = True

@@ -10,6 +10,7 @@ from postcopy.machine import oracle, workload
 from postcopy.machine.config import MachineConfig
 from postcopy.machine.machine import Machine
 from postcopy.machine.run_state import RunState
+from postcopy.ownership import Move
 
 # mov dx,0x3f8; mov al,'H'; out dx,al; mov al,'i'; out dx,al; mov al,5; out 0xf4,al; jmp $
 SAYS_HI = bytes.fromhex("66baf803 b048 ee b069 ee b005 e6f4 ebfe")
@@ -111,10 +112,11 @@ def test_the_guest_goes_on_in_another_machine(accelerator, name, vcpus):
 
 def move(source: Machine, destination: Machine) -> None:
     destination.start(incoming=True)
-    source.pause()
+    source.ownership.move(Move.ORDER)
+    source.pause(to_move=True)
     destination.write_memory(0, source.read_memory(0, source.config.memory_bytes))
     destination.load_devices(source.save_devices())
-    source.give_up("it has been moved")
+    source.ownership.move(Move.GIVE_UP)
 
 
 def test_between_the_accelerators():
@@ -139,17 +141,33 @@ def test_a_guest_given_up_never_runs_here_again(accelerator):
     with Watched(config_for(work, accelerator)) as watched:
         machine = watched.machine
         machine.start()
-        with pytest.raises(WrongState, match="pause it first"):
-            machine.give_up("moved")
-        machine.pause()
-        machine.give_up("moved to there")
+        machine.ownership.move(Move.ORDER)
+        with pytest.raises(WrongState, match="'give-up' is not possible"):
+            machine.ownership.move(Move.GIVE_UP)  # it runs: it has to be stopped for the move first
+        machine.pause(to_move=True)
+        machine.ownership.move(Move.GIVE_UP)
         assert not machine.owned
         machine.set_run_state(RunState.POSTMIGRATE)
         for attempt in (machine.cont, machine.resume):
-            with pytest.raises(WrongState, match="must not run here: moved to there"):
+            with pytest.raises(
+                WrongState, match="must not run here: the guest has been handed over"
+            ):
                 attempt()
-        machine.take()
+        machine.ownership.move(Move.TAKE_BACK)
         machine.cont()
+        assert machine.run_state is RunState.RUNNING
+
+
+def test_a_cancelled_guest_is_not_stopped_for_the_move(accelerator):
+    work = workload.load("idle", 8 * MIB)
+    with Watched(config_for(work, accelerator)) as watched:
+        machine = watched.machine
+        machine.start()
+        machine.ownership.move(Move.ORDER)
+        machine.ownership.move(Move.CANCEL)
+        with pytest.raises(WrongState, match="'stop' is not possible: the guest is here"):
+            machine.pause(to_move=True)
+        machine.resume()
         assert machine.run_state is RunState.RUNNING
 
 

@@ -141,10 +141,10 @@ def test_arriving(bench, paused, moved, then):
     control = bench.control
     control.start(nothing, paused=paused, incoming=True)
     assert control.state is R.INMIGRATE
-    assert not control.owned
+    assert not control.ownership.here
     control.arrive(moved)
     control.resume()
-    assert control.owned
+    assert control.ownership.here
     assert control.state is then
 
 

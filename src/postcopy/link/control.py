@@ -27,6 +27,7 @@ from postcopy.link.resetting import Resetting
 from postcopy.link.restoring import Restoring
 from postcopy.link.rpc import Handler, Link
 from postcopy.link.settings import Settings
+from postcopy.ownership import Move, Owner
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.statistics import MigrationInfo
 from postcopy.status import AFTER_SWITCHOVER, ENDED, Progress, Status
@@ -54,6 +55,7 @@ class MigrationControl:
         engines: EnginePool | None = None,
     ) -> None:
         self._guest = guest
+        self._ownership = guest.ownership
         self._events = events
         self._awaits = incoming
         self._on_moved = on_moved
@@ -74,7 +76,7 @@ class MigrationControl:
         self._lock = threading.RLock()
         self._check_movable = partial(check_movable, guest, self._service)
         self._departing = Departing(
-            self._lock, self._restoring, self._engines, self._begin, self._check_movable
+            self._lock, self._restoring, self._engines, self._begin, self._begin_move
         )
         check, complete = self._check_can_start, self._restoring.complete_first
         self.resetting = Resetting(guest, self._service, pool, self._lock, check, complete)
@@ -145,10 +147,12 @@ class MigrationControl:
                 self._check_can_start()
                 after = self._restoring.job
                 self._last_uri = uri
+                self._ownership.ordered(self._what_leaves, "outgoing", uri)
                 self._shown = job = Job(self._tell, incoming=False, after=after)
                 if after is not None:
                     self._departing.take(job, uri, fds)
                     return
+                self._begin_move()
                 job.progress.move(Status.SETUP)
                 try:
                     link = self._engines.start()
@@ -182,7 +186,7 @@ class MigrationControl:
         """Listen for a guest."""
         with self._lock:
             address = parse(uri)
-            link = self._expect(exit_on_error)
+            link = self._expect(exit_on_error, "migrate-incoming", uri)
             check_transport(address, self.capabilities)
             job = Job(self._tell, incoming=True)
             with descriptors(address) as fds:
@@ -192,12 +196,32 @@ class MigrationControl:
             self._recovery.listens_at(uri)
         link.note("accept")
 
-    def _expect(self, exit_on_error: bool) -> Link:  # noqa: FBT001 - as QMP names it
+    @property
+    def _photographs(self) -> bool:
+        """Whether an outgoing order is a background snapshot: the guest stays."""
+        return self._settings.enabled(Capability.BACKGROUND_SNAPSHOT)
+
+    @property
+    def _what_leaves(self) -> str:
+        return "snapshot" if self._photographs else "migrate"
+
+    def _begin_move(self) -> None:
+        """An outgoing order begins; under the lock.
+
+        :raises WrongState: the guest is not here, not whole, or has a reset point.
+        """
+        self._check_movable()
+        if not self._photographs:
+            self._ownership.move(Move.ORDER)
+
+    def _expect(self, exit_on_error: bool, name: str, uri: str) -> Link:  # noqa: FBT001 - as QMP names it
         if not self._awaits:
             raise WrongState("'-incoming' was not specified on the command line")
         if self._listening:
             raise WrongState("The incoming migration has already been started")
         self._exit_on_error = exit_on_error
+        self._ownership.move(Move.AWAIT)
+        self._ownership.ordered(name, "incoming", uri)
         link = self._engines.link
         if link is None or self._shown.status is not Status.NONE:
             link = self._engines.start()
@@ -211,7 +235,7 @@ class MigrationControl:
     def restore(self, path: str, *, exit_on_error: bool = True, **wishes: Any) -> None:
         """Wake the guest of an image: see :class:`postcopy.monitor.backend.MigrationControl`."""
         with self._lock:
-            link = self._expect(exit_on_error)
+            link = self._expect(exit_on_error, "restore", path)
             job = Job(self._tell, incoming=True)
             self._restoring.begin(job, link, path, **wishes)
             self._begin_incoming(job)
@@ -236,6 +260,8 @@ class MigrationControl:
             return
         if self._shown.status in AFTER_SWITCHOVER:
             raise WrongState("Postcopy migration in progress, cannot cancel.")
+        # From here on no engine can hand the guest over; if one was quicker, this is refused.
+        self._ownership.move(Move.CANCEL)
         self._engines.tell("cancel")
 
     def continue_(self, state: Status) -> None:
@@ -298,8 +324,8 @@ class MigrationControl:
             if not paused or self._shown.incoming or self._guest.owned:
                 what = "x-migrate-arrived can only be run when an outgoing postcopy is paused"
                 raise WrongState(what)
+            self._ownership.move(Move.MOVED)
             self._service.unwatch_writes()
-            self._service.arrived_there = True
             self._settle_if_arrived()
 
     def _resume(self, uri: str) -> None:
@@ -307,13 +333,13 @@ class MigrationControl:
         with self._recovery.lock:
             if self._shown.status is not Status.POSTCOPY_PAUSED or self._shown.incoming:
                 raise WrongState("Cannot resume if there is no paused migration")
-            if self._guest.owned:
-                raise WrongState("Cannot resume: 'cont' has taken the guest back, and it is here")
+            self._ownership.check(Move.RESUME)
+            self._ownership.ordered("migrate-resume", "outgoing", uri)
             try:
                 # From here until it has failed again 'cont' cannot take it back.
-                self._recovery.go_on(uri, lambda: self._guest.give_up("the destination runs it"))
+                self._recovery.go_on(uri, lambda: self._ownership.move(Move.RESUME))
             except PostcopyError:
-                self._hold_if_nobody_knows()
+                self._ownership.try_move(Move.LOSE_TOUCH)
                 raise
 
     def info(self) -> MigrationInfo:
@@ -344,7 +370,7 @@ class MigrationControl:
             raise WrongState("Can't migrate the vm that was paused due to previous migration")
         if job.busy and job is not self._restoring.job:
             raise WrongState("There's a migration process in progress")
-        self._check_movable()
+        self._check_movable()  # again when it begins: here, so that an order that waits is refused at once
 
     @property
     def _engine(self) -> EngineProcess | None:
@@ -372,26 +398,27 @@ class MigrationControl:
                 return  # given up, in the moment in which it had something to say
             job = self._work
             job.note(MigrationInfo.from_wire(info), error)
+            if to is Status.FAILED and job is self._restoring.job and self._guest.owned:
+                self._restoring.engine_died()  # the guest runs: the next engine goes on with its pages
+                return
         if to is Status.COMPLETED:
             self._completed()
-        if to in {Status.FAILED, Status.POSTCOPY_PAUSED}:
-            self._hold_if_nobody_knows()
+        if to in {Status.FAILED, Status.CANCELLED, Status.POSTCOPY_PAUSED}:
+            self._ownership.try_move(Move.LOSE_TOUCH)
         if to is Status.POSTCOPY_ACTIVE:
+            if job.incoming:
+                self._ownership.try_move(Move.ARRIVING)
             self._recovery.works()
         if to in ENDED:
             self._settle(to)
         else:
             job.progress.move(to)
 
-    def _hold_if_nobody_knows(self) -> None:
-        """Where only a user can find out whether the destination runs the guest, ``cont`` works."""
-        if not (self._work.incoming or self._guest.owned or self._service.runs_there):
-            self._guest.hold()
-
     def _completed(self) -> None:
         if self._work.incoming:
             self._awaits = False
-        elif not self._settings.enabled(Capability.BACKGROUND_SNAPSHOT):
+        elif not self._photographs:
+            self._ownership.try_move(Move.MOVED)  # what was saved stays saved
             self._on_moved()
 
     def _settle(self, status: Status) -> None:
@@ -399,11 +426,11 @@ class MigrationControl:
 
         Under the lock: who has seen the end and closes us finds nothing still going on.
         """
-        job = self._work
-        failed = status is Status.FAILED and job.incoming
-        # Decided before anything is told: an engine's last call may be at work here.
-        no_guest_comes = failed and self._service.abandon()
+        job, ownership = self._work, self._ownership
         with self._lock:
+            no_guest_comes = status is Status.FAILED and job.incoming and self._service.abandon()
+            stands_still = ownership.owner is Owner.STOPPED
+            ownership.try_move(Move.END)
             self._restoring.end()
             job.progress.move(status)
             self._listening = False
@@ -411,6 +438,8 @@ class MigrationControl:
             self._engines.end()
             if self._guest.owned:
                 self._engines.prepare(_SPARE_DELAY_S)
+        if stands_still:
+            self._resume_guest()
         if no_guest_comes and self._exit_on_error:
             self._on_incoming_failed(job.error or "the migration failed")
 
@@ -430,7 +459,7 @@ class MigrationControl:
             return
         if self._settle_if_arrived():
             return
-        if job is self._restoring.job:
+        if job is self._restoring.job and self._ownership.owner is not Owner.ABANDONED:
             self._restoring.engine_died()
             return
         if job.status in AFTER_SWITCHOVER:
@@ -444,9 +473,10 @@ class MigrationControl:
                 engine.kill()  # its link goes first, and then the claim on what it was writing
                 remove_partial(parse(self._last_uri))  # no half image is left behind
             if self._guest.owned:
+                self._ownership.try_move(Move.END)
                 self._resume_guest()
             else:
-                self._hold_if_nobody_knows()
+                self._ownership.try_move(Move.LOSE_TOUCH)
                 job.error = (
                     "the engine process died while handing the guest over; the destination may be "
                     "running it, so it stays stopped here: 'cont' takes it back"
@@ -456,13 +486,13 @@ class MigrationControl:
     def _has_arrived(self) -> bool:
         """Whether an engine has nothing left to do but to say so."""
         if not self._work.incoming:
-            return self._work.status in AFTER_SWITCHOVER and self._service.arrived_there
+            return self._work.status in AFTER_SWITCHOVER and self._ownership.owner is Owner.MOVED
         return self._guest.owned and not self._service.watches_missing
 
     def _engine_lost(self) -> None:
         """Nothing is lost with an engine after switchover: all that it knew is here, or at the peer."""
         self._engines.end()
-        self._hold_if_nobody_knows()
+        self._ownership.try_move(Move.LOSE_TOUCH)
         job = self._shown
         if job.incoming and not self._guest.owned:
             self._resume_guest()  # its devices are loaded, and the source has been told so

@@ -42,7 +42,8 @@ class Departing:
 
     :param lock: whoever changes what the engine at work does holds it; may be taken more than once.
     :param begin: has an engine send the guest to an address, or raises after the job has failed.
-    :param check: raises what speaks against moving the guest once it is whole; called under the lock.
+    :param begin_move: takes the guest for the order once it is whole, or raises what speaks against it;
+        called under the lock.
     """
 
     def __init__(
@@ -51,13 +52,13 @@ class Departing:
         restoring: Restoring,
         engines: Engines,
         begin: Callable[[Job, Link, str, Sequence[int]], None],
-        check: Callable[[], None],
+        begin_move: Callable[[], None],
     ) -> None:
         self._lock = lock
         self._restoring = restoring
         self._engines = engines
         self._begin = begin
-        self._check = check
+        self._begin_move = begin_move
         self._order: _Order | None = None
 
     def take(self, job: Job, uri: str, fds: Sequence[int]) -> None:
@@ -105,8 +106,8 @@ class Departing:
                 if self._order is not order:
                     return
                 self._restoring.refuse_to_leave()
-                self._check()
                 link = self._engines.start()
+                self._begin_move()
                 self._order = None
             self._begin(order.job, link, order.uri, order.fds)
             if order.postcopy:

@@ -86,7 +86,8 @@ class GuestProxy:
 
     def pause_to_save(self) -> Saving:
         """Stop every vCPU, and have the devices saved while the caller does something else."""
-        parked, saved = self._link.ask("pause"), self._link.ask("pause_and_save")
+        parked = self._link.ask("pause", to_move=True)
+        saved = self._link.ask("pause_and_save", to_move=True)
         try:
             parked.wait()
         except PostcopyError:
@@ -115,8 +116,18 @@ class GuestProxy:
         self._link.note("lost_pages", block=block, pages=pages)
 
     def give_up(self) -> None:
-        """The other side may run the guest from now on; this one never does by itself again."""
+        """The other side may run the guest from now on; this one never does by itself again.
+
+        :raises WrongState: the migration has been cancelled; the guest stays ours.
+        """
         self._link.call("give_up")
+
+    def save(self) -> None:
+        """The guest is written to where nothing answers; it runs here only if a user says so.
+
+        :raises WrongState: the migration has been cancelled; the guest stays ours.
+        """
+        self._link.call("save")
 
     def runs_there(self) -> None:
         """The destination is known to have taken it: nothing gives it back any more."""

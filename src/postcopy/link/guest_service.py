@@ -21,6 +21,7 @@ from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.link.guest_proxy import encode_states
 from postcopy.link.rpc import Descriptors, Handler
 from postcopy.memory import page_map_file
+from postcopy.ownership import Move, Owner, Ownership
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,17 +36,25 @@ class OwnedGuest(Guest, Protocol):
         """``kvm`` if KVM can keep a dirty log of it."""
 
     @property
+    def ownership(self) -> Ownership:
+        """Whose it is: every decision about that is made there."""
+
+    @property
     def owned(self) -> bool:
-        """Whether it may run here."""
+        """Whether it is ours."""
 
-    def give_up(self, reason: str) -> None:
-        """Never run by itself from now on: the other side owns the guest."""
+    def pause(self, *, to_move: bool = False) -> None:
+        """As :meth:`Guest.pause`.
 
-    def hold(self) -> None:
-        """Nobody can know whether the other side runs it: the user's ``cont`` takes it back."""
+        :param to_move: for the switchover of a migration.
+        :raises WrongState: ``to_move``, and the migration has been cancelled.
+        """
 
-    def take(self) -> None:
-        """It is ours (again)."""
+    def resume(self, arrival: int | None = None) -> None:
+        """As :meth:`Guest.resume`.
+
+        :param arrival: which guest was awaited when this one was loaded.
+        """
 
     def way_back(self, states: Sequence[DeviceState]) -> Callable[[], None]:
         """What takes the stopped guest back to an earlier point of its life, whatever it did since.
@@ -85,16 +94,6 @@ MAY_WAIT_FOR_PAGES = frozenset({"load_devices", "wake"})
 """Calls that may touch a missing page: should their engine die, only its successor can end them."""
 
 
-class Attempt:
-    """One attempt to have a guest arrive here.
-
-    :ivar abandoned: no guest comes of it; changed under the service's lock ``_deciding``.
-    """
-
-    def __init__(self) -> None:
-        self.abandoned = False
-
-
 class GuestService:
     """Answers an engine's calls for one guest.
 
@@ -110,17 +109,10 @@ class GuestService:
         self._snapshot: Userfaultfd | None = None
         self._page_maps: list[int] = []
         self._waking = threading.Lock()
-        # Held while it is decided whether an arriving guest runs here or is given up.
-        self._deciding = threading.Lock()
-        self._attempt = Attempt()
         self._kept_stream: tuple[int, Mapping[str, int]] = (0, {})
         self.lost_pages: Mapping[str, int] = {}
         self.reset_point = False
         """Whether the writes are being tracked so that the guest can go back to a point."""
-        self.runs_there = False
-        """Whether the destination is known to have taken the guest."""
-        self.arrived_there = False
-        """Whether it is known to have every page, so that nothing here matters any more."""
 
     @staticmethod
     def prepare() -> None:
@@ -134,8 +126,9 @@ class GuestService:
             return self._missing is not None
 
     def handlers(self) -> dict[str, Handler]:
-        """The calls of the engine, by name."""
+        """The calls of an engine, by name; one that is late about an arrival is refused."""
         guest = self._guest
+        arrival = guest.ownership.arrival
         return {
             "describe": self._describe,
             "regions": self._regions,
@@ -143,17 +136,18 @@ class GuestService:
             "kept_stream": lambda: self._kept_stream,
             "page_maps": self._page_map_descriptors,
             "pause": guest.pause,
-            "resume": lambda: self._let_run(self._attempt),
+            "resume": lambda: guest.resume(arrival),
             "pause_and_save": self._pause_and_save,
             "save_devices": lambda: encode_states(guest.save_devices()),
             "load_devices": self._load_devices,
-            "wake": self._wake,
+            "wake": lambda states: self._wake(states, arrival),
             "abandon": self.abandon,
             "lost_pages": self._note_lost_pages,
-            "give_up": self._give_up,
-            "runs_there": self._runs_there,
-            "arrived_there": self._arrived_there,
-            "take_back": guest.take,
+            "give_up": self._mover(Move.GIVE_UP),
+            "save": self._mover(Move.SAVE),
+            "runs_there": self._mover(Move.TAKEN),
+            "arrived_there": self._mover(Move.MOVED),
+            "take_back": self._mover(Move.TAKE_BACK),
             "watch_writes": self._watch_writes,
             "unwatch_writes": self.unwatch_writes,
             "watch_snapshot": self._watch_snapshot,
@@ -165,15 +159,11 @@ class GuestService:
             "kvm_dirty_log": self._kvm_dirty_log,
         }
 
-    def _give_up(self) -> None:
-        self.runs_there = self.arrived_there = False
-        self._guest.give_up("the destination runs it")
+    def _mover(self, move: Move) -> Handler:
+        def make() -> None:
+            self._guest.ownership.move(move)
 
-    def _runs_there(self) -> None:
-        self.runs_there = True
-
-    def _arrived_there(self) -> None:
-        self.arrived_there = True
+        return make
 
     def _keep_stream(self, section: int, sizes_bytes: Mapping[str, int]) -> None:
         self._kept_stream = section, sizes_bytes
@@ -198,7 +188,6 @@ class GuestService:
         with self._lock:
             if not self._page_maps:
                 self._empty_memory()
-                self._attempt = Attempt()
                 self._page_maps = open_all(
                     lambda region: page_map_file.create(
                         region.size_bytes // region.page_size_bytes
@@ -216,8 +205,8 @@ class GuestService:
             for region in self._guest.regions():
                 memfd.empty(region.fd, region.fd_offset, region.size_bytes)
 
-    def _pause_and_save(self) -> list[list[Any]]:
-        self._guest.pause()
+    def _pause_and_save(self, *, to_move: bool = False) -> list[list[Any]]:
+        self._guest.pause(to_move=to_move)
         return encode_states(self._guest.save_devices())
 
     def _load_devices(self, states: Sequence[Sequence[Any]]) -> None:
@@ -228,29 +217,22 @@ class GuestService:
             ]
         )
 
-    def _wake(self, states: Sequence[Sequence[Any]]) -> None:
-        attempt = self._attempt
+    def _wake(self, states: Sequence[Sequence[Any]], arrival: int) -> None:
         # One engine may have died in the midst of this, and the next asks for it again.
         with self._waking:
             if not self._guest.owned:
-                _check_goes_on(attempt)
+                self._guest.ownership.check(Move.ARRIVE)  # an arrival given up loads nothing
                 self._load_devices(states)
-                self._let_run(attempt)
-
-    def _let_run(self, attempt: Attempt) -> None:
-        with self._deciding:
-            _check_goes_on(attempt)
-            self._guest.resume()
+                self._guest.resume(arrival)
 
     def abandon(self) -> bool:
         """No guest comes: it is never let run, and only then its memory is watched no more.
 
         :return: whether that is so; False: it runs here already, and its memory is watched on.
         """
-        with self._deciding:
-            if self._guest.owned:
-                return False
-            self._attempt.abandoned = True
+        ownership = self._guest.ownership
+        if not ownership.try_move(Move.ABANDON) and ownership.owner is not Owner.ABANDONED:
+            return False
         self.unwatch_missing()
         return True
 
@@ -365,8 +347,3 @@ class GuestService:
                     if rest_s:
                         time.sleep(rest_s)
             watch.close()
-
-
-def _check_goes_on(attempt: Attempt) -> None:
-    if attempt.abandoned:
-        raise WrongState("the guest that was to arrive has been given up")

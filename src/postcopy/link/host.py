@@ -11,6 +11,7 @@ from postcopy.link.guest_service import (
     GuestService,
     OwnedGuest,
 )
+from postcopy.ownership import Move
 from postcopy.parameters import Capabilities, Capability
 
 
@@ -30,8 +31,7 @@ def check_movable(guest: OwnedGuest, service: GuestService) -> None:
 
     :raises WrongState: it is so.
     """
-    if not guest.owned:
-        raise WrongState("Guest is waiting for an incoming migration")
+    guest.ownership.check(Move.ORDER)
     if any(service.lost_pages.values()):
         raise WrongState("pages of this guest are lost, so it cannot move; start it anew")
     if service.reset_point:

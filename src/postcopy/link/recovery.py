@@ -71,7 +71,7 @@ class Recovery:
                 self._adopt_destination(uri, fds)
             self.listens_at(uri)
 
-    def go_on(self, uri: str, give_up: Callable[[], None]) -> None:
+    def go_on(self, uri: str, give_up: Callable[[], object]) -> None:
         """Have the source of a paused postcopy go on at ``uri``; the caller holds :attr:`lock`.
 
         When this returns it has left ``postcopy-paused``, whatever becomes of it then.

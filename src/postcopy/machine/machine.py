@@ -20,6 +20,7 @@ from postcopy.machine.run_state import RunState
 from postcopy.machine.serial_port import SerialPort
 from postcopy.machine.signals import install_kick_handler
 from postcopy.machine.vcpu import Vcpu
+from postcopy.ownership import Ownership
 
 if TYPE_CHECKING:
     import numpy as np
@@ -125,9 +126,14 @@ class Machine:
         self.run_control.set_state(state)
 
     @property
+    def ownership(self) -> Ownership:
+        """Whose the guest is."""
+        return self.run_control.ownership
+
+    @property
     def owned(self) -> bool:
         """Whether the guest is ours to run."""
-        return self.run_control.owned
+        return self.ownership.here
 
     @property
     def exit_code(self) -> int | None:
@@ -154,18 +160,6 @@ class Machine:
         """
         self.run_control.cont()
 
-    def give_up(self, reason: str) -> None:
-        """From now on the guest never runs here by itself: see :meth:`RunControl.give_up`."""
-        self.run_control.give_up(reason)
-
-    def hold(self) -> None:
-        """Let the user decide, by ``cont``, whether a guest given up runs on here after all."""
-        self.run_control.hold()
-
-    def take(self) -> None:
-        """The guest is ours again; it does not run by that alone."""
-        self.run_control.take()
-
     # What an engine asks: postcopy.guest.Guest.
 
     def regions(self) -> Sequence[Region]:
@@ -184,17 +178,22 @@ class Machine:
         """The threads that run vCPUs; they are the same for the machine's whole life."""
         return tuple(vcpu.thread for vcpu in self._vcpus)
 
-    def pause(self) -> None:
-        """Park the vCPUs, also those that wait for a missing page; harmless when done."""
-        self.run_control.pause()
+    def pause(self, *, to_move: bool = False) -> None:
+        """Park the vCPUs, also those that wait for a missing page; harmless when done.
 
-    def resume(self) -> None:
+        :param to_move: for the switchover of a migration.
+        :raises WrongState: ``to_move``, and the migration has been cancelled.
+        """
+        self.run_control.pause(to_move=to_move)
+
+    def resume(self, arrival: int | None = None) -> None:
         """Go back to what the guest was doing before :meth:`pause`, or where it came from.
 
-        :raises WrongState: the guest was given up.
+        :param arrival: see :meth:`RunControl.resume`.
+        :raises WrongState: the guest was given up, or another guest is awaited by now.
         :raises GuestError: the guest is in no state to run.
         """
-        self.run_control.resume()
+        self.run_control.resume(arrival)
 
     def save_devices(self) -> Sequence[DeviceState]:
         """The sections of a stopped machine, ``globalstate`` last.

@@ -1,9 +1,8 @@
-"""Who may run the guest, and whether it runs.
+"""Whether the guest runs.
 
 Two parties stop and start a machine: its user (``stop``, ``cont``) and an engine that moves it
 (``pause``, ``resume``).  An engine's pause comes on top of what the user wants and goes back to it.
-And there may be nobody here who may run it at all: once the guest has been given up to a
-destination, two copies would run, so nothing short of :meth:`RunControl.take` starts it again.
+Whether the guest may run here at all is decided by its :class:`~postcopy.ownership.Ownership`.
 """
 
 import threading
@@ -14,21 +13,21 @@ from postcopy.errors import GuestError, WrongState
 from postcopy.machine.cpu import Exit, ExitReason
 from postcopy.machine.run_state import RunState
 from postcopy.machine.vcpu import Vcpu, park_all
+from postcopy.ownership import Move, Owner, Ownership
 
 OnEvent = Callable[[str, Mapping[str, Any]], None]
 
 PARK_TIMEOUT_S = 5.0
 """Far more than a vCPU needs on a busy host, and what a monitor's user may be made to wait."""
 
-_NOT_HERE_YET = "the guest has not arrived yet"
-
 
 class RunControl:
     """The run state of one machine.
 
     Invariant: vCPUs are wanted only while the state is ``RUNNING``, and it is ``RUNNING`` only
-    while the guest is ours.  Starts and stops keep to an order of their own (``_order``); the state
-    has a lock that is never held while waiting, because the vCPUs' threads take it too.
+    while the table of ownership allows it.  Starts and stops keep to an order of their own
+    (``_order``); the state has a lock that is never held while waiting, because the vCPUs' threads
+    take it too.
 
     :param on_event: gets QEMU's ``STOP``, ``RESUME``, ``SHUTDOWN`` and ``GUEST_PANICKED``, in the
         order of what happened; may come on any thread and must not wait for the machine.
@@ -44,9 +43,8 @@ class RunControl:
         self._order = threading.Lock()
         self._lock = threading.RLock()
         self._state = RunState.PRELAUNCH
+        self.ownership = Ownership()
         self._interrupted: RunState | None = None  # what the engine's pause came on top of
-        self._not_ours: str | None = None
-        self._held = False  # nobody can know whose it is: the user decides
         self._started = False
         self._autostart = True
         self.failure: GuestError | None = None
@@ -56,11 +54,6 @@ class RunControl:
     def state(self) -> RunState:
         """What the machine is doing now."""
         return self._state
-
-    @property
-    def owned(self) -> bool:
-        """Whether the guest is ours to run."""
-        return self._not_ours is None
 
     @property
     def state_to_move(self) -> RunState:
@@ -80,7 +73,7 @@ class RunControl:
             self._started = True
             self._autostart = not paused
             if incoming:
-                self._not_ours = _NOT_HERE_YET
+                self.ownership.move(Move.BEGIN)
                 self._become(RunState.INMIGRATE)
             elif not paused:
                 self._go()
@@ -107,38 +100,48 @@ class RunControl:
             if self._state is RunState.INMIGRATE:
                 self._autostart = True
                 return
-            if self._held:
-                self._take_back()
-            self._check_ours()
+            if self.ownership.move(Move.CONT) in {Owner.UNKNOWN, Owner.SAVED}:
+                self._taken_back()
             if self._state.needs_reset:
                 raise WrongState("Resetting the Virtual Machine is required")
             if self._state is RunState.FINISH_MIGRATE:
                 raise WrongState("Migration is not finalized yet")
+            if self._state is RunState.POSTMIGRATE:
+                self._interrupted = None
             self._go()
 
-    def pause(self) -> None:
+    def pause(self, *, to_move: bool = False) -> None:
         """An engine's stop: park the vCPUs, and remember what the guest was doing.
 
+        :param to_move: for the switchover of a migration.
         :raises GuestError: a vCPU cannot be stopped now; the guest runs on.
+        :raises WrongState: ``to_move``, and the migration has been cancelled.
         """
+        stopped = {RunState.FINISH_MIGRATE, RunState.INMIGRATE, RunState.POSTMIGRATE}
         with self._order:
-            if self._state in {RunState.FINISH_MIGRATE, RunState.INMIGRATE, RunState.POSTMIGRATE}:
-                return
-            self._park()
-            with self._lock:
-                self._interrupted = self._state
-                self._become(RunState.FINISH_MIGRATE)
+            if to_move:
+                self.ownership.check(Move.STOP)
+            if self._state not in stopped:
+                self._park()
+                with self._lock:
+                    self._interrupted = self._state
+                    self._become(RunState.FINISH_MIGRATE)
+            if to_move:
+                self.ownership.move(Move.STOP)
 
-    def resume(self) -> None:
+    def resume(self, arrival: int | None = None) -> None:
         """An engine's start: go back to what the guest was doing, here or where it came from.
 
+        :param arrival: which guest was awaited when this one was loaded.
         :raises WrongState: the guest is elsewhere.
         :raises GuestError: the guest cannot run.
         """
         with self._order:
             if self._state is RunState.INMIGRATE:
-                self._not_ours = None
-            self._check_ours()
+                self.ownership.move(Move.ARRIVE, arrival=arrival)
+            if not self.ownership.may_run:
+                self.ownership.check(Move.CONT)  # the same rule, and the same reasons
+                raise WrongState("the guest must not run here yet: 'cont' takes it back")
             if self._state is RunState.INTERNAL_ERROR:
                 raise self.failure or GuestError("the guest is in state internal-error")
             goal = self._interrupted or self._state
@@ -166,29 +169,6 @@ class RunControl:
             self.exit_code = None
             if self._interrupted not in {RunState.RUNNING, RunState.PAUSED}:
                 self._interrupted = state
-
-    def give_up(self, reason: str) -> None:
-        """The guest is another's: whatever happens, it does not run here any more.
-
-        :param reason: one line that a user who says ``cont`` gets to read.
-        :raises WrongState: it runs; pause it first.
-        """
-        with self._order:
-            if self._state is RunState.RUNNING:
-                raise WrongState("a running guest cannot be given up; pause it first")
-            self._not_ours = reason
-            self._held = False
-
-    def hold(self) -> None:
-        """Nobody can know whether the guest given up runs elsewhere: a user who says ``cont`` does."""
-        with self._order:
-            self._held = self._not_ours is not None and self._state is not RunState.INMIGRATE
-
-    def take(self) -> None:
-        """The guest is ours (again); it does not run by that alone."""
-        with self._order:
-            self._not_ours = None
-            self._held = False
 
     def set_state(self, state: RunState) -> None:
         """Say what a guest that stands still is standing still for, such as ``POSTMIGRATE``.
@@ -231,16 +211,10 @@ class RunControl:
         with self._order:
             park_all(self._vcpus)
 
-    def _take_back(self) -> None:
-        self._held = False
-        self._not_ours = None
+    def _taken_back(self) -> None:
         self._interrupted = None
         if self._state is RunState.FINISH_MIGRATE:
             self._become(RunState.PAUSED)
-
-    def _check_ours(self) -> None:
-        if self._not_ours is not None:
-            raise WrongState(f"the guest must not run here: {self._not_ours}")
 
     def _go(self) -> None:
         with self._lock:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from postcopy.errors import ChannelBroken, MigrationCancelled
+from postcopy.errors import ChannelBroken, MigrationCancelled, WrongState
 from postcopy.guest import DeviceState
 from postcopy.kill_points import reached
 from postcopy.link.guest_proxy import GuestProxy, Saving
@@ -136,7 +136,12 @@ class Switchover:
         self._check_cancelled()
         self._commit()
         reached("source.given-up")
-        self._channel.send(encoder.end_of_stream())
+        try:
+            # It is the last byte that the destination needs: a send that fails has not delivered it.
+            self._channel.send(encoder.end_of_stream())
+        except ChannelBroken:
+            self.committed = False
+            raise
         reached("source.end-sent")
         self._clock.handed_over = time.monotonic()
         self._channel.send(encoder.description(self._describe(states)))
@@ -180,7 +185,17 @@ class Switchover:
             self._saving.settle()
 
     def _commit(self) -> None:
-        self._guest.give_up()
+        """Hand the guest over, unless a cancel was quicker: the guest's process decides.
+
+        :raises MigrationCancelled: it was.
+        """
+        try:
+            if self._return_path is None:
+                self._guest.save()
+            else:
+                self._guest.give_up()
+        except WrongState as error:
+            raise MigrationCancelled("cancelled by the user") from error
         self.committed = True
 
     def _devices(self) -> list[DeviceState]:
