@@ -1,0 +1,198 @@
+"""What an engine's statuses, and its end, mean for the guest and for its user."""
+
+from collections.abc import Callable
+from typing import Any
+
+from postcopy.channel.address import parse
+from postcopy.channel.partial_file import remove_partial
+from postcopy.errors import PostcopyError
+from postcopy.link.current import Current
+from postcopy.link.engine_process import EngineProcess
+from postcopy.link.engines import Engines
+from postcopy.link.guest_service import GuestService, OwnedGuest
+from postcopy.link.job import Job
+from postcopy.link.recovery import Recovery
+from postcopy.link.restoring import Restoring
+from postcopy.link.settings import Settings
+from postcopy.ownership import Move, Owner
+from postcopy.parameters import Capability
+from postcopy.statistics import MigrationInfo
+from postcopy.status import AFTER_SWITCHOVER, ENDED, Status
+
+_SPARE_DELAY_S = 2.0  # how long a guest that has just arrived has the CPUs to itself
+
+
+class Outcome:
+    """Brings a job to its end, or past the death of its engine.
+
+    :param on_moved: called when the guest has moved away for good.
+    :param on_incoming_failed: called with the reason when no guest will come.
+    """
+
+    def __init__(
+        self,
+        guest: OwnedGuest,
+        service: GuestService,
+        engines: Engines,
+        settings: Settings,
+        current: Current,
+        on_moved: Callable[[], None],
+        on_incoming_failed: Callable[[str], None],
+    ) -> None:
+        self._guest = guest
+        self._ownership = guest.ownership
+        self._service = service
+        self._engines = engines
+        self._settings = settings
+        self._current = current
+        self._on_moved = on_moved
+        self._on_incoming_failed = on_incoming_failed
+        self.recovery = Recovery(
+            engines, lambda: current.shown, settings.to_wire, self.settle_if_arrived
+        )
+        """Goes on with a broken postcopy."""
+        self.restoring = Restoring(engines, guest, settings.to_wire, self.restore_given_up)
+        """Goes on with a restore."""
+
+    @property
+    def work(self) -> Job:
+        """What the engine at work does: a restore may go on behind a migration that waits for it."""
+        return self.restoring.job or self._current.shown
+
+    def on_status(
+        self, engine: EngineProcess, status: str, error: str | None, info: dict[str, Any]
+    ) -> None:
+        """An engine says that its job has got somewhere; on the link's reader thread."""
+        to = Status(status)
+        with self._current.lock:
+            if self._engines.current is not engine:
+                return  # given up, in the moment in which it had something to say
+            job = self.work
+            job.note(MigrationInfo.from_wire(info), error)
+            if to is Status.FAILED and job is self.restoring.job and self._guest.owned:
+                self.restoring.engine_died()  # the guest runs: the next engine goes on with its pages
+                return
+        if to is Status.COMPLETED:
+            self._completed()
+        if to in {Status.FAILED, Status.CANCELLED, Status.POSTCOPY_PAUSED}:
+            self._ownership.try_move(Move.LOSE_TOUCH)
+        if to is Status.POSTCOPY_ACTIVE:
+            if job.incoming:
+                self._ownership.try_move(Move.ARRIVING)
+            self.recovery.works()
+        if to in ENDED:
+            self.settle(to)
+        else:
+            job.progress.move(to)
+
+    def _completed(self) -> None:
+        if self.work.incoming:
+            self._current.awaits = False
+        elif not self._settings.enabled(Capability.BACKGROUND_SNAPSHOT):
+            self._ownership.try_move(Move.MOVED)  # what was saved stays saved
+            self._on_moved()
+
+    def settle(self, status: Status) -> None:
+        """Say that it has ended, and let go of the engine.
+
+        Under the lock: who has seen the end and closes us finds nothing still going on.
+        """
+        job, ownership = self.work, self._ownership
+        with self._current.lock:
+            no_guest_comes = status is Status.FAILED and job.incoming and self._service.abandon()
+            stands_still = ownership.owner is Owner.STOPPED
+            ownership.try_move(Move.END)
+            self.restoring.end()
+            job.progress.move(status)
+            self._current.listening = False
+            self._current.awaits = self._current.awaits and not self._guest.owned
+            self._engines.end()
+            if self._guest.owned:
+                self._engines.prepare(_SPARE_DELAY_S)
+        if stands_still:
+            self._resume_guest()
+        if no_guest_comes and self._current.exit_on_error:
+            self._on_incoming_failed(job.error or "the migration failed")
+
+    def engine_ended(self, engine: EngineProcess) -> None:
+        """The link is gone: nothing new if we ended it, or if it had finished.
+
+        Under the lock: what is just being ordered of it has been noted then.
+        """
+        with self._current.lock:
+            if self._engines.current is engine:
+                self._engine_died(engine)
+
+    def _engine_died(self, engine: EngineProcess) -> None:
+        job = self.work
+        if not job.busy:
+            self._engines.end()  # it was ready for a migration: that will get another
+            return
+        if self.settle_if_arrived():
+            return
+        if job is self.restoring.job and self._ownership.owner is not Owner.ABANDONED:
+            self.restoring.engine_died()
+            return
+        if job.status in AFTER_SWITCHOVER:
+            self._engine_lost()
+            return
+        job.error = "the engine process died unexpectedly; start the migration again"
+        if not job.incoming:
+            self._service.unwatch_writes()
+            self._service.unwatch_snapshot()
+            if self._settings.enabled(Capability.BACKGROUND_SNAPSHOT):
+                engine.kill()  # its link goes first, and then the claim on what it was writing
+                remove_partial(parse(self._current.uri))  # no half image is left behind
+            if self._guest.owned:
+                self._ownership.try_move(Move.END)
+                self._resume_guest()
+            else:
+                self._ownership.try_move(Move.LOSE_TOUCH)
+                job.error = (
+                    "the engine process died while handing the guest over; the destination may be "
+                    "running it, so it stays stopped here: 'cont' takes it back"
+                )
+        self.settle(Status.CANCELLED if job.status is Status.CANCELLING else Status.FAILED)
+
+    def _has_arrived(self) -> bool:
+        """Whether an engine has nothing left to do but to say so."""
+        if not self.work.incoming:
+            return self.work.status in AFTER_SWITCHOVER and self._ownership.owner is Owner.MOVED
+        return self._guest.owned and not self._service.watches_missing
+
+    def _engine_lost(self) -> None:
+        """Nothing is lost with an engine after switchover: all that it knew is here, or at the peer."""
+        self._engines.end()
+        self._ownership.try_move(Move.LOSE_TOUCH)
+        job = self._current.shown
+        if job.incoming and not self._guest.owned:
+            self._resume_guest()  # its devices are loaded, and the source has been told so
+        job.error = "the engine process died; no page is lost: recover the migration"
+        job.progress.move(
+            Status.POSTCOPY_PAUSED, only_from=AFTER_SWITCHOVER - {Status.POSTCOPY_PAUSED}
+        )
+        if job.incoming:
+            self.recovery.engine_died()
+
+    def restore_given_up(self, reason: str) -> None:
+        """No engine can go on with a restore."""
+        self.work.error = reason
+        if self._service.abandon():
+            self.settle(Status.FAILED)
+
+    def settle_if_arrived(self) -> bool:
+        """An engine may die with nothing left to do, or while its last call is answered here."""
+        if not (self.work.busy and self._has_arrived()):
+            return False
+        self.work.error = None
+        self._completed()
+        self.settle(Status.COMPLETED)
+        return True
+
+    def _resume_guest(self) -> None:
+        try:
+            self._guest.resume()
+        except PostcopyError as error:
+            self._current.shown.error = (
+                f"{self._current.shown.error}; and the guest cannot go on: {error}"
+            )
