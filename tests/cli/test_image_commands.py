@@ -7,6 +7,7 @@ import stat
 import numpy as np
 import pytest
 
+from fakes.bad_sectors import BadSector
 from fakes.commands import one_line, postcopy
 from postcopy.channel.claim import claimed
 from postcopy.snapshot import working_set
@@ -100,6 +101,49 @@ class TestInspect:
         assert found["working_set"] == str(working_set.beside(path))
         told = postcopy("inspect", str(path)).stdout.splitlines()
         assert ["working", "set", str(working_set.beside(path))] in [line.split() for line in told]
+
+
+class TestUnreadable:
+    """A sector of the image cannot be read: a command says where, and is not ended by a signal."""
+
+    @pytest.fixture
+    def unreadable(self, path, tmp_path, monkeypatch):
+        write_manifest(path)
+        raw = path.read_bytes()
+        pages = memory()["ram"]
+        at = raw.index(pages[np.flatnonzero(pages.any(axis=1))[3]].tobytes())
+        BadSector(tmp_path, monkeypatch).put(path, at, at + PAGE)
+        return path
+
+    def test_verify(self, unreadable):
+        outcome = postcopy("verify", str(unreadable))
+        assert outcome.returncode == 1
+        assert "bytes cannot be read: Input/output error" in outcome.stdout
+        assert one_line(outcome) == f"{unreadable} is damaged in one place; take it from a copy"
+
+    def test_others(self, unreadable, tmp_path):
+        out = tmp_path / "out"
+        for command in (
+            ("extract", str(unreadable), "--ram", str(out)),
+            ("diff", str(unreadable), str(unreadable)),
+        ):
+            outcome = postcopy(*command)
+            assert outcome.returncode == 1
+            assert str(unreadable) in one_line(outcome)
+            assert "cannot be read: Input/output error" in one_line(outcome)
+        assert not out.exists()
+
+    @pytest.mark.parametrize("command", ["inspect", "verify"])
+    def test_head_and_manifest(self, path, tmp_path, monkeypatch, command):
+        write_manifest(path)
+        sector = BadSector(tmp_path, monkeypatch)
+        for victim in (path, beside(path)):
+            sector.put(victim, 0, PAGE)
+            outcome = postcopy(command, str(path))
+            assert outcome.returncode == 1
+            told = outcome.stdout + outcome.stderr
+            assert f"{victim}" in told
+            assert "cannot be read: Input/output error" in told
 
 
 class TestDiff:

@@ -97,7 +97,7 @@ def read_everything(path: Path) -> None:
             count = min(READ_PAGES, block.pages)
             for first in {0, block.pages - count}:
                 assert image.read(block.name, first, count).shape == (count, 4096)
-            image.view(block.name)
+            image.address(block.name)
         image.locate(0, 1 << 40)
         list(image.damages())
 

@@ -1,5 +1,6 @@
 """Images are read right, and what is no image is refused by name."""
 
+import ctypes
 import os
 import struct
 from pathlib import Path
@@ -52,20 +53,17 @@ def test_pages_outside_of_a_block_are_refused(path, first, count):
         image.read("ram", first, count)
 
 
-def test_a_mapped_image_shows_its_pages_where_they_lie(tmp_path, blocks):
+def test_a_mapped_image_tells_where_its_pages_lie(tmp_path, blocks):
     path = write_image(tmp_path / "image", "mapped-ram", blocks)
     with open_image(path) as image:
-        view = image.view("ram")
-        present = image.has_data("ram")
-        np.testing.assert_array_equal(view[present], blocks["ram"][present])
-        assert not view.flags.writeable
-    # Pages that somebody still holds stay readable.
-    np.testing.assert_array_equal(view[present], blocks["ram"][present])
+        for page in np.flatnonzero(image.has_data("ram")).tolist():
+            at = image.address("ram") + page * PAGE
+            assert ctypes.string_at(at, PAGE) == blocks["ram"][page].tobytes()
 
 
 def test_a_stream_has_no_fixed_places(tmp_path, blocks):
     with open_image(write_image(tmp_path / "image", "stream", blocks)) as image:
-        assert image.view("ram") is None
+        assert image.address("ram") == 0
 
 
 def test_what_a_byte_of_the_file_is_can_be_told(path, blocks):

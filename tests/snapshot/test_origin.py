@@ -46,8 +46,11 @@ class Foreign(MappedImage):
     def has_data(self, _):
         return np.ones(PAGES, np.bool_)
 
-    def view(self, _):
+    def bits(self, _):
         return None
+
+    def address(self, _):
+        return 0
 
     def close(self):
         pass

@@ -1,5 +1,6 @@
 """Copies of the pages of a working set: what is kept comes back, checked, in the order of the wanting."""
 
+import os
 import stat
 
 import numpy as np
@@ -144,3 +145,15 @@ def test_a_page_that_cannot_be_read_leaves_no_file(tmp_path):
 def test_pages_that_cannot_be_are_refused(tmp_path, pages, why):
     with pytest.raises(ImageError, match=why):
         opened(saved(tmp_path, ("ram", list(pages))))
+
+
+@pytest.mark.parametrize("cut", [PAGE, 100])
+def test_copies_that_are_cut_off_are_left_to_the_image(tmp_path, cut):
+    path = saved(tmp_path)
+    copies = opened(path)
+    assert copies.good(0, copies.count) == copies.count
+    os.truncate(path, path.stat().st_size - cut)
+    assert copies.good(0, copies.count) == 0
+    copies.close()
+    with pytest.raises(ImageError, match="bytes with 207 pages"):
+        opened(path)

@@ -1,11 +1,12 @@
 """The buffer grows for one large element, shrinks again, and never loses a byte."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from postcopy.errors import StreamError
-from postcopy.stream.reader import Incomplete, StreamBuffer
+from postcopy.stream.reader import FileBuffer, Incomplete, StreamBuffer
 
 
 def test_numbers_and_names():
@@ -73,3 +74,67 @@ def test_views_into_an_outgrown_buffer_stay_readable():
     rows = reader.rows(2, 10, 1, 5)
     reader.feed(bytes(1000))
     assert rows.tobytes() == b"a" * 10
+
+
+class File:
+    """Bytes in which each is known by its place, and how much of them has been read."""
+
+    def __init__(self, size):
+        self.data = (np.arange(size) * 7 % 251).astype(np.uint8)
+        self.read_bytes = 0
+        self.reader = FileBuffer(self.read, size)
+
+    def read(self, start, count):
+        self.read_bytes += count
+        return self.data[start : start + count]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["take", "seek", "commit", "rollback"]), st.integers(0, 1 << 20)),
+        max_size=40,
+    )
+)
+def test_a_file_is_read_as_if_all_of_it_were_there(steps):
+    file = File(1 << 20)
+    reader, at, committed = file.reader, 0, 0
+    for what, number in steps:
+        match what:
+            case "take" if at + number > len(file.data):
+                with pytest.raises(Incomplete):
+                    reader.take(number)
+            case "take":
+                assert reader.take(number) == file.data[at : at + number].tobytes()
+                at += number
+            case "seek":
+                reader.seek(number)
+                at = committed = number
+            case "commit":
+                reader.commit()
+                committed = at
+            case "rollback":
+                reader.rollback()
+                at = committed
+        assert (reader.position, reader.consumed) == (at, committed)
+        assert reader.available == len(file.data) - at
+        rest = bytes(reader.rest())
+        assert rest == file.data[at : at + len(rest)].tobytes()
+        assert len(rest) >= min(1000, reader.available)
+        assert reader.tail(10) == file.data[max(at, len(file.data) - 10) :].tobytes()
+
+
+def test_no_more_of_a_file_is_read_than_is_looked_at():
+    file = File(64 << 20)
+    file.reader.u64()
+    file.reader.seek(32 << 20)
+    file.reader.u64()
+    assert file.read_bytes <= 1 << 20
+
+
+def test_a_file_is_read_about_once():
+    file = File(64 << 20)
+    while file.reader.available:
+        file.reader.words(1024, 4096)
+        file.reader.skip(4 << 20)
+        file.reader.commit()
+    assert file.read_bytes <= 2 * len(file.data)

@@ -103,11 +103,11 @@ def data_ranges(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
     while at < end:
         try:
             first = calls.of_python("lseek(SEEK_DATA)", "", os.lseek, fd, at, os.SEEK_DATA)
+            if first >= end:
+                return
+            at = calls.of_python("lseek(SEEK_HOLE)", "", os.lseek, fd, first, os.SEEK_HOLE)
         except KernelError as error:
             if error.errno == errno.ENXIO:
-                return  # nothing but a hole up to the end of the file
+                return  # nothing but a hole up to the end of the file, or cut off meanwhile
             raise
-        if first >= end:
-            return
-        at = calls.of_python("lseek(SEEK_HOLE)", "", os.lseek, fd, first, os.SEEK_HOLE)
         yield first, min(at, end)

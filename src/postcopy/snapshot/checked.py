@@ -9,7 +9,7 @@ import numpy.typing as npt
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Mask
 from postcopy.snapshot.damage import Damage
-from postcopy.snapshot.digests import CHUNK_BYTES
+from postcopy.snapshot.digests import CHUNK_BYTES, complaint
 from postcopy.snapshot.manifest import Manifest
 from postcopy.snapshot.mapped_image import MappedImage
 
@@ -78,13 +78,15 @@ class CheckedPages:
             return list(self._damages)
 
     def _check(self, chunk: int) -> None:
-        start = chunk * CHUNK_BYTES
-        data = self._image.file_data[start : start + CHUNK_BYTES]
-        if self._manifest.check(chunk, data):
+        reason = complaint(self._image.file, self._manifest.digests, chunk)
+        if reason is None:
             self._verdicts[chunk] = _GOOD
             return
-        where = self._image.locate(start, start + len(data))
+        start = chunk * CHUNK_BYTES
+        end = min(start + CHUNK_BYTES, self._image.file.size_bytes)
+        block, offset = self._image.locate(start, end) or (None, None)
         with self._telling:
             if self._verdicts[chunk] != _BAD:
                 self._verdicts[chunk] = _BAD
-                self._damages.append(Damage(self._image.path, start, len(data), *(where or ())))
+                damage = Damage(self._image.path, start, end - start, block, offset, reason)
+                self._damages.append(damage)

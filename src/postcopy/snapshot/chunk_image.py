@@ -25,7 +25,7 @@ from postcopy.snapshot.manifest import ADDRESS_BYTES, Manifest, StoredBlock
 from postcopy.snapshot.store import ChunkStore
 from postcopy.stream.numbers import FLAGS_MASK, TARGET_PAGE_BYTES, RamFlag
 from postcopy.stream.ram_flags import refuse_flags
-from postcopy.stream.reader import WholeBuffer
+from postcopy.stream.reader import FileBuffer
 
 MAGIC: Final = CHUNK_IMAGE_MAGIC
 PAGES_PER_CHUNK: Final = CHUNK_BYTES // TARGET_PAGE_BYTES
@@ -36,10 +36,10 @@ _KEPT_CHUNKS: Final = 64  # 4 MiB: whoever reads page by page unpacks each chunk
 class _NoPages:
     """Reads the memory's sections: see :class:`postcopy.snapshot.elements.RamReader`."""
 
-    def read_blocks(self, reader: WholeBuffer, total_bytes: int) -> list[ImageBlock]:
+    def read_blocks(self, reader: FileBuffer, total_bytes: int) -> list[ImageBlock]:
         return read_plain_blocks(reader, total_bytes)
 
-    def read_body(self, reader: WholeBuffer) -> None:
+    def read_body(self, reader: FileBuffer) -> None:
         if (word := reader.u64()) != RamFlag.EOS:
             refuse_flags(reader, word & FLAGS_MASK)
 
@@ -71,7 +71,7 @@ class ChunkImage(Image):
     :raises Incomplete: it ends too early.
     """
 
-    def __init__(self, path: Path, file: ImageFile, reader: WholeBuffer) -> None:
+    def __init__(self, path: Path, file: ImageFile, reader: FileBuffer) -> None:
         reader.seek(len(MAGIC))
         super().__init__(path, "chunks", read_elements(reader, read_start(reader), _NoPages()))
         manifest = Manifest.load(path)
@@ -90,11 +90,6 @@ class ChunkImage(Image):
         """See :meth:`Image.has_data`; pages come in chunks, so a page with data may be all zero."""
         chunks = self._chunks[block_name]
         return np.repeat(chunks.present, PAGES_PER_CHUNK)[: chunks.block.pages]
-
-    def view(self, block_name: str) -> PageRows | None:
-        """See :meth:`Image.view`: there is none."""
-        _ = self._chunks[block_name]
-        return None
 
     def locate(self, start: int, end: int) -> tuple[str, int] | None:  # noqa: ARG002 - see Image
         """See :meth:`Image.locate`: no memory is in the file."""

@@ -17,8 +17,10 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
+from postcopy.errors import ImageError
 from postcopy.kernel import memfd
 from postcopy.memory.runs import Mask, runs
+from postcopy.snapshot.damage import WRONG_DIGEST
 from postcopy.snapshot.image_file import ImageFile
 
 if TYPE_CHECKING:
@@ -127,7 +129,10 @@ class ChunkDigests:
 
 
 def take_digests(file: ImageFile) -> ChunkDigests:
-    """Read a file and take its digests, on several threads."""
+    """Read a file and take its digests, on several threads.
+
+    :raises ImageError: it cannot be read.
+    """
     count = chunk_count(file.size_bytes)
     suspects = _with_data(file, np.ones(count, np.bool_))
     found = np.zeros((count, DIGEST_BYTES), np.uint8)
@@ -135,7 +140,7 @@ def take_digests(file: ImageFile) -> ChunkDigests:
 
     def take(span: tuple[int, int]) -> None:
         for chunk in range(*span):
-            data = chunk_of(file, chunk)
+            data = file.read(chunk * CHUNK_BYTES, CHUNK_BYTES)
             if not is_zero(data):
                 found[chunk] = np.frombuffer(digest(data), np.uint8)
                 present[chunk] = True
@@ -148,8 +153,8 @@ def take_digests(file: ImageFile) -> ChunkDigests:
 
 def damaged_chunks(
     file: ImageFile, digests: ChunkDigests, only: Mask | None = None
-) -> Iterator[int]:
-    """Find the chunks that are not what they must be, ascending.
+) -> Iterator[tuple[int, str]]:
+    """Find the chunks that are not what they must be, ascending, and what is wrong with each.
 
     Holes that must be zero are not read.
 
@@ -158,8 +163,9 @@ def damaged_chunks(
     wanted = np.ones(len(digests.present), np.bool_) if only is None else only
     suspects = (digests.present & wanted) | _with_data(file, wanted)
 
-    def bad(span: tuple[int, int]) -> list[int]:
-        return [each for each in range(*span) if not digests.check(each, chunk_of(file, each))]
+    def bad(span: tuple[int, int]) -> list[tuple[int, str]]:
+        complaints = ((chunk, complaint(file, digests, chunk)) for chunk in range(*span))
+        return [(chunk, reason) for chunk, reason in complaints if reason is not None]
 
     tasks = list(_tasks(suspects))
     if len(tasks) <= _FEW_TASKS:  # threads would only keep a restore waiting
@@ -177,9 +183,16 @@ def _pool() -> "ThreadPoolExecutor":
     return ThreadPoolExecutor(_THREADS, "digests")
 
 
-def chunk_of(file: ImageFile, chunk: int) -> npt.NDArray[np.uint8]:
-    """The bytes of one chunk of a file, where they are mapped."""
-    return file.data[chunk * CHUNK_BYTES : (chunk + 1) * CHUNK_BYTES]
+def complaint(file: ImageFile, digests: ChunkDigests, chunk: int) -> str | None:
+    """Read one chunk of a file and check it; any thread may ask.
+
+    :return: what is wrong with it, see :attr:`Damage.reason`; ``None``: nothing.
+    """
+    try:
+        data = file.read(chunk * CHUNK_BYTES, CHUNK_BYTES)
+    except ImageError as error:
+        return error.message
+    return None if digests.check(chunk, data) else WRONG_DIGEST
 
 
 def _with_data(file: ImageFile, wanted: Mask) -> Mask:

@@ -24,7 +24,7 @@ from postcopy.stream.numbers import (
     SectionType,
 )
 from postcopy.stream.ram_flags import refuse_flags
-from postcopy.stream.reader import WholeBuffer
+from postcopy.stream.reader import FileBuffer
 from postcopy.stream.sections import check_ram_head, read_device, read_footer, read_head
 
 _LIMITS = Limits()
@@ -42,13 +42,13 @@ _TAILS = (64 << 10, 1 << 20, _LIMITS.description_bytes + _HEAD_BYTES)
 class RamReader(Protocol):
     """What a format makes of the memory's sections."""
 
-    def read_blocks(self, reader: WholeBuffer, total_bytes: int) -> list[ImageBlock]:
+    def read_blocks(self, reader: FileBuffer, total_bytes: int) -> list[ImageBlock]:
         """Read the list of blocks behind the total, up to its EOS.
 
         :raises StreamError: it makes no sense.
         """
 
-    def read_body(self, reader: WholeBuffer) -> None:
+    def read_body(self, reader: FileBuffer) -> None:
         """Read the body of a PART or END section with its EOS.
 
         :raises StreamError: it makes no sense.
@@ -80,7 +80,7 @@ class ImageFormats:
         return FORMATS.payload_length(name, instance, version, data)
 
 
-def read_start(reader: WholeBuffer) -> Configuration:
+def read_start(reader: FileBuffer) -> Configuration:
     """Read header and configuration.
 
     :raises StreamError: it is no stream, or one whose memory is not in the file.
@@ -92,7 +92,7 @@ def read_start(reader: WholeBuffer) -> Configuration:
     return configuration
 
 
-def read_elements(reader: WholeBuffer, configuration: Configuration, ram: RamReader) -> Contents:
+def read_elements(reader: FileBuffer, configuration: Configuration, ram: RamReader) -> Contents:
     """Read everything behind the configuration, to the end of the file.
 
     :raises StreamError: it makes no sense.
@@ -101,7 +101,7 @@ def read_elements(reader: WholeBuffer, configuration: Configuration, ram: RamRea
     text, end = find_description(reader)
     formats = ImageFormats(_parsed(text))
     found = _Found()
-    while (kind := reader.u8()) != SectionType.EOF:
+    while (kind := _next_type(reader)) != SectionType.EOF:
         match kind:
             case SectionType.START:
                 _read_setup(reader, ram, found)
@@ -110,6 +110,7 @@ def read_elements(reader: WholeBuffer, configuration: Configuration, ram: RamRea
                 found.ended |= kind == SectionType.END
             case SectionType.FULL:
                 head = read_head(reader)
+                reader.need(min(_LIMITS.device_bytes + 1, reader.available))
                 section = read_device(reader, head, formats, _LIMITS.device_bytes)
                 state = DeviceState(head.name, head.instance, head.version, section.payload)
                 found.devices.append(state)
@@ -131,14 +132,19 @@ def read_elements(reader: WholeBuffer, configuration: Configuration, ram: RamRea
     )
 
 
-def find_description(reader: WholeBuffer) -> tuple[str | None, int]:
+def _next_type(reader: FileBuffer) -> int:
+    reader.commit()  # what is behind need not be kept
+    return reader.u8()
+
+
+def find_description(reader: FileBuffer) -> tuple[str | None, int]:
     """Find the description from the end of the file.
 
     :return: its text, and where the stream itself ends; ``None`` and the file's end without one.
     :raises StreamError: it is not UTF-8.
     """
     for tail_bytes in _TAILS:
-        tail = bytes(reader.rest()[-tail_bytes:])
+        tail = reader.tail(tail_bytes)
         if (text := _description_at_end(tail, reader.position + reader.available)) is not None:
             return text, reader.position + reader.available - len(text.encode()) - _HEAD_BYTES
         if len(tail) < tail_bytes:
@@ -169,7 +175,7 @@ def _parsed(text: str | None) -> Mapping[str, Any] | None:
     return parse_description(text)
 
 
-def _read_setup(reader: WholeBuffer, ram: RamReader, found: _Found) -> None:
+def _read_setup(reader: FileBuffer, ram: RamReader, found: _Found) -> None:
     head = read_head(reader)
     check_ram_head(reader, head)
     if found.blocks is not None:
@@ -187,7 +193,7 @@ def _read_setup(reader: WholeBuffer, ram: RamReader, found: _Found) -> None:
     found.blocks, found.section_id = blocks, head.section_id
 
 
-def read_plain_blocks(reader: WholeBuffer, total_bytes: int) -> list[ImageBlock]:
+def read_plain_blocks(reader: FileBuffer, total_bytes: int) -> list[ImageBlock]:
     """Read the entries of a list of blocks that say no more than name and size.
 
     :raises StreamError: they do not add up, or are no blocks.
@@ -208,7 +214,7 @@ def read_plain_blocks(reader: WholeBuffer, total_bytes: int) -> list[ImageBlock]
     return list(blocks.values())
 
 
-def _read_part(reader: WholeBuffer, ram: RamReader, found: _Found) -> None:
+def _read_part(reader: FileBuffer, ram: RamReader, found: _Found) -> None:
     section_id = reader.u32()
     if found.blocks is None or section_id != found.section_id:
         reader.fail(f"Unknown savevm section {section_id}", 4)
@@ -216,7 +222,7 @@ def _read_part(reader: WholeBuffer, ram: RamReader, found: _Found) -> None:
     read_footer(reader, RAM_SECTION_NAME, section_id)
 
 
-def _read_command(reader: WholeBuffer) -> None:
+def _read_command(reader: FileBuffer) -> None:
     at = reader.position
     number, length = reader.u16(), reader.u16()
     if _HARMLESS.get(number) == length:
@@ -226,7 +232,7 @@ def _read_command(reader: WholeBuffer) -> None:
     _refuse_command(reader)
 
 
-def _refuse_command(reader: WholeBuffer) -> NoReturn:
+def _refuse_command(reader: FileBuffer) -> NoReturn:
     from postcopy.stream.commands import CommandContext, read_command
     from postcopy.stream.layout import Receiver
 

@@ -8,7 +8,7 @@ from postcopy.snapshot.image_base import CHUNK_IMAGE_MAGIC, Image, ImageBlock
 from postcopy.snapshot.image_file import ImageFile
 from postcopy.snapshot.mapped_image import MappedImage
 from postcopy.stream.mapped_ram import CAPABILITY
-from postcopy.stream.reader import Incomplete, WholeBuffer
+from postcopy.stream.reader import FileBuffer, Incomplete
 
 __all__ = ("Image", "ImageBlock", "open_image")
 
@@ -30,9 +30,9 @@ def open_image(path: str | Path) -> Image:
 
 
 def _parse(path: Path, file: ImageFile) -> Image:
-    reader = WholeBuffer(file.data)
+    reader = FileBuffer(file.read, file.size_bytes)
     try:
-        if bytes(file.data[: len(CHUNK_IMAGE_MAGIC)]) == CHUNK_IMAGE_MAGIC:
+        if file.read(0, len(CHUNK_IMAGE_MAGIC)).tobytes() == CHUNK_IMAGE_MAGIC:
             from postcopy.snapshot.chunk_image import ChunkImage
 
             return ChunkImage(path, file, reader)

@@ -1,8 +1,8 @@
 """An image: a guest's memory and devices in a file, whatever the file's format.
 
-An image is read where it lies: the file is mapped, and nothing of its memory is copied before it is
-asked for.  A file is hostile input: whatever is wrong with it is an :class:`ImageError` that says
-where, and nothing is allocated by a number that stands in it before that number is checked.
+Nothing of an image's memory is read before it is asked for.  A file is hostile input: whatever is
+wrong with it is an :class:`ImageError` that says where, and nothing is allocated by a number that stands
+in it before that number is checked.
 
 An image is opened by :func:`postcopy.snapshot.image.open_image`.
 """
@@ -84,15 +84,16 @@ class Image(ABC):
         :raises KeyError: there is no such block.
         """
 
-    @abstractmethod
-    def view(self, block_name: str) -> PageRows | None:
-        """Give the block where it lies in the file, shape ``(pages, 4096)``, read-only.
+    def address(self, block_name: str) -> int:
+        """Tell where the block lies in this process, for the kernel to copy from; 0: it does not.
 
-        Only rows of pages that have data count; others may hold anything.  ``None``: pages lie at no
-        fixed places, or not as they are; :meth:`read` them.
+        Only pages that have data count; others may hold anything.  No code may touch them: see
+        :mod:`postcopy.snapshot.image_file`.
 
         :raises KeyError: there is no such block.
         """
+        _ = self._blocks[block_name]
+        return 0
 
     def bits(self, block_name: str) -> npt.NDArray[np.uint8] | None:
         """Give :meth:`has_data` as packed bits, the lowest first, if it lies so in the file.

@@ -1,4 +1,10 @@
-"""The file of an image, mapped read-only."""
+"""The file of an image: read by system calls, and mapped only for the kernel to copy from.
+
+A page of a mapping that the disk cannot give, or that lies behind the end of a file that has been cut
+off, ends the process that touches it by SIGBUS.  A system call fails instead, and an error can be told.
+So no code of this process touches the mapping; the kernel may be given addresses in it (``UFFDIO_COPY``),
+and answers ``EFAULT``.
+"""
 
 import os
 import stat
@@ -11,36 +17,81 @@ import numpy.typing as npt
 from postcopy.errors import ImageError
 from postcopy.kernel.mapping import Mapping
 
+_PIECE_BYTES = 1 << 30  # the kernel reads no more than 2 GiB in one call
+
 
 class ImageFile:
-    """All bytes of a file where the kernel has them; costs the same whatever the file's size.
+    """A file that is read at any place, by any thread.
 
-    Whoever cuts the file off while it is mapped ends this process with SIGBUS: that is why images
-    are published by a rename and never changed.
-
+    :ivar size_bytes: its length when it was opened.
     :raises ImageError: there is no such file, it may not be read, or it is no file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        fd = open_regular(path)
-        try:
-            self.size_bytes = _size(path, fd)
-            self._mapping = Mapping.shared(fd, self.size_bytes, writable=False)
-        except BaseException:
-            os.close(fd)
-            raise
-        self.fd = fd
-        self.data: npt.NDArray[np.uint8] = self._mapping.view()
-        self.data.flags.writeable = False
+        self._mapping: Mapping | None = None
+        self.fd = open_regular(path)
+        self.size_bytes = os.fstat(self.fd).st_size
+        if not self.size_bytes:
+            self.close()
+            raise ImageError(path, "the file is empty", 0)
+
+    def read(self, start: int, count: int) -> npt.NDArray[np.uint8]:
+        """Read bytes; fewer than ``count`` where the file ended when it was opened.
+
+        :raises ImageError: the disk cannot give them, or the file has been cut off since.
+        """
+        count = max(0, min(count, self.size_bytes - start))
+        if count <= _PIECE_BYTES:
+            try:
+                raw = os.pread(self.fd, count, start)
+            except OSError as failure:
+                raise self._unreadable(failure.strerror, start) from failure
+            if len(raw) == count:
+                return np.frombuffer(raw, np.uint8)
+        data = np.empty(count, np.uint8)
+        self.read_into(start, data)
+        return data
+
+    def read_into(self, start: int, into: npt.NDArray[np.uint8]) -> None:
+        """Fill an array, contiguous and of any shape, with the bytes from ``start`` on.
+
+        :raises ImageError: the disk cannot give them, or the file has been cut off since.
+        """
+        left = into.data.cast("B")
+        while len(left):
+            try:
+                count = os.preadv(self.fd, [left[:_PIECE_BYTES]], start)
+            except OSError as failure:
+                raise self._unreadable(failure.strerror, start) from failure
+            if not count:
+                raise self._unreadable(
+                    f"the file is cut off after {self.current_bytes} bytes", start
+                )
+            left, start = left[count:], start + count
+
+    @property
+    def current_bytes(self) -> int:
+        """Its length now: it is less than :attr:`size_bytes` if somebody has cut it off."""
+        return os.lseek(self.fd, 0, os.SEEK_END)
+
+    @property
+    def address(self) -> int:
+        """Where the file is mapped in this process, for the kernel to copy from.
+
+        :raises KernelError: it cannot be mapped.
+        """
+        if self._mapping is None:
+            self._mapping = Mapping.shared(self.fd, self.size_bytes, writable=False)
+        return self._mapping.address
 
     def close(self) -> None:
-        """Unmap, now or when the last view is gone.  Harmless when closed."""
-        if self.fd >= 0:
-            self.data = np.empty(0, np.uint8)
+        """Close and unmap.  Harmless when closed."""
+        fd, self.fd = self.fd, -1
+        if self._mapping is not None:
             self._mapping.close()
-            os.close(self.fd)
-            self.fd = -1
+        if fd >= 0:
+            os.close(fd)
 
     def __enter__(self) -> Self:
         return self
@@ -48,12 +99,8 @@ class ImageFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-
-def _size(path: Path, fd: int) -> int:
-    size = os.fstat(fd).st_size
-    if not size:
-        raise ImageError(path, "the file is empty", 0)
-    return size
+    def _unreadable(self, why: str | None, start: int) -> ImageError:
+        return ImageError(self.path, f"cannot be read: {why}", start)
 
 
 def open_regular(path: Path) -> int:

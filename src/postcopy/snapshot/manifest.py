@@ -16,7 +16,6 @@ from postcopy.snapshot.digests import (
     ALGORITHM,
     CHUNK_BYTES,
     DIGEST_BYTES,
-    Bytes,
     ChunkDigests,
     chunk_count,
 )
@@ -103,13 +102,6 @@ class Manifest:
         return self.digests.identity_with(
             part for each in self.stored.blocks.values() for part in (each.present, each.addresses)
         )
-
-    def check(self, chunk: int, data: Bytes) -> bool:
-        """Tell whether ``data`` is what this chunk of the image's file must be.
-
-        :param chunk: the chunk's number: its offset in the file, divided by ``CHUNK_BYTES``.
-        """
-        return self.digests.check(chunk, data)
 
     def save(self, image: Path) -> None:
         """Write it beside the image.

@@ -40,7 +40,7 @@ def decode(path: Path) -> "Fields":
     with ImageFile(path) as file:
         if file.size_bytes > LARGEST_BYTES:
             raise ImageError(path, f"a manifest of {file.size_bytes} bytes; at most 1 GiB is taken")
-        raw = file.data.tobytes()
+        raw = file.read(0, file.size_bytes).tobytes()
     text = raw[:-_TAIL_BYTES]
     if raw[-_TAIL_BYTES:] != _TAIL.format(blake3(text).hexdigest()).encode():
         raise ImageError(path, "the manifest is damaged: it does not agree with its own digest")

@@ -17,7 +17,7 @@ from postcopy.snapshot.image_file import ImageFile
 from postcopy.stream.mapped_ram import MappedBlock, decode_bitmap, read_list
 from postcopy.stream.numbers import TARGET_PAGE_BYTES, RamFlag
 from postcopy.stream.ram_flags import refuse_flags
-from postcopy.stream.reader import WholeBuffer
+from postcopy.stream.reader import FileBuffer
 
 
 class _MappedRam:
@@ -27,16 +27,16 @@ class _MappedRam:
         self._file = file
         self.blocks: dict[str, MappedBlock] = {}
 
-    def read_blocks(self, reader: WholeBuffer, total_bytes: int) -> list[ImageBlock]:
+    def read_blocks(self, reader: FileBuffer, total_bytes: int) -> list[ImageBlock]:
         mapped, end = read_list(self._bytes, reader.position, total_bytes, self._file.size_bytes)
         self.blocks = {block.name: block for block in mapped}
         reader.seek(end)
         return [ImageBlock(block.name, block.size_bytes) for block in mapped]
 
     def _bytes(self, offset: int, count: int) -> memoryview:
-        return self._file.data[offset : offset + count].data
+        return self._file.read(offset, count).data
 
-    def read_body(self, reader: WholeBuffer) -> None:
+    def read_body(self, reader: FileBuffer) -> None:
         # A live guest leaves long chains of such sections, all of them empty.
         if (word := reader.u64()) != RamFlag.EOS:
             refuse_flags(reader, word & (TARGET_PAGE_BYTES - 1))
@@ -49,7 +49,7 @@ class MappedImage(Image):
     :raises Incomplete: the file ends too early.
     """
 
-    def __init__(self, path: Path, file: ImageFile, reader: WholeBuffer) -> None:
+    def __init__(self, path: Path, file: ImageFile, reader: FileBuffer) -> None:
         ram = _MappedRam(file)
         contents = read_elements(reader, read_start(reader), ram)
         if not contents.ram_ended:
@@ -61,12 +61,12 @@ class MappedImage(Image):
         super().__init__(path, "mapped-ram", contents)
         self._file = file
         self._places = ram.blocks
-        self._masks: dict[str, Mask] = {}
+        self._bitmaps: dict[str, npt.NDArray[np.uint8]] = {}
 
     @property
-    def file_data(self) -> npt.NDArray[np.uint8]:
-        """All bytes of the file, where they are mapped."""
-        return self._file.data
+    def file(self) -> ImageFile:
+        """The file."""
+        return self._file
 
     def place(self, block_name: str) -> MappedBlock:
         """Tell where in the file a block lies.
@@ -76,32 +76,42 @@ class MappedImage(Image):
         return self._places[block_name]
 
     def has_data(self, block_name: str) -> Mask:
-        """See :meth:`Image.has_data`; the mask is read once, and is not to be changed.
+        """See :meth:`Image.has_data`.
 
-        :raises ImageError: the bitmap has bits for pages that there are not.
+        :raises ImageError: the bitmap has bits for pages that there are not, or cannot be read.
         """
-        mask = self._masks.get(block_name)
-        if mask is None:
-            block = self._places[block_name]
-            raw = self._file.data[block.bitmap_offset : block.bitmap_offset + block.bitmap_bytes]
-            try:
-                mask = decode_bitmap(block, raw.data)
-            except StreamError as error:
-                raise self.fail(error.message, error.offset) from error
-            mask.flags.writeable = False
-            self._masks[block_name] = mask
-        return mask
+        try:
+            return decode_bitmap(self._places[block_name], self.bits(block_name).data)
+        except StreamError as error:
+            raise self.fail(error.message, error.offset) from error
 
     def bits(self, block_name: str) -> npt.NDArray[np.uint8]:
-        """See :meth:`Image.bits`."""
-        block = self._places[block_name]
-        return self._file.data[block.bitmap_offset : block.bitmap_offset + block.bitmap_bytes]
+        """See :meth:`Image.bits`; they are read once, so they are there when the file is not."""
+        bitmap = self._bitmaps.get(block_name)
+        if bitmap is None:
+            block = self._places[block_name]
+            bitmap = self._file.read(block.bitmap_offset, block.bitmap_bytes)
+            self._bitmaps[block_name] = bitmap
+        return bitmap
 
-    def view(self, block_name: str) -> PageRows | None:
-        """See :meth:`Image.view`."""
+    def address(self, block_name: str) -> int:
+        """See :meth:`Image.address`."""
+        return self._file.address + self._places[block_name].pages_offset
+
+    def whole_pages(self, block_name: str) -> int:
+        """How many pages of a block are in the file still, if it has been cut off since."""
         block = self._places[block_name]
-        rows: PageRows = self._file.data[block.pages_offset : block.end_offset]
-        return rows.reshape(-1, TARGET_PAGE_BYTES)
+        there = (self._file.current_bytes - block.pages_offset) // TARGET_PAGE_BYTES
+        return max(0, min(there, block.page_count))
+
+    def read_into(self, block_name: str, first: int, rows: PageRows) -> None:
+        """Read pages as they lie in the file, whether they count or not.
+
+        :param rows: where to, contiguous, shape ``(pages, 4096)``.
+        :raises ImageError: one of them cannot be read.
+        """
+        start = self._places[block_name].pages_offset + first * TARGET_PAGE_BYTES
+        self._file.read_into(start, rows)
 
     def locate(self, start: int, end: int) -> tuple[str, int] | None:
         """See :meth:`Image.locate`."""
@@ -116,10 +126,8 @@ class MappedImage(Image):
 
     def _copy(self, block: ImageBlock, first: int, rows: PageRows) -> None:
         mask = self.has_data(block.name)[first : first + len(rows)]
-        source = self.view(block.name)
-        assert source is not None
         for start, stop in runs(mask).tolist():
-            np.copyto(rows[start:stop], source[first + start : first + stop])
+            self.read_into(block.name, first + start, rows[start:stop])
 
     def close(self) -> None:
         """See :meth:`Image.close`."""

@@ -28,12 +28,12 @@ class Origin:
         self._data: Mask | None = None
         self._rows: PageRows | None = None
         self._why = ""
+        self._mapped = image if isinstance(image, MappedImage) else None
+        bits = image.bits(block.name)
         # Pages of 2 MiB are put together: the file may hold old bytes where a page is zero now.
-        view = image.view(block.name) if self._per_page == 1 else None
-        self._view = view
-        self._bits = image.bits(block.name) if view is not None else None
-        self.base = 0 if view is None else int(view.ctypes.data)
-        """Where page 0 lies in this process; 0: pages lie at no fixed places."""
+        self._bits = bits if self._per_page == 1 else None
+        self.base = image.address(block.name) if self._per_page == 1 else 0
+        """Where page 0 lies in this process, for the kernel to copy from; 0: nowhere."""
 
     @property
     def data(self) -> Mask:
@@ -64,10 +64,15 @@ class Origin:
 
     def is_good(self, page: int) -> bool:
         """Tell whether a page at a fixed place may be used: the short way for a fault."""
-        return self._check is None or self._check.is_good(self._name, page)
+        if self._check is not None and not self._check.is_good(self._name, page):
+            return False
+        return self._mapped is None or page < self._mapped.whole_pages(self._name)
 
     def good(self, page: int, count: int) -> int:
         """Check pages that are to be used; return how many from ``page`` on are good."""
+        if self.base and self._mapped is not None:
+            # What is left of a page in which the file has been cut off reads as if zeros followed.
+            count = max(0, min(count, self._mapped.whole_pages(self._name) - page))
         if self._check is None:
             return count
         first, pages = page * self._per_page, count * self._per_page
@@ -110,13 +115,13 @@ class Origin:
 
         Into whichever of them a bad chunk reaches; one of 2 MiB lies on many chunks.
         """
-        if self._check is None or not isinstance(self._image, MappedImage):
+        if self._check is None or self._mapped is None:
             return page, page + 1
         at, count = page * self._per_page, self._per_page
         wrong = np.flatnonzero(~self._check.good(self._name, at, count))
         if not len(wrong):
             wrong = np.zeros(1, np.int64)  # it cannot be read: nor, most likely, what is around it
-        start, page_bytes = self._image.place(self._name).pages_offset, count * TARGET_PAGE_BYTES
+        start, page_bytes = self._mapped.place(self._name).pages_offset, count * TARGET_PAGE_BYTES
         chunk, last = ((start + (at + wrong[[0, -1]]) * TARGET_PAGE_BYTES) // CHUNK_BYTES).tolist()
         first = max(0, chunk * CHUNK_BYTES - start) // page_bytes
         end = -(-((last + 1) * CHUNK_BYTES - start) // page_bytes)
@@ -124,15 +129,18 @@ class Origin:
 
     def reason(self, page: int) -> str:
         """Say why a page cannot be had: file, block and offset."""
-        if self._check is not None and isinstance(self._image, MappedImage):
-            offset = self._image.place(self._name).pages_offset
+        if self._check is not None and self._mapped is not None:
+            offset = self._mapped.place(self._name).pages_offset
             offset += page * self._per_page * TARGET_PAGE_BYTES
             for damage in self._check.damages():
                 if damage.offset < offset + self._per_page * TARGET_PAGE_BYTES and (
                     offset < damage.offset + damage.length_bytes
                 ):
                     return str(damage.error())
-        if self._why:
-            return self._why
-        where = page * self._per_page * TARGET_PAGE_BYTES
-        return f"{self._image.path}: block {self._name} cannot be read from offset {where:#x} on"
+        why = self._why
+        try:
+            self._read(page, 1)
+        except ImageError as error:
+            why = str(error)
+        where = f"block {self._name} from offset {page * self._per_page * TARGET_PAGE_BYTES:#x} on"
+        return f"{why or f'{self._image.path}: cannot be read'}: {where}"

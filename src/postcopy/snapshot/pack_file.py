@@ -21,7 +21,7 @@ import numpy.typing as npt
 from postcopy.errors import ImageError
 from postcopy.memory.runs import Mask
 from postcopy.snapshot.digests import CHUNK_BYTES, DIGEST_BYTES, digest
-from postcopy.snapshot.image_file import open_regular
+from postcopy.snapshot.image_file import ImageFile
 from postcopy.snapshot.manifest import ADDRESS_BYTES
 from postcopy.snapshot.publish import MODE, partial, publish
 
@@ -51,7 +51,7 @@ class PackFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._fd = open_regular(path)
+        self._file = ImageFile(path)
         try:
             self._read_index()
         except BaseException:
@@ -59,14 +59,15 @@ class PackFile:
             raise
 
     def _read_index(self) -> None:
-        size = os.fstat(self._fd).st_size
-        tail = os.pread(self._fd, _TAIL_BYTES, max(0, size - _TAIL_BYTES))
-        if len(tail) < _TAIL_BYTES or os.pread(self._fd, len(_MAGIC), 0) != _MAGIC:
+        size = self._file.size_bytes
+        tail = self._file.read(max(0, size - _TAIL_BYTES), _TAIL_BYTES).tobytes()
+        begin = self._file.read(0, len(_MAGIC)).tobytes()
+        if len(tail) < _TAIL_BYTES or begin != _MAGIC:
             raise self.fail("it is no pack of chunks, or cut off")
         count, start = _TAIL.unpack_from(tail)
         if start < len(_MAGIC) or start + count * _ENTRY_BYTES != size - _TAIL_BYTES:
             raise self.fail("the index is damaged: it has another length", size - _TAIL_BYTES)
-        index = os.pread(self._fd, count * _ENTRY_BYTES, start)
+        index = self._file.read(start, count * _ENTRY_BYTES).tobytes()
         if digest(index + tail[: _TAIL.size]) != tail[_TAIL.size :]:
             raise self.fail("the index is damaged: it does not agree with its digest", start)
         offsets = count * ADDRESS_BYTES
@@ -102,12 +103,9 @@ class PackFile:
 
         :raises ImageError: it cannot be read.
         """
-        try:
-            found = os.pread(self._fd, length, offset)
-        except OSError as error:
-            raise self.fail(f"a chunk cannot be read: {error.strerror}", offset) from error
+        found = self._file.read(offset, length).tobytes()
         if len(found) != length:
-            raise self.fail("a chunk is damaged: the file is cut off", offset)
+            raise self.fail("a chunk is damaged: it would lie behind the end of the file", offset)
         return found
 
     def copy(self, chosen: Mask, writer: "PackWriter") -> None:
@@ -122,9 +120,7 @@ class PackFile:
 
     def close(self) -> None:
         """Let go of it; harmless when closed."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._file.close()
 
 
 class PackWriter:

@@ -147,9 +147,9 @@ class PageCopies:
         except BaseException:
             self._file.close()
             raise
-        self._rows = self._file.data[start:]
-        self.address = int(self._file.data.ctypes.data) + start
-        """Where the first page lies in this process; the others follow."""
+        self._start = start
+        self.address = self._file.address + start
+        """Where the first page lies in this process, for the kernel to copy from; the others follow."""
         self._verdicts = bytearray(len(self._digests) // DIGEST_BYTES)
 
     def _read(self, path: Path, identity: str, blocks: Mapping[str, int]) -> int:
@@ -171,13 +171,14 @@ class PageCopies:
         return start
 
     def _read_head(self, path: Path) -> tuple[Fields, int]:
-        data, prefix = self._file.data, len(_MAGIC) + _LENGTH_BYTES
-        length = int.from_bytes(data[len(_MAGIC) : prefix].tobytes(), "little")
+        prefix = len(_MAGIC) + _LENGTH_BYTES
+        begin = self._file.read(0, prefix).tobytes()
+        length = int.from_bytes(begin[len(_MAGIC) :], "little")
         end = prefix + length
-        if data[: len(_MAGIC)].tobytes() != _MAGIC or length > _LARGEST_HEAD_BYTES:
+        if begin[: len(_MAGIC)] != _MAGIC or length > _LARGEST_HEAD_BYTES:
             raise ImageError(path, "these are no pages of a working set")
-        head = data[:end].tobytes()
-        if data[end : end + _DIGEST_BYTES].tobytes() != blake3(head).digest():
+        head = self._file.read(0, end).tobytes()
+        if self._file.read(end, _DIGEST_BYTES).tobytes() != blake3(head).digest():
             raise ImageError(path, "the head does not agree with its digest")
         try:
             fields = Fields(path, json.loads(head[prefix:]))
@@ -188,6 +189,8 @@ class PageCopies:
 
     def good(self, first: int, count: int) -> int:
         """Check copies that are to be used; return how many from ``first`` on are good."""
+        if self._file.current_bytes < self._file.size_bytes:
+            return 0  # cut off since: what is left of the last page reads as if zeros followed
         for piece in range(first // PIECE_PAGES, -(-(first + count) // PIECE_PAGES)):
             if not self._is_good(piece):
                 return max(0, piece * PIECE_PAGES - first)
@@ -210,15 +213,19 @@ class PageCopies:
     def _is_good(self, piece: int) -> bool:
         # Two that ask at once both check, and come to the same result: verdicts need no lock.
         if self._verdicts[piece] == _UNKNOWN:
-            size = PIECE_PAGES * TARGET_PAGE_BYTES
-            expected = self._digests[piece * DIGEST_BYTES : (piece + 1) * DIGEST_BYTES]
-            found = digest(self._rows[piece * size : (piece + 1) * size])
-            self._verdicts[piece] = _GOOD if found == expected else _BAD
+            self._verdicts[piece] = _GOOD if self._is_whole(piece) else _BAD
         return self._verdicts[piece] == _GOOD
+
+    def _is_whole(self, piece: int) -> bool:
+        size = PIECE_PAGES * TARGET_PAGE_BYTES
+        try:
+            found = digest(self._file.read(self._start + piece * size, size))
+        except ImageError:
+            return False
+        return found == self._digests[piece * DIGEST_BYTES : (piece + 1) * DIGEST_BYTES]
 
     def close(self) -> None:
         """Let go of the file.  Harmless when closed."""
-        self._rows = np.empty(0, np.uint8)
         self._file.close()
 
 

@@ -1,17 +1,16 @@
 """What a guest's memory was at its reset point, block by block: a copy, or an image's file.
 
 The copy is in a memfd that the guest's process keeps, so that it outlives engines.  An image whose pages
-lie at fixed places needs none: they are read where the file is mapped.
+lie at fixed places needs none: they are read from its file.
 """
 
 from typing import Protocol
-
-import numpy as np
 
 from postcopy.guest import Region
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
 from postcopy.memory.runs import Mask, runs
 from postcopy.snapshot.image_base import Image, PageRows
+from postcopy.snapshot.mapped_image import MappedImage
 
 
 class PointMemory(Protocol):
@@ -21,7 +20,10 @@ class PointMemory(Protocol):
         """Which pages have anything in them; the others are zero."""
 
     def put_back(self, pages: PageRows, first: int, end: int) -> None:
-        """Write what ``first`` to ``end`` (not included) held into the block's ``pages``."""
+        """Write what ``first`` to ``end`` (not included) held into the block's ``pages``.
+
+        :raises ImageError: it cannot be read.
+        """
 
     def close(self) -> None:
         """Unmap."""
@@ -64,13 +66,13 @@ class KeptMemory:
 class MappedMemory:
     """One block of an image whose pages lie at fixed places.
 
-    :param rows: the block in the file, see :meth:`Image.view`.
-    :param data: which rows count.
+    :param block: its name.
     """
 
-    def __init__(self, rows: PageRows, data: Mask) -> None:
-        self._rows = rows
-        self._data = data
+    def __init__(self, image: MappedImage, block: str) -> None:
+        self._image = image
+        self._block = block
+        self._data = image.has_data(block)
 
     def data(self) -> Mask:
         """See :class:`PointMemory`."""
@@ -80,13 +82,12 @@ class MappedMemory:
         """See :class:`PointMemory`."""
         data = self._data[first:end]
         if data.all():
-            pages[first:end] = self._rows[first:end]
+            self._image.read_into(self._block, first, pages[first:end])
             return
         for start, stop in (first + runs(data)).tolist():
-            pages[start:stop] = self._rows[start:stop]
+            self._image.read_into(self._block, start, pages[start:stop])
         for start, stop in (first + runs(~data)).tolist():
             pages[start:stop] = 0
 
     def close(self) -> None:
         """See :class:`PointMemory`; the file is the image's to close."""
-        self._rows = np.empty((0, TARGET_PAGE_BYTES), np.uint8)

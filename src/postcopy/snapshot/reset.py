@@ -24,6 +24,7 @@ from postcopy.kill_points import reached
 from postcopy.link.guest_proxy import GuestProxy
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
 from postcopy.memory.runs import Mask, runs
+from postcopy.snapshot.mapped_image import MappedImage
 from postcopy.snapshot.opened import OpenedImage
 from postcopy.snapshot.point_memory import KeptMemory, MappedMemory, PointMemory
 
@@ -111,9 +112,8 @@ class Reset:
         if self._opened is None:
             return kept
         image = self._opened.image
-        rows = image.view(block.name)
-        if rows is not None:
-            return MappedMemory(rows, image.has_data(block.name))
+        if isinstance(image, MappedImage):
+            return MappedMemory(image, block.name)
         self._check_room(int(np.count_nonzero(image.has_data(block.name))))
         kept.fill(image)
         return kept

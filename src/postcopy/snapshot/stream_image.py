@@ -25,7 +25,7 @@ from postcopy.stream.numbers import (
     RamFlag,
 )
 from postcopy.stream.ram_records import RamRecords
-from postcopy.stream.reader import WholeBuffer
+from postcopy.stream.reader import FileBuffer
 from postcopy.stream.records import Pages, ZeroPages
 
 _SPARSE_BYTES = 64 << 30
@@ -73,7 +73,7 @@ class _StreamRam:
         self.index: dict[str, _BlockIndex] = {}
         self._last: dict[str, int] = {}  # the offset of each block's last page
 
-    def read_blocks(self, reader: WholeBuffer, total_bytes: int) -> list[ImageBlock]:
+    def read_blocks(self, reader: FileBuffer, total_bytes: int) -> list[ImageBlock]:
         file_bytes = reader.position + reader.available
         if total_bytes > _SPARSE_BYTES + file_bytes * TARGET_PAGE_BYTES:
             reader.fail(f"RAM of {total_bytes:#x} bytes in a file of {file_bytes:#x}", 8)
@@ -84,7 +84,7 @@ class _StreamRam:
         self._last = {block.name: block.size_bytes - TARGET_PAGE_BYTES for block in blocks}
         return blocks
 
-    def read_body(self, reader: WholeBuffer) -> None:
+    def read_body(self, reader: FileBuffer) -> None:
         assert self._records is not None
         reader.commit()  # it goes back to the last commit where a run begins
         while (record := self._records.read(reader)) is not None:
@@ -92,7 +92,7 @@ class _StreamRam:
             if len(record.offsets) < _SHORT_RUN:
                 self._read_short_runs(reader, record.block)
 
-    def _read_short_runs(self, reader: WholeBuffer, block: str) -> None:
+    def _read_short_runs(self, reader: FileBuffer, block: str) -> None:
         """Read records one by one for as long as pages and zero pages alternate.
 
         Looking at many at once pays for long runs only.  What is not plain is left to the others.
@@ -135,7 +135,7 @@ class StreamImage(Image):
     :raises Incomplete: the file ends too early.
     """
 
-    def __init__(self, path: Path, file: ImageFile, reader: WholeBuffer) -> None:
+    def __init__(self, path: Path, file: ImageFile, reader: FileBuffer) -> None:
         ram = _StreamRam()
         super().__init__(path, "stream", read_elements(reader, read_start(reader), ram))
         self._file = file
@@ -146,11 +146,6 @@ class StreamImage(Image):
         mask = np.zeros(self._blocks[block_name].pages, np.bool_)
         mask[self._index[block_name][0]] = True
         return mask
-
-    def view(self, block_name: str) -> PageRows | None:
-        """See :meth:`Image.view`: there is none."""
-        _ = self._blocks[block_name]
-        return None
 
     def locate(self, start: int, end: int) -> tuple[str, int] | None:
         """See :meth:`Image.locate`."""
@@ -169,8 +164,9 @@ class StreamImage(Image):
         for start, stop in _runs(pages, places).tolist():
             count = stop - start
             where, to = int(places[start]), int(pages[start])
+            raw = self._file.read(where, (count - 1) * PAGE_RECORD_BYTES + TARGET_PAGE_BYTES)
             rows[to : to + count] = np.ndarray(
-                (count, TARGET_PAGE_BYTES), np.uint8, self._file.data, where, (PAGE_RECORD_BYTES, 1)
+                (count, TARGET_PAGE_BYTES), np.uint8, raw, 0, (PAGE_RECORD_BYTES, 1)
             )
 
     def close(self) -> None:

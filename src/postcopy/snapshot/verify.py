@@ -28,9 +28,9 @@ def find_damages(path: Path, manifest: Manifest) -> Iterator[Damage]:
         check_size(file, manifest)
         image = _try_to_open(path, opened)
         whole = True
-        for chunk in damaged_chunks(file, manifest.digests):
+        for chunk, reason in damaged_chunks(file, manifest.digests):
             whole = False
-            yield _damage(path, image, chunk, file.size_bytes)
+            yield _damage(file, image, chunk, reason)
         if image is None and whole:
             open_image(path).close()  # which says what is wrong with it, though it is as it was
         if image is not None:
@@ -53,8 +53,8 @@ def open_for_restore(path: Path) -> tuple[Image, Manifest | None]:
         check_size(file, manifest)
         image = _try_to_open(path, opened)
         only = None if image is None else ~memory_chunks(image, file.size_bytes)
-        for chunk in damaged_chunks(file, manifest.digests, only):
-            raise _damage(path, image, chunk, file.size_bytes).error()
+        for chunk, reason in damaged_chunks(file, manifest.digests, only):
+            raise _damage(file, image, chunk, reason).error()
         opened.pop_all()
     return image if image is not None else open_image(path), manifest
 
@@ -89,10 +89,9 @@ def _try_to_open(path: Path, opened: contextlib.ExitStack) -> Image | None:
         return None
 
 
-def _damage(path: Path, image: Image | None, chunk: int, file_bytes: int) -> Damage:
+def _damage(file: ImageFile, image: Image | None, chunk: int, reason: str) -> Damage:
     start = chunk * CHUNK_BYTES
-    end = min(start + CHUNK_BYTES, file_bytes)
+    end = min(start + CHUNK_BYTES, file.size_bytes)
     where = None if image is None else image.locate(start, end)
-    if where is None:
-        return Damage(path, start, end - start)
-    return Damage(path, start, end - start, *where)
+    block, offset = where or (None, None)
+    return Damage(file.path, start, end - start, block, offset, reason)

@@ -9,6 +9,7 @@ an element's length checks it before he asks for the bytes.
 """
 
 import struct
+from collections.abc import Callable
 from typing import NoReturn, TypeAlias
 
 import numpy as np
@@ -19,6 +20,9 @@ from postcopy.errors import StreamError
 CAPACITY_BYTES = (1 << 20) + (64 << 10)
 
 SMALL_BYTES = 8 << 10
+
+SMALLEST_WINDOW_BYTES = 64 << 10
+LARGEST_WINDOW_BYTES = 4 << 20
 
 BytesLike: TypeAlias = bytes | bytearray | memoryview
 
@@ -152,21 +156,25 @@ class StreamBuffer:
 
     def u8(self) -> int:
         """Read one byte."""
-        return self._view[self._advance(1)]
+        at = self._advance(1)  # first: another view may be there afterwards
+        return self._view[at]
 
     def u16(self) -> int:
         """Read two bytes."""
-        value: int = _U16.unpack_from(self._view, self._advance(2))[0]
+        at = self._advance(2)
+        value: int = _U16.unpack_from(self._view, at)[0]
         return value
 
     def u32(self) -> int:
         """Read four bytes."""
-        value: int = _U32.unpack_from(self._view, self._advance(4))[0]
+        at = self._advance(4)
+        value: int = _U32.unpack_from(self._view, at)[0]
         return value
 
     def u64(self) -> int:
         """Read eight bytes."""
-        value: int = _U64.unpack_from(self._view, self._advance(8))[0]
+        at = self._advance(8)
+        value: int = _U64.unpack_from(self._view, at)[0]
         return value
 
     def take(self, count: int) -> bytes:
@@ -205,23 +213,68 @@ class StreamBuffer:
         return np.ndarray((count, width), np.uint8, self._array, self._cursor + skip, (stride, 1))
 
 
-class WholeBuffer(StreamBuffer):
-    """All bytes of a file at once, where they are mapped: nothing is copied, nothing comes after.
+class FileBuffer(StreamBuffer):
+    """A file that is read as the cursor gets there, through a window; nothing comes after.
 
-    :param data: the file, read-only; what a parser is handed out are views into it.
+    What is handed out counts up to the next call, as with any buffer.
+
+    :param read: gives so many bytes from an offset in the file on.
+    :param size_bytes: of the file.
     """
 
-    def __init__(self, data: npt.NDArray[np.uint8]) -> None:
+    def __init__(self, read: Callable[[int, int], npt.NDArray[np.uint8]], size_bytes: int) -> None:
         super().__init__(0)
-        self._array = data
-        self._view = data.data
-        self._end = len(data)
+        self._read = read
+        self._size = size_bytes
+        self._window = SMALLEST_WINDOW_BYTES
+
+    @property
+    def available(self) -> int:
+        """Bytes behind the cursor, up to the end of the file."""
+        return self._size - self.position
+
+    def need(self, count: int) -> None:
+        """Make sure that ``count`` bytes are there: read them, and some more at the same time."""
+        if self._end - self._cursor >= count:
+            return
+        if self.available < count:
+            raise Incomplete
+        # All from the last commit on: the parser may go back to it.
+        kept = self._cursor - self._start
+        first = self.consumed
+        self._window = min(2 * self._window, LARGEST_WINDOW_BYTES)
+        self._array = self._read(first, min(kept + count + self._window, self._size - first))
+        self._view = self._array.data
+        self._base, self._start, self._cursor, self._end = first, 0, kept, len(self._array)
+
+    def rest(self) -> memoryview:
+        """Look at some of what is behind the cursor: as much as has been needed, or more."""
+        self.need(min(SMALLEST_WINDOW_BYTES, self.available))
+        return super().rest()
+
+    def tail(self, most: int) -> bytes:
+        """Look at the end of the file, no further back than the cursor.
+
+        :param most: bytes.
+        """
+        count = min(most, self.available)
+        return self._read(self._size - count, count).tobytes()
 
     def seek(self, position: int) -> None:
         """Put the cursor anywhere, and consume what is before it.
 
         :raises Incomplete: it lies behind the end.
         """
-        if position > self._end:
+        if position > self._size:
             raise Incomplete
-        self._start = self._cursor = position
+        if self._base <= position <= self._base + self._end:
+            self._start = self._cursor = position - self._base
+            return
+        self.jump(position)
+        self._window = SMALLEST_WINDOW_BYTES
+
+    def _advance(self, count: int) -> int:
+        self.need(count)
+        at = self._cursor
+        self._cursor = at + count
+        return at
