@@ -8,6 +8,7 @@ import threading
 from postcopy.errors import Refused, WrongState
 from postcopy.events import EventBus
 from postcopy.monitor.backend import Backend
+from postcopy.ownership import Ownership
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.statistics import MigrationInfo
 from postcopy.status import Status
@@ -22,6 +23,7 @@ class FakeMachine:
 
     def __init__(self, events):
         self._events = events
+        self.ownership = Ownership()
         self.run_state = "running"
         self.ram = bytearray(self.memory_bytes)
         self.page_is_there = threading.Event()

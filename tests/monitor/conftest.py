@@ -14,7 +14,10 @@ DEADLINE_SECONDS = 20
 
 
 class BareClient:
-    """Sends bytes and reads lines; hides nothing."""
+    """Sends bytes and reads lines.
+
+    :ivar ownership: what the last answer said besides QEMU's members: whose the guest is.
+    """
 
     def __init__(self, path):
         self.socket = socket.socket(socket.AF_UNIX)
@@ -35,6 +38,9 @@ class BareClient:
     def reply(self):
         while "event" in (message := self.read()):
             self.events.append(message)
+        found = message.get("return")
+        if isinstance(found, dict):
+            self.ownership = {n: found.pop(n) for n in ("x-owner", "x-last-order") if n in found}
         return message
 
     def ask(self, data):

@@ -14,6 +14,7 @@ from fakes.monitor_backend import make_backend
 from postcopy.errors import CannotListen, Refused
 from postcopy.monitor.hmp_console import HmpConsole
 from postcopy.monitor.server import serve_hmp, serve_qmp
+from postcopy.ownership import Move
 from postcopy.statistics import MigrationInfo
 from postcopy.status import Status
 
@@ -216,3 +217,14 @@ def test_hmp_over_a_socket(backend, tmp_path):
         said = client.makefile("rb").read()
     assert b"(postcopy) VM status: running\r\n" in said
     server.close()
+
+
+def test_query_status_says_whose_the_guest_is(ours, backend):
+    ours.negotiate()
+    assert ours.execute("query-status") == {"return": {"status": "running", "running": True}}
+    assert ours.ownership == {"x-owner": "ours"}
+    backend.machine.ownership.ordered("migrate", "outgoing", "tcp:there:1")
+    backend.machine.ownership.move(Move.ORDER)
+    ours.execute("query-status")
+    order = {"name": "migrate", "direction": "outgoing", "uri": "tcp:there:1"}
+    assert ours.ownership == {"x-owner": "moving", "x-last-order": order}

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from postcopy.events import EventBus
 from postcopy.guest import VcpuThread
+from postcopy.ownership import Ownership
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.statistics import MigrationInfo
 from postcopy.status import Status
@@ -26,6 +27,10 @@ class MachineControl(Protocol):
     @property
     def running(self) -> bool:
         """Whether the vCPUs run."""
+
+    @property
+    def ownership(self) -> Ownership:
+        """Whose the guest is, and what was ordered of it last."""
 
     @property
     def memory_bytes(self) -> int:

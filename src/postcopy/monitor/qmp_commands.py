@@ -69,7 +69,12 @@ def _set_capabilities(backend: Backend, arguments: Arguments) -> None:
 
 
 def _query_status(backend: Backend, _: Arguments) -> dict[str, Any]:
-    return {"status": backend.machine.run_state, "running": backend.machine.running}
+    machine = backend.machine
+    return {
+        "status": machine.run_state,
+        "running": machine.running,
+        **machine.ownership.to_qapi(),
+    }
 
 
 def _query_cpus_fast(backend: Backend, _: Arguments) -> list[dict[str, Any]]:
