@@ -13,6 +13,10 @@ Drawn by `scripts/draw_status.py` from the one table in [`status.py`](../src/pos
 do not edit it here. Source and destination walk the same table. The names are QEMU's
 `MigrationStatus`.
 
+In `postcopy-device` the source has given the guest up, and the destination loads its devices. Should
+it refuse them, both sides fail and the guest runs on at the source; a source that hears nothing
+pauses, for it cannot know.
+
 From `postcopy-active` on each side holds pages that the other lacks. A broken channel then leads to
 `postcopy-paused`, never to `failed`, and both sides wait for as long as it takes.
 """

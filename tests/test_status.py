@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from postcopy.errors import WrongState
-from postcopy.status import AFTER_SWITCHOVER, ENDED, MOVES, Progress, Status, diagram
+from postcopy.status import AFTER_SWITCHOVER, ENDED, GIVEN_UP, MOVES, Progress, Status, diagram
 
 S = Status
 
@@ -20,19 +20,26 @@ def reachable(*begin):
     return seen
 
 
-def test_qemu_has_fifteen_statuses():
-    assert len(Status) == 15
+def test_qemu_has_seventeen_statuses():
+    assert len(Status) == 17
     assert set(MOVES) == set(Status)
 
 
-def test_every_status_but_two_can_be_reached():
-    assert reachable(S.NONE) == set(Status) - {S.COLO, S.WAIT_UNPLUG}
+def test_every_status_but_three_can_be_reached():
+    assert reachable(S.NONE) == set(Status) - {S.FAILING, S.COLO, S.WAIT_UNPLUG}
 
 
 def test_after_switchover_there_is_no_way_back():
     """Only by completing or by losing the guest; never to cancelled or to running it here again."""
     for status in AFTER_SWITCHOVER:
         assert MOVES[status] <= AFTER_SWITCHOVER | {S.COMPLETED, S.FAILED}
+
+
+def test_a_guest_that_is_given_up_never_comes_back_by_a_cancel():
+    """A destination that loads the devices may refuse them; a source that hears nothing pauses."""
+    for status in GIVEN_UP:
+        assert MOVES[status] <= GIVEN_UP | {S.COMPLETED, S.FAILED}
+    assert MOVES[S.POSTCOPY_DEVICE] == {S.POSTCOPY_ACTIVE, S.POSTCOPY_PAUSED, S.FAILED}
 
 
 def test_every_end_allows_a_new_beginning_and_nothing_else():

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from postcopy.status import AFTER_SWITCHOVER, Status
+from postcopy.status import GIVEN_UP, Status
 
 LATENCY_BUCKETS = 24
 """Fault latencies are counted by power of two: [1, 2) us up to [2**23, 2**24) us."""
 
-_WITH_FIGURES = AFTER_SWITCHOVER | {
+_WITH_FIGURES = GIVEN_UP | {
     Status.ACTIVE,
     Status.CANCELLING,
     Status.PRE_SWITCHOVER,

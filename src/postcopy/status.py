@@ -15,18 +15,20 @@ from postcopy.errors import WrongState
 
 
 class Status(enum.Enum):
-    """QEMU's fifteen statuses; ``colo`` and ``wait-unplug`` are listed but never entered here."""
+    """QEMU 11.1's statuses; ``failing``, ``colo`` and ``wait-unplug`` are listed but never entered here."""
 
     NONE = "none"
     SETUP = "setup"
     CANCELLING = "cancelling"
     CANCELLED = "cancelled"
     ACTIVE = "active"
+    POSTCOPY_DEVICE = "postcopy-device"
     POSTCOPY_ACTIVE = "postcopy-active"
     POSTCOPY_PAUSED = "postcopy-paused"
     POSTCOPY_RECOVER_SETUP = "postcopy-recover-setup"
     POSTCOPY_RECOVER = "postcopy-recover"
     COMPLETED = "completed"
+    FAILING = "failing"
     FAILED = "failed"
     COLO = "colo"
     PRE_SWITCHOVER = "pre-switchover"
@@ -39,12 +41,24 @@ MOVES: dict[Status, frozenset[Status]] = {
     S.NONE: frozenset({S.SETUP}),
     S.SETUP: frozenset({S.ACTIVE, S.CANCELLING, S.FAILED}),
     S.ACTIVE: frozenset(
-        # A destination goes from active to postcopy-active or completed: it has no device status.
-        {S.PRE_SWITCHOVER, S.DEVICE, S.POSTCOPY_ACTIVE, S.COMPLETED, S.CANCELLING, S.FAILED}
+        # A destination has no device status, and a restore loads its devices while it is active.
+        {
+            S.PRE_SWITCHOVER,
+            S.DEVICE,
+            S.POSTCOPY_DEVICE,
+            S.POSTCOPY_ACTIVE,
+            S.COMPLETED,
+            S.CANCELLING,
+            S.FAILED,
+        }
     ),
     S.PRE_SWITCHOVER: frozenset({S.DEVICE, S.CANCELLING, S.FAILED}),
-    S.DEVICE: frozenset({S.COMPLETED, S.POSTCOPY_ACTIVE, S.CANCELLING, S.FAILED}),
+    S.DEVICE: frozenset({S.COMPLETED, S.POSTCOPY_DEVICE, S.CANCELLING, S.FAILED}),
     S.CANCELLING: frozenset({S.CANCELLED, S.FAILED}),
+    # The source has given the guest up, and the destination loads its devices.  It may still refuse
+    # them: then each side fails, and the guest runs on at the source.  A source that hears nothing
+    # cannot know, and pauses.
+    S.POSTCOPY_DEVICE: frozenset({S.POSTCOPY_ACTIVE, S.POSTCOPY_PAUSED, S.FAILED}),
     # From here each side holds pages that the other lacks, so there is no way back.  A broken
     # channel only pauses, for as long as it takes; FAILED means that the guest is lost or, at the
     # source, that the destination has left without ever running it.
@@ -58,6 +72,7 @@ MOVES: dict[Status, frozenset[Status]] = {
     S.COMPLETED: frozenset({S.SETUP}),
     S.CANCELLED: frozenset({S.SETUP}),
     S.FAILED: frozenset({S.SETUP}),
+    S.FAILING: frozenset(),
     S.COLO: frozenset(),
     S.WAIT_UNPLUG: frozenset(),
 }
@@ -69,6 +84,14 @@ AFTER_SWITCHOVER = frozenset(
     {S.POSTCOPY_ACTIVE, S.POSTCOPY_PAUSED, S.POSTCOPY_RECOVER_SETUP, S.POSTCOPY_RECOVER}
 )
 """The destination owns the guest, and neither side may drop anything."""
+
+GIVEN_UP = AFTER_SWITCHOVER | {S.POSTCOPY_DEVICE}
+"""A source that sends by postcopy has given the guest up; its destination need not own it yet."""
+
+
+def has_switched_over(status: Status, *, incoming: bool) -> bool:
+    """Whether this side of a postcopy must be recovered, not begun anew, should its engine die."""
+    return status in (AFTER_SWITCHOVER if incoming else GIVEN_UP)
 
 
 class Progress:

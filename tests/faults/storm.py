@@ -110,7 +110,7 @@ def _cut_one(rng, broken, most):
     if rng.random() < 0.25:
         _cut_anywhere(rng, channel)  # so early that it may be before the switchover
     broken.switch()
-    broken.source.until(Status.POSTCOPY_ACTIVE, *SETTLED)
+    broken.source.until(Status.POSTCOPY_DEVICE, Status.POSTCOPY_ACTIVE, *SETTLED)
     while breaks < most and broken.source.status is not Status.FAILED:
         _break_link(rng, broken, channel)
         breaks += 1

@@ -73,10 +73,10 @@ def test_a_pause_waits_for_the_package_that_is_under_way(journey, tmp_path):
         broken.source.control.migrate(channel.uri)
         broken.switch()
         stalled.wait()
-        broken.source.wait(ACTIVE)
+        broken.source.wait(Status.POSTCOPY_DEVICE)
         broken.source.control.pause()
         assert (
-            broken.source.control.info().status is ACTIVE
+            broken.source.control.info().status is Status.POSTCOPY_DEVICE
         )  # asked of the engine, behind the pause
         channel.flow()
         broken.until_settled()

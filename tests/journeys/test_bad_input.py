@@ -10,7 +10,7 @@ import pytest
 
 from fakes.pair import NEVER_ENDS, POSTCOPY, QUICK, hammer
 from fakes.waiting import wait_until
-from postcopy.errors import CannotListen, HostCannot, Refused, WrongState
+from postcopy.errors import CannotListen, GuestError, HostCannot, Refused, WrongState
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.machine.machine import Machine
 from postcopy.parameters import Capability
@@ -54,6 +54,11 @@ class OtherPages(Machine):
 
 class Unwilling(Machine):
     machine_name = "pc-q35-10.0"
+
+
+class OtherDevices(Machine):
+    def load_devices(self, states):
+        raise GuestError(f"device '{states[0].name}' is of another version")
 
 
 @pytest.mark.parametrize("uri", ["tcp:127.0.0.1:1", "unix:/nonexistent/socket"])
@@ -153,6 +158,18 @@ def test_other_page_size(journey):
     trip.migrate()
     refused(trip, "Postcopy needs matching RAM page sizes (s=1000 d=200000)")
     next_one_succeeds(trip)
+
+
+def test_other_devices_after_the_guest_was_given_up(journey):
+    trip = journey(hammer(), kind=OtherDevices, capabilities=POSTCOPY, parameters=NEVER_ENDS)
+    trip.migrate()
+    trip.source.control.start_postcopy()
+    refused(trip, "is of another version")
+    told = trip.source.story()
+    told = told[told.index("device") :][:5]  # and then it was stopped, to be looked at
+    assert told == ["device", "PASS 2", "postcopy-device", "RESUME", "failed"]
+    told = trip.destination.story()
+    assert told[told.index("active") :] == ["active", "postcopy-device", "failed"]
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(2, 1), (1, 2)])

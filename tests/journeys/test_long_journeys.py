@@ -78,10 +78,18 @@ def test_what_a_postcopy_tells(journey):
         "STOP",
         "device",
         "PASS 2",
+        "postcopy-device",
         "postcopy-active",
         "completed",
     ]
-    assert _arrival(trip) == ["setup", "active", "postcopy-active", "RESUME", "completed"]
+    assert _arrival(trip) == [
+        "setup",
+        "active",
+        "postcopy-device",
+        "postcopy-active",
+        "RESUME",
+        "completed",
+    ]
 
 
 def test_what_a_pause_before_switchover_tells(journey):

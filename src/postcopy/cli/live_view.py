@@ -18,6 +18,7 @@ _COLOURS = {
     Phase.DIGESTS: "yellow",
     Phase.RECOVERY: "yellow",
     Phase.COMPLETED: "green",
+    Phase.FAILING: "red",
     Phase.FAILED: "red",
 }
 

@@ -26,6 +26,7 @@ class Phase(enum.StrEnum):
     CANCELLING = "cancelling"
     COMPLETED = "completed"
     CANCELLED = "cancelled"
+    FAILING = "failing"
     FAILED = "failed"
 
 
@@ -37,6 +38,7 @@ PHASES: Final = {
     Status.COLO: Phase.PRECOPY,
     Status.PRE_SWITCHOVER: Phase.SWITCHOVER,
     Status.DEVICE: Phase.SWITCHOVER,
+    Status.POSTCOPY_DEVICE: Phase.SWITCHOVER,
     Status.POSTCOPY_ACTIVE: Phase.POSTCOPY,
     Status.POSTCOPY_RECOVER: Phase.RECOVERY,
     Status.POSTCOPY_RECOVER_SETUP: Phase.RECOVERY,
@@ -44,6 +46,7 @@ PHASES: Final = {
     Status.CANCELLING: Phase.CANCELLING,
     Status.COMPLETED: Phase.COMPLETED,
     Status.CANCELLED: Phase.CANCELLED,
+    Status.FAILING: Phase.FAILING,
     Status.FAILED: Phase.FAILED,
 }
 

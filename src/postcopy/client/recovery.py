@@ -105,8 +105,11 @@ def address_of(info: Mapping[str, Any], asked: str) -> str:
 async def _check_broken(source: Connection, destination: Connection) -> None:
     """At least one side must be paused, and the other be in the same migration."""
     found = [await _status(source), await _status(destination)]
+    # A source that has sent the package and hears nothing can be paused; its destination cannot, yet.
+    breakable = (_BREAKABLE | {Status.POSTCOPY_DEVICE}, _BREAKABLE)
     if Status.POSTCOPY_PAUSED in found and all(
-        status in _BREAKABLE or status is Status.POSTCOPY_PAUSED for status in found
+        status in allowed or status is Status.POSTCOPY_PAUSED
+        for status, allowed in zip(found, breakable, strict=True)
     ):
         return
     whose = zip(("source", "destination"), found, (source, destination), strict=True)

@@ -61,6 +61,10 @@ SOURCE: Final[dict[Status, Standing]] = {
     S.DEVICE: Standing(
         "switchover: the guest is stopped and its devices are sent", HERE, "the destination to take over"
     ),
+    S.POSTCOPY_DEVICE: Standing(
+        "switchover: the guest is stopped, and the destination loads its devices", THERE,
+        "the destination to say that it runs the guest, or that it cannot",
+    ),
     S.POSTCOPY_ACTIVE: Standing(
         "postcopy: the guest runs at the destination, its last pages follow", THERE,
         "the last page to be sent",
@@ -84,6 +88,7 @@ SOURCE: Final[dict[Status, Standing]] = {
         "the migration was cancelled; the guest is where it was", HERE, "",
         "postcopy migrate --from {source} --to {destination} URI",
     ),
+    S.FAILING: Standing("the migration has failed, and ends", HERE, "the connection to end"),
     S.FAILED: Standing(
         "the migration failed; the guest is where it was", HERE, "",
         "postcopy migrate --from {source} --to {destination} URI",
@@ -105,6 +110,9 @@ DESTINATION: Final[dict[Status, Standing]] = {
     S.ACTIVE: Standing("a guest's memory is arriving", THERE, "the source to switch over"),
     S.PRE_SWITCHOVER: _NEVER,
     S.DEVICE: Standing("the guest's devices are arriving", THERE, "the devices to be loaded"),
+    S.POSTCOPY_DEVICE: Standing(
+        "switchover: the guest's devices are being loaded", THERE, "the devices to be loaded"
+    ),
     S.POSTCOPY_ACTIVE: Standing(
         "postcopy: the guest runs here, its last pages are arriving", HERE, "the last page"
     ),
@@ -122,6 +130,7 @@ DESTINATION: Final[dict[Status, Standing]] = {
         "the migration was cancelled at its source", THERE, "",
         "postcopy migrate --from {source} --to {destination} URI",
     ),
+    S.FAILING: Standing("the migration has failed, and ends", THERE, "the connection to end"),
     S.FAILED: Standing(
         "no guest came, or it came and some of its pages never will", THERE, "",
         "quit   (at the destination's monitor, and start it again)",

@@ -220,9 +220,7 @@ class Destination:
 
     def _is_waiting(self) -> bool:
         status = self._progress.status
-        if status is Status.POSTCOPY_ACTIVE or (
-            self._postcopy.listening and status is Status.ACTIVE
-        ):
+        if status in {Status.POSTCOPY_DEVICE, Status.POSTCOPY_ACTIVE}:
             # With its last page in place it waits for one word: that there is nothing more.
             return self._postcopy.finished or self._ram.any_expected()
         return status is Status.POSTCOPY_RECOVER

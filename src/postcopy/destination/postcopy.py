@@ -8,6 +8,7 @@ reading: a device that touches a missing page waits for that very thread.
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -94,6 +95,7 @@ class Postcopy:
             raise StreamError("CMD_POSTCOPY_LISTEN in wrong postcopy state")
         self._start_pager(self._userfaultfd)
         self.listening = True
+        self._progress.move(Status.POSTCOPY_DEVICE)
         reached("destination.listening")
         self._package_thread = _start("package", lambda: self._load(decoder))
         return self._userfaultfd
@@ -127,7 +129,9 @@ class Postcopy:
             watched no more.
         """
         with self._deciding:
-            self._given_up = self._progress.status is Status.ACTIVE and self._ram.any_expected()
+            self._given_up = (
+                self._progress.status is Status.POSTCOPY_DEVICE and self._ram.any_expected()
+            )
             return self._given_up
 
     def adopt(self) -> Userfaultfd:
@@ -225,7 +229,17 @@ class Postcopy:
             self._load_package(decoder)
         except PostcopyError as error:
             self.failure = error
+            self._refuse()
             self._on_failure()
+
+    def _refuse(self) -> None:
+        """Tell the source that its guest will not run here, unless it has been told the contrary.
+
+        Said by this thread: to wake the reader of the channel means to break it.
+        """
+        if self._progress.status is Status.POSTCOPY_DEVICE:
+            with suppress(ChannelBroken):
+                self._return_path.shut(failed=True)
 
     def _load_package(self, decoder: Decoder) -> None:
         devices, pings = _unpack(decoder)

@@ -28,7 +28,7 @@ from postcopy.link.settings import Settings
 from postcopy.ownership import Move
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.statistics import MigrationInfo
-from postcopy.status import AFTER_SWITCHOVER, Progress, Status
+from postcopy.status import GIVEN_UP, Progress, Status
 
 
 class MigrationControl:
@@ -250,7 +250,7 @@ class MigrationControl:
         """Give up the outgoing migration."""
         if self._departing.cancel() or self._current.shown.incoming or not self._current.shown.busy:
             return
-        if self._current.shown.status in AFTER_SWITCHOVER:
+        if self._current.shown.status in GIVEN_UP:
             raise WrongState("Postcopy migration in progress, cannot cancel.")
         # From here on no engine can hand the guest over; if one was quicker, this is refused.
         self._ownership.move(Move.CANCEL)
@@ -265,7 +265,10 @@ class MigrationControl:
     def pause(self) -> None:
         """Break a postcopy on purpose."""
         self._restoring.refuse_pause()
-        if self._current.shown.status not in {Status.POSTCOPY_ACTIVE, Status.POSTCOPY_RECOVER}:
+        shown = self._current.shown
+        # A source whose destination does not answer waits for it in `postcopy-device`, perhaps for ever.
+        early = frozenset() if shown.incoming else frozenset({Status.POSTCOPY_DEVICE})
+        if shown.status not in {Status.POSTCOPY_ACTIVE, Status.POSTCOPY_RECOVER} | early:
             raise WrongState(
                 "migrate-pause is currently only supported during postcopy-active or "
                 "postcopy-recover state"

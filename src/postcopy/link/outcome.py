@@ -17,7 +17,7 @@ from postcopy.link.settings import Settings
 from postcopy.ownership import Move, Owner
 from postcopy.parameters import Capability
 from postcopy.statistics import MigrationInfo
-from postcopy.status import AFTER_SWITCHOVER, ENDED, Status
+from postcopy.status import ENDED, GIVEN_UP, Status, has_switched_over
 
 _SPARE_DELAY_S = 2.0  # how long a guest that has just arrived has the CPUs to itself
 
@@ -133,7 +133,7 @@ class Outcome:
         if job is self.restoring.job and self._ownership.owner is not Owner.ABANDONED:
             self.restoring.engine_died()
             return
-        if job.status in AFTER_SWITCHOVER:
+        if has_switched_over(job.status, incoming=job.incoming):
             self._engine_lost()
             return
         job.error = "the engine process died unexpectedly; start the migration again"
@@ -157,7 +157,7 @@ class Outcome:
     def _has_arrived(self) -> bool:
         """Whether an engine has nothing left to do but to say so."""
         if not self.work.incoming:
-            return self.work.status in AFTER_SWITCHOVER and self._ownership.owner is Owner.MOVED
+            return self.work.status in GIVEN_UP and self._ownership.owner is Owner.MOVED
         return self._guest.owned and not self._service.watches_missing
 
     def _engine_lost(self) -> None:
@@ -168,9 +168,7 @@ class Outcome:
         if job.incoming and not self._guest.owned:
             self._resume_guest()  # its devices are loaded, and the source has been told so
         job.error = "the engine process died; no page is lost: recover the migration"
-        job.progress.move(
-            Status.POSTCOPY_PAUSED, only_from=AFTER_SWITCHOVER - {Status.POSTCOPY_PAUSED}
-        )
+        job.progress.move(Status.POSTCOPY_PAUSED, only_from=GIVEN_UP - {Status.POSTCOPY_PAUSED})
         if job.incoming:
             self.recovery.engine_died()
 

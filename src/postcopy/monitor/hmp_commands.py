@@ -25,7 +25,9 @@ from postcopy.parameters import Capability, rules
 from postcopy.status import Status
 
 _POLL_SECONDS = 0.1
-_UNDER_WAY = frozenset({Status.SETUP, Status.ACTIVE, Status.DEVICE, Status.CANCELLING})
+_UNDER_WAY = frozenset(
+    {Status.SETUP, Status.ACTIVE, Status.DEVICE, Status.POSTCOPY_DEVICE, Status.CANCELLING}
+)
 
 
 @dataclass(slots=True)

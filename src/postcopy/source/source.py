@@ -32,7 +32,7 @@ from postcopy.source.recovery import agree_on_what_is_missing
 from postcopy.source.sending import choose_sender
 from postcopy.source.switchover import PACKAGE_PING, Switchover
 from postcopy.statistics import MigrationInfo
-from postcopy.status import AFTER_SWITCHOVER, Progress, Status
+from postcopy.status import GIVEN_UP, Progress, Status
 from postcopy.stream import encoder
 
 
@@ -105,7 +105,7 @@ class Source:
     def set_parameters(self, parameters: Parameters) -> None:
         """Take over parameters that the user has changed meanwhile."""
         self._parameters = parameters
-        after = self._progress.status in AFTER_SWITCHOVER
+        after = self._progress.status in GIVEN_UP
         self._limiter.set_rate(
             parameters.max_postcopy_bandwidth if after else parameters.max_bandwidth
         )
@@ -180,6 +180,7 @@ class Source:
             connection.answers.wait_pong(PACKAGE_PING)
             self._ran_there = True
             self._guest.runs_there()
+            self._progress.move(Status.POSTCOPY_ACTIVE)
             if self._paused_by_user:
                 self._break()
             reached("source.package-taken")
@@ -318,7 +319,7 @@ class Source:
         return_path = self._connection.return_path if self._connection is not None else None
         if self._connection is not None:
             error = self._connection.explain(error)
-        broken = self._progress.status in AFTER_SWITCHOVER and not self._never_ran_there()
+        broken = self._progress.status in GIVEN_UP and not self._never_ran_there()
         if broken and self._paused_by_user:
             error = ChannelBroken("Postcopy migration is paused by the user")
         cancelled = self._progress.status is Status.CANCELLING

@@ -166,7 +166,7 @@ class Switchover:
         )
         self._commit()
         # From here an engine that takes over from us must recover, whatever it finds.
-        self._progress.move(Status.POSTCOPY_ACTIVE)
+        self._progress.move(Status.POSTCOPY_DEVICE)
         self._connection.push.begin()
         reached("source.before-package")
         try:
