@@ -9,6 +9,7 @@ import pytest
 from fakes import carry
 from fakes.pair import DEADLINE_S, NEVER_ENDS, POSTCOPY, TRICKLE, hammer
 from fakes.waiting import wait_until
+from postcopy.errors import Refused
 from postcopy.parameters import Capability
 from postcopy.status import Status
 
@@ -204,14 +205,30 @@ def test_a_full_disk_leaves_the_guest_here(journey):
     trip.verify_source()
 
 
-def test_postcopy_into_a_file_is_refused(journey, tmp_path):
-    trip = journey(hammer(), capabilities=POSTCOPY)
-    trip.source.control.migrate(f"file:{tmp_path}/saved")
-    trip.source.wait(Status.FAILED)
-    assert trip.source.error == (
-        f"postcopy needs a channel that answers, which file:{tmp_path}/saved does not"
+@pytest.mark.parametrize("capability", [Capability.RETURN_PATH, Capability.POSTCOPY_RAM])
+def test_what_needs_answers_is_refused_where_none_come(journey, tmp_path, capability):
+    names = {Capability.RETURN_PATH: "return-path", Capability.POSTCOPY_RAM: "postcopy"}
+    trip = journey(hammer(), capabilities=(capability,))
+    with pytest.raises(Refused) as refused:
+        trip.source.control.migrate(f"file:{tmp_path}/saved")
+    assert str(refused.value).startswith(
+        f"{names[capability]} needs a channel that answers, which file:{tmp_path}/saved does not"
     )
+    assert trip.source.status is Status.NONE
+    assert not (tmp_path / "saved").exists()
     trip.verify_source()
+
+
+def test_a_descriptor_that_is_none_is_refused(journey):
+    trip = journey(hammer())
+    text = "^File descriptor named '999999' has not been found$"
+    with pytest.raises(Refused, match=text):
+        trip.source.control.migrate("fd:999999")
+    assert trip.source.status is Status.NONE
+    with pytest.raises(Refused, match=text):
+        trip.destination.listen("fd:999999")
+    trip.migrate()
+    trip.finish()
 
 
 def test_a_file_that_ends_too_early_leaves_nothing_behind(journey, tmp_path):

@@ -9,6 +9,7 @@ import termios
 from collections.abc import Callable
 
 from postcopy.channel.channel import Channel
+from postcopy.channel.descriptor_check import can_answer
 from postcopy.channel.gathering import Gathering
 from postcopy.errors import ChannelBroken
 
@@ -37,8 +38,10 @@ class DescriptorChannel(Channel):
 
     @property
     def can_return(self) -> bool:
-        """Only where both directions are open."""
-        return self._reading is not None and self._writing is not None
+        """Only where both directions are open, and what comes is not what was sent."""
+        if self._reading is None or self._writing is None:
+            return False
+        return self._reading != self._writing or can_answer(self._reading)
 
     def fileno(self) -> int:
         """The descriptor written to, or else the one read from."""

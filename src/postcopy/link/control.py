@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from postcopy.channel.address import parse
+from postcopy.channel.descriptor_check import Use
 from postcopy.errors import EngineDied, PostcopyError, WrongState
 from postcopy.events import EventBus
 from postcopy.link import loss
@@ -130,11 +131,11 @@ class MigrationControl:
 
     def migrate(self, uri: str, *, resume: bool = False) -> None:
         """Begin to send the guest to ``uri``."""
-        check_transport(parse(uri), self.capabilities)
+        check_transport(parse(uri), self.capabilities, Use.SEND)
         if resume:
             self._resume(uri)
             return
-        with descriptors(parse(uri)) as fds:  # refused before anything moves
+        with descriptors(parse(uri), Use.SEND) as fds:  # refused before anything moves
             with self._lock:
                 self._check_can_start()
                 after = self._restoring.job
@@ -179,9 +180,9 @@ class MigrationControl:
         with self._lock:
             address = parse(uri)
             link = self._expect(exit_on_error, "migrate-incoming", uri)
-            check_transport(address, self.capabilities)
+            check_transport(address, self.capabilities, Use.RECEIVE)
             job = Job(self._tell, incoming=True)
-            with descriptors(address) as fds:
+            with descriptors(address, Use.RECEIVE) as fds:
                 found = link.call("listen", fds=fds, uri=uri, **self._settings.to_wire())
             job.addresses = tuple(found)
             self._begin_incoming(job)
@@ -286,7 +287,7 @@ class MigrationControl:
         if self._restoring.job is not None:
             self._restoring.recover(uri)
             return
-        check_transport(parse(uri), self.capabilities)
+        check_transport(parse(uri), self.capabilities, Use.RECEIVE)
         self._recovery.listen(uri)
 
     def _show_paused_restore(self) -> None:

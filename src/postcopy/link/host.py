@@ -1,7 +1,14 @@
 """What this host can do for a guest, asked before anything moves."""
 
 from postcopy.abi.userfaultfd import Feature
-from postcopy.channel.address import Address, FileAddress, TcpAddress, UnixAddress
+from postcopy.channel.address import (
+    Address,
+    FdAddress,
+    FileAddress,
+    TcpAddress,
+    UnixAddress,
+)
+from postcopy.channel.descriptor_check import Use, can_answer, check_descriptor
 from postcopy.errors import HostCannot, Refused, WrongState
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.link.guest_service import (
@@ -67,12 +74,13 @@ def check_reset() -> None:
         raise HostCannot(f"the writes of a guest cannot be tracked: {error}", error.cure) from error
 
 
-def check_transport(address: Address, capabilities: Capabilities) -> None:
+def check_transport(address: Address, capabilities: Capabilities, use: Use) -> None:
     """Refuse an address that cannot do what the capabilities need.
 
-    Two connections come where it can be reached more than once; pages have places in a file only.
+    Two connections come where it can be reached more than once; pages have places in a file only; and
+    what answers is a socket or a command.  See ``docs/transports.md``.
 
-    :raises Refused: in QEMU's words.
+    :raises Refused: in QEMU's words, where QEMU does not find it out half-way.
     """
     if capabilities.enabled(Capability.MAPPED_RAM) and not isinstance(address, FileAddress):
         raise Refused("Migration requires seekable transport (e.g. file)")
@@ -80,3 +88,22 @@ def check_transport(address: Address, capabilities: Capabilities) -> None:
         address, TcpAddress | UnixAddress
     ):
         raise Refused("Migration requires multi-channel URIs (e.g. tcp)")
+    if isinstance(address, FdAddress):
+        check_descriptor(address.number, use)
+    if use is Use.SEND:
+        _check_answers(address, capabilities)
+
+
+def _check_answers(address: Address, capabilities: Capabilities) -> None:
+    if isinstance(address, FdAddress):
+        answers = can_answer(address.number)
+    else:
+        answers = not isinstance(address, FileAddress)
+    if answers:
+        return
+    if capabilities.enabled(Capability.POSTCOPY_RAM):
+        raise Refused(f"postcopy needs a channel that answers, which {address} does not")
+    if capabilities.enabled(Capability.RETURN_PATH):
+        raise Refused(
+            f"return-path needs a channel that answers, which {address} does not; switch it off"
+        )

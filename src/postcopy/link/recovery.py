@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from postcopy.channel.address import parse
+from postcopy.channel.descriptor_check import Use
 from postcopy.errors import EngineDied, PostcopyError, WrongState
 from postcopy.link.engines import Engines, Succession
 from postcopy.link.job import Job
@@ -61,7 +62,7 @@ class Recovery:
 
         :raises PostcopyError: it cannot be listened on, or nothing is paused any more.
         """
-        with descriptors(parse(uri)) as fds, self.lock:
+        with descriptors(parse(uri), Use.RECEIVE) as fds, self.lock:
             try:
                 found = self._engines.call("recover_destination", uri=uri, fds=fds)
                 self._job().addresses = tuple(found)
@@ -79,7 +80,7 @@ class Recovery:
         :param give_up: called before each attempt: the end of an engine lets 'cont' take the guest.
         :raises PostcopyError: it has not.
         """
-        with descriptors(parse(uri)) as fds:
+        with descriptors(parse(uri), Use.SEND) as fds:
             try:
                 give_up()
                 self._engines.call("resume_source", uri=uri, fds=fds)
