@@ -31,8 +31,8 @@ class Direct:
         self.unwatch_writes = handlers["unwatch_writes"]
         self._log = handlers["kvm_dirty_log"]
 
-    def kvm_dirty_log(self, action):
-        return base64.b64decode(self._log(action=action))
+    def kvm_dirty_log(self, action, block=""):
+        return base64.b64decode(self._log(action=action, block=block))
 
 
 @pytest.fixture(

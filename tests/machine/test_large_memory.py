@@ -157,10 +157,10 @@ def test_the_dirty_log_is_one_of_the_whole_block():
         machine.start()
         wait_for_work(machine, work)
         machine.start_dirty_log()
-        machine.fetch_dirty_log()
+        machine.fetch_dirty_log(machine.config.ram_name)
         wait_for_progress(machine, work)
         machine.pause()
-        log = machine.fetch_dirty_log()
+        log = machine.fetch_dirty_log(machine.config.ram_name)
         assert len(log) == 5 * GIB // PAGE // 8
         dirty = np.flatnonzero(np.unpackbits(log, bitorder="little"))
         records = {0x20, 0x21, 0x22, 0x23}
@@ -169,5 +169,5 @@ def test_the_dirty_log_is_one_of_the_whole_block():
         for first, end in pairwise(slices):
             assert [page for page in dirty if first <= page < end], (first, end)
         assert all(slices[0] <= page < slices[2] for page in {*dirty.tolist()} - records)
-        assert not machine.fetch_dirty_log().any()
+        assert not machine.fetch_dirty_log(machine.config.ram_name).any()
         machine.stop_dirty_log()

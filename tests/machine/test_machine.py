@@ -189,15 +189,17 @@ def test_dirty_log():
         machine.start()
         wait_for_work(machine, work)
         machine.start_dirty_log()
-        machine.fetch_dirty_log()
+        machine.fetch_dirty_log(machine.config.ram_name)
         wait_for_progress(machine, work)
         machine.pause()
-        dirty = np.flatnonzero(np.unpackbits(machine.fetch_dirty_log(), bitorder="little"))
+        dirty = np.flatnonzero(
+            np.unpackbits(machine.fetch_dirty_log(machine.config.ram_name), bitorder="little")
+        )
         assert 0x20 in dirty  # the record
         hot = range(0x200, 0x200 + MIB // 4096)
         assert {*dirty} <= {0x20, 0x21, *hot}
         assert len(dirty) > 2
-        assert not machine.fetch_dirty_log().any()
+        assert not machine.fetch_dirty_log(machine.config.ram_name).any()
         machine.stop_dirty_log()
 
 

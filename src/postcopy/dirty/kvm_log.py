@@ -1,7 +1,7 @@
 """Dirty tracking by KVM's own log, which the guest's process fetches for the engine.
 
 Cheaper for a vCPU than a fault on a page table, but it sees the writes of vCPUs alone, and only a
-guest on KVM has it.  The log is fetched for all memory at once, which protects all of it again; what
+guest on KVM has it.  The log is fetched for a whole block at once, which protects all of it again; what
 belongs to chunks whose turn has not come is kept here until it does.
 """
 
@@ -13,13 +13,17 @@ from postcopy.memory.runs import Mask
 
 
 class KvmLogTracker:
-    """Tracks the writes of a guest on KVM, whose RAM is one block."""
+    """Tracks the writes of a guest on KVM.
 
-    is_quick = False  # it fetches the log of all memory
+    What is not in ``_kept`` of a block has not been written since it was last protected, as far as KVM
+    has told.
+    """
+
+    is_quick = False  # it fetches the log of a whole block
 
     def __init__(self, guest: GuestProxy) -> None:
         self._guest = guest
-        self._kept: Mask | None = None
+        self._kept: dict[str, Mask] = {}  # by block
 
     def start(self) -> None:
         """Switch the log on; what was written before counts as written."""
@@ -27,18 +31,24 @@ class KvmLogTracker:
 
     def collect(self, block: RamBlock, start: int, end: int, *, protect: bool) -> Mask:
         """Return which pages were written, and forget them if asked to protect them again."""
-        per_page = block.page_size_bytes // TARGET_PAGE_BYTES
-        if self._kept is None:
-            self._kept = np.ones(block.page_count, np.bool_)
+        kept = self._kept.get(block.name)
+        if kept is None:
+            kept = self._kept[block.name] = np.ones(block.page_count, np.bool_)
+        # A round over a block begins with its first page, and needs no more than one look.
         if start == 0 or not protect:
-            packed = np.frombuffer(self._guest.kvm_dirty_log("fetch"), np.uint8)
-            bits = np.unpackbits(packed, bitorder="little").view(np.bool_)
-            fresh = bits[: block.page_count * per_page].reshape(-1, per_page)
-            self._kept |= fresh.any(axis=1)
-        found = self._kept[start:end].copy()
+            kept |= self._fetch(block)
+        found = kept[start:end].copy()
         if protect:
-            self._kept[start:end] = False
+            kept[start:end] = False
         return found
+
+    def _fetch(self, block: RamBlock) -> Mask:
+        per_page = block.page_size_bytes // TARGET_PAGE_BYTES
+        packed = np.frombuffer(self._guest.kvm_dirty_log("fetch", block.name), np.uint8)
+        bits = np.unpackbits(packed, bitorder="little").view(np.bool_)
+        pages = bits[: block.page_count * per_page].reshape(-1, per_page)
+        written: Mask = pages.any(axis=1)  # type: ignore[assignment]  # of two axes, one is left
+        return written
 
     def stop(self) -> None:
         """Switch the log off."""

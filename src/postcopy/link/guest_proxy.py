@@ -181,9 +181,12 @@ class GuestProxy:
         """All pages are in place: take the registration off, and with it every waiting fault."""
         self._link.call("unwatch_missing")
 
-    def kvm_dirty_log(self, action: str) -> bytes:
-        """Start, stop, or fetch (and clear) KVM's dirty log: packed bits, one a 4 KiB page."""
-        return base64.b64decode(self._link.call("kvm_dirty_log", action=action))
+    def kvm_dirty_log(self, action: str, block: str = "") -> bytes:
+        """Start or stop KVM's dirty log, or fetch (and clear) that of one block.
+
+        :return: packed bits, one a 4 KiB page of the block.
+        """
+        return base64.b64decode(self._link.call("kvm_dirty_log", action=action, block=block))
 
 
 def decode_states(encoded: Sequence[Sequence[Any]]) -> list[DeviceState]:

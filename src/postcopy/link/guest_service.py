@@ -68,8 +68,8 @@ class OwnedGuest(Guest, Protocol):
     def stop_dirty_log(self) -> None:
         """Stop noting."""
 
-    def fetch_dirty_log(self) -> "npt.NDArray[np.uint8]":
-        """Fetch and clear the log: packed bits, one a 4 KiB page."""
+    def fetch_dirty_log(self, block: str) -> "npt.NDArray[np.uint8]":
+        """Fetch and clear the log of one RAM block: packed bits, one a 4 KiB page."""
 
 
 WRITE_FEATURES = Feature.WP_ASYNC | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_UNPOPULATED
@@ -240,13 +240,13 @@ class GuestService:
         known = self.lost_pages.get(block, 0)
         self.lost_pages = {**self.lost_pages, block: max(known, pages)}
 
-    def _kvm_dirty_log(self, action: str) -> str:
+    def _kvm_dirty_log(self, action: str, block: str = "") -> str:
         if action == "start":
             self._guest.start_dirty_log()
         elif action == "stop":
             self._guest.stop_dirty_log()
         else:
-            return base64.b64encode(self._guest.fetch_dirty_log().tobytes()).decode()
+            return base64.b64encode(self._guest.fetch_dirty_log(block).tobytes()).decode()
         return ""
 
     # --- userfaultfds

@@ -288,11 +288,15 @@ class Machine:
         """Stop noting."""
         self._accelerator.stop_dirty_log()
 
-    def fetch_dirty_log(self) -> "npt.NDArray[np.uint8]":
-        """Fetch and clear the log: one bit for each 4 KiB page, page 0 in bit 0 of byte 0.
+    def fetch_dirty_log(self, block: str) -> "npt.NDArray[np.uint8]":
+        """Fetch and clear a block's log: one bit for each 4 KiB page, page 0 in bit 0 of byte 0.
 
         Only the vCPUs' writes are in it, not those of :meth:`write_memory` or of an engine.
+
+        :raises Refused: there is no such block.
         """
+        if block != self.config.ram_name:
+            raise Refused(f"there is no RAM block '{block}'; there is '{self.config.ram_name}'")
         return self._accelerator.fetch_dirty_log()
 
     def close(self) -> None:
