@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from postcopy.cli.failures import CommandFailed
 from postcopy.cli.types import PostcopyTime, Size
 
 
@@ -42,6 +43,7 @@ async def _migrate(
     as_json: bool,
     **options: Any,
 ) -> None:
+    import asyncio
     import contextlib
 
     from postcopy.cli.drive import show_to_the_end
@@ -50,17 +52,28 @@ async def _migrate(
 
     if options["auto_recover"] and destination is None:
         raise Refused("--auto-recover must drive the destination too; give --to QMP-ADDRESS")
+    clock = asyncio.get_running_loop().time
+    until = None if timeout is None else clock() + timeout
     async with contextlib.AsyncExitStack() as machines:
-        ours = await machines.enter_async_context(await Machine.connect(source))
-        theirs = None
-        if destination is not None:
-            theirs = await machines.enter_async_context(await Machine.connect(destination))
-        migration = await ours.migrate(
-            uri,
-            to=theirs,
-            postcopy=options["postcopy"],
-            bandwidth=options["bandwidth"],
-            downtime_limit_ms=options["downtime_limit"],
-            auto_recover=options["auto_recover"],
+        try:
+            async with asyncio.timeout_at(until):
+                ours = await machines.enter_async_context(await Machine.connect(source))
+                theirs = None
+                if destination is not None:
+                    theirs = await machines.enter_async_context(await Machine.connect(destination))
+                migration = await ours.migrate(
+                    uri,
+                    to=theirs,
+                    postcopy=options["postcopy"],
+                    bandwidth=options["bandwidth"],
+                    downtime_limit_ms=options["downtime_limit"],
+                    auto_recover=options["auto_recover"],
+                )
+        except TimeoutError:
+            raise CommandFailed(
+                f"not finished within {timeout:g} s: a machine does not answer, and may do still what "
+                f"it was told; 'postcopy status --from {source}' tells whether it has begun"
+            ) from None
+        await show_to_the_end(
+            migration, as_json=as_json, timeout_s=timeout, left_s=until and until - clock()
         )
-        await show_to_the_end(migration, as_json=as_json, timeout_s=timeout)

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from postcopy.cli.progress_view import View
-    from postcopy.client.snapshot import Snapshot, SnapshotJob
+    from postcopy.client.snapshot import Snapshot
 
 _MIB = 1 << 20
 
@@ -45,6 +44,7 @@ def snapshot(**options: Any) -> None:
 
 async def _snapshot(*, path: Path, source: str, as_json: bool, **options: Any) -> None:
     from postcopy.cli import progress_view, report
+    from postcopy.cli.snapshot_watch import SnapshotWatch
     from postcopy.client import Machine
     from postcopy.errors import PostcopyError
 
@@ -53,41 +53,13 @@ async def _snapshot(*, path: Path, source: str, as_json: bool, **options: Any) -
         job = await machine.start_snapshot(path, **options)
         try:
             with view:
-                taken = await _show(job, view)
+                taken = await SnapshotWatch(job, view, source).until_end()
         except PostcopyError as error:
             view.finish({"status": "failed", "error": str(error)})
             raise
     view.finish({"status": "completed"} | taken.to_json())
     if not as_json:
         click.echo(report.text(list(lines(taken))))
-
-
-async def _show(job: "SnapshotJob", view: "View") -> "Snapshot":
-    import asyncio
-    import signal
-
-    from postcopy.errors import PostcopyError
-
-    cancelling: list[asyncio.Task[None]] = []
-
-    async def give_up() -> None:
-        try:
-            await job.cancel()
-        except PostcopyError as error:
-            view.note(f"cannot cancel: {error}")
-
-    def interrupted() -> None:
-        view.note("interrupted: giving the snapshot up; the guest goes on")
-        cancelling.append(asyncio.create_task(give_up()))
-
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGINT, interrupted)
-    try:
-        async for look in job.events():
-            view.show(look)
-        return await job.result()
-    finally:
-        loop.remove_signal_handler(signal.SIGINT)
 
 
 def lines(taken: "Snapshot") -> Iterator[tuple[str, str]]:

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 from collections.abc import AsyncIterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from qemu.qmp import (
     ConnectError,
@@ -18,6 +18,8 @@ from qemu.qmp import (
 
 from postcopy.client import addresses
 from postcopy.errors import CannotConnect, ChannelBroken, Refused
+
+_HANG_UP_S: Final = 1.0
 
 # The client logs each lost connection with a traceback, and then raises it as well.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
@@ -80,8 +82,10 @@ class Connection:
 
 
 async def _hang_up(client: QMPClient) -> None:
-    with contextlib.suppress(QMPError, OSError, EOFError, asyncio.IncompleteReadError):
-        await client.disconnect()
+    gone = (QMPError, OSError, EOFError, asyncio.IncompleteReadError, TimeoutError)
+    with contextlib.suppress(*gone):
+        async with asyncio.timeout(_HANG_UP_S):  # what is to be sent waits for a machine to read it
+            await client.disconnect()
 
 
 def _why_not(address: str, error: ConnectError) -> str:

@@ -65,6 +65,11 @@ class Migration:
         return task
 
     @property
+    def source_address(self) -> str:
+        """Where the source's QMP monitor is, as the user gave it."""
+        return self._source.address
+
+    @property
     def status(self) -> Status | str:
         """As the source said when it was last asked, at most a tenth of a second ago.
 

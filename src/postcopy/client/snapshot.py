@@ -112,6 +112,11 @@ class SnapshotJob:
         self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     @property
+    def path(self) -> Path:
+        """Of the image to be, from the root on."""
+        return self._path
+
+    @property
     def progress(self) -> Progress:
         """The last look at it."""
         return self._last

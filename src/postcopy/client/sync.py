@@ -69,6 +69,11 @@ class Migration:
         self.asynchronous = asynchronous
 
     @property
+    def source_address(self) -> str:
+        """Where the source's QMP monitor is."""
+        return self.asynchronous.source_address
+
+    @property
     def status(self) -> Status | str:
         """As the source said when it was last asked; a ``str`` if this client does not know it."""
         return self.asynchronous.status
@@ -93,6 +98,11 @@ class SnapshotJob:
 
     def __init__(self, asynchronous: AsyncSnapshotJob) -> None:
         self.asynchronous = asynchronous
+
+    @property
+    def path(self) -> Path:
+        """Of the image to be."""
+        return self.asynchronous.path
 
     @property
     def progress(self) -> Progress:
