@@ -5,17 +5,19 @@ A thread that dies of an exception fails its test: pytest makes a warning of it
 """
 
 import contextlib
+import os
 
 import hypothesis
 import pytest
 
 from fakes.commands import Running, need_kvm
 from fakes.huge_pages import reserved
+from fakes.qemu_versions import USUAL, folder_of
 from fakes.waiting import wait_until
 
 MARKERS = (
     "kvm: needs /dev/kvm",
-    "qemu: needs a real qemu-system-x86_64, version 10 or newer",
+    "qemu: needs a real QEMU; with versions, is run with each of them: qemu('7.2', '11.1')",
 )
 
 
@@ -36,6 +38,20 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("kvm"):
         need_kvm()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if marker := metafunc.definition.get_closest_marker("qemu"):
+        metafunc.parametrize("qemu_version", marker.args or (USUAL,), indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def qemu_version(request, monkeypatch):
+    """What ``qemu-system-x86_64`` is in a test that is marked ``qemu``."""
+    version = getattr(request, "param", None)
+    if version is not None:
+        monkeypatch.setenv("PATH", f"{folder_of(version)}{os.pathsep}{os.environ['PATH']}")
+    return version
 
 
 @pytest.fixture

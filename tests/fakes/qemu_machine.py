@@ -6,7 +6,6 @@
 import itertools
 import json
 import os
-import shutil
 import socket
 import struct
 import subprocess
@@ -15,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from fakes.qemu_versions import BINARY
 from fakes.waiting import wait_until
 from postcopy.guest import DeviceState
 from postcopy.stream.encoder import device_section, footer
 from postcopy.stream.format_table import FormatTable
 from postcopy.stream.records import DeviceSection
 
-BINARY = "qemu-system-x86_64"
 MICROVM = "microvm,pit=off,pic=off,rtc=off,isa-serial=off,acpi=off,auto-kernel-cmdline=off"
 MACHINES = {
     "none": (["-M", "none", "-cpu", "qemu64,apic-id=0"], "ram"),
@@ -37,8 +36,6 @@ TIMEOUT_S = 30.0
 
 
 def need(accelerator: str) -> None:
-    if shutil.which(BINARY) is None:
-        pytest.skip(f"needs {BINARY}: apt-get install qemu-system-x86")
     if accelerator == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
         pytest.skip("needs /dev/kvm: run as root or join group kvm")
 

@@ -2,17 +2,14 @@
 
 import itertools
 import json
-import shutil
 import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
-
+from fakes.qemu_versions import BINARY
 from fakes.waiting import wait_until
 
-BINARY = "qemu-system-x86_64"
 TIMEOUT_S = 30.0
 BIOS_BYTES = 64 << 10
 
@@ -29,8 +26,6 @@ class QemuProcess:
     """One QEMU, whatever its machine; ``events`` keeps all that came while answers were read."""
 
     def __init__(self, folder: Path, arguments: Sequence[str]) -> None:
-        if shutil.which(BINARY) is None:
-            pytest.skip(f"needs {BINARY}: run .ci/install-qemu")
         folder.mkdir(parents=True, exist_ok=True)
         self._ours, theirs = socket.socketpair()
         self._ours.settimeout(TIMEOUT_S)

@@ -1,10 +1,12 @@
-"""The entry for Debian's backports, derived from whatever entry the machine has."""
+"""The entries for the peers' suites, derived from whatever entry the machine has."""
 
 import os
+import re
 import subprocess
 
 import pytest
 
+from fakes import qemu_versions
 from house.project import ROOT
 
 DEB822 = """\
@@ -21,13 +23,11 @@ Suites: bookworm-security
 Components: main
 """
 
-DERIVED = """\
-Types: deb
-URIs: http://mirror.example/debian
-Suites: bookworm-backports
-Components: main contrib
-Signed-By: /usr/share/keyrings/archive.gpg
-"""
+SUITES = [
+    "Suites: bookworm",
+    "Suites: bookworm bookworm-backports",
+    "Suites: trixie trixie-backports",
+]
 
 ONE_LINE = """\
 # deb http://commented.example/debian bookworm main
@@ -36,21 +36,14 @@ deb [arch=amd64 signed-by=/k.gpg] http://mirror.example/debian bookworm main
 deb http://second.example/debian bookworm main
 """
 
-DERIVED_ONE_LINE = """\
-Types: deb
-URIs: http://mirror.example/debian
-Suites: bookworm-backports
-Components: main
-Signed-By: /k.gpg
-"""
-
 
 def derive(apt_dir):
+    """What is common to all the entries; their suites are looked at here."""
     environment = os.environ | {
         "POSTCOPY_APT_DIR": str(apt_dir),
         "POSTCOPY_RELEASE": "bookworm",
     }
-    return subprocess.run(
+    answer = subprocess.run(
         ["bash", ".ci/install-qemu"],
         cwd=ROOT,
         env=environment,
@@ -58,7 +51,14 @@ def derive(apt_dir):
         text=True,
         timeout=30,
         check=True,
-    ).stdout
+    )
+    assert not answer.stderr
+    entries = [entry.splitlines() for entry in answer.stdout.strip().split("\n\n")]
+    if entries == [[]]:
+        return None
+    assert [entry[-2:] for entry in entries] == [[suites, "Components: main"] for suites in SUITES]
+    (common,) = {tuple(entry[:-2]) for entry in entries}
+    return list(common)
 
 
 @pytest.fixture
@@ -72,21 +72,47 @@ def test_from_the_newer_form(apt_dir, name):
     (apt_dir / "sources.list.d" / name).write_text(DEB822)
     (apt_dir / "sources.list.d" / "zz.sources").write_text(DEB822.replace("mirror", "second"))
     (apt_dir / "sources.list").write_text(ONE_LINE)
-    assert derive(apt_dir) == DERIVED
+    assert derive(apt_dir) == [
+        "Types: deb",
+        "URIs: http://mirror.example/debian",
+        "Signed-By: /usr/share/keyrings/archive.gpg",
+    ]
+
+
+def test_a_key_that_stands_in_the_entry_itself(apt_dir):
+    key = " -----BEGIN PGP PUBLIC KEY BLOCK-----\n .\n mDMEY"
+    text = DEB822.replace(" /usr/share/keyrings/archive.gpg", f"\n{key}")
+    (apt_dir / "sources.list.d" / "a.sources").write_text(text)
+    assert derive(apt_dir)[2:] == ["Signed-By:", *key.splitlines()]
+
+
+def test_an_entry_that_is_switched_off_is_not_taken(apt_dir):
+    off = DEB822.replace("Types: deb deb-src", "Types: deb\nEnabled: no", 1)
+    (apt_dir / "sources.list.d" / "a.sources").write_text(off)
+    (apt_dir / "sources.list.d" / "b.sources").write_text(DEB822.replace("mirror", "second"))
+    assert derive(apt_dir)[1] == "URIs: http://second.example/debian"
 
 
 def test_from_the_one_line_form(apt_dir):
     (apt_dir / "sources.list").write_text(ONE_LINE)
-    assert derive(apt_dir) == DERIVED_ONE_LINE
+    assert derive(apt_dir) == [
+        "Types: deb",
+        "URIs: http://mirror.example/debian",
+        "Signed-By: /k.gpg",
+    ]
 
 
 def test_plain_line_without_options(apt_dir):
     (apt_dir / "sources.list.d" / "a.list").write_text("deb http://m.example/d bookworm main\n")
-    assert derive(apt_dir) == DERIVED_ONE_LINE.replace(
-        "mirror.example/debian", "m.example/d"
-    ).replace("Signed-By: /k.gpg\n", "")
+    assert derive(apt_dir) == ["Types: deb", "URIs: http://m.example/d"]
 
 
 def test_nothing_to_derive_from(apt_dir):
     (apt_dir / "sources.list").write_text("deb http://mirror.example/debian trixie main\n")
-    assert derive(apt_dir).strip() == ""
+    assert derive(apt_dir) is None
+
+
+def test_it_brings_what_the_suite_has_as_peers():
+    listed = re.search(r"^PEERS=\((.*)\)$", (ROOT / ".ci" / "install-qemu").read_text(), re.M)
+    brought = re.findall(r'"([0-9.]+) [^"]+"', listed[1])
+    assert tuple(brought) == qemu_versions.ALL

@@ -1,13 +1,13 @@
 """Our QMP server on a fake backend, a bare QMP client, and a real QEMU to compare with."""
 
 import json
-import shutil
 import socket
 import subprocess
 
 import pytest
 
 from fakes.monitor_backend import make_backend
+from fakes.qemu_versions import BINARY
 from postcopy.monitor.server import serve_qmp
 
 DEADLINE_SECONDS = 20
@@ -99,8 +99,6 @@ def ours(connect):
 @pytest.fixture
 def theirs(tmp_path):
     """A client of a real QEMU, not negotiated yet."""
-    if not shutil.which("qemu-system-x86_64"):
-        pytest.skip("needs QEMU 10: run .ci/install-qemu")
     with socket.socket(socket.AF_UNIX) as listener:
         # QEMU gets a listening socket, so that nobody has to wait for it to appear.
         listener.bind(str(tmp_path / "theirs"))
@@ -108,7 +106,7 @@ def theirs(tmp_path):
         fd = listener.fileno()
         process = subprocess.Popen(
             [
-                "qemu-system-x86_64", "-M", "none", "-m", "64M", "-nodefaults", "-display", "none",
+                BINARY, "-M", "none", "-m", "64M", "-nodefaults", "-display", "none",
                 "-chardev", f"socket,id=c,fd={fd},server=on,wait=off", "-mon", "chardev=c,mode=control",
             ],
             pass_fds=[fd],

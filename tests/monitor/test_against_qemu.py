@@ -7,6 +7,8 @@ import pytest
 
 from postcopy.parameters import SUPPORTED, Capability, Parameters, rules
 
+pytestmark = pytest.mark.qemu
+
 BEFORE_NEGOTIATION = [
     {"execute": "query-status"},
     {"execute": "no-such"},
