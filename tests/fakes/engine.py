@@ -25,6 +25,9 @@ class FakeEngine:
         self.link.start()
         return self.link
 
+    def watch(self, hang_looks):
+        pass
+
     def end(self):
         if self.link is None:
             self._ours.close()

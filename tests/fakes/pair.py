@@ -17,6 +17,7 @@ from machine.machines import MIB, config_for, need, wait_for_progress, wait_for_
 from postcopy.channel.address import TcpAddress
 from postcopy.events import Event, EventBus
 from postcopy.link.control import MigrationControl
+from postcopy.link.watchdog import HANG_LOOKS
 from postcopy.machine import oracle
 from postcopy.machine.config import MachineConfig
 from postcopy.machine.machine import Machine
@@ -64,7 +65,13 @@ class Side:
     """One machine with its migration subsystem, and all that it told."""
 
     def __init__(
-        self, config: MachineConfig, *, incoming: bool = False, paused: bool = False, kind=Machine
+        self,
+        config: MachineConfig,
+        *,
+        incoming: bool = False,
+        paused: bool = False,
+        kind=Machine,
+        hang_looks: int = HANG_LOOKS,
     ) -> None:
         self.events: list[Event] = []
         self.failures: list[str] = []
@@ -72,7 +79,11 @@ class Side:
         bus.subscribe(self.events.append)
         self.machine = kind(config, on_event=bus.emit)
         self.control = MigrationControl(
-            self.machine, bus, incoming=incoming, on_incoming_failed=self.failures.append
+            self.machine,
+            bus,
+            incoming=incoming,
+            on_incoming_failed=self.failures.append,
+            hang_looks=hang_looks,
         )
         self.set((Capability.EVENTS,))
         self.machine.start(incoming=incoming, paused=paused)
@@ -188,6 +199,7 @@ class Journey:
     kind: type[Machine] = Machine
     huge_pages: bool = False
     transparent: Sequence[bool] = (True, True)
+    hang_looks: int = HANG_LOOKS
 
     def __post_init__(self) -> None:
         for name in self.accelerators:
@@ -199,7 +211,7 @@ class Journey:
             huge_pages=self.huge_pages,
             transparent_huge_pages=self.transparent[0],
         )
-        self.source = self._add(Side(config))
+        self.source = self._add(Side(config, hang_looks=self.hang_looks))
         self.source.set(self.capabilities, self.parameters)
         self.destination = self.new_destination()
         wait_for_work(self.source.machine, self.workload)
@@ -228,7 +240,9 @@ class Journey:
             }
             | changes
         )
-        self.destination = self._add(Side(config, incoming=True, kind=self.kind))
+        self.destination = self._add(
+            Side(config, incoming=True, kind=self.kind, hang_looks=self.hang_looks)
+        )
         self.destination.set(self.capabilities)
         return self.destination
 

@@ -285,7 +285,7 @@ def test_an_engine_that_dies_half_way(journey, tmp_path):
     trip.source.wait_rounds(1)
     os.kill(trip.source.engine_process_id(), signal.SIGKILL)
     trip.source.wait(Status.FAILED)
-    assert "the engine process died unexpectedly" in trip.source.error
+    assert "the engine process died; start the migration again" in trip.source.error
     refused(trip, uri, "The stream ends in an element")
     trip.verify_source()
     trip.source.set(parameters=QUICK | {"downtime-limit": 300})

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from postcopy.engine.desk import Desk
 from postcopy.link.rpc import Handler, Link
+from postcopy.link.watchdog import BEAT_S
 from postcopy.status import ENDED
 
 _LAST_WORDS_S = 2.0
@@ -62,6 +63,7 @@ class EngineService:
                 "set_parameters": desk.set_parameters,
                 "pause": desk.pause,
                 "info": desk.info,
+                "say_alive": self._say_alive,
             }
         )
         self._learning = threading.Lock()
@@ -72,6 +74,15 @@ class EngineService:
         """Be ready for orders of these kinds."""
         for trade in trades:
             self._trade(trade)
+
+    def _say_alive(self) -> None:
+        """Tell the guest's process again and again that this one does not hang."""
+        threading.Thread(target=self._beat, name="alive", daemon=True).start()
+
+    def _beat(self) -> None:
+        while not self._ended.is_set():
+            self._link.note("alive")
+            self._ended.wait(BEAT_S)
 
     def run(self) -> None:
         """Serve until the guest's process closes the link; then this process ends."""

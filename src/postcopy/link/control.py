@@ -26,6 +26,7 @@ from postcopy.link.places import descriptors
 from postcopy.link.resetting import Resetting
 from postcopy.link.rpc import Handler, Link
 from postcopy.link.settings import Settings
+from postcopy.link.watchdog import HANG_LOOKS
 from postcopy.ownership import Move
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.statistics import MigrationInfo
@@ -39,6 +40,7 @@ class MigrationControl:
     :param on_moved: called when the guest has moved away for good.
     :param on_incoming_failed: called with the reason when no guest will come.
     :param engines: where engines come from, ours from now on.
+    :param hang_looks: when one hangs: see :mod:`postcopy.link.watchdog`.
     """
 
     def __init__(
@@ -50,13 +52,14 @@ class MigrationControl:
         on_moved: Callable[[], None] = lambda: None,
         on_incoming_failed: Callable[[str], None] = lambda _: None,
         engines: EnginePool | None = None,
+        hang_looks: int = HANG_LOOKS,
     ) -> None:
         self._guest = guest
         self._ownership = guest.ownership
         self._events = events
         self._on_incoming_failed = on_incoming_failed
         pool = engines or EnginePool()
-        self._engines = Engines(self._handlers, self._engine_ended, pool)
+        self._engines = Engines(self._handlers, self._engine_ended, pool, hang_looks)
         self._settings = Settings()
         self._service = GuestService(guest)
         self._current = Current(Job(self._tell, incoming=incoming), incoming)

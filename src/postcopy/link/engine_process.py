@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, Protocol, Self
@@ -20,6 +21,11 @@ from postcopy.link.rpc import Answer, Handler, Link
 
 # numpy's linear algebra, which nobody uses here, starts threads that spin.
 _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}
+
+_DEATH_S = 5.0
+"""How long the end of a killed process is waited for: one that hangs in a kernel call may take longer."""
+
+_LOOK_S = 0.002
 
 _CURES = {
     errno.EMFILE: "raise this process's limit of open files ('prlimit --nofile=1024 --pid PID')",
@@ -55,6 +61,8 @@ class EngineProcess:
         self._is_gone = False
         self.link: Link | None = None
         """Our end of the link, once there has been anything to say."""
+        self.fate = "died"
+        """What has become of it, should its link have ended unasked."""
 
     @classmethod
     def start(cls) -> Self:
@@ -125,6 +133,18 @@ class EngineProcess:
             self._on_end = on_end
         return link
 
+    def watch(self, hang_looks: int) -> None:
+        """End it when it hangs: see :mod:`postcopy.link.watchdog`."""
+        from postcopy.link.watchdog import Watchdog
+
+        Watchdog(self._begun(), hang_looks, self._hangs).start()
+
+    def _hangs(self, silent_s: float) -> None:
+        self.fate = f"hung for {silent_s:g} s, and was killed"
+        self._signal_end()
+        # A thread that the kernel holds back dies later; but the process does nothing any more.
+        self._begun().close()
+
     def _begun(self) -> Link:
         with self._lock:
             if self.link is None:
@@ -149,10 +169,16 @@ class EngineProcess:
         threading.Thread(target=self._process.wait, name="engine-reaper", daemon=True).start()
 
     def kill(self) -> None:
-        """End it at once, whatever it does."""
-        with contextlib.suppress(ProcessLookupError):  # it was dead before
-            os.kill(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        """End it at once, whatever it does, unless its kernel holds it back."""
+        self._signal_end()
+        until_s = time.monotonic() + _DEATH_S
+        while not self.is_dead and time.monotonic() < until_s:
+            time.sleep(_LOOK_S)
+
+    def _signal_end(self) -> None:
+        if not self.is_dead:
+            with contextlib.suppress(ProcessLookupError):  # it was dead before
+                os.kill(self._process.pid, signal.SIGKILL)
 
 
 class _Forked:

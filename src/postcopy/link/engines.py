@@ -8,6 +8,7 @@ from typing import Any, Final
 from postcopy.errors import EngineDied, PostcopyError, WrongState
 from postcopy.link.engine_process import EnginePool, EngineProcess
 from postcopy.link.rpc import Handler, Link
+from postcopy.link.watchdog import HANG_LOOKS
 
 _AHEAD_S: Final = 5.0
 """When a successor is started: most migrations are over by then, and need the CPUs until then."""
@@ -25,6 +26,7 @@ class Engines:
     :param handlers: the calls that a new engine may make.
     :param on_end: called when an engine's link has ended, whoever ended it.
     :param pool: where they come from.
+    :param hang_looks: when one hangs: see :mod:`postcopy.link.watchdog`.
     """
 
     def __init__(
@@ -32,10 +34,12 @@ class Engines:
         handlers: Callable[[EngineProcess], Mapping[str, Handler]],
         on_end: Callable[[EngineProcess], None],
         pool: EnginePool | None = None,
+        hang_looks: int = HANG_LOOKS,
     ) -> None:
         self._handlers = handlers
         self._on_end = on_end
         self._pool = pool or EnginePool()
+        self._hang_looks = hang_looks
         self._lock = threading.Lock()
         # Under the lock: the one at work, and whether there may be any.
         self.current: EngineProcess | None = None
@@ -56,7 +60,9 @@ class Engines:
             self._put_to_work(engine)
             # Not under the lock: what is called when the link ends may take it.
             try:
-                return engine.connect(self._handlers(engine), partial(self._on_end, engine))
+                link = engine.connect(self._handlers(engine), partial(self._on_end, engine))
+                engine.watch(self._hang_looks)
+                return link
             except EngineDied:
                 self._drop(engine)
         raise EngineDied("engine processes die before they get anything to do")

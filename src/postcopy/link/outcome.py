@@ -134,9 +134,9 @@ class Outcome:
             self.restoring.engine_died()
             return
         if has_switched_over(job.status, incoming=job.incoming):
-            self._engine_lost()
+            self._engine_lost(engine.fate)
             return
-        job.error = "the engine process died unexpectedly; start the migration again"
+        job.error = f"the engine process {engine.fate}; start the migration again"
         if not job.incoming:
             self._service.unwatch_writes()
             self._service.unwatch_snapshot()
@@ -149,8 +149,8 @@ class Outcome:
             else:
                 self._ownership.try_move(Move.LOSE_TOUCH)
                 job.error = (
-                    "the engine process died while handing the guest over; the destination may be "
-                    "running it, so it stays stopped here: 'cont' takes it back"
+                    f"the engine process {engine.fate} while handing the guest over; the destination "
+                    "may be running it, so it stays stopped here: 'cont' takes it back"
                 )
         self.settle(Status.CANCELLED if job.status is Status.CANCELLING else Status.FAILED)
 
@@ -160,14 +160,14 @@ class Outcome:
             return self.work.status in GIVEN_UP and self._ownership.owner is Owner.MOVED
         return self._guest.owned and not self._service.watches_missing
 
-    def _engine_lost(self) -> None:
+    def _engine_lost(self, fate: str) -> None:
         """Nothing is lost with an engine after switchover: all that it knew is here, or at the peer."""
         self._engines.end()
         self._ownership.try_move(Move.LOSE_TOUCH)
         job = self._current.shown
         if job.incoming and not self._guest.owned:
             self._resume_guest()  # its devices are loaded, and the source has been told so
-        job.error = "the engine process died; no page is lost: recover the migration"
+        job.error = f"the engine process {fate}; no page is lost: recover the migration"
         job.progress.move(Status.POSTCOPY_PAUSED, only_from=GIVEN_UP - {Status.POSTCOPY_PAUSED})
         if job.incoming:
             self.recovery.engine_died()

@@ -173,9 +173,17 @@ class Link:
         """End the link; calls that wait fail with :class:`EngineDied`."""
         self._messages.shut()
 
-    def wait_over(self) -> None:
-        """Wait until the other end is gone and ``on_end`` has returned; not from a handler."""
-        self._over.wait()
+    def wait_over(self, timeout_s: float | None = None) -> bool:
+        """Wait until the other end is gone and ``on_end`` has returned; not from a handler.
+
+        :return: whether that is so.
+        """
+        return self._over.wait(timeout_s)
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether something has come that this end has not taken yet."""
+        return self._messages.has_unread
 
     # --- receiving, all on the reader's thread
 

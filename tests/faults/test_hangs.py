@@ -1,0 +1,64 @@
+"""An engine that hangs without being dead is ended, and its end is dealt with like every other."""
+
+import os
+import signal
+
+import pytest
+
+from fakes.awakening import AT_ONCE, half_awake, woken
+from fakes.pair import NEVER_ENDS, POSTCOPY, hammer
+from fakes.waiting import wait_until
+from faults.recovering import LASTS, Recovering, broken_journey
+from machine.machines import wait_for_progress
+from postcopy.status import Status
+
+LOOKS = 4
+
+
+def stop(side):
+    """As a debugger does; a thread that never lets go of the interpreter looks the same."""
+    os.kill(side.engine_process_id(), signal.SIGSTOP)
+
+
+@pytest.mark.parametrize("which", ["source", "destination"])
+def test_in_precopy(journey, which):
+    trip = journey(hammer(), parameters=NEVER_ENDS, hang_looks=LOOKS)
+    trip.migrate()
+    trip.source.wait(Status.ACTIVE)
+    trip.destination.wait(Status.ACTIVE)
+    side = getattr(trip, which)
+    stop(side)
+    trip.source.wait(Status.FAILED)
+    trip.destination.wait(Status.FAILED)
+    assert "the engine process hung for 4 s, and was killed; start the migration" in side.error
+    trip.verify_source()
+
+
+@pytest.mark.parametrize("which", ["source", "destination"])
+def test_in_postcopy(journey, tmp_path, which):
+    trip = broken_journey(journey, capabilities=POSTCOPY, parameters=LASTS, hang_looks=LOOKS)
+    with Recovering(trip, tmp_path) as moving:
+        moving.start()
+        moving.until_postcopy()
+        side = getattr(trip, which)
+        stop(side)
+        side.wait(Status.POSTCOPY_PAUSED)
+        assert "the engine process hung for 4 s, and was killed; no page is lost" in side.error
+        moving.recover()
+        moving.hurry()
+        trip.finish()
+
+
+def test_in_a_restore(journey, tmp_path):
+    trip = journey(hammer(), hang_looks=LOOKS)
+    side = half_awake(trip, tmp_path / "image")
+    before = side.engine_process_id()
+    stop(side)
+    wait_until(
+        lambda: (engine := side.control._engine) is not None and engine.process_id != before,
+        20,
+        "a successor",
+    )
+    wait_for_progress(side.machine, trip.workload)
+    side.set(parameters=AT_ONCE)
+    woken(trip)

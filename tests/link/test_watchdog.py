@@ -1,0 +1,58 @@
+"""Which engine hangs."""
+
+import socket
+import threading
+
+import pytest
+
+from fakes.waiting import wait_until
+from postcopy.link.rpc import Link
+from postcopy.link.watchdog import Watchdog
+
+
+@pytest.fixture
+def ends():
+    ours, theirs = socket.socketpair()
+    asked, release = threading.Event(), threading.Event()
+    near = Link(ours, {"slow": lambda: release.wait(20)})
+    far = Link(theirs, {"say_alive": asked.set})
+    near.start()
+    far.start()
+    yield near, far, asked, release
+    release.set()
+    far.close()
+    near.wait_over()
+
+
+def test_who_has_said_nothing_for_so_long_hangs(ends):
+    near, far, asked, _ = ends
+    hung = []
+    Watchdog(near, 2, hung.append).start()
+    assert asked.wait(10)
+    far.note("alive")
+    wait_until(lambda: hung, 20, "it is noticed")
+    assert hung == [2.0]
+
+
+def test_who_talks_does_not_hang(ends):
+    near, far, _, _ = ends
+    hung = []
+    Watchdog(near, 2, hung.append).start()
+    pause = threading.Event()
+    for _ in range(20):
+        far.note("alive")
+        pause.wait(0.2)
+    assert hung == []
+
+
+def test_what_is_said_to_who_does_not_listen_counts(ends):
+    """It is this process that is late then."""
+    near, far, _, release = ends
+    hung = []
+    Watchdog(near, 2, hung.append).start()
+    far.note("alive")
+    far.note("slow")  # its handler keeps the reader from hearing what comes after
+    far.note("alive")
+    threading.Event().wait(5)
+    assert hung == []
+    release.set()
