@@ -158,7 +158,8 @@ def open_file(address: FileAddress) -> Channel:
     :raises CannotConnect: no such file, or no permission.
     """
     try:
-        fd = os.open(address.path, os.O_RDONLY | os.O_CLOEXEC)
+        # To open a FIFO must not wait for a writer: to read from it does, and can be given up.
+        fd = os.open(address.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as failure:
         raise CannotConnect(f"Could not open '{address.path}': {failure.strerror}") from failure
     try:

@@ -270,8 +270,10 @@ class MigrationControl:
         """Break a postcopy on purpose."""
         self._restoring.refuse_pause()
         shown = self._current.shown
-        # A source whose destination does not answer waits for it in `postcopy-device`, perhaps for ever.
-        early = frozenset() if shown.incoming else frozenset({Status.POSTCOPY_DEVICE})
+        # A source whose destination does not answer waits for it in `postcopy-device`, perhaps for ever,
+        # and one that cannot connect again in `postcopy-recover-setup`.
+        waits = frozenset({Status.POSTCOPY_DEVICE, Status.POSTCOPY_RECOVER_SETUP})
+        early = frozenset() if shown.incoming else waits
         if shown.status not in {Status.POSTCOPY_ACTIVE, Status.POSTCOPY_RECOVER} | early:
             raise WrongState(
                 "migrate-pause is currently only supported during postcopy-active or "

@@ -90,6 +90,7 @@ class Source:
         broken as soon as the destination has taken it (or the link has been silent for too long).
         """
         self._paused_by_user = True
+        self.orders.interrupt.set()  # it may still be connecting
         if self._ran_there or not self._parameters.x_link_timeout:
             self._break()
 
@@ -247,8 +248,8 @@ class Source:
             lambda: self._parameters.x_link_timeout,
             answered=answered,
         )
-        if self.orders.cancelled:
-            channel.shutdown()  # the user's cancel came before there was anything to break
+        if self.orders.cancelled or self._paused_by_user:
+            channel.shutdown()  # the user's order came before there was anything to break
         return self._connection
 
     def _make_switchover(self, connection: Connection, dirty: DirtyPages) -> Switchover:
@@ -295,7 +296,7 @@ class Source:
     def _resume(self, uri: str) -> None:
         assert self._dirty is not None
         self._ran_there = True  # or nobody would answer as a destination that waits for recovery
-        channel = connect_unless_cancelled(parse(uri), self.orders)
+        channel = connect_unless_cancelled(parse(uri), self.orders, lambda: self._paused_by_user)
         _check_answers(channel)
         connection = self._connect(channel, self._dirty, answered=True)
         connection.push.begin()
