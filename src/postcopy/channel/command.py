@@ -117,7 +117,7 @@ class CommandChannel(DescriptorChannel):
             if self._aborted:
                 self._end()
                 failure = ""  # given up before
-            elif self._has_ended(patience_s):
+            elif self._has_ended(patience_s) and not self._aborted:
                 failure = self._failure()
             else:
                 self._end()
