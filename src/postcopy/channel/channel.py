@@ -2,11 +2,15 @@
 
 import abc
 import threading
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Self
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ParamSpec, Self, TypeVar
 
 from postcopy.channel.gathering import IOV_MAX, Gathering
 from postcopy.errors import ChannelBroken
+from postcopy.kernel.patience import PASSES, Patience
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,7 +67,7 @@ class Channel(abc.ABC):
         with self._sending:
             while left:
                 try:
-                    n_sent = self._send_some(left[:IOV_MAX])
+                    n_sent = self._persist(self._send_some, left[:IOV_MAX])
                 except (OSError, ValueError) as failure:
                     raise self._broken(failure) from failure
                 self.sent_bytes += n_sent
@@ -80,7 +84,7 @@ class Channel(abc.ABC):
         with self._sending:
             while left:
                 try:
-                    self.sent_bytes += self._gather_some(left)
+                    self.sent_bytes += self._persist(self._gather_some, left)
                 except (OSError, ValueError) as failure:
                     raise self._broken(failure) from failure
 
@@ -95,7 +99,7 @@ class Channel(abc.ABC):
         try:
             if self.pending_output():
                 return False
-            self.sent_bytes += self._send_some([memoryview(data)])
+            self.sent_bytes += self._persist(self._send_some, [memoryview(data)])
         except (OSError, ValueError) as failure:
             raise self._broken(failure) from failure
         finally:
@@ -110,7 +114,7 @@ class Channel(abc.ABC):
         """
         with self._receiving:
             try:
-                n_received = self._receive_some(view)
+                n_received = self._persist(self._receive_some, view)
             except (OSError, ValueError) as failure:
                 raise self._broken(failure) from failure
             # A socket shut down on this side reads as ended, which would look like a peer's end.
@@ -185,6 +189,22 @@ class Channel(abc.ABC):
     @abc.abstractmethod
     def _wake(self) -> None:
         """Make calls that wait in the kernel return."""
+
+    def _persist(
+        self,
+        call: Callable[Parameters, Result],
+        *arguments: Parameters.args,
+        **named: Parameters.kwargs,
+    ) -> Result:
+        """Make a call of the kernel again while it fails with what passes, and nobody has had enough."""
+        waits: Patience | None = None
+        while True:
+            try:
+                return call(*arguments, **named)
+            except OSError as failure:
+                waits = waits or Patience(PASSES)
+                if self._shut or not waits.outlives(failure.errno or 0):
+                    raise
 
     def _stop_calls(self) -> None:
         with self._ending:

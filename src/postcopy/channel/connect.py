@@ -19,6 +19,7 @@ from postcopy.channel.descriptors import DescriptorChannel
 from postcopy.channel.files import FileChannel
 from postcopy.channel.sockets import SocketChannel
 from postcopy.errors import CannotConnect
+from postcopy.kernel.patience import persist
 
 SocketName = tuple[str, int] | tuple[str, int, int, int] | tuple[int, bytes]
 """An Internet address as :mod:`socket` writes it, see getaddrinfo(3)."""
@@ -133,14 +134,15 @@ def _cannot(where: str, failure: OSError | None) -> CannotConnect:
 
 def _create_file(address: FileAddress) -> Channel:
     try:
-        fd = os.open(address.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
+        fd = persist(os.open, address.path, flags, 0o600)
     except OSError as failure:
         raise CannotConnect(f"Could not open '{address.path}': {failure.strerror}") from failure
     try:
         mode = os.fstat(fd).st_mode
         # A device or a FIFO has no size to cut; what stands before the offset is somebody else's.
         if stat.S_ISREG(mode):
-            os.ftruncate(fd, address.offset)
+            persist(os.ftruncate, fd, address.offset)
         if _has_places(mode):
             return FileChannel(str(address), fd, address.offset, writable=True)
         if address.offset:
@@ -159,7 +161,8 @@ def open_file(address: FileAddress) -> Channel:
     """
     try:
         # To open a FIFO must not wait for a writer: to read from it does, and can be given up.
-        fd = os.open(address.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = persist(os.open, address.path, flags)
     except OSError as failure:
         raise CannotConnect(f"Could not open '{address.path}': {failure.strerror}") from failure
     try:

@@ -12,6 +12,7 @@ from postcopy.channel.channel import Channel
 from postcopy.channel.descriptor_check import can_answer
 from postcopy.channel.gathering import Gathering
 from postcopy.errors import ChannelBroken
+from postcopy.kernel import calls
 
 
 class DescriptorChannel(Channel):
@@ -31,7 +32,8 @@ class DescriptorChannel(Channel):
         super().__init__(description)
         self._reading = reading
         self._writing = writing
-        self._woken = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
+        self._woken = calls.of_python("eventfd", "", os.eventfd, 0, flags)
         for fd in {reading, writing} - {None}:
             if fd is not None and not stat.S_ISREG(os.fstat(fd).st_mode):
                 os.set_blocking(fd, False)
@@ -95,7 +97,7 @@ class DescriptorChannel(Channel):
         poll = select.poll()
         poll.register(fd, event)
         poll.register(self._woken, select.POLLIN)
-        if any(ready == self._woken for ready, _ in poll.poll()):
+        if any(ready == self._woken for ready, _ in calls.of_python("poll", "", poll.poll)):
             raise ValueError("shut down")
 
     def _wake(self) -> None:

@@ -48,7 +48,8 @@ class FileChannel(Channel):
             try:
                 while len(left):
                     self._check(writing=True)
-                    n_written = os.pwrite(self._fd, left[:PIECE_BYTES], position)
+                    piece = left[:PIECE_BYTES]
+                    n_written = self._persist(os.pwrite, self._fd, piece, position)
                     self.sent_bytes += n_written
                     position += n_written
                     left = left[n_written:]
@@ -66,7 +67,8 @@ class FileChannel(Channel):
             try:
                 while done < len(into):
                     self._check(writing=False)
-                    n_read = os.preadv(self._fd, [into[done : done + PIECE_BYTES]], position + done)
+                    piece = into[done : done + PIECE_BYTES]
+                    n_read = self._persist(os.preadv, self._fd, [piece], position + done)
                     if not n_read:
                         break
                     done += n_read

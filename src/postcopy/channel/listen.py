@@ -21,6 +21,7 @@ from postcopy.channel.connect import (
 )
 from postcopy.channel.sockets import SocketChannel
 from postcopy.errors import CannotConnect, CannotListen, ChannelBroken
+from postcopy.kernel import calls
 
 BACKLOG = 16
 """Connections that may wait to be accepted: a main channel, a preempt channel, retries."""
@@ -44,7 +45,12 @@ class Listener:
         self._address = address
         # Its inode, so that closing never removes the socket of whoever listens there after us.
         self._inode = Path(address.path).stat().st_ino if isinstance(address, UnixAddress) else None
-        self._woken = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
+        try:
+            self._woken = calls.of_python("eventfd", "", os.eventfd, 0, flags)
+        except BaseException:
+            self._let_go()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -89,11 +95,14 @@ class Listener:
             os.eventfd_write(self._woken, 1)
         with self._accepting:
             os.close(self._woken)
-            if self._single is not None:
-                self._single.shutdown()
-                self._single.close()
-            if self._door is not None:
-                self._door.close()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._single is not None:
+            self._single.shutdown()
+            self._single.close()
+        if self._door is not None:
+            self._door.close()
         if isinstance(self._address, UnixAddress):
             self._remove(self._address.path)
 
@@ -102,7 +111,8 @@ class Listener:
         poll.register(self._woken, select.POLLIN)
         if self._door is not None:
             poll.register(self._door, select.POLLIN)
-        ready = [fd for fd, _ in poll.poll(None if timeout_s is None else timeout_s * 1000)]
+        timeout_ms = None if timeout_s is None else timeout_s * 1000
+        ready = [fd for fd, _ in calls.of_python("poll", "", poll.poll, timeout_ms)]
         if self._woken in ready:
             raise ChannelBroken(f"{self._address}: no longer listened on")
         if not ready:

@@ -194,13 +194,10 @@ def of_python(
     :param detail: what it is about.
     :raises KernelError: in place of an ``OSError``.
     """
-    waits = Patience()
-    while True:
-        try:
-            return call(*arguments, **named)
-        except OSError as error:
-            if not waits.outlives(error.errno or 0):
-                raise KernelError(name, error.errno or 0, detail) from error
+    try:
+        return patience.persist(call, *arguments, **named)
+    except OSError as error:
+        raise KernelError(name, error.errno or 0, detail) from error
 
 
 def _range(start: int, length_bytes: int) -> str:

@@ -1,17 +1,22 @@
 """Which failures of a kernel call pass, and for how long the call is made again.
 
-A host that is short of memory for a moment (``ENOMEM``), a lock that is being waited for (``EAGAIN``) and
-a signal (``EINTR``) are no reason to end a migration.  All calls of :mod:`postcopy.kernel` are made again
-then, with short waits in between, until they succeed or the failure has lasted.  What lasts, and every
-other failure, is the caller's to deal with.
+A host that is short of memory for a moment (``ENOMEM``, ``ENOBUFS``), a lock that is being waited for
+(``EAGAIN``) and a signal (``EINTR``) are no reason to end a migration.  All calls of
+:mod:`postcopy.kernel`, and those that carry a channel's bytes, are made again then, with short waits in
+between, until they succeed or the failure has lasted.  What lasts, and every other failure, is the
+caller's to deal with.
 """
 
 import errno
 import threading
 import time
-from typing import Final
+from collections.abc import Callable
+from typing import Final, ParamSpec, TypeVar
 
-PASSES: Final = frozenset({errno.EAGAIN, errno.EINTR, errno.ENOMEM})
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+PASSES: Final = frozenset({errno.EAGAIN, errno.EINTR, errno.ENOMEM, errno.ENOBUFS})
 
 LASTING_S: Final = 4.0
 """A failure that has lasted for so long does not pass."""
@@ -56,6 +61,25 @@ class Patience:
         else:
             self._stop.wait(self._wait_s)
         return True
+
+
+def persist(
+    call: Callable[Parameters, Result], *arguments: Parameters.args, **named: Parameters.kwargs
+) -> Result:
+    """Make a call for which Python has a function, such as :func:`os.pread`, until it does not fail so.
+
+    Not for :func:`os.fsync`: the kernel tells of lost bytes once, and the next call succeeds.
+
+    :raises OSError: what does not pass.
+    """
+    waits: Patience | None = None
+    while True:
+        try:
+            return call(*arguments, **named)
+        except OSError as error:
+            waits = waits or Patience()
+            if not waits.outlives(error.errno or 0):
+                raise
 
 
 NONE: Final = frozenset[int]()

@@ -9,6 +9,9 @@ import os
 import select
 import threading
 
+from postcopy.kernel import calls
+from postcopy.kernel.descriptors import close_all, open_all
+
 
 class ReadingTurn:
     """Passes the turn to read between the thread that owns it and one that borrows it.
@@ -18,8 +21,13 @@ class ReadingTurn:
     """
 
     def __init__(self, *fds: int) -> None:
-        self._fds = [os.dup(fd) for fd in fds]
-        self._call = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._fds = open_all(lambda fd: calls.of_python("dup", "", os.dup, fd), fds)
+        try:
+            flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
+            self._call = calls.of_python("eventfd", "", os.eventfd, 0, flags)
+        except BaseException:
+            close_all(self._fds)
+            raise
         self._sleep = select.poll()
         self._sleep.register(self._call, select.POLLIN)
         self._glance = select.poll()
@@ -39,7 +47,7 @@ class ReadingTurn:
     def wait(self) -> None:
         """Sleep until there is something to read, and it is the owner's turn to do so."""
         while not self._lend():
-            ready = self._sleep.poll()
+            ready = calls.of_python("poll", "", self._sleep.poll)
             if all(fd != self._call for fd, _ in ready):
                 return
             os.eventfd_read(self._call)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, Protocol, Self
 
 from postcopy.errors import EngineDied, HostCannot
+from postcopy.kernel.patience import persist
 from postcopy.link.rpc import Answer, Handler, Link
 
 # numpy's linear algebra, which nobody uses here, starts threads that spin.
@@ -77,13 +78,16 @@ class EngineProcess:
                 ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
                 undo.callback(ours.close)
                 with theirs:
-                    process = subprocess.Popen(
-                        [sys.executable, "-m", "postcopy.engine", "--link", str(theirs.fileno())],
-                        pass_fds=[theirs.fileno()],
-                        stdin=subprocess.DEVNULL,
-                        env=os.environ | _ENVIRONMENT,
-                        # A Ctrl-C is for the monitor; the engine ends with its link.
-                        start_new_session=True,
+                    link = theirs.fileno()
+                    process = persist(
+                        lambda: subprocess.Popen(
+                            [sys.executable, "-m", "postcopy.engine", "--link", str(link)],
+                            pass_fds=[link],
+                            stdin=subprocess.DEVNULL,
+                            env=os.environ | _ENVIRONMENT,
+                            # A Ctrl-C is for the monitor; the engine ends with its link.
+                            start_new_session=True,
+                        )
                     )
             except OSError as error:
                 what = f"no engine process can be started: {error.strerror}"

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from postcopy.errors import ImageError
 from postcopy.kernel.mapping import Mapping
+from postcopy.kernel.patience import persist
 
 _PIECE_BYTES = 1 << 30  # the kernel reads no more than 2 GiB in one call
 
@@ -44,7 +45,7 @@ class ImageFile:
         count = max(0, min(count, self.size_bytes - start))
         if count <= _PIECE_BYTES:
             try:
-                raw = os.pread(self.fd, count, start)
+                raw = persist(os.pread, self.fd, count, start)
             except OSError as failure:
                 raise self._unreadable(failure.strerror, start) from failure
             if len(raw) == count:
@@ -61,7 +62,7 @@ class ImageFile:
         left = into.data.cast("B")
         while len(left):
             try:
-                count = os.preadv(self.fd, [left[:_PIECE_BYTES]], start)
+                count = persist(os.preadv, self.fd, [left[:_PIECE_BYTES]], start)
             except OSError as failure:
                 raise self._unreadable(failure.strerror, start) from failure
             if not count:
@@ -109,7 +110,7 @@ def open_regular(path: Path) -> int:
     :raises ImageError: there is no such file, it may not be read, or it is no file.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = persist(os.open, path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as failure:
         raise ImageError(path, f"cannot be opened: {failure.strerror}") from failure
     if not stat.S_ISREG(os.fstat(fd).st_mode):
