@@ -192,6 +192,7 @@ class Destination:
         self._decoder.resume(section)
         self._placement.forget_halves()
         self._ram.forget_claims()
+        self._postcopy.serve_again()
         self._return_path.open(channel, hold_requests=True)
         self._progress.move(Status.POSTCOPY_RECOVER)
         reached("destination.recovery-connected")

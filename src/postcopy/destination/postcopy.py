@@ -59,6 +59,7 @@ class Postcopy:
         self._userfaultfd: Userfaultfd | None = None
         self._pager: Pager | None = None
         self._pager_thread: threading.Thread | None = None
+        self._serves = True  # no pager has failed since the last was started
         self._showing: Showing | None = None
         self._package_thread: threading.Thread | None = None
         self._awake = CpusAwake()
@@ -129,9 +130,8 @@ class Postcopy:
             watched no more.
         """
         with self._deciding:
-            self._given_up = (
-                self._progress.status is Status.POSTCOPY_DEVICE and self._ram.any_expected()
-            )
+            waits = self._ram.any_expected() or not self._serves
+            self._given_up = self._progress.status is Status.POSTCOPY_DEVICE and waits
             return self._given_up
 
     def adopt(self) -> Userfaultfd:
@@ -147,10 +147,26 @@ class Postcopy:
                 paged.pages.adopt(_mapped(scanner, paged))
                 paged.stale[:] = True  # a page may have been half written
         self._start_pager(userfaultfd)
-        for paged in self._ram:
-            userfaultfd.wake(paged.block.host_address, paged.block.size_bytes)
+        self._repeat_faults(userfaultfd)
         self.showing.start()
         return userfaultfd
+
+    def serve_again(self) -> None:
+        """Another connection begins: nothing that a failed call has left undone is forgotten.
+
+        A page may have come and not have been shown to who waited for it; and the pager may have ended.
+        """
+        if not self._serves and self._pager is not None and self._pager_thread is not None:
+            self._pager_thread.join()
+            self._pager.stop()
+            self.failure = None
+            self._start_pager(self.userfaultfd)
+        self._repeat_faults(self.userfaultfd)
+
+    def _repeat_faults(self, userfaultfd: Userfaultfd) -> None:
+        """Have every thread that waits for a page fault once more."""
+        for paged in self._ram:
+            userfaultfd.wake(paged.block.host_address, paged.block.size_bytes)
 
     def ask_again(self) -> None:
         """Ask once more for every page asked for and not received: the recovery is done."""
@@ -218,9 +234,19 @@ class Postcopy:
 
     def _start_pager(self, userfaultfd: Userfaultfd) -> None:
         request = self._return_path.request
-        self._pager = Pager(userfaultfd, self._ram, self._blocktime, request, self._awake)
-        self._pager_thread = _start("pager", self._pager.run)
-        self._showing = Showing(userfaultfd, self._ram)
+        self._pager = pager = Pager(userfaultfd, self._ram, self._blocktime, request, self._awake)
+        self._serves = True
+        self._pager_thread = _start("pager", lambda: self._serve(pager))
+        if self._showing is None:
+            self._showing = Showing(userfaultfd, self._ram)
+
+    def _serve(self, pager: Pager) -> None:
+        try:
+            pager.run()
+        except PostcopyError as error:
+            self.failure = error
+            self._serves = False
+            self._on_failure()
 
     # --- the thread "package"
 

@@ -9,11 +9,12 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 from postcopy.abi import mman
 from postcopy.abi.userfaultfd import Feature, RegisterMode
-from postcopy.errors import WrongState
+from postcopy.errors import KernelError, WrongState
 from postcopy.guest import DeviceState, Guest, Region
 from postcopy.kernel import calls, memfd, patience
 from postcopy.kernel.descriptors import close_all, open_all
@@ -335,15 +336,22 @@ class GuestService:
         return watch
 
     def _unwatch(self, watch: Userfaultfd | None, rest_s: float = 0.0) -> None:
+        """Let go of all memory: in steps, and if one of them fails, with the last descriptor.
+
+        An engine's descriptor closes with its job, at the latest with its process.
+        """
         if watch is not None:
-            for region in self._guest.regions():
-                step = max(_STEP_BYTES, region.page_size_bytes)
-                for offset in range(0, region.size_bytes, step):
-                    address = region.host_address + offset
-                    length = min(step, region.size_bytes - offset)
-                    watch.unregister(address, length)
-                    # That wakes who waits for a page, but not who waits to write to one.
-                    watch.wake(address, length)
-                    if rest_s:
-                        time.sleep(rest_s)
-            watch.close()
+            with watch, suppress(KernelError):
+                for region in self._guest.regions():
+                    self._unwatch_region(watch, region, rest_s)
+
+    def _unwatch_region(self, watch: Userfaultfd, region: Region, rest_s: float) -> None:
+        step = max(_STEP_BYTES, region.page_size_bytes)
+        for offset in range(0, region.size_bytes, step):
+            address = region.host_address + offset
+            length = min(step, region.size_bytes - offset)
+            watch.unregister(address, length)
+            # That wakes who waits for a page, but not who waits to write to one.
+            watch.wake(address, length)
+            if rest_s:
+                time.sleep(rest_s)

@@ -12,6 +12,7 @@ import select
 import time
 from collections.abc import Callable, Sequence
 
+from postcopy.kernel import calls
 from postcopy.kernel.cpu_latency import CpusAwake
 from postcopy.kernel.faults import Pagefault
 from postcopy.kernel.scheduling import run_soon
@@ -44,24 +45,33 @@ class Pager:
         self._ram = ram
         self._blocktime = blocktime
         self._ask = ask
-        self._stop_reader, self._stop_writer = os.pipe2(os.O_CLOEXEC)
+        ends = calls.of_python("pipe2", "", os.pipe2, os.O_CLOEXEC)
+        self._stop_reader, self._stop_writer = ends
         self._awake = awake
         self.faults = 0
 
     def run(self) -> None:
-        """Serve faults until told to stop."""
+        """Serve faults until told to stop.
+
+        :raises KernelError: no fault is served any more; who waits for a page waits on.
+        """
+        try:
+            self._run()
+        finally:
+            os.close(self._stop_reader)
+
+    def _run(self) -> None:
         run_soon()
         self._awake.a_while()  # the guest is about to begin
         poll = select.poll()
         poll.register(self._userfaultfd.fd, select.POLLIN)
         poll.register(self._stop_reader, select.POLLIN)
-        while all(fd != self._stop_reader for fd, _ in poll.poll()):
+        while all(fd != self._stop_reader for fd, _ in calls.of_python("poll", "", poll.poll)):
             self._awake.a_while()
             faults = [e for e in self._userfaultfd.read_events() if isinstance(e, Pagefault)]
             wanted = [request for fault in faults if (request := self._note(fault)) is not None]
             if wanted:
                 self._ask(wanted)
-        os.close(self._stop_reader)
 
     def stop(self) -> None:
         """Make :meth:`run` return; faults that come later wait."""

@@ -152,14 +152,17 @@ class BackgroundSnapshot:
     def _watched(self) -> Iterator[WriteGuard]:
         """Have the guest's memory watched for writes; in every case it is not any more afterwards."""
         assert self._unsaved is not None
-        self._guard = guard = WriteGuard(
-            self._guest.watch_snapshot(), self._unsaved, self._aside, self._stop_because
-        )
-        guard.start()
         try:
-            yield guard
+            userfaultfd = self._guest.watch_snapshot()
+            self._guard = guard = WriteGuard(
+                userfaultfd, self._unsaved, self._aside, self._stop_because
+            )
+            guard.start()
+            try:
+                yield guard
+            finally:
+                guard.stop()
         finally:
-            guard.stop()
             self._guest.unwatch_snapshot()  # who still waits to write goes on
         reached("snapshot.unwatched")
 

@@ -17,6 +17,7 @@ from typing import Final
 from postcopy.abi.userfaultfd import EventCode, PagefaultFlag
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.errors import KernelError
+from postcopy.kernel import calls
 from postcopy.kernel.cpu_latency import CpusAwake
 from postcopy.kernel.faults import MESSAGE
 from postcopy.kernel.scheduling import run_soon
@@ -74,7 +75,8 @@ class Filler:
         self._working_set = working_set
         self._limiter = pace.limiter
         self._on_progress: Callable[[], None] | None = on_progress
-        self._wake_reader, self._wake_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        ends = calls.of_python("pipe2", "", os.pipe2, os.O_CLOEXEC | os.O_NONBLOCK)
+        self._wake_reader, self._wake_writer = ends
         self._waking = threading.Lock()  # its number may be another's as soon as it is closed
         self._stopped = False
         self._hurry = False
@@ -180,7 +182,8 @@ class Filler:
         poll.register(self._userfaultfd.fd, select.POLLIN)
         poll.register(self._wake_reader, select.POLLIN)
         while not (self._stopped or (self._exhausted and self._may_end)):
-            ready = poll.poll(None if self._exhausted else self._may_push_in_ms())
+            timeout_ms = None if self._exhausted else self._may_push_in_ms()
+            ready = calls.of_python("poll", "", poll.poll, timeout_ms)
             for fd, _ in ready:
                 if fd == self._wake_reader:
                     os.read(fd, 64)

@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable
 
 from postcopy.errors import PostcopyError
+from postcopy.kernel import calls
 from postcopy.kernel.faults import Pagefault
 from postcopy.kernel.scheduling import run_soon
 from postcopy.kernel.userfaultfd import Userfaultfd
@@ -65,7 +66,8 @@ class WriteGuard:
         self._written: set[_Run] = set()
         self._frozen = False
         self._stopping = False
-        self._stop_reader, self._stop_writer = os.pipe2(os.O_CLOEXEC)
+        ends = calls.of_python("pipe2", "", os.pipe2, os.O_CLOEXEC)
+        self._stop_reader, self._stop_writer = ends
         self._thread = threading.Thread(target=self._serve, name="snapshot-faults", daemon=True)
 
     def start(self) -> None:
@@ -142,7 +144,7 @@ class WriteGuard:
             since_ns, looked_ns = looked_ns, time.monotonic_ns()
             events = self._userfaultfd.read_events()
             if not events:
-                poll.poll()
+                calls.of_python("poll", "", poll.poll)
                 looked_ns = time.monotonic_ns()
             for event in events:
                 if isinstance(event, Pagefault) and not self._fault(event.address, since_ns):

@@ -178,7 +178,10 @@ class Restore:
         try:
             filler.run()
         except PostcopyError as error:
-            # Loading the devices may wait for a page that does not come any more: this ends it.
+            # Loading the devices may wait for a page that does not come any more: this ends it, when
+            # nobody holds the descriptor but the guest's process.
+            assert self._userfaultfd is not None
+            self._userfaultfd.close()
             self._guest.abandon()
             self._failure = error
         finally:
