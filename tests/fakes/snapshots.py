@@ -36,6 +36,7 @@ class Portrait:
         capabilities: Sequence[Capability] = (),
         accelerator: str = "kvm",
         paused: bool = False,
+        kind: type[Remembering] = Remembering,
         **more: object,
     ) -> None:
         need(accelerator)
@@ -43,7 +44,7 @@ class Portrait:
         self.accelerator = accelerator
         self.more = more
         self.capabilities = capabilities
-        self.sides = [Side(config_for(workload, accelerator, **more), kind=Remembering)]
+        self.sides = [Side(config_for(workload, accelerator, **more), kind=kind)]
         try:
             wait_for_work(self.machine, workload)
             if paused:
