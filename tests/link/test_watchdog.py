@@ -45,14 +45,13 @@ def test_who_talks_does_not_hang(ends):
     assert hung == []
 
 
-def test_what_is_said_to_who_does_not_listen_counts(ends):
+def test_who_is_not_listened_to_does_not_hang(ends):
     """It is this process that is late then."""
     near, far, _, release = ends
     hung = []
     Watchdog(near, 2, hung.append).start()
     far.note("alive")
     far.note("slow")  # its handler keeps the reader from hearing what comes after
-    far.note("alive")
-    threading.Event().wait(5)
+    threading.Event().wait(4)
     assert hung == []
     release.set()

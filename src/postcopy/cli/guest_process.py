@@ -21,6 +21,7 @@ from postcopy.link.engine_process import EnginePool
 from postcopy.machine.config import MachineConfig
 from postcopy.machine.machine import Machine
 from postcopy.machine.run_state import RunState
+from postcopy.machine.signals import install_kick_handler
 from postcopy.stacks import tell_when_asked
 from postcopy.status import Status
 
@@ -61,6 +62,7 @@ class GuestProcess:
         os.set_blocking(self._wake_writer, False)
         self._exit_code = DONE
         self._cleanup = contextlib.ExitStack()
+        self._failure: BaseException | None = None
 
     def run(self) -> int:
         """Serve until told to end.
@@ -72,10 +74,18 @@ class GuestProcess:
         """
         self._name_process()
         tell_when_asked()
-        with self._cleanup:
-            self._start()
-            while not self._over:
-                os.read(self._wake_reader, 1)
+        install_kick_handler()
+        self._catch_signals()
+        # Not in this thread: an image, a name server or an engine may be waited for.
+        starting = threading.Thread(target=self._start_or_fail, name="start", daemon=True)
+        starting.start()
+        while not self._over:
+            os.read(self._wake_reader, 1)
+        self._cleanup.close()
+        starting.join(_CLOSE_S)  # what it waited for has failed by now
+        self._cleanup.close()
+        if self._failure is not None:
+            raise self._failure
         _try(_flush)
         os._exit(self._exit_code)
 
@@ -94,6 +104,14 @@ class GuestProcess:
         """Where the guest's serial port goes."""
         return terminal.serial_output(self._settings.serial, self._cleanup)
 
+    def _start_or_fail(self) -> None:
+        try:
+            self._start()
+        except BaseException as failure:
+            if not self._over:  # else it has failed of being ended
+                self._failure = failure
+            self.end(FAILED)
+
     def _start(self) -> None:
         settings = self._settings
         incoming = settings.incoming is not None or settings.restore is not None
@@ -107,8 +125,8 @@ class GuestProcess:
             on_incoming_failed=self._incoming_failed,
             engines=self._engines,
         )
-        self._cleanup.callback(control.close)
-        self._catch_signals()
+        self._cleanup.callback(control.kill_engines)
+        self._cleanup.callback(_try, control.close)
         machine.start(paused=settings.paused, incoming=incoming)
         if settings.restore is not None:
             self._restore(control, settings.restore)
@@ -137,10 +155,10 @@ class GuestProcess:
         from postcopy.monitor.server import serve_hmp, serve_qmp
 
         for address in self._settings.qmps:
-            self._cleanup.callback(serve_qmp(address, backend).close)
+            self._cleanup.callback(_try, serve_qmp(address, backend).close)
         for address in self._settings.monitors:
             if address != STDIO:
-                self._cleanup.callback(serve_hmp(address, backend).close)
+                self._cleanup.callback(_try, serve_hmp(address, backend).close)
 
     def _open_console(self, backend: "Backend") -> None:
         """The console has a thread of its own: the main thread must stay free for signals."""

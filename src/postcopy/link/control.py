@@ -32,6 +32,8 @@ from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.statistics import MigrationInfo
 from postcopy.status import GIVEN_UP, Progress, Status
 
+_LAST_WORDS_S = 3.0  # an engine may need some of them, see `postcopy.engine.service`
+
 
 class MigrationControl:
     """Both directions of one guest; any thread may call any method.
@@ -58,7 +60,7 @@ class MigrationControl:
         self._ownership = guest.ownership
         self._events = events
         self._on_incoming_failed = on_incoming_failed
-        pool = engines or EnginePool()
+        self._pool = pool = engines or EnginePool()
         self._engines = Engines(self._handlers, self._engine_ended, pool, hang_looks)
         self._settings = Settings()
         self._service = GuestService(guest)
@@ -91,11 +93,18 @@ class MigrationControl:
                 self._engines.start().call("prepare_destination")
 
     def close(self) -> None:
-        """End whatever is going on; the process is leaving."""
+        """End whatever is going on; the process is leaving.
+
+        Orders that wait, for an engine or for the end of a restore, fail; they hold the locks meanwhile.
+        """
+        self._engines.close()
+        self._restoring.close()
         self.resetting.close()
-        with self._lock:
-            self._engines.close()
         self._service.unwatch_snapshot()  # no vCPU is left waiting for an engine that is gone
+
+    def kill_engines(self) -> None:
+        """End the engines that hang, after :meth:`close`: a stopped process would stay for good."""
+        self._pool.kill_left(_LAST_WORDS_S)
 
     # --- settings
 

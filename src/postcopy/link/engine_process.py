@@ -26,7 +26,11 @@ _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}
 _DEATH_S = 5.0
 """How long the end of a killed process is waited for: one that hangs in a kernel call may take longer."""
 
-_LOOK_S = 0.002
+_LEAVE_S = 10.0
+"""How long an engine that is not needed any more has for its last words."""
+
+_SHORTEST_LOOK_S = 0.001
+_LONGEST_LOOK_S = 0.05
 
 _CURES = {
     errno.EMFILE: "raise this process's limit of open files ('prlimit --nofile=1024 --pid PID')",
@@ -170,14 +174,31 @@ class EngineProcess:
     def end(self) -> None:
         """Let it go: it ends by itself when the link does."""
         self._begun().close()
-        threading.Thread(target=self._process.wait, name="engine-reaper", daemon=True).start()
+        threading.Thread(target=self._reap, name="engine-reaper", daemon=True).start()
+
+    def _reap(self) -> None:
+        """One that hangs does not see that it may go."""
+        self.kill_unless_dead_within(_LEAVE_S)
+        self._process.wait()
+
+    def kill_unless_dead_within(self, timeout_s: float) -> None:
+        """Give it time to end by itself."""
+        if not self._is_dead_within(timeout_s):
+            self._signal_end()
 
     def kill(self) -> None:
         """End it at once, whatever it does, unless its kernel holds it back."""
         self._signal_end()
-        until_s = time.monotonic() + _DEATH_S
-        while not self.is_dead and time.monotonic() < until_s:
-            time.sleep(_LOOK_S)
+        self._is_dead_within(_DEATH_S)
+
+    def _is_dead_within(self, timeout_s: float) -> bool:
+        until_s, pause_s = time.monotonic() + timeout_s, _SHORTEST_LOOK_S
+        while not self.is_dead:
+            if time.monotonic() > until_s:
+                return False
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_LOOK_S)
+        return True
 
     def _signal_end(self) -> None:
         if not self.is_dead:
@@ -237,26 +258,38 @@ class EnginePool:
 
     def __init__(self, first: EngineProcess | None = None) -> None:
         self._lock = threading.Lock()
-        # Under the lock: the one that waits, and who is going to start it.
+        # Under the lock: the one that waits, what is going to start it, and all that may live.
         self._spare = first
+        self._living = [] if first is None else [first]
         self._timer: threading.Timer | None = None
         self._closed = False
 
     def prepare(self, delay_s: float = 0.0) -> None:
-        """Have one ready, unless the pool is closed.
+        """Have one ready, unless the pool is closed, or the host has no room for one now.
 
         :param delay_s: when to begin: a guest that has just arrived needs the CPU for itself.
         """
+        if not delay_s:
+            with contextlib.suppress(HostCannot):  # the order that needs one will say so
+                self._prepare_now()
+            return
         with self._lock:
             self._cancel_timer()
-            if self._spare is not None or self._closed:
-                return
-            if not delay_s:
-                self._spare = EngineProcess.start()
-                return
-            self._timer = threading.Timer(delay_s, self.prepare)
-            self._timer.daemon = True
-            self._timer.start()
+            if self._spare is None and not self._closed:
+                self._timer = threading.Timer(delay_s, self.prepare)
+                self._timer.daemon = True
+                self._timer.start()
+
+    def _prepare_now(self) -> None:
+        with self._lock:
+            self._cancel_timer()
+            if self._spare is None and not self._closed:
+                self._spare = self._start()
+
+    def _start(self) -> EngineProcess:
+        engine = EngineProcess.start()
+        self._living = [engine, *(other for other in self._living if not other.is_dead)]
+        return engine
 
     def _cancel_timer(self) -> None:
         if self._timer is not None:
@@ -265,7 +298,7 @@ class EnginePool:
 
     def ask(self, order: str, **arguments: Any) -> Answer:
         """Have the next one do something for which it needs no guest: see :meth:`EngineProcess.ask`."""
-        self.prepare()
+        self._prepare_now()
         with self._lock:
             spare = self._spare
         if spare is None:
@@ -273,13 +306,17 @@ class EnginePool:
         return spare.ask(order, **arguments)
 
     def take(self) -> EngineProcess:
-        """Return a fresh engine."""
+        """Return a fresh engine.
+
+        :raises HostCannot: the host has no room for one.
+        """
         with self._lock:
             engine, self._spare = self._spare, None
-        if engine is not None and engine.is_dead:
-            engine.end()
-            engine = None
-        return engine or EngineProcess.start()
+            if engine is None or engine.is_dead:
+                dead, engine = engine, self._start()
+                if dead is not None:
+                    dead.end()
+            return engine
 
     def close(self) -> None:
         """Let the one that waits go."""
@@ -289,3 +326,14 @@ class EnginePool:
             if self._spare is not None:
                 self._spare.end()
                 self._spare = None
+
+    def kill_left(self, within_s: float) -> None:
+        """Kill those that hang: a process that is leaving leaves none behind.
+
+        :param within_s: how long the others may take for their last words.
+        """
+        until_s = time.monotonic() + within_s
+        with self._lock:
+            living = list(self._living)
+        for engine in living:
+            engine.kill_unless_dead_within(max(0.0, until_s - time.monotonic()))

@@ -8,7 +8,6 @@ loses some, and must never take another file of its own for one of them.
 import array
 import errno
 import json
-import select
 import socket
 import struct
 import threading
@@ -124,12 +123,6 @@ class Messages:
             return Received(body, fds, len(fds))
         close_all(fds)
         return Received(body, [], len(fds))
-
-    @property
-    def has_unread(self) -> bool:
-        """Whether bytes have come that the receiver has not taken."""
-        with self._closing:
-            return self._socket.fileno() >= 0 and bool(select.select([self._socket], [], [], 0)[0])
 
     def shut(self) -> None:
         """End both directions; a thread that sends or receives returns."""

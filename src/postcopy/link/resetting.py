@@ -28,6 +28,7 @@ from postcopy.link.host import check_reset
 from postcopy.link.rpc import Link
 
 _TRIES: Final = 3
+_CLOSE_S: Final = 2.0
 _DIED: Final = "the engine process died while the reset point was set; set it again"
 
 
@@ -148,9 +149,13 @@ class Resetting:
             self._end()
 
     def close(self) -> None:
-        """The guest's process is leaving."""
-        with self._lock:
-            self._end()
+        """The guest's process is leaving: an order that is at work fails."""
+        self._engines.close()
+        if self._lock.acquire(timeout=_CLOSE_S):
+            try:
+                self._end()
+            finally:
+                self._lock.release()
 
     # --- under the lock
 

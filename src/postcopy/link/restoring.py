@@ -7,6 +7,7 @@ image.  So the next one is started unasked, and goes on.
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 from postcopy.errors import EngineDied, PostcopyError, WrongState
@@ -17,6 +18,7 @@ from postcopy.link.rpc import Link
 from postcopy.status import ENDED, Status
 
 _FILE: Final = "file:"
+_LOOK_S: Final = 0.2
 
 
 class Restoring:
@@ -39,6 +41,7 @@ class Restoring:
         self._given_up = given_up
         self._wishes: dict[str, Any] = {}
         self._hurried = False
+        self._closed = False
         self.job: Job | None = None
         """The restore that is under way, running guest or not."""
         self._succession = Succession(
@@ -78,9 +81,18 @@ class Restoring:
     def complete_first(self) -> None:
         """Whoever wants the guest whole waits here, while it is completed at full speed."""
         job = self.job
-        if job is not None and self._guest.owned:
-            self.hurry()
-            job.progress.wait(*ENDED, Status.POSTCOPY_PAUSED)
+        if job is None or not self._guest.owned:
+            return
+        self.hurry()
+        while not self._closed:
+            with suppress(TimeoutError):
+                job.progress.wait(*ENDED, Status.POSTCOPY_PAUSED, timeout=_LOOK_S)
+                return
+        raise WrongState("this process is leaving")
+
+    def close(self) -> None:
+        """Let go of whoever waits for the end of it."""
+        self._closed = True
 
     def refuse_to_leave(self) -> None:
         """Refuse to move on a guest of which nobody knows when it will be whole.

@@ -86,6 +86,7 @@ class Link:
         self._completed = completed
         # The reader's alone: the threads of those, as long as they may be at work.
         self._at_work: list[threading.Thread] = []
+        self._taking = False
         self._over = threading.Event()
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
@@ -181,16 +182,18 @@ class Link:
         return self._over.wait(timeout_s)
 
     @property
-    def has_unread(self) -> bool:
-        """Whether something has come that this end has not taken yet."""
-        return self._messages.has_unread
+    def is_taking(self) -> bool:
+        """Whether this end is at work on what has come, and hears nothing meanwhile."""
+        return self._taking
 
     # --- receiving, all on the reader's thread
 
     def _read(self) -> None:
         try:
             for message in self._messages.receive():
+                self._taking = True
                 self._dispatch(message)
+                self._taking = False
         except OSError:
             pass  # closed under us: the same as the end
         finally:

@@ -54,7 +54,7 @@ class Watchdog:
     def _watch(self) -> None:
         heard, silent = 0, 0
         while not self._link.wait_over(_LOOK_S):
-            if self._beats != heard or self._link.has_unread:
+            if self._beats != heard or self._link.is_taking:
                 heard, silent = self._beats, 0
                 continue
             silent += 1
