@@ -69,8 +69,10 @@ class Outcome:
                 return  # given up, in the moment in which it had something to say
             job = self.work
             job.note(MigrationInfo.from_wire(info), error)
-            if to is Status.FAILED and job is self.restoring.job and self._guest.owned:
-                self.restoring.engine_died()  # the guest runs: the next engine goes on with its pages
+            runs = job is self.restoring.job and self._guest.owned
+            # With no page missing any more those that are lost are the result.
+            if to is Status.FAILED and runs and self._service.watches_missing:
+                self.restoring.engine_died()  # the next engine goes on with the guest's pages
                 return
         if to is Status.COMPLETED:
             self._completed()
