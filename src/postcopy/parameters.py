@@ -343,6 +343,34 @@ class Parameters:
         return {name: getattr(self, python_name(name)) for name in rules()}
 
 
+@dataclass(frozen=True, slots=True)
+class Overrides:
+    """What one order sets for itself alone: over what is set, and gone with the order's job.
+
+    :ivar capabilities: those that it switches on or off.
+    :ivar parameters: those that it sets, by QEMU's names.
+    """
+
+    capabilities: Mapping[Capability, bool] = field(default_factory=dict)
+    parameters: Mapping[str, object] = field(default_factory=dict)
+
+    @classmethod
+    def for_snapshot(cls, *, mapped: bool) -> Self:
+        """Those of a background snapshot, whatever is set: most capabilities exclude it.
+
+        :param mapped: pages at fixed places in the file (``mapped-ram``).
+        """
+        off = dict.fromkeys(Capability, False)
+        del off[C.EVENTS]
+        return cls(off | {C.BACKGROUND_SNAPSHOT: True, C.MAPPED_RAM: mapped})
+
+    def __bool__(self) -> bool:
+        return bool(self.capabilities or self.parameters)
+
+
+NO_OVERRIDES = Overrides()
+
+
 def _check_max_throttle(parameters: Parameters) -> None:
     if not parameters.cpu_throttle_initial <= parameters.max_cpu_throttle <= 99:
         raise Refused(

@@ -11,6 +11,7 @@ from postcopy.parameters import Capabilities, Capability
 from postcopy.status import Status
 from postcopy.stream import encoder
 from postcopy.stream.commands import encode_command
+from postcopy.stream.numbers import SectionType
 from postcopy.stream.records import (
     BlockEntry,
     Configuration,
@@ -25,6 +26,7 @@ from postcopy.stream.records import (
 )
 
 SIZE = 1 << 20
+END_OF_RAM = encoder.RamPart(2, SectionType.END).around()
 TIMER = encoder.device_section(DeviceSection(3, "timer", 0, 2, bytes(24)))
 PACKAGE = encode_command(
     Package(b"".join(map(encode_command, [PostcopyListen(), Ping(3), PostcopyRun()])))
@@ -71,7 +73,7 @@ def take():
 
 @pytest.mark.parametrize("asked", [b"", encode_command(Ping(5))], ids=["at the end", "when asked"])
 def test_they_are_loaded(take, asked):
-    destination = take(beginning() + TIMER + asked + encoder.end_of_stream())
+    destination = take(beginning() + END_OF_RAM + TIMER + asked + encoder.end_of_stream())
     assert destination.statuses[-1] is Status.COMPLETED
     assert destination.guest.calls == ["load", "resume"]
 

@@ -9,7 +9,7 @@ from postcopy.errors import Refused, WrongState
 from postcopy.events import EventBus
 from postcopy.monitor.backend import Backend
 from postcopy.ownership import Ownership
-from postcopy.parameters import Capabilities, Capability, Parameters
+from postcopy.parameters import NO_OVERRIDES, Capabilities, Capability, Parameters
 from postcopy.statistics import MigrationInfo
 from postcopy.status import Status
 
@@ -77,16 +77,16 @@ class FakeMigration:
     def set_parameters(self, changes):
         self.parameters = self.parameters.with_changes(changes)
 
-    def migrate(self, uri, *, resume=False):
+    def migrate(self, uri, *, resume=False, overrides=NO_OVERRIDES):
         if self.breaks:
             raise ZeroDivisionError("a mistake of ours")
         if resume:
             raise WrongState("Cannot resume if there is no paused migration")
         if uri.startswith("bad:"):
             raise Refused(f"unknown migration protocol: {uri}")
-        self.calls.append(("migrate", uri))
+        self.calls.append(("migrate", uri, overrides) if overrides else ("migrate", uri))
 
-    def incoming(self, uri, *, exit_on_error=True):
+    def incoming(self, uri, *, exit_on_error=True, overrides=NO_OVERRIDES):
         raise WrongState("'-incoming' was not specified on the command line")
 
     def restore(self, path, *, exit_on_error=True, **wishes):

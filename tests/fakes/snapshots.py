@@ -11,7 +11,7 @@ from postcopy.machine import oracle
 from postcopy.machine.config import MachineConfig
 from postcopy.machine.machine import Machine
 from postcopy.machine.workload import Workload
-from postcopy.parameters import Capability
+from postcopy.parameters import Capability, Overrides
 from postcopy.status import Status
 
 
@@ -24,6 +24,10 @@ class Remembering(Machine):
         states = super().save_devices()
         self.then = ram_of(self)
         return states
+
+
+AS_A_SNAPSHOT = Overrides({Capability.BACKGROUND_SNAPSHOT: True})
+"""Says itself what it is: only then it may go to what may be another machine."""
 
 
 class Portrait:
@@ -73,7 +77,7 @@ class Portrait:
         return self.side.machine
 
     def begin(self, uri: str) -> None:
-        self.side.control.migrate(uri)
+        self.side.control.migrate(uri, overrides=AS_A_SNAPSHOT)
 
     def take(self, uri: str) -> None:
         """A whole snapshot."""

@@ -101,6 +101,7 @@ def test_straight_into_another_machine(tmp_path, uri):
     with Portrait(hammer()) as portrait:
         other = portrait.side.__class__(portrait.machine.config, incoming=True)
         portrait.sides.append(other)
+        other.set((Capability.BACKGROUND_SNAPSHOT,))
         portrait.take(other.listen(uri.format(tmp_path)))
         other.wait(Status.COMPLETED)
         wait_for_progress(other.machine, portrait.workload)

@@ -12,6 +12,7 @@ from postcopy.channel.channel import Channel
 from postcopy.channel.files import check_seekable
 from postcopy.channel.listen import Listener
 from postcopy.channel.silence import SilenceWatch, Taken
+from postcopy.channel.sockets import SocketChannel
 from postcopy.destination.door import Door
 from postcopy.destination.elements import POSTCOPY_BUFFER_BYTES, Elements, layout_of
 from postcopy.destination.incoming_ram import Populating
@@ -268,10 +269,25 @@ class Destination:
     def _complete_precopy(self) -> None:
         if not self._elements.ram_seen:
             raise StreamError("the stream ended without any RAM: nothing has arrived")
+        self._check_leaves_its_source()
         self._elements.give_postcopy_up()
         self._elements.load_devices()
         reached("destination.devices-loaded")
         self._guest.resume()
+
+    def _check_leaves_its_source(self) -> None:
+        """Refuse a twin of a guest that goes on elsewhere, unless that is what is wanted here.
+
+        A file, a pipe and a command may bring the background snapshot of any time; over a socket a
+        migration is expected.
+        """
+        if self._elements.ram_ended or not isinstance(self._channel, SocketChannel):
+            return
+        if not self._capabilities.enabled(Capability.BACKGROUND_SNAPSHOT):
+            raise StreamError(
+                "this is a background snapshot, whose guest goes on at its source, and no migration; "
+                "switch background-snapshot off there, or on here too if both are to run"
+            )
 
     def _drain(self, channel: Channel) -> None:
         """Take what follows the end (a description), so that closing does not cut our answer off."""

@@ -29,6 +29,7 @@ from postcopy.stream import records
 from postcopy.stream.decoder import Decoder
 from postcopy.stream.identity import ALL_SENT_PING
 from postcopy.stream.layout import BlockLayout, DeviceFormats, Layout
+from postcopy.stream.numbers import SectionType
 
 POSTCOPY_BUFFER_BYTES = 4096 << 10
 """What the kernel may hold of the main channel once pages are asked for."""
@@ -72,12 +73,15 @@ class Elements:
         self.channel: Channel | None = None
         self.advised = False
         self.ram_seen = False
+        self.ram_ended = False
+        """Whether RAM's last section has come: a background snapshot has none."""
         self._their_sizes: dict[str, int] = {}
         self._devices: list[DeviceState] = []
         self._handlers: dict[type[Any], Callable[[Any], None]] = {
             records.RamSetup: self._ram_setup,
             records.MappedBlock: self._mapped_block,
             records.Pages: self._pages,
+            records.RamBodyEnd: self._ram_body_end,
             records.ZeroPages: lambda r: placement.zeros(r.block, r.offsets),
             records.DeviceSection: self._device,
             records.OpenReturnPath: self._open_return_path,
@@ -130,6 +134,9 @@ class Elements:
         if block.name in layout_of(self._ram):
             read_pages(channel, self._ram[block.name], block)
         channel.seek(block.end_offset)
+
+    def _ram_body_end(self, end: records.RamBodyEnd) -> None:
+        self.ram_ended = end.kind is SectionType.END
 
     def _pages(self, pages: records.Pages) -> None:
         self._placement.pages(pages.block, pages.offsets, pages.data, neighbours=pages.neighbours)

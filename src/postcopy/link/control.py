@@ -11,7 +11,7 @@ from typing import Any
 
 from postcopy.channel.address import parse
 from postcopy.channel.descriptor_check import Use
-from postcopy.errors import EngineDied, PostcopyError, WrongState
+from postcopy.errors import EngineDied, PostcopyError, Refused, WrongState
 from postcopy.events import EventBus
 from postcopy.link import loss
 from postcopy.link.current import Current
@@ -25,10 +25,10 @@ from postcopy.link.outcome import Outcome
 from postcopy.link.places import descriptors
 from postcopy.link.resetting import Resetting
 from postcopy.link.rpc import Handler, Link
-from postcopy.link.settings import Settings
+from postcopy.link.settings import Settings, change_all
 from postcopy.link.watchdog import HANG_LOOKS
 from postcopy.ownership import Move
-from postcopy.parameters import Capabilities, Capability, Parameters
+from postcopy.parameters import NO_OVERRIDES, Capabilities, Capability, Overrides, Parameters
 from postcopy.statistics import MigrationInfo
 from postcopy.status import GIVEN_UP, Progress, Status
 
@@ -62,14 +62,13 @@ class MigrationControl:
         self._on_incoming_failed = on_incoming_failed
         self._pool = pool = engines or EnginePool()
         self._engines = Engines(self._handlers, self._engine_ended, pool, hang_looks)
-        self._settings = Settings()
+        self.settings = Settings()  # of jobs that are still to come
         self._service = GuestService(guest)
         self._current = Current(Job(self._tell, incoming=incoming), incoming)
         self._outcome = Outcome(
             guest,
             self._service,
             self._engines,
-            self._settings,
             self._current,
             on_moved,
             on_incoming_failed,
@@ -111,12 +110,12 @@ class MigrationControl:
     @property
     def capabilities(self) -> Capabilities:
         """What is on."""
-        return self._settings.capabilities
+        return self.settings.capabilities
 
     @property
     def parameters(self) -> Parameters:
         """What is set."""
-        return self._settings.parameters
+        return self.settings.parameters
 
     def set_capabilities(self, changes: Mapping[Capability, bool]) -> None:
         """Switch capabilities, all of them or none."""
@@ -127,37 +126,50 @@ class MigrationControl:
             if job.busy and not (waits or job is self._restoring.job):
                 raise WrongState("There's a migration process in progress")
             started = self._current.listening and self._restoring.job is None
-            self._settings.switch(changes, awaits=self._current.awaits, incoming_started=started)
+            change_all(
+                (job, self) if job.busy else (self,),
+                lambda settings: settings.switched(
+                    changes, awaits=self._current.awaits, incoming_started=started
+                ),
+            )
             if self._current.listening:
                 # A note, not a call: the engine may have something to tell that needs this lock.
-                self._engines.tell("set_capabilities", capabilities=list(self.capabilities))
+                on = list(job.settings.capabilities)
+                self._engines.tell("set_capabilities", capabilities=on)
 
     def set_parameters(self, changes: Mapping[str, object]) -> None:
         """Set parameters by QEMU's names; a migration under way takes them over."""
         with self._lock:
-            self._settings.set(changes)
-            if self._outcome.work.busy:
-                self._engines.tell("set_parameters", parameters=self.parameters.to_qapi())
+            work = self._outcome.work
+            jobs = [job for job in {self._current.shown, work} if job.busy]
+            change_all((self, *jobs), lambda settings: settings.set(changes))
+            if work.busy:
+                parameters = work.settings.parameters.to_qapi()
+                self._engines.tell("set_parameters", parameters=parameters)
 
     # --- orders
 
-    def migrate(self, uri: str, *, resume: bool = False) -> None:
+    def migrate(
+        self, uri: str, *, resume: bool = False, overrides: Overrides = NO_OVERRIDES
+    ) -> None:
         """Begin to send the guest to ``uri``."""
-        check_transport(parse(uri), self.capabilities, Use.SEND)
         if resume:
-            self._resume(uri)
+            self._resume(uri, overrides)
             return
         with descriptors(parse(uri), Use.SEND) as fds:  # refused before anything moves
             with self._lock:
+                settings = self.settings.for_migrate(overrides, parse(uri))
                 self._check_can_start()
                 after = self._restoring.job
                 self._current.uri = uri
-                self._ownership.ordered(self._what_leaves, "outgoing", uri)
-                self._current.shown = job = Job(self._tell, incoming=False, after=after)
+                job = Job(self._tell, incoming=False, settings=settings, after=after)
+                name = "snapshot" if job.is_snapshot else "migrate"
+                self._ownership.ordered(name, "outgoing", uri)
+                self._current.shown = job
                 if after is not None:
                     self._departing.take(job, uri, fds)
                     return
-                self._begin_move()
+                self._begin_move(job)
                 job.progress.move(Status.SETUP)
                 try:
                     link = self._engines.start()
@@ -173,7 +185,7 @@ class MigrationControl:
             the end of the link has been dealt with, as the status says.
         """
         try:
-            link.call("start_source", fds=fds, uri=uri, **self._settings.to_wire())
+            link.call("start_source", fds=fds, uri=uri, **job.settings.to_wire())
         except EngineDied:
             link.wait_over()
         except PostcopyError as error:
@@ -187,36 +199,29 @@ class MigrationControl:
                 job.error = str(error)
                 self._outcome.settle(Status.FAILED)
 
-    def incoming(self, uri: str, *, exit_on_error: bool = True) -> None:
+    def incoming(
+        self, uri: str, *, exit_on_error: bool = True, overrides: Overrides = NO_OVERRIDES
+    ) -> None:
         """Listen for a guest."""
         with self._lock:
             address = parse(uri)
             link = self._expect(exit_on_error, "migrate-incoming", uri)
-            check_transport(address, self.capabilities, Use.RECEIVE)
-            job = Job(self._tell, incoming=True)
+            settings = self.settings.for_incoming(overrides, address)
+            job = Job(self._tell, incoming=True, settings=settings)
             with descriptors(address, Use.RECEIVE) as fds:
-                found = link.call("listen", fds=fds, uri=uri, **self._settings.to_wire())
+                found = link.call("listen", fds=fds, uri=uri, **settings.to_wire())
             job.addresses = tuple(found)
             self._begin_incoming(job)
             self._recovery.listens_at(uri)
         link.note("accept")
 
-    @property
-    def _photographs(self) -> bool:
-        """Whether an outgoing order is a background snapshot: the guest stays."""
-        return self._settings.enabled(Capability.BACKGROUND_SNAPSHOT)
-
-    @property
-    def _what_leaves(self) -> str:
-        return "snapshot" if self._photographs else "migrate"
-
-    def _begin_move(self) -> None:
+    def _begin_move(self, job: Job) -> None:
         """An outgoing order begins; under the lock.
 
         :raises WrongState: the guest is not here, not whole, or has a reset point.
         """
         self._check_movable()
-        if not self._photographs:
+        if not job.is_snapshot:
             self._ownership.move(Move.ORDER)
 
     def _expect(self, exit_on_error: bool, name: str, uri: str) -> Link:  # noqa: FBT001 - as QMP names it
@@ -241,14 +246,16 @@ class MigrationControl:
         """Wake the guest of an image: see :class:`postcopy.monitor.backend.MigrationControl`."""
         with self._lock:
             link = self._expect(exit_on_error, "restore", path)
-            job = Job(self._tell, incoming=True)
+            job = Job(self._tell, incoming=True, settings=self.settings)
             self._restoring.begin(job, link, path, **wishes)
             self._begin_incoming(job)
         link.note("restore")
 
     def start_postcopy(self) -> None:
         """Switch over as soon as possible."""
-        if not self._settings.enabled(Capability.POSTCOPY_RAM):
+        job = self._current.shown
+        planned = {job.settings} if job.busy else {job.settings, self.settings}
+        if not any(each.enabled(Capability.POSTCOPY_RAM) for each in planned):
             raise WrongState(
                 "Enable postcopy with migrate_set_capability before the start of migration"
             )
@@ -301,7 +308,7 @@ class MigrationControl:
         if self._restoring.job is not None:
             self._restoring.recover(uri)
             return
-        check_transport(parse(uri), self.capabilities, Use.RECEIVE)
+        check_transport(parse(uri), self._current.shown.settings.capabilities, Use.RECEIVE)
         self._recovery.listen(uri)
 
     def _show_paused_restore(self) -> None:
@@ -321,7 +328,7 @@ class MigrationControl:
                 raise WrongState(
                     "x-migrate-lost can only be run when an incoming postcopy is paused"
                 )
-            how = self.parameters.x_on_loss
+            how = job.settings.parameters.x_on_loss
             job.error = loss.settle(how, self._guest, self._service, self._engines.end)
             self._current.awaits = self._current.listening = False
             job.forget()
@@ -341,8 +348,14 @@ class MigrationControl:
             self._service.unwatch_writes()
             self._outcome.settle_if_arrived()
 
-    def _resume(self, uri: str) -> None:
+    def _resume(self, uri: str, overrides: Overrides) -> None:
         """Go on with a paused postcopy at ``uri``."""
+        if overrides:
+            raise Refused(
+                "'resume' goes on with what the migration began with; leave x-capabilities and "
+                "x-parameters out ('migrate-set-parameters' reaches a paused migration)"
+            )
+        check_transport(parse(uri), self._current.shown.settings.capabilities, Use.SEND)
         with self._recovery.lock:
             if (
                 self._current.shown.status is not Status.POSTCOPY_PAUSED
@@ -400,9 +413,9 @@ class MigrationControl:
     # --- what the engine tells; on the link's reader thread
 
     def _on_pass(self, number: int) -> None:
-        if self._settings.enabled(Capability.EVENTS):
+        if self._outcome.work.settings.enabled(Capability.EVENTS):
             self._events.emit("MIGRATION_PASS", {"pass": number})
 
     def _tell(self, job: Job, status: Status) -> None:
-        if job is self._current.shown and self._settings.enabled(Capability.EVENTS):
+        if job is self._current.shown and job.settings.enabled(Capability.EVENTS):
             self._events.emit("MIGRATION", {"status": status.value})

@@ -52,7 +52,7 @@ class Departing:
         restoring: Restoring,
         engines: Engines,
         begin: Callable[[Job, Link, str, Sequence[int]], None],
-        begin_move: Callable[[], None],
+        begin_move: Callable[[Job], None],
     ) -> None:
         self._lock = lock
         self._restoring = restoring
@@ -107,7 +107,7 @@ class Departing:
                     return
                 self._restoring.refuse_to_leave()
                 link = self._engines.start()
-                self._begin_move()
+                self._begin_move(order.job)
                 self._order = None
             self._begin(order.job, link, order.uri, order.fds)
             if order.postcopy:

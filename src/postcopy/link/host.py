@@ -1,5 +1,9 @@
 """What this host can do for a guest, asked before anything moves."""
 
+import os
+import socket
+import stat
+
 from postcopy.abi.userfaultfd import Feature
 from postcopy.channel.address import (
     Address,
@@ -72,6 +76,33 @@ def check_reset() -> None:
         Userfaultfd.open(WRITE_FEATURES).close()
     except HostCannot as error:
         raise HostCannot(f"the writes of a guest cannot be tracked: {error}", error.cure) from error
+
+
+def check_sink(address: Address) -> None:
+    """Refuse a background snapshot to what may be another machine: its guest would run twice.
+
+    QEMU sends it, and its destination runs the guest.
+
+    :raises Refused: something listens there.
+    """
+    if isinstance(address, TcpAddress | UnixAddress) or (
+        isinstance(address, FdAddress) and _has_named_peer(address.number)
+    ):
+        raise Refused(
+            f"capability background-snapshot is on, so the guest would go on here, and what listens at "
+            f"{address} may run it too; switch it off to migrate, or order a snapshot (x-snapshot)"
+        )
+
+
+def _has_named_peer(fd: int) -> bool:
+    """Whether a descriptor is a socket whose other end was reached by its name."""
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        return False
+    with socket.socket(fileno=os.dup(fd)) as connection:
+        try:
+            return bool(connection.getpeername())
+        except OSError:
+            return False  # its peer has gone
 
 
 def check_transport(address: Address, capabilities: Capabilities, use: Use) -> None:

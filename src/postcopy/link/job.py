@@ -7,6 +7,8 @@ from typing import Any
 
 from postcopy.errors import EngineDied, WrongState
 from postcopy.link.rpc import Link
+from postcopy.link.settings import Settings
+from postcopy.parameters import Capability
 from postcopy.statistics import Measured, MigrationInfo
 from postcopy.status import ENDED, Progress, Status
 
@@ -18,6 +20,7 @@ class Job:
     """What there is to say of it: where it stands, its figures, what went wrong.
 
     :param incoming: the guest comes here.
+    :param settings: what it begins with; those of the process may change, and it keeps these.
     :param tell: gets each change of the status.
     :param after: the restore that has to complete first.
     """
@@ -27,9 +30,11 @@ class Job:
         tell: Callable[["Job", Status], None],
         *,
         incoming: bool,
+        settings: Settings | None = None,
         after: "Job | None" = None,
     ) -> None:
         self.incoming = incoming
+        self.settings = settings or Settings()
         self.error: str | None = None
         self.addresses: tuple[Mapping[str, Any], ...] = ()
         self.progress = Progress(lambda status: tell(self, status))
@@ -45,6 +50,11 @@ class Job:
     def busy(self) -> bool:
         """Whether it goes on still."""
         return self.status not in ENDED
+
+    @property
+    def is_snapshot(self) -> bool:
+        """Whether the guest stays, and only an image of it leaves."""
+        return not self.incoming and self.settings.enabled(Capability.BACKGROUND_SNAPSHOT)
 
     def note(self, figures: MigrationInfo, error: str | None) -> None:
         """Keep what its engine says with a change of the status."""

@@ -13,9 +13,7 @@ from postcopy.link.guest_service import GuestService, OwnedGuest
 from postcopy.link.job import Job
 from postcopy.link.recovery import Recovery
 from postcopy.link.restoring import Restoring
-from postcopy.link.settings import Settings
 from postcopy.ownership import Move, Owner
-from postcopy.parameters import Capability
 from postcopy.statistics import MigrationInfo
 from postcopy.status import ENDED, GIVEN_UP, Status, has_switched_over
 
@@ -34,7 +32,6 @@ class Outcome:
         guest: OwnedGuest,
         service: GuestService,
         engines: Engines,
-        settings: Settings,
         current: Current,
         on_moved: Callable[[], None],
         on_incoming_failed: Callable[[str], None],
@@ -43,15 +40,12 @@ class Outcome:
         self._ownership = guest.ownership
         self._service = service
         self._engines = engines
-        self._settings = settings
         self._current = current
         self._on_moved = on_moved
         self._on_incoming_failed = on_incoming_failed
-        self.recovery = Recovery(
-            engines, lambda: current.shown, settings.to_wire, self.settle_if_arrived
-        )
+        self.recovery = Recovery(engines, lambda: current.shown, self.settle_if_arrived)
         """Goes on with a broken postcopy."""
-        self.restoring = Restoring(engines, guest, settings.to_wire, self.restore_given_up)
+        self.restoring = Restoring(engines, guest, self.restore_given_up)
         """Goes on with a restore."""
 
     @property
@@ -90,7 +84,7 @@ class Outcome:
     def _completed(self) -> None:
         if self.work.incoming:
             self._current.awaits = False
-        elif not self._settings.enabled(Capability.BACKGROUND_SNAPSHOT):
+        elif not self.work.is_snapshot:
             self._ownership.try_move(Move.MOVED)  # what was saved stays saved
             self._on_moved()
 
@@ -142,7 +136,7 @@ class Outcome:
         if not job.incoming:
             self._service.unwatch_writes()
             self._service.unwatch_snapshot()
-            if self._settings.enabled(Capability.BACKGROUND_SNAPSHOT):
+            if job.is_snapshot:
                 engine.kill()  # its link goes first, and then the claim on what it was writing
                 remove_partial(parse(self._current.uri))  # no half image is left behind
             if self._guest.owned:

@@ -4,8 +4,7 @@ An engine that has just died may still look alive.  That is found out here, and 
 refuse anybody: all that it knew is in the guest's memory, or at the peer.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from postcopy.channel.address import parse
 from postcopy.channel.descriptor_check import Use
@@ -20,7 +19,6 @@ class Recovery:
     """The recoveries of one guest's migrations, on either side.
 
     :param job: the migration that was ordered last.
-    :param settings: what engines are told of capabilities and parameters.
     :param settle_if_arrived: ends a migration that has nothing left to do; returns whether it had.
     """
 
@@ -28,12 +26,10 @@ class Recovery:
         self,
         engines: Engines,
         job: Callable[[], Job],
-        settings: Callable[[], Mapping[str, Any]],
         settle_if_arrived: Callable[[], bool],
     ) -> None:
         self._engines = engines
         self._job = job
-        self._settings = settings
         self._settle_if_arrived = settle_if_arrived
         self._succession = Succession(
             self._needs_successor,
@@ -87,7 +83,7 @@ class Recovery:
             except EngineDied:
                 # Nothing has been said to the destination: that comes with the order below.
                 self._check_paused()
-                self._engines.adopt("adopt_source", **self._settings())
+                self._engines.adopt("adopt_source", **self._job().settings.to_wire())
                 give_up()
                 self._engines.call("resume_source", uri=uri, fds=fds)
         self._engines.tell("go_on")
@@ -97,11 +93,12 @@ class Recovery:
 
         It listens at once, and serves again when the source has come back.
         """
-        settings = self._settings()
+        job = self._job()
+        settings = job.settings.to_wire()
         _, addresses = self._engines.adopt("adopt_destination", fds=fds, uri=uri, **settings)
         # What the user has said meanwhile may have been said to nobody.
-        self._engines.tell("set_parameters", parameters=self._settings()["parameters"])
-        self._job().addresses = tuple(addresses)
+        self._engines.tell("set_parameters", parameters=job.settings.parameters.to_qapi())
+        job.addresses = tuple(addresses)
 
     def _check_paused(self) -> None:
         if self._job().status is not Status.POSTCOPY_PAUSED or self._settle_if_arrived():

@@ -6,7 +6,7 @@ image.  So the next one is started unasked, and goes on.
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
 
@@ -24,7 +24,6 @@ _LOOK_S: Final = 0.2
 class Restoring:
     """The restore of one guest, from the order to its end.
 
-    :param settings: what engines are told of capabilities and parameters.
     :param given_up: told the reason when one engine after the other has died, or none can go on.
     """
 
@@ -32,12 +31,10 @@ class Restoring:
         self,
         engines: Engines,
         guest: OwnedGuest,
-        settings: Callable[[], Mapping[str, Any]],
         given_up: Callable[[str], None],
     ) -> None:
         self._engines = engines
         self._guest = guest
-        self._settings = settings
         self._given_up = given_up
         self._wishes: dict[str, Any] = {}
         self._hurried = False
@@ -55,7 +52,7 @@ class Restoring:
         """
         wishes.setdefault("began_ns", time.monotonic_ns())
         asked = wishes | {"path": os.path.abspath(path)}  # noqa: PTH100 - keeps what a link is called
-        identity = link.call("start_restore", wishes=asked, **self._settings())
+        identity = link.call("start_restore", wishes=asked, **job.settings.to_wire())
         self._wishes = asked | {"identity": identity}
         self._hurried = False
         self.job = job
@@ -141,11 +138,12 @@ class Restoring:
         return self.job is not None and self.job.busy and self._engines.current is None
 
     def _adopt(self) -> None:
-        assert self.job is not None
-        status, settings = self.job.status.value, self._settings()
+        job = self.job
+        assert job is not None
+        status, settings = job.status.value, job.settings.to_wire()
         self._engines.adopt("adopt_restore", status=status, wishes=self._wishes, **settings)
         # What the user has said meanwhile may have been said to nobody.
-        self._engines.tell("set_parameters", parameters=self._settings()["parameters"])
+        self._engines.tell("set_parameters", parameters=job.settings.parameters.to_qapi())
         if self._hurried:
             self._engines.tell("hurry", wanted=True)
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from postcopy.events import EventBus
 from postcopy.guest import VcpuThread
 from postcopy.ownership import Ownership
-from postcopy.parameters import Capabilities, Capability, Parameters
+from postcopy.parameters import NO_OVERRIDES, Capabilities, Capability, Overrides, Parameters
 from postcopy.statistics import MigrationInfo
 from postcopy.status import Status
 
@@ -120,19 +120,25 @@ class MigrationControl(Protocol):
         :raises Refused: see :meth:`~postcopy.parameters.Parameters.with_changes`.
         """
 
-    def migrate(self, uri: str, *, resume: bool = False) -> None:
+    def migrate(
+        self, uri: str, *, resume: bool = False, overrides: Overrides = NO_OVERRIDES
+    ) -> None:
         """Begin to send the guest to ``uri``, or with ``resume`` go on with a paused postcopy.
 
         Returns as soon as it has begun.
 
+        :param overrides: what this order sets for itself alone.
         :raises Refused: not such a URI, or not with these capabilities.
         :raises WrongState: not now.
         """
 
-    def incoming(self, uri: str, *, exit_on_error: bool = True) -> None:
+    def incoming(
+        self, uri: str, *, exit_on_error: bool = True, overrides: Overrides = NO_OVERRIDES
+    ) -> None:
         """Listen at ``uri`` for a guest.
 
         :param exit_on_error: end the process when the migration fails.
+        :param overrides: what this order sets for itself alone.
         :raises WrongState: not started to wait for one, or already listening.
         """
 

@@ -21,7 +21,7 @@ from postcopy.monitor.hmp_arguments import (
     words,
 )
 from postcopy.monitor.hmp_values import parse_value
-from postcopy.parameters import Capability, rules
+from postcopy.parameters import Capability, Overrides, rules
 from postcopy.status import Status
 
 _POLL_SECONDS = 0.1
@@ -69,6 +69,11 @@ def _migrate(context: Context, arguments: Mapping[str, Any]) -> Lines:
         pause.wait(_POLL_SECONDS)
     if info.status is Status.FAILED and info.error_desc:
         yield f"Error: {info.error_desc}"
+
+
+def _snapshot(context: Context, arguments: Mapping[str, Any]) -> None:
+    overrides = Overrides.for_snapshot(mapped=arguments["m"])
+    context.backend.migration.migrate(arguments["uri"], overrides=overrides)
 
 
 def _named(names: Mapping[str, Any], name: str) -> Any:
@@ -260,6 +265,11 @@ _TABLE = (
         "x_restore", _restore,
         "wake the guest of an image (-l: run it first; -n: leave the working set; -r: record it)",
         (Argument("path", word),), flags="lnr", usage="[-l] [-n] [-r] path",
+    ),
+    HmpCommand(
+        "x_snapshot", _snapshot,
+        "write an image of the guest, which goes on, to URI (-m: pages at fixed places in a file)",
+        (_URI,), flags="m", usage="[-m] uri",
     ),
     HmpCommand(
         "xp", _xp, "show guest physical memory at ADDR",

@@ -4,7 +4,7 @@ A command gets checked arguments and returns what stands after ``"return"``.
 """
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from postcopy.monitor.backend import Backend
 from postcopy.monitor.hmp import Hmp
 from postcopy.monitor.schema import (
     NOTHING,
+    Check,
     Struct,
     anything,
     array,
@@ -24,7 +25,7 @@ from postcopy.monitor.schema import (
     size,
     string,
 )
-from postcopy.parameters import Capability, rules
+from postcopy.parameters import Capability, Overrides, rules
 from postcopy.status import Status
 
 Arguments = Mapping[str, Any]
@@ -45,12 +46,34 @@ class Command:
 
 
 def _migrate(backend: Backend, arguments: Arguments) -> None:
-    backend.migration.migrate(uri_of_call(arguments), resume=arguments.get("resume", False))
+    backend.migration.migrate(
+        uri_of_call(arguments),
+        resume=arguments.get("resume", False),
+        overrides=_overrides(arguments),
+    )
+
+
+def _overrides(arguments: Arguments) -> Overrides:
+    return Overrides(
+        _switched(arguments.get("x-capabilities", ())), arguments.get("x-parameters", {})
+    )
+
+
+def _switched(capabilities: Iterable[Arguments]) -> dict[Capability, bool]:
+    return {Capability(each["capability"]): each["state"] for each in capabilities}
+
+
+def _snapshot(backend: Backend, arguments: Arguments) -> None:
+    overrides = Overrides.for_snapshot(mapped=arguments.get("mapped-ram", False))
+    backend.migration.migrate(uri_of_call(arguments), overrides=overrides)
 
 
 def _migrate_incoming(backend: Backend, arguments: Arguments) -> None:
-    exit_on_error = arguments.get("exit-on-error", True)
-    backend.migration.incoming(uri_of_call(arguments), exit_on_error=exit_on_error)
+    backend.migration.incoming(
+        uri_of_call(arguments),
+        exit_on_error=arguments.get("exit-on-error", True),
+        overrides=_overrides(arguments),
+    )
 
 
 def _restore(backend: Backend, arguments: Arguments) -> None:
@@ -64,8 +87,7 @@ def _restore(backend: Backend, arguments: Arguments) -> None:
 
 
 def _set_capabilities(backend: Backend, arguments: Arguments) -> None:
-    changes = {Capability(c["capability"]): c["state"] for c in arguments["capabilities"]}
-    backend.migration.set_capabilities(changes)
+    backend.migration.set_capabilities(_switched(arguments["capabilities"]))
 
 
 def _query_status(backend: Backend, _: Arguments) -> dict[str, Any]:
@@ -104,20 +126,24 @@ def _human_monitor_command(backend: Backend, arguments: Arguments) -> str:
     return Hmp(backend, interactive=False).run(arguments["command-line"]).replace("\n", "\r\n")
 
 
-_URI_OR_CHANNELS = {"uri": string, "channels": CHANNELS}
-_CAPABILITY = Struct({"capability": enumeration(*Capability), "state": boolean})
+_URI_OR_CHANNELS: dict[str, Check] = {"uri": string, "channels": CHANNELS}
+_CAPABILITIES = array(Struct({"capability": enumeration(*Capability), "state": boolean}))
+# Each parameter's own rule checks its value.
+_PARAMETERS = Struct(optional=dict.fromkeys(rules(), anything))
+_OVERRIDES: dict[str, Check] = {"x-capabilities": _CAPABILITIES, "x-parameters": _PARAMETERS}
 
 _TABLE = (
     Command("query-migrate", lambda b, _: b.migration.info().to_qapi()),
     Command(
         "migrate",
         _migrate,
-        Struct(optional=_URI_OR_CHANNELS | {"detach": boolean, "resume": boolean}),
+        Struct(optional=_URI_OR_CHANNELS | _OVERRIDES | {"detach": boolean, "resume": boolean}),
     ),
+    Command("x-snapshot", _snapshot, Struct(optional=_URI_OR_CHANNELS | {"mapped-ram": boolean})),
     Command(
         "migrate-incoming",
         _migrate_incoming,
-        Struct(optional=_URI_OR_CHANNELS | {"exit-on-error": boolean}),
+        Struct(optional=_URI_OR_CHANNELS | _OVERRIDES | {"exit-on-error": boolean}),
     ),
     Command(
         "x-restore",
@@ -158,14 +184,13 @@ _TABLE = (
     Command(
         "migrate-set-capabilities",
         _set_capabilities,
-        Struct({"capabilities": array(_CAPABILITY)}),
+        Struct({"capabilities": _CAPABILITIES}),
     ),
     Command("query-migrate-capabilities", lambda b, _: b.migration.capabilities.to_qapi()),
     Command(
         "migrate-set-parameters",
         lambda b, a: b.migration.set_parameters(a),
-        # Each parameter's own rule checks its value.
-        Struct(optional=dict.fromkeys(rules(), anything)),
+        _PARAMETERS,
     ),
     Command("query-migrate-parameters", lambda b, _: b.migration.parameters.to_qapi()),
     Command("stop", lambda b, _: b.machine.stop()),
