@@ -1,4 +1,4 @@
-"""``make soak MINUTES=10``: random cuts and kills for as long as asked, one line a minute.
+"""``make soak MINUTES=10``: random cuts, kills and failing calls for as long as asked, one line a minute.
 
 It ends with the first failure, and says the seed that repeats it.
 """
@@ -15,10 +15,14 @@ import pytest
 from fakes.pair import engines
 from fakes.waiting import wait_until
 from faults import storm
+from faults.failing_journeys import JOURNEYS, Case
+from faults.failing_matrix import Runner, draw
 from journeys.conftest import _begin
 
 LINE_EVERY_S = 60.0
-KINDS = {"cuts": storm.cuts, "kills": storm.kills}
+STORMS = {"cuts": storm.cuts, "kills": storm.kills}
+FAILING = "failing calls"
+KINDS = (*STORMS, FAILING)
 
 
 def main():
@@ -29,23 +33,57 @@ def main():
     begun = said = time.monotonic()
     done = dict.fromkeys(KINDS, 0)
     seed = wishes.seed
-    while time.monotonic() - begun < wishes.minutes * 60:
-        kind = list(KINDS)[seed // len(storm.TURNS) % len(KINDS)]
-        try:
-            one(KINDS[kind], seed)
-        except pytest.skip.Exception:
-            seed += 1  # this host has no huge pages to spare
-            continue
-        except BaseException:
-            say(f"{kind} failed: POSTCOPY_SEED={seed} POSTCOPY_FAULTS={storm.PER_TEST} "
-                f"python -m pytest tests/faults/test_random_{kind}.py")  # fmt: skip
-            raise
-        done[kind] += 1
-        seed += 1
-        if time.monotonic() - said >= LINE_EVERY_S:
-            said = time.monotonic()
-            say(told(begun, done))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.closing(Matrix(Path(folder))) as matrix,
+    ):
+        while time.monotonic() - begun < wishes.minutes * 60:
+            kind = KINDS[seed // len(storm.TURNS) % len(KINDS)]
+            try:
+                matrix.one(seed) if kind == FAILING else one(STORMS[kind], seed)
+            except pytest.skip.Exception:
+                seed += 1  # this host has no huge pages to spare
+                continue
+            except BaseException:
+                say(how_to_repeat(kind, seed))
+                raise
+            done[kind] += 1
+            seed += 1
+            if time.monotonic() - said >= LINE_EVERY_S:
+                said = time.monotonic()
+                say(told(begun, done))
     say(told(begun, done))
+
+
+def how_to_repeat(kind, seed):
+    """What to type."""
+    if kind == FAILING:
+        return f"{kind} failed: POSTCOPY_SEED={seed} python -m pytest tests/faults/test_failing_calls.py"
+    faults = f"POSTCOPY_SEED={seed} POSTCOPY_FAULTS={storm.PER_TEST}"
+    return f"{kind} failed: {faults} python -m pytest tests/faults/test_random_{kind}.py"
+
+
+class Matrix:
+    """Of each journey, by turns, one case after another."""
+
+    def __init__(self, folder):
+        self._runner = Runner(folder)
+        self._seen = {}
+
+    def one(self, seed):
+        """The first case that the seed draws."""
+        journey = list(JOURNEYS)[seed % len(JOURNEYS)]
+        if journey not in self._seen:
+            self._seen[journey] = self._run(Case(journey)).seen
+        self._run(next(draw(journey, self._seen[journey], seed)))
+
+    def _run(self, case):
+        result = self._runner.run(case)
+        assert not result.wrong, result
+        return result
+
+    def close(self):
+        self._runner.close()
 
 
 def one(storm_of, seed):
