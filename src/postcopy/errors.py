@@ -52,18 +52,33 @@ class HostCannot(Refused):
         self.cure = cure
 
 
+_CURES = {
+    _errno.ENOMEM: "free some of the host's memory",
+    _errno.ENOBUFS: "free some of the host's memory",
+    _errno.ENOSPC: "make room on the disk",
+    _errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    _errno.ENFILE: "raise the host's limit of open files (sysctl fs.file-max)",
+    _errno.EIO: "see what the kernel says of it (dmesg)",
+}
+
+
 class KernelError(PostcopyError):
     """A kernel call failed.
 
     :param call: the call or ioctl by its kernel name.
     :param errno: as the kernel gave it.
-    :param detail: what it was about (an address, a path), and the cure where there is one.
+    :param detail: what it was about (an address, a path), and the cure where there is a better one than
+        the errno tells of.
     """
 
     def __init__(self, call: str, errno: int, detail: str = "") -> None:
         name = _errno.errorcode.get(errno, str(errno))
         text = f"{call} failed: {os.strerror(errno)} ({name})"
-        super().__init__(f"{text}: {detail}" if detail else text)
+        if detail:
+            text = f"{text}: {detail}"
+        if "; " not in text and errno in _CURES:
+            text = f"{text}; {_CURES[errno]}"
+        super().__init__(text)
         self.call = call
         self.errno = errno
         self.detail = detail

@@ -1,6 +1,7 @@
 """Images are read right, and what is no image is refused by name."""
 
 import ctypes
+import errno
 import os
 import struct
 from pathlib import Path
@@ -8,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from postcopy.errors import ImageError
+from postcopy.errors import ImageError, KernelError
 from postcopy.snapshot.image import open_image
 from postcopy.snapshot.image_base import LARGEST_RAM_BYTES
+from postcopy.snapshot.image_file import ImageFile
 from postcopy.stream.encoder import RamPart
 from postcopy.stream.numbers import SectionType
 from snapshot.images import PAGE, RAM_ID, devices, memory, stream_bytes, write_image
@@ -165,3 +167,36 @@ class TestRefused:
         (tmp_path / "image").write_bytes(raw[:at] + section + raw[at:])
         with pytest.raises(ImageError, match="not in the file"):
             open_image(tmp_path / "image")
+
+
+def failing_reads(monkeypatch, *errnos):
+    """Let the next reads of files fail with these."""
+    left, real = list(errnos), os.pread
+
+    def pread(*arguments):
+        if left:
+            raise OSError(left.pop(0), "cannot read")
+        return real(*arguments)
+
+    monkeypatch.setattr(os, "pread", pread)
+    return left
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EBADF])
+def test_a_host_that_cannot_read_says_nothing_of_the_file(monkeypatch, tmp_path, code):
+    """Pages are given up for what the disk says, and for nothing else."""
+    (tmp_path / "image").write_bytes(bytes(4096))
+    with ImageFile(tmp_path / "image") as file:
+        failing_reads(monkeypatch, code)
+        with pytest.raises(KernelError, match="pread"):
+            file.read(0, 4096)
+
+
+def test_what_the_disk_says_once_is_asked_again(monkeypatch, tmp_path):
+    (tmp_path / "image").write_bytes(bytes(4096))
+    with ImageFile(tmp_path / "image") as file:
+        failing_reads(monkeypatch, errno.ENOMEM, errno.EIO, errno.EAGAIN)
+        assert file.read(0, 4096).size == 4096
+        failing_reads(monkeypatch, errno.EIO, errno.EIO)
+        with pytest.raises(ImageError, match="cannot be read"):
+            file.read(0, 4096)

@@ -44,8 +44,8 @@ class PagemapScanner:
         try:
             fd = calls.of_python("open", path, os.open, path, os.O_RDONLY | os.O_CLOEXEC)
         except KernelError as error:
-            cure = _OPEN_CURES.get(error.errno, "")
-            raise KernelError("open", error.errno, f"{path}; {cure}") from error
+            cure = _OPEN_CURES.get(error.errno)
+            raise KernelError("open", error.errno, f"{path}; {cure}" if cure else path) from error
         self._prepare(fd, capacity)
 
     @classmethod
@@ -114,8 +114,9 @@ class PagemapScanner:
                 waits = waits or Patience()
                 if not waits.outlives(error.errno):
                     where = f"[{argument.start:#x}, {argument.end:#x})"
-                    cure = _CURES.get(error.errno, "")
-                    raise KernelError(error.call, error.errno, f"{where}; {cure}") from error
+                    cure = _CURES.get(error.errno)
+                    detail = f"{where}; {cure}" if cure else where
+                    raise KernelError(error.call, error.errno, detail) from error
                 argument.walk_end = 0
 
     def fileno(self) -> int:

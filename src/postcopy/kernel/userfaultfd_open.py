@@ -32,12 +32,15 @@ def open_with(features: Feature, *, user_mode_only: bool = False) -> int:
     """Open a userfaultfd and shake hands about ``features``.
 
     :raises HostCannot: no door opens, or a feature is missing.
+    :raises KernelError: otherwise.
     """
     fd = open_raw(user_mode_only=user_mode_only)
     try:
         handshake(fd, features)
     except KernelError as error:
         os.close(fd)
+        if error.errno not in {errno.EINVAL, errno.EPERM}:
+            raise  # neither a matter of features nor of rights
         raise _refused(features, error, user_mode_only=user_mode_only) from error
     return fd
 

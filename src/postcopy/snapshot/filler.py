@@ -11,12 +11,13 @@ import select
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
 from postcopy.abi.userfaultfd import EventCode, PagefaultFlag
 from postcopy.channel.rate_limit import RateLimiter
-from postcopy.errors import KernelError
+from postcopy.errors import KernelError, PostcopyError
 from postcopy.kernel import calls
 from postcopy.kernel.cpu_latency import CpusAwake
 from postcopy.kernel.faults import MESSAGE
@@ -156,7 +157,14 @@ class Filler:
     # --- a thread that helps it
 
     def look_ahead(self) -> None:
-        """Check what the replay will bring, up to the end of its head start."""
+        """Check what the replay will bring, up to the end of its head start.
+
+        What cannot be read now is checked when it is brought.
+        """
+        with suppress(PostcopyError):
+            self._look_ahead()
+
+    def _look_ahead(self) -> None:
         if self._copies is not None:
             self._copies.look_ahead(lambda: self.head_start.ended)
             return

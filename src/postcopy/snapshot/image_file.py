@@ -6,19 +6,29 @@ So no code of this process touches the mapping; the kernel may be given addresse
 and answers ``EFAULT``.
 """
 
+import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Final, ParamSpec, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from postcopy.errors import ImageError
+from postcopy.errors import ImageError, KernelError, PostcopyError
 from postcopy.kernel.mapping import Mapping
-from postcopy.kernel.patience import persist
+from postcopy.kernel.patience import PASSES, persist
 
 _PIECE_BYTES = 1 << 30  # the kernel reads no more than 2 GiB in one call
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+_DAMAGES: Final = frozenset(
+    {errno.EIO, errno.EREMOTEIO, errno.EBADMSG, errno.EUCLEAN, errno.EILSEQ, errno.ENODATA}
+)
+"""What a read fails with where the disk, or the file system, has lost the bytes."""
 
 
 class ImageFile:
@@ -41,13 +51,14 @@ class ImageFile:
         """Read bytes; fewer than ``count`` where the file ended when it was opened.
 
         :raises ImageError: the disk cannot give them, or the file has been cut off since.
+        :raises KernelError: they cannot be read now, which says nothing of the file.
         """
         count = max(0, min(count, self.size_bytes - start))
         if count <= _PIECE_BYTES:
             try:
-                raw = persist(os.pread, self.fd, count, start)
+                raw = _twice(os.pread, self.fd, count, start)
             except OSError as failure:
-                raise self._unreadable(failure.strerror, start) from failure
+                raise self._failed("pread", failure, start) from failure
             if len(raw) == count:
                 return np.frombuffer(raw, np.uint8)
         data = np.empty(count, np.uint8)
@@ -58,13 +69,14 @@ class ImageFile:
         """Fill an array, contiguous and of any shape, with the bytes from ``start`` on.
 
         :raises ImageError: the disk cannot give them, or the file has been cut off since.
+        :raises KernelError: they cannot be read now, which says nothing of the file.
         """
         left = into.data.cast("B")
         while len(left):
             try:
-                count = persist(os.preadv, self.fd, [left[:_PIECE_BYTES]], start)
+                count = _twice(os.preadv, self.fd, [left[:_PIECE_BYTES]], start)
             except OSError as failure:
-                raise self._unreadable(failure.strerror, start) from failure
+                raise self._failed("preadv", failure, start) from failure
             if not count:
                 raise self._unreadable(
                     f"the file is cut off after {self.current_bytes} bytes", start
@@ -100,18 +112,39 @@ class ImageFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _failed(self, call: str, failure: OSError, start: int) -> PostcopyError:
+        """Tell a disk that cannot give the bytes from a host that cannot read now."""
+        if failure.errno in _DAMAGES:
+            return self._unreadable(failure.strerror, start)
+        return KernelError(call, failure.errno or 0, f"of {self.path} (at byte {start:#x})")
+
     def _unreadable(self, why: str | None, start: int) -> ImageError:
         return ImageError(self.path, f"cannot be read: {why}", start)
+
+
+def _twice(
+    call: Callable[Parameters, Result], *arguments: Parameters.args, **named: Parameters.kwargs
+) -> Result:
+    """Read; and once more where the disk says that it cannot: pages of a guest may be given up for it."""
+    try:
+        return persist(call, *arguments, **named)
+    except OSError as failure:
+        if failure.errno not in _DAMAGES:
+            raise
+        return persist(call, *arguments, **named)
 
 
 def open_regular(path: Path) -> int:
     """Open a file for reading, but nothing that could keep us waiting (a FIFO, a device).
 
     :raises ImageError: there is no such file, it may not be read, or it is no file.
+    :raises KernelError: no file can be opened now.
     """
     try:
         fd = persist(os.open, path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as failure:
+        if failure.errno in PASSES | {errno.EMFILE, errno.ENFILE}:
+            raise KernelError("open", failure.errno or 0, str(path)) from failure
         raise ImageError(path, f"cannot be opened: {failure.strerror}") from failure
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)

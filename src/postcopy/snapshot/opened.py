@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from postcopy.errors import ImageError, Refused
+from postcopy.errors import ImageError, KernelError, Refused
 from postcopy.memory.page_map import EARLY, UNTOUCHED
 from postcopy.memory.runs import Mask, runs
 from postcopy.paging.ram import Paged, PagedRam
@@ -106,7 +106,7 @@ class OpenedImage:
             return None  # pages of 2 MiB are put together from the image
         if self._copies is None and self._has_digests:
             path = page_copies.beside(working_set.beside(self.path))
-            with contextlib.suppress(ImageError):
+            with contextlib.suppress(ImageError, KernelError):  # the image has these pages, too
                 self._copies = PageCopies(path, self.identity, _page_counts(self.image))
         return self._copies
 

@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 from blake3 import blake3
 
-from postcopy.errors import ImageError
+from postcopy.errors import ImageError, PostcopyError
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Indices, index_runs
 from postcopy.snapshot.digests import DIGEST_BYTES, digest
@@ -220,8 +220,8 @@ class PageCopies:
         size = PIECE_PAGES * TARGET_PAGE_BYTES
         try:
             found = digest(self._file.read(self._start + piece * size, size))
-        except ImageError:
-            return False
+        except PostcopyError:
+            return False  # the image has these pages, too
         return found == self._digests[piece * DIGEST_BYTES : (piece + 1) * DIGEST_BYTES]
 
     def close(self) -> None:

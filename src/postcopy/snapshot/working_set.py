@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from postcopy.errors import ImageError, PostcopyError, Refused
+from postcopy.errors import ImageError, KernelError, PostcopyError, Refused
 from postcopy.memory.runs import Mask
 from postcopy.snapshot.image_file import open_regular
 from postcopy.snapshot.publish import write_whole
@@ -102,6 +102,8 @@ def load(path: Path, identity: str, blocks: Mapping[str, int]) -> WorkingSet | N
             raw = file.read(_LARGEST_FILE_BYTES + 1)
     except OSError as error:
         raise BadWorkingSet(f"working set {path} cannot be read: {error.strerror}") from error
+    except KernelError as error:
+        raise BadWorkingSet(f"working set {path} cannot be read: {error}") from error
     except ImageError as error:
         raise BadWorkingSet(f"working set {error}; remove it, and record it anew") from error
     try:
