@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fakes.commands import POSTCOPY, Running, need_kvm, one_line, postcopy
+from fakes.commands import DEADLINE_S, POSTCOPY, Running, need_kvm, one_line, postcopy
 from postcopy.cli import COMMANDS, failures
 from postcopy.cli.types import Size
 from postcopy.errors import ChannelBroken, HostCannot, NeedsRecovery, Refused
@@ -102,19 +102,19 @@ def test_an_incoming_port_in_use_ends_the_destination():
         (ZeroDivisionError("of ours"), 1),
     ],
 )
-def test_each_error_has_its_exit_code_and_one_line(error, code, capsys):
+def test_each_error_has_its_exit_code_and_one_line(error, code, capfd):
     assert failures.report(error) == code
-    said = capsys.readouterr().err
+    said = capfd.readouterr().err
     assert said.startswith("postcopy: ")
     assert said.count("\n") == 1
 
 
-def test_the_last_resort_says_how_to_see_the_traceback(capsys):
+def test_the_last_resort_says_how_to_see_the_traceback(capfd):
     error = ZeroDivisionError("of ours")
     failures.report(error)
-    assert "'postcopy --debug ...' shows the traceback" in capsys.readouterr().err
+    assert "'postcopy --debug ...' shows the traceback" in capfd.readouterr().err
     failures.report(error, debug=True)
-    assert "ZeroDivisionError: of ours\n" in capsys.readouterr().err
+    assert "ZeroDivisionError: of ours\n" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -139,3 +139,40 @@ def test_doctor_tells_people_and_programs_the_same():
 def test_the_module_is_the_command():
     assert postcopy("--version").stdout.startswith("postcopy, version ")
     assert POSTCOPY[1:] == ["-m", "postcopy"]
+
+
+INTERRUPTED_AT = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == MODULE:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+
+import postcopy.cli
+sys.meta_path.insert(0, Finder())
+postcopy.cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("postcopy.cli.head_start", ["doctor"]),
+        ("postcopy.link.engine_process", ["restore", "x"]),
+        ("postcopy.cli.failures", ["doctor"]),
+        ("click", ["doctor"]),
+        ("postcopy.cli.commands", ["doctor"]),
+        ("postcopy.cli.doctor", ["doctor"]),
+        ("postcopy.cli.drive", ["status", "--from", "unix:/none"]),
+        ("postcopy.client", ["status", "--from", "unix:/none"]),
+    ],
+)
+def test_ctrl_c_while_it_begins_is_one_line(module, arguments):
+    code = INTERRUPTED_AT.replace("MODULE", repr(module))
+    outcome = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True, text=True, timeout=DEADLINE_S, check=False,
+    )  # fmt: skip
+    assert (outcome.returncode, outcome.stderr.strip()) == (1, "postcopy: interrupted")

@@ -117,7 +117,26 @@ def parse(uri: str) -> Address:
         raise Refused(f"unknown migration protocol: {uri}")
     if "\0" in rest:
         raise Refused(f"a zero byte in the address: {uri!r}")
+    if not rest.isascii() and rest != rest.encode(errors="replace").decode():
+        raise Refused(f"an address that is not UTF-8: {uri!r}")
     return _PARSERS[protocol](rest)
+
+
+def parse_socket(text: str, whose: str) -> "TcpAddress | UnixAddress":
+    """Read the address of a monitor.
+
+    :param whose: such as ``QMP``, for the complaint.
+    :raises Refused: it is neither ``unix:PATH`` nor ``tcp:HOST:PORT``.
+    """
+    why = ""
+    try:
+        found = parse(text)
+        if isinstance(found, TcpAddress | UnixAddress):
+            return found
+    except Refused as error:
+        if text.startswith("unix:") and text != "unix:":
+            why = f" ({error})"
+    raise Refused(f"'{text}' is no {whose} address{why}; give unix:PATH or tcp:HOST:PORT")
 
 
 def parse_size(text: str) -> int | None:

@@ -32,14 +32,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     shared = {}
     if arguments is None:  # this process is ours alone
+        from postcopy.cli import process
+
+        process.leave_when_interrupted()
+        process.have_standard_streams()
         from postcopy.cli.head_start import engines_for
 
         shared["engines"] = engines_for(given)
-    from postcopy.cli import failures
+    from postcopy.cli import failures, process
     from postcopy.cli.commands import cli
 
     try:
+        process.raise_when_interrupted()
         code = cli.main(given, prog_name="postcopy", standalone_mode=False, obj=shared)
+        failures.check_output()
     except BaseException as error:  # the last resort: no traceback reaches a user
+        process.leave_when_interrupted()
         code = failures.report(error, debug="--debug" in given)
     sys.exit(code if isinstance(code, int) else failures.DONE)

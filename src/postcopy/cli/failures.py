@@ -5,6 +5,8 @@ from typing import Final
 
 import click
 
+from postcopy.cli.notices import notice
+from postcopy.cli.process import flush_output
 from postcopy.errors import NeedsRecovery, PostcopyError, Refused
 
 DONE: Final = 0
@@ -13,6 +15,9 @@ USAGE: Final = 2
 REFUSED: Final = 3
 NEEDS_RECOVERY: Final = 4
 
+_PATIENCE_S: Final = 10.0
+"""So long standard error may be held until the last line is given up."""
+
 
 class CommandFailed(Exception):
     """A command has done its work, and the outcome is not good; the message says all."""
@@ -20,6 +25,16 @@ class CommandFailed(Exception):
     def __init__(self, message: str, exit_code: int = FAILED) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def check_output() -> None:
+    """Whether all that has been printed has gone out.
+
+    :raises CommandFailed: it has not, such as for a full disk.
+    """
+    why = flush_output()
+    if why is not None:
+        raise CommandFailed(f"standard output: {why}; look at it and try again")
 
 
 def report(error: BaseException, *, debug: bool = False) -> int:
@@ -33,7 +48,7 @@ def report(error: BaseException, *, debug: bool = False) -> int:
         traceback.print_exception(error)
     line, code = _verdict(error)
     if line:
-        click.echo(f"postcopy: {' '.join(line.split())}", err=True)
+        notice(line, within_s=_PATIENCE_S)
     return code
 
 
@@ -49,9 +64,18 @@ def _verdict(error: BaseException) -> tuple[str, int]:
             return "interrupted", FAILED
         case OSError() if error.strerror:
             about = f"{error.filename}: " if error.filename else ""
+            if _printed(error):
+                flush_output()
+                about = "standard output: "
             return f"{about}{error.strerror}; look at it and try again", FAILED
     what = f"unexpected {type(error).__name__}: {error}"
     return f"{what}; a mistake in postcopy; 'postcopy --debug ...' shows the traceback", FAILED
+
+
+def _printed(error: BaseException) -> bool:
+    """Whether it came of printing; such an error names no file."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__") == click.echo.__module__ for frame, _ in frames)
 
 
 def _exit_code(error: PostcopyError) -> int:

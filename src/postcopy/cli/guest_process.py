@@ -193,7 +193,7 @@ class GuestProcess:
 
     def _name_process(self) -> None:
         if self._settings.name:
-            Path("/proc/self/comm").write_text(self._settings.name)
+            Path("/proc/self/comm").write_bytes(os.fsencode(self._settings.name))
 
 
 def _tell_times(control: MigrationControl) -> None:

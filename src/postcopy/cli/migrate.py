@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from postcopy.cli.failures import CommandFailed
-from postcopy.cli.types import PostcopyTime, Size
+from postcopy.cli.types import PostcopyTime, Seconds, Size
 
 
 @click.command(short_help="Move a running guest over QMP, ours or QEMU's.")
@@ -15,10 +15,10 @@ from postcopy.cli.types import PostcopyTime, Size
 @click.option("--postcopy", type=PostcopyTime(), metavar="after=first-round|after=5s|now")
 @click.option("--bandwidth", type=Size("M"), metavar="SIZE", help="Most a second, such as 1G.")
 @click.option("--downtime-limit", type=click.IntRange(0), metavar="MS")
-@click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="S")
+@click.option("--timeout", type=Seconds(), metavar="S")
 @click.option(
     "--auto-recover",
-    type=click.FloatRange(0, min_open=True),
+    type=Seconds(),
     metavar="SECONDS",
     help="After a break, recover unasked for so long; needs --to.",
 )

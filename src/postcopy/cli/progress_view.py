@@ -1,8 +1,10 @@
 """Shows a migration as it goes: on a terminal, in a log, or to a program."""
 
+import contextlib
 import json
+import select
 import sys
-from typing import Any, Protocol, Self
+from typing import Any, Final, Protocol, Self
 
 import click
 
@@ -10,6 +12,7 @@ from postcopy.client.progress import Phase, Progress
 
 _MIB = 1 << 20
 _PLAIN_EVERY_MS = 1000
+_STDOUT: Final = 1
 
 
 class View(Protocol):
@@ -34,12 +37,46 @@ class View(Protocol):
 def choose(*, as_json: bool) -> View:
     """The view that fits: JSON if asked for, live on a terminal, plain lines elsewhere."""
     if as_json:
-        return JsonView()
+        return PatientView(JsonView())
     if sys.stdout.isatty():
         from postcopy.cli.live_view import LiveView
 
-        return LiveView()
-    return PlainView()
+        return PatientView(LiveView())
+    return PatientView(PlainView())
+
+
+class PatientView:
+    """Another view, whose output may be slow, or gone: what is watched goes on, and so does the watching.
+
+    A look that finds no room is not shown.  What the command says at its end fails as any output does.
+    """
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self._room = select.poll()
+        self._room.register(_STDOUT, select.POLLOUT)
+
+    def __enter__(self) -> Self:
+        self._view.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._view.__exit__(*error)
+
+    def show(self, progress: Progress) -> None:
+        """Show it if there is room."""
+        with contextlib.suppress(OSError):
+            if self._room.poll(0):
+                self._view.show(progress)
+
+    def note(self, text: str) -> None:
+        """Say it if there is anything to say it to."""
+        with contextlib.suppress(OSError):
+            self._view.note(text)
+
+    def finish(self, outcome: dict[str, Any]) -> None:
+        """Say the end."""
+        self._view.finish(outcome)
 
 
 def phase_name(progress: Progress) -> str:

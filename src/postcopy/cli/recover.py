@@ -2,6 +2,8 @@
 
 import click
 
+from postcopy.cli.types import Seconds
+
 
 @click.command(short_help="Go on with a postcopy that broke.")
 @click.argument("uri", required=False)
@@ -11,7 +13,7 @@ import click
 )
 @click.option(
     "--auto-recover",
-    type=click.FloatRange(0, min_open=True),
+    type=Seconds(),
     metavar="SECONDS",
     help="When it breaks again, try again for so long.",
 )

@@ -1,9 +1,12 @@
 """What options take beyond click's own types."""
 
+import math
 from typing import Any, Final
 
 import click
 
+_MOST: Final = (1 << 63) - 1
+_MOST_SHOWN: Final = 80
 _UNITS: Final = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
@@ -25,9 +28,12 @@ class Size(click.ParamType[int]):
         text = str(value).upper().removesuffix("IB").removesuffix("B")
         number, unit = (text[:-1], text[-1:]) if text[-1:] in "KMGT" else (text, self._default_unit)
         try:
-            return int(float(number) * (1 << _UNITS[unit]))
+            size = int(float(number) * (1 << _UNITS[unit]))
         except (ValueError, OverflowError):
-            self.fail(f"{value!r} is no size; write a number with K, M or G", param, ctx)
+            size = -1
+        if not 0 <= size <= _MOST:
+            self.fail(f"{_short(value)} is no size; write a number with K, M or G", param, ctx)
+        return size
 
 
 class Number(click.ParamType[int]):
@@ -38,9 +44,27 @@ class Number(click.ParamType[int]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """The integer."""
         try:
-            return value if isinstance(value, int) else int(value, 0)
+            number = value if isinstance(value, int) else int(value, 0)
         except ValueError:
-            self.fail(f"{value!r} is no number; write it in decimal or with 0x", param, ctx)
+            number = -1
+        if not 0 <= number <= _MOST:
+            self.fail(f"{_short(value)} is no number; write it in decimal or with 0x", param, ctx)
+        return number
+
+
+class Seconds(click.ParamType[float]):
+    """A time in seconds, more than none."""
+
+    name = "seconds"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The time."""
+        seconds = _seconds(value)
+        if not seconds > 0:
+            self.fail(f"{_short(value)} is no time; give seconds, such as 5 or 0.5", param, ctx)
+        return seconds
 
 
 class PostcopyTime(click.ParamType[str | float]):
@@ -55,7 +79,22 @@ class PostcopyTime(click.ParamType[str | float]):
         text = str(value).removeprefix("after=")
         if text in {"now", "first-round"}:
             return text
-        try:
-            return float(text.removesuffix("s"))
-        except ValueError:
-            self.fail(f"{value!r} is no time; give now, after=first-round or after=5s", param, ctx)
+        seconds = _seconds(text.removesuffix("s"))
+        if seconds < 0:
+            hint = "give now, after=first-round or after=5s"
+            self.fail(f"{_short(value)} is no time; {hint}", param, ctx)
+        return seconds
+
+
+def _seconds(value: Any) -> float:
+    """A finite number of seconds; -1 for all else."""
+    try:
+        seconds = float(value)
+    except ValueError:
+        return -1.0
+    return seconds if math.isfinite(seconds) else -1.0
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."

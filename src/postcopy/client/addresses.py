@@ -1,6 +1,6 @@
 """Where a machine's QMP monitor is."""
 
-from postcopy.errors import Refused
+from postcopy.channel.address import UnixAddress, parse_socket
 
 
 def parse(address: str) -> str | tuple[str, int]:
@@ -10,12 +10,9 @@ def parse(address: str) -> str | tuple[str, int]:
         after a comma (``server=on,wait=off``) changes nothing.
     :raises Refused: not such an address.
     """
-    kind, _, place = address.partition(",")[0].partition(":")
-    if "/" in kind and not place:
-        return kind
-    if kind == "unix" and place:
-        return place
-    host, _, port = place.rpartition(":")
-    if kind == "tcp" and ":" in place and port.isdecimal():
-        return host.strip("[]") or "127.0.0.1", int(port)
-    raise Refused(f"'{address}' is no QMP address; give unix:PATH or tcp:HOST:PORT")
+    place = address.partition(",")[0]
+    is_path = "/" in place.partition(":")[0]
+    found = parse_socket(f"unix:{place}" if is_path else place, "QMP")
+    if isinstance(found, UnixAddress):
+        return found.path
+    return found.host or "127.0.0.1", found.port

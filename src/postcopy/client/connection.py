@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 from collections.abc import AsyncIterable, Mapping
@@ -20,6 +21,9 @@ from postcopy.client import addresses
 from postcopy.errors import CannotConnect, ChannelBroken, Refused
 
 _HANG_UP_S: Final = 1.0
+_MOST_BYTES: Final = 1 << 20
+_CONTEXT: Final = 40
+_MOST_DIGITS: Final = 300  # a machine makes a float of a number that is too large, and 308 fit
 
 # The client logs each lost connection with a traceback, and then raises it as well.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
@@ -61,9 +65,11 @@ class Connection:
     async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
         """Do one command and return what it returns.
 
-        :raises Refused: the machine refuses it; the text is the machine's.
+        :raises Refused: the machine refuses it, in the machine's words; or JSON cannot carry the
+            arguments, and nothing has been sent.
         :raises ChannelBroken: the connection ended before the answer came.
         """
+        _check_json(command, arguments)
         try:
             return await self._client.execute(command, arguments)
         except ExecuteError as error:
@@ -86,6 +92,30 @@ async def _hang_up(client: QMPClient) -> None:
     with contextlib.suppress(*gone):
         async with asyncio.timeout(_HANG_UP_S):  # what is to be sent waits for a machine to read it
             await client.disconnect()
+
+
+def _check_json(command: str, arguments: Mapping[str, Any] | None) -> None:
+    """A machine answers what is no JSON without saying whose it is, and the connection is lost."""
+    try:
+        text = json.dumps([command, arguments], ensure_ascii=False, allow_nan=False)
+        size = len(text.encode())
+        json.loads(text, parse_int=_check_integer)
+    except UnicodeEncodeError as error:
+        around = error.object[max(0, error.start - _CONTEXT) : error.end + _CONTEXT]
+        raise Refused(
+            f"the arguments of {command} are not UTF-8, and QMP carries nothing else: {around!r}; give "
+            "another name"
+        ) from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Refused(f"the arguments of {command} are nothing that JSON has: {error}") from error
+    if size > _MOST_BYTES:
+        raise Refused(f"the arguments of {command} are {size} bytes; a machine takes {_MOST_BYTES}")
+
+
+def _check_integer(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
 
 
 def _why_not(address: str, error: ConnectError) -> str:

@@ -8,6 +8,9 @@ from postcopy.monitor.backend import Backend
 from postcopy.monitor.hmp_arguments import BadUsage, parse
 from postcopy.monitor.hmp_commands import COMMANDS, INFO, Context, HmpCommand
 
+MOST_CHARACTERS = 1 << 16
+"""A longer line is refused: no command needs one, and what reads them looks at each character often."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -22,6 +25,8 @@ class Hmp:
 
     def run(self, line: str) -> str:
         """What the command in ``line`` prints; each line of it ends with a newline."""
+        if len(line) > MOST_CHARACTERS:
+            return f"a line of {len(line)} characters is too long; {MOST_CHARACTERS} do\n"
         name, rest = _split(line)
         command, display, prefix = COMMANDS.get(name), name, ""
         if not name:

@@ -22,6 +22,7 @@ class HmpConsole:
         self._hmp = Hmp(backend, interactive=True)
         self._stdin = stdin
         self._stdout = stdout
+        self._is_ours = stdin is sys.stdin
         self._editing = stdin is sys.stdin and stdin.isatty() and stdout.isatty()
 
     def run(self) -> None:
@@ -47,8 +48,13 @@ class HmpConsole:
         return line or None
 
     def _print(self, text: str) -> None:
-        self._stdout.write(text)
-        self._stdout.flush()
+        try:
+            self._stdout.write(text)
+            self._stdout.flush()
+        except OSError:
+            # The guest ends with the console; that its output is not taken is no reason for that.
+            if not self._is_ours:
+                raise
 
 
 def _complete_commands() -> None:

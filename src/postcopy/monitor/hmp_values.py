@@ -10,6 +10,9 @@ _SIZE = re.compile(
     r"(?P<unit>[bBkKmMgGtTpPeE]?))"
 )
 _INTEGER = re.compile(r"\s*(?P<sign>[-+]?)(?:(?P<hex>0[xX][0-9a-fA-F]+)|(?P<digits>[0-9]+))")
+_MOST_CHARACTERS = 4000
+"""Python converts not many more decimal digits than that, and a number of 64 bits needs fewer."""
+
 _SHIFTS = {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 _SIZE_HINT = (
     "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"
@@ -28,6 +31,8 @@ def parse_size(text: str, *, default_unit: str = "b") -> int:
     :raises ValueError: no such number; :class:`OutOfRange` when it is negative or too large.
     """
     found = _SIZE.fullmatch(text)
+    if found is not None and len(text) > _MOST_CHARACTERS:
+        raise OutOfRange(text)
     if found is None:
         if re.fullmatch(r"\s*-[0-9]+[a-zA-Z]?", text):
             raise OutOfRange(text)
@@ -82,7 +87,7 @@ def _size(name: str, text: str) -> int:
 def _integer(name: str, text: str) -> int:
     found = _INTEGER.fullmatch(text)
     value = 2**64
-    if found:
+    if found and len(text) <= _MOST_CHARACTERS:
         value = int(found["hex"], 16) if found["hex"] else int(found["digits"])
     if value >= 2**64 or found is None:
         raise Refused(f"Parameter '{name}' expects uint64")

@@ -4,6 +4,9 @@ from collections.abc import Callable, Iterator
 
 from postcopy.errors import Refused
 
+MOST_BYTES = 256 << 10
+"""So much of the memory is shown at a time: the text of it all is made before any of it is sent."""
+
 _WIDTHS: dict[str, Callable[[int], int]] = {
     "o": lambda size_bytes: (size_bytes * 8 + 2) // 3,
     "x": lambda size_bytes: size_bytes * 2,
@@ -16,7 +19,9 @@ _WIDTHS: dict[str, Callable[[int], int]] = {
 def dump(
     read: Callable[[int, int], bytes], address: int, count: int, form: str, size_bytes: int
 ) -> Iterator[str]:
-    """The lines that show ``count`` items from ``address`` on; stops where there is no RAM.
+    """The lines that show ``count`` items from ``address`` on.
+
+    They stop where there is no RAM, and after :data:`MOST_BYTES`, with a line that says so.
 
     :param form: one of ``x d u o c``; ``c`` shows every byte whatever the size.
     """
@@ -25,6 +30,9 @@ def dump(
     item_bytes = 1 if form == "c" else size_bytes
     for offset in range(0, total_bytes, line_bytes):
         start = f"{address + offset:016x}:"
+        if offset >= MOST_BYTES:
+            yield f"{start} {MOST_BYTES >> 10} KiB are shown at a time; pmemsave saves any number"
+            return
         try:
             data = read(address + offset, min(line_bytes, total_bytes - offset))
         except Refused:

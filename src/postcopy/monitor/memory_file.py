@@ -22,6 +22,7 @@ def save(machine: MachineControl, address: int, length_bytes: int, path: str) ->
             for offset in range(0, length_bytes, _CHUNK_BYTES):
                 chunk_bytes = min(_CHUNK_BYTES, length_bytes - offset)
                 file.write(machine.read_physical(address + offset, chunk_bytes))
-    except OSError as error:
-        reason = os.strerror(error.errno or 0)
+    except (OSError, ValueError) as error:
+        known = isinstance(error, OSError) and error.errno
+        reason = os.strerror(known) if known else str(error)  # a zero byte in the name
         raise Refused(f"Could not open '{path}': {reason}") from error

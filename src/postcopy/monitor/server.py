@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from postcopy.errors import CannotListen, Refused
+from postcopy.channel.address import UnixAddress, parse_socket
+from postcopy.errors import CannotListen
 from postcopy.monitor.backend import Backend
 from postcopy.monitor.hmp_console import HmpSession
 from postcopy.monitor.qmp_session import QmpSession
@@ -118,16 +119,14 @@ def serve_hmp(address: str, backend: Backend) -> MonitorServer:
 
 
 def _listen(address: str) -> tuple[socket.socket, Path | None]:
-    kind, _, place = address.partition(":")
+    where = parse_socket(address, "monitor")
     try:
-        if kind == "unix" and place:
-            return _listen_unix(Path(place)), Path(place)
-        host, _, port = place.rpartition(":")
-        if kind == "tcp" and port.isdecimal():
-            return _listen_tcp(host.strip("[]"), int(port)), None
-    except OSError as error:
-        raise CannotListen(f"cannot listen at {address}: {error.strerror or error}") from error
-    raise Refused(f"'{address}' is no monitor address; give unix:PATH or tcp:HOST:PORT")
+        if isinstance(where, UnixAddress):
+            return _listen_unix(Path(where.path)), Path(where.path)
+        return _listen_tcp(where.host, where.port), None
+    except (OSError, UnicodeError) as error:  # names of hosts have an encoding of their own
+        why = getattr(error, "strerror", None) or error
+        raise CannotListen(f"cannot listen at {address}: {why}") from error
 
 
 def _listen_unix(path: Path) -> socket.socket:

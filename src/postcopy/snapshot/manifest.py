@@ -5,12 +5,14 @@ when, and what that cost the guest.  An image without one can be read; nobody ca
 still what it was.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from postcopy.errors import ImageError
 from postcopy.memory.runs import Mask
 from postcopy.snapshot.digests import (
     ALGORITHM,
@@ -25,6 +27,8 @@ from postcopy.snapshot.publish import write_whole
 
 VERSION: Final = 1
 SUFFIX: Final = ".manifest.json"
+_NAME_BYTES: Final = 255
+_PATH_BYTES: Final = 4096  # with the zero at its end
 _IDENTITY: Final = re.compile("[0-9a-f]{64}")
 ADDRESS_BYTES: Final = 32
 """Of a chunk in a store; whole digests, since guests that trust no other may share a store."""
@@ -155,8 +159,16 @@ class Manifest:
 
 
 def beside(image: Path) -> Path:
-    """Where the manifest of an image is."""
-    return image.with_name(image.name + SUFFIX)
+    """Where the manifest of an image is.
+
+    :raises ImageError: there can be none, and no image, by that name.
+    """
+    if not image.name:
+        raise ImageError(image, "a folder; give the path of an image")
+    found = image.with_name(image.name + SUFFIX)
+    if len(os.fsencode(found.name)) > _NAME_BYTES or len(os.fsencode(found)) >= _PATH_BYTES:
+        raise ImageError(image, f"the name is too long, with '{SUFFIX}' behind it")
+    return found
 
 
 def _check_version(fields: Fields) -> None:
