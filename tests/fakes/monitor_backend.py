@@ -70,6 +70,8 @@ class FakeMigration:
         self.calls = []
         self.now = MigrationInfo()
         self.breaks = False
+        self.recovers = threading.Event()
+        self.recovers.set()
 
     def set_capabilities(self, changes):
         self.capabilities = self.capabilities.with_changes(changes)
@@ -127,6 +129,7 @@ class FakeMigration:
         )
 
     def recover(self, uri):
+        assert self.recovers.wait(30)
         raise WrongState("Migrate recover can only be run when postcopy is paused.")
 
     def arrived(self):

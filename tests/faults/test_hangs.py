@@ -10,6 +10,7 @@ from fakes.pair import NEVER_ENDS, POSTCOPY, hammer
 from fakes.waiting import wait_until
 from faults.recovering import LASTS, Recovering, broken_journey
 from machine.machines import wait_for_progress
+from postcopy.errors import WrongState
 from postcopy.status import Status
 
 LOOKS = 4
@@ -45,6 +46,28 @@ def test_in_postcopy(journey, tmp_path, which):
         side.wait(Status.POSTCOPY_PAUSED)
         assert "the engine process hung for 4 s, and was killed; no page is lost" in side.error
         moving.recover()
+        moving.hurry()
+        trip.finish()
+
+
+def test_a_recovery_that_is_ordered_of_one_is_not_waited_for(journey, tmp_path):
+    """The order is taken, and carried out when the engine goes on."""
+    trip = broken_journey(journey)
+    with Recovering(trip, tmp_path) as moving:
+        moving.start()
+        moving.until_postcopy()
+        moving.source.control.pause()
+        moving.until_settled()
+        side = moving.destination
+        stop(side)
+        side.control.recover(uri := f"unix:{tmp_path}/again")
+        assert side.status is Status.POSTCOPY_PAUSED
+        assert side.control.info().socket_address == ()
+        with pytest.raises(WrongState, match="still being carried out"):
+            side.control.recover(uri)
+        os.kill(side.engine_process_id(), signal.SIGCONT)
+        wait_until(lambda: side.control.info().socket_address, 20, "it listens")
+        moving.source.control.migrate(uri, resume=True)
         moving.hurry()
         trip.finish()
 

@@ -35,6 +35,17 @@ def test_out_of_band_while_a_page_is_missing(ours, connect, backend):
     assert ours.reply()["id"] == "waits"
 
 
+def test_a_recovery_holds_up_nothing_out_of_band(ours, backend):
+    ours.negotiate("oob")
+    backend.migration.recovers.clear()
+    ours.send({"exec-oob": "migrate-recover", "arguments": {"uri": "tcp:a:1"}, "id": "takes long"})
+    assert ours.ask({"exec-oob": "migrate-pause", "id": "at once"})["id"] == "at once"
+    backend.migration.recovers.set()
+    answer = ours.reply()
+    assert answer["id"] == "takes long"
+    assert "only be run when postcopy is paused" in answer["error"]["desc"]
+
+
 def test_answers_keep_the_order_of_requests(ours):
     ours.negotiate()
     requests = [{"execute": "query-status", "id": i} for i in range(200)]

@@ -12,6 +12,7 @@ from postcopy.errors import Refused
 from postcopy.status import Status
 
 _PAUSE_TIMEOUT_S: Final = 10.0
+_LISTEN_TIMEOUT_S: Final = 60.0
 _POLL_S: Final = 0.01
 _LISTENS_ALREADY: Final = "triggered already"  # QEMU's words
 _LATE_CONNECTIONS: Final = 3
@@ -89,6 +90,8 @@ async def bring_together(
         await _pause(side)
     where = uri or _free_port(destination.address)
     await _listen(destination, where)
+    if "x-last-order" in await destination.execute("query-status"):  # a QEMU listens at once
+        await _until_it_listens(destination)
     met = address_of(await destination.execute("query-migrate"), where)
     await source.execute("migrate", {"uri": met, "resume": True})
 
@@ -138,6 +141,19 @@ async def _listen(destination: Connection, where: str) -> None:
         else:
             return
     raise Refused(f"{destination.address} is called again and again; try once more")
+
+
+async def _until_it_listens(destination: Connection) -> None:
+    """Its order may have been answered before it was carried out: then it says no address."""
+    until = asyncio.get_running_loop().time() + _LISTEN_TIMEOUT_S
+    while True:
+        info = await destination.execute("query-migrate")
+        if info.get("socket-address") or status_of(info) is not Status.POSTCOPY_PAUSED:
+            return
+        if asyncio.get_running_loop().time() > until:
+            why = info.get("error-desc", "no reason is given")
+            raise Refused(f"{destination.address} does not listen: {why}; try again")
+        await asyncio.sleep(_POLL_S)
 
 
 async def _pause(side: Connection) -> None:

@@ -18,6 +18,7 @@ from postcopy.link.current import Current
 from postcopy.link.departing import Departing
 from postcopy.link.engine_process import EnginePool, EngineProcess
 from postcopy.link.engines import Engines
+from postcopy.link.errand import Errands
 from postcopy.link.guest_service import GuestService, OwnedGuest
 from postcopy.link.host import check_movable, check_transport
 from postcopy.link.job import Job
@@ -76,6 +77,7 @@ class MigrationControl:
         self._recovery = self._outcome.recovery
         self._restoring = self._outcome.restoring
         self._lock = self._current.lock
+        self._errands = Errands()
         self._check_movable = partial(check_movable, guest, self._service)
         self._departing = Departing(
             self._lock, self._restoring, self._engines, self._begin, self._begin_move
@@ -305,11 +307,19 @@ class MigrationControl:
             or not self._current.shown.incoming
         ):
             raise WrongState("Migrate recover can only be run when postcopy is paused.")
-        if self._restoring.job is not None:
-            self._restoring.recover(uri)
-            return
-        check_transport(parse(uri), self._current.shown.settings.capabilities, Use.RECEIVE)
-        self._recovery.listen(uri)
+        recover = self._restoring.recover
+        if self._restoring.job is None:
+            check_transport(parse(uri), self._current.shown.settings.capabilities, Use.RECEIVE)
+            recover = self._recovery.listen
+        self._errands.run(partial(recover, uri), self._not_recovered)
+        self._ownership.ordered("migrate-recover", "incoming", uri)
+
+    def _not_recovered(self, error: Exception) -> None:
+        """It has turned out too late for the answer to the order."""
+        with self._lock:
+            job = self._current.shown
+            if job.status is Status.POSTCOPY_PAUSED:
+                job.error = f"the recovery that was ordered has failed: {error}"
 
     def _show_paused_restore(self) -> None:
         """Whoever deals with it need not be told any more of a migration that could not begin."""

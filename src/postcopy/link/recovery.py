@@ -59,14 +59,23 @@ class Recovery:
         :raises PostcopyError: it cannot be listened on, or nothing is paused any more.
         """
         with descriptors(parse(uri), Use.RECEIVE) as fds, self.lock:
+            job = self._job()
+            before, job.addresses = job.addresses, ()  # until it listens
             try:
-                found = self._engines.call("recover_destination", uri=uri, fds=fds)
-                self._job().addresses = tuple(found)
-            except EngineDied:
-                self._check_paused()
-                self._succession.worked()
-                self._adopt_destination(uri, fds)
+                self._listen(uri, fds)
+            except PostcopyError:
+                job.addresses = before
+                raise
             self.listens_at(uri)
+
+    def _listen(self, uri: str, fds: Sequence[int]) -> None:
+        try:
+            found = self._engines.call("recover_destination", uri=uri, fds=fds)
+            self._job().addresses = tuple(found)
+        except EngineDied:
+            self._check_paused()
+            self._succession.worked()
+            self._adopt_destination(uri, fds)
 
     def go_on(self, uri: str, give_up: Callable[[], object]) -> None:
         """Have the source of a paused postcopy go on at ``uri``; the caller holds :attr:`lock`.

@@ -176,7 +176,10 @@ class MigrationControl(Protocol):
         """
 
     def recover(self, uri: str) -> None:
-        """Listen anew for the source of a paused postcopy.  Must return without waiting.
+        """Listen anew for the source of a paused postcopy, or go on with a paused restore.
+
+        Returns when that is done, or, after a few seconds, while it is being done: then ``socket-address``
+        tells when it listens, and the error, if it comes to one, why it does not.
 
         :raises WrongState: no incoming postcopy is paused.
         """

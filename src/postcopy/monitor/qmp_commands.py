@@ -37,12 +37,14 @@ class Command:
 
     :ivar out_of_band: ``exec-oob`` may run it while another command is being executed, so it must
         not wait for anything.
+    :ivar in_background: or it may, for a bounded time: out of band a thread of its own runs it.
     """
 
     name: str
     run: Callable[[Backend, Arguments], object]
     arguments: Struct = NOTHING
     out_of_band: bool = False
+    in_background: bool = False
 
 
 def _migrate(backend: Backend, arguments: Arguments) -> None:
@@ -178,6 +180,7 @@ _TABLE = (
         lambda b, a: b.migration.recover(a["uri"]),
         Struct({"uri": string}),
         out_of_band=True,
+        in_background=True,
     ),
     Command("x-migrate-arrived", lambda b, _: b.migration.arrived()),
     Command("x-migrate-lost", lambda b, _: b.migration.lost()),

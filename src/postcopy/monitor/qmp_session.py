@@ -1,9 +1,10 @@
 """One QMP client from its greeting to its end.
 
-Three threads a client: the *reader* takes requests apart and runs those out of band at once; the
-*worker* runs the others one after another, so one that waits for a missing page holds up neither
-``migrate-recover`` nor other clients; the *writer* sends answers and events in the order in which
-they were made.  What the reader finds wrong with a request is the worker's to answer, in its turn.
+Three threads a client: the *reader* takes requests apart and runs those out of band at once (one that
+may take a moment gets a thread of its own); the *worker* runs the others one after another, so one that
+waits for a missing page holds up neither ``migrate-recover`` nor other clients; the *writer* sends answers
+and events in the order in which they were made.  What the reader finds wrong with a request is the
+worker's to answer, in its turn.
 """
 
 import json
@@ -123,12 +124,24 @@ class QmpSession:
             return
         allowed = self._allowed(request)
         if request.out_of_band:
-            self._unsent.put(self._answer(message, allowed))
+            self._answer_out_of_band(message, request, allowed)
         else:
             # Blocks when the client asks faster than we answer: then it has to wait.
             self._requests.put((message, allowed))
             if allowed is request and request.command == _NEGOTIATE:
                 self._answered.wait()  # what may be out of band from now on does not overtake it
+
+    def _answer_out_of_band(
+        self, message: object, request: Request, allowed: Request | QmpError
+    ) -> None:
+        def answer() -> None:
+            self._unsent.put(self._answer(message, allowed))
+
+        command = COMMANDS.get(request.command)
+        if command is not None and command.in_background:
+            threading.Thread(target=answer, name="qmp-out-of-band", daemon=True).start()
+        else:
+            answer()
 
     def _allowed(self, request: Request) -> Request | QmpError:
         try:
