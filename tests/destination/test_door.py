@@ -1,5 +1,6 @@
 """Who comes through the door: the main channel, the one for urgent pages, and nobody else."""
 
+import errno
 import socket
 import threading
 
@@ -10,7 +11,7 @@ from postcopy.channel.connect import connect
 from postcopy.channel.listen import Listener
 from postcopy.destination import door as module
 from postcopy.destination.door import Door
-from postcopy.errors import ChannelBroken, StreamError
+from postcopy.errors import ChannelBroken, KernelError, StreamError
 
 
 @pytest.fixture
@@ -50,6 +51,19 @@ def test_nobody_comes(address):
     with connect(address), door.main():
         with pytest.raises(StreamError, match=r"no second connection within 0\.01 s; switch"):
             door.urgent(0.01)
+        door.close()
+
+
+def test_who_waits_is_told_that_nobody_can_be_let_in(address, monkeypatch):
+    door = opened(address, urgent=True)
+    with connect(address), door.main():
+
+        def full(_):
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr(socket.socket, "accept", full)
+        with connect(address), pytest.raises(KernelError, match=r"accept failed: .*ulimit -n"):
+            door.urgent(10)
         door.close()
 
 

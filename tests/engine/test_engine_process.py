@@ -8,6 +8,7 @@ from fakes.waiting import wait_until
 from faults.fault_channel import SHUT
 from faults.recovering import Recovering, broken_journey
 from journeys.conftest import journey, nothing_left_behind
+from postcopy.link.engine_process import EnginePool
 from postcopy.status import Status
 
 __all__ = ["journey", "nothing_left_behind"]
@@ -15,7 +16,7 @@ __all__ = ["journey", "nothing_left_behind"]
 FAULTY = """
 import threading
 from postcopy.engine.__main__ import end_on_fault
-end_on_fault()
+end_on_fault(lambda fault: print("told:", fault))
 thread = threading.Thread(target=lambda: 1 // 0, name="pager")
 thread.start()
 threading.Event().wait()
@@ -29,6 +30,19 @@ def test_a_fault_in_any_thread_ends_it_and_is_told():
     assert ended.returncode == 1
     assert "pager" in ended.stderr
     assert "ZeroDivisionError" in ended.stderr
+    assert ended.stdout.startswith("told: ")
+
+
+def test_what_an_engine_says_before_it_dies_is_told():
+    pool = EnginePool()
+    engine = pool.take()
+    try:
+        engine.fails("poll failed: Bad file descriptor (EBADF)")
+        assert engine.fate == "died (poll failed: Bad file descriptor (EBADF))"
+    finally:
+        engine.kill()
+        engine.end()
+        pool.close()
 
 
 def test_a_destination_stays_until_its_last_word_has_been_read(journey, tmp_path):

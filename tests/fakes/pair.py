@@ -319,7 +319,7 @@ def engines(of: int | None = None) -> list[int]:
         if not entry.name.isdigit():
             continue
         try:
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            parent = int((entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
             command = (entry / "cmdline").read_bytes()
         except OSError:
             continue  # it has just ended

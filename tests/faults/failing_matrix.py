@@ -1,5 +1,6 @@
 """Runs cases of :mod:`faults.failing_journeys` in processes of their own, each with a deadline."""
 
+import errno
 import json
 import os
 import random
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from faults.failing_calls import ERRNOS, TIMES, environment
+from faults.failing_calls import ERRNOS, FROM_THEN_ON, TIMES, environment
 from faults.failing_journeys import Case
 
 DEADLINE_S = 120.0
@@ -94,4 +95,7 @@ def draw(journey: str, seen: dict[str, int], seed: int) -> Iterator[Case]:
         kind = numbers.choice(sorted(seen))
         # The first ones are those that are made once; later ones are most alike.
         first = numbers.choice((1, numbers.randint(1, seen[kind])))
-        yield Case(journey, kind, numbers.choice(ERRNOS), first, numbers.choice(TIMES))
+        case = Case(journey, kind, numbers.choice(ERRNOS), first, numbers.choice(TIMES))
+        # No signal comes for ever, and Python itself makes such a call again for as long as one does.
+        if (case.error, case.times) != (errno.EINTR, FROM_THEN_ON):
+            yield case

@@ -153,9 +153,9 @@ def test_dead_while_its_last_call_is_answered(journey, tmp_path, kill_at, monkey
     """The guest's process finds that every page is there only when it looks again."""
     waits = kill_at("destination.nothing-missing")
     with Recovering(broken_journey(journey), tmp_path) as broken:
-        control = broken.destination.control
-        first, has_arrived = iter([False]), control._has_arrived
-        monkeypatch.setattr(control, "_has_arrived", lambda: next(first, True) and has_arrived())
+        outcome = broken.destination.control._outcome
+        first, has_arrived = iter([False]), outcome._has_arrived
+        monkeypatch.setattr(outcome, "_has_arrived", lambda: next(first, True) and has_arrived())
         broken.source.control.migrate(broken.destination.listen())
         broken.until_postcopy()
         broken.hurry()

@@ -20,8 +20,9 @@ from postcopy.channel.connect import (
     start_command,
 )
 from postcopy.channel.sockets import SocketChannel
-from postcopy.errors import CannotConnect, CannotListen, ChannelBroken
+from postcopy.errors import CannotConnect, CannotListen, ChannelBroken, KernelError
 from postcopy.kernel import calls
+from postcopy.kernel.patience import PASSES, Patience
 
 BACKLOG = 16
 """Connections that may wait to be accepted: a main channel, a preempt channel, retries."""
@@ -74,7 +75,9 @@ class Listener:
         :param timeout_s: how long to wait for it; None: for ever.
         :raises TimeoutError: nobody came.
         :raises ChannelBroken: the listener was closed, before or meanwhile.
+        :raises KernelError: no connection can be taken, for want of descriptors for example.
         """
+        waits = Patience(PASSES - {errno.EAGAIN})
         with self._accepting:
             if self._is_closed:
                 raise ChannelBroken(f"{self._address}: no longer listened on")
@@ -83,8 +86,15 @@ class Listener:
                 return channel
             while True:
                 self._wait(timeout_s)
-                with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
+                try:
                     return self._accepted()
+                except (BlockingIOError, ConnectionAbortedError):
+                    continue  # who had called is gone
+                except OSError as failure:
+                    if not waits.outlives(failure.errno or 0):
+                        raise KernelError(
+                            "accept", failure.errno or 0, str(self._address)
+                        ) from failure
 
     def close(self) -> None:
         """Stop listening, and wake a thread that waits in ``accept``.  Any number of times."""

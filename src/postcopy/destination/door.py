@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from postcopy.channel.channel import Channel
 from postcopy.channel.listen import Listener
-from postcopy.errors import ChannelBroken, StreamError
+from postcopy.errors import ChannelBroken, PostcopyError, StreamError
 
 
 class Door:
@@ -28,6 +28,7 @@ class Door:
         self._urgent: Channel | None = None
         self._had_urgent = False
         self._closed = False
+        self._failure: PostcopyError | None = None
 
     def main(self) -> Channel:
         """Wait for the main channel.
@@ -45,18 +46,24 @@ class Door:
 
         :raises StreamError: nobody has come for so long.
         :raises ChannelBroken: the door has been closed.
+        :raises KernelError: no connection can be taken.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._urgent is not None or self._closed, timeout_s)
+            self._changed.wait_for(self._is_settled, timeout_s)
             channel, self._urgent = self._urgent, None
             if channel is not None:
                 return channel
+            if self._failure is not None:
+                raise self._failure
             if self._closed:
                 raise ChannelBroken("no longer waiting for the channel of urgent pages")
         raise StreamError(
             f"the source opened no second connection within {timeout_s:g} s; "
             "switch postcopy-preempt on there too, or off here"
         )
+
+    def _is_settled(self) -> bool:
+        return self._urgent is not None or self._closed or self._failure is not None
 
     def give_up(self) -> None:
         """Wait for the second connection no longer."""
@@ -81,6 +88,10 @@ class Door:
                 self._let_in(self._listener.accept())
         except ChannelBroken:
             pass  # closed
+        except PostcopyError as error:
+            with self._changed:
+                self._failure = error  # which matters to who waits for somebody
+                self._changed.notify_all()
 
     def _let_in(self, channel: Channel) -> None:
         with self._changed:

@@ -5,7 +5,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from postcopy.engine.service import TRADES, EngineService
 from postcopy.stacks import tell_when_asked
@@ -14,17 +14,21 @@ _SWITCH_INTERVAL_S = 0.0001
 """How long one thread of the engine may keep the others from running: a page may be waited for."""
 
 
-def end_on_fault() -> None:
+def end_on_fault(tell: Callable[[BaseException], None]) -> None:
     """Let a fault of ours in any thread end this process: its successor knows what to do.
 
     A thread that dies alone would leave an engine that looks alive and serves no page.
+
+    :param tell: told of the fault before.
     """
-    threading.excepthook = _end
 
+    def end(fault: threading.ExceptHookArgs) -> None:
+        threading.__excepthook__(fault)
+        if fault.exc_value is not None:
+            tell(fault.exc_value)
+        os._exit(1)
 
-def _end(fault: threading.ExceptHookArgs) -> None:
-    threading.__excepthook__(fault)
-    os._exit(1)
+    threading.excepthook = end
 
 
 def serve(link: int, trades: Iterable[str]) -> None:
@@ -34,9 +38,9 @@ def serve(link: int, trades: Iterable[str]) -> None:
     :param trades: what it is to be ready for before it takes orders.
     """
     tell_when_asked()
-    end_on_fault()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     service = EngineService(socket.socket(fileno=link))
+    end_on_fault(service.tell_fault)
     service.learn(trades)
     gc.freeze()  # what importing has made lives as long as the process
     service.run()

@@ -93,7 +93,7 @@ class Desk:
 
     def start(self, name: str, run: Callable[[], None]) -> None:
         """Run the job, or go on with it, on a thread of its own."""
-        thread = threading.Thread(target=_guarded, args=(run,), name=name, daemon=True)
+        thread = threading.Thread(target=self._guarded, args=(run,), name=name, daemon=True)
         with self._starting:  # or others could take the one before for it
             thread.start()
             self._thread = thread
@@ -106,6 +106,20 @@ class Desk:
             return True
         thread.join(timeout_s)
         return not thread.is_alive()
+
+    def _guarded(self, run: Callable[[], None]) -> None:
+        """Run a job; a fault of ours ends the process, and the guest's process decides what it means."""
+        try:
+            run()
+        except BaseException as fault:
+            traceback.print_exc()
+            self.tell_fault(fault)
+            os._exit(1)
+
+    def tell_fault(self, fault: BaseException) -> None:
+        """Say what this process is about to end of, where a user can do something about it."""
+        if isinstance(fault, PostcopyError | OSError):
+            self.link.note("fault", reason=str(fault))
 
     def check_paused(self) -> None:
         """Refuse to recover what is not paused.
@@ -152,12 +166,3 @@ class Desk:
             error=str(error) if error is not None else None,
             info=self.job.info().to_wire(),
         )
-
-
-def _guarded(run: Callable[[], None]) -> None:
-    """Run a job; a fault of ours ends the process, and the guest's process decides what it means."""
-    try:
-        run()
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)

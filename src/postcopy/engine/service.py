@@ -75,6 +75,10 @@ class EngineService:
         for trade in trades:
             self._trade(trade)
 
+    def tell_fault(self, fault: BaseException) -> None:
+        """See :meth:`postcopy.engine.desk.Desk.tell_fault`."""
+        self._desk.tell_fault(fault)
+
     def _say_alive(self) -> None:
         """Tell the guest's process again and again that this one does not hang."""
         threading.Thread(target=self._beat, name="alive", daemon=True).start()

@@ -416,6 +416,7 @@ class MigrationControl:
     def _handlers(self, engine: EngineProcess) -> dict[str, Handler]:
         return self._service.handlers() | {
             "status": partial(self._outcome.on_status, engine),
+            "fault": partial(self._outcome.on_fault, engine),
             "passed": self._on_pass,
             "progressed": self._restoring.engine_works,
         }

@@ -186,6 +186,10 @@ class EngineProcess:
         if not self._is_dead_within(timeout_s):
             self._signal_end()
 
+    def fails(self, reason: str) -> None:
+        """Note what it says that it is about to end of."""
+        self.fate = f"died ({reason})"
+
     def kill(self) -> None:
         """End it at once, whatever it does, unless its kernel holds it back."""
         self._signal_end()

@@ -81,6 +81,11 @@ class Outcome:
         else:
             job.progress.move(to)
 
+    @staticmethod
+    def on_fault(engine: EngineProcess, reason: str) -> None:
+        """An engine says what it is about to end of."""
+        engine.fails(reason)
+
     def _completed(self) -> None:
         if self.work.incoming:
             self._current.awaits = False
