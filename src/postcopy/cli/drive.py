@@ -150,6 +150,8 @@ async def show_to_the_end(
     view = progress_view.choose(as_json=as_json)
     try:
         with view:
+            for note in migration.notes:
+                view.note(note)
             result = await Watch(migration, view).until_end(timeout_s, left_s)
     except PostcopyError as error:
         view.finish({"status": name_of(migration.status), "error": str(error)})

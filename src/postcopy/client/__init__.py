@@ -3,8 +3,9 @@
 :mod:`postcopy.client.sync` has the same names for scripts without an event loop.
 """
 
-from postcopy.client.machine import Machine, MigrateOptions, RunOptions
+from postcopy.client.machine import Machine, RunOptions
 from postcopy.client.migration import Migration, Postcopy
+from postcopy.client.migration_order import MigrateOptions
 from postcopy.client.progress import Phase, Progress
 from postcopy.client.resetting import Reset, ResetPoint
 from postcopy.client.restoring import Restored, RestoredMachine, RestoreOptions, restore

@@ -1,11 +1,11 @@
-"""Migration capabilities of a machine, ours or a real QEMU's, set over QMP."""
+"""Migration capabilities of a machine, ours or a real QEMU's, over QMP."""
 
-import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
+from typing import Any, Final
 
 from postcopy.client.connection import Connection
-from postcopy.errors import PostcopyError
-from postcopy.parameters import Capability
+
+_UNDER_WAY: Final = frozenset({"setup", "active", "device", "cancelling", "failing"})
 
 
 async def set_capabilities(machine: Connection, changes: Mapping[str, bool]) -> None:
@@ -14,20 +14,13 @@ async def set_capabilities(machine: Connection, changes: Mapping[str, bool]) -> 
     await machine.execute("migrate-set-capabilities", {"capabilities": states})
 
 
-@contextlib.asynccontextmanager
-async def for_a_snapshot(machine: Connection, *, mapped: bool) -> AsyncIterator[None]:
-    """Have the machine's capabilities as a snapshot needs them, and then as they were."""
+async def capabilities_of(machine: Connection) -> dict[str, bool]:
+    """Which are on, of those that the machine knows."""
     listed = await machine.execute("query-migrate-capabilities")
-    before = {each["capability"]: bool(each["state"]) for each in listed}
-    wanted = dict.fromkeys(before, False)  # most of them exclude a background snapshot
-    wanted[Capability.EVENTS.value] = before.get(Capability.EVENTS.value, False)
-    wanted |= {Capability.BACKGROUND_SNAPSHOT.value: True}
-    if mapped:
-        wanted[Capability.MAPPED_RAM.value] = True
-    changes = {name: on for name, on in wanted.items() if before.get(name) != on}
-    await set_capabilities(machine, changes)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(PostcopyError):  # gone, or busy: what went wrong matters more
-            await set_capabilities(machine, {name: before.get(name, False) for name in changes})
+    return {each["capability"]: bool(each["state"]) for each in listed}
+
+
+async def is_busy(machine: Connection) -> bool:
+    """Whether a migration or snapshot goes on there that ends by itself."""
+    info: Mapping[str, Any] = await machine.execute("query-migrate")
+    return info.get("status") in _UNDER_WAY

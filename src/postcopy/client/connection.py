@@ -38,6 +38,7 @@ class Connection:
     def __init__(self, address: str, client: QMPClient) -> None:
         self.address = address
         self._client = client
+        self._is_ours: bool | None = None
 
     @classmethod
     async def connect(cls, address: str, *, timeout_s: float = 10.0) -> "Connection":
@@ -77,6 +78,13 @@ class Connection:
         except (ExecInterruptedError, StateError) as error:
             text = f"the QMP connection to {self.address} ended; is the machine still running?"
             raise ChannelBroken(text) from error
+
+    async def is_ours(self) -> bool:
+        """Whether it is a machine of ours, whose orders carry their own options; asked once."""
+        if self._is_ours is None:
+            version = await self.execute("query-version")
+            self._is_ours = "postcopy" in version.get("package", "")
+        return self._is_ours
 
     def listen(self) -> contextlib.AbstractContextManager[AsyncIterable[Mapping[str, Any]]]:
         """Every event while the context lasts; iterate over what it gives."""

@@ -1,5 +1,6 @@
 """A machine that somebody runs, or that we have started, driven over QMP."""
 
+import asyncio
 import contextlib
 import tempfile
 from collections.abc import Mapping
@@ -9,13 +10,13 @@ from typing import Any, Final, Literal, Self, TypedDict, Unpack
 from postcopy.client.capabilities import set_capabilities
 from postcopy.client.connection import Connection
 from postcopy.client.launch import MachineProcess
-from postcopy.client.migration import Migration, Postcopy
+from postcopy.client.migration import Migration
+from postcopy.client.migration_order import MigrateOptions, MigrationOrder, listen, listens
 from postcopy.client.opening import Opening
 from postcopy.client.recovery import address_of, bring_together
 from postcopy.client.resetting import Reset, ResetPoint
 from postcopy.client.snapshot import Snapshot, SnapshotJob, SnapshotOptions, wanted
 from postcopy.errors import PostcopyError, Refused
-from postcopy.parameters import Capability
 
 ANY_PORT: Final = "tcp:127.0.0.1:0"
 
@@ -37,18 +38,6 @@ class RunOptions(TypedDict, total=False):
     paused: bool
     name: str
     serial: str
-
-
-class MigrateOptions(TypedDict, total=False):
-    """How to migrate; see :meth:`Machine.migrate`.
-
-    ``auto_recover``: recover a postcopy that breaks unasked, for so many seconds after each break.
-    """
-
-    auto_recover: float | None
-    postcopy: Postcopy
-    bandwidth: int | None
-    downtime_limit_ms: int | None
 
 
 class Machine:
@@ -153,20 +142,9 @@ class Machine:
 
         :raises Refused: it was not started to wait for a guest.
         """
-        info = await self.migration_info()
-        if info.get("status", "none") not in {"setup", "active"}:
-            await self._listen(uri)
-            info = await self.migration_info()
-        return address_of(info, uri)
-
-    async def _listen(self, uri: str) -> None:
-        # A machine that ends when its migration fails could not be asked why it did.
-        try:
-            await self.execute("migrate-incoming", {"uri": uri, "exit-on-error": False})
-        except Refused as error:
-            if "exit-on-error" not in str(error):
-                raise
-            await self.execute("migrate-incoming", {"uri": uri})  # QEMU before 9.1
+        if not await listens(self._connection):
+            await listen(self._connection, uri)
+        return address_of(await self.migration_info(), uri)
 
     async def read_memory(self, address: int, length_bytes: int) -> bytes:
         """Guest memory from a physical address on; the machine must be on this host."""
@@ -193,22 +171,28 @@ class Machine:
         :param to: the destination, if we may drive it as well: it is told the capabilities and to
             listen, and asked at the end for what only it knows.
         :param options: ``postcopy`` is when to switch over (see :data:`Postcopy`), ``bandwidth`` the
-            most bytes a second before that, ``downtime_limit_ms`` the longest stop to aim at.
+            most bytes a second before that, ``downtime_limit_ms`` the longest stop to aim at.  They count
+            for this migration alone, as do ``capabilities`` and ``parameters`` for both sides.
         :raises Refused: one of the machines refuses; nothing has moved.
         """
         postcopy = options.get("postcopy")
         if uri is None and to is None:
             raise Refused("no destination: give a URI, or the machine to go to")
-        await self._set_up(postcopy, options)
-        if to is not None:
-            await to.set_capabilities(_capabilities(postcopy, destination=True))
-            uri = await to.incoming(uri or ANY_PORT)
-        await self.execute("migrate", {"uri": uri})
+        theirs = None if to is None else to._connection  # noqa: SLF001 - one of our own class
+        order = MigrationOrder(self._connection, theirs, uri or ANY_PORT, options)
+        await order.give()
+        migration = Migration(
+            self._connection,
+            theirs,
+            postcopy,
+            uri=order.uri,
+            auto_recover=options.get("auto_recover"),
+            notes=order.notes,
+            at_the_end=order.put_back,
+        )
         if postcopy == "now":
             await self.execute("migrate-start-postcopy")
-        theirs = None if to is None else to._connection  # noqa: SLF001 - one of our own class
-        auto_recover = options.get("auto_recover")
-        return Migration(self._connection, theirs, postcopy, uri=uri, auto_recover=auto_recover)
+        return migration
 
     async def start_snapshot(
         self, path: str | Path, **options: Unpack[SnapshotOptions]
@@ -228,7 +212,12 @@ class Machine:
         :raises Refused: it cannot work so, or not now; nothing has happened.
         :raises MigrationFailed: it failed; the guest runs on, and there is no image.
         """
-        return await (await self.start_snapshot(path, **options)).result()
+        job = await self.start_snapshot(path, **options)
+        try:
+            return await job.result()
+        except asyncio.CancelledError:
+            await job.give_up()  # nobody could see what becomes of it
+            raise
 
     async def reset_point(self, path: str | Path | None = None) -> ResetPoint:
         """Make this moment, or an image, the point to which :meth:`reset` takes the guest back.
@@ -268,22 +257,3 @@ class Machine:
         theirs = to._connection  # noqa: SLF001 - one of our own class
         await bring_together(self._connection, theirs, uri)
         return Migration(self._connection, theirs, "manual", uri=uri, auto_recover=auto_recover)
-
-    async def _set_up(self, postcopy: Postcopy, options: MigrateOptions) -> None:
-        await self.set_capabilities(_capabilities(postcopy, destination=False))
-        wanted = {
-            "max-bandwidth": options.get("bandwidth"),
-            "downtime-limit": options.get("downtime_limit_ms"),
-        }
-        changes = {name: value for name, value in wanted.items() if value is not None}
-        if changes:
-            await self.set_parameters(changes)
-
-
-def _capabilities(postcopy: Postcopy, *, destination: bool) -> dict[str, bool]:
-    wanted = [Capability.EVENTS]
-    if postcopy is not None:
-        wanted.append(Capability.POSTCOPY_RAM)
-        if destination:
-            wanted.append(Capability.POSTCOPY_BLOCKTIME)
-    return {capability.value: True for capability in wanted}

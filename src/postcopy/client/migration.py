@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, Literal
 
 from postcopy.client.connection import Connection
@@ -46,7 +46,12 @@ class Migration:
         *,
         uri: str | None = None,
         auto_recover: float | None = None,
+        notes: Sequence[str] = (),
+        at_the_end: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
+        self.notes = tuple(notes)
+        """What the user should know of the order: settings that were found and do not count."""
+        self._at_the_end = at_the_end
         self._source = source
         self._destination = destination
         self._postcopy = postcopy
@@ -159,6 +164,8 @@ class Migration:
                         await self._recover_unasked(broken)
         finally:
             pump.cancel()
+            if self._at_the_end is not None:
+                await self._at_the_end()
             for queue in self._listeners:
                 queue.put_nowait(None)
 

@@ -2,14 +2,15 @@
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
 
-from postcopy.client.capabilities import for_a_snapshot
 from postcopy.client.connection import Connection
+from postcopy.client.orders import Borrowed
 from postcopy.client.progress import STOPPED, Phase, Progress, ProgressTracker
 from postcopy.client.told import status_of
 from postcopy.errors import MigrationCancelled, MigrationFailed, PostcopyError, Refused
@@ -107,6 +108,7 @@ class SnapshotJob:
         self._last = self._tracker.take({})
         self._changed = asyncio.Condition()
         self._started = time.monotonic()
+        self._given_up = threading.Event()
         self._task = asyncio.create_task(self._run(), name="snapshot")
         # Whoever does not ask for the result does not want to hear that nobody did.
         self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
@@ -151,26 +153,27 @@ class SnapshotJob:
         """
         await self._machine.execute("migrate_cancel")
 
+    async def give_up(self) -> None:
+        """Cancel it, and wait until nothing of it goes on; what is not published yet never will be."""
+        self._given_up.set()
+        self._task.cancel()
+        await asyncio.wait({self._task})
+
     async def _run(self) -> Snapshot:
         with reserved(self._path):
             if self._wanted.parent is not None:
                 await asyncio.to_thread(lambda: _files().check_parent(self._wanted.parent))
-            ours = await self._is_ours()
+            ours = await self._machine.is_ours()
             if not ours:
                 await self._check_state()
             # A background snapshot of QEMU 10 never writes the bitmaps of mapped-ram: of such a
             # machine we take a stream, and put the pages at their places ourselves.
             mapped = ours and (self._wanted.chunked or self._wanted.form == "mapped-ram")
-            async with for_a_snapshot(self._machine, mapped=mapped):
-                answer = await self._save()
+            answer = await self._save_ours(mapped=mapped) if ours else await self._save_qemus()
             finished = await self._finish(answer)
         result = self._outcome(answer, finished)
         await self._publish(replace(self._last, phase=Phase.COMPLETED, fraction=1.0))
         return result
-
-    async def _is_ours(self) -> bool:
-        version = await self._machine.execute("query-version")
-        return "postcopy" in version.get("package", "")
 
     async def _check_state(self) -> None:
         state = (await self._machine.execute("query-status"))["status"]
@@ -180,11 +183,25 @@ class SnapshotJob:
                 "let it run first ('cont')"
             )
 
-    async def _save(self) -> Mapping[str, Any]:
+    async def _save_ours(self, *, mapped: bool) -> Mapping[str, Any]:
+        return await self._save("x-snapshot", {"mapped-ram": mapped})
+
+    async def _save_qemus(self) -> Mapping[str, Any]:
+        borrowed = await Borrowed.take(self._machine, mapped=False)
+        try:
+            return await self._save("migrate", {}, borrowed)
+        finally:
+            await borrowed.put_back()
+
+    async def _save(
+        self, order: str, more: Mapping[str, Any], borrowed: Borrowed | None = None
+    ) -> Mapping[str, Any]:
         loading = asyncio.create_task(asyncio.to_thread(_files))  # while the machine writes
         loading.add_done_callback(lambda task: task.cancelled() or task.exception())
-        await self._machine.execute("migrate", {"uri": f"file:{partial(self._path)}"})
         try:
+            await self._machine.execute(order, {"uri": f"file:{partial(self._path)}", **more})
+            if borrowed is not None:
+                await self._check(borrowed)
             answer = await self._until_stopped()
         except asyncio.CancelledError:
             await self._abandon()
@@ -199,6 +216,17 @@ class SnapshotJob:
         for written in (partial(partial(self._path)), partial(self._path)):
             why = why.replace(str(written), str(self._path))
         raise MigrationFailed(f"the snapshot failed: {why}; the guest runs on")
+
+    async def _check(self, borrowed: Borrowed) -> None:
+        """Without ``background-snapshot`` it would be a migration, and take the guest away."""
+        try:
+            await borrowed.check()
+        except Refused:
+            await self._abandon()
+            state = (await self._machine.execute("query-status"))["status"]
+            if state == "postmigrate":  # it was quicker; nobody has what it wrote
+                await self._machine.execute("cont")
+            raise
 
     async def _until_stopped(self) -> Mapping[str, Any]:
         while True:
@@ -222,7 +250,18 @@ class SnapshotJob:
         await self._publish(replace(last, phase=Phase.DIGESTS, fraction=0.95))
         told = _Told.of(answer)
         cost = Cost(self._started, told.pause_us, told.longest_stall_us)
-        return await asyncio.to_thread(lambda: _files().finish(self._path, self._wanted, cost))
+        finishing = asyncio.create_task(
+            asyncio.to_thread(
+                lambda: _files().finish(self._path, self._wanted, cost, self._given_up.is_set)
+            )
+        )
+        try:
+            return await asyncio.shield(finishing)
+        except asyncio.CancelledError:
+            self._given_up.set()  # a thread cannot be cancelled; from here on it publishes nothing
+            await asyncio.wait({finishing})
+            finishing.exception()
+            raise
 
     async def _publish(self, progress: Progress) -> None:
         elapsed = max(progress.elapsed_ms, self._elapsed_ms())

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar, Unpack
 
 from postcopy.client.machine import Machine as AsyncMachine
-from postcopy.client.machine import MigrateOptions, RunOptions
+from postcopy.client.machine import RunOptions
 from postcopy.client.migration import Migration as AsyncMigration
+from postcopy.client.migration_order import MigrateOptions
 from postcopy.client.opening import Opening
 from postcopy.client.progress import Progress
 from postcopy.client.restoring import RestoredMachine as AsyncRestoredMachine
@@ -69,6 +70,11 @@ class Migration:
         self.asynchronous = asynchronous
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of the order."""
+        return self.asynchronous.notes
+
+    @property
     def source_address(self) -> str:
         """Where the source's QMP monitor is."""
         return self.asynchronous.source_address
@@ -115,6 +121,7 @@ class SnapshotJob:
 
     result = _blocking(AsyncSnapshotJob.result)
     cancel = _blocking(AsyncSnapshotJob.cancel)
+    give_up = _blocking(AsyncSnapshotJob.give_up)
 
 
 class Machine:

@@ -2,11 +2,12 @@
 
 import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from postcopy.errors import ImageError, Refused
+from postcopy.errors import ImageError, MigrationCancelled, Refused
 from postcopy.snapshot.describe import describe, now
 from postcopy.snapshot.digests import take_digests
 from postcopy.snapshot.image import Image, open_image
@@ -49,9 +50,13 @@ def check_parent(parent: Path) -> None:
         raise Refused(f"{parent} has no store of chunks to share; take it with --compress zstd")
 
 
-def finish(path: Path, wanted: Wanted, cost: Cost) -> Finished:
+def finish(
+    path: Path, wanted: Wanted, cost: Cost, given_up: Callable[[], bool] = lambda: False
+) -> Finished:
     """Make an image of the file that stands under the partial name.
 
+    :param given_up: asked before it is published: whether nobody wants it any more.
+    :raises MigrationCancelled: so it is.
     :raises ImageError: the machine has written something that is no image.
     :raises OSError: the disk is full, or broken.  Nothing stands under the name then.
     """
@@ -67,6 +72,8 @@ def finish(path: Path, wanted: Wanted, cost: Cost) -> Finished:
                 manifest, packed = _to_chunks(image, path, store, parent)
             else:
                 manifest = _in_form(image, path, wanted.form)
+        if given_up():
+            raise MigrationCancelled("the snapshot was given up; the guest runs on")
         times = Times(now(), cost.pause_us, cost.longest_stall_us, cost.total_ms)
         replace(manifest, times=times).save(path)
         try:

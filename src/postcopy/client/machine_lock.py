@@ -1,0 +1,75 @@
+"""One command at a time gives orders to a machine whose settings stay: a lock on this host."""
+
+import asyncio
+import errno
+import fcntl
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Final, Self
+
+from postcopy.client import addresses
+from postcopy.errors import Refused
+
+_PATIENCE_S: Final = 5.0
+_POLL_S: Final = 0.02
+_FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+_HELD: Final = frozenset({errno.EWOULDBLOCK, errno.EAGAIN})
+
+
+class MachineLock:
+    """Held from the look at a machine's settings until they are put back; it dies with its holder."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    @classmethod
+    async def take(cls, address: str) -> Self:
+        """Take the lock of the machine at this QMP address; where files cannot be locked, nothing is held.
+
+        :raises Refused: another command has held it for seconds.
+        """
+        try:
+            fd = os.open(_file_of(address), _FLAGS, 0o600)
+        except OSError:
+            return cls(-1)  # the file of another user, or no room for one
+        try:
+            await _lock(fd, address)
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(fd)
+
+    def release(self) -> None:
+        """Let others give orders; any number of times."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _file_of(address: str) -> Path:
+    """The same for each name of one socket."""
+    where = addresses.parse(address)
+    name = str(Path(where).resolve()) if isinstance(where, str) else f"{where[0]}:{where[1]}"
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"postcopy-orders-{digest}.lock"
+
+
+async def _lock(fd: int, address: str) -> None:
+    loop = asyncio.get_running_loop()
+    until = loop.time() + _PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as failure:
+            if failure.errno not in _HELD:
+                return  # files cannot be locked there
+        else:
+            return
+        if loop.time() > until:
+            raise Refused(
+                f"another command has a migration or snapshot of the machine at {address} in hand; wait "
+                "until that has ended"
+            )
+        await asyncio.sleep(_POLL_S)

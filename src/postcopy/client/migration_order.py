@@ -1,0 +1,137 @@
+"""The order to migrate, to both sides, with all that it needs."""
+
+import asyncio
+import contextlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Final, TypedDict
+
+from postcopy.client.capabilities import capabilities_of
+from postcopy.client.connection import Connection
+from postcopy.client.migration import Postcopy
+from postcopy.client.orders import Borrowed, Needs, of_a_migration
+from postcopy.client.recovery import address_of
+from postcopy.errors import PostcopyError, Refused
+
+_LISTENING: Final = frozenset({"setup", "active"})
+
+
+class MigrateOptions(TypedDict, total=False):
+    """How to migrate; see :meth:`postcopy.client.Machine.migrate`.
+
+    ``auto_recover``: recover a postcopy that breaks unasked, for so many seconds after each break.
+    ``capabilities``, ``parameters``: by QEMU's names, over what this migration needs otherwise.
+    """
+
+    auto_recover: float | None
+    postcopy: Postcopy
+    bandwidth: int | None
+    downtime_limit_ms: int | None
+    capabilities: Mapping[str, bool]
+    parameters: Mapping[str, Any]
+
+
+async def listens(machine: Connection) -> bool:
+    """Whether it has been told where to listen for a guest."""
+    info: Mapping[str, Any] = await machine.execute("query-migrate")
+    return info.get("status", "none") in _LISTENING
+
+
+async def listen(machine: Connection, uri: str, **more: Any) -> None:
+    """Have it listen, and stay when the migration fails, so that it can be asked why.
+
+    :raises Refused: it does not wait for a guest, or cannot listen there.
+    """
+    try:
+        await machine.execute("migrate-incoming", {"uri": uri, "exit-on-error": False, **more})
+    except Refused as error:
+        if "exit-on-error" not in str(error):
+            raise
+        await machine.execute("migrate-incoming", {"uri": uri, **more})  # QEMU before 9.1
+
+
+class MigrationOrder:
+    """One order; :meth:`give` it, and :meth:`put_back` what a QEMU had set before when it has ended.
+
+    :ivar uri: where the guest goes, once the order has been given.
+    :ivar notes: what the user should know of it.
+    """
+
+    def __init__(
+        self, source: Connection, destination: Connection | None, uri: str, options: MigrateOptions
+    ) -> None:
+        self._source = source
+        self._destination = destination
+        self._options = options
+        self._borrowed: list[Borrowed] = []
+        self.uri = uri
+        self.notes: list[str] = []
+
+    async def give(self) -> None:
+        """Tell both sides what they must know, and begin.
+
+        :raises Refused: one of them refuses; nothing has moved.
+        """
+        try:
+            if self._destination is not None:
+                await self._expect(self._destination)
+            await self._begin()
+        except BaseException:
+            await self.put_back()
+            raise
+
+    async def put_back(self) -> None:
+        """Nothing of it stays; harmless when done."""
+        for borrowed in self._borrowed:
+            await borrowed.put_back()
+
+    async def _needs(self, machine: Connection) -> Needs:
+        destination = machine is self._destination
+        postcopy = self._options.get("postcopy") is not None
+        needs = of_a_migration(self.uri, postcopy=postcopy, destination=destination)
+        limits: Mapping[str, Any] = {
+            "max-bandwidth": self._options.get("bandwidth"),
+            "downtime-limit": self._options.get("downtime_limit_ms"),
+        }
+        own = {} if destination else {k: v for k, v in limits.items() if v is not None}
+        needs = replace(
+            needs,
+            capabilities={**needs.capabilities, **self._options.get("capabilities", {})},
+            parameters={**own, **self._options.get("parameters", {})},
+        )
+        self.notes += needs.notes(await capabilities_of(machine), machine.address)
+        return needs
+
+    async def _expect(self, destination: Connection) -> None:
+        needs = await self._needs(destination)
+        listening = await listens(destination)
+        ours = await destination.is_ours()
+        if listening or not ours:  # ours takes it with the order to listen, if there is one to give
+            self._borrowed.append(await Borrowed.take(destination, needs))
+        if not listening:
+            await listen(destination, self.uri, **(needs.to_qapi() if ours else {}))
+        self.uri = address_of(await destination.execute("query-migrate"), self.uri)
+
+    async def _begin(self) -> None:
+        source, uri = self._source, {"uri": self.uri}
+        needs = await self._needs(source)
+        if await source.is_ours():
+            await self._order(uri | needs.to_qapi())
+            return
+        borrowed = await Borrowed.take(source, needs)
+        self._borrowed.append(borrowed)
+        await self._order(uri)
+        try:
+            await borrowed.check()
+        except Refused:
+            await source.execute("migrate_cancel")
+            raise
+
+    async def _order(self, arguments: Mapping[str, Any]) -> None:
+        try:
+            await self._source.execute("migrate", arguments)
+        except asyncio.CancelledError:
+            # It may have been taken, and nobody would see what becomes of it.
+            with contextlib.suppress(PostcopyError):
+                await self._source.execute("migrate_cancel")
+            raise
