@@ -61,7 +61,7 @@ def test_a_file_can_be_loaded_twice(journey, tmp_path):
 
 
 def test_commands(journey, tmp_path):
-    trip = journey(hammer())
+    trip = journey(hammer(fill_kib=2048))  # a command on a busy host must keep up with it
     trip.source.control.migrate(f"exec:gzip -1 > {tmp_path}/saved")
     trip.source.wait(Status.COMPLETED)
     trip.destination.listen(f"exec:gzip -dc {tmp_path}/saved")

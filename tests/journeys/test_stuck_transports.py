@@ -9,10 +9,11 @@ import pytest
 
 from fakes import carry
 from fakes.pair import POSTCOPY, TRICKLE, hammer
-from postcopy.parameters import Capability
+from postcopy.parameters import NO_OVERRIDES, Capability, Overrides
 from postcopy.status import Status
 
 SNAPSHOT = (Capability.BACKGROUND_SNAPSHOT,)
+A_SNAPSHOT = Overrides.for_snapshot(mapped=False)
 ANSWERED = (Capability.RETURN_PATH,)
 
 
@@ -87,23 +88,23 @@ def stuck(request, tmp_path):
         yield request.param(stack, tmp_path), STUCK[request.param]
 
 
-@pytest.mark.parametrize("capabilities", [(), SNAPSHOT], ids=["migration", "snapshot"])
-def test_cancel(journey, stuck, capabilities):
+@pytest.mark.parametrize("order", [NO_OVERRIDES, A_SNAPSHOT], ids=["migration", "snapshot"])
+def test_cancel(journey, stuck, order):
     uri, status = stuck
-    trip = journey(hammer(), capabilities=capabilities)
-    trip.source.control.migrate(uri)
+    trip = journey(hammer())
+    trip.source.control.migrate(uri, overrides=order)
     trip.source.wait(status)
     trip.source.control.cancel()
     trip.source.wait(Status.CANCELLED)
     trip.verify_source()
 
 
-@pytest.mark.parametrize("capabilities", [(), SNAPSHOT], ids=["migration", "snapshot"])
-def test_quit(journey, stuck, capabilities):
+@pytest.mark.parametrize("order", [NO_OVERRIDES, A_SNAPSHOT], ids=["migration", "snapshot"])
+def test_quit(journey, stuck, order):
     """The fixture of all journeys looks that the engine has ended."""
     uri, status = stuck
-    trip = journey(hammer(), capabilities=capabilities)
-    trip.source.control.migrate(uri)
+    trip = journey(hammer())
+    trip.source.control.migrate(uri, overrides=order)
     trip.source.wait(status)
     trip.source.control.close()
 
