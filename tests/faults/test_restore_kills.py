@@ -20,6 +20,7 @@ from fakes.waiting import wait_until
 from machine.machines import wait_for_progress
 from postcopy import kill_points
 from postcopy.errors import PostcopyError
+from postcopy.link import engines
 from postcopy.snapshot import page_copies, working_set
 from postcopy.snapshot.manifest import Manifest
 from postcopy.snapshot.page_copies import PageCopies
@@ -99,6 +100,25 @@ def test_engines_that_all_die_leave_a_guest_that_waits(journey, tmp_path, monkey
     side.control._engine.kill()
     side.until(Status.POSTCOPY_PAUSED)
     assert "no other could take its place: they die one after the other" in side.error
+    monkeypatch.delenv(kill_points.VARIABLE)
+    side.control.recover(f"file:{path}")
+    wait_for_progress(side.machine, trip.workload)
+    side.set(parameters=AT_ONCE)
+    woken(trip)
+
+
+def test_engines_that_die_of_their_first_page_are_not_started_for_ever(
+    journey, tmp_path, monkeypatch
+):
+    """Each gets somewhere, and none far: a guest of many pages would go through thousands."""
+    monkeypatch.setattr(engines, "_MOST_A_MINUTE", 7)
+    trip = journey(hammer())
+    path = tmp_path / "image"
+    side = half_awake(trip, path)
+    monkeypatch.setenv(kill_points.VARIABLE, "restore.serving")
+    side.control._engine.kill()
+    side.until(Status.POSTCOPY_PAUSED)
+    assert "they die one after the other" in side.error
     monkeypatch.delenv(kill_points.VARIABLE)
     side.control.recover(f"file:{path}")
     wait_for_progress(side.machine, trip.workload)

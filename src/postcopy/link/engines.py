@@ -1,6 +1,8 @@
 """The engine at work for one guest, and who takes its place when it has died."""
 
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final
@@ -18,6 +20,12 @@ _MOST_STARTS: Final = 3
 
 _MOST_REPLACEMENTS: Final = 5
 """Engines to start, one after the other, when none lives to get anywhere."""
+
+_MOST_A_MINUTE: Final = 20
+"""Engines to start when each gets somewhere, and none far."""
+
+
+_A_MINUTE_S: Final = 60.0
 
 
 class Engines:
@@ -157,6 +165,7 @@ class Succession:
         self._adopt = adopt
         self._failed = failed
         self._replacements = 0
+        self._deaths_s: deque[float] = deque(maxlen=_MOST_A_MINUTE + 1)  # monotonic, the last ones
         self.lock = threading.Lock()
         """Held by whoever puts an engine in place of a dead one."""
 
@@ -169,18 +178,29 @@ class Succession:
         self._replacements = 0
         self._ahead(_AHEAD_S)
 
+    def count_anew(self) -> None:
+        """A user has ordered one: those that have died before are of no account."""
+        self._deaths_s.clear()
+        self.worked()
+
     @property
     def tries_left(self) -> bool:
         """Whether to begin again, after those that have died: the one too many gives up, and says so."""
-        return self._replacements <= _MOST_REPLACEMENTS
+        return self._replacements <= _MOST_REPLACEMENTS and not self._die_too_fast
+
+    @property
+    def _die_too_fast(self) -> bool:
+        times_s = self._deaths_s
+        return len(times_s) == times_s.maxlen and times_s[-1] - times_s[0] < _A_MINUTE_S
 
     def _replace(self) -> None:
         with self.lock:
             self._replacements += 1
+            self._deaths_s.append(time.monotonic())
             if not self._wanted():
                 return
             try:
-                if self._replacements > _MOST_REPLACEMENTS:
+                if not self.tries_left:
                     raise EngineDied("they die one after the other")
                 self._adopt()
             except PostcopyError as error:

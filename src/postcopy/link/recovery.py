@@ -74,7 +74,7 @@ class Recovery:
             self._job().addresses = tuple(found)
         except EngineDied:
             self._check_paused()
-            self._succession.worked()
+            self._succession.count_anew()
             self._adopt_destination(uri, fds)
 
     def go_on(self, uri: str, give_up: Callable[[], object]) -> None:

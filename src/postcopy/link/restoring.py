@@ -132,7 +132,7 @@ class Restoring:
             except PostcopyError:
                 self._wishes = before
                 raise
-            self._succession.worked()
+            self._succession.count_anew()
 
     def _is_orphaned(self) -> bool:
         return self.job is not None and self.job.busy and self._engines.current is None
