@@ -100,7 +100,7 @@ def test_what_is_not_known_is_part_of_what_went_before(before, phase):
 @pytest.mark.parametrize("side", ["source", "destination"])
 @pytest.mark.parametrize("restore", [{}, {"x-postcopy": {"demand-faults": 3}}])
 def test_it_is_told_in_words(side, restore):
-    told = side_of(side, "unix:/a", {"status": NEW} | restore, "moonwalking")
+    told = side_of(side, "unix:/a", {"status": NEW} | restore, {"status": "moonwalking"})
     text = "\n".join(lines(told))
     assert f"{NEW}; the machine is moonwalking" in text
     assert "does not know" in text

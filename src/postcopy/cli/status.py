@@ -7,11 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from postcopy.errors import CannotConnect, ChannelBroken
+
 if TYPE_CHECKING:
     from postcopy.client.standing import Standing
 
 _MIB = 1 << 20
 _UNKNOWN = "QMP-ADDRESS"
+_UNREACHABLE = "unreachable"
+_NEEDS_THE_OTHER = frozenset({"postcopy-active", "postcopy-paused", "postcopy-recover"})
+_IS_IT_ALIVE = (
+    "find out whether the process at {destination} has ended: then the guest is lost with it, and has to "
+    "be started anew; else recover it when it can be reached, and do not end this one"
+)
 _ARRIVED = "x_migrate_arrived   (at the source's monitor: the destination has every page)"
 _TAKE_BACK = "cont   (at the source's monitor: the destination never ran the guest)"
 
@@ -27,6 +35,8 @@ class Side:
     why: str | None
     remaining_bytes: int | None
     standing: "Standing"
+    last_order: str | None = None
+    tells_owner: bool = True
 
 
 @click.command(short_help="Where a migration stands, and what to type next.")
@@ -43,10 +53,18 @@ def status(source: str | None, destination: str | None, *, as_json: bool) -> Non
     following = what_next(sides, source, destination)
     if as_json:
         click.echo(json.dumps(as_object(sides, following)))
+        _fail_if_unreachable(sides)
         return
     for side in sides:
         click.echo("\n".join(lines(side)))
     click.echo(f"next         {following or 'nothing to do'}")
+    _fail_if_unreachable(sides)
+
+
+def _fail_if_unreachable(sides: list[Side]) -> None:
+    gone = [side.why for side in sides if side.status == _UNREACHABLE and side.why]
+    if gone:
+        raise CannotConnect("; ".join(gone))
 
 
 async def _ask(source: str | None, destination: str | None) -> list[Side]:
@@ -55,36 +73,55 @@ async def _ask(source: str | None, destination: str | None) -> list[Side]:
     sides = []
     for name, address in (("source", source), ("destination", destination)):
         if address is not None:
-            async with await Machine.connect(address) as machine:
-                info, run_state = await machine.migration_info(), await machine.run_state()
-            sides.append(side_of(name, address, info, run_state))
+            try:
+                async with await Machine.connect(address) as machine:
+                    state, info = (
+                        await machine.execute("query-status"),
+                        await machine.migration_info(),
+                    )
+            except (CannotConnect, ChannelBroken) as error:
+                sides.append(unreachable(name, address, str(error)))
+            else:
+                sides.append(side_of(name, address, info, state))
     return sides
 
 
-def side_of(name: str, address: str, info: Mapping[str, Any], run_state: str) -> Side:
-    """Put one side's answers into words."""
-    from postcopy.client.standing import is_restoring, standing
+def unreachable(name: str, address: str, why: str) -> Side:
+    """A side that says nothing: what is known of the other is told all the same."""
+    from postcopy.client.standing import UNREACHABLE
+
+    return Side(name, address, _UNREACHABLE, _UNREACHABLE, why, None, UNREACHABLE)
+
+
+def side_of(name: str, address: str, info: Mapping[str, Any], state: Mapping[str, Any]) -> Side:
+    """Put one side's answers into words.
+
+    :param state: to ``query-status``; which side it is, the machine says.
+    """
     from postcopy.client.told import name_of, status_of
+    from postcopy.client.whose import last_order, whose
 
     found = status_of(info)
     return Side(
         name=name,
         address=address,
         status=name_of(found),
-        run_state=run_state,
+        run_state=str(state["status"]),
         why=info.get("error-desc"),
         remaining_bytes=info.get("ram", {}).get("remaining"),
-        standing=standing(
-            found, run_state, incoming=name == "destination", restoring=is_restoring(info)
-        ),
+        standing=whose(state, info),
+        last_order=last_order(state),
+        tells_owner="x-owner" in state,
     )
 
 
 def what_next(sides: list[Side], source: str | None, destination: str | None) -> str:
     """What to type next: the source's row comes first, if it has something to say."""
     found = {side.name: (side.status, side.run_state) for side in sides}
+    there = found.get("destination", ("", ""))
+    if found.get("source", ("", ""))[0] in _NEEDS_THE_OTHER and there[0] == _UNREACHABLE:
+        return _IS_IT_ALIVE.format(destination=destination)
     if found.get("source", ("", ""))[0] == "postcopy-paused":
-        there = found.get("destination", ("", ""))
         if there == ("failed", "inmigrate"):
             return _TAKE_BACK
         if there[0] == "completed":
@@ -100,7 +137,11 @@ def lines(side: Side) -> Iterator[str]:
     yield f"  status     {side.status}; the machine is {side.run_state}{left}"
     if side.why:
         yield f"  because    {side.why}"
+    if side.last_order:
+        yield f"  last order {side.last_order}"
     yield f"  the guest  is {side.standing.owner}"
+    if not side.tells_owner:
+        yield "             (the machine is a QEMU, which does not say so itself: by its run state)"
     if side.standing.waits_for:
         yield f"  waits for  {side.standing.waits_for}"
 

@@ -9,9 +9,11 @@ from postcopy.client.connection import Connection
 from postcopy.client.progress import STOPPED, Phase, Progress, ProgressTracker
 from postcopy.client.recovery import Retries, bring_together, settle_if_arrived
 from postcopy.client.result import Result
-from postcopy.client.standing import how_to_recover
+from postcopy.client.standing import UNCERTAIN, how_to_recover
 from postcopy.client.told import status_of
+from postcopy.client.whose import whose
 from postcopy.errors import (
+    ChannelBroken,
     MigrationCancelled,
     MigrationFailed,
     NeedsRecovery,
@@ -52,6 +54,7 @@ class Migration:
         self.notes = tuple(notes)
         """What the user should know of the order: settings that were found and do not count."""
         self._at_the_end = at_the_end
+        self._destination_is_gone = False
         self._source = source
         self._destination = destination
         self._postcopy = postcopy
@@ -157,6 +160,7 @@ class Migration:
             while True:
                 answer = await self._until_stopped()
                 theirs = await self._ask_destination(answer)
+                await self._check_that_it_is_here(answer, theirs)
                 try:
                     return self._outcome(answer, theirs)
                 except NeedsRecovery as broken:
@@ -218,9 +222,17 @@ class Migration:
         with contextlib.suppress(TimeoutError, PostcopyError):
             async with asyncio.timeout(_DESTINATION_TIMEOUT_S if completed else 1):
                 while theirs.get("status") not in _DESTINATION_ENDS:
-                    theirs = await self._destination.execute("query-migrate")
+                    theirs = await self._ask_it(self._destination)
                     await asyncio.sleep(_INTERVAL_S / 10)
         return theirs
+
+    async def _ask_it(self, destination: Connection) -> Mapping[str, Any]:
+        try:
+            answer: Mapping[str, Any] = await destination.execute("query-migrate")
+        except ChannelBroken:
+            self._destination_is_gone = True
+            raise
+        return answer
 
     async def _has_arrived(self) -> bool:
         """Whether it broke when the last page had come, and only the source could not know."""
@@ -243,6 +255,17 @@ class Migration:
                 return
         raise broken
 
+    async def _check_that_it_is_here(
+        self, source: Mapping[str, Any], destination: Mapping[str, Any]
+    ) -> None:
+        """Of a source that has failed it may be unknown whether the destination runs the guest."""
+        if status_of(source) is not Status.FAILED:
+            return
+        found = whose(await self._source.execute("query-status"), source)
+        if found is UNCERTAIN:
+            why = _reason(source, destination)
+            raise NeedsRecovery(f"the migration failed: {why}; {found.meaning}: {found.next}")
+
     def _outcome(self, source: Mapping[str, Any], destination: Mapping[str, Any]) -> Result:
         status = status_of(source)
         why = _reason(source, destination)
@@ -253,6 +276,12 @@ class Migration:
         if status is Status.FAILED:
             raise MigrationFailed(f"the migration failed: {why}; the guest is where it was")
         there = None if self._destination is None else self._destination.address
+        if self._destination_is_gone:
+            raise NeedsRecovery(
+                f"the migration broke after the switchover: {why}; the destination's monitor at {there} is "
+                "gone: if its process has ended, the guest is lost with it; else recover it ("
+                f"'{how_to_recover(self._source.address, there)}')"
+            )
         raise NeedsRecovery(
             f"the migration broke after the switchover: {why}; nothing is lost: type "
             f"'{how_to_recover(self._source.address, there)}'"

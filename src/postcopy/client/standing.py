@@ -167,6 +167,12 @@ UNCERTAIN: Final = Standing(
 )  # fmt: skip
 """A source that has failed and may not run the guest."""
 
+UNREACHABLE: Final = Standing(
+    "it cannot be reached, so it is unknown what it does", "there, if it is not at the other side",
+    "somebody to find out whether its process has ended",
+)  # fmt: skip
+"""A side whose monitor does not answer."""
+
 UNKNOWN: Final = Standing(
     "a status that this client does not know: the machine is newer", "at the side whose machine is running",
     "the next status", _STATUS,
