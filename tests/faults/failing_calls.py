@@ -68,7 +68,7 @@ KINDS = (
     Kind("ftruncate", "ftruncate"),
     Kind("lseek(SEEK_DATA)", "lseek", os.SEEK_DATA),
     Kind("lseek(SEEK_HOLE)", "lseek", os.SEEK_HOLE),
-    Kind("read", "read", target="userfaultfd"),
+    Kind("read", "read", target="[userfaultfd]"),
     Kind("poll", "poll"),
     Kind("eventfd", "eventfd"),
     Kind("pipe2", "pipe2"),

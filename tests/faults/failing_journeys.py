@@ -13,8 +13,11 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from fakes.awakening import put_to_sleep, wake, woken, write_manifest
 from fakes.pair import NEVER_ENDS, POSTCOPY, QUICK, Journey, Side, hammer
@@ -23,8 +26,9 @@ from fakes.waiting import wait_until
 from faults.failing_calls import BY_NAME, FROM_THEN_ON, FailingCalls
 from faults.recovering import SETTLED, WITH_ROUNDS, Recovering
 from machine.machines import wait_for_progress
-from postcopy.errors import PostcopyError
+from postcopy.errors import GuestError, PostcopyError
 from postcopy.kernel.patience import PASSES
+from postcopy.machine.workload import PAGE_BYTES
 from postcopy.parameters import Capability
 from postcopy.status import ENDED, Status
 
@@ -142,14 +146,8 @@ def _rounds(side: Side) -> int:
 
 
 def recovery(scene: Scene) -> None:
-    parameters = NEVER_ENDS | {"max-bandwidth": 4 << 20, "max-postcopy-bandwidth": 256 << 10}
-    trip = scene.journey(hammer(vcpus=2), capabilities=POSTCOPY, parameters=parameters)
-    trip.migrate()
+    trip = _paused(scene)
     source, destination = trip.source, trip.destination
-    with Recovering(trip, scene.folder) as broken:
-        broken.until_postcopy()
-        source.control.pause()
-        broken.until_settled()
     source.set(parameters={"max-postcopy-bandwidth": 0})
     uri = f"unix:{scene.folder}/recovery"
     scene.arm()
@@ -157,6 +155,40 @@ def recovery(scene: Scene) -> None:
         scene.order(lambda: source.control.migrate(uri, resume=True))
         settle(scene, trip)
     check_one_owner(scene, trip)
+
+
+def lost(scene: Scene) -> None:
+    """The source is gone for good; what it had is poisoned, and every page of it is counted."""
+    trip = _paused(scene)
+    side = trip.destination
+    side.set(parameters={"x-on-loss": "poison"})
+    missing = np.flatnonzero(~side.received())
+    wanted = missing[trip.source.ram()[missing].any(axis=1)]
+    scene.arm()
+    is_done = scene.order(side.control.lost)
+    scene.disarm()
+    scene.check_told()
+    if not is_done:
+        assert side.status is Status.POSTCOPY_PAUSED
+        side.control.lost()
+    assert side.status is Status.FAILED
+    assert f": {len(missing)} pages of block" in side.error, (side.error, len(missing))
+    for page in wanted[:: max(1, len(wanted) // 50)].tolist():
+        with suppress(GuestError):
+            side.machine.read_memory(page * PAGE_BYTES, 8)
+            raise AssertionError(f"page {page} is lost, and can be read")
+
+
+def _paused(scene: Scene) -> Journey:
+    """A postcopy of which both sides wait for a recovery, and nothing is under way."""
+    parameters = NEVER_ENDS | {"max-bandwidth": 4 << 20, "max-postcopy-bandwidth": 256 << 10}
+    trip = scene.journey(hammer(vcpus=2), capabilities=POSTCOPY, parameters=parameters)
+    trip.migrate()
+    with Recovering(trip, scene.folder) as broken:
+        broken.until_postcopy()
+        trip.source.control.pause()
+        broken.until_settled()
+    return trip
 
 
 def settle(scene: Scene, trip: Journey) -> None:
@@ -298,7 +330,10 @@ def reset(scene: Scene) -> None:
 
 JOURNEYS = {
     run.__name__: run
-    for run in (precopy, postcopy, preempt, recovery, snapshot, restore, restore_eagerly, reset)
+    for run in (
+        *(precopy, postcopy, preempt, recovery, lost),
+        *(snapshot, restore, restore_eagerly, reset),
+    )
 }
 
 

@@ -3,12 +3,15 @@
 The guest is a real one under KVM, and its source is held so tightly that most pages never come.
 """
 
+import errno
+
 import numpy as np
 import pytest
 
 from fakes.pair import NEVER_ENDS, POSTCOPY, Journey, hammer
 from fakes.waiting import wait_until
-from postcopy.errors import GuestError, HostCannot, WrongState
+from postcopy.errors import GuestError, HostCannot, KernelError, WrongState
+from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.machine.run_state import RunState
 from postcopy.machine.workload import PAGE_BYTES
 from postcopy.status import Status
@@ -114,3 +117,25 @@ def test_quit_ends_the_process(broken):
     assert broken.destination.failures == [broken.destination.error]
     assert broken.destination.status is Status.FAILED
     assert "gone for good" in broken.destination.error
+
+
+def test_what_has_been_given_up_in_part_is_given_up_to_the_end(broken, monkeypatch, tmp_path):
+    """A page that is poisoned cannot come any more: nothing goes on as if it had."""
+    poison, left = Userfaultfd.poison, [3]
+
+    def failing(self, *arguments, **more):
+        left[0] -= 1
+        if not left[0]:
+            raise KernelError("UFFDIO_POISON", errno.EIO)
+        return poison(self, *arguments, **more)
+
+    missing = int((~broken.destination.received()).sum())
+    monkeypatch.setattr(Userfaultfd, "poison", failing)
+    with pytest.raises(KernelError, match="UFFDIO_POISON"):
+        declare_lost(broken, "poison")
+    assert broken.destination.status is Status.POSTCOPY_PAUSED
+    with pytest.raises(WrongState, match="have been given up"):
+        broken.destination.control.recover(f"unix:{tmp_path}/again")
+    broken.destination.control.lost()
+    assert broken.destination.status is Status.FAILED
+    assert f" {missing} pages of block" in broken.destination.error

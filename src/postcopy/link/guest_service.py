@@ -112,6 +112,8 @@ class GuestService:
         self._waking = threading.Lock()
         self._kept_stream: tuple[int, Mapping[str, int]] = (0, {})
         self.lost_pages: Mapping[str, int] = {}
+        # What has been poisoned of a guest whose missing pages are being given up.
+        self._poisoned: dict[str, int] | None = None
         self.reset_point = False
         """Whether the writes are being tracked so that the guest can go back to a point."""
 
@@ -296,6 +298,10 @@ class GuestService:
         with self._lock:
             if self._missing is None and only_still:
                 raise WrongState("every page is in place: nothing is left to recover")
+            if self._poisoned is not None:
+                raise WrongState(
+                    "some of the missing pages have been given up; x-migrate-lost gives up the others"
+                )
             if self._missing is None:
                 self._missing = self._watch(MISSING_FEATURES, MISSING_MODE)
             return None, Descriptors([self._missing.fd])
@@ -312,7 +318,8 @@ class GuestService:
         """Nothing more will come: make each missing page fail whoever touches it, and stop watching.
 
         :return: how many pages of each block are lost.
-        :raises KernelError: some pages are not poisoned; the memory is watched on.
+        :raises KernelError: some pages are not poisoned; the memory is watched on, and to do this again
+            is all that is left: what has been poisoned cannot come any more.
         """
         with self._lock:
             watch, page_maps = self._missing, list(self._page_maps)
@@ -320,8 +327,9 @@ class GuestService:
             raise WrongState("no page is missing")
         from postcopy.link import missing_pages
 
-        lost = missing_pages.poison(watch, self._guest.regions(), page_maps)
-        self.lost_pages = lost
+        self._poisoned = lost = self._poisoned or {}
+        missing_pages.poison(watch, self._guest.regions(), page_maps, lost)
+        self.lost_pages, self._poisoned = lost, None
         self.unwatch_missing()
         return lost
 

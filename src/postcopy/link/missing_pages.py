@@ -24,18 +24,21 @@ def unmap_missing(regions: Sequence[Region], page_maps: Sequence[int]) -> None:
 
 
 def poison(
-    watch: Userfaultfd, regions: Sequence[Region], page_maps: Sequence[int]
-) -> dict[str, int]:
-    """Make each missing page fail whoever touches it; return how many of each block that were.
+    watch: Userfaultfd,
+    regions: Sequence[Region],
+    page_maps: Sequence[int],
+    counts: dict[str, int],
+) -> None:
+    """Make each missing page fail whoever touches it.
 
-    :raises KernelError: some pages are not poisoned.
+    :param counts: how many of each block are poisoned by now; it goes on from there.
+    :raises KernelError: some pages are not poisoned yet: do it again.
     """
-    return {
-        region.name: sum(
-            _poison(watch, region, first, end) for first, end in runs(pages.missing()).tolist()
-        )
-        for region, pages in _opened(regions, page_maps)
-    }
+    for region, pages in _opened(regions, page_maps):
+        counts.setdefault(region.name, 0)
+        for first, end in runs(pages.missing()).tolist():
+            for done in _poison(watch, region, first, end):
+                counts[region.name] += done
 
 
 def _opened(
@@ -55,16 +58,15 @@ def _addresses(region: Region, pages: Mask) -> npt.NDArray[np.uint64]:
     return ranges
 
 
-def _poison(watch: Userfaultfd, region: Region, first: int, end: int) -> int:
-    """Poison the pages of a run that are still missing; return how many those were."""
+def _poison(watch: Userfaultfd, region: Region, first: int, end: int) -> Iterator[int]:
+    """Poison the pages of a run that are still missing; tell of each call how many those were."""
     size = region.page_size_bytes
     position, stop = (region.host_address + page * size for page in (first, end))
-    poisoned = 0
     while position < stop:
         try:
             done = watch.poison(position, stop - position)
-            poisoned += done
+            yield done // size
         except PageExists:
-            done = size  # the engine had placed it, and died before it could say so
+            # The engine had placed it, and died before it could say so; or it has been poisoned.
+            done = size
         position += done
-    return poisoned // size
