@@ -214,6 +214,31 @@ def test_cancel(journey, tmp_path, kind, step):
     stays(trip, called=way.live and step != "at once")
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "fd: of a pipe"])
+def test_cancel_in_the_switchover(journey, tmp_path, kind):
+    """It comes in time or too late, and both sides are of one opinion.
+
+    Through a pipe alone nothing answers a machine that is there: the two could not be.
+    """
+    more = (Capability.PAUSE_BEFORE_SWITCHOVER,)
+    if kind == "exec:COMMAND":
+        more = (*more, Capability.RETURN_PATH)
+    trip, way = begin(journey, tmp_path, kind, CANCEL, more=more)
+    if way.live:
+        way.listen(trip.destination.listen)
+    way.send(trip.source.control.migrate)
+    trip.source.wait(Status.PRE_SWITCHOVER)
+    trip.source.control.continue_(Status.PRE_SWITCHOVER)
+    with contextlib.suppress(WrongState):  # it has been given up: too late
+        trip.source.control.cancel()
+    if trip.source.wait(Status.CANCELLED, Status.COMPLETED) is Status.CANCELLED:
+        stays(trip, called=way.live)
+        return
+    if not way.live:
+        way.listen(trip.destination.listen)
+    trip.finish()
+
+
 # --- what cannot be combined
 
 
