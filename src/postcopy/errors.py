@@ -49,7 +49,12 @@ class HostCannot(Refused):
 
     def __init__(self, what: str, cure: str) -> None:
         super().__init__(f"{what}; {cure}")
+        self.what = what
         self.cure = cure
+
+    def because(self, why: str) -> "HostCannot":
+        """Say what it is needed for: the same lack, and its cure, behind other words."""
+        return HostCannot(f"{why}: {self.what}", self.cure)
 
 
 _CURES = {

@@ -2,15 +2,24 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 import fakes.without_userfaultfd
-from fakes.commands import DEADLINE_S, POSTCOPY, Running, need_kvm
+from fakes.commands import DEADLINE_S, POSTCOPY, Running, need_kvm, one_line, postcopy
 from fakes.waiting import wait_until
 
 WITHOUT = [sys.executable, fakes.without_userfaultfd.__file__]
+
+
+class Woken(Running):
+    """The machine of a command line of its own."""
+
+    def __init__(self, folder: Path, line: Sequence[str]) -> None:
+        super().__init__(folder, "woken")
+        self.line = line
 
 
 class Deprived(Running):
@@ -33,6 +42,7 @@ def test_postcopy_is_refused_beforehand(tmp_path):
         error = deprived.ask("migrate-set-capabilities", capabilities=wish)["error"]["desc"]
     assert error.startswith("Postcopy is not supported: ")
     assert "\n" not in error
+    assert error.count(error.rpartition("; ")[2]) == 1  # the cure
 
 
 @pytest.mark.kvm
@@ -56,3 +66,54 @@ def test_precopy_goes_by_kvms_own_log(tmp_path: Path):
             order = {"val": 0, "size": 64 << 20, "filename": str(saved[-1])}
             assert "error" not in side.ask("pmemsave", **order)
         assert saved[0].read_bytes() == saved[1].read_bytes()
+
+
+def memory_of(machine, path):
+    order = {"val": 0, "size": 64 << 20, "filename": str(path)}
+    assert "error" not in machine.ask("pmemsave", **order)
+    return path.read_bytes()
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("form", ["mapped-ram", "stream"])
+def test_a_stopped_guest_is_saved_and_woken_whole(tmp_path, form):
+    """Neither needs faults: the guest stands still, or is not there yet."""
+    need_kvm()
+    image = tmp_path / "image"
+    with Deprived(tmp_path, "saved", "--workload", "hammer") as guest:
+        running = postcopy("snapshot", "--from", guest.qmp, str(image), "--format", form)
+        assert running.returncode == 3
+        assert "userfaultfd" in one_line(running)
+        assert guest.ask("stop") == {"return": {}}
+        taken = postcopy("snapshot", "--from", guest.qmp, str(image), "--format", form)
+        assert taken.returncode == 0, taken.stderr
+        assert guest.ask("query-status")["return"]["status"] == "paused"
+        before = memory_of(guest, tmp_path / "before")
+        assert guest.ask("cont") == {"return": {}}
+        assert guest.ask("query-status")["return"]["running"]
+    assert postcopy("verify", str(image)).returncode == 0
+    line = [*WITHOUT, *POSTCOPY, "restore", "-S", "--qmp", f"unix:{tmp_path}/woken", str(image)]
+    with Woken(tmp_path, line) as woken:
+        wait_until(lambda: woken.migration_status() == "completed", DEADLINE_S, "the guest")
+        assert memory_of(woken, tmp_path / "after") == before
+        assert woken.ask("cont") == {"return": {}}
+        assert woken.ask("query-status")["return"]["running"]
+
+
+@pytest.mark.kvm
+def test_a_damaged_image_is_not_woken(tmp_path):
+    need_kvm()
+    image = tmp_path / "image"
+    with Deprived(tmp_path, "saved", "--workload", "hammer") as guest:
+        assert guest.ask("stop") == {"return": {}}
+        taken = postcopy("snapshot", "--from", guest.qmp, str(image))
+        assert taken.returncode == 0, taken.stderr
+    with image.open("r+b") as file:
+        file.seek(-(4 << 20), 2)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+    line = [*WITHOUT, *POSTCOPY, "restore", str(image)]
+    woken = subprocess.run(line, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    assert woken.returncode == 1
+    assert "the guest does not run" in woken.stderr

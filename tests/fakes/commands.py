@@ -49,6 +49,8 @@ class Running:
     """A ``postcopy run`` with a QMP socket, until the end of the context."""
 
     command: Sequence[str] = POSTCOPY
+    line: Sequence[str] = ()
+    """All of the command, if it is another than ``run``."""
 
     def __init__(self, folder: Path, name: str, *options: str, stderr: int | None = None) -> None:
         self.path = folder / name
@@ -58,7 +60,7 @@ class Running:
         self._stderr_fd = stderr
 
     def __enter__(self) -> "Running":
-        line = [*self.command, "run", "--memory", "64M", "--qmp", self.qmp, *self._options]
+        line = self.line or self._run_line()
         with self._stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
                 line,
@@ -75,6 +77,9 @@ class Running:
 
     def __exit__(self, *_) -> None:
         self._end()
+
+    def _run_line(self) -> Sequence[str]:
+        return [*self.command, "run", "--memory", "64M", "--qmp", self.qmp, *self._options]
 
     @property
     def stderr(self) -> str:

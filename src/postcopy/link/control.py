@@ -131,7 +131,10 @@ class MigrationControl:
             change_all(
                 (job, self) if job.busy else (self,),
                 lambda settings: settings.switched(
-                    changes, awaits=self._current.awaits, incoming_started=started
+                    changes,
+                    awaits=self._current.awaits,
+                    incoming_started=started,
+                    running=self._guest.running,
                 ),
             )
             if self._current.listening:
@@ -160,7 +163,8 @@ class MigrationControl:
             return
         with descriptors(parse(uri), Use.SEND) as fds:  # refused before anything moves
             with self._lock:
-                settings = self.settings.for_migrate(overrides, parse(uri))
+                running = self._guest.running
+                settings = self.settings.for_migrate(overrides, parse(uri), running=running)
                 self._check_can_start()
                 after = self._restoring.job
                 self._current.uri = uri

@@ -44,6 +44,10 @@ class OwnedGuest(Guest, Protocol):
     def owned(self) -> bool:
         """Whether it is ours."""
 
+    @property
+    def running(self) -> bool:
+        """Whether the vCPUs run."""
+
     def pause(self, *, to_move: bool = False) -> None:
         """As :meth:`Guest.pause`.
 

@@ -34,7 +34,7 @@ def check_poison(guest: OwnedGuest) -> None:
     try:
         Userfaultfd.open(Feature.POISON).close()
     except HostCannot as error:
-        raise HostCannot(f"pages cannot be poisoned: {error}", cure) from error
+        raise HostCannot(f"pages cannot be poisoned: {error.what}", cure) from error
 
 
 def check_movable(guest: OwnedGuest, service: GuestService) -> None:
@@ -57,7 +57,7 @@ def check_postcopy() -> None:
     try:
         Userfaultfd.open(MISSING_FEATURES).close()
     except HostCannot as error:
-        raise HostCannot(f"Postcopy is not supported: {error}", error.cure) from error
+        raise error.because("Postcopy is not supported") from error
 
 
 def check_snapshot() -> None:
@@ -65,9 +65,7 @@ def check_snapshot() -> None:
     try:
         Userfaultfd.open(SNAPSHOT_FEATURES).close()
     except HostCannot as error:
-        raise HostCannot(
-            f"Background-snapshot is not supported by host kernel: {error}", error.cure
-        ) from error
+        raise error.because("Background-snapshot is not supported by host kernel") from error
 
 
 def check_reset() -> None:
@@ -75,7 +73,7 @@ def check_reset() -> None:
     try:
         Userfaultfd.open(WRITE_FEATURES).close()
     except HostCannot as error:
-        raise HostCannot(f"the writes of a guest cannot be tracked: {error}", error.cure) from error
+        raise error.because("the writes of a guest cannot be tracked") from error
 
 
 def check_sink(address: Address) -> None:

@@ -27,11 +27,13 @@ class Settings:
         *,
         awaits: bool = False,
         incoming_started: bool = False,
+        running: bool = True,
     ) -> "Settings":
         """The settings with capabilities switched, all of them or none.
 
         :param awaits: a guest is to come here.
         :param incoming_started: the process listens for it already.
+        :param running: the guest runs, and writes to its memory while it is saved.
         :raises Refused: they do not go together.
         :raises HostCannot: this host cannot do it.
         """
@@ -40,7 +42,7 @@ class Settings:
         changed = self.capabilities.with_changes(changes, incoming_started=incoming_started)
         if changed.enabled(Capability.POSTCOPY_RAM) and awaits:
             check_postcopy()
-        if changed.enabled(Capability.BACKGROUND_SNAPSHOT):
+        if changed.enabled(Capability.BACKGROUND_SNAPSHOT) and running:
             check_snapshot()
         return Settings(changed, self.parameters)
 
@@ -51,15 +53,20 @@ class Settings:
         """
         return Settings(self.capabilities, self.parameters.with_changes(changes))
 
-    def for_migrate(self, overrides: Overrides, address: Address) -> "Settings":
+    def for_migrate(
+        self, overrides: Overrides, address: Address, *, running: bool = True
+    ) -> "Settings":
         """What an order to migrate to ``address`` begins with.
 
+        :param running: see :meth:`switched`.
         :raises Refused: as :meth:`switched` and :meth:`set`; or the address cannot do it, or a
             snapshot would go to what may run it, and the order does not say that it is one.
         """
-        found = self.switched(overrides.capabilities).set(overrides.parameters)
+        found = self.switched(overrides.capabilities, running=running).set(overrides.parameters)
         check_transport(address, found.capabilities, Use.SEND)
         snapshot = Capability.BACKGROUND_SNAPSHOT
+        if found.enabled(snapshot) and running:
+            check_snapshot()  # it may have been switched on while the guest stood still
         if found.enabled(snapshot) and not overrides.capabilities.get(snapshot):
             check_sink(address)
         return found

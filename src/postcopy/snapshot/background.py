@@ -15,9 +15,10 @@ from postcopy.channel.channel import Channel
 from postcopy.channel.connect import connect
 from postcopy.channel.partial_file import PartialFile
 from postcopy.channel.rate_limit import RateLimiter
-from postcopy.errors import MigrationCancelled, PostcopyError
+from postcopy.errors import HostCannot, MigrationCancelled, PostcopyError
 from postcopy.guest import DeviceState
 from postcopy.kernel.cpu_latency import CpusAwake
+from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.kill_points import reached
 from postcopy.link.guest_proxy import GuestProxy
 from postcopy.memory.ram_block import RamBlock
@@ -107,11 +108,7 @@ class BackgroundSnapshot:
         """Take the picture; whatever happens, the guest runs on, and nothing holds up its writes."""
         try:
             channel, sender = self._open()
-            with self._watched() as guard:
-                guard.arm()
-                reached("snapshot.armed")
-                states = self._freeze(guard)
-                self._write_pages(guard, sender)
+            states = self._save(sender)
             self._finish(channel, sender, states)
             self._clock.ended = time.monotonic()
             # A cancel that comes now is too late: the picture is there.
@@ -148,12 +145,46 @@ class BackgroundSnapshot:
         reached("snapshot.active")
         return channel, sender
 
+    def _save(self, sender: Sender) -> Sequence[DeviceState]:
+        """Write all pages as they are at one moment; return what the devices were then."""
+        try:
+            userfaultfd = self._guest.watch_snapshot()
+        except PostcopyError as error:
+            self._guest.unwatch_snapshot()
+            if isinstance(error, HostCannot):
+                return self._save_still(sender, error)
+            raise
+        with self._watched(userfaultfd) as guard:
+            guard.arm()
+            reached("snapshot.armed")
+            states = self._freeze(guard)
+            self._write_pages(sender, guard.let_go)
+        return states
+
+    def _save_still(self, sender: Sender, lacking: HostCannot) -> Sequence[DeviceState]:
+        """Write all pages of a guest that its user has stopped, and that does not run meanwhile.
+
+        :param lacking: why the writes of a guest that runs cannot be watched: raised if this one does.
+        """
+        self._check_cancelled()
+        self._clock.stopped = time.monotonic()
+        try:
+            states = self._guest.pause_and_save()
+            if any(state.name == "globalstate" and b"running" in state.payload for state in states):
+                raise lacking
+            reached("snapshot.guest-stopped")
+            self._write_pages(sender, lambda _block, _first, _end: None)
+        finally:
+            self._guest.resume()
+        self._clock.handed_over = time.monotonic()
+        reached("snapshot.guest-resumed")
+        return states
+
     @contextmanager
-    def _watched(self) -> Iterator[WriteGuard]:
+    def _watched(self, userfaultfd: Userfaultfd) -> Iterator[WriteGuard]:
         """Have the guest's memory watched for writes; in every case it is not any more afterwards."""
         assert self._unsaved is not None
         try:
-            userfaultfd = self._guest.watch_snapshot()
             self._guard = guard = WriteGuard(
                 userfaultfd, self._unsaved, self._aside, self._stop_because
             )
@@ -184,11 +215,14 @@ class BackgroundSnapshot:
         reached("snapshot.guest-resumed")
         return states
 
-    def _write_pages(self, guard: WriteGuard, sender: Sender) -> None:
-        """Write all pages: first those that the guest has overwritten, for they take memory."""
+    def _write_pages(self, sender: Sender, let_go: Callable[[RamBlock, int, int], None]) -> None:
+        """Write all pages: first those that the guest has overwritten, for they take memory.
+
+        :param let_go: told which have been copied, and may be written to.
+        """
         assert self._unsaved is not None
         for copies in self._unsaved.sweep():
-            guard.let_go(copies.block, copies.first, copies.end)
+            let_go(copies.block, copies.first, copies.end)
             self._write(sender, copies)
             self._write_aside(sender, self._aside.take)
             reached("snapshot.writing")

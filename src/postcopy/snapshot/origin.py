@@ -98,7 +98,7 @@ class Origin:
         if self.base:
             return self.base + page * TARGET_PAGE_BYTES, count
         try:
-            self._rows = self._read(page, count)
+            self._rows = self.read(page, count)
         except ImageError as error:
             if count == 1:
                 self._why = str(error)
@@ -107,7 +107,11 @@ class Origin:
             return self.address(page, count)
         return int(self._rows.ctypes.data), count
 
-    def _read(self, page: int, count: int) -> PageRows:
+    def read(self, page: int, count: int) -> PageRows:
+        """Read pages, as rows of 4096 bytes; they hold up to the next call.
+
+        :raises ImageError: they cannot be had.
+        """
         return self._image.read(self._name, page * self._per_page, count * self._per_page)
 
     def bad(self, page: int) -> tuple[int, int]:
@@ -139,7 +143,7 @@ class Origin:
                     return str(damage.error())
         why = self._why
         try:
-            self._read(page, 1)
+            self.read(page, 1)
         except ImageError as error:
             why = str(error)
         where = f"block {self._name} from offset {page * self._per_page * TARGET_PAGE_BYTES:#x} on"

@@ -16,12 +16,13 @@ from collections.abc import Callable
 from typing import Final
 
 from postcopy.channel.rate_limit import RateLimiter
-from postcopy.errors import GuestError, PostcopyError
+from postcopy.errors import GuestError, HostCannot, PostcopyError
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.kill_points import reached
 from postcopy.link.guest_proxy import GuestProxy
 from postcopy.paging.ram import PagedRam
 from postcopy.parameters import Parameters
+from postcopy.snapshot import plain
 from postcopy.snapshot.figures import Figures
 from postcopy.snapshot.filler import Filler, Pace
 from postcopy.snapshot.filling import Filling, Lost
@@ -121,12 +122,26 @@ class Restore:
 
     def _until_the_end(self, begin: Callable[[], Filler]) -> None:
         try:
-            filler = begin()
-            self._wake_first(filler) if self._wishes.lazy else self._fill_first(filler)
+            filler = self._begun_by(begin)
+            if filler is None:
+                self._fill_unwatched()
+            elif self._wishes.lazy:
+                self._wake_first(filler)
+            else:
+                self._fill_first(filler)
         except PostcopyError as error:
             self._fail(self._failure or error)
         finally:
             self._let_go()
+
+    def _begun_by(self, begin: Callable[[], Filler]) -> Filler | None:
+        """Return what fills the memory; None: nothing of this host's can, but nothing need wait for it."""
+        try:
+            return begin()
+        except HostCannot:
+            if self._wishes.lazy:
+                raise
+            return None
 
     def _begin(self) -> Filler:
         reached("restore.begun")
@@ -235,6 +250,16 @@ class Restore:
         filler.hurry()
         filler.may_end()
         filler.run()
+        self._wake_whole()
+
+    def _fill_unwatched(self) -> None:
+        for paged in self._ram:
+            lost = plain.fill(paged, self._opened.origin(paged))
+            if lost is not None:
+                self._on_lost(lost)
+        self._wake_whole()
+
+    def _wake_whole(self) -> None:
         if self._lost:
             raise GuestError(f"the guest does not run: {self._lost[0].reason}")
         self._finish()
