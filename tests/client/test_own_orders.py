@@ -1,6 +1,8 @@
 """What one command needs is gone when it has ended, however it ends, and changes no other's."""
 
 import asyncio
+import signal
+import subprocess
 
 import pytest
 
@@ -84,8 +86,6 @@ def test_options_of_the_users_own(tmp_path):
 
 
 def test_a_snapshot_that_is_killed_leaves_a_machine_that_migrates(tmp_path):
-    import subprocess
-
     with pair(tmp_path, "hammer") as (source, target):
         killed = subprocess.Popen(
             [*POSTCOPY, "snapshot", "--from", source.qmp, f"{tmp_path}/image"]
@@ -140,3 +140,20 @@ def test_two_snapshots_at_the_same_time(tmp_path):
 
     with Running(tmp_path, "guest", "--workload", "hammer") as guest:
         asyncio.run(take())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["TERM", "HUP"])
+def test_a_snapshot_that_is_told_to_end_gives_up_first(tmp_path, number):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    with Running(tmp_path, "guest", "--workload", "hammer") as guest:
+        line = [*POSTCOPY, "snapshot", "--from", guest.qmp, str(folder / "image")]
+        with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
+            wait_until(lambda: guest.migration_status() is not None, 20, "it has been ordered")
+            command.send_signal(number)
+            command.communicate(timeout=30)
+        left = sorted(path.name for path in folder.iterdir())
+        assert command.returncode in {0, 1}  # it may have been quicker
+        assert left == ([] if command.returncode else ["image", "image.manifest.json"])
+        assert guest.migration_status() in {"cancelled", "completed"}
+        assert guest.ask("query-status")["return"]["running"] is True

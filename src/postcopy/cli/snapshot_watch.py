@@ -1,6 +1,9 @@
 """Watches a snapshot to its end, with an eye on Ctrl-C."""
 
 import asyncio
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from postcopy.cli.failures import CommandFailed
@@ -11,6 +14,24 @@ from postcopy.errors import PostcopyError
 
 _GIVING_UP_S: Final = 10.0
 """So long a machine that answers may take to give a snapshot up."""
+
+
+@contextlib.contextmanager
+def _on_end(callback: Callable[[], None]) -> Iterator[None]:
+    """Have SIGTERM and SIGHUP call ``callback``: nobody else would publish what the machine writes."""
+    loop = asyncio.get_running_loop()
+    heeded = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN  # as under nohup
+    ]
+    for number in heeded:
+        loop.add_signal_handler(number, callback)
+    try:
+        yield
+    finally:
+        for number in heeded:
+            loop.remove_signal_handler(number)
 
 
 class SnapshotWatch:
@@ -32,7 +53,7 @@ class SnapshotWatch:
         """
         left = asyncio.create_task(self._left.wait())
         ends: set[asyncio.Task[Any]] = {self._shown, left}
-        with on_interrupt(self._interrupted):
+        with on_interrupt(self._interrupted), _on_end(self._interrupted):
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         left.cancel()
         if not self._shown.done():
