@@ -1,14 +1,20 @@
 """The migration subsystem of a guest's process: what it says between two migrations, what it leaves."""
 
+import os
+import signal
+import threading
+
 import pytest
 
 from fakes.engine import FakePool
 from fakes.pair import NEVER_ENDS, Journey, Side, idle
+from fakes.stacks import stacks
 from fakes.waiting import wait_until
-from postcopy.errors import HostCannot, PostcopyError
+from postcopy.errors import EngineDied, HostCannot, PostcopyError, WrongState
 from postcopy.events import EventBus
 from postcopy.link.control import MigrationControl
 from postcopy.machine.config import MachineConfig
+from postcopy.parameters import Capability
 from postcopy.status import Status
 
 pytestmark = pytest.mark.kvm
@@ -116,3 +122,62 @@ def test_an_order_for_which_there_is_no_engine_has_failed():
         finally:
             control.close()
         assert trip.source.machine.running
+
+
+def test_an_engine_that_takes_its_time_to_listen_holds_up_nothing():
+    """It may look a name up; here it stands still."""
+    side = Side(MachineConfig(8 << 20, accel="kvm"), incoming=True)
+    engine = side.engine_process_id()
+    os.kill(engine, signal.SIGSTOP)
+    listening = threading.Thread(target=side.listen, daemon=True)
+    try:
+        listening.start()
+        wait_until(lambda: side.machine.ownership.last_order, 10, "the order")
+        refused = []
+
+        def meanwhile():
+            assert side.control.info().status is Status.NONE
+            side.control.cancel()
+            for order in (
+                lambda: side.control.incoming("tcp:127.0.0.1:0"),
+                lambda: side.control.set_parameters({"max-bandwidth": 1 << 20}),
+                lambda: side.control.set_capabilities({Capability.POSTCOPY_RAM: True}),
+            ):
+                with pytest.raises(WrongState) as caught:
+                    order()
+                refused.append(str(caught.value))
+
+        others = threading.Thread(target=meanwhile, daemon=True)
+        others.start()
+        others.join(10)
+        assert len(refused) == 3, stacks()
+        os.kill(engine, signal.SIGCONT)
+        listening.join(20)
+        assert side.status is Status.SETUP
+    finally:
+        os.kill(engine, signal.SIGCONT)
+        side.close()
+
+
+def test_an_engine_that_dies_while_it_is_told_to_listen_leaves_room_for_another():
+    side = Side(MachineConfig(8 << 20, accel="kvm"), incoming=True)
+    try:
+        engine = side.engine_process_id()
+        os.kill(engine, signal.SIGSTOP)
+        refused = []
+
+        def listen():
+            with pytest.raises(EngineDied) as caught:
+                side.listen()
+            refused.append(str(caught.value))
+
+        listening = threading.Thread(target=listen, daemon=True)
+        listening.start()
+        wait_until(lambda: side.machine.ownership.last_order, 10, "the order")
+        os.kill(engine, signal.SIGKILL)
+        listening.join(20)
+        assert len(refused) == 1
+        assert side.listen().startswith("tcp:")
+        assert side.status is Status.SETUP
+    finally:
+        side.close()

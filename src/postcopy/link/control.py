@@ -4,8 +4,8 @@ It checks what may be asked when, starts an engine for each migration, mirrors t
 decides what an engine's death means.  The figures are the engine's; it is asked for them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -122,6 +122,7 @@ class MigrationControl:
     def set_capabilities(self, changes: Mapping[Capability, bool]) -> None:
         """Switch capabilities, all of them or none."""
         with self._lock:
+            self._check_not_expecting()
             # A destination that waits may still be told; QEMU refuses some by name then.
             job = self._current.shown
             waits = self._current.awaits and job.incoming and job.status is Status.SETUP
@@ -145,12 +146,17 @@ class MigrationControl:
     def set_parameters(self, changes: Mapping[str, object]) -> None:
         """Set parameters by QEMU's names; a migration under way takes them over."""
         with self._lock:
+            self._check_not_expecting()
             work = self._outcome.work
             jobs = [job for job in {self._current.shown, work} if job.busy]
             change_all((self, *jobs), lambda settings: settings.set(changes))
             if work.busy:
                 parameters = work.settings.parameters.to_qapi()
                 self._engines.tell("set_parameters", parameters=parameters)
+
+    def _check_not_expecting(self) -> None:
+        if self._current.expecting:  # its engine has been told what is set
+            raise WrongState("an incoming migration is just being started; try again")
 
     # --- orders
 
@@ -209,16 +215,16 @@ class MigrationControl:
         self, uri: str, *, exit_on_error: bool = True, overrides: Overrides = NO_OVERRIDES
     ) -> None:
         """Listen for a guest."""
-        with self._lock:
-            address = parse(uri)
-            link = self._expect(exit_on_error, "migrate-incoming", uri)
+        address = parse(uri)
+        with self._expecting(exit_on_error, "migrate-incoming", uri) as link:
             settings = self.settings.for_incoming(overrides, address)
             job = Job(self._tell, incoming=True, settings=settings)
             with descriptors(address, Use.RECEIVE) as fds:
                 found = link.call("listen", fds=fds, uri=uri, **settings.to_wire())
             job.addresses = tuple(found)
-            self._begin_incoming(job)
-            self._recovery.listens_at(uri)
+            with self._lock:
+                self._begin_incoming(job, link)
+                self._recovery.listens_at(uri)
         link.note("accept")
 
     def _begin_move(self, job: Job) -> None:
@@ -230,11 +236,31 @@ class MigrationControl:
         if not job.is_snapshot:
             self._ownership.move(Move.ORDER)
 
-    def _expect(self, exit_on_error: bool, name: str, uri: str) -> Link:  # noqa: FBT001 - as QMP names it
+    @contextmanager
+    def _expecting(self, exit_on_error: bool, name: str, uri: str) -> Iterator[Link]:  # noqa: FBT001 - as QMP names it
+        """The engine that is to be told of the guest that comes.
+
+        Not under the lock: the engine may look a name up, or read an image, and what it says meanwhile is
+        taken under the lock.
+        """
+        with self._lock:
+            self._check_expects()
+            self._current.expecting = True
+        try:
+            with self._lock:
+                link = self._expect(exit_on_error, name, uri)
+            yield link
+        finally:
+            with self._lock:
+                self._current.expecting = False
+
+    def _check_expects(self) -> None:
         if not self._current.awaits:
             raise WrongState("'-incoming' was not specified on the command line")
-        if self._current.listening:
+        if self._current.listening or self._current.expecting:
             raise WrongState("The incoming migration has already been started")
+
+    def _expect(self, exit_on_error: bool, name: str, uri: str) -> Link:  # noqa: FBT001 - as QMP names it
         self._current.exit_on_error = exit_on_error
         self._ownership.move(Move.AWAIT)
         self._ownership.ordered(name, "incoming", uri)
@@ -243,18 +269,21 @@ class MigrationControl:
             link = self._engines.start()
         return link
 
-    def _begin_incoming(self, job: Job) -> None:
+    def _begin_incoming(self, job: Job, link: Link) -> None:
+        if self._engines.link is not link:
+            raise EngineDied("the engine process died; give the order again")
         self._current.shown = job
         self._current.listening = True
         job.progress.move(Status.SETUP)
 
     def restore(self, path: str, *, exit_on_error: bool = True, **wishes: Any) -> None:
         """Wake the guest of an image: see :class:`postcopy.monitor.backend.MigrationControl`."""
-        with self._lock:
-            link = self._expect(exit_on_error, "restore", path)
+        with self._expecting(exit_on_error, "restore", path) as link:
             job = Job(self._tell, incoming=True, settings=self.settings)
-            self._restoring.begin(job, link, path, **wishes)
-            self._begin_incoming(job)
+            opened = self._restoring.open(job, link, path, **wishes)
+            with self._lock:
+                self._begin_incoming(job, link)
+                self._restoring.begin(job, opened)
         link.note("restore")
 
     def start_postcopy(self) -> None:

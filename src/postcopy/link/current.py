@@ -13,7 +13,8 @@ class Current:
 
     :ivar shown: the job that was ordered last.
     :ivar awaits: this process waits for a guest to come.
-    :ivar listening: and has been told where.
+    :ivar expecting: an engine is being told where, or from which image.
+    :ivar listening: and has been told.
     :ivar exit_on_error: the process ends when no guest comes.
     :ivar uri: where an outgoing guest was sent last.
     :ivar lock: may be taken more than once by one thread.
@@ -21,6 +22,7 @@ class Current:
 
     shown: Job
     awaits: bool
+    expecting: bool = False
     listening: bool = False
     exit_on_error: bool = False
     uri: str = ""

@@ -6,7 +6,7 @@ image.  So the next one is started unasked, and goes on.
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Final
 
@@ -45,15 +45,20 @@ class Restoring:
             self._is_orphaned, self._adopt, self._no_successor, engines.prepare
         )
 
-    def begin(self, job: Job, link: Link, path: str, **wishes: Any) -> None:
+    def open(self, job: Job, link: Link, path: str, **wishes: Any) -> Mapping[str, Any]:
         """Have an engine open the image; nothing of the guest is touched yet.
 
+        :return: what :meth:`begin` takes.
         :raises PostcopyError: it is no image, or none for this guest.
         """
         wishes.setdefault("began_ns", time.monotonic_ns())
         asked = wishes | {"path": os.path.abspath(path)}  # noqa: PTH100 - keeps what a link is called
         identity = link.call("start_restore", wishes=asked, **job.settings.to_wire())
-        self._wishes = asked | {"identity": identity}
+        return asked | {"identity": identity}
+
+    def begin(self, job: Job, opened: Mapping[str, Any]) -> None:
+        """An engine is about to restore what it has opened."""
+        self._wishes = dict(opened)
         self._hurried = False
         self.job = job
 
