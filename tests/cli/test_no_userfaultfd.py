@@ -10,6 +10,7 @@ import pytest
 import fakes.without_userfaultfd
 from fakes.commands import DEADLINE_S, POSTCOPY, Running, need_kvm, one_line, postcopy
 from fakes.waiting import wait_until
+from postcopy import kill_points
 
 WITHOUT = [sys.executable, fakes.without_userfaultfd.__file__]
 
@@ -117,3 +118,24 @@ def test_a_damaged_image_is_not_woken(tmp_path):
     woken = subprocess.run(line, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
     assert woken.returncode == 1
     assert "the guest does not run" in woken.stderr
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("point", [p for p in kill_points.RESTORE_EAGER if "watching" not in p])
+def test_an_engine_that_dies_while_it_wakes_a_guest_has_a_successor(tmp_path, monkeypatch, point):
+    need_kvm()
+    image = tmp_path / "image"
+    with Deprived(tmp_path, "saved", "--workload", "hammer") as guest:
+        assert guest.ask("stop") == {"return": {}}
+        taken = postcopy("snapshot", "--from", guest.qmp, str(image))
+        assert taken.returncode == 0, taken.stderr
+        before = memory_of(guest, tmp_path / "before")
+    alive = tmp_path / "alive"
+    alive.touch()
+    monkeypatch.setenv(kill_points.VARIABLE, f"{point}@{alive}")
+    line = [*WITHOUT, *POSTCOPY, "restore", "-S", "--qmp", f"unix:{tmp_path}/woken", str(image)]
+    with Woken(tmp_path, line) as woken:
+        wait_until(lambda: woken.migration_status() == "completed", DEADLINE_S, "the guest")
+        assert not alive.exists()
+        assert memory_of(woken, tmp_path / "after") == before
+        assert woken.ask("cont") == {"return": {}}
