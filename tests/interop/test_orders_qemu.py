@@ -8,7 +8,7 @@ from fakes.commands import postcopy
 from fakes.real_qemu import MICROVM, QemuProcess, bios
 from postcopy import Machine, MigrationFailed, Refused
 
-pytestmark = pytest.mark.qemu
+pytestmark = pytest.mark.qemu("10.0", "11.1")
 
 
 class Qemu(QemuProcess):
@@ -93,3 +93,17 @@ def test_what_another_changes_in_between_is_seen(tmp_path):
         asyncio.run(take())
         assert source("query-status")["status"] == "running"
         assert not (tmp_path / "image").exists()
+
+
+def test_status_says_that_a_qemu_does_not_tell(tmp_path):
+    with Qemu(tmp_path / "a") as source, Qemu(tmp_path / "b", "-incoming", "defer") as target:
+        assert postcopy("snapshot", "--from", source.qmp, f"{tmp_path}/image").returncode == 0
+        after_a_snapshot = postcopy("status", "--from", source.qmp).stdout
+        assert "has ended, and the guest is here" in after_a_snapshot
+        assert "quit" not in after_a_snapshot
+        sides = ["--from", source.qmp, "--to", target.qmp]
+        assert postcopy("migrate", *sides, f"unix:{tmp_path}/way").returncode == 0
+        told = postcopy("status", *sides).stdout
+        assert "moved away, or has been written to a file" in told
+        assert "the guest  is here" in told.partition("destination")[2]
+        assert told.count("does not say so itself") == 2
