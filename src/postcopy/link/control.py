@@ -28,7 +28,7 @@ from postcopy.link.resetting import Resetting
 from postcopy.link.rpc import Handler, Link
 from postcopy.link.settings import Settings, change_all
 from postcopy.link.watchdog import HANG_LOOKS
-from postcopy.ownership import Move
+from postcopy.ownership import Move, Owner
 from postcopy.parameters import NO_OVERRIDES, Capabilities, Capability, Overrides, Parameters
 from postcopy.statistics import MigrationInfo
 from postcopy.status import GIVEN_UP, Progress, Status
@@ -60,6 +60,7 @@ class MigrationControl:
         self._guest = guest
         self._ownership = guest.ownership
         self._events = events
+        self._on_moved = on_moved
         self._on_incoming_failed = on_incoming_failed
         self._pool = pool = engines or EnginePool()
         self._engines = Engines(self._handlers, self._engine_ended, pool, hang_looks)
@@ -383,13 +384,19 @@ class MigrationControl:
     def arrived(self) -> None:
         """Somebody has seen the destination complete: nothing here is needed any more."""
         with self._recovery.lock, self._lock:
-            paused = self._current.shown.status is Status.POSTCOPY_PAUSED
-            if not paused or self._current.shown.incoming or self._guest.owned:
-                what = "x-migrate-arrived can only be run when an outgoing postcopy is paused"
-                raise WrongState(what)
+            job = self._current.shown
+            if self._ownership.owner not in {Owner.UNKNOWN, Owner.TAKEN} or job.status not in {
+                Status.POSTCOPY_PAUSED,
+                Status.FAILED,
+            }:
+                raise WrongState(
+                    "x-migrate-arrived can only be run when an outgoing postcopy is paused, or when the "
+                    "link broke during the switchover"
+                )
             self._ownership.move(Move.MOVED)
             self._service.unwatch_writes()
-            self._outcome.settle_if_arrived()
+            if not self._outcome.settle_if_arrived():
+                self._on_moved()
 
     def _resume(self, uri: str, overrides: Overrides) -> None:
         """Go on with a paused postcopy at ``uri``."""
