@@ -1,4 +1,4 @@
-"""Points, by name, at which a test lets an engine die.
+"""Points, by name, at which a test lets an engine die or stand still.
 
 An engine that is killed from outside dies wherever it happens to be.  To prove that nothing is lost
 at a certain step, it has to die at that very step: so the code names its steps, and the engine kills
@@ -7,13 +7,18 @@ ever done here.
 
 ``POSTCOPY_KILL_POINT=name@/a/file`` kills only while the file is there, and removes it first: the
 engine that takes over does not die in its turn.
+
+``POSTCOPY_STALL_POINT=name@/a/socket`` makes the step wait for as long as a test keeps the connection
+to that Unix socket open.  An engine that finds no listener there goes on.
 """
 
 import os
 import signal
+import socket
 from pathlib import Path
 
 VARIABLE = "POSTCOPY_KILL_POINT"
+STALL_VARIABLE = "POSTCOPY_STALL_POINT"
 
 SOURCE = (
     "source.connected",
@@ -122,6 +127,9 @@ RESET = (
 
 def reached(name: str) -> None:
     """Say that the engine has come to the point ``name``: it may be its last word."""
+    stall = os.environ.get(STALL_VARIABLE)
+    if stall is not None:
+        _stall(name, *stall.split("@", 1))
     wish = os.environ.get(VARIABLE)
     if wish is None:
         return
@@ -134,3 +142,14 @@ def reached(name: str) -> None:
         except FileNotFoundError:
             return  # it has done its work
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _stall(name: str, wanted: str, path: str) -> None:
+    if name != wanted:
+        return
+    with socket.socket(socket.AF_UNIX) as waiting:
+        try:
+            waiting.connect(path)
+        except OSError:
+            return  # the test lets no other engine wait
+        waiting.recv(1)

@@ -1,4 +1,4 @@
-"""``make soak MINUTES=10``: random cuts, kills and failing calls for as long as asked, one line a minute.
+"""``make soak MINUTES=10``: random cuts, kills, orders and failing calls, one line a minute.
 
 It ends with the first failure, and says the seed that repeats it.
 """
@@ -14,13 +14,22 @@ import pytest
 
 from fakes.pair import engines
 from fakes.waiting import wait_until
-from faults import storm
+from faults import orders, storm
 from faults.failing_journeys import JOURNEYS, Case
 from faults.failing_matrix import Runner, draw
 from journeys.conftest import _begin
 
 LINE_EVERY_S = 60.0
-STORMS = {"cuts": storm.cuts, "kills": storm.kills}
+
+
+def _orders(journey, folder, seed, _variant):
+    """As many cases of the matrix of orders as a storm has breaks."""
+    for number, case in enumerate(orders.sample(storm.PER_TEST, seed)):
+        (folder / str(number)).mkdir()
+        orders.run(case, journey, folder / str(number))
+
+
+STORMS = {"cuts": storm.cuts, "kills": storm.kills, "orders": _orders}
 FAILING = "failing calls"
 KINDS = (*STORMS, FAILING)
 
@@ -59,6 +68,9 @@ def how_to_repeat(kind, seed):
     """What to type."""
     if kind == FAILING:
         return f"{kind} failed: POSTCOPY_SEED={seed} python -m pytest tests/faults/test_failing_calls.py"
+    if kind == "orders":
+        count = f"POSTCOPY_SEED={seed} POSTCOPY_ORDERS={storm.PER_TEST}"
+        return f"orders failed: {count} python -m pytest tests/faults/test_orders.py"
     faults = f"POSTCOPY_SEED={seed} POSTCOPY_FAULTS={storm.PER_TEST}"
     return f"{kind} failed: {faults} python -m pytest tests/faults/test_random_{kind}.py"
 

@@ -1,0 +1,319 @@
+"""Every order of a user at every step of every journey: the guest has exactly one owner afterwards.
+
+One case: an engine comes to a named step and stands still there; a user gives an order; something may
+break; the engine goes on.  When both sides have settled the case ends as a user would end it (recover
+what is paused, ``cont`` where the destination has failed), and with the oracle over all memory.
+"""
+
+import contextlib
+import itertools
+import os
+import random
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fakes.awakening import AT_ONCE, put_to_sleep, wake
+from fakes.pair import DEADLINE_S, QUICK, Side
+from fakes.waiting import wait_until
+from faults.recovering import Recovering, broken_journey, small
+from postcopy import kill_points
+from postcopy.errors import PostcopyError
+from postcopy.ownership import Owner
+from postcopy.parameters import Capability
+from postcopy.status import ENDED, Status
+
+ANSWER_S = 20.0
+"""Far more than an order takes on a busy host: none may wait for an engine that stands still."""
+
+SOURCE, DESTINATION = "source", "destination"
+
+
+def _snapshot(side: Side, folder: Path) -> None:
+    side.control.set_capabilities({Capability.BACKGROUND_SNAPSHOT: True})
+    side.control.migrate(f"file:{folder}/snapshot")
+
+
+ORDERS: dict[str, Callable[[Side, Path], object]] = {
+    "cancel": lambda side, _: side.control.cancel(),
+    "stop": lambda side, _: side.machine.stop(),
+    "cont": lambda side, _: side.machine.cont(),
+    "migrate": lambda side, folder: side.control.migrate(f"unix:{folder}/nobody"),
+    "resume": lambda side, folder: side.control.migrate(f"unix:{folder}/nobody", resume=True),
+    "snapshot": _snapshot,
+    "migrate-pause": lambda side, _: side.control.pause(),
+    "migrate-recover": lambda side, folder: side.control.recover(f"unix:{folder}/elsewhere"),
+    "migrate-incoming": lambda side, folder: side.control.incoming(f"unix:{folder}/incoming"),
+    "migrate-continue": lambda side, _: side.control.continue_(Status.PRE_SWITCHOVER),
+    "start-postcopy": lambda side, _: side.control.start_postcopy(),
+    "capabilities": lambda side, _: side.control.set_capabilities({Capability.RETURN_PATH: True}),
+    "parameters": lambda side, _: side.control.set_parameters({"downtime-limit": 400}),
+    "x-migrate-lost": lambda side, _: side.control.lost(),
+    "x-reset-point": lambda side, _: side.control.resetting.set_point(),
+}
+HARMS = ("none", "link", SOURCE, DESTINATION)
+"""What breaks after the order: nothing, the link, or the engine of a side."""
+
+JOURNEYS = {
+    "precopy": (
+        *kill_points.SOURCE,
+        *kill_points.SOURCE_PRECOPY,
+        *kill_points.DESTINATION,
+        *kill_points.DESTINATION_PRECOPY,
+    ),
+    "postcopy": (
+        *kill_points.SOURCE_POSTCOPY,
+        *kill_points.DESTINATION_POSTCOPY,
+    ),
+    "recovery": (
+        *(step for step in kill_points.SOURCE_RECOVERY if step != "source.adopted"),
+        *(step for step in kill_points.DESTINATION_RECOVERY if step != "destination.adopted"),
+    ),
+    "snapshot": kill_points.SNAPSHOT,
+    "restore": kill_points.RESTORE_LAZY,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One order at one step."""
+
+    journey: str
+    step: str
+    order: str
+    to: str
+    harm: str
+
+    def __str__(self) -> str:
+        return f"{self.journey}-{self.step}-{self.order}-to-{self.to}-harm-{self.harm}"
+
+
+def all_cases() -> list[Case]:
+    """The whole matrix, in a fixed order."""
+    cases = []
+    for journey, steps in JOURNEYS.items():
+        sides = {"snapshot": (SOURCE,), "restore": (DESTINATION,)}.get(
+            journey, (SOURCE, DESTINATION)
+        )
+        alone = len(sides) == 1
+        harms = ("none", sides[0]) if alone else HARMS
+        cases += [Case(journey, *rest) for rest in itertools.product(steps, ORDERS, sides, harms)]
+    return cases
+
+
+def sample(count: int, seed: int) -> list[Case]:
+    """Some of the cases, spread over all journeys."""
+    rng = random.Random(seed)
+    by_journey = [[case for case in all_cases() if case.journey == journey] for journey in JOURNEYS]
+    return [rng.choice(by_journey[number % len(by_journey)]) for number in range(count)]
+
+
+class Stall:
+    """Makes the first engine that comes to a step wait there."""
+
+    def __init__(self, step: str, path: Path) -> None:
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen(1)
+        self._listener.settimeout(DEADLINE_S)
+        self._path = path
+        self._connection: socket.socket | None = None
+        os.environ[kill_points.STALL_VARIABLE] = f"{step}@{path}"
+
+    def wait(self) -> None:
+        """Until an engine stands still at the step."""
+        self._connection = self._listener.accept()[0]
+        self._stop_listening()
+
+    def go_on(self) -> None:
+        """Let it go on; harmless when it has."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def close(self) -> None:
+        os.environ.pop(kill_points.STALL_VARIABLE, None)
+        self.go_on()
+        self._stop_listening()
+
+    def _stop_listening(self) -> None:
+        if self._listener.fileno() >= 0:
+            self._listener.close()
+            self._path.unlink()
+
+
+def run(case: Case, journey: Callable[..., object], folder: Path) -> None:
+    """One case, from the beginning of its journey to the oracle."""
+    stall = Stall(case.step, folder / "step")
+    try:
+        _RUNS.get(case.journey, _migration)(case, journey, folder, stall)
+    finally:
+        stall.close()
+
+
+def _migration(case: Case, journey: Callable[..., object], folder: Path, stall: Stall) -> None:
+    with _begun(case, journey, folder, stall) as broken:
+        side = broken.source if case.to == SOURCE else broken.destination
+        said = give_order(case, side, folder)
+        _harm(case, broken)
+        stall.go_on()
+        with contextlib.suppress(PostcopyError):
+            broken.hurry()
+        _settle(broken, said, case)
+
+
+@contextlib.contextmanager
+def _begun(
+    case: Case, journey: Callable[..., object], folder: Path, stall: Stall
+) -> Iterator[Recovering]:
+    parameters = {"parameters": QUICK, "capabilities": ()} if case.journey == "precopy" else {}
+    with Recovering(broken_journey(journey, **parameters), folder) as broken:
+        channel = broken.start()
+        if case.journey == "postcopy":
+            broken.switch()
+            if case.step in _AT_THE_END:
+                broken.source.wait(Status.POSTCOPY_ACTIVE)
+                broken.hurry()
+        if case.journey == "recovery":
+            broken.until_postcopy()
+            channel.break_all()
+            broken.until_settled()
+            broken.resume()
+        stall.wait()
+        yield broken
+
+
+_AT_THE_END = frozenset(
+    {
+        "source.all-pushed",
+        "source.pages-ended",
+        "source.arrived",
+        "destination.nothing-missing",
+        "destination.pages-ended",
+        "destination.unwatched",
+        "destination.postcopy-shut-sent",
+    }
+)
+
+
+def give_order(case: Case, side: Side, folder: Path) -> str:
+    """Give the order; return what came of it.  It is answered, whatever stands still."""
+    said: list[str] = []
+
+    def order() -> None:
+        try:
+            ORDERS[case.order](side, folder)
+            said.append("done")
+        except PostcopyError as error:
+            said.append(f"refused: {error}")
+
+    thread = threading.Thread(target=order, name="order", daemon=True)
+    thread.start()
+    thread.join(ANSWER_S)
+    if not said and case.order == "x-reset-point":
+        return "waits"  # for the restore that is under way: it is answered when that is over
+    assert said, f"{case}: the order is not answered while {case.step} stands still"
+    assert "internal error" not in said[0], (case, said)
+    return said[0]
+
+
+def _harm(case: Case, broken: Recovering) -> None:
+    if case.harm == "link":
+        broken.channels[-1].break_all()
+    elif case.harm in {SOURCE, DESTINATION}:
+        kill_engine(broken.source if case.harm == SOURCE else broken.destination)
+
+
+def kill_engine(side: Side) -> None:
+    """Kill the engine at work, if there is one."""
+    engine = side.control._engine
+    if engine is not None and side.status not in ENDED:
+        engine.kill()
+        wait_until(lambda: side.control._engine is not engine, DEADLINE_S, "nobody noticed")
+
+
+def _settle(broken: Recovering, said: str, case: Case) -> None:
+    """Bring it to an end as a user would, and look at whose the guest is."""
+    source, destination = broken.source, broken.destination
+    told = lambda: f"{case}: {said}; {broken.story()}; {owners(broken)}"  # noqa: E731
+    _proceed(source)
+    broken.until_settled()
+    if destination.status is Status.POSTCOPY_PAUSED and source.status is Status.POSTCOPY_PAUSED:
+        broken.recover()
+    check_one_owner(broken, told)
+    if source.machine.ownership.owner in {Owner.UNKNOWN, Owner.SAVED}:
+        if destination.machine.owned:
+            source.control.arrived()  # a user has seen the destination complete
+        else:
+            assert destination.status is Status.FAILED, told()
+            source.machine.cont()
+    owner = source if source.machine.owned else destination
+    assert owner.machine.owned, told()
+    owner.machine.cont()  # the order may have been to stop it
+    broken.verify(owner)
+
+
+def _proceed(side: Side) -> None:
+    if side.status is Status.PRE_SWITCHOVER:
+        side.control.continue_(Status.PRE_SWITCHOVER)
+
+
+def owners(broken: Recovering) -> tuple[str, str]:
+    """Whose the guest is, as each side says."""
+    sides = (broken.source, broken.destination)
+    source, destination = (side.machine.ownership.owner.value for side in sides)
+    return source, destination
+
+
+def check_one_owner(broken: Recovering, told: Callable[[], str]) -> None:
+    """At most one side runs the guest, and both sides say the same of it."""
+    source, destination = broken.source.machine, broken.destination.machine
+    assert not (source.running and destination.running), told()
+    assert not (source.owned and destination.owned), told()
+    if source.ownership.owner in {Owner.TAKEN, Owner.MOVED}:
+        assert destination.owned, told()
+
+
+def _snapshot_case(case: Case, journey: Callable[..., object], folder: Path, stall: Stall) -> None:
+    trip = journey(small())
+    side = trip.source
+    side.set((Capability.BACKGROUND_SNAPSHOT,))
+    side.control.migrate(f"file:{folder}/image")
+    stall.wait()
+    said = give_order(case, side, folder)
+    if case.harm == SOURCE:
+        kill_engine(side)
+    stall.go_on()
+    side.until(*ENDED)
+    assert side.machine.ownership.owner is Owner.OURS, (case, said)
+    _end_alone(trip, side)
+
+
+def _restore_case(case: Case, journey: Callable[..., object], folder: Path, stall: Stall) -> None:
+    trip = journey(small())
+    path = put_to_sleep(trip, folder / "asleep")
+    side = trip.destination
+    side.set(parameters=AT_ONCE)
+    wake(side, path)
+    stall.wait()
+    said = give_order(case, side, folder)
+    if case.harm == DESTINATION:
+        kill_engine(side)
+    stall.go_on()
+    side.until(Status.COMPLETED, Status.FAILED, Status.CANCELLED)
+    assert side.machine.ownership.owner is Owner.OURS, (case, said)
+    assert trip.source.machine.ownership.owner is Owner.SAVED
+    _end_alone(trip, side)
+
+
+def _end_alone(trip: object, side: Side) -> None:
+    with contextlib.suppress(PostcopyError):
+        side.control.resetting.end()
+    side.machine.cont()
+    wait_until(lambda: side.machine.running, DEADLINE_S, "the guest runs")
+    trip.verify(side)
+
+
+_RUNS = {"snapshot": _snapshot_case, "restore": _restore_case}
