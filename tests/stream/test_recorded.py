@@ -76,9 +76,10 @@ def find_description(data: bytes) -> str:
     return data[at:].decode()
 
 
-@pytest.fixture(scope="module", params=sorted(MACHINES))
-def recording(request, tmp_path_factory) -> Recording:
-    folder = tmp_path_factory.mktemp(request.param)
+@pytest.fixture(params=sorted(MACHINES))
+def recording(request, qemu_version, tmp_path) -> Recording:
+    folder = tmp_path / request.param
+    folder.mkdir()
     ram, stream = folder / "ram", folder / "stream"
     contents = np.random.default_rng(0).integers(0, 256, RAM_BYTES, dtype=np.uint8)
     contents[5 * PAGE : 300 * PAGE] = 0
