@@ -208,7 +208,7 @@ def test_it_excludes_migrations_and_snapshots(journey, tmp_path):
         resetting.set_point()
     side.set(parameters={"max-bandwidth": 1 << 40})
     trip.finish()
-    with pytest.raises(WrongState, match="waiting for an incoming"):
+    with pytest.raises(WrongState, match="the destination runs the guest"):
         resetting.set_point()
 
 

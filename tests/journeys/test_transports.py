@@ -117,8 +117,10 @@ def test_a_recovery_is_refused_where_nothing_answers(journey, tmp_path):
     trip.source.control.pause()
     for side in (trip.source, trip.destination):
         side.wait(Status.POSTCOPY_PAUSED)
-    for kind in transports.SILENT:
-        refused(trip.source, KINDS[kind](tmp_path), kind, RECOVERY, resume=True)
+    for number, kind in enumerate(transports.SILENT):
+        folder = tmp_path / f"silent-{number}"
+        folder.mkdir()
+        refused(trip.source, KINDS[kind](folder), kind, RECOVERY, resume=True)
         assert trip.source.status is Status.POSTCOPY_PAUSED
     trip.source.set(parameters={"max-postcopy-bandwidth": 0})
     way.recover(trip.source, trip.destination)

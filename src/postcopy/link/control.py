@@ -170,9 +170,9 @@ class MigrationControl:
             return
         with descriptors(parse(uri), Use.SEND) as fds:  # refused before anything moves
             with self._lock:
+                self._check_can_start()
                 running = self._guest.running
                 settings = self.settings.for_migrate(overrides, parse(uri), running=running)
-                self._check_can_start()
                 after = self._restoring.job
                 self._current.uri = uri
                 job = Job(self._tell, incoming=False, settings=settings, after=after)
@@ -250,7 +250,11 @@ class MigrationControl:
         try:
             with self._lock:
                 link = self._expect(exit_on_error, name, uri)
-            yield link
+            try:
+                yield link
+            except EngineDied:
+                link.wait_over()  # until then the next order would be given to the dead engine
+                raise
         finally:
             with self._lock:
                 self._current.expecting = False
