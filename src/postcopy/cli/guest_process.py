@@ -108,9 +108,9 @@ class GuestProcess:
         try:
             self._start()
         except BaseException as failure:
-            if not self._over:  # else it has failed of being ended
+            if not self._over:  # else it has failed because the process was told to end
                 self._failure = failure
-            self.end(FAILED)
+                self.end(FAILED)
 
     def _start(self) -> None:
         settings = self._settings
