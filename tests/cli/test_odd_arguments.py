@@ -16,7 +16,7 @@ from postcopy.cli.types import Number, PostcopyTime, Seconds, Size
 MANY = "9" * 5000
 RUN = ("run", "--workload", "idle", "--memory", "4M", "--accel", "unicorn")
 MIGRATE = ("migrate", "tcp:127.0.0.1:1", "--from", "unix:/none")
-IMAGE = "/tmp/\udcff\udcfe"
+IMAGE = "/no/such/folder/\udcff\udcfe"
 
 
 @pytest.mark.parametrize(
