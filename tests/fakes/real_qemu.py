@@ -1,5 +1,6 @@
 """A real QEMU: started, spoken to over QMP, and killed."""
 
+import functools
 import itertools
 import json
 import socket
@@ -69,6 +70,12 @@ class QemuProcess:
         except ConnectionError:
             pass  # it has ended, and its log says why
         raise AssertionError(f"QEMU went away: {self.log}")
+
+    @functools.cached_property
+    def version(self) -> tuple[int, int]:
+        """Such as ``(10, 0)``."""
+        found = self("query-version")["qemu"]
+        return found["major"], found["minor"]
 
     @property
     def log(self) -> str:

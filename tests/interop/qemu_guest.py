@@ -41,7 +41,9 @@ class QemuGuest(QemuProcess):
 
         :return: where to send it: a TCP port of 0 has become a real one.
         """
-        self("migrate-incoming", uri=uri, **{"exit-on-error": exit_on_error})
+        # Before QEMU 9.1 one that fails always ends.
+        stays = {} if exit_on_error or self.version < (9, 1) else {"exit-on-error": False}
+        self("migrate-incoming", uri=uri, **stays)
         if not uri.startswith("tcp:"):
             return uri
         address = self("query-migrate")["socket-address"][0]
@@ -60,6 +62,10 @@ class QemuGuest(QemuProcess):
         self("query-status")  # whatever was told before its answer has been read now
         return [e["data"]["status"] if e["event"] == "MIGRATION" else e["event"]
                 for e in self.events]  # fmt: skip
+
+    def statuses(self) -> list[str]:
+        """Those of its migration, as it has told them."""
+        return [name for name in self.event_names() if name not in {"RESUME", "STOP"}]
 
     def read_memory(self, address: int, length: int) -> bytes:
         """Read guest memory out of QEMU's, which may be running."""

@@ -108,6 +108,8 @@ def theirs(tmp_path):
             [
                 BINARY, "-M", "none", "-m", "64M", "-nodefaults", "-display", "none",
                 "-chardev", f"socket,id=c,fd={fd},server=on,wait=off", "-mon", "chardev=c,mode=control",
+                # We do not send it either: older ones do not know it.
+                "-global", "migration.send-switchover-start=off",
             ],
             pass_fds=[fd],
         )  # fmt: skip

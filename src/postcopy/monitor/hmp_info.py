@@ -12,7 +12,7 @@ _GLOBALS = (
     "only-migratable: off",
     "send-configuration: on",
     "send-section-footer: on",
-    "send-switchover-start: on",
+    "send-switchover-start: off",
     "clear-bitmap-shift: 18",
 )
 

@@ -32,7 +32,6 @@ from postcopy.stream.records import (
     Ping,
     PostcopyListen,
     PostcopyRun,
-    SwitchoverStart,
 )
 
 OURS_ONLY = frozenset({"serial"})
@@ -115,7 +114,6 @@ class Switchover:
         """Send the rest while the guest stands still, and hand it over."""
         if self._return_path is not None:
             self._connection.begin_watch()  # nobody is to stand still for a peer that does nothing
-        self._channel.send(encode_command(SwitchoverStart()))
         for pages in self._dirty.blocks:
             start, end = 0, pages.block.page_count
             limit = max(1, _REST_BYTES // pages.block.page_size_bytes)
@@ -151,7 +149,6 @@ class Switchover:
 
     def start_postcopy(self) -> None:
         """Say what the destination must forget, and hand the guest over without it."""
-        self._channel.send(encode_command(SwitchoverStart()))
         self._send_discards()
         reached("source.discards-sent")
         states = self._devices()
