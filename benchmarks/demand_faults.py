@@ -31,11 +31,11 @@ from postcopy.kernel import memfd
 from postcopy.kernel.cpu_latency import DEVICE
 from postcopy.kernel.mapping import Mapping
 from postcopy.kernel.userfaultfd import Userfaultfd
+from postcopy.lazy_restore.block import Filling
+from postcopy.lazy_restore.pager import Filler, Pace
 from postcopy.link.guest_service import MISSING_FEATURES, MISSING_MODE
 from postcopy.memory import page_map_file
 from postcopy.paging.ram import PagedRam
-from postcopy.snapshot.filler import Filler, Pace
-from postcopy.snapshot.filling import Filling
 
 PAGE = 4096
 Serve = Callable[[Userfaultfd, Mapping, int, Mapping], None]
@@ -43,7 +43,7 @@ Side = tuple[str, Serve, Callable[[], AbstractContextManager[None]]]
 
 
 class _File:
-    """A mapped image in which every page has data, as :class:`postcopy.snapshot.origin.Origin`."""
+    """A mapped image in which every page has data; see ``postcopy.lazy_restore.image_source.Origin``."""
 
     def __init__(self, mapping: Mapping) -> None:
         self.base = mapping.address

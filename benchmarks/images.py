@@ -16,7 +16,7 @@ from benchmarks.engines import Awakening, Engine, Postcopy, Setup
 from benchmarks.scenario import Case, Contender
 from benchmarks.timings import Figures
 from benchmarks.workload import MIB, Records, Workload
-from postcopy.snapshot.image import open_image
+from postcopy.image.formats import open_image
 
 _UNLIMITED: Final = 1 << 40
 _ANY_DOWNTIME_MS: Final = 2_000_000

@@ -13,7 +13,7 @@ from benchmarks.engines import Postcopy
 from benchmarks.images import Images, Woken, data_mib, times, wake
 from benchmarks.scenario import Case, Contender, Figure, Target
 from benchmarks.workload import MIB, Workload, of_size
-from postcopy.snapshot.working_set import SUFFIX
+from postcopy.image.working_set import SUFFIX
 
 _WITHOUT: Final = Contender(
     "without", "without a working set", Postcopy, options=("--prefetch", "off")

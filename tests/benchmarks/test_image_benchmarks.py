@@ -13,7 +13,7 @@ from benchmarks.images import Image, first_access, times, verify_image
 from benchmarks.report import Finding, median
 from benchmarks.timings import Moments, Observation, Offsets
 from benchmarks.workload import _STATE, _STATE_AT, HOT_SET_AT, MIB, Workload, _pattern, of_size
-from snapshot.images import write_image
+from image.images import write_image
 
 HZ = 1_000_000_000  # a cycle is a nanosecond
 MS = HZ // 1000

@@ -51,13 +51,13 @@ NOBODY = {
     "postcopy.source.source",
     "postcopy.destination.destination",
     "postcopy.snapshot.background",
-    "postcopy.snapshot.chunk_image",
-    "postcopy.snapshot.stream_image",
+    "postcopy.image.chunked",
+    "postcopy.image.stream",
     "postcopy.stream.decoder",
     "postcopy.stream.records",
 }
 """What neither of the two processes needs before the guest runs."""
-NO_GUEST = NOBODY | {"numpy", "blake3", "postcopy.snapshot.restore"}
+NO_GUEST = NOBODY | {"numpy", "blake3", "postcopy.lazy_restore.restore"}
 NO_ENGINE = NOBODY | {"click", "postcopy.link.control", "postcopy.monitor.server"}
 
 

@@ -9,14 +9,14 @@ import pytest
 
 from fakes.bad_sectors import BadSector
 from fakes.commands import one_line, postcopy
+from image.images import PAGE, flip, memory, write_image, write_manifest
 from postcopy.channel.claim import claimed
-from postcopy.snapshot import working_set
-from postcopy.snapshot.finish import finish
-from postcopy.snapshot.manifest import beside
-from postcopy.snapshot.publish import partial
-from postcopy.snapshot.wanted import Cost, Wanted
-from postcopy.snapshot.working_set import WorkingSet
-from snapshot.images import PAGE, flip, memory, write_image, write_manifest
+from postcopy.image import working_set
+from postcopy.image.finalize import finish
+from postcopy.image.manifest import beside
+from postcopy.image.options import Cost, Wanted
+from postcopy.image.publish import partial
+from postcopy.image.working_set import WorkingSet
 
 
 @pytest.fixture(params=["stream", "mapped-ram"])

@@ -7,9 +7,9 @@ import pytest
 
 from fakes.commands import one_line, postcopy
 from postcopy.channel.claim import claimed
-from postcopy.snapshot.image import open_image
-from postcopy.snapshot.manifest import Manifest
-from postcopy.snapshot.verify import find_damages
+from postcopy.image.formats import open_image
+from postcopy.image.manifest import Manifest
+from postcopy.image.verify import find_damages
 
 pytestmark = pytest.mark.kvm
 

@@ -10,7 +10,7 @@ import pytest
 from fakes.commands import need_kvm
 from postcopy import Guest, MigrationFailed, Refused, restore
 from postcopy.client import sync
-from postcopy.snapshot.image import open_image
+from postcopy.image.formats import open_image
 
 TIMES = re.compile(
     r"postcopy: running after (\S+) s, ready after (\S+) s, complete after (\S+) s; (\d+) demand"

@@ -18,9 +18,9 @@ from postcopy import (
     Snapshot,
 )
 from postcopy.client import sync
-from postcopy.snapshot.image import open_image
-from postcopy.snapshot.manifest import Manifest, beside
-from postcopy.snapshot.verify import find_damages
+from postcopy.image.formats import open_image
+from postcopy.image.manifest import Manifest, beside
+from postcopy.image.verify import find_damages
 
 pytestmark = pytest.mark.kvm
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from fakes.pair import DEADLINE_S, Journey, Side
 from fakes.waiting import wait_until
+from postcopy.image.describe import describe
+from postcopy.image.formats import open_image
+from postcopy.image.manifest import Times
 from postcopy.parameters import Capability
-from postcopy.snapshot.describe import describe
-from postcopy.snapshot.image import open_image
-from postcopy.snapshot.manifest import Times
 from postcopy.status import Status
 
 FORMS = ("mapped-ram", "stream")

@@ -20,10 +20,10 @@ from fakes.waiting import wait_until
 from machine.machines import wait_for_progress
 from postcopy import kill_points
 from postcopy.errors import PostcopyError
+from postcopy.image import page_copies, working_set
+from postcopy.image.manifest import Manifest
+from postcopy.image.page_copies import PageCopies
 from postcopy.link import engines
-from postcopy.snapshot import page_copies, working_set
-from postcopy.snapshot.manifest import Manifest
-from postcopy.snapshot.page_copies import PageCopies
 from postcopy.status import ENDED, Status
 
 

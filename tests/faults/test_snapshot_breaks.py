@@ -14,7 +14,7 @@ from fakes.waiting import wait_until
 from postcopy import kill_points
 from postcopy.channel.claim import claimed
 from postcopy.machine.workload import load
-from postcopy.snapshot.aside import ASIDE_BYTES
+from postcopy.snapshot.cow_buffer import ASIDE_BYTES
 from postcopy.status import Status
 
 pytestmark = pytest.mark.kvm

@@ -7,10 +7,10 @@ import pytest
 
 from fakes.commands import postcopy
 from fakes.real_qemu import MICROVM, QemuProcess, RealQemu, bios
-from postcopy.snapshot.image import open_image
-from postcopy.snapshot.manifest import Manifest
-from postcopy.snapshot.rewrite import write_mapped
-from postcopy.snapshot.verify import find_damages
+from postcopy.image.convert import write_mapped
+from postcopy.image.formats import open_image
+from postcopy.image.manifest import Manifest
+from postcopy.image.verify import find_damages
 
 pytestmark = pytest.mark.qemu
 

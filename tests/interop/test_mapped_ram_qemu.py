@@ -12,9 +12,9 @@ from interop.qemu_guest import QemuGuest
 from interop.test_from_qemu import send_to_qemu
 from machine.machines import MIB, need
 from postcopy.errors import Refused
+from postcopy.image.formats import open_image
 from postcopy.machine import workload as workloads
 from postcopy.parameters import Capability
-from postcopy.snapshot.image import open_image
 from postcopy.status import Status
 
 pytestmark = pytest.mark.qemu

@@ -11,7 +11,7 @@ from fakes.waiting import wait_until
 from machine.machines import wait_for_progress
 from postcopy.machine.workload import load
 from postcopy.parameters import Capability
-from postcopy.snapshot.aside import ASIDE_BYTES
+from postcopy.snapshot.cow_buffer import ASIDE_BYTES
 from postcopy.status import Status
 
 pytestmark = pytest.mark.kvm

@@ -20,11 +20,11 @@ from fakes.pair import DEADLINE_S, Side, hammer, idle, tiny
 from fakes.waiting import wait_until
 from machine.machines import wait_for_progress
 from postcopy.errors import GuestError, ImageError, PostcopyError, WrongState
+from postcopy.image.digests import CHUNK_BYTES
+from postcopy.image.formats import open_image
 from postcopy.machine.config import MachineConfig
 from postcopy.machine.run_state import RunState
 from postcopy.machine.workload import PAGE_BYTES
-from postcopy.snapshot.digests import CHUNK_BYTES
-from postcopy.snapshot.image import open_image
 from postcopy.status import ENDED, Status
 
 CHUNK_PAGES = CHUNK_BYTES // PAGE_BYTES

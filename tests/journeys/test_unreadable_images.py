@@ -14,11 +14,11 @@ from fakes.bad_sectors import BadSector
 from fakes.pair import DEADLINE_S, idle
 from machine.machines import wait_for_progress
 from postcopy.errors import GuestError
+from postcopy.image.finalize import finish
+from postcopy.image.formats import open_image
+from postcopy.image.options import Cost, Wanted
+from postcopy.image.publish import partial
 from postcopy.machine.workload import PAGE_BYTES
-from postcopy.snapshot.finish import finish
-from postcopy.snapshot.image import open_image
-from postcopy.snapshot.publish import partial
-from postcopy.snapshot.wanted import Cost, Wanted
 from postcopy.status import ENDED, Status
 
 RAM = "microvm.ram"

@@ -20,7 +20,7 @@ from fakes.pair import DEADLINE_S, hammer
 from fakes.waiting import wait_until
 from machine.machines import wait_for_progress
 from postcopy.errors import PostcopyError
-from postcopy.snapshot import working_set
+from postcopy.image import working_set
 from postcopy.status import ENDED, Status
 
 HOT_PAGES = 256

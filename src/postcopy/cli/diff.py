@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from postcopy.snapshot.compare import BlockDifference, Difference
+    from postcopy.image.compare import BlockDifference, Difference
 
 _SHOWN_RUNS = 20
 
@@ -23,8 +23,8 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
 
     The images may be of different formats.  The exit code is 0 whether they differ or not.
     """
-    from postcopy.snapshot.compare import compare
-    from postcopy.snapshot.image import open_image
+    from postcopy.image.compare import compare
+    from postcopy.image.formats import open_image
 
     with open_image(a) as image_a, open_image(b) as image_b:
         found = compare(image_a, image_b)

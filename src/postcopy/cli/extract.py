@@ -16,10 +16,10 @@ def extract(path: Path, out: Path, block: str | None) -> None:
 
     An image with a manifest is verified first.
     """
-    from postcopy.snapshot import extract as memory
-    from postcopy.snapshot.image import open_image
-    from postcopy.snapshot.manifest import Manifest, beside
-    from postcopy.snapshot.verify import find_damages
+    from postcopy.image import extract as memory
+    from postcopy.image.formats import open_image
+    from postcopy.image.manifest import Manifest, beside
+    from postcopy.image.verify import find_damages
 
     if beside(path).exists():
         for damage in find_damages(path, Manifest.load(path)):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from postcopy.snapshot.survey import Survey
+    from postcopy.image.info import Survey
 
 _MIB = 1 << 20
 
@@ -18,8 +18,8 @@ _MIB = 1 << 20
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def inspect(path: Path, as_json: bool) -> None:
     """Show what is in an image, ours or a real QEMU's, without reading its pages."""
-    from postcopy.snapshot.image import open_image
-    from postcopy.snapshot.survey import survey
+    from postcopy.image.formats import open_image
+    from postcopy.image.info import survey
 
     with open_image(path) as image:
         found = survey(image)

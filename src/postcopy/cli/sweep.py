@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from postcopy.snapshot.sweep import Swept
+    from postcopy.image.store.prune import Swept
 
 _MIB = 1 << 20
 
@@ -29,7 +29,7 @@ def sweep(path: Path, without: tuple[Path, ...], dry_run: bool, as_json: bool) -
     Whoever reads an image of the store, or opens one, need not wait.  While a snapshot is being put into
     it, it is left alone.
     """
-    from postcopy.snapshot import sweep as stores
+    from postcopy.image.store import prune as stores
 
     swept = stores.sweep(stores.store_of(path), without=without, dry_run=dry_run)
     click.echo(_as_json(swept) if as_json else _words(swept, dry_run=dry_run))

@@ -9,7 +9,7 @@ import click
 from postcopy.cli.failures import CommandFailed
 
 if TYPE_CHECKING:
-    from postcopy.snapshot.damage import Damage
+    from postcopy.image.damage import Damage
 
 
 @click.command(short_help="Tell whether an image is still what it was, and where not.")
@@ -22,9 +22,9 @@ def verify(path: Path, adopt: bool, as_json: bool) -> None:
     Exit code 1 if a bit is wrong, or a byte missing; each damage is one line.
     """
     from postcopy.errors import Refused
-    from postcopy.snapshot.image_file import ImageFile
-    from postcopy.snapshot.manifest import Manifest, beside
-    from postcopy.snapshot.verify import find_damages
+    from postcopy.image.file import ImageFile
+    from postcopy.image.manifest import Manifest, beside
+    from postcopy.image.verify import find_damages
 
     ImageFile(path).close()  # whether it is there at all
     if adopt:
@@ -52,9 +52,9 @@ def verify(path: Path, adopt: bool, as_json: bool) -> None:
 
 def _adopt(path: Path) -> None:
     from postcopy.errors import Refused
-    from postcopy.snapshot.describe import describe, now
-    from postcopy.snapshot.image import open_image
-    from postcopy.snapshot.manifest import Times, beside
+    from postcopy.image.describe import describe, now
+    from postcopy.image.formats import open_image
+    from postcopy.image.manifest import Times, beside
 
     if beside(path).exists():
         raise Refused(f"{beside(path)} exists; leave --adopt out, or remove it")

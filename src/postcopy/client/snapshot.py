@@ -14,12 +14,12 @@ from postcopy.client.orders import Borrowed
 from postcopy.client.progress import STOPPED, Phase, Progress, ProgressTracker
 from postcopy.client.told import status_of
 from postcopy.errors import MigrationCancelled, MigrationFailed, PostcopyError, Refused
-from postcopy.snapshot.publish import partial, reserved
-from postcopy.snapshot.wanted import Cost, Form, Wanted
+from postcopy.image.options import Cost, Form, Wanted
+from postcopy.image.publish import partial, reserved
 from postcopy.status import Status
 
 if TYPE_CHECKING:
-    from postcopy.snapshot.finish import Finished
+    from postcopy.image.finalize import Finished
 
 _INTERVAL_S: Final = 0.02
 _CANCEL_TIMEOUT_S: Final = 30.0
@@ -89,7 +89,7 @@ class Snapshot:
 
 def _files() -> Any:
     # Whoever takes no snapshot need not wait until numpy is there.
-    from postcopy.snapshot import finish
+    from postcopy.image import finalize as finish
 
     return finish
 

@@ -1,4 +1,4 @@
-"""An engine's orders about a reset point: see :mod:`postcopy.snapshot.reset`."""
+"""An engine's orders about a reset point: see :mod:`postcopy.reset.reset`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from postcopy.engine.desk import Desk
 from postcopy.errors import WrongState
 from postcopy.link.guest_proxy import encode_states
-from postcopy.snapshot.reset import Reset
+from postcopy.reset.reset import Reset
 
 
 class Resets:

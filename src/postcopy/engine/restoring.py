@@ -6,10 +6,10 @@ from typing import Any
 
 from postcopy.engine.desk import Desk
 from postcopy.errors import WrongState
+from postcopy.lazy_restore.options import Wishes
+from postcopy.lazy_restore.restore import Restore
+from postcopy.lazy_restore.restore_image import OpenedImage
 from postcopy.parameters import Parameters
-from postcopy.snapshot.opened import OpenedImage
-from postcopy.snapshot.restore import Restore
-from postcopy.snapshot.wishes import Wishes
 from postcopy.status import Status
 
 

@@ -1,7 +1,7 @@
 """The reset point of a guest, as its own process keeps it.
 
 A guest with a point can go back to it, time after time, at the price of what it has written since.  An
-engine keeps the pages (:mod:`postcopy.snapshot.reset`); here is what outlives it: the states of the
+engine keeps the pages (:mod:`postcopy.reset.reset`); here is what outlives it: the states of the
 devices, the memfds of the copy, and the userfaultfd by which the kernel tracks writes.  So an engine that
 dies while the guest runs is replaced at the next reset, and nothing is lost.  One that dies in the midst
 of a reset leaves memory of two times: its successor puts all of it back, and the guest stands still until

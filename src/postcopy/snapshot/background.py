@@ -1,7 +1,7 @@
 """A picture of a guest that goes on: QEMU's background snapshot.
 
 Threads: ``source`` runs :meth:`BackgroundSnapshot.run` and writes; ``snapshot-faults`` keeps what the
-guest overwrites meanwhile (:mod:`postcopy.snapshot.guard`).  The guest stands still only while its
+guest overwrites meanwhile (:mod:`postcopy.snapshot.write_protect`).  The guest stands still only while its
 devices are saved.
 """
 
@@ -23,9 +23,9 @@ from postcopy.kill_points import reached
 from postcopy.link.guest_proxy import GuestProxy
 from postcopy.memory.ram_block import RamBlock
 from postcopy.parameters import Capabilities, Capability, Parameters
-from postcopy.snapshot.aside import Aside
-from postcopy.snapshot.guard import WriteGuard
-from postcopy.snapshot.unsaved import Copies, UnsavedPages
+from postcopy.snapshot.bitmap import Copies, UnsavedPages
+from postcopy.snapshot.cow_buffer import Aside
+from postcopy.snapshot.write_protect import WriteGuard
 from postcopy.source.connecting import connect_unless_cancelled
 from postcopy.source.counters import Clock, Counters, Rate, describe
 from postcopy.source.opening import opening

@@ -1,0 +1,1 @@
+"""Image files: their formats, manifests and digests.  Nothing here needs a guest."""

@@ -1,0 +1,167 @@
+"""An image: a guest's memory and devices in a file, whatever the file's format.
+
+Nothing of an image's memory is read before it is asked for.  A file is hostile input: whatever is
+wrong with it is an :class:`ImageError` that says where, and nothing is allocated by a number that stands
+in it before that number is checked.
+
+An image is opened by :func:`postcopy.image.formats.open_image`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from postcopy.errors import ImageError
+from postcopy.guest import DeviceState
+from postcopy.image.damage import Damage
+from postcopy.memory.ram_block import TARGET_PAGE_BYTES
+from postcopy.memory.runs import Mask
+
+PageRows = npt.NDArray[np.uint8]
+
+CHUNK_IMAGE_MAGIC = b"PCCHUNKS"
+"""What the file of an image of chunks begins with."""
+
+LARGEST_RAM_BYTES = 16 << 40
+"""RAM of more than this is not taken for true: a mask of its pages alone would be 4 GiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageBlock:
+    """One RAM block of an image."""
+
+    name: str
+    size_bytes: int
+
+    @property
+    def pages(self) -> int:
+        """How many pages of 4 KiB it has."""
+        return self.size_bytes // TARGET_PAGE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What an image says of itself, besides its memory.
+
+    ``ram_ended`` tells whether the memory has a last section.
+    ``description`` is the JSON at the end of the stream, or ``None`` where there is none.
+    """
+
+    machine_name: str
+    uuid: bytes | None
+    blocks: tuple[ImageBlock, ...]
+    devices: tuple[DeviceState, ...]
+    description: str | None
+    ram_ended: bool
+
+
+class Image(ABC):
+    """A guest at one point in time.  Reading is for any thread; nothing is ever written.
+
+    :param path: the file, for messages.
+    :param form: ``mapped-ram``, ``stream`` or ``chunks``.
+    """
+
+    def __init__(self, path: Path, form: str, contents: Contents) -> None:
+        self.path = path
+        self.format = form
+        self.machine_name = contents.machine_name
+        self.uuid = contents.uuid
+        self.blocks: Sequence[ImageBlock] = contents.blocks
+        self.devices: Sequence[DeviceState] = contents.devices
+        self.description = contents.description
+        self._blocks = {block.name: block for block in contents.blocks}
+
+    @abstractmethod
+    def has_data(self, block_name: str) -> Mask:
+        """Tell which pages the file has; all others are zero.  Shape ``(pages,)``.
+
+        :raises KeyError: there is no such block.
+        """
+
+    def address(self, block_name: str) -> int:
+        """Tell where the block lies in this process, for the kernel to copy from; 0: it does not.
+
+        Only pages that have data count; others may hold anything.  No code may touch them: see
+        :mod:`postcopy.image.file`.
+
+        :raises KeyError: there is no such block.
+        """
+        _ = self._blocks[block_name]
+        return 0
+
+    def bits(self, block_name: str) -> npt.NDArray[np.uint8] | None:
+        """Give :meth:`has_data` as packed bits, the lowest first, if it lies so in the file.
+
+        :raises KeyError: there is no such block.
+        """
+        del block_name
+        return None
+
+    @abstractmethod
+    def _copy(self, block: ImageBlock, first: int, rows: PageRows) -> None:
+        """Copy the pages with data from ``first`` on into ``rows``, which is all zero."""
+
+    @abstractmethod
+    def locate(self, start: int, end: int) -> tuple[str, int] | None:
+        """Tell whose memory lies in the bytes ``start`` to ``end`` (not included) of the file.
+
+        :return: the block, and the offset in it of the first byte there, in bytes; ``None`` where no
+            memory is.
+        """
+
+    def fixed_pages(self) -> list[tuple[int, int]]:
+        """Tell which bytes of the file, from a start to an end, are pages and nothing else."""
+        return []
+
+    def damages(self) -> Iterator[Damage]:
+        """Find what is wrong with memory that is not in the image's own file."""
+        return iter(())
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the file, as soon as the last view is gone.  Harmless when closed."""
+
+    def block(self, name: str) -> ImageBlock:
+        """Find a block.
+
+        :raises KeyError: there is no such block.
+        """
+        return self._blocks[name]
+
+    @property
+    def ram_bytes(self) -> int:
+        """The sizes of all blocks together."""
+        return sum(block.size_bytes for block in self.blocks)
+
+    def read(self, block_name: str, first_page: int, count: int) -> PageRows:
+        """Copy pages of a block, zeros filled in; shape ``(count, 4096)``.
+
+        :raises KeyError: there is no such block.
+        :raises IndexError: the pages are not all in the block.
+        :raises ImageError: they cannot be had.
+        """
+        block = self._blocks[block_name]
+        if first_page < 0 or count < 0 or first_page + count > block.pages:
+            end = first_page + count
+            raise IndexError(
+                f"pages {first_page} to {end} of {block.name}, which has {block.pages}"
+            )
+        rows = np.zeros((count, TARGET_PAGE_BYTES), np.uint8)
+        self._copy(block, first_page, rows)
+        return rows
+
+    def fail(self, message: str, offset: int | None = None) -> ImageError:
+        """Make an error about this image."""
+        return ImageError(self.path, message, offset)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

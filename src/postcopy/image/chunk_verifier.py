@@ -1,0 +1,92 @@
+"""Pages of a mapped image that may be served: each chunk is checked once, before its first page."""
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from postcopy.image.damage import Damage
+from postcopy.image.digests import CHUNK_BYTES, complaint
+from postcopy.image.manifest import Manifest
+from postcopy.image.mapped_ram import MappedImage
+from postcopy.memory.ram_block import TARGET_PAGE_BYTES
+from postcopy.memory.runs import Mask
+
+_MANY_PAGES = CHUNK_BYTES // TARGET_PAGE_BYTES // 2
+_UNKNOWN, _GOOD, _BAD = 0, 1, 2
+
+
+class CheckedPages:
+    """Knows of each chunk of the file whether it is what the manifest says.
+
+    Any thread may ask.  Two that ask at once for the same chunk both check it, and come to the same
+    result; so verdicts need no lock, and one that waits for a page never waits for another's check.
+    """
+
+    def __init__(self, image: MappedImage, manifest: Manifest) -> None:
+        self._image = image
+        self._manifest = manifest
+        self._verdicts: npt.NDArray[np.uint8] = np.zeros(len(manifest.digests.present), np.uint8)
+        self._telling = threading.Lock()
+        self._damages: list[Damage] = []
+
+    def good(self, block_name: str, first_page: int, count: int) -> Mask:
+        """Tell which of these pages may be served; shape ``(count,)``.
+
+        :raises KeyError: there is no such block.
+        """
+        place = self._image.place(block_name)
+        start = place.pages_offset + first_page * TARGET_PAGE_BYTES
+        first = start // CHUNK_BYTES
+        end = -(-(start + count * TARGET_PAGE_BYTES) // CHUNK_BYTES)
+        for chunk in (first + np.flatnonzero(self._verdicts[first:end] == _UNKNOWN)).tolist():
+            if self._verdicts[chunk] == _UNKNOWN:  # still: others check, too
+                self._check(chunk)
+        chunks = (start + np.arange(count, dtype=np.int64) * TARGET_PAGE_BYTES) // CHUNK_BYTES
+        good: Mask = self._verdicts[chunks] == _GOOD
+        return good
+
+    def is_good(self, block_name: str, page: int) -> bool:
+        """Tell whether this page may be served: the shortest way for one that somebody waits for."""
+        offset = self._image.place(block_name).pages_offset + page * TARGET_PAGE_BYTES
+        chunk = offset // CHUNK_BYTES
+        if self._verdicts[chunk] == _UNKNOWN:
+            self._check(chunk)
+        return bool(self._verdicts[chunk] == _GOOD)
+
+    def look_ahead(self, block_name: str, wanted: Mask, ended: Callable[[], bool]) -> None:
+        """Check chunks before their pages are asked for, from the first one on.
+
+        Only those of which many are: single pages are placed in calls so short that two threads
+        would spend their time with waiting for the interpreter.
+
+        :param wanted: the pages that will be; shape ``(pages of the block,)``.
+        :param ended: whether to leave the rest to those who ask.
+        """
+        start = self._image.place(block_name).pages_offset
+        pages_of = np.bincount((start + np.flatnonzero(wanted) * TARGET_PAGE_BYTES) // CHUNK_BYTES)
+        for chunk in np.flatnonzero(pages_of >= _MANY_PAGES).tolist():
+            if ended():
+                return
+            if self._verdicts[chunk] == _UNKNOWN:
+                self._check(chunk)
+
+    def damages(self) -> list[Damage]:
+        """What has been found wrong so far, in the order of finding."""
+        with self._telling:
+            return list(self._damages)
+
+    def _check(self, chunk: int) -> None:
+        reason = complaint(self._image.file, self._manifest.digests, chunk)
+        if reason is None:
+            self._verdicts[chunk] = _GOOD
+            return
+        start = chunk * CHUNK_BYTES
+        end = min(start + CHUNK_BYTES, self._image.file.size_bytes)
+        block, offset = self._image.locate(start, end) or (None, None)
+        with self._telling:
+            if self._verdicts[chunk] != _BAD:
+                self._verdicts[chunk] = _BAD
+                damage = Damage(self._image.path, start, end - start, block, offset, reason)
+                self._damages.append(damage)

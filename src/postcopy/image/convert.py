@@ -1,0 +1,107 @@
+"""Write an image anew in another form; what it says of the machine stays as it is."""
+
+import os
+import struct
+from pathlib import Path
+from typing import Final
+
+from postcopy.image.chunked import MAGIC
+from postcopy.image.formats import Image
+from postcopy.image.publish import MODE
+from postcopy.memory.runs import runs
+from postcopy.stream.configuration import encode_name
+from postcopy.stream.encoder import (
+    RamPart,
+    description,
+    device_section,
+    end_of_stream,
+    footer,
+    ram_setup,
+    stream_start,
+)
+from postcopy.stream.mapped_ram import (
+    CAPABILITY,
+    MappedBlock,
+    encode_bitmap,
+    encode_entry,
+    lay_out,
+)
+from postcopy.stream.numbers import (
+    RAM_SECTION_NAME,
+    RAM_SECTION_VERSION,
+    TARGET_PAGE_BYTES,
+    RamFlag,
+    SectionType,
+)
+from postcopy.stream.records import BlockEntry, Configuration, DeviceSection, RamSetup
+
+_RAM_ID: Final = 1
+_BATCH_PAGES: Final = 1024
+
+
+def skeleton(image: Image) -> bytes:
+    """The file of an image of chunks: all of an image but its memory."""
+    entries = tuple(BlockEntry(block.name, block.size_bytes) for block in image.blocks)
+    return b"".join(
+        (
+            MAGIC,
+            stream_start(Configuration(image.machine_name, uuid=image.uuid)),
+            ram_setup(RamSetup(_RAM_ID, entries), postcopy=False),
+            _tail(image),
+        )
+    )
+
+
+def write_mapped(image: Image, path: Path) -> None:
+    """Write an image as a mapped-ram file, sparse.
+
+    :raises OSError: the disk is full, or broken; the file is left half-written.
+    :raises ImageError: the image cannot be read.
+    """
+    head = _mapped_head(image)
+    blocks, end = lay_out([(each.name, each.size_bytes) for each in image.blocks], len(head))
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, MODE)
+    try:
+        _write(fd, head, 0)
+        for block in blocks:
+            _write_block(fd, image, block)
+        eos = struct.pack(">Q", RamFlag.EOS) + footer(_RAM_ID)
+        _write(fd, eos + _tail(image), end)
+    finally:
+        os.close(fd)
+
+
+def _mapped_head(image: Image) -> bytes:
+    capabilities = (CAPABILITY,)
+    start = stream_start(Configuration(image.machine_name, None, capabilities, image.uuid))
+    total = image.ram_bytes | RamFlag.MEM_SIZE
+    section = struct.pack(">BI", SectionType.START, _RAM_ID) + encode_name(RAM_SECTION_NAME)
+    return start + section + struct.pack(">IIQ", 0, RAM_SECTION_VERSION, total)
+
+
+def _write_block(fd: int, image: Image, block: MappedBlock) -> None:
+    entry = encode_entry(block)
+    _write(fd, entry, block.bitmap_offset - len(entry))
+    present = image.has_data(block.name).copy()
+    for first, end in runs(present).tolist():
+        for start in range(first, end, _BATCH_PAGES):
+            rows = image.read(block.name, start, min(_BATCH_PAGES, end - start))
+            present[start : start + len(rows)] = rows.any(axis=1)
+            _write(fd, rows.data, block.pages_offset + start * TARGET_PAGE_BYTES)
+    _write(fd, encode_bitmap(present), block.bitmap_offset)
+
+
+def _tail(image: Image) -> bytes:
+    sections = [
+        device_section(DeviceSection(number, each.name, each.instance, each.version, each.payload))
+        for number, each in enumerate(image.devices, _RAM_ID + 1)
+    ]
+    end = RamPart(_RAM_ID, SectionType.END).around() + b"".join(sections) + end_of_stream()
+    return end if image.description is None else end + description(image.description)
+
+
+def _write(fd: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data).cast("B")
+    while len(view):
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written

@@ -1,0 +1,211 @@
+"""Digests of a file by chunks of 64 KiB: what finds a flipped bit, and says where it is.
+
+Every byte of the file counts.  A chunk of nothing but zeros has no digest, since that it holds zeros
+is all there is to check; so the holes of a sparse file cost nothing, neither here nor in a manifest.
+
+The digest is BLAKE3, cut to 128 bits: four times as fast as SHA-256 on processors that have
+instructions for it (6 against 1.5 GB/s, measured), which is what a fault that waits for its chunk
+to be checked has to pay.
+"""
+
+import binascii
+import os
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+
+from postcopy.errors import ImageError
+from postcopy.image.damage import WRONG_DIGEST
+from postcopy.image.file import ImageFile
+from postcopy.kernel import memfd
+from postcopy.memory.runs import Mask, runs
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
+CHUNK_BYTES: Final = 64 << 10
+DIGEST_BYTES: Final = 16
+ALGORITHM: Final = "blake3-128"
+
+_GROUP: Final = 3  # digests whose base64 begins and ends with them
+_GROUP_CHARACTERS: Final = _GROUP * DIGEST_BYTES * 4 // 3
+_THREADS: Final = min(4, os.cpu_count() or 1)
+_FEW_TASKS: Final = 4
+_TASK_CHUNKS: Final = 256  # 16 MiB: long enough to be worth a task, short enough to share out
+
+Bytes = bytes | memoryview | npt.NDArray[np.uint8]
+
+
+def digest(data: Bytes) -> bytes:
+    """The digest of a piece of data, 16 bytes."""
+    return blake3(np.frombuffer(data, np.uint8).data).digest(DIGEST_BYTES)
+
+
+def is_zero(data: Bytes) -> bool:
+    """Tell whether there is nothing but zeros."""
+    return not np.frombuffer(data, np.uint8).any()
+
+
+def chunk_count(size_bytes: int) -> int:
+    """How many chunks a file has; the last may be shorter."""
+    return -(-size_bytes // CHUNK_BYTES)
+
+
+class ChunkDigests:
+    """What each chunk of a file must be.
+
+    The digests stay in base64, as a manifest has them: a restore that begins to serve at once asks for
+    few of them at first, and decodes those.
+
+    :param size_bytes: of the file.
+    :param present: which chunks are not all zero, shape ``(chunks,)``.
+    :param text: the digests of those, in order, 16 bytes each, in base64.
+    :param identity: what :meth:`identity_with` would find without anything more, if that is known.
+    """
+
+    def __init__(
+        self, size_bytes: int, present: Mask, text: str, identity: str | None = None
+    ) -> None:
+        self.size_bytes = size_bytes
+        self.present = present
+        self.text = text
+        self._slots = np.cumsum(present, dtype=np.int32) - 1
+        self._identity = identity
+
+    @classmethod
+    def of(cls, size_bytes: int, present: Mask, digests: bytes) -> "ChunkDigests":
+        """From digests as they are."""
+        return cls(size_bytes, present, binascii.b2a_base64(digests, newline=False).decode())
+
+    @property
+    def digests(self) -> bytes:
+        """All digests, one behind the other.
+
+        :raises ValueError: they are no base64.
+        """
+        return binascii.a2b_base64(self.text, strict_mode=True)
+
+    def expected(self, chunk: int) -> bytes | None:
+        """The digest of a chunk; ``None``: it is all zero.
+
+        :raises ValueError: it is no base64.
+        """
+        if not self.present[chunk]:
+            return None
+        group, within = divmod(int(self._slots[chunk]), _GROUP)
+        at = group * _GROUP_CHARACTERS
+        raw = binascii.a2b_base64(self.text[at : at + _GROUP_CHARACTERS])
+        return raw[within * DIGEST_BYTES : (within + 1) * DIGEST_BYTES]
+
+    def check(self, chunk: int, data: Bytes) -> bool:
+        """Tell whether ``data`` is what the chunk must be; any thread may ask."""
+        try:
+            expected = self.expected(chunk)
+        except ValueError:
+            return False
+        return is_zero(data) if expected is None else digest(data) == expected
+
+    @property
+    def identity(self) -> str:
+        """What tells this file from any other, in hexadecimal.
+
+        :raises ValueError: the digests are no base64.
+        """
+        if self._identity is None:
+            self._identity = self.identity_with(())
+        return self._identity
+
+    def identity_with(self, parts: Iterable[Mask | bytes]) -> str:
+        """What tells this file, and other parts of the image, from any other, in hexadecimal."""
+        whole = blake3(self.size_bytes.to_bytes(8, "little"))
+        for part in (self.present, self.digests, *parts):
+            data = part if isinstance(part, bytes) else np.packbits(part).tobytes()
+            whole.update(len(data).to_bytes(8, "little"))
+            whole.update(data)
+        return whole.hexdigest()
+
+
+def take_digests(file: ImageFile) -> ChunkDigests:
+    """Read a file and take its digests, on several threads.
+
+    :raises ImageError: it cannot be read.
+    """
+    count = chunk_count(file.size_bytes)
+    suspects = _with_data(file, np.ones(count, np.bool_))
+    found = np.zeros((count, DIGEST_BYTES), np.uint8)
+    present = np.zeros(count, np.bool_)
+
+    def take(span: tuple[int, int]) -> None:
+        for chunk in range(*span):
+            data = file.read(chunk * CHUNK_BYTES, CHUNK_BYTES)
+            if not is_zero(data):
+                found[chunk] = np.frombuffer(digest(data), np.uint8)
+                present[chunk] = True
+
+    with _pool() as pool:
+        for _ in pool.map(take, _tasks(suspects)):
+            pass
+    return ChunkDigests.of(file.size_bytes, present, found[present].tobytes())
+
+
+def damaged_chunks(
+    file: ImageFile, digests: ChunkDigests, only: Mask | None = None
+) -> Iterator[tuple[int, str]]:
+    """Find the chunks that are not what they must be, ascending, and what is wrong with each.
+
+    Holes that must be zero are not read.
+
+    :param only: the chunks to look at; ``None``: all of them.
+    """
+    wanted = np.ones(len(digests.present), np.bool_) if only is None else only
+    suspects = (digests.present & wanted) | _with_data(file, wanted)
+
+    def bad(span: tuple[int, int]) -> list[tuple[int, str]]:
+        complaints = ((chunk, complaint(file, digests, chunk)) for chunk in range(*span))
+        return [(chunk, reason) for chunk, reason in complaints if reason is not None]
+
+    tasks = list(_tasks(suspects))
+    if len(tasks) <= _FEW_TASKS:  # threads would only keep a restore waiting
+        for task in tasks:
+            yield from bad(task)
+        return
+    with _pool() as pool:
+        for found in pool.map(bad, tasks):
+            yield from found
+
+
+def _pool() -> "ThreadPoolExecutor":
+    from concurrent.futures import ThreadPoolExecutor  # a restore uses none, and waits for it
+
+    return ThreadPoolExecutor(_THREADS, "digests")
+
+
+def complaint(file: ImageFile, digests: ChunkDigests, chunk: int) -> str | None:
+    """Read one chunk of a file and check it; any thread may ask.
+
+    :return: what is wrong with it, see :attr:`Damage.reason`; ``None``: nothing.
+    """
+    try:
+        data = file.read(chunk * CHUNK_BYTES, CHUNK_BYTES)
+    except ImageError as error:
+        return error.message
+    return None if digests.check(chunk, data) else WRONG_DIGEST
+
+
+def _with_data(file: ImageFile, wanted: Mask) -> Mask:
+    """Tell which of the chunks that are wanted are no holes."""
+    found = np.zeros(len(wanted), np.bool_)
+    for first, end in runs(wanted).tolist():
+        last = min(end * CHUNK_BYTES, file.size_bytes)
+        for start, stop in memfd.data_ranges(file.fd, first * CHUNK_BYTES, last):
+            found[start // CHUNK_BYTES : -(-stop // CHUNK_BYTES)] = True
+    return found
+
+
+def _tasks(suspects: Mask) -> Iterator[tuple[int, int]]:
+    for first, end in runs(suspects).tolist():
+        for start in range(first, end, _TASK_CHUNKS):
+            yield start, min(start + _TASK_CHUNKS, end)

@@ -1,0 +1,240 @@
+"""The elements of an image, read from start to end: all but where pages lie is the same everywhere.
+
+FULL sections do not say how long they are.  The description at the end of the file does, so it is
+looked for first, from the end; sections that it does not name are those of our own machine.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, Protocol
+
+from postcopy.errors import StreamError
+from postcopy.guest import DeviceState
+from postcopy.image.base import LARGEST_RAM_BYTES, Contents, ImageBlock
+from postcopy.stream.configuration import read_any_configuration, read_header
+from postcopy.stream.description import DescribedFormats, parse_description
+from postcopy.stream.file_records import Configuration
+from postcopy.stream.layout import Limits
+from postcopy.stream.numbers import (
+    FLAGS_MASK,
+    RAM_SECTION_NAME,
+    TARGET_PAGE_BYTES,
+    Command,
+    RamFlag,
+    SectionType,
+)
+from postcopy.stream.ram_flags import refuse_flags
+from postcopy.stream.reader import FileBuffer
+from postcopy.stream.sections import check_ram_head, read_device, read_footer, read_head
+
+_LIMITS = Limits()
+# The commands that an image may have, and how long they are: all others need a module that a restore
+# would wait for.
+_HARMLESS: dict[int, int] = {
+    Command.OPEN_RETURN_PATH: 0,
+    Command.PING: 4,
+    Command.SWITCHOVER_START: 0,
+}
+_HEAD_BYTES = 5  # of the description: type and length
+_TAILS = (64 << 10, 1 << 20, _LIMITS.description_bytes + _HEAD_BYTES)
+
+
+class RamReader(Protocol):
+    """What a format makes of the memory's sections."""
+
+    def read_blocks(self, reader: FileBuffer, total_bytes: int) -> list[ImageBlock]:
+        """Read the list of blocks behind the total, up to its EOS.
+
+        :raises StreamError: it makes no sense.
+        """
+
+    def read_body(self, reader: FileBuffer) -> None:
+        """Read the body of a PART or END section with its EOS.
+
+        :raises StreamError: it makes no sense.
+        """
+
+
+@dataclass(slots=True)
+class _Found:
+    blocks: tuple[ImageBlock, ...] | None = None
+    section_id: int = 0
+    ended: bool = False
+    devices: list[DeviceState] = field(default_factory=list)
+
+
+class ImageFormats:
+    """How long sections are: as the description says, or else as our own machine writes them."""
+
+    def __init__(self, description: Mapping[str, Any] | None) -> None:
+        self._described = None if description is None else DescribedFormats(description)
+
+    def payload_length(
+        self, name: str, instance: int, version: int, data: memoryview
+    ) -> int | None:
+        """See :class:`postcopy.stream.layout.DeviceFormats`."""
+        if self._described is not None and self._described.has(name, instance):
+            return self._described.payload_length(name, instance, version, data)
+        from postcopy.machine.device_formats import FORMATS  # few images need them
+
+        return FORMATS.payload_length(name, instance, version, data)
+
+
+def read_start(reader: FileBuffer) -> Configuration:
+    """Read header and configuration.
+
+    :raises StreamError: it is no stream, or one whose memory is not in the file.
+    """
+    read_header(reader)
+    configuration = read_any_configuration(reader)
+    if "x-ignore-shared" in configuration.capabilities:
+        reader.fail("written with x-ignore-shared: shared memory is not in the file")
+    return configuration
+
+
+def read_elements(reader: FileBuffer, configuration: Configuration, ram: RamReader) -> Contents:
+    """Read everything behind the configuration, to the end of the file.
+
+    :raises StreamError: it makes no sense.
+    :raises Incomplete: the file ends too early.
+    """
+    text, end = find_description(reader)
+    formats = ImageFormats(_parsed(text))
+    found = _Found()
+    while (kind := _next_type(reader)) != SectionType.EOF:
+        match kind:
+            case SectionType.START:
+                _read_setup(reader, ram, found)
+            case SectionType.PART | SectionType.END:
+                _read_part(reader, ram, found)
+                found.ended |= kind == SectionType.END
+            case SectionType.FULL:
+                head = read_head(reader)
+                reader.need(min(_LIMITS.device_bytes + 1, reader.available))
+                section = read_device(reader, head, formats, _LIMITS.device_bytes)
+                state = DeviceState(head.name, head.instance, head.version, section.payload)
+                found.devices.append(state)
+            case SectionType.COMMAND:
+                _read_command(reader)
+            case _:
+                reader.fail(f"Unknown savevm section type {kind}", 1)
+    if reader.position != end:
+        reader.fail(f"{reader.available} bytes behind the end of the stream")
+    if found.blocks is None:
+        reader.fail("the stream has no RAM")
+    return Contents(
+        machine_name=configuration.machine,
+        uuid=configuration.uuid,
+        blocks=found.blocks,
+        devices=tuple(found.devices),
+        description=text,
+        ram_ended=found.ended,
+    )
+
+
+def _next_type(reader: FileBuffer) -> int:
+    reader.commit()  # what is behind need not be kept
+    return reader.u8()
+
+
+def find_description(reader: FileBuffer) -> tuple[str | None, int]:
+    """Find the description from the end of the file.
+
+    :return: its text, and where the stream itself ends; ``None`` and the file's end without one.
+    :raises StreamError: it is not UTF-8.
+    """
+    for tail_bytes in _TAILS:
+        tail = reader.tail(tail_bytes)
+        if (text := _description_at_end(tail, reader.position + reader.available)) is not None:
+            return text, reader.position + reader.available - len(text.encode()) - _HEAD_BYTES
+        if len(tail) < tail_bytes:
+            break
+    return None, reader.position + reader.available
+
+
+def _description_at_end(tail: bytes, file_bytes: int) -> str | None:
+    # JSON holds no such byte; its length might, and then the one before is the right one.
+    at = len(tail)
+    for _ in range(_HEAD_BYTES):
+        at = tail.rfind(SectionType.DESCRIPTION, 0, at)
+        if at < 0:
+            break
+        length = len(tail) - at - _HEAD_BYTES
+        if length < 0 or int.from_bytes(tail[at + 1 : at + _HEAD_BYTES], "big") != length:
+            continue
+        try:
+            return tail[at + _HEAD_BYTES :].decode()
+        except UnicodeDecodeError as error:
+            raise StreamError("description is not UTF-8", file_bytes - length) from error
+    return None
+
+
+def _parsed(text: str | None) -> Mapping[str, Any] | None:
+    if text is None or text.strip() == "{}":  # some writers have nothing to say
+        return None
+    return parse_description(text)
+
+
+def _read_setup(reader: FileBuffer, ram: RamReader, found: _Found) -> None:
+    head = read_head(reader)
+    check_ram_head(reader, head)
+    if found.blocks is not None:
+        reader.fail("ram is set up twice")
+    word = reader.u64()
+    if word & FLAGS_MASK != RamFlag.MEM_SIZE:
+        refuse_flags(reader, word & FLAGS_MASK)
+    total = word & ~FLAGS_MASK
+    if total > LARGEST_RAM_BYTES:
+        reader.fail(f"RAM of {total:#x} bytes; at most {LARGEST_RAM_BYTES:#x} are taken", 8)
+    blocks = tuple(ram.read_blocks(reader, total))
+    if (word := reader.u64()) != RamFlag.EOS:
+        refuse_flags(reader, word & FLAGS_MASK)
+    read_footer(reader, RAM_SECTION_NAME, head.section_id)
+    found.blocks, found.section_id = blocks, head.section_id
+
+
+def read_plain_blocks(reader: FileBuffer, total_bytes: int) -> list[ImageBlock]:
+    """Read the entries of a list of blocks that say no more than name and size.
+
+    :raises StreamError: they do not add up, or are no blocks.
+    """
+    blocks: dict[str, ImageBlock] = {}
+    left = total_bytes
+    while left:
+        name = reader.name()
+        if not name:  # the first byte of the EOS record: the list has ended too early
+            reader.fail(f"RAM blocks add up to less than the {total_bytes:#x} bytes promised", 1)
+        size = reader.u64()
+        if name in blocks:
+            reader.fail(f'RAM block "{name}" is listed twice', 8)
+        if not 0 < size <= left or size % TARGET_PAGE_BYTES:
+            reader.fail(f'RAM block "{name}" of {size:#x} bytes, where {left:#x} are left', 8)
+        blocks[name] = ImageBlock(name, size)
+        left -= size
+    return list(blocks.values())
+
+
+def _read_part(reader: FileBuffer, ram: RamReader, found: _Found) -> None:
+    section_id = reader.u32()
+    if found.blocks is None or section_id != found.section_id:
+        reader.fail(f"Unknown savevm section {section_id}", 4)
+    ram.read_body(reader)
+    read_footer(reader, RAM_SECTION_NAME, section_id)
+
+
+def _read_command(reader: FileBuffer) -> None:
+    at = reader.position
+    number, length = reader.u16(), reader.u16()
+    if _HARMLESS.get(number) == length:
+        reader.skip(length)
+        return
+    reader.seek(at)
+    _refuse_command(reader)
+
+
+def _refuse_command(reader: FileBuffer) -> NoReturn:
+    from postcopy.stream.commands import CommandContext, read_command
+    from postcopy.stream.layout import Receiver
+
+    record = read_command(reader, CommandContext(Receiver({}), 0))
+    reader.fail(f"{type(record).__name__}: a migration with postcopy is no image")

@@ -1,0 +1,1 @@
+"""Chunks that several compressed images share."""

@@ -1,0 +1,195 @@
+"""A file of many chunks: a *pack*.  One snapshot writes one, whole or not at all, and nobody changes it.
+
+    PCPACK01   frame frame ...   index   tail
+
+A frame is one chunk, compressed by zstd, with a digest of the frame behind it, since some of its bits mean
+nothing to a decompressor and none may flip unnoticed.  The index has all addresses, ascending, then all
+offsets, then all lengths; the tail says how many there are and where that begins, and has a digest of
+index and tail.  Numbers are little-endian.
+"""
+
+import os
+import struct
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from postcopy.errors import ImageError
+from postcopy.image.digests import CHUNK_BYTES, DIGEST_BYTES, digest
+from postcopy.image.file import ImageFile
+from postcopy.image.manifest import ADDRESS_BYTES
+from postcopy.image.publish import MODE, partial, publish
+from postcopy.memory.runs import Mask
+
+SUFFIX: Final = ".pack"
+LONGEST_FRAME_BYTES: Final = CHUNK_BYTES + 1024
+"""What cannot be compressed gets a head, a digest, and no more."""
+
+_MAGIC: Final = b"PCPACK01"
+_TAIL: Final = struct.Struct("<QQ")
+_TAIL_BYTES: Final = _TAIL.size + DIGEST_BYTES
+_ENTRY_BYTES: Final = ADDRESS_BYTES + 8 + 4
+
+Addresses = npt.NDArray[np.bytes_]
+"""Addresses of chunks, as numpy compares and sorts them; all are of the same length."""
+
+
+def as_addresses(raw: bytes) -> Addresses:
+    """Addresses that stand one behind the other."""
+    return np.frombuffer(raw, f"S{ADDRESS_BYTES}")
+
+
+class PackFile:
+    """A pack, open for reading; it may be removed meanwhile.  For any thread.
+
+    :raises ImageError: it is none, or its index is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = ImageFile(path)
+        try:
+            self._read_index()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_index(self) -> None:
+        size = self._file.size_bytes
+        tail = self._file.read(max(0, size - _TAIL_BYTES), _TAIL_BYTES).tobytes()
+        begin = self._file.read(0, len(_MAGIC)).tobytes()
+        if len(tail) < _TAIL_BYTES or begin != _MAGIC:
+            raise self.fail("it is no pack of chunks, or cut off")
+        count, start = _TAIL.unpack_from(tail)
+        if start < len(_MAGIC) or start + count * _ENTRY_BYTES != size - _TAIL_BYTES:
+            raise self.fail("the index is damaged: it has another length", size - _TAIL_BYTES)
+        index = self._file.read(start, count * _ENTRY_BYTES).tobytes()
+        if digest(index + tail[: _TAIL.size]) != tail[_TAIL.size :]:
+            raise self.fail("the index is damaged: it does not agree with its digest", start)
+        offsets = count * ADDRESS_BYTES
+        lengths = offsets + count * 8
+        self.addresses: Addresses = as_addresses(index[:offsets])
+        self._offsets = np.frombuffer(index[offsets:lengths], "<u8")
+        self.lengths = np.frombuffer(index[lengths:], "<u4")
+        """How many bytes each frame takes, in the order of the addresses."""
+
+    def find(self, address: bytes) -> tuple[int, int] | None:
+        """Where a chunk's frame begins, and how many bytes it has; None: it is not here."""
+        wanted = as_addresses(address)
+        at = int(np.searchsorted(self.addresses, wanted)[0])
+        if at == len(self.addresses) or self.addresses[at] != wanted[0]:
+            return None
+        return int(self._offsets[at]), int(self.lengths[at])
+
+    def frame(self, offset: int, length: int) -> bytes:
+        """Read a frame, without the digest behind it.
+
+        :raises ImageError: it is damaged.
+        """
+        if not DIGEST_BYTES < length <= LONGEST_FRAME_BYTES:
+            raise self.fail(f"a chunk is damaged: it claims {length} bytes", offset)
+        framed = self.raw(offset, length)
+        frame = framed[:-DIGEST_BYTES]
+        if framed[-DIGEST_BYTES:] != digest(frame):
+            raise self.fail("a chunk is damaged: it does not agree with its digest", offset)
+        return frame
+
+    def raw(self, offset: int, length: int) -> bytes:
+        """Read a frame with its digest, as it is.
+
+        :raises ImageError: it cannot be read.
+        """
+        found = self._file.read(offset, length).tobytes()
+        if len(found) != length:
+            raise self.fail("a chunk is damaged: it would lie behind the end of the file", offset)
+        return found
+
+    def copy(self, chosen: Mask, writer: "PackWriter") -> None:
+        """Put some of the frames into another pack, as they are."""
+        for number in np.flatnonzero(chosen).tolist():
+            framed = self.raw(int(self._offsets[number]), int(self.lengths[number]))
+            writer.append([(self.addresses[number].ljust(ADDRESS_BYTES, b"\0"), framed)])
+
+    def fail(self, message: str, offset: int | None = None) -> ImageError:
+        """Make an error about this pack."""
+        return ImageError(self.path, message, offset)
+
+    def close(self) -> None:
+        """Let go of it; harmless when closed."""
+        self._file.close()
+
+
+class PackWriter:
+    """A pack in the making; any thread may append to it.
+
+    :param path: its name, once it is sealed.
+    :raises OSError: it cannot be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        fd = os.open(partial(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, MODE)
+        self._file = os.fdopen(fd, "wb")
+        self._lock = threading.Lock()
+        # Under the lock: where the next frame goes, and offset and length of those that are there.
+        self._end = self._file.write(_MAGIC)
+        self._frames: dict[bytes, tuple[int, int]] = {}
+
+    def __contains__(self, address: bytes) -> bool:
+        return address in self._frames
+
+    def append(self, framed: Sequence[tuple[bytes, bytes]]) -> list[int]:
+        """Add chunks, but none a second time.
+
+        :param framed: address, and frame with its digest, of each.
+        :return: how many bytes were written for each: 0 if it was there.
+        :raises OSError: the disk is full, or broken.
+        """
+        written, data = [], []
+        with self._lock:
+            for address, frame in framed:
+                if address in self._frames:
+                    written.append(0)
+                    continue
+                self._frames[address] = self._end, len(frame)
+                self._end += len(frame)
+                written.append(len(frame))
+                data.append(frame)
+            self._file.write(b"".join(data))
+        return written
+
+    def seal(self) -> None:
+        """Write the index and, once the disk has all of it, give the pack its name.
+
+        :raises OSError: the disk is full, or broken; nothing has got the name.
+        """
+        addresses = sorted(self._frames)
+        places = [self._frames[address] for address in addresses]
+        index = b"".join(
+            (
+                b"".join(addresses),
+                np.array([offset for offset, _ in places], "<u8").tobytes(),
+                np.array([length for _, length in places], "<u4").tobytes(),
+            )
+        )
+        tail = _TAIL.pack(len(addresses), self._end)
+        self._file.write(index + tail + digest(index + tail))
+        self._file.close()
+        publish(self.path)
+
+    def give_up(self) -> None:
+        """Nothing of it stays."""
+        try:
+            self._file.close()
+        except OSError:
+            pass  # what it still had to write does not matter
+        partial(self.path).unlink(missing_ok=True)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is in it."""
+        return not self._frames

@@ -1,0 +1,194 @@
+"""The pages that a guest touches first after it has woken, as earlier restores have seen it.
+
+What is kept is a set and no order: which pages a guest touches is the same from one restore to the
+next, in which order is not (copies of them, :mod:`postcopy.image.page_copies`, know at least which
+were among the first).  The file lies beside the image and is bound to it: pages that some other
+image's guest wanted would be brought for nothing.
+"""
+
+import base64
+import binascii
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from postcopy.errors import ImageError, KernelError, PostcopyError, Refused
+from postcopy.image.file import open_regular
+from postcopy.image.publish import write_whole
+from postcopy.memory.runs import Mask
+
+SUFFIX: Final = ".working-set"
+_VERSION: Final = 1
+_EDGE_BYTES: Final = 64 << 10
+_LARGEST_FILE_BYTES: Final = 64 << 20
+_NONSENSE: Final = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,  # JSON may say that it has been recorded infinitely often
+    RecursionError,
+    zlib.error,
+)
+
+
+class BadWorkingSet(Refused):
+    """The file is no working set, or one of another image; it is left aside."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkingSet:
+    """Pages of 4 KiB by block, of one image.
+
+    :ivar identity: of the image: see :func:`identity_of`.
+    :ivar restores: how many restores have been seen.
+    """
+
+    identity: str
+    pages: Mapping[str, Mask]
+    restores: int = 1
+
+    @property
+    def count(self) -> int:
+        """How many pages there are."""
+        return sum(int(mask.sum()) for mask in self.pages.values())
+
+    def united(self, other: "WorkingSet") -> "WorkingSet":
+        """Put together what two or more restores have touched.
+
+        :raises BadWorkingSet: they are of different images.
+        """
+        if other.identity != self.identity:
+            raise BadWorkingSet("the working sets are of different images; record it anew")
+        pages = {name: mask | other.pages[name] for name, mask in self.pages.items()}
+        return WorkingSet(self.identity, pages, self.restores + other.restores)
+
+    def save(self, path: Path) -> None:
+        """Write it whole or not at all, for its owner only.
+
+        :raises Refused: it cannot be written.
+        """
+        blocks = {name: _encode(mask) for name, mask in self.pages.items()}
+        text = json.dumps(
+            {
+                "version": _VERSION,
+                "image": self.identity,
+                "restores": self.restores,
+                "blocks": blocks,
+            }
+        )
+        try:
+            write_whole(path, text.encode())
+        except OSError as error:
+            raise Refused(f"working set {path} cannot be written: {error.strerror}") from error
+
+
+def load(path: Path, identity: str, blocks: Mapping[str, int]) -> WorkingSet | None:
+    """Read the working set of an image; None if none has been recorded.
+
+    :param blocks: name and number of pages of each block of the image.
+    :raises BadWorkingSet: the file cannot be read, is none, or of another image.
+    """
+    try:
+        if not path.exists():
+            return None
+        with os.fdopen(open_regular(path), "rb") as file:
+            raw = file.read(_LARGEST_FILE_BYTES + 1)
+    except OSError as error:
+        raise BadWorkingSet(f"working set {path} cannot be read: {error.strerror}") from error
+    except KernelError as error:
+        raise BadWorkingSet(f"working set {path} cannot be read: {error}") from error
+    except ImageError as error:
+        raise BadWorkingSet(f"working set {error}; remove it, and record it anew") from error
+    try:
+        return _parse(raw, identity, blocks)
+    except _NONSENSE as error:
+        raise BadWorkingSet(f"{path} is no working set: {error}; record it anew") from error
+    except BadWorkingSet as error:
+        raise BadWorkingSet(f"working set {path} {error}; record it anew") from error
+
+
+def identity_of(path: Path) -> str:
+    """Tell images apart, at the same cost whatever their size.
+
+    The devices' state lies at the file's end: the clock and the registers of one point in time, which
+    no other image has.  A copy of the file is the same image.
+
+    :raises Refused: it cannot be read.
+    """
+    import hashlib  # a restore with a manifest needs none of it, and waits for it
+
+    digest = hashlib.blake2b(digest_size=32)
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(size.to_bytes(8, "little"))
+            for start in (0, max(0, size - _EDGE_BYTES)):
+                file.seek(start)
+                digest.update(file.read(_EDGE_BYTES))
+    except OSError as error:
+        raise Refused(f"image {path} cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def beside(image: Path) -> Path:
+    """Say where the working set of an image is kept."""
+    return image.with_name(image.name + SUFFIX)
+
+
+def record(path: Path, seen: WorkingSet) -> WorkingSet:
+    """Add what one restore has touched to what is on file, and return it all.
+
+    A file of another image, or one that cannot be read, is replaced.
+
+    :raises PostcopyError: it cannot be written.
+    """
+    blocks = {name: len(mask) for name, mask in seen.pages.items()}
+    try:
+        before = load(path, seen.identity, blocks)
+    except PostcopyError:
+        before = None
+    whole = seen if before is None else before.united(seen)
+    whole.save(path)
+    return whole
+
+
+def _encode(mask: Mask) -> dict[str, Any]:
+    packed = zlib.compress(np.packbits(mask, bitorder="little").tobytes())
+    return {"pages": len(mask), "bitmap": base64.b64encode(packed).decode()}
+
+
+def _parse(raw: bytes, identity: str, blocks: Mapping[str, int]) -> WorkingSet:
+    if len(raw) > _LARGEST_FILE_BYTES:
+        raise BadWorkingSet("is too large to be one")
+    found = json.loads(raw)
+    if found["version"] != _VERSION:
+        raise BadWorkingSet(f"is of version {found['version']!r}, this is {_VERSION}")
+    if found["image"] != identity:
+        raise BadWorkingSet("belongs to another image")
+    sizes = {name: block["pages"] for name, block in found["blocks"].items()}
+    if sizes != dict(blocks):
+        raise BadWorkingSet("has other blocks than the image")
+    pages = {name: _decode(found["blocks"][name]["bitmap"], blocks[name]) for name in blocks}
+    return WorkingSet(identity, pages, int(found["restores"]))
+
+
+def _decode(text: str, pages: int) -> Mask:
+    length = -(-pages // 8)
+    try:
+        packed = base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise BadWorkingSet("has a bitmap that is no base64") from error
+    # Never more than the bitmap may have, whatever the bytes would unpack to.
+    bits = zlib.decompressobj().decompress(packed, length + 1)
+    if len(bits) != length:
+        raise BadWorkingSet(f"has a bitmap of another size than {length} bytes")
+    unpacked = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")
+    mask: Mask = unpacked[:pages].astype(np.bool_)
+    return mask

@@ -1,0 +1,1 @@
+"""Start a guest from an image, its memory behind it."""

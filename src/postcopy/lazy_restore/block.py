@@ -1,0 +1,293 @@
+"""One RAM block that is being filled from an image: how a page of it gets into place."""
+
+import errno
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from postcopy.abi import mman
+from postcopy.errors import ImageError, KernelError, PageExists
+from postcopy.kernel import calls, patience
+from postcopy.kernel.page_copier import PageCopier
+from postcopy.kernel.userfaultfd import Userfaultfd
+from postcopy.lazy_restore.image_source import Origin
+from postcopy.memory.page_map import EARLY, LATE, RECEIVED
+from postcopy.memory.runs import Indices, Mask, runs
+from postcopy.paging.ram import Paged
+
+_WINDOW_PAGES: Final = 1 << 14
+_AHEAD_BYTES: Final = 8 << 20
+_EARLY_FAULTS: Final = 256
+_NEIGHBOURS_APART: Final = 2  # sums of two numbers of which both go up by one
+
+Run = tuple[int, int]
+"""The first page of some that follow one another, and the end."""
+Runs = deque[Run]
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Pages that cannot be had, and why."""
+
+    block_name: str
+    pages: int
+    reason: str
+
+
+class Filling:
+    """One block under userfaultfd and where its pages come from.  For one thread, the pager.
+
+    Invariant: a page that is ``RECEIVED`` in the page map is in place, or lost; every other is
+    missing.
+
+    :param on_lost: told when pages are lost.  They fail whoever touches them.
+    """
+
+    def __init__(
+        self,
+        userfaultfd: Userfaultfd,
+        paged: Paged,
+        origin: Origin,
+        on_lost: Callable[[Lost], None],
+    ) -> None:
+        block = paged.block
+        self.paged = paged
+        self.origin = origin
+        self.base = block.host_address
+        self.end = block.host_address + block.size_bytes
+        self.page_bytes = block.page_size_bytes
+        self.shift = block.page_size_bytes.bit_length() - 1
+        self.touched = paged.pages.touched
+        self.placed_pages = 0
+        self._on_lost = on_lost
+        self._userfaultfd = userfaultfd
+        self._copier = PageCopier(userfaultfd, block.page_size_bytes)
+        self._states = paged.pages.states
+        # Of the first so many pages: how many with data are missing.
+        self._counted = self._left = 0
+        self._brought = 0
+        self._fixed = origin.base
+        self._reads_ahead = bool(self._fixed)
+        self._ahead = 0
+
+    def adopt(self) -> None:
+        """Take over from an engine that is gone: what is in memory is in place, whole."""
+        present = self.paged.block.has_data(0, self.paged.block.page_count)
+        self._states[:] = np.where(present, RECEIVED, 0)
+
+    def bring(self, page: int) -> None:
+        """Place a page that somebody waits for."""
+        data = self.origin.has(page)
+        self.touched[page] = EARLY if self._brought < _EARLY_FAULTS else LATE
+        self._brought += 1
+        if data:
+            self._place_one(page)
+        else:
+            self._zero(page)
+        self._note(page, data=data)
+
+    def _place_one(self, page: int) -> None:
+        """Place a page with data: the shortest way for one."""
+        if self._fixed and self.origin.is_good(page):
+            offset = page << self.shift
+            try:
+                if self._copier.place(self.base + offset, self._fixed + offset):
+                    self.placed_pages += 1
+                else:
+                    self.show(page)
+            except KernelError as error:
+                self._failed(page, error)
+        else:
+            self._place(page, 1)
+
+    def show(self, page: int) -> None:
+        """Map a page that is in memory, but not where the guest sees it."""
+        address = self.base + (page << self.shift)
+        try:
+            self._userfaultfd.map_existing(address, self.page_bytes)
+        except PageExists:
+            self._userfaultfd.wake(address, self.page_bytes)
+
+    def push(self, step: Iterable[Run]) -> None:
+        """Place pages that nobody has asked for, unless they are there."""
+        for first, end in step:
+            self._read_ahead(first)
+            if end - first == 1:
+                if self._states[first] != RECEIVED:
+                    self._place_one(first)
+                    self._note(first)
+                continue
+            page = first
+            while page < end:
+                page += self._place(page, end - page)
+
+    def place_copies(self, pages: Indices, source: int) -> None:
+        """Place copies of pages, unless the pages are there; what cannot be read is left to the image.
+
+        :param source: where the copies lie in this process, one behind the other.
+        """
+        which = np.flatnonzero(self._states[pages] != RECEIVED)
+        todo = pages[which]
+        # Runs of pages that are neighbours here, and among the copies.
+        starts = np.flatnonzero(np.diff(todo + which, prepend=-2) != _NEIGHBOURS_APART)
+        firsts = todo[starts].tolist()
+        addresses = (source + (which[starts] << self.shift)).tolist()
+        counts = np.diff(starts, append=len(todo)).tolist()
+        try:
+            for page, address, count in zip(firsts, addresses, counts, strict=True):
+                self._place_copy(page, address, count)
+        except KernelError as error:
+            if error.errno != errno.EFAULT:
+                raise
+            return
+        self.placed_pages += len(todo)
+        self._left -= int(np.count_nonzero(todo < self._counted))
+        self._states[todo] = RECEIVED
+
+    def _place_copy(self, page: int, source: int, count: int) -> None:
+        address = self.base + (page << self.shift)
+        if count == 1:
+            if not self._copier.place(address, source):
+                self.show(page)
+            return
+        done = 0
+        while done < count:
+            offset = done << self.shift
+            try:
+                length = (count << self.shift) - offset
+                done += (
+                    self._userfaultfd.copy(address + offset, source + offset, length) >> self.shift
+                )
+            except PageExists:
+                self.show(page + done)
+                done += 1
+
+    def _read_ahead(self, page: int) -> None:
+        """Have the kernel read the file before the push gets there: it would wait, and demands too."""
+        start = page << self.shift
+        if not self._reads_ahead or self._ahead - _AHEAD_BYTES <= start < self._ahead:
+            return
+        length = min(_AHEAD_BYTES, self.end - self.base - start)
+        self._ahead = start + length // 2
+        try:
+            advice = mman.MADV_WILLNEED
+            calls.madvise(self._fixed + start, length, advice, passes=patience.NONE)
+        except KernelError:
+            self._reads_ahead = False  # it was only advice
+
+    def missing(self, wanted: Mask | None = None) -> Iterator[Runs]:
+        """Find the runs of pages with data that are not in place, a window at a time; ascending.
+
+        There may be none in a window.  A caller looks after others before it asks for the next one.
+
+        :param wanted: only these.
+        """
+        pages = len(self._states)
+        for start in range(0, pages, _WINDOW_PAGES):
+            end = min(start + _WINDOW_PAGES, pages)
+            todo = self._todo(start, end)
+            if wanted is not None:
+                todo &= wanted[start:end]
+            yield deque((start + first, start + last) for first, last in runs(todo).tolist())
+
+    def count(self) -> Iterator[None]:
+        """Count what is missing, once and a window at a time: who wants to know costs the pager nothing.
+
+        The caller looks after others between two windows.
+        """
+        while self._counted < len(self._states):
+            end = min(self._counted + _WINDOW_PAGES, len(self._states))
+            self._left += self._count_missing(self._counted, end)
+            self._counted = end
+            yield None
+
+    @property
+    def missing_pages(self) -> int:
+        """How many pages with data are not in place."""
+        pages = len(self._states)
+        if self._counted == pages:
+            return self._left
+        starts = range(0, pages, _WINDOW_PAGES)  # no call is so long that the pager waits for it
+        return sum(self._count_missing(at, min(at + _WINDOW_PAGES, pages)) for at in starts)
+
+    def _count_missing(self, first: int, end: int) -> int:
+        return int(np.count_nonzero(self._todo(first, end)))
+
+    def _todo(self, first: int, end: int) -> Mask:
+        todo: Mask = self.origin.has_data(first, end) & (self._states[first:end] != RECEIVED)
+        return todo
+
+    def _note(self, page: int, *, data: bool = True) -> None:
+        """A page is in place, or lost."""
+        if data and page < self._counted and self._states[page] != RECEIVED:
+            self._left -= 1
+        self._states[page] = RECEIVED
+
+    def _note_run(self, first: int, end: int) -> None:
+        """So are these, whether they have anything in them or not."""
+        counted = min(end, self._counted)
+        if counted > first:
+            self._left -= self._count_missing(first, counted)
+        self._states[first:end] = RECEIVED
+
+    # --- steps that return how many pages are done with
+
+    def _place(self, page: int, count: int) -> int:
+        good = self.origin.good(page, count)
+        if not good:
+            return self._lose(page)
+        try:
+            return self._copy(page, good)
+        except ImageError:
+            return self._lose(page)
+        except KernelError as error:
+            return self._failed(page, error)
+
+    def _copy(self, page: int, count: int) -> int:
+        address = self.base + (page << self.shift)
+        source, count = self.origin.address(page, count)
+        try:
+            done = self._userfaultfd.copy(address, source, count << self.shift) >> self.shift
+            self.placed_pages += done
+        except PageExists:
+            self.show(page)
+            done = 1
+        self._note_run(page, page + done)
+        return done
+
+    def _zero(self, page: int) -> None:
+        address = self.base + (page << self.shift)
+        try:
+            if self.page_bytes == 4096:
+                self._userfaultfd.zeropage(address, self.page_bytes)
+                self.placed_pages += 1
+            else:
+                self._copy(page, 1)  # huge pages have no page of zeros
+        except PageExists:
+            self.show(page)
+
+    def _failed(self, page: int, error: KernelError) -> int:
+        """Tell an image that cannot be read from a guest's process that is gone."""
+        if error.errno != errno.EFAULT:
+            raise error
+        return self._lose(page)
+
+    def _lose(self, page: int) -> int:
+        """Never serve what is wrong: these pages are lost."""
+        first, end = self.origin.bad(page)
+        lost = np.flatnonzero(self._states[first:end] != RECEIVED) + first
+        if len(lost):
+            self._on_lost(Lost(self.paged.block.name, len(lost), self.origin.reason(page)))
+        for number in lost.tolist():
+            self._poison(number)
+        self._note_run(first, end)
+        return max(1, end - page)
+
+    def _poison(self, page: int) -> None:
+        try:
+            self._userfaultfd.poison(self.base + (page << self.shift), self.page_bytes)
+        except PageExists:
+            pass  # a predecessor of this engine has done it

@@ -1,0 +1,303 @@
+"""The pager of a restore: serves faults from the image, and brings the rest while nobody waits.
+
+One thread does both.  So a demand never waits for a lock, for the interpreter, or for more than the one
+step of the push that is under way; and between two steps the push always looks whether somebody waits.
+What comes unasked comes in two phases: the working set of earlier restores, at once; and everything else
+when the guest runs.  The guest is let run when the first has had a head start.
+"""
+
+import os
+import select
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
+
+from postcopy.abi.userfaultfd import EventCode, PagefaultFlag
+from postcopy.channel.rate_limit import RateLimiter
+from postcopy.errors import KernelError, PostcopyError
+from postcopy.image.page_copies import PageCopies
+from postcopy.kernel import calls
+from postcopy.kernel.cpu_latency import CpusAwake
+from postcopy.kernel.faults import MESSAGE
+from postcopy.kernel.scheduling import run_soon
+from postcopy.kernel.userfaultfd import Userfaultfd
+from postcopy.kill_points import reached
+from postcopy.lazy_restore.block import Filling
+from postcopy.lazy_restore.prefetch import Work, from_copies, from_image
+from postcopy.lazy_restore.prefetch_budget import HeadStart
+from postcopy.memory.runs import Mask
+from postcopy.paging.latencies import LatencyHistogram
+
+_MOST_FAULTS: Final = 64
+_SHORT_STEP_BYTES: Final = 128 << 10
+_LONG_STEP_BYTES: Final = 1 << 20
+_QUIET_NS: Final = 5_000_000
+_STEPS_A_SECOND: Final = 10
+_SETTLED_NS: Final = 200_000_000
+_LONGEST_RECORDING_NS: Final = 10_000_000_000
+_PAGEFAULT: Final = int(EventCode.PAGEFAULT)
+_MINOR: Final = int(PagefaultFlag.MINOR)
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How the push behaves.
+
+    :ivar holds_for_recording: bring nothing unasked before the faults have settled: what nobody has
+        touched yet would never be seen to be touched.
+    :ivar copies: of pages of the working set, if there are any: these come first.
+    """
+
+    limiter: RateLimiter
+    holds_for_recording: bool = False
+    copies: PageCopies | None = None
+
+
+class Filler:
+    """Fills all blocks; :meth:`run` is the thread ``pager``.
+
+    :param working_set: what to bring first, in pages of each block's own size.
+    :param on_progress: called once, when anything has been placed.
+    """
+
+    def __init__(
+        self,
+        userfaultfd: Userfaultfd,
+        fillings: Sequence[Filling],
+        working_set: Mapping[str, Mask],
+        pace: Pace,
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._userfaultfd = userfaultfd
+        self._fillings = fillings
+        self._working_set = working_set
+        self._limiter = pace.limiter
+        self._on_progress: Callable[[], None] | None = on_progress
+        ends = calls.of_python("pipe2", "", os.pipe2, os.O_CLOEXEC | os.O_NONBLOCK)
+        self._wake_reader, self._wake_writer = ends
+        self._waking = threading.Lock()  # its number may be another's as soon as it is closed
+        self._stopped = False
+        self._hurry = False
+        self._runs_ns: int | None = None  # since when the guest runs
+        self._may_end = False
+        self._exhausted = False
+        self._copies = pace.copies
+        self._awake = CpusAwake()
+        self._todo = self._plan()
+        self._all_in = threading.Event()
+        self._rest: Work | None = None
+        self._not_before_ns = 0
+        self._last_fault_ns = time.monotonic_ns()
+        self._recording = pace.holds_for_recording
+        # Who records sees only what has not come unasked.
+        self.head_start = HeadStart(wanted=bool(working_set) and not pace.holds_for_recording)
+        self.latencies = LatencyHistogram()
+        self.ready_ns: int | None = None
+        """When the working set was in, or, recording, when the faults had settled; monotonic."""
+
+    # --- from other threads
+
+    @property
+    def faults(self) -> int:
+        """How many faults have been served."""
+        return self.latencies.count
+
+    def hurry(self, *, wanted: bool = True) -> None:
+        """Somebody waits for the end, so go on at full speed; or nobody does any more."""
+        self._hurry = wanted
+        self._wake()
+
+    def new_rate(self, bytes_per_second: int) -> None:
+        """Bring no more a second than this unasked, from now on; 0: as fast as it goes."""
+        self._limiter.set_rate(bytes_per_second)
+        self._not_before_ns = 0
+        self._wake()
+
+    def guest_runs(self) -> None:
+        """The guest runs: bring the rest."""
+        if self._runs_ns is None:
+            self._runs_ns = time.monotonic_ns()
+        self._wake()
+
+    def wait_all_in(self) -> bool:
+        """Wait until nothing is left to bring; return False if :meth:`run` has ended before."""
+        self._all_in.wait()
+        return self._exhausted
+
+    def may_end(self) -> None:
+        """The guest runs: bring the rest, and let :meth:`run` end with the last page."""
+        self._may_end = True
+        self.guest_runs()
+
+    def stop(self) -> None:
+        """Make :meth:`run` return; faults that come later wait."""
+        self._stopped = True
+        self._userfaultfd.end_waits()
+        self._wake()
+
+    def _wake(self) -> None:
+        with self._waking:
+            if self._wake_writer < 0:
+                return
+            try:
+                os.write(self._wake_writer, b"\0")
+            except BlockingIOError:
+                pass  # full: then it wakes anyway
+
+    def close(self) -> None:
+        """Let go of the pipe, when :meth:`run` has returned; who is late with an order does no harm."""
+        with self._waking:
+            os.close(self._wake_reader)
+            os.close(self._wake_writer)
+            self._wake_reader = self._wake_writer = -1
+
+    # --- a thread that helps it
+
+    def look_ahead(self) -> None:
+        """Check what the replay will bring, up to the end of its head start.
+
+        What cannot be read now is checked when it is brought.
+        """
+        with suppress(PostcopyError):
+            self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        if self._copies is not None:
+            self._copies.look_ahead(lambda: self.head_start.ended)
+            return
+        for filling in self._fillings:
+            wanted = self._working_set.get(filling.paged.block.name)
+            if wanted is not None:
+                filling.origin.look_ahead(wanted, lambda: self.head_start.ended)
+
+    # --- the thread
+
+    def run(self) -> None:
+        """Serve and push until every page is in place, and it :meth:`may_end`; or told to stop."""
+        try:
+            self._run()
+        finally:
+            self._awake.close()
+            self.head_start.give_up()  # without effect if the guest runs
+            self._all_in.set()
+
+    def _run(self) -> None:
+        run_soon()
+        poll = select.poll()
+        poll.register(self._userfaultfd.fd, select.POLLIN)
+        poll.register(self._wake_reader, select.POLLIN)
+        while not (self._stopped or (self._exhausted and self._may_end)):
+            timeout_ms = None if self._exhausted else self._may_push_in_ms()
+            ready = calls.of_python("poll", "", poll.poll, timeout_ms)
+            for fd, _ in ready:
+                if fd == self._wake_reader:
+                    os.read(fd, 64)
+                else:
+                    self._serve()
+            if not (ready or self._push()):
+                self._exhausted = True
+                self._all_in.set()
+
+    def _serve(self) -> None:
+        messages = self._userfaultfd.read_messages(_MOST_FAULTS)
+        if not messages:
+            return
+        since_ns = time.monotonic_ns()
+        self._awake.a_while()
+        for event, flags, address, _ in MESSAGE.iter_unpack(messages):
+            if event != _PAGEFAULT:
+                continue
+            filling = self._find(address)
+            page = (address - filling.base) >> filling.shift
+            if flags & _MINOR:
+                filling.show(page)
+            else:
+                filling.bring(page)
+            self._last_fault_ns = now_ns = time.monotonic_ns()
+            self.latencies.add(now_ns - since_ns)
+        self._note_progress()
+
+    def _find(self, address: int) -> Filling:
+        for filling in self._fillings:
+            if filling.base <= address < filling.end:
+                return filling
+        raise KernelError(
+            "read", 0, f"of a userfaultfd: a fault at {address:#x}, where no block is"
+        )
+
+    def _note_progress(self) -> None:
+        if self._on_progress is not None:
+            self._on_progress()
+            self._on_progress = None
+            reached("restore.serving")
+
+    # --- what nobody has asked for
+
+    def _may_push_in_ms(self) -> float | None:
+        """How long to wait for faults before the next step of the push; 0: it may go now."""
+        if self._hurry:
+            return 0
+        runs_ns = self._runs_ns
+        if runs_ns is None:
+            # A guest asks for what it needs up to then, and has yet to touch what is to be recorded.
+            return None if self._recording or self.ready_ns is not None else 0
+        now_ns = time.monotonic_ns()
+        if self._recording:
+            settled_ns = max(self._last_fault_ns, runs_ns) + _SETTLED_NS
+            until_ns = min(settled_ns, runs_ns + _LONGEST_RECORDING_NS)
+            if until_ns > now_ns:
+                return (until_ns - now_ns) // 1_000_000 + 1
+            self._recording = False
+        if self.ready_ns is None or self._not_before_ns <= now_ns:
+            return 0
+        return (self._not_before_ns - now_ns) // 1_000_000 + 1
+
+    def _push(self) -> bool:
+        """Take one step; return whether there was anything left to do."""
+        if self._rest is None:
+            try:
+                self._rest = next(self._todo)
+            except StopIteration:
+                return False
+            if self._rest is None:
+                return True
+        pushed_bytes = self._rest.step(self._step_bytes())
+        if self._rest.done:
+            self._rest = None
+        if self.ready_ns is None:
+            self.head_start.brought(pushed_bytes)
+        elif not self._hurry:
+            self._pace(pushed_bytes)
+        self._note_progress()
+        return True
+
+    def _step_bytes(self) -> int:
+        quiet = time.monotonic_ns() - self._last_fault_ns > _QUIET_NS
+        step_bytes = _LONG_STEP_BYTES if quiet else _SHORT_STEP_BYTES
+        if self._limiter.bytes_per_second and self.ready_ns is not None and not self._hurry:
+            step_bytes = min(step_bytes, self._limiter.bytes_per_second // _STEPS_A_SECOND)
+        return step_bytes
+
+    def _pace(self, pushed_bytes: int) -> None:
+        wait_s = self._limiter.spend(pushed_bytes)
+        self._not_before_ns = time.monotonic_ns() + int(wait_s * 1e9)
+
+    def _plan(self) -> Iterator[Work | None]:
+        """What comes unasked, in order; None: nothing yet, but somebody may wait by now."""
+        if self._copies is not None:
+            yield from from_copies(self._fillings, self._copies)
+        for filling in self._fillings:
+            wanted = self._working_set.get(filling.paged.block.name)
+            if wanted is not None:
+                yield from filling.count()
+                yield from from_image(filling, wanted)
+        self.ready_ns = time.monotonic_ns()
+        self.head_start.end()
+        reached("restore.working-set-in")
+        yield None
+        for filling in self._fillings:
+            yield from filling.count()
+            yield from from_image(filling)

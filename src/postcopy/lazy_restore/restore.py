@@ -1,0 +1,305 @@
+"""A guest wakes from its image: at once, its memory behind it (lazy), or when all of it is here (eager).
+
+It is postcopy with a file in the place of the source.  The guest's memory, empty as it is, goes under
+userfaultfd; the pager (:mod:`postcopy.lazy_restore.pager`) serves it from the image; the devices are
+loaded and the guest runs.  Nothing before that takes longer for more memory.
+
+Three threads: ``restore`` fills and then ends the restore; ``wake`` gives it a head start, loads the
+devices and runs the guest, which may wait for pages that the first one brings; and up to then
+``checking`` takes the digests of a working set, on the processor that the guest leaves idle.  All that
+must outlive this process is elsewhere: the memory itself says which pages are in place, and the file
+has the others.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import Final
+
+from postcopy.channel.rate_limit import RateLimiter
+from postcopy.errors import GuestError, HostCannot, PostcopyError
+from postcopy.kernel.userfaultfd import Userfaultfd
+from postcopy.kill_points import reached
+from postcopy.lazy_restore import plain
+from postcopy.lazy_restore.block import Filling, Lost
+from postcopy.lazy_restore.options import Wishes
+from postcopy.lazy_restore.pager import Filler, Pace
+from postcopy.lazy_restore.restore_image import OpenedImage
+from postcopy.lazy_restore.statistics import Figures
+from postcopy.link.guest_proxy import GuestProxy
+from postcopy.paging.ram import PagedRam
+from postcopy.parameters import Parameters
+from postcopy.statistics import MigrationInfo
+from postcopy.status import ENDED, Progress, Status
+
+_RUNS: Final = frozenset({Status.POSTCOPY_ACTIVE, Status.POSTCOPY_RECOVER})
+
+
+class Restore:
+    """One restore, or what is left of one whose engine has died.
+
+    :param ram: the guest's memory; ours from now on.
+    :param on_progress: called once, when the first page is in place.
+    :param opened: the image, if it is open already; ours from now on.
+    :raises ImageError: the image is damaged, is none, or does not fit the guest.
+    """
+
+    def __init__(
+        self,
+        guest: GuestProxy,
+        ram: PagedRam,
+        wishes: Wishes,
+        progress: Progress,
+        parameters: Parameters,
+        on_progress: Callable[[], None] = lambda: None,
+        opened: OpenedImage | None = None,
+    ) -> None:
+        self._guest = guest
+        self._ram = ram
+        self._wishes = wishes
+        self._progress = progress
+        self._on_progress = on_progress
+        self._limiter = RateLimiter(parameters.max_postcopy_bandwidth)
+        self._opened = opened or OpenedImage(wishes.path)
+        self._lost: list[Lost] = []
+        self._failure: PostcopyError | None = None
+        self._userfaultfd: Userfaultfd | None = None
+        self._filler: Filler | None = None
+        self._hurried = False
+        self.figures = Figures(wishes.began_ns, lazy=wishes.lazy)
+        self.error: PostcopyError | None = None
+        try:
+            self._check()
+        except BaseException:
+            self._opened.close()
+            raise
+
+    @property
+    def identity(self) -> str:
+        """Of the image: a successor must find the same."""
+        return self._opened.identity
+
+    def _check(self) -> None:
+        self._opened.check_same(self._wishes.identity)
+        sizes = {paged.block.name: paged.block.size_bytes for paged in self._ram}
+        self._opened.check_fits(self._guest.machine_name, sizes)
+        if self._wishes.lazy and not self._guest.kvm:
+            # What is found wrong later could not be kept from a software CPU but with the process.
+            self._opened.check_all(sizes)
+
+    # --- called by the monitor, from other threads
+
+    def info(self) -> MigrationInfo:
+        """The figures as they are now."""
+        lost = str(self._loss()) if self._lost else None
+        return self.figures.info(self._progress.status, lost)
+
+    def set_parameters(self, parameters: Parameters) -> None:
+        """Take over parameters that the user has changed meanwhile."""
+        rate = parameters.max_postcopy_bandwidth
+        if self._filler is not None:
+            self._filler.new_rate(rate)
+        else:
+            self._limiter.set_rate(rate)
+
+    def hurry(self, *, wanted: bool) -> None:
+        """Somebody waits for the end, so go on at full speed; or nobody does any more."""
+        self._hurried = wanted
+        if self._filler is not None:
+            self._filler.hurry(wanted=wanted)
+
+    def pause(self) -> None:
+        """There is no connection that could be broken."""
+
+    # --- the thread of the restore
+
+    def run(self) -> None:
+        """Wake the guest that sleeps in the image."""
+        self._until_the_end(self._begin)
+
+    def adopt(self) -> None:
+        """Go on where a dead engine was, as far as it had come."""
+        self._until_the_end(self._take_over)
+
+    def _until_the_end(self, begin: Callable[[], Filler]) -> None:
+        try:
+            filler = self._begun_by(begin)
+            if filler is None:
+                self._fill_unwatched()
+            elif self._wishes.lazy:
+                self._wake_first(filler)
+            else:
+                self._fill_first(filler)
+        except PostcopyError as error:
+            self._fail(self._failure or error)
+        finally:
+            self._let_go()
+
+    def _begun_by(self, begin: Callable[[], Filler]) -> Filler | None:
+        """Return what fills the memory; None: nothing of this host's can, but nothing need wait for it."""
+        try:
+            return begin()
+        except HostCannot:
+            if self._wishes.lazy:
+                raise
+            return None
+
+    def _begin(self) -> Filler:
+        reached("restore.begun")
+        for paged in self._ram:
+            paged.block.empty()
+        self._progress.move(Status.ACTIVE)
+        return self._watch(adopt=False)
+
+    def _take_over(self) -> Filler:
+        # Under no userfaultfd an engine may have died before it began, or after all was in.
+        if self._progress.status is Status.SETUP:
+            return self._begin()
+        if self._progress.status is Status.POSTCOPY_PAUSED:
+            self._progress.move(Status.POSTCOPY_RECOVER)
+            self._progress.move(Status.POSTCOPY_ACTIVE)
+        return self._watch(adopt=True)
+
+    def _watch(self, *, adopt: bool) -> Filler:
+        self._userfaultfd = userfaultfd = self._guest.watch_missing()
+        reached("restore.watching")
+        fillings = [
+            Filling(userfaultfd, paged, self._opened.origin(paged), self._on_lost)
+            for paged in self._ram
+        ]
+        prefetch = self._wishes.lazy and self._wishes.prefetch == "auto"
+        working_set = self._opened.working_set(self._ram) if prefetch else {}
+        copies = self._opened.copies(self._ram) if working_set else None
+        pace = Pace(self._limiter, holds_for_recording=self._wishes.record, copies=copies)
+        self._filler = Filler(userfaultfd, fillings, working_set, pace, self._on_progress)
+        self.figures.watch(fillings, self._filler, working_set)
+        if self._hurried:
+            self._filler.hurry()
+        if adopt:
+            for filling in fillings:
+                filling.adopt()
+            for paged in self._ram:  # who waited for the dead one faults once more
+                userfaultfd.wake(paged.block.host_address, paged.block.size_bytes)
+        return self._filler
+
+    # --- lazy
+
+    def _wake_first(self, filler: Filler) -> None:
+        waking = threading.Thread(
+            target=self._wake_guarded, args=(filler,), name="wake", daemon=True
+        )
+        checking = threading.Thread(target=filler.look_ahead, name="checking", daemon=True)
+        waking.start()
+        checking.start()
+        try:
+            filler.run()
+        except PostcopyError as error:
+            # Loading the devices may wait for a page that does not come any more: this ends it, when
+            # nobody holds the descriptor but the guest's process.
+            assert self._userfaultfd is not None
+            self._userfaultfd.close()
+            self._guest.abandon()
+            self._failure = error
+        finally:
+            checking.join()
+            waking.join()
+        if self._failure is not None:
+            raise self._failure
+        self._finish()
+        if self._lost:
+            self.error = self._loss()
+        self._progress.move(Status.FAILED if self._lost else Status.COMPLETED)
+
+    def _wake_guarded(self, filler: Filler) -> None:
+        try:
+            if not filler.head_start.wait():
+                return
+            self._wake()
+            self._progress.move(Status.POSTCOPY_ACTIVE, only_from=frozenset({Status.ACTIVE}))
+            reached("restore.running")
+        except PostcopyError as error:
+            self._failure = self._failure or error
+            filler.stop()
+        else:
+            filler.guest_runs()
+            if self._wishes.record and filler.wait_all_in():
+                self._record()
+            filler.may_end()
+
+    def _record(self) -> None:
+        """Keep what has been touched, while faults are still served.
+
+        Should this engine die, its successor does it again: nothing has been let go of.
+        """
+        if self._lost:
+            return
+        reached("restore.recording")
+        try:
+            self._opened.record(self.figures.touched())
+        except PostcopyError as error:
+            self.error = error  # the guest has all of its memory all the same
+        reached("restore.recorded")
+
+    def _wake(self) -> None:
+        self._guest.wake(self._opened.image.devices)
+        self.figures.running()
+        reached("restore.woken")
+
+    # --- eager
+
+    def _fill_first(self, filler: Filler) -> None:
+        filler.hurry()
+        filler.may_end()
+        filler.run()
+        self._wake_whole()
+
+    def _fill_unwatched(self) -> None:
+        for paged in self._ram:
+            lost = plain.fill(paged, self._opened.origin(paged))
+            if lost is not None:
+                self._on_lost(lost)
+        self._wake_whole()
+
+    def _wake_whole(self) -> None:
+        if self._lost:
+            raise GuestError(f"the guest does not run: {self._lost[0].reason}")
+        self._finish()
+        self._wake()
+        self.figures.complete()
+        self._progress.move(Status.COMPLETED)
+
+    # --- the end
+
+    def _finish(self) -> None:
+        """All that there is is in place, and the rest is zero, as memory is that nobody has touched."""
+        reached("restore.all-in")
+        self._guest.unwatch_missing()
+        if self._wishes.lazy:
+            self.figures.complete()  # else when it runs: nobody is told before that it is whole
+        reached("restore.unwatched")
+
+    def _on_lost(self, lost: Lost) -> None:
+        self._lost.append(lost)
+        total = sum(each.pages for each in self._lost if each.block_name == lost.block_name)
+        if self._wishes.lazy:
+            self._guest.lost_pages(lost.block_name, total)
+
+    def _loss(self) -> PostcopyError:
+        pages = sum(each.pages for each in self._lost)
+        return GuestError(
+            f"{self._lost[0].reason}; {pages} pages are lost, and who touches one of them fails"
+        )
+
+    def _fail(self, error: PostcopyError) -> None:
+        self.error = error
+        if self._progress.status in _RUNS:
+            self._progress.move(Status.POSTCOPY_PAUSED)
+        elif self._progress.status not in ENDED:
+            self._progress.move(Status.FAILED)
+
+    def _let_go(self) -> None:
+        if self._userfaultfd is not None:
+            self._userfaultfd.close()
+        if self._filler is not None:
+            self._filler.close()
+        self._opened.close()
+        self._ram.close()

@@ -1,0 +1,1 @@
+"""Put a guest back to a point, again and again."""

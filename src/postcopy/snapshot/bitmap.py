@@ -1,0 +1,158 @@
+"""The pages that are not in the picture yet, and how they get there: copied, once each."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
+from postcopy.memory.runs import Indices, Mask
+from postcopy.snapshot.fair_lock import Turns
+from postcopy.stream.records import PageRows
+
+PIECE_BYTES = 1 << 20
+"""How much of the memory is copied, and then written, in one go."""
+
+_LOCKED_BYTES = 256 << 10  # in one go under the lock: a vCPU may have to wait for it
+_WINDOW_BYTES = 16 << 20  # how much of a block is asked for its holes at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """Pages ``first`` to ``end`` of a block, as far as they were unsaved, as pages of the wire.
+
+    ``data`` have the bytes ``contents``; ``zeros`` have no memory behind them.
+    """
+
+    block: RamBlock
+    first: int
+    end: int
+    data: Indices
+    contents: PageRows
+    zeros: Indices
+
+
+class UnsavedPages:
+    """Which pages of the blocks are still to be copied.
+
+    Invariant, under the lock: a page is unsaved, and then protected against writes, or its bytes have
+    been copied.  So whoever finds a page that is not unsaved may let it be written to.
+    """
+
+    def __init__(self, blocks: list[RamBlock]) -> None:
+        self.blocks = blocks
+        self.lock = Turns()
+        self._masks: dict[str, Mask] = {
+            block.name: np.ones(block.page_count, np.bool_) for block in blocks
+        }
+        # Pages known to have memory behind them; the others were holes when last looked at.
+        self._has_data: dict[str, Mask] = {
+            block.name: np.zeros(block.page_count, np.bool_) for block in blocks
+        }
+        self._staging = np.empty((_piece_rows(blocks), TARGET_PAGE_BYTES), np.uint8)
+
+    def find(self, host_address: int) -> tuple[RamBlock, int]:
+        """The block and the number of the page at an address of the guest's process.
+
+        :raises KeyError: there is no such page.
+        """
+        for block in self.blocks:
+            offset = host_address - block.host_address
+            if 0 <= offset < block.size_bytes:
+                return block, offset // block.page_size_bytes
+        raise KeyError(hex(host_address))
+
+    def is_unsaved(self, block: RamBlock, page: int) -> bool:
+        """Whether a page is still to be copied; it may be no more when you look at the answer."""
+        return bool(self._masks[block.name][page])
+
+    @property
+    def remaining_bytes(self) -> int:
+        """How much is still to be copied."""
+        return sum(
+            int(np.count_nonzero(self._masks[block.name])) * block.page_size_bytes
+            for block in self.blocks
+        )
+
+    def look_for_data(self) -> None:
+        """Look now, while nobody waits, for what will not have to be looked for later."""
+        for block, start, end in self._windows():
+            self._has_data[block.name][start:end] = block.has_data(start, end)
+
+    def save(self, block: RamBlock, first: int, end: int) -> Copies:
+        """Copy what is unsaved of the pages ``first`` to ``end``; the copies are the caller's."""
+        has_data = self._has_data[block.name][first:end]
+        if not has_data.all():
+            has_data = block.has_data(first, end)
+        room = np.empty(((end - first) * block.target_pages_per_page, TARGET_PAGE_BYTES), np.uint8)
+        return self._save(block, first, has_data, room)
+
+    def sweep(self) -> Iterator[Copies]:
+        """Copy all that is still unsaved, piece by piece; each holds until the next is asked for."""
+        for block, start, stop in self._windows():
+            has_data = self._has_data[block.name][start:stop]
+            if not has_data.all():
+                has_data = block.has_data(start, stop)
+            for first, end in _pieces(has_data, block.page_size_bytes):
+                piece = has_data[first:end]
+                copies = self._save(block, start + first, piece, self._staging)
+                if len(copies.data) or len(copies.zeros):
+                    yield copies
+
+    def _windows(self) -> Iterator[tuple[RamBlock, int, int]]:
+        for block in self.blocks:
+            window = max(1, _WINDOW_BYTES // block.page_size_bytes)
+            for start in range(0, block.page_count, window):
+                yield block, start, min(start + window, block.page_count)
+
+    def _save(self, block: RamBlock, first: int, has_data: Mask, room: PageRows) -> Copies:
+        """Copy into ``room``, a few pages at a time: somebody may be waiting for the lock.
+
+        :param has_data: of the pages from ``first`` on: whether they had memory behind them when they
+            were protected already.
+        """
+        data: list[Indices] = []
+        zeros: list[Indices] = []
+        end, filled = first + len(has_data), 0
+        step = max(1, _LOCKED_BYTES // block.page_size_bytes)
+        for start in range(first, end, step):
+            stop = min(start + step, end)
+            wanted = has_data[start - first : stop - first]
+            with self.lock:
+                unsaved = self._masks[block.name][start:stop]
+                present = block.target_pages(start + np.flatnonzero(unsaved & wanted))
+                absent = block.target_pages(start + np.flatnonzero(unsaved & ~wanted))
+                _copy(block, present, room[filled : filled + len(present)])
+                unsaved[:] = False
+            filled += len(present)
+            data.append(present)
+            zeros.append(absent)
+        return Copies(block, first, end, _joined(data), room[:filled], _joined(zeros))
+
+
+def _joined(parts: list[Indices]) -> Indices:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _piece_rows(blocks: list[RamBlock]) -> int:
+    largest = max((block.page_size_bytes for block in blocks), default=0)
+    return max(PIECE_BYTES, largest) // TARGET_PAGE_BYTES
+
+
+def _pieces(has_data: Mask, page_size_bytes: int) -> list[tuple[int, int]]:
+    """Cut a window so that no part has more data than a piece."""
+    most = max(1, PIECE_BYTES // page_size_bytes)
+    cuts = np.flatnonzero(has_data)[most::most].tolist()
+    edges = [0, *cuts, len(has_data)]
+    return list(itertools.pairwise(edges))
+
+
+def _copy(block: RamBlock, target: Indices, into: PageRows) -> None:
+    if not len(target):
+        return
+    first, last = int(target[0]), int(target[-1])
+    if last - first + 1 == len(target):
+        into[:] = block.pages[first : last + 1]  # neighbours: nearly always, and faster
+    else:
+        np.take(block.pages, target, axis=0, out=into)

@@ -1,0 +1,102 @@
+"""What a machine has written becomes an image under its name, or nothing does."""
+
+import stat
+
+import numpy as np
+import pytest
+
+from image.images import memory, write_image
+from postcopy.errors import ImageError, Refused
+from postcopy.image.finalize import check_parent, finish
+from postcopy.image.formats import open_image
+from postcopy.image.manifest import Manifest, beside
+from postcopy.image.options import Cost, Wanted
+from postcopy.image.publish import PARTIAL, check_free, discard, partial
+from postcopy.image.verify import find_damages
+
+COST = Cost(0.0, pause_us=700, longest_stall_us=90)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "image"
+
+
+@pytest.mark.parametrize("written", ["stream", "mapped-ram"])
+@pytest.mark.parametrize(
+    ("wanted", "form"),
+    [(Wanted("mapped-ram"), "mapped-ram"), (Wanted(compressed=True), "chunks")],
+    ids=["mapped-ram", "chunks"],
+)
+def test_what_was_written_becomes_what_is_wanted(path, written, wanted, form):
+    blocks = memory()
+    write_image(partial(path), written, blocks)
+    finished = finish(path, wanted, COST)
+    data = sum(int(rows.any(axis=1).sum()) for rows in blocks.values()) * 4096
+    assert (finished.data_bytes, finished.data_bytes + finished.zero_bytes) == (data, 52 * 4096)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    manifest = Manifest.load(path)
+    assert (manifest.form, manifest.times.pause_us, manifest.times.longest_stall_us) == (
+        form,
+        700,
+        90,
+    )
+    assert list(find_damages(path, manifest)) == []
+    with open_image(path) as image:
+        for name, rows in blocks.items():
+            np.testing.assert_array_equal(image.read(name, 0, len(rows)), rows)
+    assert not list(path.parent.glob(f"*{PARTIAL}*"))
+
+
+def test_a_stream_may_stay_one(path):
+    write_image(partial(path), "stream", memory())
+    assert finish(path, Wanted("stream"), COST).manifest.form == "stream"
+
+
+def test_what_is_no_image_is_not_published(path):
+    partial(path).write_bytes(b"QEVM\0\0\0\3 and so on")
+    with pytest.raises(ImageError, match=str(partial(path))):
+        finish(path, Wanted(), COST)
+    discard(path)
+    assert list(path.parent.iterdir()) == []
+
+
+def test_what_cannot_be_published_leaves_no_manifest(path, monkeypatch):
+    write_image(partial(path), "mapped-ram", memory())
+
+    def fail(_path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("postcopy.image.finalize.publish", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        finish(path, Wanted(), COST)
+    assert not path.exists()
+    assert not beside(path).exists()
+
+
+def test_a_parent_from_another_folder_shares_its_store(path, tmp_path):
+    write_image(partial(path), "mapped-ram", memory())
+    finish(path, Wanted(compressed=True), COST)
+    child = tmp_path / "deeper" / "child"
+    child.parent.mkdir()
+    write_image(partial(child), "stream", memory())
+    finished = finish(child, Wanted(parent=path), COST)
+    assert finished.packed.new_bytes == 0
+    manifest = Manifest.load(child)
+    assert manifest.stored.store == "../postcopy-chunks"
+    assert (manifest.parent.path, manifest.parent.identity) == (
+        "../image",
+        Manifest.load(path).identity,
+    )
+    assert [each.name for each in child.parent.iterdir() if each.is_dir()] == []
+
+
+def test_what_cannot_come_to_a_good_end_is_refused_beforehand(path, tmp_path):
+    with pytest.raises(Refused, match="is no folder"):
+        check_free(tmp_path / "nowhere" / "image")
+    write_image(partial(path), "mapped-ram", memory())
+    finish(path, Wanted(), COST)
+    with pytest.raises(Refused, match="exists"):
+        check_free(path)
+    with pytest.raises(Refused, match="no store of chunks to share"):
+        check_parent(path)

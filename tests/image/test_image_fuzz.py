@@ -1,0 +1,29 @@
+"""10 000 mutated images crash nothing, hang nothing, and never take much memory."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from house.project import ROOT
+
+COUNT = 5000
+DEADLINE_S = 100
+
+
+@pytest.mark.parametrize("form", ["stream", "mapped-ram"])
+def test_mutated_images_are_read_or_refused(tmp_path, form):
+    outcome = subprocess.run(
+        [sys.executable, "-m", "image.fuzz_images", str(tmp_path), form, "1", str(COUNT)],
+        cwd=ROOT / "tests",
+        env=os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}"},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    refused, read = map(int, outcome.stdout.split())
+    assert refused + read == COUNT
+    assert min(refused, read) > COUNT // 50  # or nothing has been tried
