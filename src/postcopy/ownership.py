@@ -40,8 +40,8 @@ class Move(enum.Enum):
     STOP = "stop"  # its engine has stopped the vCPUs for the switchover
     CANCEL = "cancel"  # a user cancels
     END = "end"  # it has ended, and the guest was never handed over
-    GIVE_UP = "give-up"  # its engine is about to send the last byte, to a peer that answers
-    SAVE = "save"  # the same, where nothing answers: a file, a command
+    GIVE_UP = "give-up"  # its engine is about to send the last byte
+    SAVE = "save"  # all has been written to where nothing answers: a file, a pipe, a command
     TAKE_BACK = "take-back"  # the destination has refused it, or never got the last byte
     LOSE_TOUCH = "lose-touch"  # the link or the engine is gone before the destination's answer
     RESUME = "resume"  # a user goes on with a paused postcopy
@@ -63,17 +63,16 @@ MOVES: Final[Mapping[Move, Mapping[Owner, Owner]]] = {
         Owner.OURS: Owner.OURS,
         Owner.MOVING: Owner.OURS,
         Owner.STOPPED: Owner.OURS,
-        Owner.SAVED: Owner.OURS,
     },
     Move.END: {Owner.MOVING: Owner.OURS, Owner.STOPPED: Owner.OURS},
     Move.GIVE_UP: {Owner.STOPPED: Owner.GIVEN_UP},
-    Move.SAVE: {Owner.STOPPED: Owner.SAVED},
+    # Only when nothing more is written: until then a reader may still start the guest, or fail to.
+    Move.SAVE: {Owner.GIVEN_UP: Owner.SAVED},
     Move.TAKE_BACK: {
         Owner.OURS: Owner.OURS,
         Owner.MOVING: Owner.OURS,
         Owner.STOPPED: Owner.OURS,
         Owner.GIVEN_UP: Owner.OURS,
-        Owner.SAVED: Owner.OURS,
     },
     Move.LOSE_TOUCH: {Owner.GIVEN_UP: Owner.UNKNOWN},
     Move.RESUME: {
@@ -126,8 +125,8 @@ MEANINGS: Final[Mapping[Owner, Meaning]] = {
     Owner.MOVING: Meaning("the guest is here, and a migration of it is in progress"),
     Owner.STOPPED: Meaning("the guest is here, and is stopped for the switchover"),
     Owner.GIVEN_UP: Meaning(
-        "the guest has been handed over, and the destination has not answered yet",
-        "wait for the answer of the destination",
+        "the guest has been handed over, and it is not known yet whether it has arrived",
+        "wait until the migration has ended",
     ),
     Owner.UNKNOWN: Meaning(
         "the link broke during the switchover: the destination may be running the guest",
@@ -139,7 +138,7 @@ MEANINGS: Final[Mapping[Owner, Meaning]] = {
     ),
     Owner.MOVED: Meaning("the destination runs the guest", "'quit' ends this process; it is not needed"),
     Owner.SAVED: Meaning(
-        "the guest has been written to where nothing answers (a file, a command)",
+        "the guest has been written to where nothing answers (a file, a pipe, a command)",
         "'cont' runs it here, if no other machine has been started from what was written",
     ),
     Owner.AWAITED: Meaning("the guest has not arrived yet"),

@@ -216,15 +216,10 @@ def test_cancel(journey, tmp_path, kind, step):
     stays(trip, called=way.live and step != "at once")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "fd: of a pipe"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_cancel_in_the_switchover(journey, tmp_path, kind):
-    """It comes in time or too late, and both sides are of one opinion.
-
-    Through a pipe alone nothing answers a machine that is there: the two could not be.
-    """
+    """It comes in time or too late, and both sides are of one opinion."""
     more = (Capability.PAUSE_BEFORE_SWITCHOVER,)
-    if kind == "exec:COMMAND":
-        more = (*more, Capability.RETURN_PATH)
     trip, way = begin(journey, tmp_path, kind, CANCEL, more=more)
     if way.live:
         way.listen(trip.destination.listen)

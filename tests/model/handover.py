@@ -35,8 +35,9 @@ ALL_SENT, DONE = "all-sent", "done"
 WAITS, LOADED, OWNS, RUNS_THERE, WHOLE = "waits", "loaded", "owns", "runs", "whole"
 
 ENDS = frozenset({IDLE, FAILED, COMPLETED, CANCELLED})
-PRECOPY, POSTCOPY, FILE, SNAPSHOT = "precopy", "postcopy", "file", "snapshot"
-"""What is ordered: a snapshot, and a migration into a file, have no destination."""
+PRECOPY, POSTCOPY, PIPE, FILE, SNAPSHOT = "precopy", "postcopy", "pipe", "file", "snapshot"
+"""What is ordered: a snapshot, and a migration into a file, have no destination; the one at the other end of a
+pipe does not answer."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,11 @@ class State:
     def answered(self) -> bool:
         """Whether there is a destination that answers."""
         return self.kind in {PRECOPY, POSTCOPY}
+
+    @property
+    def read(self) -> bool:
+        """Whether a machine at the other end starts the guest by itself."""
+        return self.answered or self.kind == PIPE
 
     @property
     def postcopy(self) -> bool:
@@ -146,10 +152,14 @@ def _source_moves(state: State) -> Iterator[tuple[str, State]]:
         yield from _before_the_last_byte(state)
     elif source.step == GIVEN_UP:
         yield from _last_byte(state)
+    elif source.step == HANDED_OVER and state.kind == PIPE:
+        yield "written", _saved(state)
+        # A command that fails, a description that is not taken: nothing says what has been read.
+        yield "not written", _source_breaks(_cut(state))
     elif state.linked:
         yield from _source_ends(state)
     yield from _source_hears(state)
-    if source.step in {SENDS, STOPPED} and state.answered and not state.linked:
+    if source.step in {SENDS, STOPPED} and state.read and not state.linked:
         yield "the link is gone", _back(state)
     if (
         source.step in {GIVEN_UP, HANDED_OVER, KNOWS, ALL_SENT, DONE, RECOVERS}
@@ -161,8 +171,8 @@ def _source_moves(state: State) -> Iterator[tuple[str, State]]:
 
 
 def _last_byte(state: State) -> Iterator[tuple[str, State]]:
-    if not state.answered:
-        yield "written", _completed_at_source(state)
+    if not state.read:
+        yield "written", _saved(state)
         yield "not written", _back(state)
     elif state.linked:
         what = "package" if state.postcopy else "end"
@@ -170,6 +180,14 @@ def _last_byte(state: State) -> Iterator[tuple[str, State]]:
     else:
         # A send that fails has not delivered the last byte: the only certainty a broken link can give.
         yield "not sent", _back(state)
+
+
+def _saved(state: State) -> State:
+    """Nothing more is written; an engine of which the table refuses that has failed."""
+    saved = state.source.after(Move.SAVE)
+    if saved is None:
+        return _back(state)
+    return _completed_at_source(replace(state, source=saved))
 
 
 def _source_ends(state: State) -> Iterator[tuple[str, State]]:
@@ -181,19 +199,19 @@ def _source_ends(state: State) -> Iterator[tuple[str, State]]:
 
 def _before_the_last_byte(state: State) -> Iterator[tuple[str, State]]:
     source = state.source
-    if not state.answered:
-        yield from _handed_over(state, Move.SAVE)
+    if state.linked and not state.answered:
+        yield from _given_up(state)
     elif state.postcopy or "taken" in state.down:
         rest = tuple(m for m in state.down if m != "taken")
-        yield from _handed_over(replace(state, down=rest), Move.GIVE_UP)
+        yield from _given_up(replace(state, down=rest))
     elif state.linked and "rest" not in state.up and state.destination.step == WAITS:
         yield "rest", replace(state, up=("rest",))
     if source.after(Move.GIVE_UP) is None:
         yield "cancelled", _back(state, CANCELLED)
 
 
-def _handed_over(state: State, move: Move) -> Iterator[tuple[str, State]]:
-    yield from _made(state, state.source.after(move, step=GIVEN_UP), move.value)
+def _given_up(state: State) -> Iterator[tuple[str, State]]:
+    yield from _made(state, state.source.after(Move.GIVE_UP, step=GIVEN_UP), "give up")
 
 
 def _source_hears(state: State) -> Iterator[tuple[str, State]]:
@@ -258,7 +276,7 @@ def _destination_moves(state: State) -> Iterator[tuple[str, State]]:
     elif destination.step == FAILED:
         # The engine's last call may still be loading devices when its guest is given up.
         yield from _made(state, _arrived(destination), "late resume", at="destination")
-    if not state.linked and not state.up and state.answered:
+    if not state.linked and not state.up and state.read:
         yield from _destination_breaks(state)
 
 
@@ -307,7 +325,8 @@ def _destination_hears(state: State) -> Iterator[tuple[str, State]]:
 
 
 def _say(state: State, message: str) -> State:
-    return replace(state, down=(*state.down, message)) if state.linked else state
+    heard = state.linked and state.answered
+    return replace(state, down=(*state.down, message)) if heard else state
 
 
 # --- orders of a user
@@ -356,7 +375,7 @@ def _what_a_user_sees(state: State) -> Iterator[tuple[str, State]]:
     source, destination = state.source, state.destination
     if source.ended or not state.held or source.step not in {*ENDS, PAUSED}:
         return
-    nobody_runs_it = not state.answered or destination.ended or destination.step == FAILED
+    nobody_runs_it = not state.read or destination.ended or destination.step == FAILED
     if nobody_runs_it and destination.owner not in HERE:
         taken = source.after(Move.CONT, stopped=False)
         if taken is not None:
@@ -369,7 +388,7 @@ def _what_a_user_sees(state: State) -> Iterator[tuple[str, State]]:
 
 
 def _harm(state: State) -> Iterator[tuple[str, State]]:
-    if state.linked and state.breaks and state.answered:
+    if state.linked and state.breaks and state.read:
         # What was under way may still arrive, all or in part; nothing new is sent.
         broken = replace(state, linked=False, breaks=state.breaks - 1)
         for up in range(len(state.up) + 1):
@@ -381,12 +400,12 @@ def _harm(state: State) -> Iterator[tuple[str, State]]:
     if state.source.step not in {*ENDS, PAUSED} and not state.source.ended:
         yield "the source's engine dies", _source_dies(replace(_cut(fewer), down=()))
     waits = state.destination.step in {*ENDS, PAUSED} or state.destination.ended
-    if state.answered and not waits:
+    if state.read and not waits:
         yield "the destination's engine dies", _destination_dies(replace(_cut(fewer), up=()))
 
 
 def _cut(state: State) -> State:
-    return replace(state, linked=False) if state.answered else state
+    return replace(state, linked=False) if state.read else state
 
 
 def _source_dies(state: State) -> State:

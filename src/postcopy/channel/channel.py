@@ -51,6 +51,17 @@ class Channel(abc.ABC):
     def can_return(self) -> bool:
         """Whether the peer can answer on it (a return path)."""
 
+    @property
+    def stores(self) -> bool:
+        """Whether what is sent lies there until somebody comes for it: nothing runs it by itself."""
+        return False
+
+    def wait_for_room(self) -> None:  # noqa: B027  only a pipe needs it
+        """Wait until a byte can be sent without a wait, as long as there is one sender.
+
+        :raises ChannelBroken: as :meth:`send`.
+        """
+
     def send(self, data: Buffer) -> None:
         """Send all of ``data``; the interpreter lock is free while the kernel takes it.
 

@@ -33,6 +33,8 @@ class DescriptorChannel(Channel):
         self._reading = reading
         self._writing = writing
         flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
+        mode = 0 if writing is None else os.fstat(writing).st_mode
+        self._stores = stat.S_ISREG(mode) or stat.S_ISBLK(mode)
         self._woken = calls.of_python("eventfd", "", os.eventfd, 0, flags)
         for fd in {reading, writing} - {None}:
             if fd is not None and not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -44,6 +46,20 @@ class DescriptorChannel(Channel):
         if self._reading is None or self._writing is None:
             return False
         return self._reading != self._writing or can_answer(self._reading)
+
+    @property
+    def stores(self) -> bool:
+        """See :attr:`Channel.stores`: a file and a disk do, a pipe does not."""
+        return self._stores
+
+    def wait_for_room(self) -> None:
+        """See :meth:`Channel.wait_for_room`."""
+        with self._sending:
+            try:
+                if self._writing is not None:
+                    self._wait_for(self._writing, select.POLLOUT)
+            except (OSError, ValueError) as failure:
+                raise self._broken(failure) from failure
 
     def fileno(self) -> int:
         """The descriptor written to, or else the one read from."""

@@ -25,6 +25,11 @@ class FileChannel(Channel):
         self._position = position
 
     @property
+    def stores(self) -> bool:
+        """See :attr:`Channel.stores`: a file does."""
+        return True
+
+    @property
     def position(self) -> int:
         """Byte of the file at which the stream goes on."""
         return self._position

@@ -31,7 +31,7 @@ OWNERS: Final[Mapping[Owner, str]] = {
     Owner.OURS: HERE,
     Owner.MOVING: HERE,
     Owner.STOPPED: "here, stopped for the switchover",
-    Owner.GIVEN_UP: "handed over; the destination has not answered yet",
+    Owner.GIVEN_UP: "handed over; it is not known yet whether it has arrived",
     Owner.UNKNOWN: NOBODY,
     Owner.TAKEN: THERE,
     Owner.MOVED: THERE,

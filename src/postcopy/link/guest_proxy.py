@@ -123,10 +123,7 @@ class GuestProxy:
         self._link.call("give_up")
 
     def save(self) -> None:
-        """The guest is written to where nothing answers; it runs here only if a user says so.
-
-        :raises WrongState: the migration has been cancelled; the guest stays ours.
-        """
+        """All of the guest is where nothing answers; it runs here only if a user says so."""
         self._link.call("save")
 
     def runs_there(self) -> None:

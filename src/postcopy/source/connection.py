@@ -1,7 +1,8 @@
 """One connection to the destination, and everything that lives and ends with it."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from postcopy.channel.channel import Channel
 from postcopy.channel.silence import SilenceWatch, Taken
@@ -120,6 +121,16 @@ class Connection:
             raise self._cause
         self._watch(lambda: True)
 
+    @contextmanager
+    def taking(self) -> Iterator[None]:
+        """Break the connection when what is sent meanwhile is not taken: for a peer that never answers."""
+        self._watch(lambda: self.channel.pending_output() > 0)
+        try:
+            yield
+        finally:
+            assert self._silence is not None
+            self._silence.stop()
+
     def _watch(self, waiting: Callable[[], bool]) -> None:
         self._silence = SilenceWatch(self._timeout_ms, self._signs, waiting, self._silent)
         self._silence.start()
@@ -146,11 +157,16 @@ class Connection:
 
     def explain(self, error: PostcopyError) -> PostcopyError:
         """Why it broke, as far as is known on this side."""
-        if isinstance(error, ChannelBroken) and self.return_path is not None:
+        if not isinstance(error, ChannelBroken):
+            return error
+        if self.return_path is not None:
             error = self.return_path.explain(error)
-            if self._cause is not None and not self.return_path.refused:
-                return self._cause
-        return error
+        return error if self._cause is None or self.refused else self._cause
+
+    @property
+    def refused(self) -> bool:
+        """Whether the destination has said that it does not run the guest."""
+        return self.return_path is not None and self.return_path.refused
 
     def wait_until_taken(self) -> bool:
         """Wait until the destination has taken all that was pushed.

@@ -190,6 +190,8 @@ class Source:
         connection.sender.count()
         dirty.stop()
         connection.finish()
+        if connection.return_path is None:
+            self._guest.save()
 
     def _set_up(self) -> tuple[Connection, DirtyPages]:
         address = parse(self._wishes.uri)
@@ -317,7 +319,8 @@ class Source:
 
     def _fail(self, error: PostcopyError) -> None:
         """Decide whose the guest is, and say so."""
-        return_path = self._connection.return_path if self._connection is not None else None
+        if isinstance(error, MigrationCancelled):
+            self.cancel()  # the guest's process has heard of it first
         if self._connection is not None:
             error = self._connection.explain(error)
         broken = self._progress.status in GIVEN_UP and not self._never_ran_there()
@@ -326,8 +329,6 @@ class Source:
         cancelled = self._progress.status is Status.CANCELLING
         self.error = None if cancelled else error
         self._clock.ended = time.monotonic()
-        # Where nobody can answer (a file, a command) nobody runs the guest by itself either.
-        refused = return_path is None or return_path.refused
         if broken:
             self._progress.move(Status.POSTCOPY_PAUSED)
             return
@@ -335,7 +336,7 @@ class Source:
             self._dirty.stop()
         switchover = self._switchover
         if switchover is not None and switchover.stopped:
-            if not switchover.committed or refused:
+            if not switchover.committed or self._runs_nowhere_else():
                 switchover.settle()
                 self._guest.take_back()
                 self._guest.resume()
@@ -345,6 +346,11 @@ class Source:
                     "'cont' takes it back"
                 )
         self._progress.move(Status.CANCELLED if cancelled else Status.FAILED)
+
+    def _runs_nowhere_else(self) -> bool:
+        """Whether no other machine runs the guest by itself, although it has been given up."""
+        connection = self._connection
+        return connection is not None and (connection.refused or connection.channel.stores)
 
     def _never_ran_there(self) -> bool:
         """Whether the destination never got the package, or has said that it could not take it.

@@ -2,7 +2,8 @@
 
 Ownership: until :meth:`Switchover._commit` has been called the guest is ours, and any failure lets it
 run on here.  From then on only the destination's own word that it does not run the guest
-(``SHUT`` with an error) or the certainty that it never got the last byte gives it back.
+(``SHUT`` with an error) or the certainty that it never got the last byte gives it back.  Where nothing
+answers the second alone does, and a file, from which no machine starts by itself.
 """
 
 import time
@@ -101,7 +102,7 @@ class Switchover:
         """Stop the vCPUs and find out what is left to send; the devices are being saved meanwhile."""
         self._clock.stopped = time.monotonic()
         self.stopped = True
-        self._saving = self._guest.pause_to_save()
+        self._saving = self._pause_to_save()
         if self._capabilities.enabled(Capability.PAUSE_BEFORE_SWITCHOVER):
             self._progress.move(Status.PRE_SWITCHOVER)
             self._orders.wait_to_proceed()
@@ -114,14 +115,7 @@ class Switchover:
         """Send the rest while the guest stands still, and hand it over."""
         if self._return_path is not None:
             self._connection.begin_watch()  # nobody is to stand still for a peer that does nothing
-        for pages in self._dirty.blocks:
-            start, end = 0, pages.block.page_count
-            limit = max(1, _REST_BYTES // pages.block.page_size_bytes)
-            while len(batch := pages.next_batch(start, end, limit)):
-                self._check_cancelled()
-                pages.pending[batch] = False
-                self._sender.send(pages, batch)
-                start = int(batch[-1]) + 1
+        self._send_rest()
         states = self._devices()
         self._channel.send_many([self._sender.end_of_ram(), device_sections(states)])
         reached("source.rest-sent")
@@ -130,6 +124,8 @@ class Switchover:
             self._channel.send(encode_command(Ping(LAST_PING)))
             self._return_path.wait_pong(LAST_PING)
             self._connection.expect_last_word()
+        else:
+            self._channel.wait_for_room()  # here a cancel ends the wait: from the commit on none does
         reached("source.all-taken")
         self._check_cancelled()
         self._commit()
@@ -142,10 +138,24 @@ class Switchover:
             raise
         reached("source.end-sent")
         self._clock.handed_over = time.monotonic()
-        self._channel.send(encoder.description(self._describe(states)))
+        description = encoder.description(self._describe(states))
         if self._return_path is not None:
+            self._channel.send(description)
             self._return_path.wait_shut()
+        else:
+            with self._connection.taking():
+                self._channel.send(description)
         self._clock.confirmed = time.monotonic()
+
+    def _send_rest(self) -> None:
+        for pages in self._dirty.blocks:
+            start, end = 0, pages.block.page_count
+            limit = max(1, _REST_BYTES // pages.block.page_size_bytes)
+            while len(batch := pages.next_batch(start, end, limit)):
+                self._check_cancelled()
+                pages.pending[batch] = False
+                self._sender.send(pages, batch)
+                start = int(batch[-1]) + 1
 
     def start_postcopy(self) -> None:
         """Say what the destination must forget, and hand the guest over without it."""
@@ -181,16 +191,23 @@ class Switchover:
         if self._saving is not None:
             self._saving.settle()
 
+    def _pause_to_save(self) -> Saving:
+        """Stop the vCPUs, unless a cancel was quicker.
+
+        :raises MigrationCancelled: it was.
+        """
+        try:
+            return self._guest.pause_to_save()
+        except WrongState as error:
+            raise MigrationCancelled("cancelled by the user") from error
+
     def _commit(self) -> None:
         """Hand the guest over, unless a cancel was quicker: the guest's process decides.
 
         :raises MigrationCancelled: it was.
         """
         try:
-            if self._return_path is None:
-                self._guest.save()
-            else:
-                self._guest.give_up()
+            self._guest.give_up()
         except WrongState as error:
             raise MigrationCancelled("cancelled by the user") from error
         self.committed = True
