@@ -19,6 +19,7 @@ from postcopy.channel.connect import (
     resolve,
     start_command,
 )
+from postcopy.channel.socket_path import SocketPath
 from postcopy.channel.sockets import SocketChannel
 from postcopy.errors import CannotConnect, CannotListen, ChannelBroken, KernelError
 from postcopy.kernel import calls
@@ -44,8 +45,8 @@ class Listener:
         self._door = _open_door(address)
         self._single = None if self._door else _open_single(address)
         self._address = address
-        # Its inode, so that closing never removes the socket of whoever listens there after us.
-        self._inode = Path(address.path).stat().st_ino if isinstance(address, UnixAddress) else None
+        # Closing never removes the socket of whoever listens there after us.
+        self._path = SocketPath(address.path) if isinstance(address, UnixAddress) else None
         flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
         try:
             self._woken = calls.of_python("eventfd", "", os.eventfd, 0, flags)
@@ -113,8 +114,8 @@ class Listener:
             self._single.close()
         if self._door is not None:
             self._door.close()
-        if isinstance(self._address, UnixAddress):
-            self._remove(self._address.path)
+        if self._path is not None:
+            self._path.remove()
 
     def _wait(self, timeout_s: float | None) -> None:
         poll = select.poll()
@@ -134,11 +135,6 @@ class Listener:
         if self._door.family in (socket.AF_INET, socket.AF_INET6):
             return SocketChannel(connected, str(TcpAddress(peer[0], peer[1])))
         return SocketChannel(connected, str(self._address))
-
-    def _remove(self, path: str) -> None:
-        with contextlib.suppress(OSError):
-            if Path(path).stat().st_ino == self._inode:
-                Path(path).unlink()
 
 
 def _open_door(address: Address) -> socket.socket | None:

@@ -3,13 +3,13 @@
 import contextlib
 import logging
 import socket
-import stat
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from postcopy.channel.address import UnixAddress, parse_socket
+from postcopy.channel.socket_path import SocketPath, remove_stale
 from postcopy.errors import CannotListen
 from postcopy.monitor.backend import Backend
 from postcopy.monitor.hmp_console import HmpSession
@@ -46,6 +46,7 @@ class MonitorServer:
         self._backend = backend
         self._make_session = session
         self._listener, self._path = _listen(address.partition(",")[0])
+        self._taken = None if self._path is None else SocketPath(self._path)
         # Guards the next two; a session is in the set from its accept to its end.
         self._lock = threading.Lock()
         self._sessions: set[Session] = set()
@@ -72,8 +73,8 @@ class MonitorServer:
             self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._listener.close()
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
+        if self._taken is not None:
+            self._taken.remove()
         for session in sessions:
             session.close()
 
@@ -130,10 +131,7 @@ def _listen(address: str) -> tuple[socket.socket, Path | None]:
 
 
 def _listen_unix(path: Path) -> socket.socket:
-    if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
-        with socket.socket(socket.AF_UNIX) as probe:
-            if probe.connect_ex(str(path)) != 0:
-                path.unlink()  # left behind by a process that was killed
+    remove_stale(path)  # left behind by a process that was killed
     listener = socket.socket(socket.AF_UNIX)
     try:
         listener.bind(str(path))
