@@ -36,8 +36,8 @@ WAITS, LOADED, OWNS, RUNS_THERE, WHOLE = "waits", "loaded", "owns", "runs", "who
 
 ENDS = frozenset({IDLE, FAILED, COMPLETED, CANCELLED})
 PRECOPY, POSTCOPY, PIPE, FILE, SNAPSHOT = "precopy", "postcopy", "pipe", "file", "snapshot"
-"""What is ordered: a snapshot, and a migration into a file, have no destination; the one at the other end of a
-pipe does not answer."""
+"""What is ordered: a snapshot, and a migration into a file, have no destination; that of a pipe does not
+answer."""
 
 
 @dataclass(frozen=True)

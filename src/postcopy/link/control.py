@@ -11,24 +11,23 @@ from typing import Any
 
 from postcopy.channel.address import parse
 from postcopy.channel.descriptor_check import Use
-from postcopy.errors import EngineDied, PostcopyError, Refused, WrongState
+from postcopy.errors import EngineDied, PostcopyError, WrongState
 from postcopy.events import EventBus
-from postcopy.link import loss
 from postcopy.link.current import Current
 from postcopy.link.departing import Departing
 from postcopy.link.engine_process import EnginePool, EngineProcess
 from postcopy.link.engines import Engines
-from postcopy.link.errand import Errands
 from postcopy.link.guest_service import GuestService, OwnedGuest
-from postcopy.link.host import check_movable, check_transport
+from postcopy.link.host import check_movable
 from postcopy.link.job import Job
 from postcopy.link.outcome import Outcome
+from postcopy.link.paused import Paused
 from postcopy.link.places import descriptors
 from postcopy.link.resetting import Resetting
 from postcopy.link.rpc import Handler, Link
 from postcopy.link.settings import Settings, change_all
 from postcopy.link.watchdog import HANG_LOOKS
-from postcopy.ownership import Move, Owner
+from postcopy.ownership import Move
 from postcopy.parameters import NO_OVERRIDES, Capabilities, Capability, Overrides, Parameters
 from postcopy.statistics import MigrationInfo
 from postcopy.status import GIVEN_UP, Progress, Status
@@ -60,8 +59,6 @@ class MigrationControl:
         self._guest = guest
         self._ownership = guest.ownership
         self._events = events
-        self._on_moved = on_moved
-        self._on_incoming_failed = on_incoming_failed
         self._pool = pool = engines or EnginePool()
         self._engines = Engines(self._handlers, self._engine_ended, pool, hang_looks)
         self.settings = Settings()  # of jobs that are still to come
@@ -78,11 +75,11 @@ class MigrationControl:
         self._recovery = self._outcome.recovery
         self._restoring = self._outcome.restoring
         self._lock = self._current.lock
-        self._errands = Errands()
         self._check_movable = partial(check_movable, guest, self._service)
         self._departing = Departing(
             self._lock, self._restoring, self._engines, self._begin, self._begin_move
         )
+        self._paused = Paused(guest, self._service, self._engines, self._outcome, self._departing)
         check, complete = self._check_can_start, self._restoring.complete_first
         self.resetting = Resetting(guest, self._service, pool, self._lock, check, complete)
 
@@ -166,7 +163,7 @@ class MigrationControl:
     ) -> None:
         """Begin to send the guest to ``uri``."""
         if resume:
-            self._resume(uri, overrides)
+            self._paused.resume(uri, overrides)
             return
         with descriptors(parse(uri), Use.SEND) as fds:  # refused before anything moves
             with self._lock:
@@ -324,106 +321,19 @@ class MigrationControl:
 
     def pause(self) -> None:
         """Break a postcopy on purpose."""
-        self._restoring.refuse_pause()
-        shown = self._current.shown
-        # A source whose destination does not answer waits for it in `postcopy-device`, perhaps for ever,
-        # and one that cannot connect again in `postcopy-recover-setup`.
-        waits = frozenset({Status.POSTCOPY_DEVICE, Status.POSTCOPY_RECOVER_SETUP})
-        early = frozenset() if shown.incoming else waits
-        if shown.status not in {Status.POSTCOPY_ACTIVE, Status.POSTCOPY_RECOVER} | early:
-            raise WrongState(
-                "migrate-pause is currently only supported during postcopy-active or "
-                "postcopy-recover state"
-            )
-        self._engines.tell("pause")
+        self._paused.pause()
 
     def recover(self, uri: str) -> None:
         """Listen anew for the source of a paused postcopy."""
-        self._show_paused_restore()
-        if (
-            self._current.shown.status is not Status.POSTCOPY_PAUSED
-            or not self._current.shown.incoming
-        ):
-            raise WrongState("Migrate recover can only be run when postcopy is paused.")
-        recover = self._restoring.recover
-        if self._restoring.job is None:
-            check_transport(parse(uri), self._current.shown.settings.capabilities, Use.RECEIVE)
-            recover = self._recovery.listen
-        self._errands.run(partial(recover, uri), self._not_recovered)
-        self._ownership.ordered("migrate-recover", "incoming", uri)
-
-    def _not_recovered(self, error: Exception) -> None:
-        """It has turned out too late for the answer to the order."""
-        with self._lock:
-            job = self._current.shown
-            if job.status is Status.POSTCOPY_PAUSED:
-                job.error = f"the recovery that was ordered has failed: {error}"
-
-    def _show_paused_restore(self) -> None:
-        """Whoever deals with it need not be told any more of a migration that could not begin."""
-        with self._lock:
-            restore = self._restoring.job
-            if restore is not None and restore.status is Status.POSTCOPY_PAUSED:
-                self._departing.fail("the guest's restore is paused")
-                self._current.shown = restore
+        self._paused.recover(uri)
 
     def lost(self) -> None:
         """Give up on the source of a paused postcopy, as the parameter ``x-on-loss`` says."""
-        self._show_paused_restore()
-        with self._recovery.lock, self._lock:
-            job = self._current.shown
-            if job.status is not Status.POSTCOPY_PAUSED or not job.incoming:
-                raise WrongState(
-                    "x-migrate-lost can only be run when an incoming postcopy is paused"
-                )
-            how = job.settings.parameters.x_on_loss
-            job.error = loss.settle(how, self._guest, self._service, self._engines.end)
-            self._current.awaits = self._current.listening = False
-            job.forget()
-            self._restoring.end()
-            job.progress.move(Status.FAILED)
-            if how == "quit":
-                self._on_incoming_failed(job.error)
+        self._paused.lost()
 
     def arrived(self) -> None:
         """Somebody has seen the destination complete: nothing here is needed any more."""
-        with self._recovery.lock, self._lock:
-            job = self._current.shown
-            if self._ownership.owner not in {Owner.UNKNOWN, Owner.TAKEN} or job.status not in {
-                Status.POSTCOPY_PAUSED,
-                Status.FAILED,
-            }:
-                raise WrongState(
-                    "x-migrate-arrived can only be run when an outgoing postcopy is paused, or when the "
-                    "link broke during the switchover"
-                )
-            self._ownership.move(Move.MOVED)
-            self._service.unwatch_writes()
-            if not self._outcome.settle_if_arrived():
-                self._on_moved()
-
-    def _resume(self, uri: str, overrides: Overrides) -> None:
-        """Go on with a paused postcopy at ``uri``."""
-        if overrides:
-            raise Refused(
-                "'resume' goes on with what the migration began with; leave x-capabilities and "
-                "x-parameters out ('migrate-set-parameters' reaches a paused migration)"
-            )
-        check_transport(parse(uri), self._current.shown.settings.capabilities, Use.SEND)
-        with self._recovery.lock:
-            if (
-                self._current.shown.status is not Status.POSTCOPY_PAUSED
-                or self._current.shown.incoming
-            ):
-                raise WrongState("Cannot resume if there is no paused migration")
-            self._ownership.check(Move.RESUME)
-            self._ownership.ordered("migrate-resume", "outgoing", uri)
-            try:
-                # From here until it has failed again 'cont' cannot take it back.
-                self._recovery.go_on(uri, lambda: self._ownership.move(Move.RESUME))
-            except PostcopyError:
-                self._ownership.try_move(Move.LOSE_TOUCH)
-                raise
+        self._paused.arrived()
 
     def info(self) -> MigrationInfo:
         """How it stands: the engine's figures as of now, or the last it gave."""

@@ -40,9 +40,10 @@ class Outcome:
         self._ownership = guest.ownership
         self._service = service
         self._engines = engines
-        self._current = current
-        self._on_moved = on_moved
-        self._on_incoming_failed = on_incoming_failed
+        self.current = current
+        """What has been ordered."""
+        self.on_moved = on_moved
+        self.on_incoming_failed = on_incoming_failed
         self.recovery = Recovery(engines, lambda: current.shown, self.settle_if_arrived)
         """Goes on with a broken postcopy."""
         self.restoring = Restoring(engines, guest, self.restore_given_up)
@@ -51,14 +52,14 @@ class Outcome:
     @property
     def work(self) -> Job:
         """What the engine at work does: a restore may go on behind a migration that waits for it."""
-        return self.restoring.job or self._current.shown
+        return self.restoring.job or self.current.shown
 
     def on_status(
         self, engine: EngineProcess, status: str, error: str | None, info: dict[str, Any]
     ) -> None:
         """An engine says that its job has got somewhere; on the link's reader thread."""
         to = Status(status)
-        with self._current.lock:
+        with self.current.lock:
             if self._engines.current is not engine:
                 return  # given up, in the moment in which it had something to say
             job = self.work
@@ -88,10 +89,10 @@ class Outcome:
 
     def _completed(self) -> None:
         if self.work.incoming:
-            self._current.awaits = False
+            self.current.awaits = False
         elif not self.work.is_snapshot:
             self._ownership.try_move(Move.MOVED)  # what was saved stays saved
-            self._on_moved()
+            self.on_moved()
 
     def settle(self, status: Status) -> None:
         """Say that it has ended, and let go of the engine.
@@ -99,28 +100,28 @@ class Outcome:
         Under the lock: who has seen the end and closes us finds nothing still going on.
         """
         job, ownership = self.work, self._ownership
-        with self._current.lock:
+        with self.current.lock:
             no_guest_comes = status is Status.FAILED and job.incoming and self._service.abandon()
             stands_still = ownership.owner is Owner.STOPPED
             ownership.try_move(Move.END)
             self.restoring.end()
             job.progress.move(status)
-            self._current.listening = False
-            self._current.awaits = self._current.awaits and not self._guest.owned
+            self.current.listening = False
+            self.current.awaits = self.current.awaits and not self._guest.owned
             self._engines.end()
             if self._guest.owned:
                 self._engines.prepare(_SPARE_DELAY_S)
         if stands_still:
             self._resume_guest()
-        if no_guest_comes and self._current.exit_on_error:
-            self._on_incoming_failed(job.error or "the migration failed")
+        if no_guest_comes and self.current.exit_on_error:
+            self.on_incoming_failed(job.error or "the migration failed")
 
     def engine_ended(self, engine: EngineProcess) -> None:
         """The link is gone: nothing new if we ended it, or if it had finished.
 
         Under the lock: what is just being ordered of it has been noted then.
         """
-        with self._current.lock:
+        with self.current.lock:
             if self._engines.current is engine:
                 self._engine_died(engine)
 
@@ -143,7 +144,7 @@ class Outcome:
             self._service.unwatch_snapshot()
             if job.is_snapshot:
                 engine.kill()  # its link goes first, and then the claim on what it was writing
-                remove_partial(parse(self._current.uri))  # no half image is left behind
+                remove_partial(parse(self.current.uri))  # no half image is left behind
             if self._guest.owned:
                 self._ownership.try_move(Move.END)
                 self._resume_guest()
@@ -165,7 +166,7 @@ class Outcome:
         """Nothing is lost with an engine after switchover: all that it knew is here, or at the peer."""
         self._engines.end()
         self._ownership.try_move(Move.LOSE_TOUCH)
-        job = self._current.shown
+        job = self.current.shown
         if job.incoming and not self._guest.owned:
             self._resume_guest()  # its devices are loaded, and the source has been told so
         job.error = f"the engine process {fate}; no page is lost: recover the migration"
@@ -192,6 +193,6 @@ class Outcome:
         try:
             self._guest.resume()
         except PostcopyError as error:
-            self._current.shown.error = (
-                f"{self._current.shown.error}; and the guest cannot go on: {error}"
+            self.current.shown.error = (
+                f"{self.current.shown.error}; and the guest cannot go on: {error}"
             )
