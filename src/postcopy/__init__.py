@@ -11,7 +11,7 @@ tells of them::
             ...
         result = await migration.result()
 
-``postcopy.client.sync`` has ``Machine`` and ``Migration`` for scripts without ``async``.
+``postcopy.sync`` has the same names for scripts without ``async``.
 """
 
 import importlib
@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from postcopy.client import (
         FaultLatency,
-        Guest,
         Machine,
+        MigrateOptions,
         Migration,
         Phase,
         Postcopy,
@@ -30,9 +30,12 @@ if TYPE_CHECKING:
         ResetPoint,
         Restored,
         RestoredMachine,
+        RestoreOptions,
         Result,
+        RunOptions,
         Snapshot,
         SnapshotJob,
+        SnapshotOptions,
         restore,
     )
     from postcopy.errors import (
@@ -43,13 +46,15 @@ if TYPE_CHECKING:
         MigrationFailed,
         NeedsRecovery,
         PostcopyError,
+        Reason,
         Refused,
     )
     from postcopy.status import Status
 
+    __version__: str
+
 __all__ = [
     "Machine",
-    "Guest",
     "Migration",
     "Progress",
     "Phase",
@@ -64,8 +69,13 @@ __all__ = [
     "Restored",
     "ResetPoint",
     "Reset",
+    "RunOptions",
+    "MigrateOptions",
+    "SnapshotOptions",
+    "RestoreOptions",
     "PostcopyError",
     "Refused",
+    "Reason",
     "MigrationFailed",
     "MigrationCancelled",
     "NeedsRecovery",
@@ -78,6 +88,7 @@ _ELSEWHERE = {
     "postcopy.errors": {
         "PostcopyError",
         "Refused",
+        "Reason",
         "MigrationFailed",
         "MigrationCancelled",
         "NeedsRecovery",
@@ -90,6 +101,10 @@ _ELSEWHERE = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # seldom asked for, and slow to import
+
+        return version("postcopy")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     for module, names in _ELSEWHERE.items():

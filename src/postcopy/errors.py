@@ -26,18 +26,52 @@ A message is one line: what, why, and (after a semicolon) what to do.
 
 import errno as _errno
 import os
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """Why an order was refused, for a program; the text is for its user."""
+
+    SETTINGS = "settings"
+    """The order, or its options, cannot work; another order may."""
+    STATE = "state"
+    """The machine's present state does not allow it."""
+    BUSY = "busy"
+    """A migration, a snapshot or a restore is under way; it may be possible after its end."""
+    OWNER = "owner"
+    """The guest is not this machine's: it has not arrived, or has moved away."""
+    HOST = "host"
+    """The machine's host lacks something; the text says the cure."""
+    COMMAND = "command"
+    """The machine has no such command."""
+    UNKNOWN = "unknown"
+    """The machine does not say: a stock QEMU tells its user only."""
 
 
 class PostcopyError(Exception):
     """The root; never raised itself."""
 
+    reason: Reason | None = None
+    """Why an order was refused; None: it is no refusal."""
+
 
 class WrongState(PostcopyError):
     """You asked for something that the present state does not allow; nothing has changed."""
 
+    def __init__(self, text: str, reason: Reason = Reason.STATE) -> None:
+        super().__init__(text)
+        self.reason = reason
+
 
 class Refused(PostcopyError):
-    """The settings cannot work; refused before any state changed."""
+    """The settings cannot work; refused before any state changed.
+
+    :ivar reason: for a program; what a machine of ours says in ``x-reason`` of its answer.
+    """
+
+    def __init__(self, text: str, reason: Reason = Reason.SETTINGS) -> None:
+        super().__init__(text)
+        self.reason = reason
 
 
 class HostCannot(Refused):
@@ -48,7 +82,7 @@ class HostCannot(Refused):
     """
 
     def __init__(self, what: str, cure: str) -> None:
-        super().__init__(f"{what}; {cure}")
+        super().__init__(f"{what}; {cure}", Reason.HOST)
         self.what = what
         self.cure = cure
 

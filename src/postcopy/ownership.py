@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from postcopy.errors import WrongState
+from postcopy.errors import Reason, WrongState
 
 
 class Owner(enum.Enum):
@@ -177,6 +177,11 @@ def refusal(move: Move, owner: Owner) -> str:
     return f"{what}: {meaning.text}" + (f"; {meaning.advice}" if meaning.advice else "")
 
 
+def _refused(move: Move, owner: Owner) -> WrongState:
+    busy = move is Move.ORDER and owner in {Owner.MOVING, Owner.STOPPED}
+    return WrongState(refusal(move, owner), Reason.BUSY if busy else Reason.OWNER)
+
+
 @dataclass(frozen=True, slots=True)
 class LastOrder:
     """What was ordered last of this guest.
@@ -243,7 +248,7 @@ class Ownership:
             before = self._owner
             to = MOVES[move].get(before)
             if to is None:
-                raise WrongState(refusal(move, before))
+                raise _refused(move, before)
             if arrival is not None and arrival != self._arrival:
                 raise WrongState("the guest must not run here: this arrival of it was given up")
             if to is Owner.AWAITED is not before:
@@ -266,7 +271,7 @@ class Ownership:
         """
         owner = self._owner
         if owner not in MOVES[move]:
-            raise WrongState(refusal(move, owner))
+            raise _refused(move, owner)
 
     def to_qapi(self) -> dict[str, Any]:
         """What ``query-status`` says of it, besides QEMU's members."""

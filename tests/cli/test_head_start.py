@@ -12,7 +12,7 @@ from cli.test_run import children, ended
 from fakes.commands import need_kvm
 from fakes.pair import DEADLINE_S
 from fakes.waiting import wait_until
-from postcopy.client import sync
+from postcopy import sync
 
 TOLD = """
 import os, sys

@@ -16,8 +16,9 @@ from postcopy import (
     Phase,
     Refused,
     Status,
+    sync,
 )
-from postcopy.client import addresses, sync
+from postcopy.client import addresses
 
 pytestmark = pytest.mark.kvm
 

@@ -4,15 +4,14 @@ import asyncio
 
 import pytest
 
-from postcopy import Guest, Refused
-from postcopy.client import sync
+from postcopy import Machine, Reason, Refused, sync
 
 pytestmark = pytest.mark.kvm
 
 
 def test_back_to_a_moment(guest):
     async def go_back():
-        async with Guest.connect(guest.qmp) as machine:
+        async with Machine.connect(guest.qmp) as machine:
             await machine.stop()
             point = await machine.reset_point()
             then = await machine.read_memory(0, 32 << 20)
@@ -47,6 +46,27 @@ def test_back_to_a_snapshot_without_async(guest, tmp_path):
         machine.reset_end()
         machine.snapshot(tmp_path / "another")
         assert machine.run_state() == "running"
+
+
+def test_a_point_lasts_as_long_as_its_context(guest):
+    async def go_back():
+        async with Machine.connect(guest.qmp) as machine:
+            async with machine.reset_point() as point:
+                assert point.copied_bytes > 0
+                assert (await point.reset()).pages > 0
+                with pytest.raises(Refused) as said:
+                    await machine.migrate("tcp:127.0.0.1:1")
+                assert said.value.reason is Reason.STATE
+            with pytest.raises(Refused, match="there is no reset point"):
+                await point.end()
+            await point.close()  # harmless
+
+    asyncio.run(go_back())
+    with sync.Machine.connect(guest.qmp) as machine:
+        with machine.reset_point() as point:
+            assert not point.reset().whole
+        with pytest.raises(Refused, match="there is no reset point"):
+            machine.reset()
 
 
 def test_what_cannot_be_is_said(guest, tmp_path):

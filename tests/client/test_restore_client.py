@@ -8,8 +8,7 @@ import sys
 import pytest
 
 from fakes.commands import need_kvm
-from postcopy import Guest, MigrationFailed, Refused, restore
-from postcopy.client import sync
+from postcopy import Machine, MigrationFailed, Refused, restore, sync
 from postcopy.image.formats import open_image
 
 TIMES = re.compile(
@@ -59,7 +58,7 @@ def test_a_woken_guest_moves_on(image):
     async def go():
         async with (
             restore(image, lazy=True) as guest,
-            Guest.start(incoming="defer", memory="64M", smp=2) as destination,
+            Machine.start(incoming="defer", memory="64M", smp=2) as destination,
         ):
             await guest.restored()
             await (await guest.migrate(to=destination, postcopy="now")).result()

@@ -9,15 +9,15 @@ import pytest
 from fakes.pair import MIB, engines
 from fakes.waiting import wait_until
 from postcopy import (
-    Guest,
     ImageError,
+    Machine,
     MigrationCancelled,
     MigrationFailed,
     Phase,
     Refused,
     Snapshot,
+    sync,
 )
-from postcopy.client import sync
 from postcopy.image.formats import open_image
 from postcopy.image.manifest import Manifest, beside
 from postcopy.image.verify import find_damages
@@ -31,7 +31,7 @@ def left_behind(tmp_path):
 
 def test_a_snapshot_is_taken_while_the_guest_goes_on(guest, tmp_path):
     async def take():
-        async with Guest.connect(guest.qmp) as machine:
+        async with Machine.connect(guest.qmp) as machine:
             snapshot = await machine.snapshot(tmp_path / "image")
             assert await machine.run_state() == "running"
         return snapshot
@@ -48,7 +48,7 @@ def test_a_snapshot_is_taken_while_the_guest_goes_on(guest, tmp_path):
 
 def test_it_can_be_watched(guest, tmp_path):
     async def watch():
-        async with Guest.connect(guest.qmp) as machine:
+        async with Machine.connect(guest.qmp) as machine:
             job = await machine.start_snapshot(tmp_path / "image", form="stream")
             looks = [look async for look in job.events()]
             late = [look async for look in job.events()]
@@ -66,7 +66,7 @@ def test_it_can_be_watched(guest, tmp_path):
 
 
 def test_scripts_do_without_async(guest, tmp_path):
-    with sync.Guest.connect(guest.qmp) as machine:
+    with sync.Machine.connect(guest.qmp) as machine:
         snapshot = machine.snapshot(tmp_path / "a", compress="zstd")
         job = machine.start_snapshot(tmp_path / "b", parent=tmp_path / "a")
         assert [look.phase for look in job.events()][-1] is Phase.COMPLETED
@@ -78,7 +78,7 @@ def test_scripts_do_without_async(guest, tmp_path):
 
 def test_what_fails_leaves_nothing_and_the_guest_runs_on(guest, tmp_path):
     path = tmp_path / "image"
-    with sync.Guest.connect(guest.qmp) as machine:
+    with sync.Machine.connect(guest.qmp) as machine:
         (tmp_path / "image.partial.partial").mkdir()  # where the machine wants to write
         (tmp_path / "image.partial.partial" / "full").touch()
         with pytest.raises(MigrationFailed, match="Is a directory; the guest runs on"):
@@ -93,7 +93,7 @@ def test_of_two_at_a_time_for_one_name_the_second_is_refused(guest, tmp_path):
     path = tmp_path / "image"
 
     async def take():
-        async with Guest.connect(guest.qmp) as machine:
+        async with Machine.connect(guest.qmp) as machine:
             first = await machine.start_snapshot(path)
             refused = []
             async for _ in first.events():
@@ -117,7 +117,7 @@ def test_a_full_disk_is_told_by_the_name_that_was_asked_for(guest, tmp_path):
     wait_until(lambda: engines(guest.process.pid), 30, "an engine")
     for engine in engines(guest.process.pid):
         resource.prlimit(engine, resource.RLIMIT_FSIZE, (3 * MIB, 3 * MIB))
-    with sync.Guest.connect(guest.qmp) as machine, pytest.raises(MigrationFailed) as failed:
+    with sync.Machine.connect(guest.qmp) as machine, pytest.raises(MigrationFailed) as failed:
         machine.snapshot(path)
     assert str(failed.value) == (
         f"the snapshot failed: file:{path}: File too large; the guest runs on"
@@ -127,7 +127,7 @@ def test_a_full_disk_is_told_by_the_name_that_was_asked_for(guest, tmp_path):
 
 def test_a_cancel_leaves_nothing_and_the_guest_runs_on(guest, tmp_path):
     async def cancel():
-        async with Guest.connect(guest.qmp) as machine:
+        async with Machine.connect(guest.qmp) as machine:
             job = await machine.start_snapshot(tmp_path / "image")
             looks = job.events()
             async for look in looks:
@@ -150,7 +150,7 @@ def test_a_cancel_leaves_nothing_and_the_guest_runs_on(guest, tmp_path):
 
 def test_an_event_loop_that_ends_takes_the_snapshot_with_it(guest, tmp_path):
     async def leave():
-        async with Guest.connect(guest.qmp) as machine:
+        async with Machine.connect(guest.qmp) as machine:
             await machine.start_snapshot(tmp_path / "image")
 
     asyncio.run(leave())
@@ -159,7 +159,7 @@ def test_an_event_loop_that_ends_takes_the_snapshot_with_it(guest, tmp_path):
 
 
 def test_a_damaged_parent_is_refused_by_name(guest, tmp_path):
-    with sync.Guest.connect(guest.qmp) as machine:
+    with sync.Machine.connect(guest.qmp) as machine:
         machine.snapshot(tmp_path / "a", compress="zstd")
         os.truncate(beside(tmp_path / "a"), 1000)
         with pytest.raises(ImageError, match=r"a\.manifest\.json: the manifest is damaged"):

@@ -59,7 +59,9 @@ def as_object(done: "Reset | ResetPoint | None") -> dict[str, Any]:
 
     if done is None:
         return {"event": "ended"}
-    return {"event": "reset" if isinstance(done, Reset) else "point"} | asdict(done)
+    if isinstance(done, Reset):
+        return {"event": "reset"} | asdict(done)
+    return {"event": "point", "pause_us": done.pause_us, "copied_bytes": done.copied_bytes}
 
 
 def words(done: "Reset | ResetPoint | None") -> str:

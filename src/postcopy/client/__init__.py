@@ -1,6 +1,6 @@
 """Drive machines and their migrations over QMP, from asyncio.
 
-:mod:`postcopy.client.sync` has the same names for scripts without an event loop.
+:mod:`postcopy.sync` has the same names for scripts without an event loop.
 """
 
 from postcopy.client.machine import Machine, RunOptions
@@ -12,12 +12,8 @@ from postcopy.client.restoring import Restored, RestoredMachine, RestoreOptions,
 from postcopy.client.result import FaultLatency, Result
 from postcopy.client.snapshot import Snapshot, SnapshotJob, SnapshotOptions
 
-Guest = Machine
-"""The same under the name that those use who care for what runs in it."""
-
 __all__ = [
     "Machine",
-    "Guest",
     "Migration",
     "Progress",
     "Phase",

@@ -18,7 +18,7 @@ from qemu.qmp import (
 )
 
 from postcopy.client import addresses
-from postcopy.errors import CannotConnect, ChannelBroken, Refused
+from postcopy.errors import CannotConnect, ChannelBroken, Reason, Refused
 
 _HANG_UP_S: Final = 1.0
 _MOST_BYTES: Final = 1 << 20
@@ -74,7 +74,7 @@ class Connection:
         try:
             return await self._client.execute(command, arguments)
         except ExecuteError as error:
-            raise Refused(str(error)) from error
+            raise Refused(str(error), _reason(error)) from error
         except (ExecInterruptedError, StateError) as error:
             text = f"the QMP connection to {self.address} ended; is the machine still running?"
             raise ChannelBroken(text) from error
@@ -93,6 +93,15 @@ class Connection:
     async def close(self) -> None:
         """Hang up; harmless when the other side was quicker."""
         await _hang_up(self._client)
+
+
+def _reason(error: ExecuteError) -> Reason:
+    if error.error_class == "CommandNotFound":
+        return Reason.COMMAND
+    said = error.received["error"]
+    assert isinstance(said, Mapping)  # the client library has looked
+    known = {reason.value: reason for reason in Reason}  # a newer machine may have more
+    return known.get(said.get("x-reason", ""), Reason.UNKNOWN)
 
 
 async def _hang_up(client: QMPClient) -> None:

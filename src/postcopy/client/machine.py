@@ -219,26 +219,27 @@ class Machine:
             await job.give_up()  # nobody could see what becomes of it
             raise
 
-    async def reset_point(self, path: str | Path | None = None) -> ResetPoint:
-        """Make this moment, or an image, the point to which :meth:`reset` takes the guest back.
+    def reset_point(self, path: str | Path | None = None) -> Opening[ResetPoint]:
+        """Make this moment, or an image, the point to which the guest goes back.
 
-        The guest goes on.  While there is a point, it can neither migrate nor have its picture taken.
+        The guest goes on.  While there is a point, it can be neither migrated nor saved.
 
         :param path: of an image, as the machine's host sees it; None: now.
+        :return: to be awaited, or used in ``async with``, whose end gives the point up.
         :raises Refused: it cannot be, or not now; the text says why.
         """
         arguments = {} if path is None else {"path": str(Path(path).absolute())}
-        return ResetPoint.of(await self.execute("x-reset-point", arguments))
+        return Opening(ResetPoint.set(self._connection, arguments))
 
     async def reset(self) -> Reset:
-        """Take the guest back to its point: memory, devices and time; as often as wanted.
+        """Take the guest back to its point, whichever client has set it.
 
         :raises Refused: there is no point, or an engine cannot finish it; the text says which.
         """
         return Reset.of(await self.execute("x-reset"))
 
     async def reset_end(self) -> None:
-        """Give the point up; the guest runs on as it is.
+        """Give the point up, whichever client has set it; the guest runs on as it is.
 
         :raises Refused: there is none.
         """

@@ -11,7 +11,7 @@ from typing import Any
 
 from postcopy.channel.address import parse
 from postcopy.channel.descriptor_check import Use
-from postcopy.errors import EngineDied, PostcopyError, WrongState
+from postcopy.errors import EngineDied, PostcopyError, Reason, WrongState
 from postcopy.events import EventBus
 from postcopy.link.current import Current
 from postcopy.link.departing import Departing
@@ -125,7 +125,7 @@ class MigrationControl:
             job = self._current.shown
             waits = self._current.awaits and job.incoming and job.status is Status.SETUP
             if job.busy and not (waits or job is self._restoring.job):
-                raise WrongState("There's a migration process in progress")
+                raise WrongState("There's a migration process in progress", Reason.BUSY)
             started = self._current.listening and self._restoring.job is None
             change_all(
                 (job, self) if job.busy else (self,),
@@ -357,7 +357,7 @@ class MigrationControl:
         if job.status is Status.POSTCOPY_PAUSED:
             raise WrongState("Can't migrate the vm that was paused due to previous migration")
         if job.busy and job is not self._restoring.job:
-            raise WrongState("There's a migration process in progress")
+            raise WrongState("There's a migration process in progress", Reason.BUSY)
         self._check_movable()  # again when it begins: here, so that an order that waits is refused at once
 
     @property

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Final
 
-from postcopy.errors import EngineDied, PostcopyError, WrongState
+from postcopy.errors import EngineDied, PostcopyError, Reason, WrongState
 from postcopy.link.engines import Engines, Succession
 from postcopy.link.guest_service import OwnedGuest
 from postcopy.link.job import Job
@@ -104,7 +104,7 @@ class Restoring:
         if self.job is None:
             return
         if not self._guest.owned:
-            raise WrongState("There's a migration process in progress")
+            raise WrongState("There's a migration process in progress", Reason.BUSY)
         if self.job.status is Status.POSTCOPY_PAUSED:
             raise WrongState(
                 f"pages of this guest are missing, and its restore is paused ({self.job.error}): recover "

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from postcopy.errors import Reason
 from postcopy.monitor import version
 
 _NO_ID = object()
@@ -11,9 +12,12 @@ _NO_ID = object()
 class QmpError(Exception):
     """What the client gets instead of an answer."""
 
-    def __init__(self, description: str, error_class: str = "GenericError") -> None:
+    def __init__(
+        self, description: str, error_class: str = "GenericError", reason: Reason | None = None
+    ) -> None:
         super().__init__(description)
         self.error_class = error_class
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,10 @@ def answered(message: object, result: object) -> dict[str, Any]:
 
 def failed(message: object, error: QmpError) -> dict[str, Any]:
     """The complaint about ``message``."""
-    return {"error": {"class": error.error_class, "desc": str(error)}} | _id_of(message)
+    said = {"class": error.error_class, "desc": str(error)}
+    if error.reason is not None:
+        said["x-reason"] = error.reason.value
+    return {"error": said} | _id_of(message)
 
 
 def _id_of(message: object) -> dict[str, Any]:

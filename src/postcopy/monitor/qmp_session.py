@@ -198,7 +198,7 @@ class QmpSession:
         try:
             return command.run(self._backend, command.arguments(request.arguments, ""))
         except PostcopyError as error:
-            raise QmpError(str(error)) from error
+            raise QmpError(str(error), reason=error.reason) from error
         except Exception as error:
             _log.exception("internal error in %s", command.name)
             text = f"internal error in {command.name}: {type(error).__name__}; see the log"

@@ -14,8 +14,9 @@ from postcopy.client.machine import Machine as AsyncMachine
 from postcopy.client.machine import RunOptions
 from postcopy.client.migration import Migration as AsyncMigration
 from postcopy.client.migration_order import MigrateOptions
-from postcopy.client.opening import Opening
+from postcopy.client.opening import Closable, Opening
 from postcopy.client.progress import Progress
+from postcopy.client.resetting import ResetPoint as AsyncResetPoint
 from postcopy.client.restoring import RestoredMachine as AsyncRestoredMachine
 from postcopy.client.restoring import RestoreOptions
 from postcopy.client.restoring import restore as restore_asynchronously
@@ -25,7 +26,7 @@ from postcopy.status import Status
 
 P = ParamSpec("P")
 R = TypeVar("R")
-M = TypeVar("M", bound=AsyncMachine)
+C = TypeVar("C", bound=Closable)
 
 
 @cache
@@ -124,6 +125,33 @@ class SnapshotJob:
     give_up = _blocking(AsyncSnapshotJob.give_up)
 
 
+class ResetPoint:
+    """Blocking twin of :class:`postcopy.client.ResetPoint`; use it in ``with``, or call ``end``."""
+
+    def __init__(self, asynchronous: AsyncResetPoint) -> None:
+        self.asynchronous = asynchronous
+
+    @property
+    def pause_us(self) -> int:
+        """How long the guest stood still, in microseconds."""
+        return self.asynchronous.pause_us
+
+    @property
+    def copied_bytes(self) -> int:
+        """Of its memory, copied while it ran and then; 0 if the point is an image."""
+        return self.asynchronous.copied_bytes
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    reset = _blocking(AsyncResetPoint.reset)
+    end = _blocking(AsyncResetPoint.end)
+    close = _blocking(AsyncResetPoint.close)
+
+
 class Machine:
     """Blocking twin of :class:`postcopy.client.Machine`; use it in ``with``."""
 
@@ -175,7 +203,11 @@ class Machine:
         return SnapshotJob(_wait(self.asynchronous.start_snapshot(path, **options)))
 
     snapshot = _blocking(AsyncMachine.snapshot)
-    reset_point = _blocking(AsyncMachine.reset_point)
+
+    def reset_point(self, path: str | Path | None = None) -> ResetPoint:
+        """As :meth:`postcopy.client.Machine.reset_point`; also for ``with``."""
+        return ResetPoint(_wait(_opened(self.asynchronous.reset_point(path))))
+
     reset = _blocking(AsyncMachine.reset)
     reset_end = _blocking(AsyncMachine.reset_end)
     close = _blocking(AsyncMachine.close)
@@ -203,7 +235,7 @@ def restore(path: str | Path, **options: Unpack[RestoreOptions]) -> RestoredMach
     return RestoredMachine(_wait(_opened(restore_asynchronously(path, **options))))
 
 
-async def _opened(opening: Opening[M]) -> M:
+async def _opened(opening: Opening[C]) -> C:
     return await opening
 
 
@@ -217,7 +249,3 @@ def _iterate(looks: AsyncGenerator[Progress, None]) -> Iterator[Progress]:
 
 async def _next(looks: AsyncGenerator[Progress, None]) -> Progress | None:
     return await anext(looks, None)
-
-
-Guest = Machine
-"""The same under the name that those use who care for what runs in it."""
