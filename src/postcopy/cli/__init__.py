@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments is None:  # this process is ours alone
         from postcopy.cli import process
 
+        process.use_utf8()
         process.leave_when_interrupted()
         process.have_standard_streams()
         from postcopy.cli.head_start import engines_for

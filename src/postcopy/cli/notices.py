@@ -3,6 +3,7 @@
 import contextlib
 import os
 import select
+import sys
 from typing import Final
 
 _STDERR: Final = 2
@@ -13,7 +14,7 @@ def notice(text: str, *, within_s: float = 1.0) -> None:
 
     :param text: without ``postcopy:``, which is put before it.
     """
-    line = f"postcopy: {' '.join(text.split())}\n".encode(errors="backslashreplace")
+    line = f"postcopy: {' '.join(text.split())}\n".encode(sys.stderr.encoding, "backslashreplace")
     poll = select.poll()
     poll.register(_STDERR, select.POLLOUT)
     # A pipe that is ready has room for a page, which is more than one of our lines needs.

@@ -1,4 +1,4 @@
-"""What a process of ours needs before it does anything: standard streams, and an answer to Ctrl-C."""
+"""What a process of ours needs before it does anything: UTF-8, standard streams, an answer to Ctrl-C."""
 
 import os
 import signal
@@ -7,6 +7,24 @@ from typing import Final
 
 _INPUT, _OUTPUT, _ERRORS = range(3)
 _INTERRUPTED: Final = b"postcopy: interrupted\n"
+
+
+def use_utf8() -> None:
+    """Begin again with names of files in UTF-8, whatever the locale; return where they are already.
+
+    QMP, HMP and streams carry names in UTF-8.  A process in another locale opens a file of other bytes
+    than its peer means, or none.  What is printed remains in the locale's encoding.
+    """
+    if sys.getfilesystemencoding() == "utf-8":
+        return
+    import locale
+    from pathlib import Path
+
+    os.environ.setdefault("PYTHONIOENCODING", locale.getencoding())
+    _, *rest = Path("/proc/self/cmdline").read_bytes().split(b"\0")[:-1]
+    os.execv(  # noqa: S606 - there is nothing for a shell to do
+        sys.executable, [os.fsencode(sys.executable), b"-X", b"utf8", *rest]
+    )
 
 
 def leave_when_interrupted() -> None:
@@ -36,8 +54,8 @@ def have_standard_streams() -> None:
     if not _is_open(_ERRORS):
         _open_null(_ERRORS, os.O_WRONLY)
         sys.stderr = os.fdopen(_ERRORS, "w", closefd=False)
-    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
-        stream.reconfigure(errors=errors)  # type: ignore[union-attr]
+    sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def flush_output() -> str | None:

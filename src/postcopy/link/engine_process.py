@@ -14,11 +14,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, Protocol, Self
+from typing import Any, Final, NoReturn, Protocol, Self
 
 from postcopy.errors import EngineDied, HostCannot
 from postcopy.kernel.patience import persist
 from postcopy.link.rpc import Answer, Handler, Link
+
+# Names of files are in UTF-8, whatever the locale.
+_PYTHON: Final = (sys.executable, "-X", "utf8")
 
 # numpy's linear algebra, which nobody uses here, starts threads that spin.
 _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}
@@ -85,7 +88,7 @@ class EngineProcess:
                     link = theirs.fileno()
                     process = persist(
                         lambda: subprocess.Popen(
-                            [sys.executable, "-m", "postcopy.engine", "--link", str(link)],
+                            [*_PYTHON, "-m", "postcopy.engine", "--link", str(link)],
                             pass_fds=[link],
                             stdin=subprocess.DEVNULL,
                             env=os.environ | _ENVIRONMENT,
