@@ -33,7 +33,7 @@ from postcopy.kernel.mapping import Mapping
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.lazy_restore.block import Filling
 from postcopy.lazy_restore.pager import Filler, Pace
-from postcopy.link.guest_service import MISSING_FEATURES, MISSING_MODE
+from postcopy.link.protocol import MISSING_FEATURES, MISSING_MODE
 from postcopy.memory import page_map_file
 from postcopy.paging.ram import PagedRam
 

@@ -11,7 +11,7 @@ from postcopy.abi.userfaultfd import RegisterMode
 from postcopy.kernel import memfd
 from postcopy.kernel.mapping import Mapping
 from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.link.guest_service import SNAPSHOT_FEATURES
+from postcopy.link.protocol import SNAPSHOT_FEATURES
 
 _ROUNDS: Final = 5
 

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import sleepless
 from postcopy.errors import HostCannot
 from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.link.guest_service import MISSING_FEATURES
+from postcopy.link.protocol import MISSING_FEATURES
 
 ROOT = Path(__file__).parents[2]
 

@@ -23,7 +23,7 @@ def tell(who, wake):
         os.write(1, (who + " " + " ".join(sys.modules) + "\\n").encode())
     return told
 
-from postcopy.link.guest_proxy import GuestProxy
+from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.machine.machine import Machine
 GuestProxy.wake = tell("engine", GuestProxy.wake)
 Machine.load_devices = tell("guest", Machine.load_devices)
@@ -58,7 +58,7 @@ NOBODY = {
 }
 """What neither of the two processes needs before the guest runs."""
 NO_GUEST = NOBODY | {"numpy", "blake3", "postcopy.lazy_restore.restore"}
-NO_ENGINE = NOBODY | {"click", "postcopy.link.control", "postcopy.monitor.server"}
+NO_ENGINE = NOBODY | {"click", "postcopy.link.guest.control", "postcopy.monitor.server"}
 
 
 @pytest.fixture(scope="module")

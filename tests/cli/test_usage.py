@@ -160,7 +160,7 @@ postcopy.cli.main()
     ("module", "arguments"),
     [
         ("postcopy.cli.head_start", ["doctor"]),
-        ("postcopy.link.engine_process", ["restore", "x"]),
+        ("postcopy.link.guest.engine_process", ["restore", "x"]),
         ("postcopy.cli.failures", ["doctor"]),
         ("click", ["doctor"]),
         ("postcopy.cli.commands", ["doctor"]),

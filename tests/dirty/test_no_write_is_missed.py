@@ -11,7 +11,7 @@ from postcopy.dirty.kvm_log import KvmLogTracker
 from postcopy.dirty.pagemap import PagemapTracker
 from postcopy.dirty.tracker import choose
 from postcopy.errors import Refused
-from postcopy.link.guest_service import GuestService
+from postcopy.link.guest.guest_service import GuestService
 from postcopy.machine.machine import Machine
 from postcopy.machine.workload import load
 from postcopy.memory.ram_block import RamBlock

@@ -66,7 +66,7 @@ def service(monkeypatch):
     ours, theirs = socket.socketpair()
     with contextlib.closing(ours), contextlib.closing(theirs):
         made = EngineService(theirs)
-        made._desk._guest, made._desk.ram = AnyGuest(), object()
+        made._context._guest, made._context.ram = AnyGuest(), object()
         yield made
 
 
@@ -76,7 +76,7 @@ def test_they_count_whatever_the_order_says(service, order):
     orders["set_parameters"](parameters={"max-bandwidth": 8})
     orders["set_parameters"](parameters=NEW)
     orders[order](**ORDERS[order])
-    assert service._desk.job.told.max_bandwidth == 7
+    assert service._context.job.told.max_bandwidth == 7
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -84,10 +84,10 @@ def test_and_so_do_those_that_come_while_the_job_is_being_made(service, order, m
     orders = service._link._handlers
     monkeypatch.setattr(Worker, "meanwhile", lambda _: orders["set_parameters"](parameters=NEW))
     orders[order](**ORDERS[order])
-    assert service._desk.job.told.max_bandwidth == 7
+    assert service._context.job.told.max_bandwidth == 7
 
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_without_them_the_order_counts(service, order):
     service._link._handlers[order](**ORDERS[order])
-    assert service._desk.job.told.max_bandwidth == 1000
+    assert service._context.job.told.max_bandwidth == 1000

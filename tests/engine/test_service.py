@@ -44,13 +44,13 @@ def service():
     ours, theirs = socket.socketpair()
     with contextlib.closing(ours), contextlib.closing(theirs):
         made = EngineService(theirs)
-        made._desk.progress = Progress(begin=Status.POSTCOPY_PAUSED)
+        made._context.progress = Progress(begin=Status.POSTCOPY_PAUSED)
         yield made
 
 
 def test_who_orders_a_resume_is_answered_before_anything_is_said_to_the_peer(service):
     """An engine that dies in a recovery must not take its answer to the order with it."""
-    service._desk.job = job = PausedSource()
+    service._context.job = job = PausedSource()
     orders, here = service._link._handlers, threading.current_thread().name
     orders["resume_source"](uri="tcp:127.0.0.1:1")
     assert job.calls == [("begin", here)]
@@ -69,7 +69,7 @@ def test_another_address_can_be_given_as_soon_as_the_first_is_listened_on(servic
             pass
 
     monkeypatch.setattr(incoming, "Listener", Listener)
-    service._desk.job = job = PausedDestination()
+    service._context.job = job = PausedDestination()
     here = threading.current_thread().name
     service._link._handlers["recover_destination"](uri="tcp:127.0.0.1:0")
     assert job.done.wait(10)

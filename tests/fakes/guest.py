@@ -13,7 +13,7 @@ from postcopy.guest import Region, VcpuThread
 from postcopy.kernel import memfd
 from postcopy.kernel.mapping import Mapping
 from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.link.guest_service import MISSING_FEATURES, MISSING_MODE
+from postcopy.link.protocol import MISSING_FEATURES, MISSING_MODE
 from postcopy.machine.device_formats import FORMATS
 from postcopy.memory import page_map_file
 from postcopy.paging.ram import PagedRam
@@ -66,7 +66,7 @@ class FakeGuest:
         """Read a little of a page as the guest would; waits while it is missing."""
         return self._mapping.read(page * self._page_size, 8)
 
-    # --- as postcopy.link.guest_proxy.GuestProxy
+    # --- as postcopy.link.engine.guest_proxy.GuestProxy
 
     def vcpu_threads(self):
         return (VcpuThread(0, 1),)

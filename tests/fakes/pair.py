@@ -16,8 +16,8 @@ from fakes.waiting import wait_until
 from machine.machines import MIB, config_for, need, wait_for_progress, wait_for_work
 from postcopy.channel.address import TcpAddress
 from postcopy.events import Event, EventBus
-from postcopy.link.control import MigrationControl
-from postcopy.link.watchdog import HANG_LOOKS
+from postcopy.link.guest.control import MigrationControl
+from postcopy.link.guest.watchdog import HANG_LOOKS
 from postcopy.machine import oracle
 from postcopy.machine.config import MachineConfig
 from postcopy.machine.machine import Machine

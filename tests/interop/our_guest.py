@@ -4,7 +4,7 @@ from typing import Any
 
 from machine.machines import config_for, wait_for_work
 from postcopy.events import EventBus
-from postcopy.link.control import MigrationControl
+from postcopy.link.guest.control import MigrationControl
 from postcopy.machine.config import MachineConfig
 from postcopy.machine.machine import Machine
 from postcopy.machine.workload import Workload

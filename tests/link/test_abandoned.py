@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from postcopy.errors import WrongState
-from postcopy.link.guest_service import GuestService
+from postcopy.link.guest.guest_service import GuestService
 from postcopy.ownership import Move, Ownership
 
 

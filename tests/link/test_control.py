@@ -12,7 +12,7 @@ from fakes.stacks import stacks
 from fakes.waiting import wait_until
 from postcopy.errors import EngineDied, HostCannot, PostcopyError, WrongState
 from postcopy.events import EventBus
-from postcopy.link.control import MigrationControl
+from postcopy.link.guest.control import MigrationControl
 from postcopy.machine.config import MachineConfig
 from postcopy.parameters import Capability
 from postcopy.status import Status

@@ -1,6 +1,6 @@
 """What is said of one migration holds together, whenever it is asked."""
 
-from postcopy.link.job import Job
+from postcopy.link.guest.job import Job
 from postcopy.statistics import Measured, MigrationInfo
 from postcopy.status import Status
 

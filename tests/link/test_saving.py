@@ -8,7 +8,8 @@ import pytest
 from fakes.waiting import wait_until
 from postcopy.errors import EngineDied, GuestError
 from postcopy.guest import DeviceState
-from postcopy.link.guest_proxy import GuestProxy, encode_states
+from postcopy.link.engine.guest_proxy import GuestProxy
+from postcopy.link.protocol import encode_states
 from postcopy.link.rpc import Link
 
 STATES = [DeviceState("cpu", 0, 12, b"registers")]

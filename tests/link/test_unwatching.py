@@ -12,8 +12,9 @@ from fakes.waiting import wait_until
 from postcopy.guest import Region
 from postcopy.kernel import memfd
 from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.link import guest_service
-from postcopy.link.guest_service import GuestService
+from postcopy.link.guest import guest_service
+from postcopy.link.guest.guest_service import GuestService
+from postcopy.link.protocol import SNAPSHOT_FEATURES
 
 STEP = 16 << 20
 SIZES = (2 * STEP + 4096, STEP, 4096)
@@ -54,7 +55,7 @@ def test_no_call_lets_go_of_more_than_a_step(guest, monkeypatch):
 def test_who_waits_to_write_goes_on_wherever_it_is(guest):
     service = GuestService(guest)
     _, descriptors = service._watch_snapshot()
-    watch = Userfaultfd(descriptors[0], guest_service.SNAPSHOT_FEATURES)
+    watch = Userfaultfd(descriptors[0], SNAPSHOT_FEATURES)
     for region in guest.regions():
         watch.write_protect(region.host_address, region.size_bytes, protect=True)
 

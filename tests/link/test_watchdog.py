@@ -6,8 +6,8 @@ import threading
 import pytest
 
 from fakes.waiting import wait_until
+from postcopy.link.guest.watchdog import Watchdog
 from postcopy.link.rpc import Link
-from postcopy.link.watchdog import Watchdog
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import pytest
 from postcopy.channel.sockets import SocketChannel
 from postcopy.errors import ChannelBroken
 from postcopy.guest import DeviceState
-from postcopy.link.guest_proxy import Saving, encode_states
+from postcopy.link.engine.guest_proxy import Saving
+from postcopy.link.protocol import encode_states
 from postcopy.link.rpc import Answer
 from postcopy.parameters import Capabilities
 from postcopy.source.connection import Connection

@@ -16,8 +16,8 @@ from postcopy.cli.notices import notice
 from postcopy.cli.run_settings import DEFER, STDIO, RestoreOrder, RunSettings
 from postcopy.errors import ImageError, Refused
 from postcopy.events import EventBus
-from postcopy.link.control import MigrationControl
-from postcopy.link.engine_process import EnginePool
+from postcopy.link.guest.control import MigrationControl
+from postcopy.link.guest.engine_process import EnginePool
 from postcopy.machine.config import MachineConfig
 from postcopy.machine.machine import Machine
 from postcopy.machine.run_state import RunState

@@ -10,23 +10,23 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from postcopy.link.engine_process import EnginePool
+    from postcopy.link.guest.engine_process import EnginePool
 
 _HELP = {"-h", "--help"}
 
 
 def engines_for(arguments: Sequence[str]) -> "EnginePool | None":
     """The engines for a command, one of which is on its way; None: it needs none, or not at once."""
-    trade = _trade(arguments)
-    if trade is None or _HELP.intersection(arguments):
+    kind = _kind(arguments)
+    if kind is None or _HELP.intersection(arguments):
         return None
     from postcopy.engine.__main__ import serve
-    from postcopy.link.engine_process import EnginePool, EngineProcess
+    from postcopy.link.guest.engine_process import EnginePool, EngineProcess
 
-    return EnginePool(EngineProcess.fork(lambda link: serve(link, [trade])))
+    return EnginePool(EngineProcess.fork(lambda link: serve(link, [kind])))
 
 
-def _trade(arguments: Sequence[str]) -> str | None:
+def _kind(arguments: Sequence[str]) -> str | None:
     """What the engine is to be ready for."""
     match [each for each in arguments if each != "--debug"]:
         case ["restore", *_]:

@@ -29,7 +29,7 @@ def restore(context: click.Context, /, **given: Any) -> None:
     Memory, vCPUs and machine are those of the image.  With --lazy the guest runs at once.  On standard
     error stand the three times: until it ran, until it had what it touches first, until it had all.
     """
-    from postcopy.link.engine_process import EnginePool
+    from postcopy.link.guest.engine_process import EnginePool
 
     engines = context.obj.get("engines") or EnginePool()
     engines.prepare()  # an engine starts while we import what we need ourselves

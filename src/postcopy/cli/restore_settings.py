@@ -9,7 +9,7 @@ from typing import Any, Final, get_args
 from postcopy.cli.ahead import import_ahead
 from postcopy.cli.run_settings import NONE, RestoreOrder, RunSettings, monitors_of
 from postcopy.errors import ImageError, Refused
-from postcopy.link.engine_process import EnginePool
+from postcopy.link.guest.engine_process import EnginePool
 from postcopy.machine.config import RAM_NAMES, MachineConfig, MachineType
 
 _START_TIME_FIELD: Final = 21  # of /proc/PID/stat, in clock ticks since the host has started

@@ -21,7 +21,7 @@ from postcopy.destination.return_path import ReturnPath
 from postcopy.destination.urgent import Urgent
 from postcopy.errors import ChannelBroken, PostcopyError, StreamError
 from postcopy.kill_points import reached
-from postcopy.link.guest_proxy import GuestProxy
+from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.placement import Placement
 from postcopy.paging.ram import PagedRam

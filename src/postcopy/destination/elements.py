@@ -18,7 +18,7 @@ from postcopy.destination.urgent import Urgent
 from postcopy.errors import StreamError
 from postcopy.guest import DeviceState
 from postcopy.kill_points import reached
-from postcopy.link.guest_proxy import GuestProxy
+from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Mask
 from postcopy.paging.placement import Placement

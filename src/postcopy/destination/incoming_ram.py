@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from postcopy.errors import PostcopyError
-from postcopy.link.guest_proxy import GuestProxy
+from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.memory.runs import numbers_in, runs
 from postcopy.paging.ram import PagedRam
 

@@ -22,7 +22,7 @@ from postcopy.kernel.cpu_latency import CpusAwake
 from postcopy.kernel.pagemap import PagemapScanner
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.kill_points import reached
-from postcopy.link.guest_proxy import GuestProxy
+from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.memory.runs import Mask
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.pager import Pager

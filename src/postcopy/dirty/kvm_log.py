@@ -7,7 +7,7 @@ belongs to chunks whose turn has not come is kept here until it does.
 
 import numpy as np
 
-from postcopy.link.guest_proxy import GuestProxy
+from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
 from postcopy.memory.runs import Mask
 

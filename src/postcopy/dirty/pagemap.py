@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from postcopy.kernel.pagemap import PagemapScanner
-from postcopy.link.guest_proxy import GuestProxy
+from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.memory.ram_block import RamBlock
 from postcopy.memory.runs import Mask
 

@@ -10,8 +10,8 @@ from postcopy.dirty.kvm_log import KvmLogTracker
 from postcopy.dirty.pagemap import PagemapTracker
 from postcopy.errors import HostCannot, Refused
 from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.link.guest_proxy import GuestProxy
-from postcopy.link.guest_service import WRITE_FEATURES
+from postcopy.link.engine.guest_proxy import GuestProxy
+from postcopy.link.protocol import WRITE_FEATURES
 from postcopy.memory.ram_block import RamBlock
 from postcopy.memory.runs import Mask
 

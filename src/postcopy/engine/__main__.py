@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 
-from postcopy.engine.service import TRADES, EngineService
+from postcopy.engine.service import COMMANDS, EngineService
 from postcopy.stacks import tell_when_asked
 
 _SWITCH_INTERVAL_S = 0.0001
@@ -31,17 +31,17 @@ def end_on_fault(tell: Callable[[BaseException], None]) -> None:
     threading.excepthook = end
 
 
-def serve(link: int, trades: Iterable[str]) -> None:
+def serve(link: int, commands: Iterable[str]) -> None:
     """Serve one guest's process until it closes the link; this process ends then.
 
     :param link: descriptor of the Unix socket.
-    :param trades: what it is to be ready for before it takes orders.
+    :param commands: what it is to be ready for before it takes orders.
     """
     tell_when_asked()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     service = EngineService(socket.socket(fileno=link))
     end_on_fault(service.tell_fault)
-    service.learn(trades)
+    service.preload(commands)
     gc.freeze()  # what importing has made lives as long as the process
     service.run()
 
@@ -52,7 +52,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--link", type=int, required=True, help="descriptor of the Unix socket")
-    serve(parser.parse_args().link, TRADES)
+    serve(parser.parse_args().link, COMMANDS)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from postcopy.channel.address import parse
 from postcopy.channel.listen import Listener
 from postcopy.destination.destination import Destination
 from postcopy.destination.incoming_ram import Populating, memory_to_spare_bytes
-from postcopy.engine.desk import Desk
+from postcopy.engine.context import EngineContext
 from postcopy.engine.places import described, uri_of
 from postcopy.errors import WrongState
 from postcopy.machine.device_formats import FORMATS
@@ -20,14 +20,14 @@ _LOOK_S = 0.05
 class Incoming:
     """Runs one destination."""
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+    def __init__(self, context: EngineContext) -> None:
+        self._context = context
 
     def prepare_destination(self) -> None:
         """Have memory ready before anybody sends."""
-        ram = self._desk.take_ram()
-        populating = Populating(self._desk.guest(), ram, memory_to_spare_bytes())
-        self._desk.populating = populating
+        ram = self._context.take_ram()
+        populating = Populating(self._context.guest(), ram, memory_to_spare_bytes())
+        self._context.populating = populating
         populating.start()
 
     def listen(
@@ -39,49 +39,49 @@ class Incoming:
     ) -> list[dict[str, object]]:
         """Wait for a source; return where."""
         listener = Listener(parse(uri_of(uri, fds)))
-        if self._desk.populating is None:
+        if self._context.populating is None:
             self.prepare_destination()
         return self._make(listener, capabilities, parameters)
 
     def _make(
         self, listener: Listener, capabilities: Sequence[str], parameters: Mapping[str, Any]
     ) -> list[dict[str, object]]:
-        desk = self._desk
-        assert desk.populating is not None
+        context = self._context
+        assert context.populating is not None
         destination = Destination(
-            desk.guest(),
+            context.guest(),
             FORMATS,
             listener,
-            desk.take_ram(),
-            desk.populating,
+            context.take_ram(),
+            context.populating,
             Capabilities.of(capabilities),
-            desk.progress,
+            context.progress,
             Parameters().with_changes(parameters),
         )
-        desk.take_on(destination)
-        desk.take_capabilities = destination.set_capabilities
-        desk.leave = destination.stop_waiting  # a Unix socket's file would stay
-        desk.end_commands = destination.leave
+        context.set_job(destination)
+        context.take_capabilities = destination.set_capabilities
+        context.on_exit = destination.stop_waiting  # a Unix socket's file would stay
+        context.end_commands = destination.leave
         return described(listener)
 
     def accept(self) -> None:
         """Take the source that comes."""
-        self._desk.start("destination", self._destination.run)
+        self._context.start("destination", self._destination.run)
 
     def recover_destination(self, uri: str, fds: Sequence[int] = ()) -> list[dict[str, object]]:
         """Listen anew for the source of a paused postcopy."""
         address = parse(uri_of(uri, fds))
-        self._desk.check_paused()
+        self._context.check_paused()
         self._destination.stop_waiting()
-        while not self._desk.join(_LOOK_S):
-            self._desk.check_paused()  # the source may have come back that very moment
+        while not self._context.join(_LOOK_S):
+            self._context.check_paused()  # the source may have come back that very moment
         listener = Listener(address)
         self._recover_at(listener)
         return described(listener)
 
     def _recover_at(self, listener: Listener) -> None:
         self._destination.begin_recovery(listener)
-        self._desk.start("destination", self._destination.recover)
+        self._context.start("destination", self._destination.recover)
 
     def adopt_destination(
         self,
@@ -91,8 +91,8 @@ class Incoming:
         fds: Sequence[int] = (),
     ) -> list[dict[str, object]]:
         """Stand in for an engine that has died while the guest ran; wait where it was reached."""
-        self._desk.stand_in(Status.POSTCOPY_PAUSED)
-        self._desk.populating = Populating(self._desk.guest(), self._desk.take_ram(), 0)
+        self._context.take_over(Status.POSTCOPY_PAUSED)
+        self._context.populating = Populating(self._context.guest(), self._context.take_ram(), 0)
         listener = Listener(parse(uri_of(uri, fds)))
         addresses = self._make(listener, capabilities, parameters)
         self._destination.adopt()
@@ -101,6 +101,6 @@ class Incoming:
 
     @property
     def _destination(self) -> Destination:
-        if not isinstance(self._desk.job, Destination):
+        if not isinstance(self._context.job, Destination):
             raise WrongState("this engine runs no incoming migration")
-        return self._desk.job
+        return self._context.job

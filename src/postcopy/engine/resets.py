@@ -3,17 +3,17 @@
 from collections.abc import Sequence
 from typing import Any
 
-from postcopy.engine.desk import Desk
+from postcopy.engine.context import EngineContext
 from postcopy.errors import WrongState
-from postcopy.link.guest_proxy import encode_states
+from postcopy.link.protocol import encode_states
 from postcopy.reset.reset import Reset
 
 
 class Resets:
     """Keeps the memory of one reset point, and puts it back whenever it is told to."""
 
-    def __init__(self, desk: Desk) -> None:
-        self._guest = desk.guest
+    def __init__(self, context: EngineContext) -> None:
+        self._guest = context.guest
         self._reset: Reset | None = None
 
     def reset_to_image(self, **arguments: Any) -> dict[str, Any]:

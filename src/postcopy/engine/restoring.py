@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from postcopy.engine.desk import Desk
+from postcopy.engine.context import EngineContext
 from postcopy.errors import WrongState
 from postcopy.lazy_restore.options import Wishes
 from postcopy.lazy_restore.restore import Restore
@@ -16,8 +16,8 @@ from postcopy.status import Status
 class Restoring:
     """Runs one restore."""
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+    def __init__(self, context: EngineContext) -> None:
+        self._context = context
         self._opened: OpenedImage | None = None
 
     def look_at_image(self, path: str) -> dict[str, Any]:
@@ -34,19 +34,19 @@ class Restoring:
         self, wishes: dict[str, Any], parameters: Mapping[str, Any], **_: object
     ) -> str:
         """Open the image; return what tells it from others."""
-        desk, wanted = self._desk, Wishes.of(wishes)
-        if desk.populating is not None:
-            desk.populating.stop()
+        context, wanted = self._context, Wishes.of(wishes)
+        if context.populating is not None:
+            context.populating.stop()
         restore = Restore(
-            desk.guest(),
-            desk.take_ram(),
+            context.guest(),
+            context.take_ram(),
             wanted,
-            desk.progress,
+            context.progress,
             Parameters().with_changes(parameters),
-            lambda: desk.link.note("progressed"),
+            lambda: context.link.note("progressed"),
             opened=self._take_opened(wanted.path),
         )
-        desk.take_on(restore)
+        context.set_job(restore)
         return restore.identity
 
     def _take_opened(self, path: Path) -> OpenedImage | None:
@@ -59,13 +59,13 @@ class Restoring:
 
     def restore(self) -> None:
         """Wake the guest."""
-        self._desk.start("restore", self._restore.run)
+        self._context.start("restore", self._restore.run)
 
     def adopt_restore(self, status: str, **arguments: Any) -> None:
         """Stand in for an engine that has died, wherever it was."""
-        self._desk.stand_in(Status(status))
+        self._context.take_over(Status(status))
         self.start_restore(**arguments)
-        self._desk.start("restore", self._restore.adopt)
+        self._context.start("restore", self._restore.adopt)
 
     def hurry(self, *, wanted: bool) -> None:
         """Somebody waits for the guest to be whole; or nobody does any more."""
@@ -73,6 +73,6 @@ class Restoring:
 
     @property
     def _restore(self) -> Restore:
-        if not isinstance(self._desk.job, Restore):
+        if not isinstance(self._context.job, Restore):
             raise WrongState("this engine restores nothing")
-        return self._desk.job
+        return self._context.job

@@ -1,7 +1,7 @@
 """Takes orders over the link; each kind of job is a module of its own, read when it is first needed.
 
 An engine has one job, and what the others need would keep a guest waiting that is to wake at once.  One
-that waits for a job of any kind reads them all beforehand: see :meth:`EngineService.learn`.
+that waits for a job of any kind reads them all beforehand: see :meth:`EngineService.preload`.
 """
 
 import importlib
@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any, Final
 
-from postcopy.engine.desk import Desk
+from postcopy.engine.context import EngineContext
+from postcopy.link.protocol import BEAT_S
 from postcopy.link.rpc import Handler, Link
-from postcopy.link.watchdog import BEAT_S
 from postcopy.status import ENDED
 
 _LAST_WORDS_S = 2.0
@@ -22,7 +22,7 @@ _LAST_WORDS_S = 2.0
 unread bytes in a socket resets the connection, and takes its own last word with it.  A command carries
 that word, too."""
 
-TRADES: Final = {
+COMMANDS: Final = {
     "Outgoing": (
         "start_source",
         "resume_source",
@@ -51,33 +51,33 @@ class EngineService:
     def __init__(self, connection: socket.socket) -> None:
         self._ended = threading.Event()
         handlers: dict[str, Handler] = {
-            order: partial(self._obey, trade, order)
-            for trade, orders in TRADES.items()
+            order: partial(self._dispatch, kind, order)
+            for kind, orders in COMMANDS.items()
             for order in orders
         }
         self._link = Link(connection, handlers, on_end=self._ended.set, name="guest-link")
-        self._desk = desk = Desk(self._link)
+        self._context = context = EngineContext(self._link)
         self._link.serve(
             {
-                "set_capabilities": desk.set_capabilities,
-                "set_parameters": desk.set_parameters,
-                "pause": desk.pause,
-                "info": desk.info,
+                "set_capabilities": context.set_capabilities,
+                "set_parameters": context.set_parameters,
+                "pause": context.pause,
+                "info": context.info,
                 "say_alive": self._say_alive,
             }
         )
-        self._learning = threading.Lock()
+        self._loading = threading.Lock()
         # Under the lock.
-        self._trades: dict[str, Any] = {}
+        self._commands: dict[str, Any] = {}
 
-    def learn(self, trades: Iterable[str]) -> None:
+    def preload(self, commands: Iterable[str]) -> None:
         """Be ready for orders of these kinds."""
-        for trade in trades:
-            self._trade(trade)
+        for kind in commands:
+            self._command(kind)
 
     def tell_fault(self, fault: BaseException) -> None:
-        """See :meth:`postcopy.engine.desk.Desk.tell_fault`."""
-        self._desk.tell_fault(fault)
+        """See :meth:`postcopy.engine.context.EngineContext.tell_fault`."""
+        self._context.tell_fault(fault)
 
     def _say_alive(self) -> None:
         """Tell the guest's process again and again that this one does not hang."""
@@ -92,19 +92,19 @@ class EngineService:
         """Serve until the guest's process closes the link; then this process ends."""
         self._link.start()
         self._ended.wait()
-        self._desk.leave()
-        if self._desk.progress.status in ENDED:
-            self._desk.join(_LAST_WORDS_S)
-        self._desk.end_commands()
+        self._context.on_exit()
+        if self._context.progress.status in ENDED:
+            self._context.join(_LAST_WORDS_S)
+        self._context.end_commands()
         # Threads may wait in calls that nothing will end; all that matters outlives us elsewhere.
         os._exit(0)
 
-    def _obey(self, trade: str, order: str, **arguments: Any) -> Any:
-        return getattr(self._trade(trade), order)(**arguments)
+    def _dispatch(self, kind: str, order: str, **arguments: Any) -> Any:
+        return getattr(self._command(kind), order)(**arguments)
 
-    def _trade(self, name: str) -> Any:
-        with self._learning:
-            if name not in self._trades:
+    def _command(self, name: str) -> Any:
+        with self._loading:
+            if name not in self._commands:
                 module = importlib.import_module(f"postcopy.engine.{name.lower()}")
-                self._trades[name] = getattr(module, name)(self._desk)
-            return self._trades[name]
+                self._commands[name] = getattr(module, name)(self._context)
+            return self._commands[name]

@@ -25,7 +25,7 @@ from postcopy.lazy_restore.options import Wishes
 from postcopy.lazy_restore.pager import Filler, Pace
 from postcopy.lazy_restore.restore_image import OpenedImage
 from postcopy.lazy_restore.statistics import Figures
-from postcopy.link.guest_proxy import GuestProxy
+from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.paging.ram import PagedRam
 from postcopy.parameters import Parameters
 from postcopy.statistics import MigrationInfo

@@ -1,5 +1,5 @@
 """Between a guest's process and its engine: messages and descriptors over one Unix socket.
 
-``rpc`` is the way messages go, ``guest_service`` and ``guest_proxy`` the two ends of "what an engine
-asks of a guest", ``engine_process`` starts engines, and ``control`` is what a monitor drives.
+``rpc`` is the way messages go, ``protocol`` what both sides must agree on; ``guest`` runs in the guest's
+process, ``engine`` in the engine's.
 """

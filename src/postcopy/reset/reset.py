@@ -1,8 +1,9 @@
 """A guest goes back to an earlier point of its life, at the price of what it has written since.
 
-This is the memory's side of it, in an engine; the guest's process (:mod:`postcopy.link.resetting`) stops
-the guest meanwhile, keeps the devices' states, and decides.  All that must outlive an engine is there too:
-the copy of the memory, and the tracking of writes, which the kernel does in that process's page tables.
+This is the memory's side of it, in an engine; the guest's process
+(:mod:`postcopy.link.guest.resetting`) stops the guest meanwhile, keeps the devices' states, and decides.
+All that must outlive an engine is there too: the copy of the memory, and the tracking of writes, which the
+kernel does in that process's page tables.
 
 A copy of the memory is made while the guest runs: what it writes meanwhile is copied again, round after
 round, and the little that is left when it stands still.
@@ -23,7 +24,7 @@ from postcopy.guest import DeviceState
 from postcopy.image.mapped_ram import MappedImage
 from postcopy.kill_points import reached
 from postcopy.lazy_restore.restore_image import OpenedImage
-from postcopy.link.guest_proxy import GuestProxy
+from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
 from postcopy.memory.runs import Mask, runs
 from postcopy.reset.baseline import KeptMemory, MappedMemory, PointMemory

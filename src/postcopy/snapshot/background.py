@@ -20,7 +20,7 @@ from postcopy.guest import DeviceState
 from postcopy.kernel.cpu_latency import CpusAwake
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.kill_points import reached
-from postcopy.link.guest_proxy import GuestProxy
+from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.memory.ram_block import RamBlock
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.snapshot.bitmap import Copies, UnsavedPages

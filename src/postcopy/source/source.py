@@ -17,7 +17,7 @@ from postcopy.dirty.tracker import choose
 from postcopy.errors import ChannelBroken, MigrationCancelled, PostcopyError, Refused, WrongState
 from postcopy.guest import DeviceState
 from postcopy.kill_points import reached
-from postcopy.link.guest_proxy import GuestProxy
+from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.memory.ram_block import RamBlock
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.source.connecting import connect_unless_cancelled

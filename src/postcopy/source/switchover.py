@@ -15,7 +15,7 @@ import numpy.typing as npt
 from postcopy.errors import ChannelBroken, MigrationCancelled, WrongState
 from postcopy.guest import DeviceState
 from postcopy.kill_points import reached
-from postcopy.link.guest_proxy import GuestProxy, Saving
+from postcopy.link.engine.guest_proxy import GuestProxy, Saving
 from postcopy.memory.runs import Mask, runs
 from postcopy.parameters import Capabilities, Capability
 from postcopy.source.connection import Connection

@@ -15,13 +15,8 @@ from postcopy.channel.address import (
 from postcopy.channel.descriptor_check import Use, can_answer, check_descriptor
 from postcopy.errors import HostCannot, Refused, WrongState
 from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.link.guest_service import (
-    MISSING_FEATURES,
-    SNAPSHOT_FEATURES,
-    WRITE_FEATURES,
-    GuestService,
-    OwnedGuest,
-)
+from postcopy.link.guest.guest_service import GuestService, OwnedGuest
+from postcopy.link.protocol import MISSING_FEATURES, SNAPSHOT_FEATURES, WRITE_FEATURES
 from postcopy.ownership import Move
 from postcopy.parameters import Capabilities, Capability
 

@@ -5,13 +5,13 @@ from functools import partial
 from postcopy.channel.address import parse
 from postcopy.channel.descriptor_check import Use
 from postcopy.errors import PostcopyError, Refused, WrongState
-from postcopy.link import loss
-from postcopy.link.departing import Departing
-from postcopy.link.engines import Engines
-from postcopy.link.errand import Errands
-from postcopy.link.guest_service import GuestService, OwnedGuest
-from postcopy.link.host import check_transport
-from postcopy.link.outcome import Outcome
+from postcopy.link.guest import loss
+from postcopy.link.guest.background_order import BackgroundOrder
+from postcopy.link.guest.engine_slot import EngineSlot
+from postcopy.link.guest.guest_service import GuestService, OwnedGuest
+from postcopy.link.guest.outcome import Outcome
+from postcopy.link.guest.preflight import check_transport
+from postcopy.link.guest.queued_migration import QueuedMigration
 from postcopy.ownership import Move, Owner
 from postcopy.parameters import Overrides
 from postcopy.status import Status
@@ -24,9 +24,9 @@ class Paused:
         self,
         guest: OwnedGuest,
         service: GuestService,
-        engines: Engines,
+        engines: EngineSlot,
         outcome: Outcome,
-        departing: Departing,
+        departing: QueuedMigration,
     ) -> None:
         self._guest = guest
         self._ownership = guest.ownership
@@ -36,9 +36,9 @@ class Paused:
         self._current = outcome.current
         self._recovery = outcome.recovery
         self._restoring = outcome.restoring
-        self._departing = departing
+        self._queued = departing
         self._lock = self._current.lock
-        self._errands = Errands()
+        self._background = BackgroundOrder()
 
     def pause(self) -> None:
         """Break a postcopy on purpose."""
@@ -67,7 +67,7 @@ class Paused:
         if self._restoring.job is None:
             check_transport(parse(uri), self._current.shown.settings.capabilities, Use.RECEIVE)
             recover = self._recovery.listen
-        self._errands.run(partial(recover, uri), self._not_recovered)
+        self._background.run(partial(recover, uri), self._not_recovered)
         self._ownership.ordered("migrate-recover", "incoming", uri)
 
     def _not_recovered(self, error: Exception) -> None:
@@ -82,7 +82,7 @@ class Paused:
         with self._lock:
             restore = self._restoring.job
             if restore is not None and restore.status is Status.POSTCOPY_PAUSED:
-                self._departing.fail("the guest's restore is paused")
+                self._queued.fail("the guest's restore is paused")
                 self._current.shown = restore
 
     def lost(self) -> None:
@@ -95,7 +95,7 @@ class Paused:
                     "x-migrate-lost can only be run when an incoming postcopy is paused"
                 )
             how = job.settings.parameters.x_on_loss
-            job.error = loss.settle(how, self._guest, self._service, self._engines.end)
+            job.error = loss.apply_on_loss(how, self._guest, self._service, self._engines.end)
             self._current.awaits = self._current.listening = False
             job.forget()
             self._restoring.end()

@@ -13,20 +13,20 @@ from postcopy.channel.address import parse
 from postcopy.channel.descriptor_check import Use
 from postcopy.errors import EngineDied, PostcopyError, Reason, WrongState
 from postcopy.events import EventBus
-from postcopy.link.current import Current
-from postcopy.link.departing import Departing
-from postcopy.link.engine_process import EnginePool, EngineProcess
-from postcopy.link.engines import Engines
-from postcopy.link.guest_service import GuestService, OwnedGuest
-from postcopy.link.host import check_movable
-from postcopy.link.job import Job
-from postcopy.link.outcome import Outcome
-from postcopy.link.paused import Paused
-from postcopy.link.places import descriptors
-from postcopy.link.resetting import Resetting
+from postcopy.link.guest.current import Current
+from postcopy.link.guest.engine_process import EnginePool, EngineProcess
+from postcopy.link.guest.engine_slot import EngineSlot
+from postcopy.link.guest.guest_service import GuestService, OwnedGuest
+from postcopy.link.guest.job import Job
+from postcopy.link.guest.outcome import Outcome
+from postcopy.link.guest.paused import Paused
+from postcopy.link.guest.places import descriptors
+from postcopy.link.guest.preflight import check_movable
+from postcopy.link.guest.queued_migration import QueuedMigration
+from postcopy.link.guest.resetting import Resetting
+from postcopy.link.guest.settings import Settings, change_all
+from postcopy.link.guest.watchdog import HANG_LOOKS
 from postcopy.link.rpc import Handler, Link
-from postcopy.link.settings import Settings, change_all
-from postcopy.link.watchdog import HANG_LOOKS
 from postcopy.ownership import Move
 from postcopy.parameters import NO_OVERRIDES, Capabilities, Capability, Overrides, Parameters
 from postcopy.statistics import MigrationInfo
@@ -42,7 +42,7 @@ class MigrationControl:
     :param on_moved: called when the guest has moved away for good.
     :param on_incoming_failed: called with the reason when no guest will come.
     :param engines: where engines come from, ours from now on.
-    :param hang_looks: when one hangs: see :mod:`postcopy.link.watchdog`.
+    :param hang_looks: when one hangs: see :mod:`postcopy.link.guest.watchdog`.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class MigrationControl:
         self._ownership = guest.ownership
         self._events = events
         self._pool = pool = engines or EnginePool()
-        self._engines = Engines(self._handlers, self._engine_ended, pool, hang_looks)
+        self._engines = EngineSlot(self._handlers, self._engine_ended, pool, hang_looks)
         self.settings = Settings()  # of jobs that are still to come
         self._service = GuestService(guest)
         self._current = Current(Job(self._tell, incoming=incoming), incoming)
@@ -76,10 +76,10 @@ class MigrationControl:
         self._restoring = self._outcome.restoring
         self._lock = self._current.lock
         self._check_movable = partial(check_movable, guest, self._service)
-        self._departing = Departing(
+        self._queued = QueuedMigration(
             self._lock, self._restoring, self._engines, self._begin, self._begin_move
         )
-        self._paused = Paused(guest, self._service, self._engines, self._outcome, self._departing)
+        self._paused = Paused(guest, self._service, self._engines, self._outcome, self._queued)
         check, complete = self._check_can_start, self._restoring.complete_first
         self.resetting = Resetting(guest, self._service, pool, self._lock, check, complete)
 
@@ -177,7 +177,7 @@ class MigrationControl:
                 self._ownership.ordered(name, "outgoing", uri)
                 self._current.shown = job
                 if after is not None:
-                    self._departing.take(job, uri, fds)
+                    self._queued.take(job, uri, fds)
                     return
                 self._begin_move(job)
                 job.progress.move(Status.SETUP)
@@ -298,14 +298,14 @@ class MigrationControl:
             )
         if self._current.shown.status is Status.NONE:
             raise WrongState("Postcopy must be started after migration has been started")
-        if self._departing.start_postcopy():
+        if self._queued.start_postcopy():
             return
         if self._current.shown.busy and not self._current.shown.incoming:
             self._engines.tell("start_postcopy")
 
     def cancel(self) -> None:
         """Give up the outgoing migration."""
-        if self._departing.cancel() or self._current.shown.incoming or not self._current.shown.busy:
+        if self._queued.cancel() or self._current.shown.incoming or not self._current.shown.busy:
             return
         if self._current.shown.status in GIVEN_UP:
             raise WrongState("Postcopy migration in progress, cannot cancel.")

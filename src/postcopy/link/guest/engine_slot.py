@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any, Final
 
 from postcopy.errors import EngineDied, PostcopyError, WrongState
-from postcopy.link.engine_process import EnginePool, EngineProcess
+from postcopy.link.guest.engine_process import EnginePool, EngineProcess
+from postcopy.link.guest.watchdog import HANG_LOOKS
 from postcopy.link.rpc import Handler, Link
-from postcopy.link.watchdog import HANG_LOOKS
 
 _AHEAD_S: Final = 5.0
 """When a successor is started: most migrations are over by then, and need the CPUs until then."""
@@ -28,13 +28,13 @@ _MOST_A_MINUTE: Final = 20
 _A_MINUTE_S: Final = 60.0
 
 
-class Engines:
+class EngineSlot:
     """At most one engine is at work; the next is started ahead.
 
     :param handlers: the calls that a new engine may make.
     :param on_end: called when an engine's link has ended, whoever ended it.
     :param pool: where they come from.
-    :param hang_looks: when one hangs: see :mod:`postcopy.link.watchdog`.
+    :param hang_looks: when one hangs: see :mod:`postcopy.link.guest.watchdog`.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Engines:
         self._pool.close()
 
 
-class Succession:
+class EngineSupervisor:
     """Puts an engine in place of a dead one, unless they die one after the other.
 
     :param wanted: whether one is needed still; asked under :attr:`lock`.

@@ -20,11 +20,11 @@ from typing import Any, Final
 from postcopy.errors import EngineDied, GuestError, ImageError, PostcopyError, WrongState
 from postcopy.kernel import memfd
 from postcopy.kernel.descriptors import close_all, open_all
-from postcopy.link.engine_process import EnginePool, EngineProcess
-from postcopy.link.engines import Engines
-from postcopy.link.guest_proxy import decode_states
-from postcopy.link.guest_service import GuestService, OwnedGuest
-from postcopy.link.host import check_reset
+from postcopy.link.guest.engine_process import EnginePool, EngineProcess
+from postcopy.link.guest.engine_slot import EngineSlot
+from postcopy.link.guest.guest_service import GuestService, OwnedGuest
+from postcopy.link.guest.preflight import check_reset
+from postcopy.link.protocol import decode_states
 from postcopy.link.rpc import Link
 
 _TRIES: Final = 3
@@ -71,7 +71,7 @@ class Resetting:
     ) -> None:
         self._guest = guest
         self._service = service
-        self._engines = Engines(lambda _: service.handlers(), self._engine_ended, pool)
+        self._engines = EngineSlot(lambda _: service.handlers(), self._engine_ended, pool)
         self._movable = lock
         self._check = check
         self._complete = complete

@@ -6,13 +6,13 @@ from typing import Any
 from postcopy.channel.address import parse
 from postcopy.channel.partial_file import remove_partial
 from postcopy.errors import PostcopyError
-from postcopy.link.current import Current
-from postcopy.link.engine_process import EngineProcess
-from postcopy.link.engines import Engines
-from postcopy.link.guest_service import GuestService, OwnedGuest
-from postcopy.link.job import Job
-from postcopy.link.recovery import Recovery
-from postcopy.link.restoring import Restoring
+from postcopy.link.guest.current import Current
+from postcopy.link.guest.engine_process import EngineProcess
+from postcopy.link.guest.engine_slot import EngineSlot
+from postcopy.link.guest.guest_service import GuestService, OwnedGuest
+from postcopy.link.guest.job import Job
+from postcopy.link.guest.recovery import Recovery
+from postcopy.link.guest.restoring import Restoring
 from postcopy.ownership import Move, Owner
 from postcopy.statistics import MigrationInfo
 from postcopy.status import ENDED, GIVEN_UP, Status, has_switched_over
@@ -31,7 +31,7 @@ class Outcome:
         self,
         guest: OwnedGuest,
         service: GuestService,
-        engines: Engines,
+        engines: EngineSlot,
         current: Current,
         on_moved: Callable[[], None],
         on_incoming_failed: Callable[[str], None],

@@ -6,7 +6,12 @@ from typing import Any, Protocol
 
 from postcopy.channel.address import Address
 from postcopy.channel.descriptor_check import Use
-from postcopy.link.host import check_postcopy, check_sink, check_snapshot, check_transport
+from postcopy.link.guest.preflight import (
+    check_postcopy,
+    check_sink,
+    check_snapshot,
+    check_transport,
+)
 from postcopy.parameters import Capabilities, Capability, Overrides, Parameters
 
 

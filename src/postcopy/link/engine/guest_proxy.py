@@ -2,11 +2,11 @@
 
 import base64
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from postcopy.errors import PostcopyError
 from postcopy.guest import DeviceState, Region, VcpuThread
 from postcopy.kernel.userfaultfd import Userfaultfd
+from postcopy.link.protocol import decode_states, encode_states
 from postcopy.link.rpc import Answer, Link
 
 
@@ -184,19 +184,3 @@ class GuestProxy:
         :return: packed bits, one a 4 KiB page of the block.
         """
         return base64.b64decode(self._link.call("kvm_dirty_log", action=action, block=block))
-
-
-def decode_states(encoded: Sequence[Sequence[Any]]) -> list[DeviceState]:
-    """What :func:`encode_states` has encoded."""
-    return [
-        DeviceState(name, instance, version, base64.b64decode(payload))
-        for name, instance, version, payload in encoded
-    ]
-
-
-def encode_states(states: Sequence[DeviceState]) -> list[list[Any]]:
-    """Device states as JSON can carry them."""
-    return [
-        [state.name, state.instance, state.version, base64.b64encode(state.payload).decode()]
-        for state in states
-    ]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from postcopy.errors import PostcopyError, WrongState
-from postcopy.link.guest_proxy import GuestProxy
+from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.link.rpc import Link
 from postcopy.parameters import Capabilities, Parameters
 from postcopy.statistics import MigrationInfo
@@ -35,11 +35,11 @@ class Job(Protocol):
         """Take over parameters that the user has changed meanwhile."""
 
 
-class Desk:
+class EngineContext:
     """One engine's guest, job and status.
 
     :ivar take_capabilities: called when the user has changed them meanwhile; only a destination cares.
-    :ivar leave: called when the guest's process has closed the link, before this one ends.
+    :ivar on_exit: called when the guest's process has closed the link, before this one ends.
     :ivar end_commands: called after that, as the last thing: no command outlives this process.
     :ivar ram: of a guest that is to arrive, or to wake.
     """
@@ -47,7 +47,7 @@ class Desk:
     def __init__(self, link: Link) -> None:
         self.link = link
         self.job: Job | None = None
-        self.leave: Callable[[], None] = lambda: None
+        self.on_exit: Callable[[], None] = lambda: None
         self.end_commands: Callable[[], None] = lambda: None
         self.take_capabilities: Callable[[Capabilities], None] = lambda _: None
         self.ram: PagedRam | None = None
@@ -76,11 +76,11 @@ class Desk:
             self.ram = PagedRam(guest.regions(), guest.page_maps())
         return self.ram
 
-    def stand_in(self, status: Status) -> None:
+    def take_over(self, status: Status) -> None:
         """Begin where an engine that has died had come to."""
         self.progress = Progress(self._report, status)
 
-    def take_on(self, job: Job) -> None:
+    def set_job(self, job: Job) -> None:
         """Have this job.
 
         Its order was written before it came here, and was making the job since: what the user has set

@@ -11,9 +11,9 @@ from contextlib import suppress
 from typing import Any, Final
 
 from postcopy.errors import EngineDied, PostcopyError, Reason, WrongState
-from postcopy.link.engines import Engines, Succession
-from postcopy.link.guest_service import OwnedGuest
-from postcopy.link.job import Job
+from postcopy.link.guest.engine_slot import EngineSlot, EngineSupervisor
+from postcopy.link.guest.guest_service import OwnedGuest
+from postcopy.link.guest.job import Job
 from postcopy.link.rpc import Link
 from postcopy.status import ENDED, Status
 
@@ -29,7 +29,7 @@ class Restoring:
 
     def __init__(
         self,
-        engines: Engines,
+        engines: EngineSlot,
         guest: OwnedGuest,
         given_up: Callable[[str], None],
     ) -> None:
@@ -41,7 +41,7 @@ class Restoring:
         self._closed = False
         self.job: Job | None = None
         """The restore that is under way, running guest or not."""
-        self._succession = Succession(
+        self._supervisor = EngineSupervisor(
             self._is_orphaned, self._adopt, self._no_successor, engines.prepare
         )
 
@@ -69,11 +69,11 @@ class Restoring:
     def engine_died(self) -> None:
         """Put another engine in its place."""
         self._engines.end()
-        self._succession.begin()
+        self._supervisor.begin()
 
     def engine_works(self) -> None:
         """An engine has placed a page: should it die, that is no reason to give up."""
-        self._succession.worked()
+        self._supervisor.worked()
 
     def hurry(self, *, wanted: bool = True) -> None:
         """Somebody waits for the end of it; or nobody does any more."""
@@ -127,7 +127,7 @@ class Restoring:
         """
         if not uri.startswith(_FILE):
             raise WrongState(f"a restore is recovered from its image; give {_FILE}PATH, not {uri}")
-        with self._succession.lock:
+        with self._supervisor.lock:
             before = self._wishes
             path = os.path.abspath(uri.removeprefix(_FILE))  # noqa: PTH100
             self._wishes = before | {"path": path}
@@ -137,7 +137,7 @@ class Restoring:
             except PostcopyError:
                 self._wishes = before
                 raise
-            self._succession.count_anew()
+            self._supervisor.count_anew()
 
     def _is_orphaned(self) -> bool:
         return self.job is not None and self.job.busy and self._engines.current is None
@@ -153,8 +153,8 @@ class Restoring:
             self._engines.tell("hurry", wanted=True)
 
     def _no_successor(self, error: PostcopyError) -> None:
-        if isinstance(error, EngineDied) and self._succession.tries_left:
-            self._succession.begin()
+        if isinstance(error, EngineDied) and self._supervisor.tries_left:
+            self._supervisor.begin()
         else:
             self._give_up(f"the engine process died, and no other could take its place: {error}")
 

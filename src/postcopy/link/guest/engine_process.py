@@ -133,7 +133,9 @@ class EngineProcess:
         :param on_end: called once, from the link's reader thread, when the link ends after this.
         :raises EngineDied: it has ended already; ``on_end`` is never called.
         """
-        from postcopy.link.guest_service import MAY_WAIT_FOR_PAGES  # an engine needs no more of it
+        from postcopy.link.guest.guest_service import (
+            MAY_WAIT_FOR_PAGES,  # an engine needs no more of it
+        )
 
         link = self._begun()
         # A pause that comes after the guest has been let go on would stop it for good.
@@ -145,8 +147,8 @@ class EngineProcess:
         return link
 
     def watch(self, hang_looks: int) -> None:
-        """End it when it hangs: see :mod:`postcopy.link.watchdog`."""
-        from postcopy.link.watchdog import Watchdog
+        """End it when it hangs: see :mod:`postcopy.link.guest.watchdog`."""
+        from postcopy.link.guest.watchdog import Watchdog
 
         Watchdog(self._begun(), hang_looks, self._hangs).start()
 

@@ -1,4 +1,4 @@
-"""What a guest's process does for its engine: the other end of :mod:`postcopy.link.guest_proxy`.
+"""What a guest's process does for its engine: the other end of ``GuestProxy``.
 
 It keeps what must outlive an engine: the memory, the userfaultfds, the page maps.  While any page is
 missing, the descriptor kept here is what makes a thread that touches it wait instead of reading zeros.
@@ -19,7 +19,13 @@ from postcopy.guest import DeviceState, Guest, Region
 from postcopy.kernel import calls, memfd, patience
 from postcopy.kernel.descriptors import close_all, open_all
 from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.link.guest_proxy import encode_states
+from postcopy.link.protocol import (
+    MISSING_FEATURES,
+    MISSING_MODE,
+    SNAPSHOT_FEATURES,
+    WRITE_FEATURES,
+    encode_states,
+)
 from postcopy.link.rpc import Descriptors, Handler
 from postcopy.memory import page_map_file
 from postcopy.ownership import Move, Owner, Ownership
@@ -77,17 +83,6 @@ class OwnedGuest(Guest, Protocol):
         """Fetch and clear the log of one RAM block: packed bits, one a 4 KiB page."""
 
 
-WRITE_FEATURES = Feature.WP_ASYNC | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_UNPOPULATED
-MISSING_FEATURES = (
-    Feature.MISSING_SHMEM
-    | Feature.MISSING_HUGETLBFS
-    | Feature.MINOR_SHMEM
-    | Feature.MINOR_HUGETLBFS
-    | Feature.THREAD_ID
-)
-SNAPSHOT_FEATURES = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_UNPOPULATED
-MISSING_MODE = RegisterMode.MISSING | RegisterMode.MINOR
-
 _STEP_BYTES = 16 << 20
 """What is let go of in one call: meanwhile no vCPU can fault, and 4 GiB take 20 ms."""
 
@@ -124,7 +119,7 @@ class GuestService:
     @staticmethod
     def prepare() -> None:
         """Import what needs numpy: a guest that wakes does not wait for it, one that moves would later."""
-        from postcopy.link import missing_pages  # noqa: F401
+        from postcopy.link.guest import missing_pages  # noqa: F401
 
     @property
     def watches_missing(self) -> bool:
@@ -290,7 +285,7 @@ class GuestService:
 
     def _unmap_missing(self) -> None:
         """Unmap, here alone, what the page maps do not have as received; the memory stays."""
-        from postcopy.link import missing_pages
+        from postcopy.link.guest import missing_pages
 
         missing_pages.unmap_missing(*self._paged())
 
@@ -329,7 +324,7 @@ class GuestService:
             watch, page_maps = self._missing, list(self._page_maps)
         if watch is None:
             raise WrongState("no page is missing")
-        from postcopy.link import missing_pages
+        from postcopy.link.guest import missing_pages
 
         self._poisoned = lost = self._poisoned or {}
         missing_pages.poison(watch, self._guest.regions(), page_maps, lost)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from postcopy.errors import PostcopyError
 from postcopy.kernel.descriptors import close_all, open_all
-from postcopy.link.engines import Engines
-from postcopy.link.job import Job
-from postcopy.link.restoring import Restoring
+from postcopy.link.guest.engine_slot import EngineSlot
+from postcopy.link.guest.job import Job
+from postcopy.link.guest.restoring import Restoring
 from postcopy.link.rpc import Link
 from postcopy.status import ENDED, Status
 
@@ -35,7 +35,7 @@ class _Order:
     postcopy: bool = False
 
 
-class Departing:
+class QueuedMigration:
     """At most one order that waits for a restore.
 
     Invariant, under ``lock``: while there is one, its job's status is ``setup``.
@@ -50,7 +50,7 @@ class Departing:
         self,
         lock: AbstractContextManager[object],
         restoring: Restoring,
-        engines: Engines,
+        engines: EngineSlot,
         begin: Callable[[Job, Link, str, Sequence[int]], None],
         begin_move: Callable[[Job], None],
     ) -> None:

@@ -17,7 +17,7 @@ class _Progress:
         self.is_late = False
 
 
-class Errands:
+class BackgroundOrder:
     """Carries out one order at a time; any thread may give it.
 
     :param at_once_s: how long the caller of :meth:`run` waits at most.

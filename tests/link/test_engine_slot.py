@@ -9,8 +9,8 @@ from fakes.engine import FakePool
 from fakes.stacks import stacks
 from fakes.waiting import wait_until
 from postcopy.errors import EngineDied, WrongState
-from postcopy.link.engine_process import EnginePool, EngineProcess
-from postcopy.link.engines import Engines
+from postcopy.link.guest.engine_process import EnginePool, EngineProcess
+from postcopy.link.guest.engine_slot import EngineSlot
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def told():
 
 @pytest.fixture
 def engines(told):
-    made = Engines(lambda _: {}, told.append, FakePool())
+    made = EngineSlot(lambda _: {}, told.append, FakePool())
     yield made
     made.close()
     for engine in made._pool.taken:
@@ -54,7 +54,7 @@ def test_none_is_started_once_it_is_closed(told):
     """It would hold a userfaultfd that nobody closes, and the guest's vCPUs with it."""
     arrived, go = threading.Event(), threading.Event()
     pool = FakePool(lambda: (arrived.set(), go.wait(10)))
-    engines = Engines(lambda _: {}, told.append, pool)
+    engines = EngineSlot(lambda _: {}, told.append, pool)
     refused = []
 
     def start():
@@ -140,7 +140,7 @@ def test_one_that_has_died_before_it_is_put_to_work_is_replaced():
         if engines.current is engine:
             engines.end()
 
-    engines = Engines(lambda _: {}, ended, DeadOnArrival(2))
+    engines = EngineSlot(lambda _: {}, ended, DeadOnArrival(2))
     try:
         assert in_time(engines.start).call("echo", text="x") == "x"
         assert told == []
@@ -149,7 +149,7 @@ def test_one_that_has_died_before_it_is_put_to_work_is_replaced():
 
 
 def test_engines_that_all_die_before_they_are_put_to_work_are_said():
-    engines = Engines(lambda _: {}, lambda _: engines.end(), DeadOnArrival(100))
+    engines = EngineSlot(lambda _: {}, lambda _: engines.end(), DeadOnArrival(100))
 
     def start():
         with pytest.raises(EngineDied, match="die before they get anything to do"):

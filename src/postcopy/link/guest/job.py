@@ -6,8 +6,8 @@ from dataclasses import fields, replace
 from typing import Any
 
 from postcopy.errors import EngineDied, WrongState
+from postcopy.link.guest.settings import Settings
 from postcopy.link.rpc import Link
-from postcopy.link.settings import Settings
 from postcopy.parameters import Capability
 from postcopy.statistics import Measured, MigrationInfo
 from postcopy.status import ENDED, Progress, Status

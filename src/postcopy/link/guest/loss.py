@@ -4,13 +4,13 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from postcopy.errors import PostcopyError, WrongState
-from postcopy.link.guest_service import GuestService, OwnedGuest
-from postcopy.link.host import check_poison
+from postcopy.link.guest.guest_service import GuestService, OwnedGuest
+from postcopy.link.guest.preflight import check_poison
 
 _GONE = "the source is gone for good"
 
 
-def settle(
+def apply_on_loss(
     how: str, guest: OwnedGuest, service: GuestService, end_engine: Callable[[], None]
 ) -> str:
     """Give the missing pages up.

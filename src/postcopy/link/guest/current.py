@@ -4,7 +4,7 @@ import threading
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
-from postcopy.link.job import Job
+from postcopy.link.guest.job import Job
 
 
 @dataclass(slots=True, eq=False)

@@ -23,8 +23,6 @@ _FIRST_LOOKS: Final = 60
 """The same for one that has not been heard yet: it may be reading its programme from a slow disk."""
 
 _LOOK_S: Final = 1.0
-BEAT_S: Final = 0.5
-"""How often an engine says that it lives."""
 
 
 class Watchdog:

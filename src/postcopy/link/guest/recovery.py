@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from postcopy.channel.address import parse
 from postcopy.channel.descriptor_check import Use
 from postcopy.errors import EngineDied, PostcopyError, WrongState
-from postcopy.link.engines import Engines, Succession
-from postcopy.link.job import Job
-from postcopy.link.places import bound_uri, descriptors
+from postcopy.link.guest.engine_slot import EngineSlot, EngineSupervisor
+from postcopy.link.guest.job import Job
+from postcopy.link.guest.places import bound_uri, descriptors
 from postcopy.status import Status
 
 
@@ -24,20 +24,20 @@ class Recovery:
 
     def __init__(
         self,
-        engines: Engines,
+        engines: EngineSlot,
         job: Callable[[], Job],
         settle_if_arrived: Callable[[], bool],
     ) -> None:
         self._engines = engines
         self._job = job
         self._settle_if_arrived = settle_if_arrived
-        self._succession = Succession(
+        self._supervisor = EngineSupervisor(
             self._needs_successor,
             lambda: self._adopt_destination(self._uri),
             self._no_successor,
             engines.prepare,
         )
-        self.lock = self._succession.lock
+        self.lock = self._supervisor.lock
         """Held by whoever puts an engine in place of a dead one, or has one go on."""
         self._uri = ""
 
@@ -47,11 +47,11 @@ class Recovery:
 
     def works(self) -> None:
         """Pages flow: should the engine die now, that is no reason to give up."""
-        self._succession.worked()
+        self._supervisor.worked()
 
     def engine_died(self) -> None:
         """Put another in its place, where the guest waits for pages: at the destination."""
-        self._succession.begin()
+        self._supervisor.begin()
 
     def listen(self, uri: str) -> None:
         """Wait at ``uri`` for the source of a paused postcopy.
@@ -74,7 +74,7 @@ class Recovery:
             self._job().addresses = tuple(found)
         except EngineDied:
             self._check_paused()
-            self._succession.count_anew()
+            self._supervisor.count_anew()
             self._adopt_destination(uri, fds)
 
     def go_on(self, uri: str, give_up: Callable[[], object]) -> None:
