@@ -79,7 +79,7 @@ def _fields(kind: type, prefix: str = "", start: int = 0) -> Iterator[tuple[str,
             yield from _fields(field_type, f"{path}." if path else "", offset)
 
 
-def compare(module: ModuleType, directory: Path, *include_paths: str) -> Comparison:
+def compare(module: ModuleType, directory: Path, *include_paths: Path) -> Comparison:
     """Compile one assertion a claim, and sort the claims by what the compiler says."""
     listed = list(claims(module))
     includes = [f"#include {header}" for header in module.HEADER.split()]

@@ -1,11 +1,12 @@
 """The QEMUs that the suite has as peers; ``.ci/install-qemu`` brings them."""
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from fakes.unpacked import folder
 
 BINARY = "qemu-system-x86_64"
 OLDEST, USUAL, NEWEST = ALL = ("7.2", "10.0", "11.1")
@@ -14,18 +15,13 @@ OLDEST, USUAL, NEWEST = ALL = ("7.2", "10.0", "11.1")
 
 def folder_of(version: str) -> Path:
     """Where its program is, for ``PATH``; skips where it is neither unpacked nor installed."""
-    unpacked = _home() / version / "bin"
+    unpacked = folder("qemu") / version / "bin"
     if (unpacked / BINARY).is_file():
         return unpacked
     installed = shutil.which(BINARY)
     if installed is None or not _is(installed, version):
         pytest.skip(f"needs QEMU {version}: run .ci/install-qemu")
     return Path(installed).parent
-
-
-def _home() -> Path:
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("POSTCOPY_QEMU") or Path(caches) / "postcopy" / "qemu")
 
 
 def _is(program: str, version: str) -> bool:

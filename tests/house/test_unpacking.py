@@ -1,4 +1,4 @@
-"""The entries for the peers' suites, derived from whatever entry the machine has."""
+"""The entries for other suites, derived from whatever entry the machine has."""
 
 import os
 import re
@@ -38,13 +38,20 @@ deb http://second.example/debian bookworm main
 
 
 def derive(apt_dir):
-    """What is common to all the entries; their suites are looked at here."""
+    """What is common to all the entries of both scripts; their suites are looked at here."""
+    common = {tuple(entries_of(apt_dir, "install-qemu", SUITES))}
+    common.add(tuple(entries_of(apt_dir, "install-headers", SUITES[-1:])))
+    (found,) = common
+    return list(found) or None
+
+
+def entries_of(apt_dir, script, suites):
     environment = os.environ | {
         "POSTCOPY_APT_DIR": str(apt_dir),
         "POSTCOPY_RELEASE": "bookworm",
     }
     answer = subprocess.run(
-        ["bash", ".ci/install-qemu"],
+        ["bash", f".ci/{script}"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -55,10 +62,10 @@ def derive(apt_dir):
     assert not answer.stderr
     entries = [entry.splitlines() for entry in answer.stdout.strip().split("\n\n")]
     if entries == [[]]:
-        return None
-    assert [entry[-2:] for entry in entries] == [[suites, "Components: main"] for suites in SUITES]
+        return []
+    assert [entry[-2:] for entry in entries] == [[each, "Components: main"] for each in suites]
     (common,) = {tuple(entry[:-2]) for entry in entries}
-    return list(common)
+    return common
 
 
 @pytest.fixture
@@ -116,3 +123,21 @@ def test_it_brings_what_the_suite_has_as_peers():
     listed = re.search(r"^PEERS=\((.*)\)$", (ROOT / ".ci" / "install-qemu").read_text(), re.M)
     brought = re.findall(r'"([0-9.]+) [^"]+"', listed[1])
     assert tuple(brought) == qemu_versions.ALL
+
+
+@pytest.mark.parametrize("script", ["install-qemu", "install-headers"])
+@pytest.mark.parametrize(("option", "code"), [((), 1), (("--if-possible",), 0)])
+def test_a_home_that_cannot_be_written_is_named(script, option, code):
+    environment = {"PATH": os.environ["PATH"], "HOME": "/proc/none"}
+    told = subprocess.run(
+        ["bash", f".ci/{script}", *option],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert told.returncode == code
+    assert "/proc/none/.cache/postcopy" in told.stderr
+    assert f"set POSTCOPY_{script.partition('-')[2].upper()}" in told.stderr
