@@ -38,7 +38,7 @@ class Connection:
     def __init__(self, address: str, client: QMPClient) -> None:
         self.address = address
         self._client = client
-        self._is_ours: bool | None = None
+        self._version: Mapping[str, Any] = {}
 
     @classmethod
     async def connect(cls, address: str, *, timeout_s: float = 10.0) -> "Connection":
@@ -80,11 +80,29 @@ class Connection:
             raise ChannelBroken(text) from error
 
     async def is_ours(self) -> bool:
-        """Whether it is a machine of ours, whose orders carry their own options; asked once."""
-        if self._is_ours is None:
-            version = await self.execute("query-version")
-            self._is_ours = "postcopy" in version.get("package", "")
-        return self._is_ours
+        """Whether it is a machine of ours, whose orders carry their own options."""
+        return "postcopy" in (await self.version()).get("package", "")
+
+    async def version(self) -> Mapping[str, Any]:
+        """What ``query-version`` returns; asked once."""
+        self._version = self._version or await self.execute("query-version")
+        return self._version
+
+    async def give(self, name: str, fd: int) -> None:
+        """Give the machine a descriptor under a name (QMP's ``getfd``); the caller closes its own.
+
+        :raises Refused: the machine takes no descriptor, or the connection is not a Unix socket.
+        :raises ChannelBroken: the machine is gone.
+        """
+        try:
+            self._client.send_fd_scm(fd)
+        except (OSError, StateError) as error:
+            raise ChannelBroken(f"the QMP connection to {self.address} ended: {error}") from error
+        except QMPError as error:
+            raise Refused(
+                f"{self.address} cannot carry a descriptor; use the machine's Unix socket for QMP"
+            ) from error
+        await self.execute("getfd", {"fdname": name})
 
     def listen(self) -> contextlib.AbstractContextManager[AsyncIterable[Mapping[str, Any]]]:
         """Every event while the context lasts; iterate over what it gives."""

@@ -13,6 +13,7 @@ from postcopy.client.connection import Connection
 from postcopy.client.orders import Borrowed
 from postcopy.client.progress import STOPPED, Phase, Progress, ProgressTracker
 from postcopy.client.told import status_of
+from postcopy.client.writing import writing_to
 from postcopy.errors import MigrationCancelled, MigrationFailed, PostcopyError, Refused
 from postcopy.image.options import Cost, Form, Wanted
 from postcopy.image.publish import partial, reserved
@@ -199,7 +200,8 @@ class SnapshotJob:
         loading = asyncio.create_task(asyncio.to_thread(_files))  # while the machine writes
         loading.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
-            await self._machine.execute(order, {"uri": f"file:{partial(self._path)}", **more})
+            uri = await writing_to(self._machine, partial(self._path))
+            await self._machine.execute(order, {"uri": uri, **more})
             if borrowed is not None:
                 await self._check(borrowed)
             answer = await self._until_stopped()
