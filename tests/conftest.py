@@ -12,12 +12,14 @@ import pytest
 
 from fakes.commands import Running, need_kvm
 from fakes.huge_pages import reserved
+from fakes.peers import can_prove
 from fakes.qemu_versions import USUAL, folder_of
 from fakes.waiting import wait_until
 
 MARKERS = (
     "kvm: needs /dev/kvm",
     "qemu: needs a real QEMU; with versions, is run with each of them: qemu('7.2', '11.1')",
+    "proves: what it shows of that QEMU, and needs of it: proves(Way.TO, Feature.POSTCOPY)",
 )
 
 
@@ -43,6 +45,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if marker := metafunc.definition.get_closest_marker("qemu"):
         metafunc.parametrize("qemu_version", marker.args or (USUAL,), indirect=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = [item for item in items if can_prove(item)]
 
 
 @pytest.fixture(autouse=True)

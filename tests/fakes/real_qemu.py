@@ -13,6 +13,8 @@ from fakes.waiting import wait_until
 
 TIMEOUT_S = 30.0
 BIOS_BYTES = 64 << 10
+FILE_URIS = (8, 2)
+"""The version that brought them."""
 
 MICROVM = "microvm,pit=off,pic=off,rtc=off,isa-serial=off,acpi=off,auto-kernel-cmdline=off"
 MACHINES = {"none": ("none", "ram"), "microvm": (MICROVM, "microvm.ram")}
@@ -21,6 +23,10 @@ MACHINES = {"none": ("none", "ram"), "microvm": (MICROVM, "microvm.ram")}
 
 class QmpRefused(Exception):
     """QEMU answered a command with an error."""
+
+
+class QemuGone(AssertionError):
+    """QEMU has ended, and its log says why."""
 
 
 class QemuProcess:
@@ -69,7 +75,8 @@ class QemuProcess:
                     return answer["return"]
         except ConnectionError:
             pass  # it has ended, and its log says why
-        raise AssertionError(f"QEMU went away: {self.log}")
+        self._process.wait()  # its log is whole
+        raise QemuGone(f"QEMU went away: {self.log}")
 
     @functools.cached_property
     def version(self) -> tuple[int, int]:
@@ -97,6 +104,29 @@ class QemuProcess:
         """Switch capabilities on."""
         states = [{"capability": name, "state": True} for name in names]
         self("migrate-set-capabilities", capabilities=states)
+
+    def save(self, path: Path) -> dict:
+        """Have its state written to a file, and give the last ``query-migrate``."""
+        if self.version >= FILE_URIS:
+            self("migrate", uri=f"file:{path}")
+            return self.wait_migration("completed")
+        # What it has written, a command may still be reading.
+        part = path.with_name(f"{path.name}.part")
+        self("migrate", uri=f"exec:cat >{part} && mv {part} {path}")
+        info = self.wait_migration("completed")
+        wait_until(path.exists, TIMEOUT_S, "the command's end")
+        return info
+
+    def loading(self, path: Path) -> str:
+        """The URI by which it loads a file."""
+        return f"file:{path}" if self.version >= FILE_URIS else f"exec:cat {path}"
+
+    def why_failed(self) -> str:
+        """All that it says of a migration to it that has failed; some QEMUs have ended then."""
+        try:
+            return self.wait_migration("failed").get("error-desc", "") + self.log
+        except QemuGone:
+            return self.log
 
     def wait_migration(self, status: str) -> dict:
         """Wait until ``query-migrate`` says so."""

@@ -38,6 +38,16 @@ def check_memory(read: Read, workload: Workload) -> None:
     assert found.pages_checked > workload.pages
 
 
+def check_arrived(qemu, workload, ours) -> None:
+    """Our guest runs in QEMU, whole, and no longer here; it stands still then."""
+    qemu.wait_migration("completed")
+    check_goes_on(qemu.read_memory, workload, iterations(ours.machine.read_memory, workload))
+    assert not ours.machine.running
+    assert not ours.machine.owned
+    qemu("stop")
+    check_memory(qemu.read_memory, workload)
+
+
 def send_to_qemu(workload, qemu):
     """Bring our guest into QEMU, where it works on."""
     with OurGuest.running(workload, "kvm") as ours:

@@ -47,7 +47,8 @@ class QemuGuest(QemuProcess):
         if not uri.startswith("tcp:"):
             return uri
         address = self("query-migrate")["socket-address"][0]
-        return f"tcp:{address['host']}:{address['port']}"
+        host = f"[{address['host']}]" if ":" in address["host"] else address["host"]
+        return f"tcp:{host}:{address['port']}"
 
     def parameters(self, **values: int) -> None:
         """Set migration parameters; ``_`` stands for ``-`` in names."""

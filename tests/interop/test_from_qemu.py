@@ -2,6 +2,8 @@
 
 import pytest
 
+from fakes.peers import Feature, Way
+from fakes.qemu_versions import ALL
 from fakes.waiting import wait_until
 from interop.arrival import (
     check_goes_on,
@@ -16,10 +18,14 @@ from postcopy.machine import workload as workloads
 from postcopy.parameters import Capability
 from postcopy.status import Status
 
-pytestmark = pytest.mark.qemu
+pytestmark = pytest.mark.qemu(*ALL)
 
 MEMORY_BYTES = 32 * MIB
 HOT_BYTES = 8 * MIB
+KVM = pytest.mark.proves(Way.FROM, Feature.KVM)
+TCG = pytest.mark.proves(Way.FROM, Feature.TCG)
+TCP = pytest.mark.proves(Way.FROM, Feature.TCP)
+UNIX = pytest.mark.proves(Way.FROM, Feature.UNIX)
 
 
 def check_back(ours, workload, qemu):
@@ -34,9 +40,15 @@ def check_back(ours, workload, qemu):
 
 @pytest.mark.parametrize(
     ("accelerator", "vcpus", "way"),
-    [("kvm", 1, "unix"), ("kvm", 2, "tcp"), ("tcg", 1, "tcp"), ("tcg", 2, "unix")],
+    [
+        pytest.param("kvm", 1, "unix", marks=[KVM, UNIX]),
+        pytest.param("kvm", 2, "tcp", marks=[KVM, TCP]),
+        pytest.param("tcg", 1, "tcp", marks=[TCG, TCP]),
+        pytest.param("tcg", 2, "unix", marks=[TCG, UNIX]),
+    ],
 )
 class TestBackFromQemu:
+    @pytest.mark.proves(Way.FROM, Feature.PRECOPY)
     def test_by_precopy(self, tmp_path, accelerator, vcpus, way):
         need("kvm")
         workload = workloads.load("hammer", MEMORY_BYTES, vcpus, hot_bytes=HOT_BYTES)
@@ -50,6 +62,7 @@ class TestBackFromQemu:
             qemu("migrate", uri=ours.listen(where))
             check_back(ours, workload, qemu)
 
+    @pytest.mark.proves(Way.FROM, Feature.POSTCOPY, Feature.BLOCKTIME)
     @pytest.mark.parametrize("when", ["at once", "after a round"])
     def test_by_postcopy(self, tmp_path, accelerator, vcpus, way, when):
         need("kvm")

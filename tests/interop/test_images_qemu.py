@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 
 from fakes.commands import postcopy
+from fakes.peers import Feature, Way
+from fakes.qemu_versions import ALL
 from fakes.real_qemu import MICROVM, QemuProcess, RealQemu, bios
 from postcopy.image.convert import write_mapped
 from postcopy.image.formats import open_image
 from postcopy.image.manifest import Manifest
 from postcopy.image.verify import find_damages
 
-pytestmark = pytest.mark.qemu
+pytestmark = pytest.mark.qemu(*ALL)
+STREAM = pytest.param("stream", marks=pytest.mark.proves(Way.FROM, Feature.IMAGES))
+MAPPED = pytest.param("mapped-ram", marks=pytest.mark.proves(Way.FROM, Feature.MAPPED))
 
 RAM_BYTES = 32 << 20
 LOADED_AT = 1 << 20
@@ -32,14 +36,13 @@ def ram(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("form", ["stream", "mapped-ram"])
+@pytest.mark.parametrize("form", [STREAM, MAPPED])
 def test_an_image_that_qemu_has_saved_is_read(tmp_path, ram, form):
     image_path = tmp_path / "image"
     with RealQemu("microvm", ram, tmp_path / "qemu") as qemu:
         if form == "mapped-ram":
             qemu.capabilities("mapped-ram")
-        qemu("migrate", uri=f"file:{image_path}")
-        qemu.wait_migration("completed")
+        qemu.save(image_path)
     expected = contents(RAM_BYTES // PAGE)
     with open_image(image_path) as image:
         assert (image.format, image.machine_name) == (form, "microvm")
@@ -53,6 +56,7 @@ def test_an_image_that_qemu_has_saved_is_read(tmp_path, ram, form):
     assert postcopy("verify", "--adopt", str(image_path)).returncode == 0
 
 
+@pytest.mark.proves(Way.FROM, Feature.TAKEN)
 @pytest.mark.parametrize(
     ("options", "form"),
     [
@@ -98,10 +102,10 @@ def test_a_qemu_that_has_not_run_yet_is_left_alone(tmp_path):
         assert qemu("query-status")["status"] == "prelaunch"
 
 
+@pytest.mark.proves(Way.TO, Feature.MAPPED)
 def test_qemu_reads_an_image_that_was_written_anew(tmp_path, ram):
     with RealQemu("microvm", ram, tmp_path / "qemu") as qemu:
-        qemu("migrate", uri=f"file:{tmp_path / 'stream'}")
-        qemu.wait_migration("completed")
+        qemu.save(tmp_path / "stream")
     with open_image(tmp_path / "stream") as image:
         write_mapped(image, tmp_path / "mapped")
     empty = tmp_path / "empty"
@@ -117,13 +121,13 @@ def test_qemu_reads_an_image_that_was_written_anew(tmp_path, ram):
         assert dump.read_bytes() == ram.read_bytes()[1 << 20 :]
 
 
+@pytest.mark.proves(Way.FROM, Feature.MAPPED)
 def test_a_mapped_background_snapshot_that_qemu_loses_is_never_taken_for_zeros(tmp_path):
     line = ["-accel", "tcg", "-M", MICROVM, "-m", "64M", *bios(tmp_path / "qemu")]
     path = tmp_path / "image"
     with QemuProcess(tmp_path / "qemu", line) as qemu:
         qemu.capabilities("background-snapshot", "mapped-ram")
-        qemu("migrate", uri=f"file:{path}")
-        qemu.wait_migration("completed")
+        qemu.save(path)
     outcome = postcopy("inspect", str(path))
     # A QEMU that has mended it writes a last section, and then the image is as good as any.
     assert outcome.returncode == 0 or "the bitmaps were never written" in outcome.stderr

@@ -5,6 +5,8 @@ The guest works on either side of the address where microvm's hole for devices i
 
 import pytest
 
+from fakes.peers import Feature, Way
+from fakes.qemu_versions import ALL
 from fakes.waiting import wait_until
 from interop.arrival import check_goes_on, check_memory, iterations, wait_until_beyond
 from interop.our_guest import OurGuest
@@ -21,6 +23,7 @@ pytestmark = pytest.mark.qemu
 
 GIB = 1 << 30
 FILL_BYTES = 16 * MIB
+TCG = pytest.param("tcg", 1, marks=pytest.mark.proves(Way.FROM, Feature.TCG))
 
 
 def around_the_hole(vcpus):
@@ -60,7 +63,10 @@ def test_there(tmp_path, machine, accelerator, postcopy):
         check_memory(qemu.read_memory, workload)
 
 
-@pytest.mark.parametrize(("accelerator", "vcpus"), [("kvm", 2), ("tcg", 1)])
+@pytest.mark.qemu(*ALL)
+@pytest.mark.proves(Way.TO, Feature.LARGE)
+@pytest.mark.proves(Way.FROM, Feature.LARGE)
+@pytest.mark.parametrize(("accelerator", "vcpus"), [("kvm", 2), TCG])
 def test_there_and_back(tmp_path, accelerator, vcpus):
     need("kvm")
     workload = around_the_hole(vcpus)
@@ -79,6 +85,7 @@ def test_there_and_back(tmp_path, accelerator, vcpus):
         check_memory(read, workload)
 
 
+@pytest.mark.qemu(*ALL)
 @pytest.mark.parametrize("machine", ["microvm", "none"])
 def test_physical_addresses_are_those_of_qemu(tmp_path, machine):
     config = MachineConfig(5 * GIB, accel="unicorn", machine_type=machine)

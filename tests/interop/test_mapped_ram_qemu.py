@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from fakes.peers import Feature, Way
+from fakes.qemu_versions import ALL
 from fakes.real_qemu import QmpRefused
 from fakes.waiting import wait_until
 from interop.arrival import check_goes_on, check_memory, iterations
@@ -17,7 +19,10 @@ from postcopy.machine import workload as workloads
 from postcopy.parameters import Capability
 from postcopy.status import Status
 
-pytestmark = pytest.mark.qemu
+pytestmark = pytest.mark.qemu(*ALL)
+FILE = pytest.mark.proves(Way.TO, Feature.FILE)
+TO = pytest.mark.proves(Way.TO, Feature.MAPPED)
+FROM = pytest.mark.proves(Way.FROM, Feature.MAPPED)
 
 MEMORY_BYTES = 32 * MIB
 
@@ -47,11 +52,12 @@ def check_at_qemu(qemu, workload, left_at):
     check_memory(qemu.read_memory, workload)
 
 
+@TO
 @pytest.mark.parametrize(
     ("machine", "accelerator", "vcpus", "offset", "extra"),
     [
         ("microvm", "kvm", 1, "", ()),
-        ("microvm", "kvm", 2, ",offset=0x1234", ()),
+        pytest.param("microvm", "kvm", 2, ",offset=0x1234", (), marks=FILE),
         ("microvm", "tcg", 1, "", ("multifd",)),
         ("none", "tcg", 1, "", ()),
     ],
@@ -67,6 +73,7 @@ def test_qemu_runs_what_we_saved(tmp_path, machine, accelerator, vcpus, offset, 
         check_at_qemu(qemu, workload, left_at)
 
 
+@TO
 def test_qemu_loads_a_stopped_guest_of_ours_to_the_last_byte(tmp_path):
     workload = hammer()
     uri = f"file:{tmp_path}/saved"
@@ -84,6 +91,7 @@ def test_qemu_loads_a_stopped_guest_of_ours_to_the_last_byte(tmp_path):
         check_goes_on(qemu.read_memory, workload, left_at)
 
 
+@FROM
 @pytest.mark.parametrize(
     ("accelerator", "vcpus", "stopped", "extra"),
     [("kvm", 1, False, ()), ("kvm", 2, True, ("multifd",)), ("tcg", 1, False, ())],
@@ -115,6 +123,8 @@ def test_we_run_what_qemu_saved(tmp_path, accelerator, vcpus, stopped, extra):
         check_memory(read, workload)
 
 
+@TO
+@FROM
 def test_both_describe_their_files_alike(tmp_path):
     """The JSON at the end, as far as it tells of the configuration section."""
     workload = hammer()
@@ -138,6 +148,7 @@ def test_both_describe_their_files_alike(tmp_path):
 # --- what does not fit
 
 
+@TO
 @pytest.mark.parametrize("here", [True, False], ids=["saved with it", "saved without"])
 def test_the_capability_at_one_end_only(tmp_path, here):
     workload = hammer()
@@ -165,6 +176,7 @@ def test_the_capability_at_one_end_only(tmp_path, here):
         assert says in ours.error
 
 
+@TO
 @pytest.mark.parametrize("uri", ["tcp:127.0.0.1:0", "unix:/tmp/nobody", "exec:cat"])
 def test_the_same_words_where_nothing_has_a_place(tmp_path, uri):
     workload = hammer()
@@ -181,6 +193,7 @@ def test_the_same_words_where_nothing_has_a_place(tmp_path, uri):
         assert str(ours_said.value) == str(theirs.value)
 
 
+@FROM
 def test_an_image_of_qemus_opens(tmp_path):
     workload = hammer()
     path = tmp_path / "saved"

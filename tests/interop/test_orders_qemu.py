@@ -4,11 +4,13 @@ import asyncio
 
 import pytest
 
-from fakes.commands import postcopy
+from fakes.commands import one_line, postcopy
+from fakes.peers import Feature, Way
+from fakes.qemu_versions import ALL, OLDEST
 from fakes.real_qemu import MICROVM, QemuProcess, bios
 from postcopy import Machine, MigrationFailed, Refused
 
-pytestmark = pytest.mark.qemu("10.0", "11.1")
+pytestmark = pytest.mark.qemu(*ALL)
 
 
 class Qemu(QemuProcess):
@@ -24,6 +26,7 @@ class Qemu(QemuProcess):
         return {each["capability"] for each in states if each["state"]}
 
 
+@pytest.mark.proves(Way.FROM, Feature.MOVED)
 def test_a_snapshot_left_on_by_a_killed_command_is_switched_off_first(tmp_path):
     with Qemu(tmp_path / "a") as source, Qemu(tmp_path / "b", "-incoming", "defer") as target:
         source.capabilities("background-snapshot")
@@ -107,3 +110,17 @@ def test_status_says_that_a_qemu_does_not_tell(tmp_path):
         assert "moved away, or has been written to a file" in told
         assert "the guest  is here" in told.partition("destination")[2]
         assert told.count("does not say so itself") == 2
+
+
+@pytest.mark.qemu(OLDEST)
+def test_one_that_cannot_be_given_the_file_is_refused_and_left_alone(tmp_path):
+    """Before QEMU 8.2 a snapshot is written to a descriptor, which TCP cannot carry."""
+    second = ["-chardev", "socket,id=far,host=127.0.0.1,port=0,server=on,wait=off"]
+    with Qemu(tmp_path / "a", *second, "-mon", "chardev=far,mode=control") as source:
+        (far,) = (each for each in source("query-chardev") if each["label"] == "far")
+        address = far["filename"].partition("tcp:")[2].partition(",")[0]
+        outcome = postcopy("snapshot", "--from", f"tcp:{address}", f"{tmp_path}/image")
+        assert "use the machine's Unix socket for QMP" in one_line(outcome)
+        assert source("query-status")["status"] == "running"
+        assert source.on() == set()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

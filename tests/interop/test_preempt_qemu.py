@@ -2,9 +2,17 @@
 
 import pytest
 
+from fakes.peers import Feature, Way
+from fakes.qemu_versions import ALL
 from fakes.waiting import wait_until
 from faults.relay import Relay
-from interop.arrival import check_goes_on, check_memory, iterations, wait_until_beyond
+from interop.arrival import (
+    check_arrived,
+    check_goes_on,
+    check_memory,
+    iterations,
+    wait_until_beyond,
+)
 from interop.our_guest import OurGuest
 from interop.qemu_guest import QemuGuest
 from machine.machines import MIB, need
@@ -12,7 +20,12 @@ from postcopy.machine import workload as workloads
 from postcopy.parameters import Capability
 from postcopy.status import Status
 
-pytestmark = pytest.mark.qemu
+pytestmark = pytest.mark.qemu(*ALL)
+WHOLE = pytest.param(False, id="whole", marks=pytest.mark.proves(Way.FROM, Feature.PREEMPT))
+BROKEN = pytest.param(
+    True, id="broken", marks=pytest.mark.proves(Way.FROM, Feature.PREEMPT_RECOVERY)
+)
+TO = pytest.mark.proves(Way.TO, Feature.PREEMPT)
 
 MEMORY_BYTES = 32 * MIB
 PREEMPT = (Capability.POSTCOPY_RAM, Capability.POSTCOPY_PREEMPT)
@@ -48,23 +61,22 @@ def leave(ours, qemu, relay):
     ours.migration.progress.wait(Status.POSTCOPY_ACTIVE, timeout=20)
 
 
-def check_arrived(ours, workload, qemu):
+def check_completed(ours, workload, qemu):
     assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
-    qemu.wait_migration("completed")
-    check_goes_on(qemu.read_memory, workload, iterations(ours.machine.read_memory, workload))
-    qemu("stop")
-    check_memory(qemu.read_memory, workload)
+    check_arrived(qemu, workload, ours)
 
 
+@TO
 def test_to_qemu(workload, qemu, relay):
     with OurGuest.running(workload, "kvm") as ours:
         leave(ours, qemu, relay)
         ours.migration.set_parameters({"max-postcopy-bandwidth": 0})
-        check_arrived(ours, workload, qemu)
+        check_completed(ours, workload, qemu)
         assert len(relay.recorded(connection=1)) >= 4096
         assert "ignoring" not in qemu.log
 
 
+@pytest.mark.proves(Way.TO, Feature.PREEMPT_RECOVERY)
 @pytest.mark.parametrize("connection", [0, 1], ids=["main", "urgent"])
 def test_to_qemu_with_a_break(workload, qemu, relay, connection):
     with OurGuest.running(workload, "kvm") as ours:
@@ -78,7 +90,7 @@ def test_to_qemu_with_a_break(workload, qemu, relay, connection):
         ours.migration.set_parameters({"max-postcopy-bandwidth": 0})
         ours.migration.migrate(f"tcp:{address['host']}:{address['port']}", resume=True)
         ours.migration.progress.wait(Status.POSTCOPY_ACTIVE, Status.COMPLETED, timeout=20)
-        check_arrived(ours, workload, qemu)
+        check_completed(ours, workload, qemu)
 
 
 def test_a_qemu_without_it_is_refused(workload, qemu, relay):
@@ -93,7 +105,7 @@ def test_a_qemu_without_it_is_refused(workload, qemu, relay):
         wait_until_beyond(read, workload, iterations(read, workload))
 
 
-@pytest.mark.parametrize("broken", [False, True], ids=["whole", "broken"])
+@pytest.mark.parametrize("broken", [WHOLE, BROKEN])
 def test_from_qemu(tmp_path, workload, qemu, relay, broken):
     with (
         OurGuest.running(workload, "kvm") as first,

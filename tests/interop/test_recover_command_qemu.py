@@ -3,14 +3,17 @@
 import pytest
 
 from fakes.commands import Running, postcopy
+from fakes.peers import Feature, Way
+from fakes.qemu_versions import ALL
 from fakes.waiting import wait_until
 from interop.qemu_guest import QemuGuest
 from machine.machines import MIB, need
 
-pytestmark = pytest.mark.qemu
+pytestmark = pytest.mark.qemu(*ALL)
 TIMEOUT_S = 30
 
 
+@pytest.mark.proves(Way.TO, Feature.RECOVERED)
 def test_one_command_recovers_our_guest_at_qemu(tmp_path):
     need("kvm")
     second = ["-qmp", f"unix:{tmp_path}/qemu,server=on,wait=off"]

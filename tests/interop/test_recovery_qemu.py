@@ -2,9 +2,11 @@
 
 import pytest
 
+from fakes.peers import Feature, Way
+from fakes.qemu_versions import ALL
 from fakes.waiting import wait_until
 from faults.fault_channel import FaultChannel
-from interop.arrival import check_goes_on, check_memory, iterations
+from interop.arrival import check_arrived
 from interop.our_guest import TIMEOUT_S, OurGuest
 from interop.qemu_guest import QemuGuest
 from interop.test_from_qemu import check_back, send_to_qemu
@@ -13,7 +15,7 @@ from postcopy.machine import workload as workloads
 from postcopy.parameters import Capability
 from postcopy.status import Status
 
-pytestmark = pytest.mark.qemu
+pytestmark = pytest.mark.qemu(*ALL)
 
 MEMORY_BYTES = 32 * MIB
 SLOW = 1 * MIB
@@ -38,6 +40,7 @@ def channels(tmp_path):
         channel.close()
 
 
+@pytest.mark.proves(Way.TO, Feature.RECOVERY)
 @pytest.mark.parametrize(("machine", "accelerator"), [("microvm", "kvm"), ("none", "tcg")])
 def test_our_guest_goes_on_at_qemu(tmp_path, channels, machine, accelerator):
     workload = hammer()
@@ -66,14 +69,12 @@ def test_our_guest_goes_on_at_qemu(tmp_path, channels, machine, accelerator):
             ours.migration.migrate(channel.uri, resume=True)
         ours.migration.set_parameters({"max-postcopy-bandwidth": 0})
         assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
-        qemu.wait_migration("completed")
-        check_goes_on(qemu.read_memory, workload, iterations(ours.machine.read_memory, workload))
-        qemu("stop")
-        check_memory(qemu.read_memory, workload)
+        check_arrived(qemu, workload, ours)
         assert ours.events.count("postcopy-recover-setup") == 2
         assert qemu.event_names().count("postcopy-recover") == 2
 
 
+@pytest.mark.proves(Way.FROM, Feature.RECOVERY)
 @pytest.mark.parametrize("what", ["link", "engine"])
 def test_qemus_guest_goes_on_with_us(tmp_path, channels, what):
     """Another engine of ours has never heard of the firmware that QEMU asks about."""

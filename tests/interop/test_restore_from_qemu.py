@@ -2,6 +2,8 @@
 
 import pytest
 
+from fakes.peers import Feature, Way
+from fakes.qemu_versions import ALL
 from interop.arrival import check_goes_on, check_memory, iterations, send_to_qemu
 from interop.our_guest import TIMEOUT_S, OurGuest
 from interop.qemu_guest import QemuGuest
@@ -9,13 +11,16 @@ from machine.machines import MIB, need
 from postcopy.machine import workload as workloads
 from postcopy.status import Status
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu(*ALL), pytest.mark.proves(Way.FROM, Feature.LAZY)]
+STREAM = pytest.param("stream", marks=pytest.mark.proves(Way.FROM, Feature.SAVED))
+MAPPED = pytest.param("mapped-ram", marks=pytest.mark.proves(Way.FROM, Feature.MAPPED))
+TCG = pytest.param("tcg", 1, marks=pytest.mark.proves(Way.FROM, Feature.TCG))
 
 MEMORY_BYTES = 32 * MIB
 
 
-@pytest.mark.parametrize("form", ["mapped-ram", "stream"])
-@pytest.mark.parametrize(("accelerator", "vcpus"), [("kvm", 1), ("kvm", 2), ("tcg", 1)])
+@pytest.mark.parametrize("form", [MAPPED, STREAM])
+@pytest.mark.parametrize(("accelerator", "vcpus"), [("kvm", 1), ("kvm", 2), TCG])
 def test_an_image_of_qemu_wakes_lazily(tmp_path, accelerator, vcpus, form):
     need("kvm")
     workload = workloads.load("hammer", MEMORY_BYTES, vcpus, hot_bytes=8 * MIB)
@@ -25,8 +30,7 @@ def test_an_image_of_qemu_wakes_lazily(tmp_path, accelerator, vcpus, form):
         if form == "mapped-ram":
             qemu.capabilities("mapped-ram")
         qemu.parameters(max_bandwidth=1 << 40)
-        qemu("migrate", uri=f"file:{image}")
-        qemu.wait_migration("completed")
+        qemu.save(image)
         slept_at = iterations(qemu.read_memory, workload)
     with OurGuest.waiting(workload, "kvm") as ours:
         ours.migration.set_parameters({"max-postcopy-bandwidth": 64 << 10})

@@ -2,9 +2,10 @@
 
 import pytest
 
+from fakes.peers import Feature, Way
 from fakes.qemu_versions import ALL
 from fakes.waiting import wait_until
-from interop.arrival import check_goes_on, check_memory, iterations
+from interop.arrival import check_arrived
 from interop.our_guest import OurGuest
 from interop.qemu_guest import QemuGuest
 from machine.machines import MIB, need
@@ -16,6 +17,10 @@ pytestmark = pytest.mark.qemu(*ALL)
 
 MEMORY_BYTES = 32 * MIB
 HOT_BYTES = 8 * MIB
+KVM = pytest.mark.proves(Way.TO, Feature.KVM)
+TCG = pytest.mark.proves(Way.TO, Feature.TCG)
+TCP = pytest.mark.proves(Way.TO, Feature.TCP)
+UNIX = pytest.mark.proves(Way.TO, Feature.UNIX)
 
 
 def hammer(vcpus):
@@ -27,16 +32,6 @@ def our_guest(workload, accelerator, qemu):
     return OurGuest.running(workload, accelerator, machine_type=qemu.machine)
 
 
-def check_arrived(qemu, workload, ours):
-    """The guest runs there, whole, and no longer here."""
-    qemu.wait_migration("completed")
-    check_goes_on(qemu.read_memory, workload, iterations(ours.machine.read_memory, workload))
-    assert not ours.machine.running
-    assert not ours.machine.owned
-    qemu("stop")
-    check_memory(qemu.read_memory, workload)
-
-
 def address(way, folder):
     return f"unix:{folder / 'migration'}" if way == "unix" else "tcp:127.0.0.1:0"
 
@@ -44,17 +39,18 @@ def address(way, folder):
 @pytest.mark.parametrize(
     ("machine", "accelerator", "vcpus", "way"),
     [
-        ("microvm", "kvm", 1, "tcp"),
-        ("microvm", "kvm", 2, "unix"),
-        ("microvm", "tcg", 1, "unix"),
-        ("microvm", "tcg", 2, "tcp"),
-        ("none", "kvm", 1, "unix"),
-        ("none", "tcg", 1, "tcp"),
+        pytest.param("microvm", "kvm", 1, "tcp", marks=[KVM, TCP]),
+        pytest.param("microvm", "kvm", 2, "unix", marks=[KVM, UNIX]),
+        pytest.param("microvm", "tcg", 1, "unix", marks=[TCG, UNIX]),
+        pytest.param("microvm", "tcg", 2, "tcp", marks=[TCG, TCP]),
+        pytest.param("none", "kvm", 1, "unix", marks=[KVM, UNIX]),
+        pytest.param("none", "tcg", 1, "tcp", marks=[TCG, TCP]),
     ],
 )
 class TestOurRunningGuest:
     """``none`` has no machine with more than one CPU."""
 
+    @pytest.mark.proves(Way.TO, Feature.PRECOPY)
     def test_by_precopy(self, tmp_path, machine, accelerator, vcpus, way):
         workload = hammer(vcpus)
         with (
@@ -67,6 +63,7 @@ class TestOurRunningGuest:
             check_arrived(qemu, workload, ours)
             assert qemu.statuses() == ["setup", "active", "completed"]
 
+    @pytest.mark.proves(Way.TO, Feature.POSTCOPY, Feature.BLOCKTIME)
     @pytest.mark.parametrize("when", ["at once", "after a round"])
     def test_by_postcopy(self, tmp_path, machine, accelerator, vcpus, way, when):
         workload = hammer(vcpus)

@@ -3,7 +3,9 @@
 import pytest
 
 from fakes import carry
-from interop.arrival import check_goes_on, check_memory, iterations, send_to_qemu
+from fakes.peers import Feature, Way
+from fakes.qemu_versions import ALL
+from interop.arrival import check_arrived, check_goes_on, check_memory, iterations, send_to_qemu
 from interop.our_guest import OurGuest
 from interop.qemu_guest import QemuGuest
 from machine.machines import MIB, need
@@ -11,12 +13,14 @@ from postcopy.machine import workload as workloads
 from postcopy.parameters import Capability
 from postcopy.status import Status
 
-pytestmark = pytest.mark.qemu
+pytestmark = pytest.mark.qemu(*ALL)
 
 MEMORY_BYTES = 32 * MIB
 PRECOPY = ()
 ANSWERED = (Capability.RETURN_PATH,)
 POSTCOPY = (Capability.RETURN_PATH, Capability.POSTCOPY_RAM)
+proves = pytest.mark.proves
+EXEC = proves(Way.FROM, Feature.EXEC)
 
 
 def hammer():
@@ -28,8 +32,20 @@ def a_qemu(tmp_path):
     return QemuGuest(tmp_path, "microvm", "kvm", MEMORY_BYTES)
 
 
-@pytest.mark.parametrize("on", [ANSWERED, POSTCOPY], ids=["answered", "postcopy"])
-def test_to_qemu_through_a_command(tmp_path, on):
+@pytest.mark.parametrize(
+    ("way", "on"),
+    [
+        pytest.param(
+            "exec",
+            ANSWERED,
+            id="command, answered",
+            marks=proves(Way.TO, Feature.EXEC, Feature.ANSWERED),
+        ),
+        pytest.param("exec", POSTCOPY, id="command, postcopy", marks=proves(Way.TO, Feature.EXEC)),
+        pytest.param("tcp6", POSTCOPY, id="IPv6, postcopy", marks=proves(Way.TO, Feature.TCP6)),
+    ],
+)
+def test_to_qemu(tmp_path, way, on):
     workload = hammer()
     with (
         a_qemu(tmp_path) as qemu,
@@ -37,21 +53,48 @@ def test_to_qemu_through_a_command(tmp_path, on):
     ):
         qemu.capabilities(*(name.value for name in on))
         ours.switch_on(*on)
-        ours.migration.migrate(carry.command(qemu.listen(f"unix:{tmp_path}/door")))
+        if way == "exec":
+            ours.migration.migrate(carry.command(qemu.listen(f"unix:{tmp_path}/door")))
+        else:
+            ours.migration.migrate(qemu.listen("tcp:[::1]:0"))
         if on is POSTCOPY:
             ours.migration.start_postcopy()
         assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
-        qemu.wait_migration("completed")
-        check_goes_on(qemu.read_memory, workload, iterations(ours.machine.read_memory, workload))
-        assert not ours.machine.owned
-        qemu("stop")
-        check_memory(qemu.read_memory, workload)
+        check_arrived(qemu, workload, ours)
+
+
+@proves(Way.TO, Feature.SAVED)
+@pytest.mark.parametrize(
+    "accelerator", [pytest.param("kvm"), pytest.param("tcg", marks=proves(Way.TO, Feature.TCG))]
+)
+def test_qemu_loads_the_stream_that_we_saved(tmp_path, accelerator):
+    workload = hammer()
+    path = tmp_path / "saved"
+    with (
+        QemuGuest(tmp_path, "microvm", accelerator, MEMORY_BYTES) as qemu,
+        OurGuest.running(workload, "kvm", machine_type="microvm") as ours,
+    ):
+        ours.migration.migrate(f"file:{path}")
+        assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
+        qemu.listen(qemu.loading(path))
+        check_arrived(qemu, workload, ours)
 
 
 @pytest.mark.parametrize(
     ("way", "on"),
-    [("exec", ANSWERED), ("exec", POSTCOPY), ("file", PRECOPY), ("tcp6", POSTCOPY)],
-    ids=["command, answered", "command, postcopy", "file behind an offset", "IPv6, postcopy"],
+    [
+        pytest.param(
+            "exec",
+            ANSWERED,
+            id="command, answered",
+            marks=[EXEC, proves(Way.FROM, Feature.ANSWERED)],
+        ),
+        pytest.param("exec", POSTCOPY, id="command, postcopy", marks=EXEC),
+        pytest.param(
+            "file", PRECOPY, id="file behind an offset", marks=proves(Way.FROM, Feature.FILE)
+        ),
+        pytest.param("tcp6", POSTCOPY, id="IPv6, postcopy", marks=proves(Way.FROM, Feature.TCP6)),
+    ],
 )
 def test_back_from_qemu(tmp_path, way, on):
     workload = hammer()
