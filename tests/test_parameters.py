@@ -12,8 +12,8 @@ C = Capability
 
 def test_capabilities_change_together_or_not_at_all():
     before = Capabilities().with_changes({C.EVENTS: True})
-    with pytest.raises(Refused, match="Postcopy is not yet compatible with multifd"):
-        before.with_changes({C.POSTCOPY_RAM: True, C.MULTIFD: True})
+    with pytest.raises(Refused, match="Mapped-ram migration is incompatible with postcopy"):
+        before.with_changes({C.POSTCOPY_RAM: True, C.MAPPED_RAM: True})
     after = before.with_changes({C.POSTCOPY_RAM: True, C.EVENTS: False})
     assert list(after) == [C.POSTCOPY_RAM]
     assert list(before) == [C.EVENTS]
@@ -44,7 +44,7 @@ def test_parameters_are_ours_and_qemus_in_one_table():
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"multifd-channels": 0}, "Parameter 'multifd_channels' expects a value between 1 and 255"),
+        ({"multifd-channels": 0}, "Option multifd-channels expects a value between 1 and 255"),
         ({"x-dirty-tracking": "magic"}, "Parameter 'x-dirty-tracking' does not accept value"),
         ({"mode": "cpr-reboot"}, "'cpr-reboot' of parameter 'mode' is not implemented"),
         ({"tls-creds": "x"}, "not implemented"),

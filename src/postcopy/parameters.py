@@ -1,12 +1,12 @@
 """Capabilities and parameters: what a user may set before and during a migration.
 
-Names, defaults, ranges and complaints are those of QEMU 10.0 (``qapi/migration.json``), so that
+Names, defaults, ranges and complaints are those of QEMU 11.1 (``qapi/migration.json``), so that
 QEMU's clients and scripts find what they know; the complaints were compared with a real one.
 What we have added ourselves starts with ``x-`` and is marked ``ours``.
 """
 
 import enum
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -19,7 +19,6 @@ class Capability(enum.StrEnum):
     XBZRLE = "xbzrle"
     RDMA_PIN_ALL = "rdma-pin-all"
     AUTO_CONVERGE = "auto-converge"
-    ZERO_BLOCKS = "zero-blocks"
     EVENTS = "events"
     POSTCOPY_RAM = "postcopy-ram"
     X_COLO = "x-colo"
@@ -49,9 +48,8 @@ SUPPORTED = frozenset(
         C.POSTCOPY_BLOCKTIME,
         C.RETURN_PATH,
         C.PAUSE_BEFORE_SWITCHOVER,
-        # QEMU sends or skips disks with these two; we have no disks, so both hold of themselves.
+        # It is about disks, and we have none.
         C.LATE_BLOCK_ACTIVATE,
-        C.ZERO_BLOCKS,
         C.POSTCOPY_PREEMPT,
         C.MAPPED_RAM,
         C.BACKGROUND_SNAPSHOT,
@@ -76,46 +74,37 @@ _NOT_WITH_BACKGROUND_SNAPSHOT = (
     C.ZERO_COPY_SEND,
 )
 
-# (these together, the complaint), in the order in which QEMU looks at them.
-_CONFLICTS: tuple[tuple[frozenset[Capability], str], ...] = (
-    (
-        frozenset({C.POSTCOPY_RAM, C.X_IGNORE_SHARED}),
-        "Postcopy is not compatible with ignore-shared",
-    ),
-    (frozenset({C.POSTCOPY_RAM, C.MULTIFD}), "Postcopy is not yet compatible with multifd"),
+# (these together, without that, the complaint), in the order in which QEMU looks at them.
+_CONFLICTS: tuple[tuple[Set[Capability], Capability | None, str], ...] = (
+    ({C.X_COLO}, C.RETURN_PATH, "Capability 'x-colo' requires capability 'return-path'"),
+    ({C.POSTCOPY_RAM, C.X_IGNORE_SHARED}, None, "Postcopy is not compatible with ignore-shared"),
     *(
         (
-            frozenset({C.BACKGROUND_SNAPSHOT, other}),
+            {C.BACKGROUND_SNAPSHOT, other},
+            None,
             f"Background-snapshot is not compatible with {other.value}",
         )
         for other in _NOT_WITH_BACKGROUND_SNAPSHOT
     ),
-)
-_LATER_CONFLICTS: tuple[tuple[frozenset[Capability], str], ...] = (
     (
-        frozenset({C.DIRTY_LIMIT, C.AUTO_CONVERGE}),
-        "dirty-limit conflicts with auto-converge either of then available currently",
-    ),
-    (frozenset({C.MULTIFD, C.XBZRLE}), "Multifd is not compatible with xbzrle"),
-    (frozenset({C.MAPPED_RAM, C.XBZRLE}), "Mapped-ram migration is incompatible with xbzrle"),
-    (
-        frozenset({C.MAPPED_RAM, C.POSTCOPY_RAM}),
-        "Mapped-ram migration is incompatible with postcopy",
-    ),
-)
-# (this, needs this, the complaint)
-_NEEDS: tuple[tuple[Capability, Capability, str], ...] = (
-    (
-        C.ZERO_COPY_SEND,
+        {C.ZERO_COPY_SEND},
         C.MULTIFD,
         "Zero copy only available for non-compressed non-TLS multifd migration",
     ),
-    (C.POSTCOPY_PREEMPT, C.POSTCOPY_RAM, "Postcopy preempt requires postcopy-ram"),
+    ({C.POSTCOPY_PREEMPT}, C.POSTCOPY_RAM, "Postcopy preempt requires postcopy-ram"),
     (
-        C.SWITCHOVER_ACK,
+        {C.SWITCHOVER_ACK},
         C.RETURN_PATH,
         "Capability 'switchover-ack' requires capability 'return-path'",
     ),
+    (
+        {C.DIRTY_LIMIT, C.AUTO_CONVERGE},
+        None,
+        "dirty-limit conflicts with auto-converge either of then available currently",
+    ),
+    ({C.MULTIFD, C.XBZRLE}, None, "Multifd is not compatible with xbzrle"),
+    ({C.MAPPED_RAM, C.XBZRLE}, None, "Mapped-ram migration is incompatible with xbzrle"),
+    ({C.MAPPED_RAM, C.POSTCOPY_RAM}, None, "Mapped-ram migration is incompatible with postcopy"),
 )
 # What the destination's listener must know before its first connection.
 _BEFORE_INCOMING: tuple[tuple[Capability, str], ...] = (
@@ -160,12 +149,12 @@ class Capabilities:
         return Capabilities(frozenset(wanted))
 
     def _complaints(self, wanted: set[Capability], *, incoming_started: bool) -> Iterator[str]:
-        yield from (text for together, text in _CONFLICTS if together <= wanted)
-        yield from (text for one, needs, text in _NEEDS if one in wanted and needs not in wanted)
+        for together, without, text in _CONFLICTS:
+            if together <= wanted and without not in wanted:
+                yield text
         if incoming_started:
             fresh = wanted - self.on
             yield from (text for one, text in _BEFORE_INCOMING if one in fresh)
-        yield from (text for together, text in _LATER_CONFLICTS if together <= wanted)
 
     def to_qapi(self) -> list[dict[str, Any]]:
         """As ``query-migrate-capabilities`` returns it: all of them, in QEMU's order."""
@@ -180,6 +169,7 @@ class Kind(enum.Enum):
     UINT8 = "uint8_t"
     BOOLEAN = "boolean"
     STRING = "StrOrNull"
+    STRINGS = "array"
     CHOICE = "enum"
 
 
@@ -193,8 +183,9 @@ class Rule:
     kind: Kind
     least: int = 0
     most: int = 2**64 - 1
-    expects: str = ""
-    """The complaint's end; the default names the range."""
+    power_of_two: bool = False
+    complaint: str = "Option {name} expects a value between {least} and {most}"
+    """About a number out of range."""
     choices: tuple[str, ...] = ()
     only: tuple[str, ...] | None = None
     """Valid in QEMU, but of those we implement only these."""
@@ -214,6 +205,8 @@ class Rule:
                 raise Refused(f"Invalid parameter type for '{name}', expected: StrOrNull")
             case Kind.CHOICE if not isinstance(value, str):
                 raise Refused(f"Invalid parameter type for '{name}', expected: string")
+            case Kind.STRINGS:
+                return _strings(name, value)
             case Kind.SIZE | Kind.UINT32 | Kind.UINT8:
                 return self._accept_number(name, value)
         return "" if value is None else value
@@ -232,15 +225,24 @@ class Rule:
 
         :raises Refused: out of range, or not implemented.
         """
-        if isinstance(value, int) and not self.least <= value <= self.most:
-            expects = self.expects or f"expects a value between {self.least} and {self.most}"
-            # QEMU's complaints about ranges write C names, all but the x- ones.
-            shown = name if name.startswith("x-") else name.replace("-", "_")
-            raise Refused(f"Parameter '{shown}' {expects}")
+        if isinstance(value, int) and not (
+            self.least <= value <= self.most and (not self.power_of_two or value.bit_count() == 1)
+        ):
+            complaint = self.complaint.format(name=name, least=self.least, most=self.most)
+            raise Refused(complaint)
         if self.choices and value not in self.choices:
             raise Refused(f"Parameter '{name}' does not accept value '{value}'")
         if self.only is not None and value not in self.only:
             raise Refused(f"Value '{value}' of parameter '{name}' is not implemented by postcopy")
+
+
+def _strings(name: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple):
+        raise Refused(f"Invalid parameter type for '{name}', expected: array")
+    for index, item in enumerate(value):
+        if not isinstance(item, str):
+            raise Refused(f"Invalid parameter type for '{name}[{index}]', expected: string")
+    return tuple(value)
 
 
 def _parameter(kind: Kind, default: object, **rule: Any) -> Any:
@@ -257,7 +259,7 @@ def _percent(default: int, most: int) -> Any:
         default,
         least=1,
         most=most,
-        expects=f"expects an integer in the range of 1 to {most}",
+        complaint="Option {name} expects an integer in the range of {least} to {most}",
     )
 
 
@@ -281,7 +283,7 @@ class Parameters:
     announce_rounds: int = _size(5, most=1000)
     # QEMU refuses 0 and says that 0 is allowed.
     announce_step: int = _size(
-        100, least=1, most=10000, expects="expects a value between 0 and 10000"
+        100, least=1, most=10000, complaint="Option {name} expects a value between 0 and {most}"
     )
     throttle_trigger_threshold: int = _percent(50, most=100)
     cpu_throttle_initial: int = _percent(20, most=99)
@@ -294,11 +296,18 @@ class Parameters:
     max_bandwidth: int = _size(128 << 20, mebibytes=True)
     avail_switchover_bandwidth: int = _size(0, mebibytes=True)
     downtime_limit: int = _size(
-        300, most=2000 * 1000, expects="expects an integer in the range of 0 to (2000 * 1000) ms"
+        300,
+        most=2000 * 1000,
+        complaint="Option {name} expects an integer in the range of 0 to (2000 * 1000) ms",
     )
     x_checkpoint_delay: int = _parameter(Kind.UINT32, 20000)
     multifd_channels: int = _uint8(2, 1, 255)
-    xbzrle_cache_size: int = _size(64 << 20)
+    xbzrle_cache_size: int = _size(
+        64 << 20,
+        least=4096,
+        power_of_two=True,
+        complaint="Option {name} expects a power of two no less than the target page size",
+    )
     max_postcopy_bandwidth: int = _size(0)
     max_cpu_throttle: int = _parameter(Kind.UINT8, 99)
     multifd_compression: str = _choice("none", "zlib", "zstd", default="none")
@@ -306,10 +315,23 @@ class Parameters:
     multifd_qatzip_level: int = _uint8(1, 1, 9)
     multifd_zstd_level: int = _uint8(1, 0, 20)
     x_vcpu_dirty_limit_period: int = _size(1000, least=1, most=1000)
-    vcpu_dirty_limit: int = _size(1, least=1, expects="must be greater than 1 MB/s")
-    mode: str = _choice("normal", "cpr-reboot", "cpr-transfer", default="normal", only=("normal",))
+    vcpu_dirty_limit: int = _size(
+        1, least=1, complaint="Parameter '{name}' must be greater than 1 MB/s"
+    )
+    mode: str = _choice(
+        "normal", "cpr-reboot", "cpr-transfer", "cpr-exec", default="normal", only=("normal",)
+    )
     zero_page_detection: str = _choice("none", "legacy", "multifd", default="multifd")
     direct_io: bool = _parameter(Kind.BOOLEAN, default=False)
+    # These two wait in vain for their use: for RDMA, and for the mode cpr-exec.
+    x_rdma_chunk_size: int = _size(
+        1 << 20,
+        least=1 << 20,
+        most=1 << 30,
+        power_of_two=True,
+        complaint="Option x_rdma_chunk_size expects a power of 2 in the range 1MiB to 1024MiB",
+    )
+    cpr_exec_command: tuple[str, ...] = _parameter(Kind.STRINGS, ())
     x_dirty_tracking: str = _choice("auto", "pagemap", "kvm", default="auto", ours=True)
     """How writes to guest memory are noticed; ``auto`` takes the best that this host has."""
     x_on_loss: str = _choice("hold", "poison", "quit", default="hold", ours=True)
@@ -334,13 +356,15 @@ class Parameters:
         changed = replace(self, **accepted)  # type: ignore[arg-type]
         for name, rule in rules().items():
             rule.check(name, getattr(changed, python_name(name)))
-        for rule_of_two in _TOGETHER:
-            rule_of_two(changed)
+        if not changed.cpu_throttle_initial <= changed.max_cpu_throttle <= 99:
+            expects = "expects an integer in the range of cpu-throttle-initial to 99"
+            raise Refused(f"Option max-cpu-throttle {expects}")
         return changed
 
     def to_qapi(self) -> dict[str, Any]:
         """As ``query-migrate-parameters`` returns it, ours included."""
-        return {name: getattr(self, python_name(name)) for name in rules()}
+        values = {name: getattr(self, python_name(name)) for name in rules()}
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,25 +393,6 @@ class Overrides:
 
 
 NO_OVERRIDES = Overrides()
-
-
-def _check_max_throttle(parameters: Parameters) -> None:
-    if not parameters.cpu_throttle_initial <= parameters.max_cpu_throttle <= 99:
-        raise Refused(
-            "Parameter 'max_cpu_throttle' expects an integer in the range of"
-            " cpu_throttle_initial to 99"
-        )
-
-
-def _check_cache_size(parameters: Parameters) -> None:
-    size = parameters.xbzrle_cache_size
-    if size < 4096 or size & (size - 1):
-        raise Refused(
-            "Parameter 'xbzrle_cache_size' expects a power of two no less than the target page size"
-        )
-
-
-_TOGETHER: tuple[Callable[[Parameters], None], ...] = (_check_max_throttle, _check_cache_size)
 
 
 def python_name(name: str) -> str:

@@ -1,7 +1,7 @@
 """What a migration tells about itself: figures frozen at the moment of asking.
 
-The figures are those of QEMU's ``query-migrate`` (``MigrationInfo`` in ``qapi/migration.json``);
-the fault latencies are QEMU 10.1's.  What QEMU does not measure is apart, in :class:`Measured`.
+The figures are those of QEMU 11.1's ``query-migrate`` (``MigrationInfo`` in ``qapi/migration.json``).
+What QEMU does not measure is apart, in :class:`Measured`.
 Everything here crosses from the engine's process to the guest's as JSON: see ``to_wire``.
 """
 
@@ -114,7 +114,6 @@ class MigrationInfo:
     downtime_ms: int | None = None
     expected_downtime_ms: int | None = None
     setup_time_ms: int | None = None
-    cpu_throttle_percentage: int | None = None
     error_desc: str | None = None
     blocked_reasons: tuple[str, ...] = ()
     postcopy_blocktime_ms: int | None = None
@@ -151,10 +150,11 @@ class MigrationInfo:
             times["downtime"] = self.downtime_ms
         else:
             times["expected-downtime"] = self.expected_downtime_ms
-        times["cpu-throttle-percentage"] = self.cpu_throttle_percentage
         answer: dict[str, Any] = _present(times)
         if self.ram is not None:
             answer["ram"] = self.ram.to_qapi()
+            if self.status is not Status.COMPLETED:
+                answer["remaining"] = self.ram.remaining
         return answer
 
     def _destination(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from postcopy.errors import Refused
 from postcopy.monitor.hmp_expression import Expression
-from postcopy.monitor.hmp_info import migrate, ranges
+from postcopy.monitor.hmp_info import migrate, size
 from postcopy.monitor.hmp_values import OutOfRange, parse_size, parse_value
 from postcopy.monitor.json_stream import JsonError, JsonStream
 from postcopy.parameters import rules
@@ -79,55 +79,44 @@ def test_too_deep_is_refused_once():
     assert all(isinstance(a, JsonError) and "nesting depth" in str(a) for a in answers)
 
 
-def test_ranges_as_qemu_prints_them():
-    assert ranges([1449, 0]) == "0,1449"
-    assert ranges([0, 0]) == "0"
-    assert ranges([3, 1, 2, 7, 8]) == "1-3,7-8"
+@pytest.mark.parametrize(
+    ("n_bytes", "shown"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "0.977 KiB"),
+        (155989, "152 KiB"),
+        (67174400, "64.1 MiB"),
+        (2**64 - 1, "16 EiB"),
+    ],
+)
+def test_sizes_have_three_digits_and_a_unit(n_bytes, shown):
+    assert size(n_bytes) == shown
 
 
-def test_info_migrate_of_a_source():
-    ram = RamStatistics(transferred=148579, total=64 << 20, mbps=3.859194805194805,
-                        duplicate=16384, dirty_sync_count=2, precopy_bytes=147468,
-                        postcopy_requests=7)  # fmt: skip
+def test_what_qemu_does_not_measure_comes_after_what_it_does():
+    ram = RamStatistics(dirty_pages_rate=12, postcopy_requests=7, downtime_bytes=5)
     info = MigrationInfo(
         Status.COMPLETED, ram=ram, total_time_ms=308, downtime_ms=302, setup_time_ms=0,
         measured=Measured(guest_downtime_us=31),
     )  # fmt: skip
-    assert list(migrate(info.to_qapi()))[7:] == [
-        "Migration status: completed",
-        "total time: 308 ms",
-        "downtime: 302 ms",
-        "setup: 0 ms",
-        "transferred ram: 145 kbytes",
-        "throughput: 3.86 mbps",
-        "remaining ram: 0 kbytes",
-        "total ram: 65536 kbytes",
-        "duplicate: 16384 pages",
-        "normal: 0 pages",
-        "normal bytes: 0 kbytes",
-        "dirty sync count: 2",
-        "page size: 4 kbytes",
-        "multifd bytes: 0 kbytes",
-        "pages-per-second: 0",
-        "postcopy request count: 7",
-        "precopy ram: 144 kbytes",
-        "x-postcopy guest-downtime-us: 31",
+    lines = list(migrate(info.to_qapi()))
+    assert lines[:2] == ["Status: \t\tcompleted", "Time (ms): \t\ttotal=308, setup=0, down=302"]
+    assert lines[-4:] == [
+        "  Page Rates (pps): \ttransfer=0, dirty=12",
+        "  Others: \t\tdirty_syncs=0, postcopy_req=7, downtime_bytes=5",
+        "x-postcopy:",
+        "  guest-downtime-us: 31",
     ]
 
 
-def test_info_migrate_of_a_destination():
+def test_a_restore_tells_of_its_memory_although_no_source_sends_it():
     info = MigrationInfo(
-        Status.COMPLETED, incoming=True, postcopy_blocktime_ms=5,
-        postcopy_vcpu_blocktime_ms=(5, 9), postcopy_latency_ns=120, postcopy_latency_dist=(0,) * 24,
+        Status.COMPLETED, incoming=True, ram=RamStatistics(total=1 << 20), total_time_ms=5,
+        measured=Measured(demand_faults=3),
         socket_address=({"type": "inet", "host": "::1", "port": "4444"},),
     )  # fmt: skip
     lines = list(migrate(info.to_qapi()))
-    assert lines[7:11] == [
-        "Migration status: completed",
-        "total time: 0 ms",
-        "postcopy blocktime: 5",
-        "postcopy vcpu blocktime: 5,9",
-    ]
-    assert "  [ 1 us - 2 us ]: 0" in lines
-    assert "  [ 8 sec - 16 sec ]: 0" in lines
-    assert lines[-3:] == ["socket address: [", "\ttcp:[::1]:4444", "]"]
+    assert lines[1:5] == ["Time (ms): \t\ttotal=5", "Sockets: [", "\ttcp:[::1]:4444", "]"]
+    assert "  Sizes: \t\tpagesize=4 KiB, total=1 MiB" in lines
+    assert lines[-2:] == ["x-postcopy:", "  demand-faults: 3"]

@@ -1,4 +1,7 @@
-"""The layout of ``xp`` against what a real QEMU 10.0.2 printed for the same bytes."""
+"""The layout of ``xp`` against what a real QEMU 10.0.2 printed for the same bytes.
+
+Addresses are as QEMU 11.1 prints them.  Octal numbers are not: it puts blanks after their first 0.
+"""
 
 import pytest
 
@@ -32,11 +35,9 @@ def read(address, length):
 )  # fmt: skip
 def test_layouts(count, form, size_bytes, first_line, lines):
     printed = list(dump(read, START, count, form, size_bytes))
-    assert printed[0] == f"{START:016x}: {first_line}"
+    assert printed[0] == f"{START:08x}: {first_line}"
     assert len(printed) == lines
 
 
 def test_characters_with_a_name_of_their_own():
-    assert list(dump(lambda _a, _n: b"'\\\n\r", 0, 4, "c", 1)) == [
-        r"0000000000000000: '\'' '\\' '\n' '\r'"
-    ]
+    assert list(dump(lambda _a, _n: b"'\\\n\r", 0, 4, "c", 1)) == [r"00000000: '\'' '\\' '\n' '\r'"]

@@ -65,6 +65,13 @@ def words(line: str, command: str) -> tuple[str, str]:  # noqa: ARG001  the sign
     return line.strip(), ""
 
 
+def rest_of_line(line: str, command: str) -> tuple[str, str]:
+    """The rest of the line, quotes and all; there must be some."""
+    if not (line := line.strip()):
+        raise BadUsage(f"{command}: string expected")
+    return line, ""
+
+
 def switch(line: str, command: str) -> tuple[bool, str]:  # noqa: ARG001  the signature of all
     """``on`` or ``off``."""
     text, _, rest = line.strip().partition(" ")

@@ -16,6 +16,7 @@ from postcopy.monitor.hmp_arguments import (
     DumpFormat,
     dump_format,
     number,
+    rest_of_line,
     switch,
     word,
     words,
@@ -59,10 +60,7 @@ class HmpCommand:
 def _migrate(context: Context, arguments: Mapping[str, Any]) -> Lines:
     migration = context.backend.migration
     migration.migrate(arguments["uri"], resume=arguments["r"])
-    if arguments["d"]:
-        return
-    if not context.interactive:
-        yield "terminal does not allow synchronous migration, continuing detached"
+    if arguments["d"] or not context.interactive:
         return
     pause = threading.Event()
     while (info := migration.info()).status in _UNDER_WAY:
@@ -167,8 +165,9 @@ def _info_cpus(context: Context, _: Mapping[str, Any]) -> Lines:
         yield f"{mark} CPU #{vcpu.index}: thread_id={vcpu.thread_id}"
 
 
-def _info_migrate(context: Context, _: Mapping[str, Any]) -> Lines:
-    return hmp_info.migrate(context.backend.migration.info().to_qapi())
+def _info_migrate(context: Context, arguments: Mapping[str, Any]) -> Lines:
+    info = context.backend.migration.info().to_qapi()
+    return hmp_info.migrate(info, everything=arguments["a"])
 
 
 def _info_capabilities(context: Context, _: Mapping[str, Any]) -> Lines:
@@ -232,7 +231,7 @@ _TABLE = (
     ),
     HmpCommand(
         "migrate_set_parameter", _set_parameter, "set a parameter",
-        (Argument("parameter", word), Argument("value", word)), usage="parameter value",
+        (Argument("parameter", word), Argument("value", rest_of_line)), usage="parameter value",
     ),
     HmpCommand(
         "migrate_start_postcopy", lambda c, _: c.backend.migration.start_postcopy(),
@@ -279,7 +278,13 @@ _TABLE = (
 
 _INFO_TABLE = (
     HmpCommand("cpus", _info_cpus, "the vCPUs and their threads"),
-    HmpCommand("migrate", _info_migrate, "how the migration stands"),
+    HmpCommand(
+        "migrate",
+        _info_migrate,
+        "how the migration stands (-a: all of it)",
+        flags="a",
+        usage="[-a]",
+    ),
     HmpCommand("migrate_capabilities", _info_capabilities, "the capabilities"),
     HmpCommand("migrate_parameters", _info_parameters, "the parameters"),
     HmpCommand("status", _info_status, "whether the guest runs"),

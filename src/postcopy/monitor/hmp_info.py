@@ -7,113 +7,112 @@ from postcopy.monitor.addresses import uri_of_socket_address
 from postcopy.parameters import Parameters, rules
 
 _GLOBALS = (
-    "globals:",
-    "store-global-state: on",
-    "only-migratable: off",
-    "send-configuration: on",
-    "send-section-footer: on",
-    "send-switchover-start: off",
-    "clear-bitmap-shift: 18",
+    "Globals:",
+    "  store-global-state: on",
+    "  only-migratable: off",
+    "  send-configuration: on",
+    "  send-section-footer: on",
+    "  send-switchover-start: off",
+    "  clear-bitmap-shift: 18",
 )
 
-# (member, line); the next two tables: only when there is something to tell
+# (member, how it is called): those that there are, on one line
 _TIMES = (
-    ("expected-downtime", "expected downtime: {} ms"),
-    ("downtime", "downtime: {} ms"),
-    ("setup-time", "setup: {} ms"),
+    ("total-time", "total"),
+    ("setup-time", "setup"),
+    ("expected-downtime", "exp_down"),
+    ("downtime", "down"),
 )
-_RAM = (
-    ("transferred", "transferred ram: {k} kbytes"),
-    ("mbps", "throughput: {:.2f} mbps"),
-    ("remaining", "remaining ram: {k} kbytes"),
-    ("total", "total ram: {k} kbytes"),
-    ("duplicate", "duplicate: {} pages"),
-    ("normal", "normal: {} pages"),
-    ("normal-bytes", "normal bytes: {k} kbytes"),
-    ("dirty-sync-count", "dirty sync count: {}"),
-    ("page-size", "page size: {k} kbytes"),
-    ("multifd-bytes", "multifd bytes: {k} kbytes"),
-    ("pages-per-second", "pages-per-second: {}"),
+_OTHERS = (
+    ("postcopy-requests", "postcopy_req"),
+    ("downtime-bytes", "downtime_bytes"),
+    ("dirty-sync-missed-zero-copy", "zerocopy_fallbacks"),
 )
-_RAM_IF_ANY = (
-    ("dirty-pages-rate", "dirty pages rate: {} pages"),
-    ("postcopy-requests", "postcopy request count: {}"),
-    ("precopy-bytes", "precopy ram: {k} kbytes"),
-    ("downtime-bytes", "downtime ram: {k} kbytes"),
-    ("postcopy-bytes", "postcopy ram: {k} kbytes"),
-    ("dirty-sync-missed-zero-copy", "Zero-copy-send fallbacks happened: {} times"),
+_POSTCOPY = (
+    ("postcopy-blocktime", "Postcopy Blocktime (ms): {}"),
+    ("postcopy-vcpu-blocktime", "Postcopy vCPU Blocktime (ms):\n {}"),
+    ("postcopy-latency", "Postcopy Latency (ns): {}"),
+    ("postcopy-non-vcpu-latency", "Postcopy non-vCPU Latency (ns): {}"),
+    ("postcopy-vcpu-latency", "Postcopy vCPU Latencies (ns):\n {}"),
 )
-_OTHER = (
-    ("cpu-throttle-percentage", "cpu throttle percentage: {}"),
-    ("postcopy-blocktime", "postcopy blocktime: {}"),
-    ("postcopy-vcpu-blocktime", "postcopy vcpu blocktime: {ranges}"),
-    ("postcopy-latency", "postcopy latency: {} ns"),
-    ("postcopy-non-vcpu-latency", "postcopy non-vcpu latency: {} ns"),
-    ("postcopy-vcpu-latency", "postcopy vcpu latencies: {list}"),
-)
-_UNITS = ("us", "ms", "sec")
+_UNITS = ("", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei")
 
 
-def _lines(table: Iterable[tuple[str, str]], values: Mapping[str, Any]) -> Iterator[str]:
-    for member, layout in table:
-        if member in values:
-            yield _filled(layout, values[member])
+def size(n_bytes: int) -> str:
+    """Three digits with a unit, as QEMU: ``64.1 MiB``; from 1000 of a unit on the next one is taken."""
+    power = 0
+    while n_bytes >= 1000 << 10 * power and power + 1 < len(_UNITS):
+        power += 1
+    return f"{n_bytes / (1 << 10 * power):.3g} {_UNITS[power]}B"
 
 
-def _filled(layout: str, value: Any) -> str:
-    if "{k}" in layout:
-        return layout.format(k=value >> 10)
-    if "{ranges}" in layout:
-        return layout.format(ranges=ranges(value))
-    if "{list}" in layout:
-        return layout.format(list=",".join(map(str, value)))
-    return layout.format(value)
+def migrate(info: Mapping[str, Any], *, everything: bool = False) -> Iterator[str]:
+    """The lines of ``info migrate`` for an answer of ``query-migrate``.
 
-
-def ranges(numbers: Iterable[int]) -> str:
-    """QEMU's way to print a list: sorted, each number once, runs as ``a-b``."""
-    runs: list[tuple[int, int]] = []
-    for number in sorted(set(numbers)):
-        if runs and runs[-1][1] == number - 1:
-            runs[-1] = (runs[-1][0], number)
-        else:
-            runs.append((number, number))
-    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def migrate(info: Mapping[str, Any]) -> Iterator[str]:
-    """The lines of ``info migrate`` for an answer of ``query-migrate``."""
-    yield from _GLOBALS
+    :param everything: with ``-a``: the globals and what a postcopy has measured too.
+    """
     if "blocked-reasons" in info:
         yield "Outgoing migration blocked:"
         yield from (f"  {reason}" for reason in info["blocked-reasons"])
     if "status" in info:
-        failed = info["status"] == "failed" and "error-desc" in info
-        yield f"Migration status: {info['status']}" + (f" ({info['error-desc']})" if failed else "")
-        yield f"total time: {info.get('total-time', 0)} ms"
-        yield from _lines(_TIMES, info)
-    if "ram" in info:
-        yield from _lines(_RAM, info["ram"])
-        yield from _lines(_RAM_IF_ANY, {k: v for k, v in info["ram"].items() if v})
-    yield from _lines(_OTHER, info)
-    yield from _latencies(info.get("postcopy-latency-dist", ()))
+        why = f" ({info['error-desc']})" if "error-desc" in info else ""
+        yield f"Status: \t\t{info['status']}{why}"
+    if "total-time" in info:
+        yield f"Time (ms): \t\t{_named(_TIMES, info)}"
+    if "remaining" in info:
+        yield f"Remaining: \t\t{size(info['remaining'])}"
     if "socket-address" in info:
-        yield "socket address: ["
+        yield "Sockets: ["
         yield from (f"\t{uri_of_socket_address(a)}" for a in info["socket-address"])
         yield "]"
-    yield from (f"x-postcopy {k}: {v}" for k, v in info.get("x-postcopy", {}).items())
+    if "ram" in info:
+        yield from _ram(info["ram"])
+    if ours := info.get("x-postcopy"):
+        yield "x-postcopy:"
+        yield from (f"  {name}: {value}" for name, value in ours.items())
+    if everything:
+        yield from _GLOBALS
+        yield from _postcopy(info)
 
 
-def _latencies(counts: Iterable[int]) -> Iterator[str]:
-    for bucket, count in enumerate(counts):
-        if bucket == 0:
-            yield "postcopy latency distribution:"
-        yield f"  [ {_power_of_two(bucket)} - {_power_of_two(bucket + 1)} ]: {count}"
+def _ram(ram: Mapping[str, Any]) -> Iterator[str]:
+    sizes = {name: size(value) for name, value in ram.items() if isinstance(value, int)}
+    dirty = f", dirty={ram['dirty-pages-rate']}" if ram["dirty-pages-rate"] else ""
+    others = _named(_OTHERS, {name: value for name, value in ram.items() if value})
+    yield "RAM info:"
+    yield f"  Throughput (Mbps): \t{ram['mbps']:.2f}"
+    yield f"  Sizes: \t\tpagesize={sizes['page-size']}, total={sizes['total']}"
+    yield f"  Transfers: \t\ttransferred={sizes['transferred']}, remain={sizes['remaining']}"
+    yield (
+        f"    Channels: \t\tprecopy={sizes['precopy-bytes']},"
+        f" multifd={sizes['multifd-bytes']}, postcopy={sizes['postcopy-bytes']}"
+    )
+    yield f"    Page Types: \tnormal={ram['normal']}, zero={ram['duplicate']}"
+    yield f"  Page Rates (pps): \ttransfer={ram['pages-per-second']}{dirty}"
+    yield f"  Others: \t\tdirty_syncs={ram['dirty-sync-count']}" + (f", {others}" if others else "")
 
 
-def _power_of_two(exponent: int) -> str:
-    # 2**10 us is called 1 ms and 2**20 us 1 sec, as QEMU does.
-    return f"{1 << exponent % 10} {_UNITS[exponent // 10]}"
+def _named(table: Iterable[tuple[str, str]], values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={values[member]}" for member, name in table if member in values)
+
+
+def _postcopy(info: Mapping[str, Any]) -> Iterator[str]:
+    for member, layout in _POSTCOPY:
+        if member in info:
+            yield from layout.format(info[member]).splitlines()
+    if counts := info.get("postcopy-latency-dist"):
+        yield "Postcopy Latency Distribution:"
+        for bucket, count in enumerate(counts):
+            least, most = _microseconds(1 << bucket), _microseconds(2 << bucket)
+            yield f"  [ {least:>8} - {most:>8} ]: {count:>10}"
+
+
+def _microseconds(value: int) -> str:
+    for unit in ("us", "ms"):
+        if value < 1000:
+            return f"{value} {unit}"
+        value //= 1000
+    return f"{value} sec"
 
 
 # In the order in which QEMU prints them.
@@ -129,29 +128,33 @@ _PARAMETERS = (
     ("max-cpu-throttle", "{}"),
     ("tls-creds", "'{}'"),
     ("tls-hostname", "'{}'"),
+    ("tls-authz", "'{}'"),
     ("max-bandwidth", "{} bytes/second"),
     ("avail-switchover-bandwidth", "{} bytes/second"),
+    ("max-postcopy-bandwidth", "{} bytes/second"),
     ("downtime-limit", "{} ms"),
     ("x-checkpoint-delay", "{} ms"),
     ("multifd-channels", "{}"),
     ("multifd-compression", "{}"),
     ("zero-page-detection", "{}"),
     ("xbzrle-cache-size", "{} bytes"),
-    ("max-postcopy-bandwidth", "{}"),
-    ("tls-authz", "'{}'"),
     ("x-vcpu-dirty-limit-period", "{} ms"),
     ("vcpu-dirty-limit", "{} MB/s"),
     ("mode", "{}"),
     ("direct-io", "{}"),
+    ("x-rdma-chunk-size", "{} bytes"),
 )
 
 
 def parameters(values: Parameters) -> Iterator[str]:
     """The lines of ``info migrate_parameters``: QEMU's, then ours."""
     by_name = values.to_qapi()
-    ours = tuple((name, "{}") for name, rule in rules().items() if rule.ours)
-    for name, layout in (*_PARAMETERS, *ours):
+    for name, layout in _PARAMETERS:
         yield f"{name}: {layout.format(on_off(by_name[name]))}"
+    yield "".join(["cpr-exec-command:", *(f" {word}" for word in by_name["cpr-exec-command"])])
+    for name, rule in rules().items():
+        if rule.ours:
+            yield f"{name}: {on_off(by_name[name])}"
 
 
 def on_off(value: object) -> object:

@@ -1,6 +1,7 @@
 """Values of parameters as people type them: ``1.5G``, ``0x10``, ``on``."""
 
 import re
+import shlex
 
 from postcopy.errors import Refused
 from postcopy.parameters import Kind, Rule
@@ -71,7 +72,16 @@ def parse_value(name: str, rule: Rule, text: str) -> object:
             if text not in {"on", "off"}:
                 raise Refused(f"Parameter '{name}' expects 'on' or 'off'")
             return text == "on"
+        case Kind.STRINGS:
+            return _strings(name, text)
     return text
+
+
+def _strings(name: str, text: str) -> list[str]:
+    try:
+        return shlex.split(text, comments=True)
+    except ValueError as error:
+        raise Refused(f"Parameter '{name}' expects words as for a shell: {error}") from None
 
 
 def _size(name: str, text: str) -> int:

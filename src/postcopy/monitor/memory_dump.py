@@ -29,7 +29,7 @@ def dump(
     total_bytes = count * size_bytes
     item_bytes = 1 if form == "c" else size_bytes
     for offset in range(0, total_bytes, line_bytes):
-        start = f"{address + offset:016x}:"
+        start = f"{address + offset:08x}:"
         if offset >= MOST_BYTES:
             yield f"{start} {MOST_BYTES >> 10} KiB are shown at a time; pmemsave saves any number"
             return

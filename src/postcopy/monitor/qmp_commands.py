@@ -139,7 +139,7 @@ _TABLE = (
     Command(
         "migrate",
         _migrate,
-        Struct(optional=_URI_OR_CHANNELS | _OVERRIDES | {"detach": boolean, "resume": boolean}),
+        Struct(optional=_URI_OR_CHANNELS | _OVERRIDES | {"resume": boolean}),
     ),
     Command("x-snapshot", _snapshot, Struct(optional=_URI_OR_CHANNELS | {"mapped-ram": boolean})),
     Command(

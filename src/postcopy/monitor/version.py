@@ -1,12 +1,12 @@
 """What we say we are.
 
-Clients ask for the version to know which commands and members to expect; ours are QEMU 10.0's, so
+Clients ask for the version to know which commands and members to expect; ours are QEMU 11.1's, so
 that is the version, and the package tells the truth.
 """
 
 from typing import Any
 
-QEMU_VERSION = {"major": 10, "minor": 0, "micro": 2}
+QEMU_VERSION = {"major": 11, "minor": 1, "micro": 3}
 
 
 def package() -> str:
