@@ -17,6 +17,7 @@ class BareClient:
     """Sends bytes and reads lines.
 
     :ivar ownership: what the last answer said besides QEMU's members: whose the guest is.
+    :ivar reason: what the last answer said besides QEMU's members of an error: its kind.
     """
 
     def __init__(self, path):
@@ -41,6 +42,7 @@ class BareClient:
         found = message.get("return")
         if isinstance(found, dict):
             self.ownership = {n: found.pop(n) for n in ("x-owner", "x-last-order") if n in found}
+        self.reason = message.get("error", {}).pop("x-reason", None)
         return message
 
     def ask(self, data):
