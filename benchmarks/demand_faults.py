@@ -31,11 +31,11 @@ from postcopy.kernel import memfd
 from postcopy.kernel.cpu_latency import DEVICE
 from postcopy.kernel.mapping import Mapping
 from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.lazy_restore.block import Filling
-from postcopy.lazy_restore.pager import Filler, Pace
+from postcopy.lazy_restore.block import BlockRestorer
+from postcopy.lazy_restore.pager import Pace, RestorePager
 from postcopy.link.protocol import MISSING_FEATURES, MISSING_MODE
 from postcopy.memory import page_map_file
-from postcopy.paging.ram import PagedRam
+from postcopy.paging.ram import IncomingRam
 
 PAGE = 4096
 Serve = Callable[[Userfaultfd, Mapping, int, Mapping], None]
@@ -43,7 +43,7 @@ Side = tuple[str, Serve, Callable[[], AbstractContextManager[None]]]
 
 
 class _File:
-    """A mapped image in which every page has data; see ``postcopy.lazy_restore.image_source.Origin``."""
+    """A mapped image in which every page has data: an ``ImagePageSource`` of a restore."""
 
     def __init__(self, mapping: Mapping) -> None:
         self.base = mapping.address
@@ -70,11 +70,11 @@ def build(folder: Path) -> ctypes.CDLL:
 def serve_by_us(userfaultfd: Userfaultfd, memory: Mapping, fd: int, file: Mapping) -> None:
     """The pager of a restore that has nothing to push."""
     region = Region("ram", memory.length, PAGE, 0, memory.address, os.dup(fd))
-    ram = PagedRam([region], [page_map_file.create(memory.length // PAGE)])
+    ram = IncomingRam([region], [page_map_file.create(memory.length // PAGE)])
     (paged,) = ram
-    filling = Filling(userfaultfd, paged, _File(file), lambda _: None)  # type: ignore[arg-type]
-    filling.missing = lambda *_: iter(())  # type: ignore[method-assign,assignment]
-    Filler(userfaultfd, [filling], {}, Pace(RateLimiter(0))).run()
+    restorer = BlockRestorer(userfaultfd, paged, _File(file), lambda _: None)  # type: ignore[arg-type]
+    restorer.missing = lambda *_: iter(())  # type: ignore[method-assign,assignment]
+    RestorePager(userfaultfd, [restorer], {}, Pace(RateLimiter(0))).run()
 
 
 def cpu_each() -> tuple[set[int], set[int]]:

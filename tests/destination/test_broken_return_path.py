@@ -11,7 +11,7 @@ def test_a_request_over_a_broken_link_is_not_the_pagers_end():
     ours, theirs = socket.socketpair()
     theirs.close()
     guest = FakeGuest(1 << 20)
-    ram = guest.paged_ram()
+    ram = guest.incoming_ram()
     (paged,) = ram
     path = ReturnPath()
     with SocketChannel(ours, "broken") as channel:

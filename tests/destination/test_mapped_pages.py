@@ -19,7 +19,7 @@ PAGE = 4096
 @pytest.fixture
 def paged():
     guest = FakeGuest(PAGES * PAGE)
-    ram = guest.paged_ram()
+    ram = guest.incoming_ram()
     yield ram[RAM]
     ram.close()
     guest.close()

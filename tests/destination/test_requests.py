@@ -49,7 +49,7 @@ class Path:
     def __init__(self):
         self.way = ReturnPath()
         self.guest = FakeGuest(SIZE)
-        self.ram = self.guest.paged_ram()
+        self.ram = self.guest.incoming_ram()
         self.block = self.ram[RAM].block
         self._open()
 

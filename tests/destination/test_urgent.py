@@ -36,7 +36,7 @@ class Bench:
         self.wanted, self.timeout_ms = True, 0
         self.failed = threading.Event()
         self.guest = FakeGuest(PAGES * 4096)
-        self.ram = self.guest.paged_ram()
+        self.ram = self.guest.incoming_ram()
         (self.paged,) = self.ram
         self.address = parse(f"unix:{folder}/door")
         self.door = Door(Listener(self.address), lambda: self.wanted)

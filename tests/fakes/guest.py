@@ -16,7 +16,7 @@ from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.link.protocol import MISSING_FEATURES, MISSING_MODE
 from postcopy.machine.device_formats import FORMATS
 from postcopy.memory import page_map_file
-from postcopy.paging.ram import PagedRam
+from postcopy.paging.ram import IncomingRam
 from postcopy.parameters import Capabilities, Parameters
 from postcopy.status import Progress, Status
 
@@ -56,10 +56,10 @@ class FakeGuest:
     def memory(self) -> bytes:
         return os.pread(self._fd, self._size, 0)
 
-    def paged_ram(self) -> PagedRam:
+    def incoming_ram(self) -> IncomingRam:
         address, fd = self._mapping.address, os.dup(self._fd)
         region = Region(RAM, self._size, self._page_size, 0, address, fd)
-        self._ram = PagedRam([region], [page_map_file.create(self._size // self._page_size)])
+        self._ram = IncomingRam([region], [page_map_file.create(self._size // self._page_size)])
         return self._ram
 
     def touch(self, page: int) -> bytes:
@@ -109,7 +109,7 @@ class LocalDestination:
     ) -> None:
         self.guest = guest(memory_bytes)
         self.statuses: list[Status] = []
-        self._ram = ram = self.guest.paged_ram()
+        self._ram = ram = self.guest.incoming_ram()
         populating = Populating(self.guest, ram, 0)
         populating.start()
         self.job = Destination(

@@ -10,7 +10,7 @@ import pytest
 
 from image.images import PAGE, TIMES, flip, memory, open_below, write_image, write_manifest
 from postcopy.errors import ImageError
-from postcopy.image.chunk_verifier import CheckedPages
+from postcopy.image.chunk_verifier import ChunkVerifier
 from postcopy.image.digests import CHUNK_BYTES, take_digests
 from postcopy.image.file import ImageFile
 from postcopy.image.formats import open_image
@@ -231,7 +231,7 @@ class TestCheckedPages:
     def test_all_pages_of_a_whole_image_are_good(self, path):
         image, manifest = open_for_restore(path)
         with image:
-            checked = CheckedPages(image, manifest)
+            checked = ChunkVerifier(image, manifest)
             assert checked.good("ram", 0, 64).all()
             assert checked.is_good("rom", 3)
             assert checked.damages() == []
@@ -242,7 +242,7 @@ class TestCheckedPages:
         flip(path, at * 8 + 3)
         image, manifest = open_for_restore(path)  # which a damaged page does not keep from opening
         with image:
-            checked = CheckedPages(image, manifest)
+            checked = ChunkVerifier(image, manifest)
             assert checked.good("ram", 3, 40).tolist() == [not 16 <= p < 32 for p in range(3, 43)]
             assert not checked.is_good("ram", 16)
             assert checked.is_good("ram", 15)
@@ -257,7 +257,7 @@ class TestCheckedPages:
         wanted[0] = wanted[16:28] = wanted[32:64] = True
         turns = iter([False, False, True])
         with image:
-            checked = CheckedPages(image, manifest)
+            checked = ChunkVerifier(image, manifest)
             checked.look_ahead("ram", wanted, lambda: next(turns))
             for page in (0, 20, 40, 60):
                 flip(path, (start + page * PAGE) * 8)

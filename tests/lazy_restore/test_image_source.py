@@ -9,7 +9,7 @@ from image.images import PAGE, memory, write_image
 from postcopy.image.digests import CHUNK_BYTES
 from postcopy.image.formats import open_image
 from postcopy.image.mapped_ram import MappedImage
-from postcopy.lazy_restore.image_source import Origin
+from postcopy.lazy_restore.image_source import ImagePageSource
 
 FORMS = ("mapped-ram", "stream")
 
@@ -21,12 +21,12 @@ def test_pages_with_data_are_told_one_by_one_in_windows_and_all_at_once(tmp_path
     path = write_image(tmp_path / "image", form, blocks)
     with open_image(path) as image:
         block = SimpleNamespace(name="ram", target_pages_per_page=per_page)
-        origin, whole = Origin(image, block), Origin(image, block).data.tolist()
+        source, whole = ImagePageSource(image, block), ImagePageSource(image, block).data.tolist()
         expected = blocks["ram"].any(axis=1).reshape(-1, per_page).any(axis=1)
         assert whole == expected.tolist()
-        assert [origin.has(page) for page in range(len(whole))] == whole
+        assert [source.has(page) for page in range(len(whole))] == whole
         for first, end in ((0, len(whole)), (3, 11), (8, 9), (7, 7)):
-            assert origin.has_data(first, end).tolist() == whole[first:end]
+            assert source.has_data(first, end).tolist() == whole[first:end]
         assert PAGE * per_page * len(whole) == blocks["ram"].nbytes
 
 
@@ -63,18 +63,18 @@ def test_lost_are_those_pages_that_a_bad_chunk_reaches_into(per_page, begin, chu
     chunk_of = (np.arange(PAGES) + begin) // CHUNK_PAGES
     good = ~np.isin(chunk_of, list(chunks))
     check = SimpleNamespace(good=lambda _, first, count: good[first : first + count])
-    origin = Origin(
+    source = ImagePageSource(
         Foreign(begin), SimpleNamespace(name="ram", target_pages_per_page=per_page), check
     )
     bad = np.flatnonzero(~good.reshape(-1, per_page).all(axis=1)).tolist()
     for page in bad:
-        first, end = origin.bad(page)
+        first, end = source.bad(page)
         assert first <= page < end
         assert set(range(first, end)) <= set(bad), (page, first, end)
     for chunk in chunks:
         if not len(reached := np.flatnonzero(chunk_of == chunk) // per_page):
             continue
-        first, end = origin.bad(int(reached[0]))
+        first, end = source.bad(int(reached[0]))
         assert first <= reached[0]
         assert end > reached[-1]
 
@@ -82,4 +82,4 @@ def test_lost_are_those_pages_that_a_bad_chunk_reaches_into(per_page, begin, chu
 def test_one_that_cannot_be_read_takes_its_chunk_with_it():
     check = SimpleNamespace(good=lambda _, first, count: np.ones(count, np.bool_))
     block = SimpleNamespace(name="ram", target_pages_per_page=1)
-    assert Origin(Foreign(3), block, check).bad(20) == (13, 29)
+    assert ImagePageSource(Foreign(3), block, check).bad(20) == (13, 29)

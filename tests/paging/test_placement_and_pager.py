@@ -26,7 +26,7 @@ class Arriving:
 
     def __init__(self, memory_bytes=4 * MIB, page_size_bytes=4096):
         self.guest = FakeGuest(memory_bytes, page_size_bytes)
-        self.ram = self.guest.paged_ram()
+        self.ram = self.guest.incoming_ram()
         self.paged = self.ram[RAM]
         self.blocktime = Blocktime({})
         self.placement = Placement(self.ram, self.blocktime)
@@ -142,7 +142,7 @@ def test_an_engine_that_died_while_placing(arriving):
 
 @pytest.mark.parametrize("pages", [[5], [7, 8, 9], list(range(20, 60)), [3, 5, 9, 100]])
 def test_what_the_guest_can_see_has_been_received(arriving, pages, monkeypatch):
-    """An engine that dies in the very moment of showing must not leave a page that is asked for again."""
+    """An engine that dies in the very moment of mapping must not leave a page that is asked for again."""
     arriving.listen()
     show, states = arriving.userfaultfd.map_existing, arriving.paged.pages.states
     seen = []

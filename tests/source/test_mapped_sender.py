@@ -19,7 +19,7 @@ from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages
 from postcopy.source.mapped_sender import MappedPageSender
 from postcopy.source.page_sender import PageSender
-from postcopy.source.sending import choose_sender
+from postcopy.source.page_sink import page_sink_for
 from postcopy.stream.block_list import encode_list_start
 from postcopy.stream.mapped_ram import decode_bitmap, read_list
 
@@ -42,7 +42,7 @@ class Saved:
         self.total = sum(block.size_bytes for block in blocks)
         self.counters = Counters()
         self.channel = connect(FileAddress(str(path)))
-        self.sender = choose_sender(self.channel, MAPPED, RateLimiter(0), self.counters)
+        self.sender = page_sink_for(self.channel, MAPPED, RateLimiter(0), self.counters)
         self.sender.begin(blocks, postcopy=False)
 
     def finish(self):
@@ -145,8 +145,8 @@ def test_a_file_that_was_never_finished_has_no_pages(tmp_path):
 
 def test_the_capability_chooses(tmp_path):
     with connect(FileAddress(str(tmp_path / "f"))) as channel:
-        plain = choose_sender(channel, Capabilities(), RateLimiter(0), Counters())
-        mapped = choose_sender(channel, MAPPED, RateLimiter(0), Counters())
+        plain = page_sink_for(channel, Capabilities(), RateLimiter(0), Counters())
+        mapped = page_sink_for(channel, MAPPED, RateLimiter(0), Counters())
         assert isinstance(plain, PageSender)
         assert isinstance(mapped, MappedPageSender)
     fifo = tmp_path / "fifo"
@@ -154,5 +154,5 @@ def test_the_capability_chooses(tmp_path):
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     channel = connect(FileAddress(str(fifo)))
     with pytest.raises(Refused, match=f"mapped-ram needs a file .* file:{fifo} is not"):
-        choose_sender(channel, MAPPED, RateLimiter(0), Counters())
+        page_sink_for(channel, MAPPED, RateLimiter(0), Counters())
     os.close(reader)

@@ -24,7 +24,7 @@ from postcopy.kill_points import reached
 from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.placement import Placement
-from postcopy.paging.ram import PagedRam
+from postcopy.paging.ram import IncomingRam
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.statistics import MigrationInfo
 from postcopy.status import AFTER_SWITCHOVER, Progress, Status
@@ -48,7 +48,7 @@ class Destination:
         guest: GuestProxy,
         formats: DeviceFormats,
         listener: Listener,
-        ram: PagedRam,
+        ram: IncomingRam,
         populating: Populating,
         capabilities: Capabilities,
         progress: Progress,
@@ -153,7 +153,7 @@ class Destination:
     def adopt(self) -> None:
         """Take over a paused postcopy whose engine has died."""
         userfaultfd = self._postcopy.adopt()
-        self._placement.listen(userfaultfd, self._postcopy.showing.later)
+        self._placement.listen(userfaultfd, self._postcopy.mapper.later)
         reached("destination.adopted")
 
     def _until_the_end(self, steps: Callable[[], None]) -> None:

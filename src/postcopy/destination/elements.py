@@ -22,7 +22,7 @@ from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Mask
 from postcopy.paging.placement import Placement
-from postcopy.paging.ram import PagedRam
+from postcopy.paging.ram import IncomingRam
 from postcopy.parameters import Capabilities, Capability
 from postcopy.status import Progress, Status
 from postcopy.stream import records
@@ -35,7 +35,7 @@ POSTCOPY_BUFFER_BYTES = 4096 << 10
 """What the kernel may hold of the main channel once pages are asked for."""
 
 
-def layout_of(ram: PagedRam) -> Layout:
+def layout_of(ram: IncomingRam) -> Layout:
     """Our blocks, as a decoder needs to know them."""
     return {
         paged.block.name: BlockLayout(paged.block.size_bytes, paged.block.page_size_bytes)
@@ -53,7 +53,7 @@ class Elements:
         self,
         guest: GuestProxy,
         formats: DeviceFormats,
-        ram: PagedRam,
+        ram: IncomingRam,
         placement: Placement,
         postcopy: Postcopy,
         urgent: Urgent,
@@ -204,7 +204,7 @@ class Elements:
         self.channel.bound_buffers(POSTCOPY_BUFFER_BYTES)
         self._urgent.accept()  # before anybody can ask for a page
         userfaultfd = self._postcopy.take_package(decoder, package.data)
-        self._placement.listen(userfaultfd, self._postcopy.showing.later)
+        self._placement.listen(userfaultfd, self._postcopy.mapper.later)
         self._urgent.start(userfaultfd)
 
     def _all_sent(self) -> None:

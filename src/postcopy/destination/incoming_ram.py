@@ -8,7 +8,7 @@ import numpy.typing as npt
 from postcopy.errors import PostcopyError
 from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.memory.runs import numbers_in, runs
-from postcopy.paging.ram import PagedRam
+from postcopy.paging.ram import IncomingRam
 
 _STEP_BYTES = 32 << 20
 
@@ -24,7 +24,7 @@ class Populating:
     mapped there, and taking a mapping away takes as long as making it.
     """
 
-    def __init__(self, guest: GuestProxy, ram: PagedRam, budget_bytes: int) -> None:
+    def __init__(self, guest: GuestProxy, ram: IncomingRam, budget_bytes: int) -> None:
         self._guest = guest
         self._ram = ram
         self._budget_bytes = budget_bytes
@@ -88,7 +88,7 @@ def memory_to_spare_bytes() -> int:
     return 0
 
 
-def discard(ram: PagedRam, name: str, ranges: npt.NDArray[np.uint64]) -> None:
+def discard(ram: IncomingRam, name: str, ranges: npt.NDArray[np.uint64]) -> None:
     """Forget ranges of a block: the source will send these pages again.
 
     :param ranges: start and length, in bytes, of whole pages of the block, shape ``(n, 2)``.
@@ -99,7 +99,7 @@ def discard(ram: PagedRam, name: str, ranges: npt.NDArray[np.uint64]) -> None:
     paged.stale[forgotten] = True  # what they held is still in memory
 
 
-def empty_missing(ram: PagedRam) -> None:
+def empty_missing(ram: IncomingRam) -> None:
     """Empty every page that never came: it was zero at the source, and reads as zeros from now on."""
     for paged in ram:
         for first, end in runs(paged.pages.missing()).tolist():

@@ -6,12 +6,12 @@ from postcopy.channel.files import FileChannel
 from postcopy.errors import StreamCut
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import runs
-from postcopy.paging.ram import Paged
+from postcopy.paging.ram import IncomingBlock
 from postcopy.stream.mapped_ram import decode_bitmap
 from postcopy.stream.records import MappedBlock
 
 
-def read_pages(channel: FileChannel, paged: Paged, block: MappedBlock) -> None:
+def read_pages(channel: FileChannel, paged: IncomingBlock, block: MappedBlock) -> None:
     """Bring all pages of one block in; of a guest that does not run yet.
 
     :raises StreamError: the bitmap is wrong.

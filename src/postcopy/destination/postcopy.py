@@ -25,9 +25,9 @@ from postcopy.kill_points import reached
 from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.memory.runs import Mask
 from postcopy.paging.blocktime import Blocktime
+from postcopy.paging.minor_faults import BackgroundMapper
 from postcopy.paging.pager import Pager
-from postcopy.paging.ram import Paged, PagedRam
-from postcopy.paging.showing import Showing
+from postcopy.paging.ram import IncomingBlock, IncomingRam
 from postcopy.parameters import Capabilities, Capability
 from postcopy.statistics import Measured, MigrationInfo
 from postcopy.status import Progress, Status
@@ -44,7 +44,7 @@ class Postcopy:
     def __init__(
         self,
         guest: GuestProxy,
-        ram: PagedRam,
+        ram: IncomingRam,
         blocktime: Blocktime,
         return_path: ReturnPath,
         progress: Progress,
@@ -60,7 +60,7 @@ class Postcopy:
         self._pager: Pager | None = None
         self._pager_thread: threading.Thread | None = None
         self._serves = True  # no pager has failed since the last was started
-        self._showing: Showing | None = None
+        self._mapper: BackgroundMapper | None = None
         self._package_thread: threading.Thread | None = None
         self._awake = CpusAwake()
         self._deciding = threading.Lock()
@@ -108,10 +108,10 @@ class Postcopy:
         return self._userfaultfd
 
     @property
-    def showing(self) -> Showing:
+    def mapper(self) -> BackgroundMapper:
         """What maps pages that nobody waits for, from the same moment on."""
-        assert self._showing is not None
-        return self._showing
+        assert self._mapper is not None
+        return self._mapper
 
     def settle(self, timeout_s: float | None = None) -> bool:
         """Wait until the package has either run the guest or failed: nothing between the two.
@@ -148,7 +148,7 @@ class Postcopy:
                 paged.stale[:] = True  # a page may have been half written
         self._start_pager(userfaultfd)
         self._repeat_faults(userfaultfd)
-        self.showing.start()
+        self.mapper.start()
         return userfaultfd
 
     def serve_again(self) -> None:
@@ -200,8 +200,8 @@ class Postcopy:
             self._userfaultfd = None
 
     def _stop_serving(self) -> None:
-        if self._showing is not None:
-            self._showing.stop()
+        if self._mapper is not None:
+            self._mapper.stop()
         if self._pager is not None and self._pager_thread is not None:
             self._pager.stop()
             self._pager_thread.join()
@@ -237,8 +237,8 @@ class Postcopy:
         self._pager = pager = Pager(userfaultfd, self._ram, self._blocktime, request, self._awake)
         self._serves = True
         self._pager_thread = _start("pager", lambda: self._serve(pager))
-        if self._showing is None:
-            self._showing = Showing(userfaultfd, self._ram)
+        if self._mapper is None:
+            self._mapper = BackgroundMapper(userfaultfd, self._ram)
 
     def _serve(self, pager: Pager) -> None:
         try:
@@ -285,7 +285,7 @@ class Postcopy:
             pass  # it is ours all the same; the reader of the channel pauses, and recovery tells
         reached("destination.package-taken")
         self._guest.resume()
-        self.showing.start()
+        self.mapper.start()
         reached("destination.running")
 
 
@@ -312,7 +312,7 @@ def _start(name: str, run: Callable[[], None]) -> threading.Thread:
     return thread
 
 
-def _mapped(scanner: PagemapScanner, paged: Paged) -> Mask:
+def _mapped(scanner: PagemapScanner, paged: IncomingBlock) -> Mask:
     """Tell which pages of a block the guest's process has mapped."""
     block = paged.block
     base, end = block.host_address, block.host_address + block.size_bytes

@@ -14,7 +14,7 @@ from postcopy.kernel.scheduling import run_soon
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.placement import Placement
-from postcopy.paging.ram import PagedRam
+from postcopy.paging.ram import IncomingRam
 from postcopy.stream.layout import Layout
 from postcopy.stream.records import Pages
 from postcopy.stream.urgent_decoder import UrgentDecoder
@@ -33,7 +33,7 @@ class Urgent:
 
     def __init__(
         self,
-        ram: PagedRam,
+        ram: IncomingRam,
         blocktime: Blocktime,
         layout: Layout,
         wanted: Callable[[], bool],

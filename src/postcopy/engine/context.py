@@ -15,7 +15,7 @@ from postcopy.status import Progress, Status
 
 if TYPE_CHECKING:
     from postcopy.destination.incoming_ram import Populating
-    from postcopy.paging.ram import PagedRam
+    from postcopy.paging.ram import IncomingRam
 
 
 class Job(Protocol):
@@ -50,7 +50,7 @@ class EngineContext:
         self.on_exit: Callable[[], None] = lambda: None
         self.end_commands: Callable[[], None] = lambda: None
         self.take_capabilities: Callable[[Capabilities], None] = lambda _: None
-        self.ram: PagedRam | None = None
+        self.ram: IncomingRam | None = None
         self.populating: Populating | None = None
         self.progress = Progress(self._report, Status.SETUP)
         self._guest: GuestProxy | None = None
@@ -67,13 +67,13 @@ class EngineContext:
             self._guest = GuestProxy(self.link)
         return self._guest
 
-    def take_ram(self) -> "PagedRam":
+    def take_ram(self) -> "IncomingRam":
         """The guest's memory with its page maps."""
-        from postcopy.paging.ram import PagedRam
+        from postcopy.paging.ram import IncomingRam
 
         if self.ram is None:
             guest = self.guest()
-            self.ram = PagedRam(guest.regions(), guest.page_maps())
+            self.ram = IncomingRam(guest.regions(), guest.page_maps())
         return self.ram
 
     def take_over(self, status: Status) -> None:

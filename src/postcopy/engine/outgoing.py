@@ -11,7 +11,7 @@ from postcopy.machine import sections
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.snapshot.background import BackgroundSnapshot
 from postcopy.source.opening import configuration
-from postcopy.source.source import Source, Wishes
+from postcopy.source.source import MigrationOptions, Source
 from postcopy.status import Status
 from postcopy.stream.description import build_description
 
@@ -61,7 +61,7 @@ class Outgoing:
     ) -> None:
         source = Source(
             self._context.guest(),
-            Wishes(uri, Capabilities.of(capabilities)),
+            MigrationOptions(uri, Capabilities.of(capabilities)),
             Parameters().with_changes(parameters),
             self._context.progress,
             self._describing(capabilities),

@@ -6,9 +6,9 @@ from typing import Any
 
 from postcopy.engine.context import EngineContext
 from postcopy.errors import WrongState
-from postcopy.lazy_restore.options import Wishes
+from postcopy.lazy_restore.options import RestoreOptions
 from postcopy.lazy_restore.restore import Restore
-from postcopy.lazy_restore.restore_image import OpenedImage
+from postcopy.lazy_restore.restore_image import RestoreImage
 from postcopy.parameters import Parameters
 from postcopy.status import Status
 
@@ -18,11 +18,11 @@ class Restoring:
 
     def __init__(self, context: EngineContext) -> None:
         self._context = context
-        self._opened: OpenedImage | None = None
+        self._opened: RestoreImage | None = None
 
     def look_at_image(self, path: str) -> dict[str, Any]:
         """Open an image for which there is no machine yet; return what its machine must be like."""
-        self._opened = opened = OpenedImage(Path(path))
+        self._opened = opened = RestoreImage(Path(path))
         image = opened.image
         return {
             "machine": image.machine_name,
@@ -34,7 +34,7 @@ class Restoring:
         self, wishes: dict[str, Any], parameters: Mapping[str, Any], **_: object
     ) -> str:
         """Open the image; return what tells it from others."""
-        context, wanted = self._context, Wishes.of(wishes)
+        context, wanted = self._context, RestoreOptions.of(wishes)
         if context.populating is not None:
             context.populating.stop()
         restore = Restore(
@@ -49,7 +49,7 @@ class Restoring:
         context.set_job(restore)
         return restore.identity
 
-    def _take_opened(self, path: Path) -> OpenedImage | None:
+    def _take_opened(self, path: Path) -> RestoreImage | None:
         """What has been looked at, if that is it: its file may have another name by now."""
         opened, self._opened = self._opened, None
         if opened is None or opened.path == path:

@@ -17,7 +17,7 @@ _MANY_PAGES = CHUNK_BYTES // TARGET_PAGE_BYTES // 2
 _UNKNOWN, _GOOD, _BAD = 0, 1, 2
 
 
-class CheckedPages:
+class ChunkVerifier:
     """Knows of each chunk of the file whether it is what the manifest says.
 
     Any thread may ask.  Two that ask at once for the same chunk both check it, and come to the same

@@ -40,7 +40,7 @@ def find_damages(path: Path, manifest: Manifest) -> Iterator[Damage]:
 def open_for_restore(path: Path) -> tuple[Image, Manifest | None]:
     """Open an image whose guest is to run: with a manifest, all but its memory is checked.
 
-    The memory of a mapped image is for :class:`postcopy.image.chunk_verifier.CheckedPages` to check, page
+    The memory of a mapped image is for :class:`postcopy.image.chunk_verifier.ChunkVerifier` to check, page
     by page; that of an image of chunks checks itself when it is read; that of a plain stream is
     checked here, since pages that lie anywhere are found by reading it all.
 

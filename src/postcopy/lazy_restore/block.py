@@ -13,10 +13,10 @@ from postcopy.errors import ImageError, KernelError, PageExists
 from postcopy.kernel import calls, patience
 from postcopy.kernel.page_copier import PageCopier
 from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.lazy_restore.image_source import Origin
+from postcopy.lazy_restore.image_source import ImagePageSource
 from postcopy.memory.page_map import EARLY, LATE, RECEIVED
 from postcopy.memory.runs import Indices, Mask, runs
-from postcopy.paging.ram import Paged
+from postcopy.paging.ram import IncomingBlock
 
 _WINDOW_PAGES: Final = 1 << 14
 _AHEAD_BYTES: Final = 8 << 20
@@ -37,7 +37,7 @@ class Lost:
     reason: str
 
 
-class Filling:
+class BlockRestorer:
     """One block under userfaultfd and where its pages come from.  For one thread, the pager.
 
     Invariant: a page that is ``RECEIVED`` in the page map is in place, or lost; every other is
@@ -49,13 +49,13 @@ class Filling:
     def __init__(
         self,
         userfaultfd: Userfaultfd,
-        paged: Paged,
-        origin: Origin,
+        paged: IncomingBlock,
+        source: ImagePageSource,
         on_lost: Callable[[Lost], None],
     ) -> None:
         block = paged.block
         self.paged = paged
-        self.origin = origin
+        self.source = source
         self.base = block.host_address
         self.end = block.host_address + block.size_bytes
         self.page_bytes = block.page_size_bytes
@@ -69,7 +69,7 @@ class Filling:
         # Of the first so many pages: how many with data are missing.
         self._counted = self._left = 0
         self._brought = 0
-        self._fixed = origin.base
+        self._fixed = source.base
         self._reads_ahead = bool(self._fixed)
         self._ahead = 0
 
@@ -80,7 +80,7 @@ class Filling:
 
     def bring(self, page: int) -> None:
         """Place a page that somebody waits for."""
-        data = self.origin.has(page)
+        data = self.source.has(page)
         self.touched[page] = EARLY if self._brought < _EARLY_FAULTS else LATE
         self._brought += 1
         if data:
@@ -91,7 +91,7 @@ class Filling:
 
     def _place_one(self, page: int) -> None:
         """Place a page with data: the shortest way for one."""
-        if self._fixed and self.origin.is_good(page):
+        if self._fixed and self.source.is_good(page):
             offset = page << self.shift
             try:
                 if self._copier.place(self.base + offset, self._fixed + offset):
@@ -217,7 +217,7 @@ class Filling:
         return int(np.count_nonzero(self._todo(first, end)))
 
     def _todo(self, first: int, end: int) -> Mask:
-        todo: Mask = self.origin.has_data(first, end) & (self._states[first:end] != RECEIVED)
+        todo: Mask = self.source.has_data(first, end) & (self._states[first:end] != RECEIVED)
         return todo
 
     def _note(self, page: int, *, data: bool = True) -> None:
@@ -236,7 +236,7 @@ class Filling:
     # --- steps that return how many pages are done with
 
     def _place(self, page: int, count: int) -> int:
-        good = self.origin.good(page, count)
+        good = self.source.good(page, count)
         if not good:
             return self._lose(page)
         try:
@@ -248,7 +248,7 @@ class Filling:
 
     def _copy(self, page: int, count: int) -> int:
         address = self.base + (page << self.shift)
-        source, count = self.origin.address(page, count)
+        source, count = self.source.address(page, count)
         try:
             done = self._userfaultfd.copy(address, source, count << self.shift) >> self.shift
             self.placed_pages += done
@@ -277,10 +277,10 @@ class Filling:
 
     def _lose(self, page: int) -> int:
         """Never serve what is wrong: these pages are lost."""
-        first, end = self.origin.bad(page)
+        first, end = self.source.bad(page)
         lost = np.flatnonzero(self._states[first:end] != RECEIVED) + first
         if len(lost):
-            self._on_lost(Lost(self.paged.block.name, len(lost), self.origin.reason(page)))
+            self._on_lost(Lost(self.paged.block.name, len(lost), self.source.reason(page)))
         for number in lost.tolist():
             self._poison(number)
         self._note_run(first, end)

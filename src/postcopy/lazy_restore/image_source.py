@@ -6,21 +6,21 @@ import numpy as np
 
 from postcopy.errors import ImageError
 from postcopy.image.base import Image, PageRows
-from postcopy.image.chunk_verifier import CheckedPages
+from postcopy.image.chunk_verifier import ChunkVerifier
 from postcopy.image.digests import CHUNK_BYTES
 from postcopy.image.mapped_ram import MappedImage
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
 from postcopy.memory.runs import Mask
 
 
-class Origin:
+class ImagePageSource:
     """One block of an image, in pages of the size of the guest's.
 
     :param check: what every page is checked by before it is used; None: pages are taken as they are,
         or check themselves when they are read.
     """
 
-    def __init__(self, image: Image, block: RamBlock, check: CheckedPages | None = None) -> None:
+    def __init__(self, image: Image, block: RamBlock, check: ChunkVerifier | None = None) -> None:
         self._image = image
         self._name = block.name
         self._per_page = block.target_pages_per_page

@@ -10,7 +10,7 @@ Prefetch = Literal["auto", "off"]
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
+class RestoreOptions:
     """How to restore.
 
     :ivar path: the image.
@@ -34,7 +34,7 @@ class Wishes:
 
         :raises Refused: they do not go together.
         """
-        wishes = cls(
+        options = cls(
             path=Path(wire["path"]),
             lazy=wire.get("lazy", False),
             prefetch=cast("Prefetch", wire.get("prefetch", "auto")),
@@ -42,8 +42,8 @@ class Wishes:
             began_ns=wire["began_ns"],
             identity=wire.get("identity", ""),
         )
-        if wishes.prefetch not in {"auto", "off"}:
-            raise Refused(f"prefetch {wishes.prefetch!r} cannot be; give 'auto' or 'off'")
-        if wishes.record and not wishes.lazy:
+        if options.prefetch not in {"auto", "off"}:
+            raise Refused(f"prefetch {options.prefetch!r} cannot be; give 'auto' or 'off'")
+        if options.record and not options.lazy:
             raise Refused("a working set is recorded from faults: restore lazily to record it")
-        return wishes
+        return options

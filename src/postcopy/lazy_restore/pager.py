@@ -25,8 +25,8 @@ from postcopy.kernel.faults import MESSAGE
 from postcopy.kernel.scheduling import run_soon
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.kill_points import reached
-from postcopy.lazy_restore.block import Filling
-from postcopy.lazy_restore.prefetch import Work, from_copies, from_image
+from postcopy.lazy_restore.block import BlockRestorer
+from postcopy.lazy_restore.prefetch import PrefetchWork, from_copies, from_image
 from postcopy.lazy_restore.prefetch_budget import HeadStart
 from postcopy.memory.runs import Mask
 from postcopy.paging.latencies import LatencyHistogram
@@ -56,7 +56,7 @@ class Pace:
     copies: PageCopies | None = None
 
 
-class Filler:
+class RestorePager:
     """Fills all blocks; :meth:`run` is the thread ``pager``.
 
     :param working_set: what to bring first, in pages of each block's own size.
@@ -66,13 +66,13 @@ class Filler:
     def __init__(
         self,
         userfaultfd: Userfaultfd,
-        fillings: Sequence[Filling],
+        restorers: Sequence[BlockRestorer],
         working_set: Mapping[str, Mask],
         pace: Pace,
         on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         self._userfaultfd = userfaultfd
-        self._fillings = fillings
+        self._restorers = restorers
         self._working_set = working_set
         self._limiter = pace.limiter
         self._on_progress: Callable[[], None] | None = on_progress
@@ -88,7 +88,7 @@ class Filler:
         self._awake = CpusAwake()
         self._todo = self._plan()
         self._all_in = threading.Event()
-        self._rest: Work | None = None
+        self._rest: PrefetchWork | None = None
         self._not_before_ns = 0
         self._last_fault_ns = time.monotonic_ns()
         self._recording = pace.holds_for_recording
@@ -168,10 +168,10 @@ class Filler:
         if self._copies is not None:
             self._copies.look_ahead(lambda: self.head_start.ended)
             return
-        for filling in self._fillings:
-            wanted = self._working_set.get(filling.paged.block.name)
+        for restorer in self._restorers:
+            wanted = self._working_set.get(restorer.paged.block.name)
             if wanted is not None:
-                filling.origin.look_ahead(wanted, lambda: self.head_start.ended)
+                restorer.source.look_ahead(wanted, lambda: self.head_start.ended)
 
     # --- the thread
 
@@ -210,20 +210,20 @@ class Filler:
         for event, flags, address, _ in MESSAGE.iter_unpack(messages):
             if event != _PAGEFAULT:
                 continue
-            filling = self._find(address)
-            page = (address - filling.base) >> filling.shift
+            restorer = self._find(address)
+            page = (address - restorer.base) >> restorer.shift
             if flags & _MINOR:
-                filling.show(page)
+                restorer.show(page)
             else:
-                filling.bring(page)
+                restorer.bring(page)
             self._last_fault_ns = now_ns = time.monotonic_ns()
             self.latencies.add(now_ns - since_ns)
         self._note_progress()
 
-    def _find(self, address: int) -> Filling:
-        for filling in self._fillings:
-            if filling.base <= address < filling.end:
-                return filling
+    def _find(self, address: int) -> BlockRestorer:
+        for restorer in self._restorers:
+            if restorer.base <= address < restorer.end:
+                return restorer
         raise KernelError(
             "read", 0, f"of a userfaultfd: a fault at {address:#x}, where no block is"
         )
@@ -285,19 +285,19 @@ class Filler:
         wait_s = self._limiter.spend(pushed_bytes)
         self._not_before_ns = time.monotonic_ns() + int(wait_s * 1e9)
 
-    def _plan(self) -> Iterator[Work | None]:
+    def _plan(self) -> Iterator[PrefetchWork | None]:
         """What comes unasked, in order; None: nothing yet, but somebody may wait by now."""
         if self._copies is not None:
-            yield from from_copies(self._fillings, self._copies)
-        for filling in self._fillings:
-            wanted = self._working_set.get(filling.paged.block.name)
+            yield from from_copies(self._restorers, self._copies)
+        for restorer in self._restorers:
+            wanted = self._working_set.get(restorer.paged.block.name)
             if wanted is not None:
-                yield from filling.count()
-                yield from from_image(filling, wanted)
+                yield from restorer.count()
+                yield from from_image(restorer, wanted)
         self.ready_ns = time.monotonic_ns()
         self.head_start.end()
         reached("restore.working-set-in")
         yield None
-        for filling in self._fillings:
-            yield from filling.count()
-            yield from from_image(filling)
+        for restorer in self._restorers:
+            yield from restorer.count()
+            yield from from_image(restorer)

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 from typing import Final, Protocol
 
 from postcopy.image.page_copies import PageCopies, Part
-from postcopy.lazy_restore.block import Filling, Run, Runs
+from postcopy.lazy_restore.block import BlockRestorer, Run, Runs
 from postcopy.memory.runs import Mask
 
 _LEAST_A_RUN_BYTES: Final = 16 << 10
 
 
-class Work(Protocol):
+class PrefetchWork(Protocol):
     """Something to bring, step by step."""
 
     @property
@@ -24,20 +24,20 @@ class Work(Protocol):
 class _FromImage:
     """Runs of one block."""
 
-    def __init__(self, filling: Filling, found: Runs) -> None:
-        self._filling = filling
+    def __init__(self, restorer: BlockRestorer, found: Runs) -> None:
+        self._restorer = restorer
         self._found = found
 
     @property
     def done(self) -> bool:
-        """See :class:`Work`."""
+        """See :class:`PrefetchWork`."""
         return not self._found
 
     def step(self, most_bytes: int) -> int:
-        """See :class:`Work`."""
-        shift = self._filling.shift
+        """See :class:`PrefetchWork`."""
+        shift = self._restorer.shift
         step = _take(self._found, most_bytes >> shift, _LEAST_A_RUN_BYTES >> shift)
-        self._filling.push(step)
+        self._restorer.push(step)
         return sum(end - first for first, end in step) << shift
 
 
@@ -47,8 +47,8 @@ class _FromCopies:
     :param first: which of the copies is the first of these.
     """
 
-    def __init__(self, filling: Filling, copies: PageCopies, part: Part, first: int) -> None:
-        self._filling = filling
+    def __init__(self, restorer: BlockRestorer, copies: PageCopies, part: Part, first: int) -> None:
+        self._restorer = restorer
         self._copies = copies
         self._pages = part.pages
         self._first = first
@@ -56,37 +56,39 @@ class _FromCopies:
 
     @property
     def done(self) -> bool:
-        """See :class:`Work`."""
+        """See :class:`PrefetchWork`."""
         return self._at >= len(self._pages)
 
     def step(self, most_bytes: int) -> int:
-        """See :class:`Work`."""
-        shift = self._filling.shift
+        """See :class:`PrefetchWork`."""
+        shift = self._restorer.shift
         copy = self._first + self._at
         count = min(max(1, most_bytes >> shift), len(self._pages) - self._at)
         good = self._copies.good(copy, count)
         if good:
             pages = self._pages[self._at : self._at + good]
-            self._filling.place_copies(pages, self._copies.address + (copy << shift))
+            self._restorer.place_copies(pages, self._copies.address + (copy << shift))
             self._at += good
         else:
             self._at = self._copies.after(copy) - self._first
         return good << shift
 
 
-def from_image(filling: Filling, wanted: Mask | None = None) -> Iterator[Work | None]:
+def from_image(
+    restorer: BlockRestorer, wanted: Mask | None = None
+) -> Iterator[PrefetchWork | None]:
     """What is missing of a block, or of these of its pages; None: nothing of a part of it."""
-    for found in filling.missing(wanted):
-        yield _FromImage(filling, found) if found else None
+    for found in restorer.missing(wanted):
+        yield _FromImage(restorer, found) if found else None
 
 
-def from_copies(fillings: Sequence[Filling], copies: PageCopies) -> Iterator[Work]:
+def from_copies(restorers: Sequence[BlockRestorer], copies: PageCopies) -> Iterator[PrefetchWork]:
     """All copies, in their order."""
     first = 0
     for part in copies.parts:
-        for filling in fillings:
-            if filling.paged.block.name == part.block:
-                yield _FromCopies(filling, copies, part, first)
+        for restorer in restorers:
+            if restorer.paged.block.name == part.block:
+                yield _FromCopies(restorer, copies, part, first)
         first += len(part.pages)
 
 

@@ -20,13 +20,13 @@ from postcopy.errors import GuestError, HostCannot, PostcopyError
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.kill_points import reached
 from postcopy.lazy_restore import plain
-from postcopy.lazy_restore.block import Filling, Lost
-from postcopy.lazy_restore.options import Wishes
-from postcopy.lazy_restore.pager import Filler, Pace
-from postcopy.lazy_restore.restore_image import OpenedImage
-from postcopy.lazy_restore.statistics import Figures
+from postcopy.lazy_restore.block import BlockRestorer, Lost
+from postcopy.lazy_restore.options import RestoreOptions
+from postcopy.lazy_restore.pager import Pace, RestorePager
+from postcopy.lazy_restore.restore_image import RestoreImage
+from postcopy.lazy_restore.statistics import RestoreStatistics
 from postcopy.link.engine.guest_proxy import GuestProxy
-from postcopy.paging.ram import PagedRam
+from postcopy.paging.ram import IncomingRam
 from postcopy.parameters import Parameters
 from postcopy.statistics import MigrationInfo
 from postcopy.status import ENDED, Progress, Status
@@ -46,26 +46,26 @@ class Restore:
     def __init__(
         self,
         guest: GuestProxy,
-        ram: PagedRam,
-        wishes: Wishes,
+        ram: IncomingRam,
+        options: RestoreOptions,
         progress: Progress,
         parameters: Parameters,
         on_progress: Callable[[], None] = lambda: None,
-        opened: OpenedImage | None = None,
+        opened: RestoreImage | None = None,
     ) -> None:
         self._guest = guest
         self._ram = ram
-        self._wishes = wishes
+        self._options = options
         self._progress = progress
         self._on_progress = on_progress
         self._limiter = RateLimiter(parameters.max_postcopy_bandwidth)
-        self._opened = opened or OpenedImage(wishes.path)
+        self._opened = opened or RestoreImage(options.path)
         self._lost: list[Lost] = []
         self._failure: PostcopyError | None = None
         self._userfaultfd: Userfaultfd | None = None
-        self._filler: Filler | None = None
+        self._pager: RestorePager | None = None
         self._hurried = False
-        self.figures = Figures(wishes.began_ns, lazy=wishes.lazy)
+        self.statistics = RestoreStatistics(options.began_ns, lazy=options.lazy)
         self.error: PostcopyError | None = None
         try:
             self._check()
@@ -79,10 +79,10 @@ class Restore:
         return self._opened.identity
 
     def _check(self) -> None:
-        self._opened.check_same(self._wishes.identity)
+        self._opened.check_same(self._options.identity)
         sizes = {paged.block.name: paged.block.size_bytes for paged in self._ram}
         self._opened.check_fits(self._guest.machine_name, sizes)
-        if self._wishes.lazy and not self._guest.kvm:
+        if self._options.lazy and not self._guest.kvm:
             # What is found wrong later could not be kept from a software CPU but with the process.
             self._opened.check_all(sizes)
 
@@ -91,21 +91,21 @@ class Restore:
     def info(self) -> MigrationInfo:
         """The figures as they are now."""
         lost = str(self._loss()) if self._lost else None
-        return self.figures.info(self._progress.status, lost)
+        return self.statistics.info(self._progress.status, lost)
 
     def set_parameters(self, parameters: Parameters) -> None:
         """Take over parameters that the user has changed meanwhile."""
         rate = parameters.max_postcopy_bandwidth
-        if self._filler is not None:
-            self._filler.new_rate(rate)
+        if self._pager is not None:
+            self._pager.new_rate(rate)
         else:
             self._limiter.set_rate(rate)
 
     def hurry(self, *, wanted: bool) -> None:
         """Somebody waits for the end, so go on at full speed; or nobody does any more."""
         self._hurried = wanted
-        if self._filler is not None:
-            self._filler.hurry(wanted=wanted)
+        if self._pager is not None:
+            self._pager.hurry(wanted=wanted)
 
     def pause(self) -> None:
         """There is no connection that could be broken."""
@@ -120,37 +120,37 @@ class Restore:
         """Go on where a dead engine was, as far as it had come."""
         self._until_the_end(self._take_over)
 
-    def _until_the_end(self, begin: Callable[[], Filler]) -> None:
+    def _until_the_end(self, begin: Callable[[], RestorePager]) -> None:
         try:
-            filler = self._begun_by(begin)
-            if filler is None:
+            pager = self._begun_by(begin)
+            if pager is None:
                 self._fill_unwatched()
-            elif self._wishes.lazy:
-                self._wake_first(filler)
+            elif self._options.lazy:
+                self._wake_first(pager)
             else:
-                self._fill_first(filler)
+                self._fill_first(pager)
         except PostcopyError as error:
             self._fail(self._failure or error)
         finally:
             self._let_go()
 
-    def _begun_by(self, begin: Callable[[], Filler]) -> Filler | None:
+    def _begun_by(self, begin: Callable[[], RestorePager]) -> RestorePager | None:
         """Return what fills the memory; None: nothing of this host's can, but nothing need wait for it."""
         try:
             return begin()
         except HostCannot:
-            if self._wishes.lazy:
+            if self._options.lazy:
                 raise
             return None
 
-    def _begin(self) -> Filler:
+    def _begin(self) -> RestorePager:
         reached("restore.begun")
         for paged in self._ram:
             paged.block.empty()
         self._progress.move(Status.ACTIVE)
         return self._watch(adopt=False)
 
-    def _take_over(self) -> Filler:
+    def _take_over(self) -> RestorePager:
         # Under no userfaultfd an engine may have died before it began, or after all was in.
         if self._progress.status is Status.SETUP:
             return self._begin()
@@ -159,39 +159,39 @@ class Restore:
             self._progress.move(Status.POSTCOPY_ACTIVE)
         return self._watch(adopt=True)
 
-    def _watch(self, *, adopt: bool) -> Filler:
+    def _watch(self, *, adopt: bool) -> RestorePager:
         self._userfaultfd = userfaultfd = self._guest.watch_missing()
         reached("restore.watching")
-        fillings = [
-            Filling(userfaultfd, paged, self._opened.origin(paged), self._on_lost)
+        restorers = [
+            BlockRestorer(userfaultfd, paged, self._opened.source(paged), self._on_lost)
             for paged in self._ram
         ]
-        prefetch = self._wishes.lazy and self._wishes.prefetch == "auto"
+        prefetch = self._options.lazy and self._options.prefetch == "auto"
         working_set = self._opened.working_set(self._ram) if prefetch else {}
         copies = self._opened.copies(self._ram) if working_set else None
-        pace = Pace(self._limiter, holds_for_recording=self._wishes.record, copies=copies)
-        self._filler = Filler(userfaultfd, fillings, working_set, pace, self._on_progress)
-        self.figures.watch(fillings, self._filler, working_set)
+        pace = Pace(self._limiter, holds_for_recording=self._options.record, copies=copies)
+        self._pager = RestorePager(userfaultfd, restorers, working_set, pace, self._on_progress)
+        self.statistics.watch(restorers, self._pager, working_set)
         if self._hurried:
-            self._filler.hurry()
+            self._pager.hurry()
         if adopt:
-            for filling in fillings:
-                filling.adopt()
+            for restorer in restorers:
+                restorer.adopt()
             for paged in self._ram:  # who waited for the dead one faults once more
                 userfaultfd.wake(paged.block.host_address, paged.block.size_bytes)
-        return self._filler
+        return self._pager
 
     # --- lazy
 
-    def _wake_first(self, filler: Filler) -> None:
+    def _wake_first(self, pager: RestorePager) -> None:
         waking = threading.Thread(
-            target=self._wake_guarded, args=(filler,), name="wake", daemon=True
+            target=self._wake_guarded, args=(pager,), name="wake", daemon=True
         )
-        checking = threading.Thread(target=filler.look_ahead, name="checking", daemon=True)
+        checking = threading.Thread(target=pager.look_ahead, name="checking", daemon=True)
         waking.start()
         checking.start()
         try:
-            filler.run()
+            pager.run()
         except PostcopyError as error:
             # Loading the devices may wait for a page that does not come any more: this ends it, when
             # nobody holds the descriptor but the guest's process.
@@ -209,21 +209,21 @@ class Restore:
             self.error = self._loss()
         self._progress.move(Status.FAILED if self._lost else Status.COMPLETED)
 
-    def _wake_guarded(self, filler: Filler) -> None:
+    def _wake_guarded(self, pager: RestorePager) -> None:
         try:
-            if not filler.head_start.wait():
+            if not pager.head_start.wait():
                 return
             self._wake()
             self._progress.move(Status.POSTCOPY_ACTIVE, only_from=frozenset({Status.ACTIVE}))
             reached("restore.running")
         except PostcopyError as error:
             self._failure = self._failure or error
-            filler.stop()
+            pager.stop()
         else:
-            filler.guest_runs()
-            if self._wishes.record and filler.wait_all_in():
+            pager.guest_runs()
+            if self._options.record and pager.wait_all_in():
                 self._record()
-            filler.may_end()
+            pager.may_end()
 
     def _record(self) -> None:
         """Keep what has been touched, while faults are still served.
@@ -234,27 +234,27 @@ class Restore:
             return
         reached("restore.recording")
         try:
-            self._opened.record(self.figures.touched())
+            self._opened.record(self.statistics.touched())
         except PostcopyError as error:
             self.error = error  # the guest has all of its memory all the same
         reached("restore.recorded")
 
     def _wake(self) -> None:
         self._guest.wake(self._opened.image.devices)
-        self.figures.running()
+        self.statistics.running()
         reached("restore.woken")
 
     # --- eager
 
-    def _fill_first(self, filler: Filler) -> None:
-        filler.hurry()
-        filler.may_end()
-        filler.run()
+    def _fill_first(self, pager: RestorePager) -> None:
+        pager.hurry()
+        pager.may_end()
+        pager.run()
         self._wake_whole()
 
     def _fill_unwatched(self) -> None:
         for paged in self._ram:
-            lost = plain.fill(paged, self._opened.origin(paged))
+            lost = plain.fill(paged, self._opened.source(paged))
             if lost is not None:
                 self._on_lost(lost)
         self._wake_whole()
@@ -264,7 +264,7 @@ class Restore:
             raise GuestError(f"the guest does not run: {self._lost[0].reason}")
         self._finish()
         self._wake()
-        self.figures.complete()
+        self.statistics.complete()
         self._progress.move(Status.COMPLETED)
 
     # --- the end
@@ -273,14 +273,14 @@ class Restore:
         """All that there is is in place, and the rest is zero, as memory is that nobody has touched."""
         reached("restore.all-in")
         self._guest.unwatch_missing()
-        if self._wishes.lazy:
-            self.figures.complete()  # else when it runs: nobody is told before that it is whole
+        if self._options.lazy:
+            self.statistics.complete()  # else when it runs: nobody is told before that it is whole
         reached("restore.unwatched")
 
     def _on_lost(self, lost: Lost) -> None:
         self._lost.append(lost)
         total = sum(each.pages for each in self._lost if each.block_name == lost.block_name)
-        if self._wishes.lazy:
+        if self._options.lazy:
             self._guest.lost_pages(lost.block_name, total)
 
     def _loss(self) -> PostcopyError:
@@ -299,7 +299,7 @@ class Restore:
     def _let_go(self) -> None:
         if self._userfaultfd is not None:
             self._userfaultfd.close()
-        if self._filler is not None:
-            self._filler.close()
+        if self._pager is not None:
+            self._pager.close()
         self._opened.close()
         self._ram.close()

@@ -9,20 +9,20 @@ import numpy.typing as npt
 
 from postcopy.errors import ImageError, KernelError, Refused
 from postcopy.image import page_copies, working_set
-from postcopy.image.chunk_verifier import CheckedPages
+from postcopy.image.chunk_verifier import ChunkVerifier
 from postcopy.image.formats import Image
 from postcopy.image.mapped_ram import MappedImage
 from postcopy.image.page_copies import PageCopies, Part
 from postcopy.image.verify import open_for_restore
 from postcopy.image.working_set import BadWorkingSet, WorkingSet
-from postcopy.lazy_restore.image_source import Origin
+from postcopy.lazy_restore.image_source import ImagePageSource
 from postcopy.memory.page_map import EARLY, UNTOUCHED
 from postcopy.memory.runs import Mask, runs
-from postcopy.paging.ram import Paged, PagedRam
+from postcopy.paging.ram import IncomingBlock, IncomingRam
 from postcopy.stream.numbers import IGNORED_BLOCKS
 
 
-class OpenedImage:
+class RestoreImage:
     """An image that fits a guest, with what checks its pages.
 
     :param path: the image.
@@ -38,9 +38,9 @@ class OpenedImage:
             self.identity = working_set.identity_of(path)
         self._has_digests = manifest is not None
         self._copies: PageCopies | None = None
-        self._check: CheckedPages | None = None
+        self._check: ChunkVerifier | None = None
         if manifest is not None and isinstance(self.image, MappedImage):
-            self._check = CheckedPages(self.image, manifest)
+            self._check = ChunkVerifier(self.image, manifest)
 
     def check_fits(self, machine_name: str, blocks: Mapping[str, int]) -> None:
         """Refuse an image of another machine.
@@ -87,11 +87,11 @@ class OpenedImage:
         for damage in self._check.damages():
             raise damage.error()
 
-    def origin(self, paged: Paged) -> Origin:
+    def source(self, paged: IncomingBlock) -> ImagePageSource:
         """Where the pages of a block of the guest come from."""
-        return Origin(self.image, paged.block, self._check)
+        return ImagePageSource(self.image, paged.block, self._check)
 
-    def working_set(self, ram: PagedRam) -> dict[str, Mask]:
+    def working_set(self, ram: IncomingRam) -> dict[str, Mask]:
         """Read what earlier restores have touched, in pages of the guest's size; empty without."""
         with contextlib.suppress(BadWorkingSet):
             path = working_set.beside(self.path)
@@ -100,7 +100,7 @@ class OpenedImage:
                 return {paged.block.name: _coarser(found, paged) for paged in ram}
         return {}
 
-    def copies(self, ram: PagedRam) -> PageCopies | None:
+    def copies(self, ram: IncomingRam) -> PageCopies | None:
         """Give the copies of pages of the working set, if a recording has kept some."""
         if any(paged.block.target_pages_per_page > 1 for paged in ram):
             return None  # pages of 2 MiB are put together from the image
@@ -110,7 +110,7 @@ class OpenedImage:
                 self._copies = PageCopies(path, self.identity, _page_counts(self.image))
         return self._copies
 
-    def record(self, touched: Iterable[tuple[Paged, npt.NDArray[np.uint8]]]) -> None:
+    def record(self, touched: Iterable[tuple[IncomingBlock, npt.NDArray[np.uint8]]]) -> None:
         """Add what this restore has touched, and copy these pages.
 
         :param touched: pages of each block: see :attr:`postcopy.memory.page_map.PageMap.touched`.
@@ -158,7 +158,7 @@ def _page_counts(image: Image) -> dict[str, int]:
     return {block.name: block.pages for block in image.blocks if block.name not in IGNORED_BLOCKS}
 
 
-def _coarser(found: WorkingSet, paged: Paged) -> Mask:
+def _coarser(found: WorkingSet, paged: IncomingBlock) -> Mask:
     mask = found.pages[paged.block.name]
     per_page = paged.block.target_pages_per_page
     if per_page == 1:

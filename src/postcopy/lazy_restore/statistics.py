@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from postcopy.lazy_restore.block import Filling
-from postcopy.lazy_restore.pager import Filler
+from postcopy.lazy_restore.block import BlockRestorer
+from postcopy.lazy_restore.pager import RestorePager
 from postcopy.memory.runs import Mask
-from postcopy.paging.ram import Paged
+from postcopy.paging.ram import IncomingBlock
 from postcopy.statistics import Measured, MigrationInfo, RamStatistics
 from postcopy.status import Status
 
 
-class Figures:
+class RestoreStatistics:
     """The figures of one restore; any thread may ask.
 
     :param began_ns: when the restore began, on the monotonic clock.
@@ -23,17 +23,20 @@ class Figures:
     def __init__(self, began_ns: int, *, lazy: bool) -> None:
         self._began_ns = began_ns
         self._lazy = lazy
-        self._fillings: Sequence[Filling] = ()
-        self._filler: Filler | None = None
+        self._restorers: Sequence[BlockRestorer] = ()
+        self._pager: RestorePager | None = None
         self._working_set_pages: int | None = None
         self._running_ns: int | None = None
         self._complete_ns: int | None = None
 
     def watch(
-        self, fillings: Sequence[Filling], filler: Filler, working_set: Mapping[str, Mask]
+        self,
+        restorers: Sequence[BlockRestorer],
+        pager: RestorePager,
+        working_set: Mapping[str, Mask],
     ) -> None:
         """Take the figures from these, from now on."""
-        self._fillings, self._filler = fillings, filler
+        self._restorers, self._pager = restorers, pager
         if working_set:
             self._working_set_pages = sum(int(mask.sum()) for mask in working_set.values())
 
@@ -45,9 +48,9 @@ class Figures:
         """Every page is in place now."""
         self._complete_ns = time.monotonic_ns()
 
-    def touched(self) -> list[tuple[Paged, npt.NDArray[np.uint8]]]:
+    def touched(self) -> list[tuple[IncomingBlock, npt.NDArray[np.uint8]]]:
         """Which pages somebody has waited for: see :attr:`postcopy.memory.page_map.PageMap.touched`."""
-        return [(filling.paged, filling.touched) for filling in self._fillings]
+        return [(restorer.paged, restorer.touched) for restorer in self._restorers]
 
     def info(self, status: Status, error: str | None) -> MigrationInfo:
         """What ``query-migrate`` says."""
@@ -55,28 +58,28 @@ class Figures:
         return MigrationInfo(
             status=status,
             incoming=True,
-            ram=self._ram() if self._fillings else None,
+            ram=self._ram() if self._restorers else None,
             total_time_ms=(end_ns - self._began_ns) // 1_000_000,
             error_desc=error,
             measured=self._measured(),
         )
 
     def _ram(self) -> RamStatistics:
-        placed = sum(filling.placed_pages << filling.shift for filling in self._fillings)
-        remaining = sum(filling.missing_pages << filling.shift for filling in self._fillings)
+        placed = sum(restorer.placed_pages << restorer.shift for restorer in self._restorers)
+        remaining = sum(restorer.missing_pages << restorer.shift for restorer in self._restorers)
         return RamStatistics(
             transferred=placed,
             remaining=0 if self._complete_ns else remaining,
-            total=sum(filling.end - filling.base for filling in self._fillings),
+            total=sum(restorer.end - restorer.base for restorer in self._restorers),
             normal=placed >> 12,
             normal_bytes=placed,
-            postcopy_requests=self._filler.faults if self._filler is not None else 0,
-            page_size=self._fillings[0].page_bytes,
+            postcopy_requests=self._pager.faults if self._pager is not None else 0,
+            page_size=self._restorers[0].page_bytes,
         )
 
     def _measured(self) -> Measured:
-        filler = self._filler
-        latencies = filler.latencies.figures() if filler is not None else None
+        pager = self._pager
+        latencies = pager.latencies.figures() if pager is not None else None
         if latencies is not None and not latencies.count:
             latencies = None
         return Measured(
@@ -86,7 +89,7 @@ class Figures:
             restore_running_us=self._since(self._running_ns),
             restore_ready_us=self._since(self._ready_ns()),
             restore_complete_us=self._since(self._complete_ns),
-            demand_faults=filler.faults if filler is not None else None,
+            demand_faults=pager.faults if pager is not None else None,
             working_set_pages=self._working_set_pages,
         )
 
@@ -94,8 +97,8 @@ class Figures:
         """When the guest had what it wants first; without a working set, when it had all."""
         if not self._lazy:
             return self._running_ns
-        known = self._working_set_pages is not None and self._filler is not None
-        ready_ns = self._filler.ready_ns if known and self._filler is not None else None
+        known = self._working_set_pages is not None and self._pager is not None
+        ready_ns = self._pager.ready_ns if known and self._pager is not None else None
         if ready_ns is None or self._running_ns is None:
             return self._complete_ns
         return max(ready_ns, self._running_ns)

@@ -19,8 +19,8 @@ from postcopy.kernel.scheduling import run_soon
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.memory.ram_block import RamBlock
 from postcopy.paging.blocktime import Blocktime
-from postcopy.paging.ram import PagedRam
-from postcopy.paging.showing import show_to_waiting
+from postcopy.paging.minor_faults import resolve_minor_fault
+from postcopy.paging.ram import IncomingRam
 
 Request = tuple[RamBlock, int]
 """A block, and the number of the page that is wanted."""
@@ -36,7 +36,7 @@ class Pager:
     def __init__(
         self,
         userfaultfd: Userfaultfd,
-        ram: PagedRam,
+        ram: IncomingRam,
         blocktime: Blocktime,
         ask: Callable[[Sequence[Request]], None],
         awake: CpusAwake,
@@ -100,5 +100,5 @@ class Pager:
         if paged.pages.is_received(page):
             # Received before the guest ran here, or between the fault and our reading of it.
             self._blocktime.withdraw(key, fault.thread_id, now_ns)
-            show_to_waiting(self._userfaultfd, paged, page)
+            resolve_minor_fault(self._userfaultfd, paged, page)
         return None

@@ -22,8 +22,8 @@ from postcopy.memory.page_map import RECEIVED
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Indices, Mask, index_runs
 from postcopy.paging.blocktime import Blocktime
-from postcopy.paging.ram import Paged, PagedRam
-from postcopy.paging.showing import show, show_to_waiting
+from postcopy.paging.minor_faults import map_pages, resolve_minor_fault
+from postcopy.paging.ram import IncomingBlock, IncomingRam
 
 _LONG_RUN_PAGES = 8
 
@@ -31,7 +31,7 @@ _LONG_RUN_PAGES = 8
 class Placement:
     """Places the pages of one channel."""
 
-    def __init__(self, ram: PagedRam, blocktime: Blocktime) -> None:
+    def __init__(self, ram: IncomingRam, blocktime: Blocktime) -> None:
         self._ram = ram
         self._blocktime = blocktime
         self._userfaultfd: Userfaultfd | None = None  # while the guest runs
@@ -93,7 +93,9 @@ class Placement:
         else:
             self._place(paged, target, None)
 
-    def _take_run(self, paged: Paged, first: int, end: int, data: npt.NDArray[np.uint8]) -> bool:
+    def _take_run(
+        self, paged: IncomingBlock, first: int, end: int, data: npt.NDArray[np.uint8]
+    ) -> bool:
         """Take neighbouring pages on the shortest way; return whether that was possible."""
         if self._userfaultfd is None:
             paged.block.pages[first:end] = data
@@ -107,7 +109,7 @@ class Placement:
 
     # --- before the guest runs
 
-    def _write(self, paged: Paged, target: Indices, data: npt.NDArray[np.uint8]) -> None:
+    def _write(self, paged: IncomingBlock, target: Indices, data: npt.NDArray[np.uint8]) -> None:
         pages = paged.block.pages
         first, last = int(target[0]), int(target[-1])
         if last - first + 1 == len(target) and (len(target) == 1 or (np.diff(target) == 1).all()):
@@ -116,7 +118,7 @@ class Placement:
             pages[target] = data
         paged.pages.receive(target // paged.block.target_pages_per_page)
 
-    def _write_zeros(self, paged: Paged, target: Indices) -> None:
+    def _write_zeros(self, paged: IncomingBlock, target: Indices) -> None:
         # Memory that has received nothing yet reads as zeros as it is.
         host = target // paged.block.target_pages_per_page
         stale = target[(paged.pages.states[host] == RECEIVED) | paged.stale[host]]
@@ -126,7 +128,9 @@ class Placement:
 
     # --- under userfaultfd
 
-    def _place(self, paged: Paged, target: Indices, data: npt.NDArray[np.uint8] | None) -> None:
+    def _place(
+        self, paged: IncomingBlock, target: Indices, data: npt.NDArray[np.uint8] | None
+    ) -> None:
         claimed = paged.pages.claim(target)
         if not claimed.all():
             target = target[claimed]
@@ -142,7 +146,7 @@ class Placement:
         self._show(paged, in_memory)
         self._help_waiting(paged, target)
 
-    def _show(self, paged: Paged, target: Indices) -> None:
+    def _show(self, paged: IncomingBlock, target: Indices) -> None:
         """Show long runs now; the rest later, if there is somebody for that: each costs a call."""
         assert self._userfaultfd is not None
         ranges = index_runs(target)
@@ -153,9 +157,9 @@ class Placement:
                 self._later(paged.block.name, target[np.repeat(short, lengths)])
                 ranges = ranges[~short]
         for start, end in ranges.tolist():
-            show(self._userfaultfd, paged.block, int(target[start]), end - start)
+            map_pages(self._userfaultfd, paged.block, int(target[start]), end - start)
 
-    def _help_waiting(self, paged: Paged, target: Indices) -> None:
+    def _help_waiting(self, paged: IncomingBlock, target: Indices) -> None:
         """Show received pages to those who wait for them.
 
         Who touches such a page from now on is helped by the pager, which finds it received.  Who has
@@ -165,10 +169,10 @@ class Placement:
         assert self._userfaultfd is not None
         for name, page in list(self._blocktime.waiting):
             if name == paged.block.name and (target == page).any():
-                show_to_waiting(self._userfaultfd, paged, page)
+                resolve_minor_fault(self._userfaultfd, paged, page)
                 self._wake_books(name, page, page + 1)
 
-    def _map(self, paged: Paged, page: int, count: int) -> None:
+    def _map(self, paged: IncomingBlock, page: int, count: int) -> None:
         """Note that pages have come, and show them to the guest.
 
         In this order: what the guest may have written to is never taken for missing, whenever this
@@ -176,7 +180,7 @@ class Placement:
         """
         assert self._userfaultfd is not None
         paged.pages.receive(slice(page, page + count))
-        show(self._userfaultfd, paged.block, page, count)
+        map_pages(self._userfaultfd, paged.block, page, count)
         if self._blocktime.waiting:
             self._wake_books(paged.block.name, page, page + count)
 
@@ -188,7 +192,9 @@ class Placement:
 
     # --- huge pages: whole, or not at all
 
-    def _gather(self, paged: Paged, target: int, content: npt.NDArray[np.uint8] | None) -> None:
+    def _gather(
+        self, paged: IncomingBlock, target: int, content: npt.NDArray[np.uint8] | None
+    ) -> None:
         """Take one piece of a huge page; place the page with its last piece."""
         per_page = paged.block.target_pages_per_page
         page, piece = divmod(target, per_page)
@@ -215,7 +221,7 @@ class Placement:
                 self._map(paged, page, 1)
 
 
-def _has_data(paged: Paged, target: Indices) -> Mask:
+def _has_data(paged: IncomingBlock, target: Indices) -> Mask:
     """Which pages have memory behind them: a large guest that has used little of it stays small."""
     found = np.zeros(len(target), np.bool_)
     for start, end in index_runs(target).tolist():

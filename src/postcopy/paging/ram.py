@@ -12,7 +12,7 @@ from postcopy.memory.runs import Mask
 
 
 @dataclass(slots=True)
-class Paged:
+class IncomingBlock:
     """One RAM block with the map of its pages."""
 
     block: RamBlock
@@ -25,23 +25,23 @@ class Paged:
         self.stale = np.zeros(self.block.page_count, np.bool_)
 
 
-class PagedRam:
+class IncomingRam:
     """The blocks of a guest that is arriving; takes over the descriptors it is given."""
 
     def __init__(self, regions: Sequence[Region], page_maps: Sequence[int]) -> None:
         blocks = [RamBlock(region) for region in regions]
         self._by_name = {
-            block.name: Paged(block, PageMap(fd, block.page_count))
+            block.name: IncomingBlock(block, PageMap(fd, block.page_count))
             for block, fd in zip(blocks, page_maps, strict=True)
         }
 
-    def __iter__(self) -> Iterator[Paged]:
+    def __iter__(self) -> Iterator[IncomingBlock]:
         return iter(self._by_name.values())
 
-    def __getitem__(self, name: str) -> Paged:
+    def __getitem__(self, name: str) -> IncomingBlock:
         return self._by_name[name]
 
-    def find(self, host_address: int) -> tuple[Paged, int] | None:
+    def find(self, host_address: int) -> tuple[IncomingBlock, int] | None:
         """Return the block and the number of the page at an address of the guest's process."""
         for paged in self:
             offset = host_address - paged.block.host_address

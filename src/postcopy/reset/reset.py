@@ -23,7 +23,7 @@ from postcopy.errors import HostCannot
 from postcopy.guest import DeviceState
 from postcopy.image.mapped_ram import MappedImage
 from postcopy.kill_points import reached
-from postcopy.lazy_restore.restore_image import OpenedImage
+from postcopy.lazy_restore.restore_image import RestoreImage
 from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
 from postcopy.memory.runs import Mask, runs
@@ -92,17 +92,17 @@ class Reset:
     ) -> None:
         self._guest = guest
         self._tracker = PagemapTracker(guest)
-        self._opened: OpenedImage | None = None
+        self._opened: RestoreImage | None = None
         self._blocks = [RamBlock(region) for region in guest.regions()]
         kept = [KeptMemory(block, fd) for block, fd in zip(self._blocks, copies, strict=True)]
         if path is not None:
-            self._open(OpenedImage(Path(path)), identity)
+            self._open(RestoreImage(Path(path)), identity)
         self._watched = [
             _Watched(block, copy, self._memory(block, copy))
             for block, copy in zip(self._blocks, kept, strict=True)
         ]
 
-    def _open(self, opened: OpenedImage, identity: str) -> None:
+    def _open(self, opened: RestoreImage, identity: str) -> None:
         self._opened = opened
         opened.check_same(identity)
         sizes = {block.name: block.size_bytes for block in self._blocks}

@@ -30,7 +30,7 @@ from postcopy.source.connecting import connect_unless_cancelled
 from postcopy.source.counters import Clock, Counters, Rate, describe
 from postcopy.source.opening import opening
 from postcopy.source.orders import Orders
-from postcopy.source.sending import Sender, choose_sender
+from postcopy.source.page_sink import PageSink, page_sink_for
 from postcopy.source.switchover import device_sections
 from postcopy.statistics import Measured, MigrationInfo
 from postcopy.status import Progress, Status
@@ -67,7 +67,7 @@ class BackgroundSnapshot:
         self._device_bytes = 0
         # Made by the steps of it, in this order.
         self._channel: Channel | None = None
-        self._sender: Sender | None = None
+        self._sender: PageSink | None = None
         self._blocks: list[RamBlock] = []
         self._unsaved: UnsavedPages | None = None
         self._guard: WriteGuard | None = None
@@ -119,7 +119,7 @@ class BackgroundSnapshot:
         finally:
             self._let_go()
 
-    def _open(self) -> tuple[Channel, Sender]:
+    def _open(self) -> tuple[Channel, PageSink]:
         """Reach the sink, and say what is to come."""
         address = self._file.begin()
         self._channel = channel = (
@@ -131,7 +131,7 @@ class BackgroundSnapshot:
         # A host that is gone must not make the guest wait for what it will never take.
         channel.watch(self._parameters.x_link_timeout / 1000)
         reached("snapshot.connected")
-        self._sender = sender = choose_sender(
+        self._sender = sender = page_sink_for(
             channel, self._capabilities, RateLimiter(UNLIMITED), self._counters
         )
         self._blocks = blocks = [RamBlock(region) for region in self._guest.regions()]
@@ -145,7 +145,7 @@ class BackgroundSnapshot:
         reached("snapshot.active")
         return channel, sender
 
-    def _save(self, sender: Sender) -> Sequence[DeviceState]:
+    def _save(self, sender: PageSink) -> Sequence[DeviceState]:
         """Write all pages as they are at one moment; return what the devices were then."""
         try:
             userfaultfd = self._guest.watch_snapshot()
@@ -161,7 +161,7 @@ class BackgroundSnapshot:
             self._write_pages(sender, guard.let_go)
         return states
 
-    def _save_still(self, sender: Sender, lacking: HostCannot) -> Sequence[DeviceState]:
+    def _save_still(self, sender: PageSink, lacking: HostCannot) -> Sequence[DeviceState]:
         """Write all pages of a guest that its user has stopped, and that does not run meanwhile.
 
         :param lacking: why the writes of a guest that runs cannot be watched: raised if this one does.
@@ -215,7 +215,7 @@ class BackgroundSnapshot:
         reached("snapshot.guest-resumed")
         return states
 
-    def _write_pages(self, sender: Sender, let_go: Callable[[RamBlock, int, int], None]) -> None:
+    def _write_pages(self, sender: PageSink, let_go: Callable[[RamBlock, int, int], None]) -> None:
         """Write all pages: first those that the guest has overwritten, for they take memory.
 
         :param let_go: told which have been copied, and may be written to.
@@ -230,12 +230,12 @@ class BackgroundSnapshot:
         self._write_aside(sender, self._aside.take_rest)
         self._check_complete()
 
-    def _write_aside(self, sender: Sender, take: Callable[[], Copies | None]) -> None:
+    def _write_aside(self, sender: PageSink, take: Callable[[], Copies | None]) -> None:
         while (copies := take()) is not None:
             self._write(sender, copies)
             self._aside.written(copies)
 
-    def _write(self, sender: Sender, copies: Copies) -> None:
+    def _write(self, sender: PageSink, copies: Copies) -> None:
         self._check_cancelled()
         if len(copies.data):
             sender.send_copies(copies.block.name, copies.data, copies.contents)
@@ -243,7 +243,7 @@ class BackgroundSnapshot:
             sender.send_zeros(copies.block.name, copies.zeros)
         sender.count()
 
-    def _finish(self, channel: Channel, sender: Sender, states: Sequence[DeviceState]) -> None:
+    def _finish(self, channel: Channel, sender: PageSink, states: Sequence[DeviceState]) -> None:
         """Write the devices and the end, and let the file be seen."""
         # As QEMU has it: a stream of a background snapshot has no last section of RAM.
         mapped = self._capabilities.enabled(Capability.MAPPED_RAM)

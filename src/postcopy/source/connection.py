@@ -10,9 +10,9 @@ from postcopy.errors import ChannelBroken, PostcopyError
 from postcopy.kill_points import reached
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import DirtyPages
+from postcopy.source.page_sink import PageSink
 from postcopy.source.postcopy import PostcopyPush
 from postcopy.source.return_path import ReturnPath
-from postcopy.source.sending import Sender
 from postcopy.source.urgent_channel import UrgentChannel
 from postcopy.stream.commands import encode_command
 from postcopy.stream.identity import ALL_SENT_PING, answer, needs_nothing
@@ -40,7 +40,7 @@ class Connection:
         self,
         channel: Channel,
         dirty: DirtyPages,
-        sender: Sender,
+        sender: PageSink,
         counters: Counters,
         interrupt: threading.Event,
         timeout_ms: Callable[[], int],

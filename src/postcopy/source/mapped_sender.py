@@ -27,7 +27,7 @@ from postcopy.stream.zero_pages import are_zero
 
 
 class MappedPageSender(Outflow):
-    """A :class:`postcopy.source.sending.Sender` into a file; one thread at a time."""
+    """A :class:`postcopy.source.page_sink.PageSink` into a file; one thread at a time."""
 
     def __init__(self, channel: FileChannel, limiter: RateLimiter, counters: Counters) -> None:
         super().__init__(channel, limiter, counters)

@@ -18,9 +18,9 @@ from postcopy.source.batch_size import BatchSize
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages, DirtyPages
 from postcopy.source.flight_window import FlightWindow
+from postcopy.source.page_sink import PageSink
 from postcopy.source.push_waits import PushWaits
 from postcopy.source.return_path import ReturnPath
-from postcopy.source.sending import Sender
 from postcopy.source.urgent_channel import UrgentChannel
 from postcopy.stream.commands import encode_command
 from postcopy.stream.records import Ping
@@ -71,7 +71,7 @@ class PostcopyPush:
     ``_sending`` is for the main channel: it is held while the kernel takes the bytes, ``_lock`` never is.
     """
 
-    def __init__(self, dirty: DirtyPages, sender: Sender, counters: Counters) -> None:
+    def __init__(self, dirty: DirtyPages, sender: PageSink, counters: Counters) -> None:
         self._dirty = dirty
         self._sender = sender
         self._counters = counters

@@ -26,7 +26,7 @@ from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages, DirtyPages
 from postcopy.source.orders import Orders
 from postcopy.source.page_records import BATCH_PAGES
-from postcopy.source.sending import Sender
+from postcopy.source.page_sink import PageSink
 
 _WINDOW_PAGES: Final = 4096
 """After so many pages the tracker is asked again which are being written."""
@@ -50,7 +50,7 @@ class Precopy:
     def __init__(
         self,
         dirty: DirtyPages,
-        sender: Sender,
+        sender: PageSink,
         counters: Counters,
         orders: Orders,
         parameters: Callable[[], Parameters],

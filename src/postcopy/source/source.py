@@ -26,10 +26,10 @@ from postcopy.source.counters import Clock, Counters, Rate, describe
 from postcopy.source.dirty_pages import DirtyPages
 from postcopy.source.opening import FIRST_PING, opening
 from postcopy.source.orders import Orders
+from postcopy.source.page_sink import page_sink_for
 from postcopy.source.postcopy import POSTCOPY_BUFFER_BYTES
 from postcopy.source.precopy import Outcome, Precopy
 from postcopy.source.recovery import agree_on_what_is_missing
-from postcopy.source.sending import choose_sender
 from postcopy.source.switchover import PACKAGE_PING, Switchover
 from postcopy.statistics import MigrationInfo
 from postcopy.status import GIVEN_UP, Progress, Status
@@ -37,7 +37,7 @@ from postcopy.stream import encoder
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
+class MigrationOptions:
     """What the user has set, fixed for one migration but for the parameters."""
 
     uri: str
@@ -50,14 +50,14 @@ class Source:
     def __init__(
         self,
         guest: GuestProxy,
-        wishes: Wishes,
+        options: MigrationOptions,
         parameters: Parameters,
         progress: Progress,
         describe_devices: Callable[[Sequence[DeviceState]], str],
         on_pass: Callable[[int], None],
     ) -> None:
         self._guest = guest
-        self._wishes = wishes
+        self._options = options
         self._parameters = parameters
         self._progress = progress
         self._describe_devices = describe_devices
@@ -164,7 +164,7 @@ class Source:
             raise MigrationCancelled("cancelled by the user")
         if outcome is Outcome.POSTCOPY and self._preempt:
             connection.answers.wait_pong(FIRST_PING)  # it has taken this one as the main channel
-            self._open_urgent(connection, self._wishes.uri)
+            self._open_urgent(connection, self._options.uri)
             connection.check_urgent()
         self._switchover = switchover = self._make_switchover(connection, dirty)
         if outcome is Outcome.POSTCOPY:
@@ -194,7 +194,7 @@ class Source:
             self._guest.save()
 
     def _set_up(self) -> tuple[Connection, DirtyPages]:
-        address = parse(self._wishes.uri)
+        address = parse(self._options.uri)
         tracker = choose(self._parameters.x_dirty_tracking, self._guest)
         channel = connect_unless_cancelled(address, self.orders)
         reached("source.connected")
@@ -205,12 +205,12 @@ class Source:
         except BaseException:
             channel.close()
             raise
-        postcopy = self._wishes.capabilities.enabled(Capability.POSTCOPY_RAM)
+        postcopy = self._options.capabilities.enabled(Capability.POSTCOPY_RAM)
         if postcopy:
             _check_answers(channel)
         connection = self._connect(channel, dirty, answered=self._is_answered(channel))
         answered = connection.return_path is not None
-        capabilities = self._wishes.capabilities
+        capabilities = self._options.capabilities
         channel.send(opening(self._guest.machine_name, blocks, capabilities, answered=answered))
         connection.sender.begin(blocks, postcopy=postcopy)
         dirty.start()
@@ -222,13 +222,13 @@ class Source:
 
     def _is_answered(self, channel: Channel) -> bool:
         """Whether there is a return path; a command (``gzip > file``) has one only if it is said."""
-        on = self._wishes.capabilities.on
+        on = self._options.capabilities.on
         told = Capability.POSTCOPY_RAM in on or Capability.RETURN_PATH in on
         return channel.can_return and (told or isinstance(channel, SocketChannel))
 
     @property
     def _preempt(self) -> bool:
-        return self._wishes.capabilities.enabled(Capability.POSTCOPY_PREEMPT)
+        return self._options.capabilities.enabled(Capability.POSTCOPY_PREEMPT)
 
     def _open_urgent(self, connection: Connection, uri: str) -> None:
         """Connect once more; the destination knows the two connections by their order."""
@@ -244,7 +244,7 @@ class Source:
         self._connection = Connection(
             channel,
             dirty,
-            choose_sender(channel, self._wishes.capabilities, self._limiter, self._counters),
+            page_sink_for(channel, self._options.capabilities, self._limiter, self._counters),
             self._counters,
             self.orders.interrupt,
             lambda: self._parameters.x_link_timeout,
@@ -261,7 +261,7 @@ class Source:
             dirty,
             self.orders,
             self._progress,
-            self._wishes.capabilities,
+            self._options.capabilities,
             self._counters,
             self._clock,
             self._describe_devices,

@@ -16,7 +16,7 @@ from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.memory.page_map import RECEIVED
 from postcopy.memory.ram_block import RamBlock
 from postcopy.memory.runs import Indices, Mask, next_set, runs
-from postcopy.paging.ram import Paged, PagedRam
+from postcopy.paging.ram import IncomingBlock, IncomingRam
 
 _STEP_PAGES: Final = 1024
 _MOST_REST_S: Final = 0.01
@@ -26,16 +26,16 @@ _NEIGHBOURS: Final = 64
 """Pages that a touch of one brings along, if they have been received."""
 
 
-class Showing:
-    """The thread ``showing``: at most half of the time at work, since it hurries for nobody."""
+class BackgroundMapper:
+    """The thread ``mapper``: at most half of the time at work, since it hurries for nobody."""
 
-    def __init__(self, userfaultfd: Userfaultfd, ram: PagedRam) -> None:
+    def __init__(self, userfaultfd: Userfaultfd, ram: IncomingRam) -> None:
         self._userfaultfd = userfaultfd
         # Of each block, what is to be mapped still: set by whoever has received pages, cleared here.
         self._blocks = {paged.block.name: (paged, paged.pages.states == RECEIVED) for paged in ram}
         self._more = threading.Event()
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="showing", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="mapper", daemon=True)
 
     def start(self) -> None:
         """Begin with all that has been received so far."""
@@ -60,32 +60,32 @@ class Showing:
                 self._more.wait()
                 # A stop that is said here must be found below: what it has set is forgotten now.
                 self._more.clear()
-                self._show_all()
+                self._map_all()
                 self._stopped.wait(_BETWEEN_PASSES_S)
         except KernelError:
             return  # what is not mapped here is when it is touched: nothing depends on this
 
-    def _show_all(self) -> None:
+    def _map_all(self) -> None:
         for paged, wanted in self._blocks.values():
             start = 0
             while len(found := next_set(wanted, start, 1)) and not self._stopped.is_set():
                 start = int(found[0]) // _STEP_PAGES * _STEP_PAGES
                 end = start + _STEP_PAGES
                 began = time.monotonic()
-                self._show_step(paged, wanted[start:end], start)
+                self._map_step(paged, wanted[start:end], start)
                 self._stopped.wait(min(time.monotonic() - began, _MOST_REST_S))
                 start = end
 
-    def _show_step(self, paged: Paged, wanted: Mask, start: int) -> None:
+    def _map_step(self, paged: IncomingBlock, wanted: Mask, start: int) -> None:
         now = wanted.copy()
         wanted[now] = False
         # A zero page may have been received where there is no memory: it takes some when touched.
         now &= paged.block.has_data(start, start + len(now))
         for first, last in runs(now).tolist():
-            show(self._userfaultfd, paged.block, start + first, last - first)
+            map_pages(self._userfaultfd, paged.block, start + first, last - first)
 
 
-def show(userfaultfd: Userfaultfd, block: RamBlock, page: int, count: int) -> None:
+def map_pages(userfaultfd: Userfaultfd, block: RamBlock, page: int, count: int) -> None:
     """Map ``count`` pages from ``page`` on (of the block's own size), all of them with memory behind."""
     size = block.page_size_bytes
     done = 0
@@ -98,7 +98,7 @@ def show(userfaultfd: Userfaultfd, block: RamBlock, page: int, count: int) -> No
         done += mapped // size
 
 
-def show_to_waiting(userfaultfd: Userfaultfd, paged: Paged, page: int) -> None:
+def resolve_minor_fault(userfaultfd: Userfaultfd, paged: IncomingBlock, page: int) -> None:
     """Map a page that has been received and that somebody waits for, with its next neighbours."""
     block = paged.block
     size = block.page_size_bytes
@@ -112,14 +112,14 @@ def show_to_waiting(userfaultfd: Userfaultfd, paged: Paged, page: int) -> None:
             raise
         # A zero page that was received as such, and has no memory behind it yet.
         if block.target_pages_per_page == 1:
-            show_blank(userfaultfd, block, page)
+            map_zero_page(userfaultfd, block, page)
             return
         per_page = block.target_pages_per_page
         block.pages[page * per_page : (page + 1) * per_page] = 0  # no one else shows huge ones
         userfaultfd.map_existing(address, size)
 
 
-def _received_from(paged: Paged, page: int) -> int:
+def _received_from(paged: IncomingBlock, page: int) -> int:
     """How many pages from this one on, which has been received, have been so without a gap."""
     if paged.block.target_pages_per_page > 1:
         return 1
@@ -127,7 +127,7 @@ def _received_from(paged: Paged, page: int) -> int:
     return len(received) if received.all() else int(received.argmin())
 
 
-def show_blank(userfaultfd: Userfaultfd, block: RamBlock, page: int) -> None:
+def map_zero_page(userfaultfd: Userfaultfd, block: RamBlock, page: int) -> None:
     """Map a page of zeros that has no memory behind it, once: two threads may come to do so.
 
     The kernel makes it and maps it in one step; whoever comes second finds it there, and must not

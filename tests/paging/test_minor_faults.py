@@ -13,9 +13,9 @@ from postcopy.abi.pagemap import PageCategory
 from postcopy.kernel.pagemap import PagemapScanner
 from postcopy.memory.page_map import RECEIVED
 from postcopy.paging.blocktime import Blocktime
+from postcopy.paging.minor_faults import BackgroundMapper
 from postcopy.paging.pager import Pager
 from postcopy.paging.placement import Placement
-from postcopy.paging.showing import Showing
 
 PAGES = 4096
 BROUGHT = [*range(3, 40), 44, 1023, 1024, 1025, 4095]
@@ -27,7 +27,7 @@ class Arrived:
 
     def __init__(self):
         self.guest = FakeGuest(PAGES * 4096, 4096)
-        self.ram = self.guest.paged_ram()
+        self.ram = self.guest.incoming_ram()
         self.paged = self.ram[RAM]
         self.paged.block.pages[BROUGHT] = 7
         self.paged.pages.receive(np.array(BROUGHT + BLANK))
@@ -61,19 +61,19 @@ def arrived():
 
 def test_all_that_has_memory_is_mapped(arrived):
     assert arrived.mapped() == []
-    showing = Showing(arrived.userfaultfd, arrived.ram)
-    showing.start()
+    mapper = BackgroundMapper(arrived.userfaultfd, arrived.ram)
+    mapper.start()
     wait_until(lambda: arrived.mapped() == BROUGHT, what="pages are mapped")
-    showing.stop()
+    mapper.stop()
 
 
 def test_it_does_not_mind_what_is_mapped_already(arrived):
     for page in (4, 5, 30, 4095):
         arrived.userfaultfd.map_existing(arrived.paged.block.host_address + page * 4096, 4096)
-    showing = Showing(arrived.userfaultfd, arrived.ram)
-    showing.start()
+    mapper = BackgroundMapper(arrived.userfaultfd, arrived.ram)
+    mapper.start()
     wait_until(lambda: arrived.mapped() == BROUGHT, what="pages are mapped")
-    showing.stop()
+    mapper.stop()
 
 
 def test_what_is_touched_comes_without_the_source_and_with_its_neighbours(arrived):
@@ -104,11 +104,11 @@ def test_single_pages_that_nobody_waits_for_are_mapped_later(arrived):
     assert arrived.mapped() == run
     assert later == [(RAM, single)]
     assert (arrived.paged.pages.states[single] == RECEIVED).all()
-    showing = Showing(arrived.userfaultfd, arrived.ram)
-    showing.start()
-    showing.later(RAM, np.array(single))
+    mapper = BackgroundMapper(arrived.userfaultfd, arrived.ram)
+    mapper.start()
+    mapper.later(RAM, np.array(single))
     wait_until(lambda: arrived.mapped() == sorted(run + single), what="pages are mapped")
-    showing.stop()
+    mapper.stop()
 
 
 def test_a_single_page_that_somebody_waits_for_is_mapped_at_once(arrived):
@@ -157,12 +157,12 @@ class LateClear(threading.Event):
 
 def test_told_to_stop_in_the_moment_in_which_it_begins_a_round_it_ends(arrived):
     """Or the thread that reads the main channel would wait for it for ever, and answer no ping."""
-    showing = Showing(arrived.userfaultfd, arrived.ram)
-    showing._more = LateClear(showing.stop)
-    showing.start()
-    showing._thread.join(10)
+    mapper = BackgroundMapper(arrived.userfaultfd, arrived.ram)
+    mapper._more = LateClear(mapper.stop)
+    mapper.start()
+    mapper._thread.join(10)
     try:
-        assert not showing._thread.is_alive()
+        assert not mapper._thread.is_alive()
     finally:
-        showing._more.set()
-        showing._thread.join(10)
+        mapper._more.set()
+        mapper._thread.join(10)

@@ -16,7 +16,7 @@ from postcopy.source.page_sender import PageSender
 from postcopy.stream.records import PageRows
 
 
-class Sender(Protocol):
+class PageSink(Protocol):
     """What brings pages out; one thread at a time.
 
     :ivar sent_bytes: what the pages have taken so far.
@@ -67,9 +67,9 @@ class Sender(Protocol):
         """Bring the counters up to what has been sent."""
 
 
-def choose_sender(
+def page_sink_for(
     channel: Channel, capabilities: Capabilities, limiter: RateLimiter, counters: Counters
-) -> Sender:
+) -> PageSink:
     """The way in which these capabilities want pages to leave.
 
     :raises Refused: not on this channel, which has been closed.
