@@ -1,6 +1,7 @@
 """One command at a time gives orders to a machine whose settings stay: a lock on this host."""
 
 import asyncio
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -14,6 +15,7 @@ from postcopy.errors import Refused
 
 _PATIENCE_S: Final = 5.0
 _POLL_S: Final = 0.02
+_MOST_BYTES: Final = 1 << 20
 _FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _HELD: Final = frozenset({errno.EWOULDBLOCK, errno.EAGAIN})
 
@@ -40,6 +42,20 @@ class MachineLock:
             os.close(fd)
             raise
         return cls(fd)
+
+    def read(self) -> bytes:
+        """What its last holder has written and not taken back; nothing of another user."""
+        if self._fd < 0 or os.fstat(self._fd).st_uid != os.geteuid():
+            return b""
+        return os.pread(self._fd, _MOST_BYTES, 0)
+
+    def write(self, text: bytes) -> None:
+        """Write something for the next holder, in place of what is there, should this one be killed."""
+        if self._fd >= 0:
+            # Never half of one text and half of another: what is cut off is no JSON.
+            with contextlib.suppress(OSError):  # no room: then it is as if it had not been written
+                os.ftruncate(self._fd, 0)
+                os.pwrite(self._fd, text, 0)
 
     def release(self) -> None:
         """Let others give orders; any number of times."""

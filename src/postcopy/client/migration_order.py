@@ -99,15 +99,25 @@ class MigrationOrder:
             capabilities={**needs.capabilities, **self._options.get("capabilities", {})},
             parameters={**own, **self._options.get("parameters", {})},
         )
-        self.notes += needs.notes(await capabilities_of(machine), machine.address)
+        on = await capabilities_of(machine)
+        self.notes += needs.notes(on, machine.address)
+        if not await machine.is_ours():
+            limits = {} if destination else await machine.execute("query-migrate-parameters")
+            self.notes += needs.counting(on, limits, machine.address)
         return needs
+
+    async def _borrow(self, machine: Connection, needs: Needs) -> Borrowed:
+        borrowed = await Borrowed.take(machine, needs)
+        self._borrowed.append(borrowed)
+        self.notes += borrowed.notes
+        return borrowed
 
     async def _expect(self, destination: Connection) -> None:
         needs = await self._needs(destination)
         listening = await listens(destination)
         ours = await destination.is_ours()
         if listening or not ours:  # ours takes it with the order to listen, if there is one to give
-            self._borrowed.append(await Borrowed.take(destination, needs))
+            await self._borrow(destination, needs)
         if not listening:
             await listen(destination, self.uri, **(needs.to_qapi() if ours else {}))
         self.uri = address_of(await destination.execute("query-migrate"), self.uri)
@@ -118,8 +128,7 @@ class MigrationOrder:
         if await source.is_ours():
             await self._order(uri | needs.to_qapi())
             return
-        borrowed = await Borrowed.take(source, needs)
-        self._borrowed.append(borrowed)
+        borrowed = await self._borrow(source, needs)
         await self._order(uri)
         try:
             await borrowed.check()

@@ -2,7 +2,8 @@
 
 A machine of ours takes it with the order, in one message.  A QEMU has only settings that stay, so of
 such a machine they are looked at, changed, checked once the order runs (they cannot be changed then), and
-put back.  A lock keeps other commands of this host out meanwhile.
+put back.  A lock keeps other commands of this host out meanwhile; what a killed one has left, the next puts
+back.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ from typing import Any, Final, Self
 
 from postcopy.client.capabilities import capabilities_of, is_busy, set_capabilities
 from postcopy.client.connection import Connection
+from postcopy.client.left_over import Changes, identity
 from postcopy.client.machine_lock import MachineLock
 from postcopy.errors import PostcopyError, Refused
 from postcopy.parameters import Capability
@@ -25,6 +27,8 @@ _WHAT_IT_IS: Final = frozenset(
     {C.BACKGROUND_SNAPSHOT, C.POSTCOPY_RAM, C.MAPPED_RAM, C.PAUSE_BEFORE_SWITCHOVER}
 )
 """Capabilities that make another order of an order; the others say how it is done."""
+_LIMITS: Final = {"max-bandwidth": 128 << 20, "downtime-limit": 300, "max-postcopy-bandwidth": 0}
+"""What a QEMU begins with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,19 @@ class Needs:
             for name in sorted(_WHAT_IT_IS)
             if before.get(name) and self.capabilities.get(name) is False
         ]
+
+    def counting(
+        self, on: Mapping[str, bool], parameters: Mapping[str, Any], address: str
+    ) -> list[str]:
+        """What else is set and counts: by a user, or by a command that was killed; nothing tells which."""
+        names = [name for name, is_on in on.items() if is_on and name not in self.capabilities]
+        told = [f"{name} is on at {address}" for name in sorted(names)]
+        told += [
+            f"{name} is {parameters[name]} at {address} (a QEMU begins with {usual})"
+            for name, usual in _LIMITS.items()
+            if name not in self.parameters and parameters.get(name, usual) != usual
+        ]
+        return [f"{each}, and counts for this order" for each in told]
 
 
 def of_a_migration(uri: str, *, postcopy: bool, destination: bool = False) -> Needs:
@@ -70,16 +87,17 @@ def of_a_snapshot(before: Mapping[str, bool], *, mapped: bool) -> Needs:
 
 
 class Borrowed:
-    """Settings of a machine that have been changed for one order; made by :meth:`take`."""
+    """Settings of a machine that have been changed for one order; made by :meth:`take`.
+
+    :ivar notes: what a user should know of what a command before has left.
+    """
 
     def __init__(self, machine: Connection, lock: MachineLock) -> None:
         self._machine = machine
         self._lock = lock
         self._needed: dict[str, bool] = {}
-        self._before: dict[str, bool] = {}
-        self._set: dict[str, bool] = {}
-        self._parameters_before: dict[str, Any] = {}
-        self._parameters_set: dict[str, Any] = {}
+        self._changes = Changes(identity(machine.address))
+        self.notes: list[str] = []
 
     @classmethod
     async def take(cls, machine: Connection, needs: Needs | None = None, **snapshot: bool) -> Self:
@@ -91,6 +109,11 @@ class Borrowed:
         lock = await MachineLock.take(machine.address)
         taken = cls(machine, lock)
         try:
+            await taken._mend()
+        except BaseException:
+            lock.release()  # what was left is still noted
+            raise
+        try:
             before = await capabilities_of(machine)
             wanted = needs or of_a_snapshot(before, **snapshot)
             await taken._change(before, wanted)
@@ -99,27 +122,48 @@ class Borrowed:
             raise
         return taken
 
+    async def _mend(self) -> None:
+        """Undo what a command that was killed has left."""
+        self._changes = Changes.decode(self._lock.read(), self._changes.machine)
+        names = await self._changes.undo(self._machine)
+        self._note()
+        if names:
+            self.notes.append(
+                f"a command that was killed had left {', '.join(sorted(names))} changed at "
+                f"{self._machine.address}; it is as it was before"
+            )
+
     async def _change(self, before: Mapping[str, bool], needs: Needs) -> None:
         self._needed = {name: on for name, on in needs.capabilities.items() if on or name in before}
         changes = {name: on for name, on in self._needed.items() if before.get(name) != on}
-        if self._needed.get(SNAPSHOT):
-            self._before[SNAPSHOT], self._set[SNAPSHOT] = False, True  # never left on
+        capabilities = self._changes.capabilities
         if changes:
-            # Noted first: a command that is interrupted while the machine obeys puts it back as well.
-            self._before |= {name: before.get(name, False) for name in changes}
-            self._set |= changes
+            capabilities |= {
+                name: (before.get(name, False) and name != SNAPSHOT, on)
+                for name, on in changes.items()
+            }
+        if self._needed.get(SNAPSHOT):
+            capabilities[SNAPSHOT] = False, True  # never left on
+        # Noted first: a command that ends while the machine obeys has it put back as well.
+        self._note()
+        if changes:
             try:
                 await set_capabilities(self._machine, changes)
             except Refused:
-                self._set = {}  # all of them or none
+                capabilities.clear()  # all of them or none
                 raise
         if needs.parameters:
             found = await self._machine.execute("query-migrate-parameters")
-            self._parameters_before = {
-                name: found[name] for name in needs.parameters if name in found
+            self._changes.parameters = {
+                name: (found[name], value)
+                for name, value in needs.parameters.items()
+                if name in found
             }
-            self._parameters_set = dict(needs.parameters)
+            self._note()
             await self._machine.execute("migrate-set-parameters", needs.parameters)
+
+    def _note(self) -> None:
+        self._lock.write(self._changes.encode())
 
     async def check(self) -> None:
         """Find out whether the order runs with what was set for it; nothing can change it any more.
@@ -161,21 +205,5 @@ class Borrowed:
             await asyncio.sleep(_PAUSE_S)
 
     async def _put_back(self) -> None:
-        if self._set:
-            found = await capabilities_of(self._machine)
-            back = {
-                name: self._before[name] and name != SNAPSHOT
-                for name, on in self._set.items()
-                if found.get(name) == on
-            }
-            await set_capabilities(self._machine, back)
-            self._set = {}
-        if self._parameters_set:
-            found = await self._machine.execute("query-migrate-parameters")
-            parameters = {
-                name: before
-                for name, before in self._parameters_before.items()
-                if found.get(name) == self._parameters_set[name]
-            }
-            await self._machine.execute("migrate-set-parameters", parameters)
-            self._parameters_set = {}
+        await self._changes.undo(self._machine)
+        self._note()
