@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fakes.awakening import AT_ONCE, put_to_sleep, wake
-from fakes.pair import DEADLINE_S, QUICK, Side
+from fakes.awakening import AT_ONCE, put_to_sleep, wake, woken
+from fakes.pair import DEADLINE_S, POSTCOPY, QUICK, Side
 from fakes.waiting import wait_until
-from faults.recovering import Recovering, broken_journey, small
+from faults.recovering import SETTLED, Recovering, broken_journey, small
 from postcopy import kill_points
 from postcopy.errors import PostcopyError
 from postcopy.ownership import Owner
@@ -34,6 +34,13 @@ SOURCE, DESTINATION = "source", "destination"
 def _snapshot(side: Side, folder: Path) -> None:
     side.control.set_capabilities({Capability.BACKGROUND_SNAPSHOT: True})
     side.control.migrate(f"file:{folder}/snapshot")
+
+
+def _quit(side: Side, _folder: Path) -> None:
+    """What ``quit`` and SIGTERM come to alike: see ``GuestProcess.end``."""
+    side.control.close()
+    side.control.kill_engines()
+    side.close()
 
 
 ORDERS: dict[str, Callable[[Side, Path], object]] = {
@@ -52,9 +59,13 @@ ORDERS: dict[str, Callable[[Side, Path], object]] = {
     "parameters": lambda side, _: side.control.set_parameters({"downtime-limit": 400}),
     "x-migrate-lost": lambda side, _: side.control.lost(),
     "x-reset-point": lambda side, _: side.control.resetting.set_point(),
+    "quit": _quit,
 }
 HARMS = ("none", "link", SOURCE, DESTINATION)
 """What breaks after the order: nothing, the link, or the engine of a side."""
+
+BEFORE = "pre-switchover"
+"""A step of a source that is told to pause there: it waits by itself."""
 
 JOURNEYS = {
     "precopy": (
@@ -66,6 +77,16 @@ JOURNEYS = {
     "postcopy": (
         *kill_points.SOURCE_POSTCOPY,
         *kill_points.DESTINATION_POSTCOPY,
+    ),
+    "paused-precopy": (
+        BEFORE,
+        *kill_points.SOURCE_PRECOPY,
+        *kill_points.DESTINATION_PRECOPY,
+    ),
+    "paused-postcopy": (
+        BEFORE,
+        *kill_points.SOURCE_POSTCOPY,
+        *(step for step in kill_points.DESTINATION_POSTCOPY if step != "destination.advised"),
     ),
     "recovery": (
         *(step for step in kill_points.SOURCE_RECOVERY if step != "source.adopted"),
@@ -108,6 +129,10 @@ def sample(count: int, seed: int) -> list[Case]:
     rng = random.Random(seed)
     by_journey = [[case for case in all_cases() if case.journey == journey] for journey in JOURNEYS]
     return [rng.choice(by_journey[number % len(by_journey)]) for number in range(count)]
+
+
+CONVERGES = QUICK | {"downtime-limit": 2000}
+"""Precopy ends, on a host that is busy too."""
 
 
 class Stall:
@@ -159,6 +184,9 @@ def _migration(case: Case, journey: Callable[..., object], folder: Path, stall: 
         said = give_order(case, side, folder)
         _harm(case, broken)
         stall.go_on()
+        if case.order == "quit":
+            _settle_alone(broken, side, case)
+            return
         with contextlib.suppress(PostcopyError):
             broken.hurry()
         _settle(broken, said, case)
@@ -168,14 +196,24 @@ def _migration(case: Case, journey: Callable[..., object], folder: Path, stall: 
 def _begun(
     case: Case, journey: Callable[..., object], folder: Path, stall: Stall
 ) -> Iterator[Recovering]:
-    parameters = {"parameters": QUICK, "capabilities": ()} if case.journey == "precopy" else {}
-    with Recovering(broken_journey(journey, **parameters), folder) as broken:
+    postcopy = case.journey in {"postcopy", "paused-postcopy", "recovery"}
+    capabilities = (*(POSTCOPY if postcopy else ()), *_PAUSES.get(case.journey, ()))
+    more = {} if postcopy else {"parameters": CONVERGES}
+    with Recovering(broken_journey(journey, capabilities=(), **more), folder) as broken:
+        broken.source.set(capabilities)
+        broken.destination.set(POSTCOPY if postcopy else ())
         channel = broken.start()
-        if case.journey == "postcopy":
+        if case.journey in {"postcopy", "paused-postcopy"}:
             broken.switch()
-            if case.step in _AT_THE_END:
-                broken.source.wait(Status.POSTCOPY_ACTIVE)
-                broken.hurry()
+        if case.journey in _PAUSES:
+            broken.source.wait(Status.PRE_SWITCHOVER)
+            if case.step == BEFORE:
+                yield broken
+                return
+            _proceed(broken.source)
+        if case.step in _AT_THE_END:
+            broken.source.wait(Status.POSTCOPY_ACTIVE)
+            broken.hurry()
         if case.journey == "recovery":
             broken.until_postcopy()
             channel.break_all()
@@ -185,6 +223,9 @@ def _begun(
         yield broken
 
 
+_PAUSES = dict.fromkeys(
+    ("paused-precopy", "paused-postcopy"), (Capability.PAUSE_BEFORE_SWITCHOVER,)
+)
 _AT_THE_END = frozenset(
     {
         "source.all-pushed",
@@ -220,6 +261,8 @@ def give_order(case: Case, side: Side, folder: Path) -> str:
 
 
 def _harm(case: Case, broken: Recovering) -> None:
+    if case.order == "quit" and case.harm == case.to:
+        return  # its engine has ended with it
     if case.harm == "link":
         broken.channels[-1].break_all()
     elif case.harm in {SOURCE, DESTINATION}:
@@ -255,6 +298,25 @@ def _settle(broken: Recovering, said: str, case: Case) -> None:
     broken.verify(owner)
 
 
+def _settle_alone(broken: Recovering, gone: Side, case: Case) -> None:
+    """One process has ended by its user's order: the other has the guest, or says that it has not."""
+    source, destination = broken.source, broken.destination
+    told = lambda: f"{case}; {broken.story()}; {owners(broken)}"  # noqa: E731
+    left = destination if gone is source else source
+    if left is source:
+        _proceed(source)
+    wait_until(lambda: left.status in SETTLED, DEADLINE_S, told)
+    assert not (source.machine.owned and destination.machine.owned), told()
+    owner = left.machine.ownership.owner
+    if gone.machine.owned or owner in {Owner.TAKEN, Owner.MOVED}:
+        assert not left.machine.owned, told()
+    if left is source and owner is Owner.UNKNOWN:
+        source.machine.cont()  # the advice: the destination, which has ended, does not run it
+    if left.machine.owned and left.status is not Status.POSTCOPY_PAUSED:
+        left.machine.cont()
+        broken.trip.verify(left)
+
+
 def _proceed(side: Side) -> None:
     if side.status is Status.PRE_SWITCHOVER:
         side.control.continue_(Status.PRE_SWITCHOVER)
@@ -283,6 +345,9 @@ def _snapshot_case(case: Case, journey: Callable[..., object], folder: Path, sta
     side.control.migrate(f"file:{folder}/image")
     stall.wait()
     said = give_order(case, side, folder)
+    if case.order == "quit":
+        assert not list(folder.glob("image*partial*")), (case, said)  # all of an image, or nothing
+        return
     if case.harm == SOURCE:
         kill_engine(side)
     stall.go_on()
@@ -299,6 +364,12 @@ def _restore_case(case: Case, journey: Callable[..., object], folder: Path, stal
     wake(side, path)
     stall.wait()
     said = give_order(case, side, folder)
+    if case.order == "quit":
+        stall.close()
+        trip.new_destination()  # the image is as good as before
+        wake(trip.destination, path)
+        woken(trip)
+        return
     if case.harm == DESTINATION:
         kill_engine(side)
     stall.go_on()
