@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from postcopy.errors import Reason, WrongState
+from postcopy.trace import trace
 
 
 class Owner(enum.Enum):
@@ -236,6 +237,7 @@ class Ownership:
     def ordered(self, name: str, direction: str, uri: str = "") -> None:
         """Note an order of the user that has been accepted."""
         self._last_order = LastOrder(name, direction, uri)
+        trace("guest.order", name=name, direction=direction, uri=uri)
 
     def move(self, move: Move, *, arrival: int | None = None) -> Owner:
         """Make a move.
@@ -254,7 +256,9 @@ class Ownership:
             if to is Owner.AWAITED is not before:
                 self._arrival += 1
             self._owner = to
-            return before
+        if to is not before:
+            trace("guest.owner", move=move.value, before=before.value, owner=to.value)
+        return before
 
     def try_move(self, move: Move) -> bool:
         """Make a move if the table has it from here; return whether it was made."""

@@ -10,7 +10,8 @@ import pytest
 import fakes.without_userfaultfd
 from fakes.commands import DEADLINE_S, POSTCOPY, Running, need_kvm, one_line, postcopy
 from fakes.waiting import wait_until
-from postcopy import kill_points
+from faults import trace_hooks
+from postcopy import trace
 
 WITHOUT = [sys.executable, fakes.without_userfaultfd.__file__]
 
@@ -121,7 +122,7 @@ def test_a_damaged_image_is_not_woken(tmp_path):
 
 
 @pytest.mark.kvm
-@pytest.mark.parametrize("point", [p for p in kill_points.RESTORE_EAGER if "watching" not in p])
+@pytest.mark.parametrize("point", [p for p in trace.RESTORE_EAGER if "watching" not in p])
 def test_an_engine_that_dies_while_it_wakes_a_guest_has_a_successor(tmp_path, monkeypatch, point):
     need_kvm()
     image = tmp_path / "image"
@@ -132,7 +133,8 @@ def test_an_engine_that_dies_while_it_wakes_a_guest_has_a_successor(tmp_path, mo
         before = memory_of(guest, tmp_path / "before")
     alive = tmp_path / "alive"
     alive.touch()
-    monkeypatch.setenv(kill_points.VARIABLE, f"{point}@{alive}")
+    for name, value in trace_hooks.kill_at(point, alive).items():
+        monkeypatch.setenv(name, value)
     line = [*WITHOUT, *POSTCOPY, "restore", "-S", "--qmp", f"unix:{tmp_path}/woken", str(image)]
     with Woken(tmp_path, line) as woken:
         wait_until(lambda: woken.migration_status() == "completed", DEADLINE_S, "the guest")

@@ -9,6 +9,8 @@ from postcopy.link.rpc import Link
 class FakeEngine:
     """An engine in this process; it answers ``echo``, and dies of ``die``."""
 
+    process_id = 0
+
     def __init__(self):
         self._ours, theirs = socket.socketpair()
         self.link = None

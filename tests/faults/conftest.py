@@ -2,10 +2,22 @@
 
 import pytest
 
+from faults import trace_hooks
 from journeys.conftest import journey, nothing_left_behind
-from postcopy import kill_points
 
 __all__ = ["journey", "kill_at", "nothing_left_behind"]
+
+
+def subscribe(monkeypatch, environment):
+    """Engines that start from now on inherit it."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
+def unsubscribe(monkeypatch):
+    """Engines that start from now on neither die nor wait."""
+    for name in trace_hooks.unsubscribed():
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -15,7 +27,7 @@ def kill_at(monkeypatch, tmp_path):
     def arm(point):
         marker = tmp_path / "armed"
         marker.touch()
-        monkeypatch.setenv(kill_points.VARIABLE, f"{point}@{marker}")
+        subscribe(monkeypatch, trace_hooks.kill_at(point, marker))
         return marker.exists
 
     return arm

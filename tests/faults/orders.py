@@ -18,8 +18,9 @@ from pathlib import Path
 from fakes.awakening import AT_ONCE, put_to_sleep, wake, woken
 from fakes.pair import DEADLINE_S, POSTCOPY, QUICK, Side
 from fakes.waiting import wait_until
+from faults import trace_hooks
 from faults.recovering import SETTLED, Recovering, broken_journey, small
-from postcopy import kill_points
+from postcopy import trace
 from postcopy.errors import PostcopyError
 from postcopy.ownership import Owner
 from postcopy.parameters import Capability
@@ -69,31 +70,31 @@ BEFORE = "pre-switchover"
 
 JOURNEYS = {
     "precopy": (
-        *kill_points.SOURCE,
-        *kill_points.SOURCE_PRECOPY,
-        *kill_points.DESTINATION,
-        *kill_points.DESTINATION_PRECOPY,
+        *trace.SOURCE,
+        *trace.SOURCE_PRECOPY,
+        *trace.DESTINATION,
+        *trace.DESTINATION_PRECOPY,
     ),
     "postcopy": (
-        *kill_points.SOURCE_POSTCOPY,
-        *kill_points.DESTINATION_POSTCOPY,
+        *trace.SOURCE_POSTCOPY,
+        *trace.DESTINATION_POSTCOPY,
     ),
     "paused-precopy": (
         BEFORE,
-        *kill_points.SOURCE_PRECOPY,
-        *kill_points.DESTINATION_PRECOPY,
+        *trace.SOURCE_PRECOPY,
+        *trace.DESTINATION_PRECOPY,
     ),
     "paused-postcopy": (
         BEFORE,
-        *kill_points.SOURCE_POSTCOPY,
-        *(step for step in kill_points.DESTINATION_POSTCOPY if step != "destination.advised"),
+        *trace.SOURCE_POSTCOPY,
+        *(step for step in trace.DESTINATION_POSTCOPY if step != "destination.advised"),
     ),
     "recovery": (
-        *(step for step in kill_points.SOURCE_RECOVERY if step != "source.adopted"),
-        *(step for step in kill_points.DESTINATION_RECOVERY if step != "destination.adopted"),
+        *(step for step in trace.SOURCE_RECOVERY if step != "source.adopted"),
+        *(step for step in trace.DESTINATION_RECOVERY if step != "destination.adopted"),
     ),
-    "snapshot": kill_points.SNAPSHOT,
-    "restore": kill_points.RESTORE_LAZY,
+    "snapshot": trace.SNAPSHOT,
+    "restore": trace.RESTORE_LAZY,
 }
 
 
@@ -145,7 +146,7 @@ class Stall:
         self._listener.settimeout(DEADLINE_S)
         self._path = path
         self._connection: socket.socket | None = None
-        os.environ[kill_points.STALL_VARIABLE] = f"{step}@{path}"
+        os.environ.update(trace_hooks.stall_at(step, path))
 
     def wait(self) -> None:
         """Until an engine stands still at the step."""
@@ -159,7 +160,8 @@ class Stall:
             self._connection = None
 
     def close(self) -> None:
-        os.environ.pop(kill_points.STALL_VARIABLE, None)
+        for name in trace_hooks.unsubscribed():
+            os.environ.pop(name, None)
         self.go_on()
         self._stop_listening()
 

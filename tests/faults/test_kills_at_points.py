@@ -1,6 +1,6 @@
 """An engine dies at each step of the hand-over and of a recovery: one owner, and nothing is lost.
 
-The steps are those of :mod:`postcopy.kill_points`; ``tests/model/handover.py`` says for all of them, in
+The steps are those of :mod:`postcopy.trace`; ``tests/model/handover.py`` says for all of them, in
 any order, what is checked here with real engines one by one.
 """
 
@@ -10,7 +10,7 @@ from fakes.pair import POSTCOPY as POSTCOPY_ON
 from fakes.pair import QUICK
 from fakes.waiting import wait_until
 from faults.recovering import DEADLINE_S, Recovering, broken_journey
-from postcopy import kill_points
+from postcopy import trace
 from postcopy.errors import PostcopyError
 from postcopy.ownership import Owner
 from postcopy.parameters import Capability
@@ -56,7 +56,7 @@ POSTCOPY = {
     "destination.unwatched": DESTINATION,
     "destination.postcopy-shut-sent": DESTINATION,
 }
-RECOVERY = kill_points.SOURCE_RECOVERY + kill_points.DESTINATION_RECOVERY
+RECOVERY = (*trace.SOURCE_RECOVERY, *trace.DESTINATION_RECOVERY)
 TOLD = ("source.all-pushed", "source.pages-ended", "source.arrived", "destination.nothing-missing",
         "destination.pages-ended", "destination.unwatched", "destination.postcopy-shut-sent")  # fmt: skip
 """At the very end: nothing is waited for that a slow push would hold up."""
@@ -70,7 +70,7 @@ BOTH_KNOW = tuple(point for point in TOLD if point != "destination.nothing-missi
 def test_every_point_is_tried():
     named = {
         point
-        for name, points in vars(kill_points).items()
+        for name, points in vars(trace).items()
         if name.startswith(("SOURCE", "DESTINATION"))
         for point in points
     }

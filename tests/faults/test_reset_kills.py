@@ -11,8 +11,10 @@ import pytest
 from fakes.awakening import FORMS, put_to_sleep, wake, woken
 from fakes.pair import DEADLINE_S, hammer, tiny
 from fakes.waiting import wait_until
+from faults import trace_hooks
+from faults.conftest import subscribe, unsubscribe
 from machine.machines import wait_for_progress
-from postcopy import kill_points
+from postcopy import trace
 from postcopy.errors import EngineDied, GuestError, WrongState
 from postcopy.machine.run_state import RunState
 
@@ -25,7 +27,7 @@ def kill_at(monkeypatch, tmp_path):
 
     def prepare(point):
         marker = tmp_path / "armed"
-        monkeypatch.setenv(kill_points.VARIABLE, f"{point}@{marker}")
+        subscribe(monkeypatch, trace_hooks.kill_at(point, marker))
 
         def arm():
             marker.touch()
@@ -95,7 +97,7 @@ def test_the_successor_reads_the_image(journey, tmp_path, form):
     trip.verify(side)
 
 
-@pytest.mark.parametrize("point", kill_points.RESET)
+@pytest.mark.parametrize("point", trace.RESET)
 def test_in_the_midst_of_a_reset(journey, kill_at, point):
     arm = kill_at(point)
     trip = journey(hammer(vcpus=2))
@@ -114,7 +116,7 @@ def test_in_the_midst_of_a_reset(journey, kill_at, point):
     trip.verify_source()
 
 
-@pytest.mark.parametrize("point", kill_points.RESET_POINT)
+@pytest.mark.parametrize("point", trace.RESET_POINT)
 def test_while_the_point_is_set(journey, kill_at, point):
     arm = kill_at(point)
     trip = journey(hammer(vcpus=2))
@@ -132,7 +134,7 @@ def test_while_the_point_is_set(journey, kill_at, point):
 
 
 def test_when_they_die_one_after_the_other(journey, monkeypatch):
-    monkeypatch.setenv(kill_points.VARIABLE, "reset.scanned")
+    subscribe(monkeypatch, trace_hooks.kill_at("reset.scanned"))
     trip = journey(hammer())
     side = trip.source
     resetting = side.control.resetting
@@ -144,7 +146,7 @@ def test_when_they_die_one_after_the_other(journey, monkeypatch):
     for order in (side.machine.cont, resetting.end, resetting.set_point):
         with pytest.raises(WrongState, match=r"not finali[sz]ed|not finished"):
             order()
-    monkeypatch.delenv(kill_points.VARIABLE)
+    unsubscribe(monkeypatch)
     resetting.reset()
     wait_for_progress(side.machine, trip.workload)
     assert (back(side)[0] == then).all()

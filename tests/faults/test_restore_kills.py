@@ -17,8 +17,10 @@ from fakes.awakening import (
 )
 from fakes.pair import DEADLINE_S, hammer
 from fakes.waiting import wait_until
+from faults import trace_hooks
+from faults.conftest import subscribe, unsubscribe
 from machine.machines import wait_for_progress
-from postcopy import kill_points
+from postcopy import trace
 from postcopy.errors import PostcopyError
 from postcopy.image import page_copies, working_set
 from postcopy.image.manifest import Manifest
@@ -28,7 +30,7 @@ from postcopy.status import ENDED, Status
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("point", kill_points.RESTORE_LAZY)
+@pytest.mark.parametrize("point", trace.RESTORE_LAZY)
 def test_lazy(journey, tmp_path, kill_at, point, form):
     trip = journey(hammer(vcpus=2))
     path = put_to_sleep(trip, tmp_path / "image", form)
@@ -40,7 +42,7 @@ def test_lazy(journey, tmp_path, kill_at, point, form):
     woken(trip)
 
 
-@pytest.mark.parametrize("point", kill_points.RESTORE_RECORDING)
+@pytest.mark.parametrize("point", trace.RESTORE_RECORDING)
 def test_what_was_touched_is_recorded_whoever_dies(journey, tmp_path, kill_at, point):
     trip = journey(hammer())
     path = put_to_sleep(trip, tmp_path / "image")
@@ -62,7 +64,7 @@ def test_what_was_touched_is_recorded_whoever_dies(journey, tmp_path, kill_at, p
     assert not list(tmp_path.glob("*.partial"))
 
 
-@pytest.mark.parametrize("point", kill_points.RESTORE_EAGER)
+@pytest.mark.parametrize("point", trace.RESTORE_EAGER)
 def test_eager(journey, tmp_path, kill_at, point):
     trip = journey(hammer(vcpus=2))
     path = put_to_sleep(trip, tmp_path / "image")
@@ -96,11 +98,11 @@ def test_engines_that_all_die_leave_a_guest_that_waits(journey, tmp_path, monkey
     trip = journey(hammer())
     path = tmp_path / "image"
     side = half_awake(trip, path)
-    monkeypatch.setenv(kill_points.VARIABLE, "restore.watching")
+    subscribe(monkeypatch, trace_hooks.kill_at("restore.watching"))
     side.control._engine.kill()
     side.until(Status.POSTCOPY_PAUSED)
     assert "no other could take its place: they die one after the other" in side.error
-    monkeypatch.delenv(kill_points.VARIABLE)
+    unsubscribe(monkeypatch)
     side.control.recover(f"file:{path}")
     wait_for_progress(side.machine, trip.workload)
     side.set(parameters=AT_ONCE)
@@ -115,11 +117,11 @@ def test_engines_that_die_of_their_first_page_are_not_started_for_ever(
     trip = journey(hammer())
     path = tmp_path / "image"
     side = half_awake(trip, path)
-    monkeypatch.setenv(kill_points.VARIABLE, "restore.serving")
+    subscribe(monkeypatch, trace_hooks.kill_at("restore.serving"))
     side.control._engine.kill()
     side.until(Status.POSTCOPY_PAUSED)
     assert "they die one after the other" in side.error
-    monkeypatch.delenv(kill_points.VARIABLE)
+    unsubscribe(monkeypatch)
     side.control.recover(f"file:{path}")
     wait_for_progress(side.machine, trip.workload)
     side.set(parameters=AT_ONCE)

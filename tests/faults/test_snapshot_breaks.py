@@ -11,7 +11,7 @@ from fakes.pair import MIB, engines, hammer
 from fakes.sink import Sink
 from fakes.snapshots import Portrait
 from fakes.waiting import wait_until
-from postcopy import kill_points
+from postcopy import trace
 from postcopy.channel.claim import claimed
 from postcopy.machine.workload import load
 from postcopy.snapshot.cow_buffer import ASIDE_BYTES
@@ -71,7 +71,7 @@ def begin_crowded(portrait, sink):
 
 
 class TestEngineKilled:
-    @pytest.mark.parametrize("point", kill_points.SNAPSHOT)
+    @pytest.mark.parametrize("point", trace.SNAPSHOT)
     def test_at_each_step(self, tmp_path, image, kill_at, point):
         waits = kill_at(point)
         with Portrait(hammer(fill_kib=2048)) as portrait:

@@ -9,7 +9,7 @@ An owner lives in the guest's process and outlives its engine.  An engine may di
 between any two of its steps, and the link may break with any part of the messages under way delivered or
 lost.  A user may give any order at any time.
 
-The steps are those of :mod:`postcopy.kill_points`, where the real engines can be made to die.
+The steps are those of :mod:`postcopy.trace`, where the real engines can be made to die.
 """
 
 from collections.abc import Iterator

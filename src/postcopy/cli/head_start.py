@@ -6,8 +6,11 @@ and has opened nothing; and imports on one processor what it needs, while the gu
 another.  Every later engine is a new interpreter: then there are threads and a KVM machine.
 """
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from postcopy.trace import FILE_VARIABLE
 
 if TYPE_CHECKING:
     from postcopy.link.guest.engine_process import EnginePool
@@ -20,10 +23,21 @@ def engines_for(arguments: Sequence[str]) -> "EnginePool | None":
     kind = _kind(arguments)
     if kind is None or _HELP.intersection(arguments):
         return None
+    trace = _value_of("--trace", arguments)
+    if trace:  # the engine begins before the options are read
+        os.environ[FILE_VARIABLE] = os.path.abspath(trace)  # noqa: PTH100 - pathlib takes long to import
     from postcopy.engine.__main__ import serve
     from postcopy.link.guest.engine_process import EnginePool, EngineProcess
 
     return EnginePool(EngineProcess.fork(lambda link: serve(link, [kind])))
+
+
+def _value_of(option: str, arguments: Sequence[str]) -> str | None:
+    for number, each in enumerate(arguments):
+        name, given, value = each.partition("=")
+        if name == option:
+            return value if given else next(iter(arguments[number + 1 :]), None)
+    return None
 
 
 def _kind(arguments: Sequence[str]) -> str | None:

@@ -1,12 +1,32 @@
 """Options of every command that runs a guest, in the order in which help shows them."""
 
+import os
 from collections.abc import Callable
 from functools import reduce
 from typing import Any, Final
 
 import click
 
+from postcopy.errors import Refused
+from postcopy.trace import FILE_VARIABLE
+
 Command = Callable[..., Any]
+
+
+def _subscribe(_context: click.Context, _parameter: click.Parameter, file: str | None) -> None:
+    """Have this process and its engines append to ``file``.
+
+    :raises Refused: it cannot be written.
+    """
+    if file is None:
+        return
+    try:
+        with open(file, "ab"):  # noqa: PTH123 - '' is no path, and must be refused
+            os.environ[FILE_VARIABLE] = os.path.abspath(file)  # noqa: PTH100 - as above
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise Refused(f"--trace {file!r}: {why}; give a file that can be written") from error
+
 
 ACCELERATION: Final = (
     click.option(
@@ -24,6 +44,13 @@ MONITORS: Final = (
         help="Where 'info migrate' and its like are typed; stdio on a terminal.",
     ),
     click.option("--qmp", "qmps", multiple=True, metavar="unix:PATH|tcp:HOST:PORT"),
+    click.option(
+        "--trace",
+        metavar="FILE",
+        callback=_subscribe,
+        expose_value=False,
+        help="Append a line of JSON for each step of a migration.",
+    ),
     click.option("--name", metavar="NAME", help="What 'ps' calls the process."),
     click.option("--serial", default="none", metavar="stdio|none|file:PATH", show_default=True),
 )

@@ -38,6 +38,7 @@ class RunOptions(TypedDict, total=False):
     paused: bool
     name: str
     serial: str
+    trace: str
 
 
 class Machine:

@@ -29,6 +29,7 @@ class RestoreOptions(TypedDict, total=False):
     paused: bool
     name: str
     serial: str
+    trace: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,6 @@ from postcopy.destination.postcopy import Postcopy
 from postcopy.destination.return_path import ReturnPath
 from postcopy.destination.urgent import Urgent
 from postcopy.errors import ChannelBroken, PostcopyError, StreamError
-from postcopy.kill_points import reached
 from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.placement import Placement
@@ -34,6 +33,7 @@ from postcopy.stream.layout import DeviceFormats, Expected
 from postcopy.stream.mapped_decoder import MappedDecoder
 from postcopy.stream.mapped_ram import CAPABILITY
 from postcopy.stream.numbers import IGNORED_BLOCKS
+from postcopy.trace import trace
 
 _LOOK_S = 0.05
 RAM_SECTION_ID = 2
@@ -154,7 +154,7 @@ class Destination:
         """Take over a paused postcopy whose engine has died."""
         userfaultfd = self._postcopy.adopt()
         self._placement.listen(userfaultfd, self._postcopy.mapper.later)
-        reached("destination.adopted")
+        trace("destination.adopted")
 
     def _until_the_end(self, steps: Callable[[], None]) -> None:
         try:
@@ -168,7 +168,7 @@ class Destination:
         channel = self._meet()
         if self._capabilities.enabled(Capability.MAPPED_RAM):
             self._decoder = self._mapped_decoder(channel)
-        reached("destination.connected")
+        trace("destination.connected")
         self._populating.stop()
         self._progress.move(Status.ACTIVE)
         self._receive(channel)
@@ -196,7 +196,7 @@ class Destination:
         self._postcopy.serve_again()
         self._return_path.open(channel, hold_requests=True)
         self._progress.move(Status.POSTCOPY_RECOVER)
-        reached("destination.recovery-connected")
+        trace("destination.recovery-connected")
         self._receive(channel)
 
     def _meet(self) -> Channel:
@@ -245,14 +245,14 @@ class Destination:
             # A single zero byte of a stranger would turn all that is missing to zeros.
             raise StreamError("the stream ends before the recovery is done")
         if self._postcopy.listening:
-            reached("destination.pages-ended")
+            trace("destination.pages-ended")
             self._urgent.finish()
             self._postcopy.finish()
-            reached("destination.unwatched")
+            trace("destination.unwatched")
         else:
-            reached("destination.all-received")
+            trace("destination.all-received")
             self._complete_precopy()
-            reached("destination.resumed")
+            trace("destination.resumed")
         self._say_that_it_has_arrived()
         self._end(Status.COMPLETED)
         self._drain(channel)
@@ -264,7 +264,7 @@ class Destination:
         except ChannelBroken:
             pass
         postcopy = self._postcopy.listening
-        reached("destination.postcopy-shut-sent" if postcopy else "destination.shut-sent")
+        trace("destination.postcopy-shut-sent" if postcopy else "destination.shut-sent")
 
     def _complete_precopy(self) -> None:
         if not self._elements.ram_seen:
@@ -272,7 +272,7 @@ class Destination:
         self._check_leaves_its_source()
         self._elements.give_postcopy_up()
         self._elements.load_devices()
-        reached("destination.devices-loaded")
+        trace("destination.devices-loaded")
         self._guest.resume()
 
     def _check_leaves_its_source(self) -> None:

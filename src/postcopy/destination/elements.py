@@ -17,7 +17,6 @@ from postcopy.destination.return_path import ReturnPath
 from postcopy.destination.urgent import Urgent
 from postcopy.errors import StreamError
 from postcopy.guest import DeviceState
-from postcopy.kill_points import reached
 from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Mask
@@ -30,6 +29,7 @@ from postcopy.stream.decoder import Decoder
 from postcopy.stream.identity import ALL_SENT_PING
 from postcopy.stream.layout import BlockLayout, DeviceFormats, Layout
 from postcopy.stream.numbers import SectionType
+from postcopy.trace import trace
 
 POSTCOPY_BUFFER_BYTES = 4096 << 10
 """What the kernel may hold of the main channel once pages are asked for."""
@@ -187,7 +187,7 @@ class Elements:
             )
         self.advised = True
         self._postcopy.prepare()
-        reached("destination.advised")
+        trace("destination.advised")
 
     def _discard(self, command: records.RamDiscard) -> None:
         if not self.advised or self._postcopy.listening:
@@ -198,7 +198,7 @@ class Elements:
     def _package(self, package: records.Package) -> None:
         if not self.advised:
             raise StreamError("CMD_POSTCOPY_LISTEN in wrong postcopy state (0)")
-        reached("destination.package-received")
+        trace("destination.package-received")
         decoder = Decoder(self._formats, layout_of(self._ram), package=True)
         assert self.channel is not None
         self.channel.bound_buffers(POSTCOPY_BUFFER_BYTES)
@@ -220,15 +220,15 @@ class Elements:
         if missing := self._ram.missing_pages:
             raise StreamError(f"the source has sent all, but {missing} pages have not come")
         self._postcopy.finish()
-        reached("destination.nothing-missing")
+        trace("destination.nothing-missing")
 
     # --- recovery
 
     def _recv_bitmap(self, command: records.RecvBitmap) -> None:
         self._check_recovering("CMD_RECV_BITMAP")
-        reached("destination.bitmap-asked")
+        trace("destination.bitmap-asked")
         self._return_path.bitmap(command.block, self._received(command.block))
-        reached("destination.bitmap-sent")
+        trace("destination.bitmap-sent")
 
     def _received(self, name: str) -> Mask:
         """Which target pages of a block are in place; of one that we have no use for: all."""
@@ -242,12 +242,12 @@ class Elements:
 
     def _resume(self, _: records.PostcopyResume) -> None:
         self._check_recovering("CMD_POSTCOPY_RESUME")
-        reached("destination.resume-received")
+        trace("destination.resume-received")
         self._urgent.accept()
         self._urgent.start(self._postcopy.userfaultfd)
         self._progress.move(Status.POSTCOPY_ACTIVE)
         self._return_path.resume_ack()
-        reached("destination.resume-acknowledged")
+        trace("destination.resume-acknowledged")
         self._return_path.release_requests()
         self._postcopy.ask_again()
 

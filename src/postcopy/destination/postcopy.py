@@ -21,7 +21,6 @@ from postcopy.guest import DeviceState
 from postcopy.kernel.cpu_latency import CpusAwake
 from postcopy.kernel.pagemap import PagemapScanner
 from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.kill_points import reached
 from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.memory.runs import Mask
 from postcopy.paging.blocktime import Blocktime
@@ -33,6 +32,7 @@ from postcopy.statistics import Measured, MigrationInfo
 from postcopy.status import Progress, Status
 from postcopy.stream import records
 from postcopy.stream.decoder import Decoder
+from postcopy.trace import trace
 
 
 class Postcopy:
@@ -97,7 +97,7 @@ class Postcopy:
         self._start_pager(self._userfaultfd)
         self.listening = True
         self._progress.move(Status.POSTCOPY_DEVICE)
-        reached("destination.listening")
+        trace("destination.listening")
         self._package_thread = _start("package", lambda: self._load(decoder))
         return self._userfaultfd
 
@@ -270,23 +270,23 @@ class Postcopy:
     def _load_package(self, decoder: Decoder) -> None:
         devices, pings = _unpack(decoder)
         self._guest.load_devices(devices)
-        reached("destination.package-loaded")
+        trace("destination.package-loaded")
         with self._deciding:
             if self._given_up:
                 raise ChannelBroken("the link broke while a device waited for a page")
             # Said before the pong: whoever has heard that the package was taken, and then finds this
             # engine dead, finds a guest's process that knows what it owns.
             self._progress.move(Status.POSTCOPY_ACTIVE)
-        reached("destination.owning")
+        trace("destination.owning")
         try:
             for ping in pings:
                 self._return_path.pong(ping)
         except ChannelBroken:
             pass  # it is ours all the same; the reader of the channel pauses, and recovery tells
-        reached("destination.package-taken")
+        trace("destination.package-taken")
         self._guest.resume()
         self.mapper.start()
-        reached("destination.running")
+        trace("destination.running")
 
 
 def _unpack(decoder: Decoder) -> tuple[list[DeviceState], list[int]]:

@@ -24,12 +24,12 @@ from postcopy.kernel.cpu_latency import CpusAwake
 from postcopy.kernel.faults import MESSAGE
 from postcopy.kernel.scheduling import run_soon
 from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.kill_points import reached
 from postcopy.lazy_restore.block import BlockRestorer
 from postcopy.lazy_restore.prefetch import PrefetchWork, from_copies, from_image
 from postcopy.lazy_restore.prefetch_budget import HeadStart
 from postcopy.memory.runs import Mask
 from postcopy.paging.latencies import LatencyHistogram
+from postcopy.trace import trace
 
 _MOST_FAULTS: Final = 64
 _SHORT_STEP_BYTES: Final = 128 << 10
@@ -232,7 +232,7 @@ class RestorePager:
         if self._on_progress is not None:
             self._on_progress()
             self._on_progress = None
-            reached("restore.serving")
+            trace("restore.serving")
 
     # --- what nobody has asked for
 
@@ -296,7 +296,7 @@ class RestorePager:
                 yield from from_image(restorer, wanted)
         self.ready_ns = time.monotonic_ns()
         self.head_start.end()
-        reached("restore.working-set-in")
+        trace("restore.working-set-in")
         yield None
         for restorer in self._restorers:
             yield from restorer.count()

@@ -18,7 +18,6 @@ from typing import Final
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.errors import GuestError, HostCannot, PostcopyError
 from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.kill_points import reached
 from postcopy.lazy_restore import plain
 from postcopy.lazy_restore.block import BlockRestorer, Lost
 from postcopy.lazy_restore.options import RestoreOptions
@@ -30,6 +29,7 @@ from postcopy.paging.ram import IncomingRam
 from postcopy.parameters import Parameters
 from postcopy.statistics import MigrationInfo
 from postcopy.status import ENDED, Progress, Status
+from postcopy.trace import trace
 
 _RUNS: Final = frozenset({Status.POSTCOPY_ACTIVE, Status.POSTCOPY_RECOVER})
 
@@ -144,7 +144,7 @@ class Restore:
             return None
 
     def _begin(self) -> RestorePager:
-        reached("restore.begun")
+        trace("restore.begun")
         for paged in self._ram:
             paged.block.empty()
         self._progress.move(Status.ACTIVE)
@@ -161,7 +161,7 @@ class Restore:
 
     def _watch(self, *, adopt: bool) -> RestorePager:
         self._userfaultfd = userfaultfd = self._guest.watch_missing()
-        reached("restore.watching")
+        trace("restore.watching")
         restorers = [
             BlockRestorer(userfaultfd, paged, self._opened.source(paged), self._on_lost)
             for paged in self._ram
@@ -215,7 +215,7 @@ class Restore:
                 return
             self._wake()
             self._progress.move(Status.POSTCOPY_ACTIVE, only_from=frozenset({Status.ACTIVE}))
-            reached("restore.running")
+            trace("restore.running")
         except PostcopyError as error:
             self._failure = self._failure or error
             pager.stop()
@@ -232,17 +232,17 @@ class Restore:
         """
         if self._lost:
             return
-        reached("restore.recording")
+        trace("restore.recording")
         try:
             self._opened.record(self.statistics.touched())
         except PostcopyError as error:
             self.error = error  # the guest has all of its memory all the same
-        reached("restore.recorded")
+        trace("restore.recorded")
 
     def _wake(self) -> None:
         self._guest.wake(self._opened.image.devices)
         self.statistics.running()
-        reached("restore.woken")
+        trace("restore.woken")
 
     # --- eager
 
@@ -271,11 +271,11 @@ class Restore:
 
     def _finish(self) -> None:
         """All that there is is in place, and the rest is zero, as memory is that nobody has touched."""
-        reached("restore.all-in")
+        trace("restore.all-in")
         self._guest.unwatch_missing()
         if self._options.lazy:
             self.statistics.complete()  # else when it runs: nobody is told before that it is whole
-        reached("restore.unwatched")
+        trace("restore.unwatched")
 
     def _on_lost(self, lost: Lost) -> None:
         self._lost.append(lost)

@@ -22,12 +22,12 @@ from postcopy.dirty.pagemap import PagemapTracker
 from postcopy.errors import HostCannot
 from postcopy.guest import DeviceState
 from postcopy.image.mapped_ram import MappedImage
-from postcopy.kill_points import reached
 from postcopy.lazy_restore.restore_image import RestoreImage
 from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
 from postcopy.memory.runs import Mask, runs
 from postcopy.reset.baseline import KeptMemory, MappedMemory, PointMemory
+from postcopy.trace import trace
 
 Runs: TypeAlias = npt.NDArray[np.int64]
 """First page and end page (not included) of each run, shape ``(n, 2)``."""
@@ -137,7 +137,7 @@ class Reset:
     def watch(self) -> None:
         """Begin to track writes; whoever died before us may have begun it, and then it goes on."""
         self._tracker.start()
-        reached("reset.watching")
+        trace("reset.watching")
 
     # --- the guest as it is now
 
@@ -157,7 +157,7 @@ class Reset:
             pages += more
             if more <= _FEW_PAGES:
                 break
-        reached("reset.kept")
+        trace("reset.kept")
         return pages * TARGET_PAGE_BYTES
 
     def keep_rest(self) -> int:
@@ -179,9 +179,9 @@ class Reset:
             pages = watched.written(self._tracker)
             if everything:
                 pages = runs(watched.has_data() | watched.then.data())
-            reached("reset.scanned")
+            trace("reset.scanned")
             count += watched.put_back(pages)
-            reached("reset.put-back")
+            trace("reset.put-back", pages=count)
         return count
 
     def _check_room(self, pages: int) -> None:

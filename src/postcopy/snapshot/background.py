@@ -19,7 +19,6 @@ from postcopy.errors import HostCannot, MigrationCancelled, PostcopyError
 from postcopy.guest import DeviceState
 from postcopy.kernel.cpu_latency import CpusAwake
 from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.kill_points import reached
 from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.memory.ram_block import RamBlock
 from postcopy.parameters import Capabilities, Capability, Parameters
@@ -35,6 +34,7 @@ from postcopy.source.switchover import device_sections
 from postcopy.statistics import Measured, MigrationInfo
 from postcopy.status import Progress, Status
 from postcopy.stream import encoder
+from postcopy.trace import trace
 
 UNLIMITED = 0
 """As QEMU does it: ``max-bandwidth`` is for migrations."""
@@ -130,7 +130,7 @@ class BackgroundSnapshot:
         channel.description = str(self._address)  # what was asked for, in each error
         # A host that is gone must not make the guest wait for what it will never take.
         channel.watch(self._parameters.x_link_timeout / 1000)
-        reached("snapshot.connected")
+        trace("snapshot.connected")
         self._sender = sender = page_sink_for(
             channel, self._capabilities, RateLimiter(UNLIMITED), self._counters
         )
@@ -142,7 +142,7 @@ class BackgroundSnapshot:
         sender.begin(blocks, postcopy=False)
         self._clock.set_up = time.monotonic()
         self._progress.move(Status.ACTIVE)
-        reached("snapshot.active")
+        trace("snapshot.active")
         return channel, sender
 
     def _save(self, sender: PageSink) -> Sequence[DeviceState]:
@@ -156,7 +156,7 @@ class BackgroundSnapshot:
             raise
         with self._watched(userfaultfd) as guard:
             guard.arm()
-            reached("snapshot.armed")
+            trace("snapshot.armed")
             states = self._freeze(guard)
             self._write_pages(sender, guard.let_go)
         return states
@@ -172,12 +172,12 @@ class BackgroundSnapshot:
             states = self._guest.pause_and_save()
             if any(state.name == "globalstate" and b"running" in state.payload for state in states):
                 raise lacking
-            reached("snapshot.guest-stopped")
+            trace("snapshot.guest-stopped")
             self._write_pages(sender, lambda _block, _first, _end: None)
         finally:
             self._guest.resume()
         self._clock.handed_over = time.monotonic()
-        reached("snapshot.guest-resumed")
+        trace("snapshot.guest-resumed")
         return states
 
     @contextmanager
@@ -195,7 +195,7 @@ class BackgroundSnapshot:
                 guard.stop()
         finally:
             self._guest.unwatch_snapshot()  # who still waits to write goes on
-        reached("snapshot.unwatched")
+        trace("snapshot.unwatched")
 
     def _freeze(self, guard: WriteGuard) -> Sequence[DeviceState]:
         """The moment of the picture; return what the devices were then."""
@@ -206,13 +206,13 @@ class BackgroundSnapshot:
             try:
                 # The devices before the memory is frozen: one may write to it while it is being saved.
                 states = self._guest.pause_and_save()
-                reached("snapshot.guest-stopped")
+                trace("snapshot.guest-stopped")
                 guard.freeze()
-                reached("snapshot.frozen")
+                trace("snapshot.frozen")
             finally:
                 self._guest.resume()
             self._clock.handed_over = time.monotonic()
-        reached("snapshot.guest-resumed")
+        trace("snapshot.guest-resumed")
         return states
 
     def _write_pages(self, sender: PageSink, let_go: Callable[[RamBlock, int, int], None]) -> None:
@@ -225,8 +225,8 @@ class BackgroundSnapshot:
             let_go(copies.block, copies.first, copies.end)
             self._write(sender, copies)
             self._write_aside(sender, self._aside.take)
-            reached("snapshot.writing")
-        reached("snapshot.all-saved")
+            trace("snapshot.writing")
+        trace("snapshot.all-saved")
         self._write_aside(sender, self._aside.take_rest)
         self._check_complete()
 
@@ -253,10 +253,10 @@ class BackgroundSnapshot:
         self._device_bytes = len(sections) + len(description)
         channel.send_many([end_of_ram, sections, encoder.end_of_stream(), description])
         sender.count()
-        reached("snapshot.all-sent")
+        trace("snapshot.all-sent")
         self._check_cancelled()
         self._file.publish(channel.fileno())
-        reached("snapshot.published")
+        trace("snapshot.published")
         channel.close()  # for a command this is when it proves to have worked
 
     def _check_complete(self) -> None:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from postcopy.channel.channel import Channel
 from postcopy.channel.silence import SilenceWatch, Taken
 from postcopy.errors import ChannelBroken, PostcopyError
-from postcopy.kill_points import reached
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import DirtyPages
 from postcopy.source.page_sink import PageSink
@@ -19,6 +18,7 @@ from postcopy.stream.identity import ALL_SENT_PING, answer, needs_nothing
 from postcopy.stream.layout import BlockLayout
 from postcopy.stream.records import Ping
 from postcopy.stream.return_path import ReturnPathDecoder
+from postcopy.trace import trace
 
 SECOND_CONNECTION_PINGS = (6, 7)
 LIFE_PING = 9
@@ -190,7 +190,7 @@ class Connection:
         """
         self.expect_last_word()
         self.channel.send_many(last_words)
-        reached("source.pages-ended")
+        trace("source.pages-ended")
         self.answers.wait_shut()
 
     def shutdown(self) -> None:

@@ -10,12 +10,12 @@ from collections.abc import Callable
 import numpy as np
 
 from postcopy.errors import StreamError
-from postcopy.kill_points import reached
 from postcopy.memory.runs import Mask
 from postcopy.source.connection import Connection
 from postcopy.source.dirty_pages import BlockPages, DirtyPages
 from postcopy.stream.commands import encode_command
 from postcopy.stream.records import PostcopyResume, RecvBitmap
+from postcopy.trace import trace
 
 
 def agree_on_what_is_missing(
@@ -29,15 +29,15 @@ def agree_on_what_is_missing(
     """
     for pages in dirty.blocks:
         connection.channel.send(encode_command(RecvBitmap(pages.block.name)))
-        reached("source.bitmap-asked")
+        trace("source.bitmap-asked")
         received = connection.answers.wait_bitmap(pages.block.name)
         _take_over(pages, received)
-        reached("source.bitmap-taken")
+        trace("source.bitmap-taken")
     open_urgent()
     connection.channel.send(encode_command(PostcopyResume()))
-    reached("source.resume-sent")
+    trace("source.resume-sent")
     connection.answers.wait_resume_ack()
-    reached("source.resume-acknowledged")
+    trace("source.resume-acknowledged")
 
 
 def _take_over(pages: BlockPages, received: Mask) -> None:

@@ -16,7 +16,6 @@ from postcopy.channel.sockets import SocketChannel
 from postcopy.dirty.tracker import choose
 from postcopy.errors import ChannelBroken, MigrationCancelled, PostcopyError, Refused, WrongState
 from postcopy.guest import DeviceState
-from postcopy.kill_points import reached
 from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.memory.ram_block import RamBlock
 from postcopy.parameters import Capabilities, Capability, Parameters
@@ -34,6 +33,7 @@ from postcopy.source.switchover import PACKAGE_PING, Switchover
 from postcopy.statistics import MigrationInfo
 from postcopy.status import GIVEN_UP, Progress, Status
 from postcopy.stream import encoder
+from postcopy.trace import trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +170,7 @@ class Source:
         if outcome is Outcome.POSTCOPY:
             switchover.discard_ahead()
         switchover.stop_guest()
-        reached("source.guest-stopped")
+        trace("source.guest-stopped")
         connection.sender.phase = "downtime_bytes"
         self._on_pass(dirty.syncs)
         if outcome is Outcome.SMALL_ENOUGH:
@@ -184,7 +184,7 @@ class Source:
             self._progress.move(Status.POSTCOPY_ACTIVE)
             if self._paused_by_user:
                 self._break()
-            reached("source.package-taken")
+            trace("source.package-taken")
             self._clock.confirmed = time.monotonic()
             self._complete_postcopy(connection)
         connection.sender.count()
@@ -197,7 +197,7 @@ class Source:
         address = parse(self._options.uri)
         tracker = choose(self._parameters.x_dirty_tracking, self._guest)
         channel = connect_unless_cancelled(address, self.orders)
-        reached("source.connected")
+        trace("source.connected")
         try:
             blocks = [RamBlock(region) for region in self._guest.regions()]
             self._counters.total_bytes = sum(block.size_bytes for block in blocks)
@@ -217,7 +217,7 @@ class Source:
         self._on_pass(dirty.syncs)
         self._clock.set_up = time.monotonic()
         self._progress.move(Status.ACTIVE)
-        reached("source.active")
+        trace("source.active")
         return connection, dirty
 
     def _is_answered(self, channel: Channel) -> bool:
@@ -272,19 +272,19 @@ class Source:
         connection.sender.phase = "postcopy_bytes"
         self._limiter.set_rate(self._parameters.max_postcopy_bandwidth)
         connection.channel.bound_buffers(POSTCOPY_BUFFER_BYTES)
-        reached("source.pushing")
+        trace("source.pushing")
         connection.push.run()
         arrived = connection.wait_until_taken()
         if arrived:
             self._guest.arrived_there()
-        reached("source.all-pushed")
+        trace("source.all-pushed")
         last_words = [connection.sender.end_of_ram(), encoder.end_of_stream()]
         try:
             connection.end(last_words)
         except ChannelBroken:
             if not arrived:
                 raise
-        reached("source.arrived")
+        trace("source.arrived")
 
     # --- recovery
 
@@ -293,7 +293,7 @@ class Source:
         blocks = [RamBlock(region) for region in self._guest.regions()]
         self._counters.total_bytes = sum(block.size_bytes for block in blocks)
         self._dirty = DirtyPages(blocks, choose("pagemap", self._guest))
-        reached("source.adopted")
+        trace("source.adopted")
 
     def _resume(self, uri: str) -> None:
         assert self._dirty is not None
@@ -303,7 +303,7 @@ class Source:
         connection = self._connect(channel, self._dirty, answered=True)
         connection.push.begin()
         self._progress.move(Status.POSTCOPY_RECOVER)
-        reached("source.recovery-connected")
+        trace("source.recovery-connected")
         connection.begin_watch()
         agree_on_what_is_missing(
             connection, self._dirty, lambda: self._open_urgent(connection, uri)

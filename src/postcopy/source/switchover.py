@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 from postcopy.errors import ChannelBroken, MigrationCancelled, WrongState
 from postcopy.guest import DeviceState
-from postcopy.kill_points import reached
 from postcopy.link.engine.guest_proxy import GuestProxy, Saving
 from postcopy.memory.runs import Mask, runs
 from postcopy.parameters import Capabilities, Capability
@@ -34,6 +33,7 @@ from postcopy.stream.records import (
     PostcopyListen,
     PostcopyRun,
 )
+from postcopy.trace import trace
 
 OURS_ONLY = frozenset({"serial"})
 """Device sections that a real QEMU does not know."""
@@ -118,7 +118,7 @@ class Switchover:
         self._send_rest()
         states = self._devices()
         self._channel.send_many([self._sender.end_of_ram(), device_sections(states)])
-        reached("source.rest-sent")
+        trace("source.rest-sent")
         if self._return_path is not None:
             # Before the last byte: only when it answers has the destination taken all that it needs.
             self._channel.send(encode_command(Ping(LAST_PING)))
@@ -126,17 +126,17 @@ class Switchover:
             self._connection.expect_last_word()
         else:
             self._channel.wait_for_room()  # here a cancel ends the wait: from the commit on none does
-        reached("source.all-taken")
+        trace("source.all-taken")
         self._check_cancelled()
         self._commit()
-        reached("source.given-up")
+        trace("source.given-up")
         try:
             # It is the last byte that the destination needs: a send that fails has not delivered it.
             self._channel.send(encoder.end_of_stream())
         except ChannelBroken:
             self.committed = False
             raise
-        reached("source.end-sent")
+        trace("source.end-sent")
         self._clock.handed_over = time.monotonic()
         description = encoder.description(self._describe(states))
         if self._return_path is not None:
@@ -160,7 +160,7 @@ class Switchover:
     def start_postcopy(self) -> None:
         """Say what the destination must forget, and hand the guest over without it."""
         self._send_discards()
-        reached("source.discards-sent")
+        trace("source.discards-sent")
         states = self._devices()
         self._check_cancelled()
         package = encode_command(
@@ -175,14 +175,14 @@ class Switchover:
         # From here an engine that takes over from us must recover, whatever it finds.
         self._progress.move(Status.POSTCOPY_DEVICE)
         self._connection.push.begin()
-        reached("source.before-package")
+        trace("source.before-package")
         try:
             # RUN is the last byte of it: a send that fails has not delivered it.
             self._channel.send_many([encode_command(Ping(2)), package])
         except ChannelBroken:
             self.committed = False
             raise
-        reached("source.package-sent")
+        trace("source.package-sent", bytes=len(package))
         self._clock.handed_over = time.monotonic()
         self._channel.send(encode_command(Ping(4)))
 

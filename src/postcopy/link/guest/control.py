@@ -31,6 +31,7 @@ from postcopy.ownership import Move
 from postcopy.parameters import NO_OVERRIDES, Capabilities, Capability, Overrides, Parameters
 from postcopy.statistics import MigrationInfo
 from postcopy.status import GIVEN_UP, Progress, Status
+from postcopy.trace import trace
 
 _LAST_WORDS_S = 3.0  # an engine may need some of them, see `postcopy.engine.service`
 
@@ -382,5 +383,7 @@ class MigrationControl:
             self._events.emit("MIGRATION_PASS", {"pass": number})
 
     def _tell(self, job: Job, status: Status) -> None:
+        direction = "incoming" if job.incoming else "outgoing"
+        trace("guest.status", status=status.value, direction=direction)
         if job is self._current.shown and job.settings.enabled(Capability.EVENTS):
             self._events.emit("MIGRATION", {"status": status.value})

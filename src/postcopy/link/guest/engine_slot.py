@@ -11,6 +11,7 @@ from postcopy.errors import EngineDied, PostcopyError, WrongState
 from postcopy.link.guest.engine_process import EnginePool, EngineProcess
 from postcopy.link.guest.watchdog import HANG_LOOKS
 from postcopy.link.rpc import Handler, Link
+from postcopy.trace import trace
 
 _AHEAD_S: Final = 5.0
 """When a successor is started: most migrations are over by then, and need the CPUs until then."""
@@ -70,6 +71,7 @@ class EngineSlot:
             try:
                 link = engine.connect(self._handlers(engine), partial(self._on_end, engine))
                 engine.watch(self._hang_looks)
+                trace("guest.engine-started", engine=engine.process_id)
                 return link
             except EngineDied:
                 self._drop(engine)

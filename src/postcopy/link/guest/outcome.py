@@ -16,6 +16,7 @@ from postcopy.link.guest.restoring import Restoring
 from postcopy.ownership import Move, Owner
 from postcopy.statistics import MigrationInfo
 from postcopy.status import ENDED, GIVEN_UP, Status, has_switched_over
+from postcopy.trace import trace
 
 _SPARE_DELAY_S = 2.0  # how long a guest that has just arrived has the CPUs to itself
 
@@ -121,6 +122,7 @@ class Outcome:
 
         Under the lock: what is just being ordered of it has been noted then.
         """
+        trace("guest.engine-ended", engine=engine.process_id)
         with self.current.lock:
             if self._engines.current is engine:
                 self._engine_died(engine)
