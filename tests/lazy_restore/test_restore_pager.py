@@ -201,6 +201,16 @@ def test_copies_come_first_and_in_their_order(tmp_path):
     copies.close()
 
 
+def test_a_copy_of_the_first_page_of_memory_is_placed(tmp_path):
+    source = FakeSource()
+    copies = copies_of(tmp_path, source, [0, 1, 9])
+    with Scene(source, np.zeros(PAGES, np.bool_), rate=1, copies=copies) as scene:
+        assert scene.pager.head_start.wait()
+        assert scene.received() == [0, 1, 9]
+        assert scene.words()[[0, 1, 9]].tolist() == [1, 2, 10]
+    copies.close()
+
+
 def test_what_is_there_is_not_placed_again_from_a_copy(tmp_path):
     source = FakeSource()
     copies = copies_of(tmp_path, source, range(20, 60))

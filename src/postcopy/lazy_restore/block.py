@@ -132,7 +132,7 @@ class BlockRestorer:
         which = np.flatnonzero(self._states[pages] != RECEIVED)
         todo = pages[which]
         # Runs of pages that are neighbours here, and among the copies.
-        starts = np.flatnonzero(np.diff(todo + which, prepend=-2) != _NEIGHBOURS_APART)
+        starts = np.flatnonzero(np.diff(todo + which, prepend=-3) != _NEIGHBOURS_APART)
         firsts = todo[starts].tolist()
         addresses = (source + (which[starts] << self.shift)).tolist()
         counts = np.diff(starts, append=len(todo)).tolist()
