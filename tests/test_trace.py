@@ -27,10 +27,6 @@ def test_what_is_declared_is_taken_and_the_other_way_round():
     assert found == DECLARED
 
 
-def test_the_page_is_current():
-    assert draw_tracing.PAGE.read_text() == draw_tracing.page()
-
-
 def test_each_table_stands_on_the_page():
     tables = {
         name for name, value in vars(trace).items() if name.isupper() and isinstance(value, dict)

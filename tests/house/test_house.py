@@ -124,7 +124,7 @@ def test_imports_go_down_only():
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
 
 
-@pytest.mark.parametrize("page", ["status", "ownership"])
+@pytest.mark.parametrize("page", ["status", "ownership", "tracing", "cli"])
 def test_the_drawn_pages_are_current(page):
     drawn = subprocess.run(
         [sys.executable, f"scripts/draw_{page}.py", "--check"],
