@@ -12,6 +12,7 @@ import pytest
 
 from fakes.commands import Running, need_kvm
 from fakes.huge_pages import reserved
+from fakes.no_threads import host_without_threads
 from fakes.peers import can_prove
 from fakes.qemu_versions import USUAL, folder_of
 from fakes.waiting import wait_until
@@ -73,6 +74,13 @@ def huge_pages():
     """``huge_pages(count)``: as many free pages of 2 MiB, until the test has ended."""
     with contextlib.ExitStack() as stack:
         yield lambda count: stack.enter_context(reserved(count))
+
+
+@pytest.fixture
+def no_threads():
+    """``no_threads.refuse(NAME)``: the kernel has no room for threads of that name."""
+    with host_without_threads() as made:
+        yield made
 
 
 @pytest.fixture

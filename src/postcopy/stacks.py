@@ -48,7 +48,8 @@ class _Teller:
 
     def __init__(self) -> None:
         self._thread = threading.Thread(target=_tell_for_ever, name="stacks", daemon=True)
-        self._thread.start()
+        with contextlib.suppress(RuntimeError):  # there can be no more threads: it stays silent
+            self._thread.start()
 
     def __call__(self, _number: int, _frame: object) -> None:
         """It was not blocked there: a thread of a library's, or one in :func:`not_handed_down`.

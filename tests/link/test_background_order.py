@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from fakes.waiting import wait_until
-from postcopy.errors import Refused, WrongState
+from postcopy.errors import HostCannot, Refused, WrongState
 from postcopy.link.guest.background_order import BackgroundOrder
 
 
@@ -36,3 +36,13 @@ def test_what_takes_long_goes_on_alone():
     go.set()
     wait_until(lambda: [str(error) for error in late] == ["the address is taken"], 20, "its error")
     BackgroundOrder(20).run(lambda: None, late.append)
+
+
+def test_one_for_which_there_is_no_thread_is_refused_and_the_next_is_carried_out(no_threads):
+    order, late, done = BackgroundOrder(20), [], []
+    no_threads.refuse("errand")
+    with pytest.raises(HostCannot, match="raise the limit of threads"):
+        order.run(lambda: done.append("first"), late.append)
+    no_threads.allow()
+    order.run(lambda: done.append("second"), late.append)
+    assert (done, late) == (["second"], [])

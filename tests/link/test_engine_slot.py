@@ -8,7 +8,7 @@ import pytest
 from fakes.engine import FakePool
 from fakes.stacks import stacks
 from fakes.waiting import wait_until
-from postcopy.errors import EngineDied, WrongState
+from postcopy.errors import EngineDied, HostCannot, WrongState
 from postcopy.link.guest.engine_process import EnginePool, EngineProcess
 from postcopy.link.guest.engine_slot import EngineSlot
 
@@ -48,6 +48,20 @@ def test_the_end_of_one_that_could_not_adopt_is_not_taken_for_that_of_the_next(e
     _, answer = engines.adopt("echo", text="x")
     assert answer == "x"
     assert told == so_far == engines._pool.taken[:1]
+
+
+@pytest.mark.parametrize("name", ["engine-link", "watchdog"])
+def test_one_for_which_there_is_no_thread_is_let_go_of(told, no_threads, name):
+    engines = EngineSlot(lambda _: {}, told.append, EnginePool())
+    try:
+        no_threads.refuse(name)
+        with pytest.raises(HostCannot, match="raise the limit of threads"):
+            engines.start()
+        assert engines.current is None
+        no_threads.allow()
+        assert not engines.start().wait_over(0)
+    finally:
+        engines.close()
 
 
 def test_none_is_started_once_it_is_closed(told):

@@ -45,7 +45,7 @@ class Ends:
             "refuse": self.refuse,
         }
         self.pipe = os.pipe()
-        self.far = Link(second, handlers, on_end=lambda: self.ended.append("far"))
+        self.far = Link(second, handlers, on_end=lambda: self.ended.append("far"), name="far")
         self.near = Link(first, {"add": lambda a, b: -a - b}, on_end=self._near_ended)
         self.far.start()
         self.near.start()
@@ -356,19 +356,31 @@ def test_a_mistake_of_ours_in_a_note_ends_the_link_and_is_said(ends, caplog, nam
     assert f"internal error in {name}; please report it" in caplog.text
 
 
-def test_a_call_for_which_there_is_no_thread_is_refused(ends, monkeypatch):
-    start = threading.Thread.start
-
-    def start_or_fail(thread):
-        if thread.name == "add":
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", start_or_fail)
-    with pytest.raises(HostCannot, match="add: can't start new thread; raise the limit of threads"):
+def test_without_another_thread_calls_are_answered_one_at_a_time(ends, no_threads):
+    """One that comes while the only thread is at work is refused, and never waits for that."""
+    no_threads.refuse("far-answers")
+    for number in range(20):
+        assert ends.near.call("add", a=number, b=1) == number + 1
+    slow = ends.near.ask("slow")
+    cure = "add: the thread 'far-answers' cannot be started; raise the limit of threads"
+    with pytest.raises(HostCannot, match=cure):
         ends.near.call("add", a=1, b=1, timeout_s=10)
-    monkeypatch.undo()
+    ends.release.set()
+    assert slow.wait(10)
+    no_threads.allow()
     assert ends.near.call("add", a=1, b=1) == 2
+
+
+def test_any_number_of_calls_are_answered_at_the_same_time(ends):
+    slow = [ends.near.ask("slow") for _ in range(30)]
+    assert ends.near.call("add", a=1, b=1) == 2
+    ends.release.set()
+    assert all(answer.wait(10) for answer in slow)
+    wait_until(lambda: waiting("far-answers") <= 4, 10, "threads that have nothing to do end")
+
+
+def waiting(name):
+    return sum(thread.name == name for thread in threading.enumerate())
 
 
 def test_the_end_comes_to_who_waits_to_send():

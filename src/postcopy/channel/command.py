@@ -9,7 +9,9 @@ import threading
 
 from postcopy.channel.address import ExecAddress
 from postcopy.channel.descriptors import DescriptorChannel
-from postcopy.errors import ChannelBroken
+from postcopy.errors import ChannelBroken, KernelError
+from postcopy.kernel import calls
+from postcopy.kernel.patience import persist
 from postcopy.stacks import not_handed_down
 
 CLOSE_PATIENCE_S = 60.0
@@ -49,21 +51,23 @@ class CommandChannel(DescriptorChannel):
         with contextlib.ExitStack() as cleanup:
             reading, its_output = _pipe(cleanup)
             its_input, writing = _pipe(cleanup)
-            self._given_up = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._given_up = persist(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             cleanup.callback(os.close, self._given_up)
             super().__init__(str(address), reading=reading, writing=writing)
             cleanup.callback(os.close, self._woken)
             # A session of its own: the signal that ends the command must reach its children too.
             with not_handed_down():
-                self._process = subprocess.Popen(
-                    ["/bin/sh", "-c", address.command],
-                    stdin=its_input,
-                    stdout=its_output,
-                    start_new_session=True,
+                self._process = persist(
+                    lambda: subprocess.Popen(
+                        ["/bin/sh", "-c", address.command],
+                        stdin=its_input,
+                        stdout=its_output,
+                        start_new_session=True,
+                    )
                 )
             cleanup.callback(self._process.wait)
             cleanup.callback(self._process.kill)
-            self._exit = os.pidfd_open(self._process.pid)
+            self._exit = persist(os.pidfd_open, self._process.pid)
             cleanup.pop_all()
         os.close(its_input)
         os.close(its_output)
@@ -146,17 +150,12 @@ class CommandChannel(DescriptorChannel):
 
     def _has_ended(self, timeout_s: float) -> bool:
         """Wait for the end of the command, or of the patience with it."""
-        poll = select.poll()
-        poll.register(self._exit, select.POLLIN)
-        poll.register(self._given_up, select.POLLIN)
-        return any(fd == self._exit for fd, _ in poll.poll(timeout_s * 1000))
+        return self._exit in _ready(timeout_s, self._exit, self._given_up)
 
     def _end(self) -> None:
         """End the command and its children."""
         self._signal(signal.SIGTERM)
-        poll = select.poll()
-        poll.register(self._exit, select.POLLIN)
-        poll.poll(_TERM_PATIENCE_S * 1000)
+        _ready(_TERM_PATIENCE_S, self._exit)
         self._signal(signal.SIGKILL)  # a child may still be there
 
     def _signal(self, number: signal.Signals) -> None:
@@ -175,7 +174,18 @@ class CommandChannel(DescriptorChannel):
 
 def _pipe(cleanup: contextlib.ExitStack) -> tuple[int, int]:
     """A pipe's reading and writing end, closed by ``cleanup``."""
-    ends = os.pipe()
+    ends = persist(os.pipe)
     for end in ends:
         cleanup.callback(os.close, end)
     return ends
+
+
+def _ready(timeout_s: float, *fds: int) -> list[int]:
+    """Wait until one can be read from; return those, none where the kernel cannot wait now."""
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    try:
+        return [fd for fd, _ in calls.of_python("poll", "", poll.poll, timeout_s * 1000)]
+    except KernelError:
+        return []

@@ -101,7 +101,7 @@ def _connect_tcp(address: TcpAddress, timeout_s: float | None) -> Channel:
     refusal: OSError | None = None
     for family, where in candidates:
         try:
-            return SocketChannel(_connected(family, where, timeout_s), str(address))
+            return SocketChannel(persist(_connected, family, where, timeout_s), str(address))
         except OSError as failure:
             refusal = failure
     raise _cannot(f"{address.host}:{address.port}", refusal) from refusal
@@ -109,7 +109,7 @@ def _connect_tcp(address: TcpAddress, timeout_s: float | None) -> Channel:
 
 def _connect_unix(address: UnixAddress, timeout_s: float | None) -> Channel:
     try:
-        connected = _connected(socket.AF_UNIX, address.path, timeout_s)
+        connected = persist(_connected, socket.AF_UNIX, address.path, timeout_s)
     except OSError as failure:
         raise _cannot(address.path, failure) from failure
     return SocketChannel(connected, str(address))

@@ -23,7 +23,7 @@ from postcopy.channel.socket_path import SocketPath
 from postcopy.channel.sockets import SocketChannel
 from postcopy.errors import CannotConnect, CannotListen, ChannelBroken, KernelError
 from postcopy.kernel import calls
-from postcopy.kernel.patience import PASSES, Patience
+from postcopy.kernel.patience import PASSES, Patience, persist
 
 BACKLOG = 16
 """Connections that may wait to be accepted: a main channel, a preempt channel, retries."""
@@ -185,7 +185,7 @@ def _listen_tcp(address: TcpAddress) -> socket.socket:
     refusal: OSError | None = None
     for family, where in candidates:
         try:
-            return _bound(family, where)
+            return persist(_bound, family, where)
         except OSError as failure:
             refusal = failure
     is_taken = isinstance(refusal, OSError) and refusal.errno == errno.EADDRINUSE
@@ -200,7 +200,7 @@ def _listen_unix(address: UnixAddress) -> socket.socket:
         with contextlib.suppress(FileNotFoundError):
             if Path(address.path).is_socket():
                 Path(address.path).unlink()
-        return _bound(socket.AF_UNIX, address.path)
+        return persist(_bound, socket.AF_UNIX, address.path)
     except OSError as failure:
         text = f"Failed to bind socket to {address.path}: {failure.strerror}"
         raise CannotListen(text) from failure

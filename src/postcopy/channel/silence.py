@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 
 from postcopy.channel.channel import Channel
+from postcopy.kernel import threads
 
 _TICKS = 10
 _IDLE_S = 0.5
@@ -60,8 +61,11 @@ class SilenceWatch:
         self._thread = threading.Thread(target=self._run, name="silence", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch."""
-        self._thread.start()
+        """Begin to watch.
+
+        :raises HostCannot: there can be no more threads.
+        """
+        threads.start(self._thread)
 
     def stop(self) -> None:
         """Watch no longer; on return nothing more is called.  Any number of times."""

@@ -16,6 +16,7 @@ from postcopy.cli.notices import notice
 from postcopy.cli.run_settings import DEFER, STDIO, RestoreOrder, RunSettings
 from postcopy.errors import ImageError, Refused
 from postcopy.events import EventBus
+from postcopy.kernel import threads
 from postcopy.link.guest.control import MigrationControl
 from postcopy.link.guest.engine_process import EnginePool
 from postcopy.machine.config import MachineConfig
@@ -78,7 +79,7 @@ class GuestProcess:
         self._catch_signals()
         # Not in this thread: an image, a name server or an engine may be waited for.
         starting = threading.Thread(target=self._start_or_fail, name="start", daemon=True)
-        starting.start()
+        threads.start(starting)
         while not self._over:
             os.read(self._wake_reader, 1)
         self._cleanup.close()
@@ -133,7 +134,8 @@ class GuestProcess:
         elif incoming:
             control.prepare()
         else:
-            threading.Thread(target=control.prepare, name="prepare", daemon=True).start()
+            thread = threading.Thread(target=control.prepare, name="prepare", daemon=True)
+            threads.start_if_possible(thread)  # else an engine is made when it is needed
         from postcopy.monitor.backend import Backend  # a guest that wakes does not wait for it
 
         backend = Backend(machine, control, self.events)
@@ -149,7 +151,7 @@ class GuestProcess:
         except ImageError as error:
             raise Refused(str(error)) from error
         told = threading.Thread(target=_tell_times, args=(control,), name="times", daemon=True)
-        told.start()
+        threads.start_if_possible(told)
 
     def _serve(self, backend: "Backend") -> None:
         from postcopy.monitor.server import serve_hmp, serve_qmp
@@ -166,9 +168,9 @@ class GuestProcess:
 
         self._cleanup.callback(terminal.restorer())
         console = HmpConsole(backend, sys.stdin, sys.stdout)
-        threading.Thread(
-            target=self._converse, args=(console,), name="console", daemon=True
-        ).start()
+        threads.start(
+            threading.Thread(target=self._converse, args=(console,), name="console", daemon=True)
+        )
 
     def _converse(self, console: "HmpConsole") -> None:
         try:
@@ -223,5 +225,5 @@ def _try(close: Callable[[], None]) -> None:
     nothing reads.
     """
     thread = threading.Thread(target=close, name="close", daemon=True)
-    thread.start()
-    thread.join(_CLOSE_S)
+    if threads.start_if_possible(thread):
+        thread.join(_CLOSE_S)

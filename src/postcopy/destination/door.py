@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from postcopy.channel.channel import Channel
 from postcopy.channel.listen import Listener
-from postcopy.errors import ChannelBroken, PostcopyError, StreamError
+from postcopy.errors import ChannelBroken, HostCannot, PostcopyError, StreamError
+from postcopy.kernel import threads
 
 
 class Door:
@@ -34,11 +35,15 @@ class Door:
         """Wait for the main channel.
 
         :raises ChannelBroken: the door has been closed.
+        :raises HostCannot: there can be no more threads.
         """
         channel = self._listener.accept()
         thread = threading.Thread(target=self._run, name="door", daemon=True)
-        thread.start()
-        self._thread = thread  # from here `close` may wait for its end
+        try:
+            self._thread = threads.start(thread)  # from here `close` may wait for its end
+        except HostCannot:
+            channel.close()
+            raise
         return channel
 
     def urgent(self, timeout_s: float) -> Channel:

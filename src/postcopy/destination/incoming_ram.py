@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from postcopy.errors import PostcopyError
+from postcopy.kernel import threads
 from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.memory.runs import numbers_in, runs
 from postcopy.paging.ram import IncomingRam
@@ -35,8 +36,8 @@ class Populating:
         self._thread = threading.Thread(target=self._run, name="populate", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
-        self._thread.start()
+        """Begin, unless there can be no more threads."""
+        threads.start_if_possible(self._thread)
 
     def stop(self) -> None:
         """End after the step at hand, and wait for that."""

@@ -16,8 +16,9 @@ import numpy as np
 from postcopy.abi.pagemap import PageCategory
 from postcopy.destination.incoming_ram import empty_missing
 from postcopy.destination.return_path import ReturnPath
-from postcopy.errors import ChannelBroken, PostcopyError, StreamError
+from postcopy.errors import ChannelBroken, HostCannot, PostcopyError, StreamError
 from postcopy.guest import DeviceState
+from postcopy.kernel import threads
 from postcopy.kernel.cpu_latency import CpusAwake
 from postcopy.kernel.pagemap import PagemapScanner
 from postcopy.kernel.userfaultfd import Userfaultfd
@@ -156,9 +157,8 @@ class Postcopy:
 
         A page may have come and not have been shown to who waited for it; and the pager may have ended.
         """
-        if not self._serves and self._pager is not None and self._pager_thread is not None:
-            self._pager_thread.join()
-            self._pager.stop()
+        if not self._serves:
+            self._end_pager()
             self.failure = None
             self._start_pager(self.userfaultfd)
         self._repeat_faults(self.userfaultfd)
@@ -202,11 +202,14 @@ class Postcopy:
     def _stop_serving(self) -> None:
         if self._mapper is not None:
             self._mapper.stop()
+        self._end_pager()
+        self._awake.close()
+
+    def _end_pager(self) -> None:
         if self._pager is not None and self._pager_thread is not None:
             self._pager.stop()
             self._pager_thread.join()
             self._pager = None
-        self._awake.close()
 
     def info(self, status: Status, capabilities: Capabilities) -> MigrationInfo:
         """What ``query-migrate`` says at the destination."""
@@ -234,9 +237,15 @@ class Postcopy:
 
     def _start_pager(self, userfaultfd: Userfaultfd) -> None:
         request = self._return_path.request
-        self._pager = pager = Pager(userfaultfd, self._ram, self._blocktime, request, self._awake)
+        pager = Pager(userfaultfd, self._ram, self._blocktime, request, self._awake)
         self._serves = True
-        self._pager_thread = _start("pager", lambda: self._serve(pager))
+        try:
+            self._pager_thread = _start("pager", lambda: self._serve(pager))
+        except HostCannot:
+            self._serves = False
+            pager.discard()
+            raise
+        self._pager = pager
         if self._mapper is None:
             self._mapper = BackgroundMapper(userfaultfd, self._ram)
 
@@ -307,9 +316,7 @@ def _unpack(decoder: Decoder) -> tuple[list[DeviceState], list[int]]:
 
 
 def _start(name: str, run: Callable[[], None]) -> threading.Thread:
-    thread = threading.Thread(target=run, name=name, daemon=True)
-    thread.start()
-    return thread
+    return threads.start(threading.Thread(target=run, name=name, daemon=True))
 
 
 def _mapped(scanner: PagemapScanner, paged: IncomingBlock) -> Mask:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from postcopy.channel.channel import Channel
 from postcopy.destination.door import Door
 from postcopy.errors import ChannelBroken, PostcopyError
+from postcopy.kernel import threads
 from postcopy.kernel.scheduling import run_soon
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.paging.blocktime import Blocktime
@@ -80,10 +81,8 @@ class Urgent:
         placement = Placement(self._ram, self._blocktime)
         placement.listen(userfaultfd)
         arguments = (self._channel, UrgentDecoder(self._layout), placement)
-        self._thread = threading.Thread(
-            target=self._run, args=arguments, name="urgent", daemon=True
-        )
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=arguments, name="urgent", daemon=True)
+        self._thread = threads.start(thread)
 
     @property
     def received_bytes(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from postcopy.errors import PostcopyError, WrongState
+from postcopy.kernel import threads
 from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.link.rpc import Link
 from postcopy.parameters import Capabilities, Parameters
@@ -95,8 +96,7 @@ class EngineContext:
         """Run the job, or go on with it, on a thread of its own."""
         thread = threading.Thread(target=self._guarded, args=(run,), name=name, daemon=True)
         with self._starting:  # or others could take the one before for it
-            thread.start()
-            self._thread = thread
+            self._thread = threads.start(thread)
 
     def join(self, timeout_s: float | None = None) -> bool:
         """Wait for a job that has paused to let go of everything; return whether it has."""

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Final
 
 from postcopy.engine.context import EngineContext
+from postcopy.kernel import threads
 from postcopy.link.protocol import BEAT_S
 from postcopy.link.rpc import Handler, Link
 from postcopy.status import ENDED
@@ -81,7 +82,9 @@ class EngineService:
 
     def _say_alive(self) -> None:
         """Tell the guest's process again and again that this one does not hang."""
-        threading.Thread(target=self._beat, name="alive", daemon=True).start()
+        thread = threading.Thread(target=self._beat, name="alive", daemon=True)
+        if not threads.start_if_possible(thread):
+            self._link.close()  # it would be taken for one that hangs
 
     def _beat(self) -> None:
         while not self._ended.is_set():

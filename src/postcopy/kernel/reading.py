@@ -102,4 +102,4 @@ class ReadingTurn:
         :param timeout_s: None: for as long as it takes.
         """
         timeout_ms = None if timeout_s is None else timeout_s * 1000
-        return bool(self._glance.poll(timeout_ms))
+        return bool(calls.of_python("poll", "", self._glance.poll, timeout_ms))

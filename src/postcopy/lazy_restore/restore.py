@@ -17,6 +17,7 @@ from typing import Final
 
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.errors import GuestError, HostCannot, PostcopyError
+from postcopy.kernel import threads
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.lazy_restore import plain
 from postcopy.lazy_restore.block import BlockRestorer, Lost
@@ -188,8 +189,8 @@ class Restore:
             target=self._wake_guarded, args=(pager,), name="wake", daemon=True
         )
         checking = threading.Thread(target=pager.look_ahead, name="checking", daemon=True)
-        waking.start()
-        checking.start()
+        threads.start(waking)
+        threads.start_if_possible(checking)
         try:
             pager.run()
         except PostcopyError as error:
@@ -200,7 +201,8 @@ class Restore:
             self._guest.abandon()
             self._failure = error
         finally:
-            checking.join()
+            if checking.is_alive():
+                checking.join()
             waking.join()
         if self._failure is not None:
             raise self._failure

@@ -11,15 +11,16 @@ import json
 import socket
 import struct
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from postcopy.errors import EngineDied, KernelError
 from postcopy.kernel.descriptors import close_all
+from postcopy.kernel.patience import PASSES, Patience
 
 MOST_DESCRIPTORS: Final = 128
 """A message takes no more along."""
@@ -31,9 +32,8 @@ _LONGEST_BYTES = 64 << 20
 _READ_BYTES = 1 << 16
 
 _GONE = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN})
-_PASSING = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
-_PAUSES_S = (0.001, 0.01, 0.1, 0.3)
-"""Before a call is tried again that has failed for something that passes."""
+_PASSING = PASSES | {errno.ETOOMANYREFS}
+"""Descriptors that are on their way count as well: the others are taken in a moment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +76,14 @@ class Messages:
         with self._sending:
             sent = self._send_begin(data, fds)
             try:
-                self._socket.sendall(memoryview(data)[sent:])
+                self._send_rest(memoryview(data)[sent:])
             except OSError as error:
                 self.shut()  # no message can follow half of one
                 raise EngineDied("the other process is gone") from error
+
+    def _send_rest(self, left: memoryview) -> None:
+        while left:
+            left = left[_outlast(partial(self._socket.send, left)) :]
 
     def _send_begin(self, data: bytes, fds: Sequence[int]) -> int:
         try:
@@ -153,12 +157,11 @@ def _take(buffer: bytearray) -> Mapping[str, Any] | None:
 
 
 def _outlast(call: Callable[[], _T]) -> _T:
-    """Call again, a few times, while it fails for something that passes."""
-    for pause_s in _PAUSES_S:
+    """Call again while it fails for something that passes."""
+    waits = Patience(_PASSING)
+    while True:
         try:
             return call()
         except OSError as error:
-            if error.errno not in _PASSING:
+            if not waits.outlives(error.errno or 0):
                 raise
-        time.sleep(pause_s)
-    return call()

@@ -1,7 +1,7 @@
 """Calls and notes between two processes, with file descriptors: see :mod:`postcopy.link.messages`.
 
-Both ends may call at any time; a call is answered from a thread of its own, so that one which waits (for
-a missing page, say) holds up no other.  Notes have no answer and keep their order.
+Both ends may call at any time; each call is answered by a thread that does nothing else meanwhile, so that
+one which waits (for a missing page, say) holds up no other.  Notes have no answer and keep their order.
 
 What cannot be sent or taken is told to the caller.  Where nothing can be told, as of a note, the link
 ends: either side knows how to go on without the other, and none how to go on after a lost message.
@@ -11,12 +11,14 @@ import itertools
 import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from postcopy import errors
 from postcopy.errors import EngineDied, HostCannot, PostcopyError
-from postcopy.kernel import descriptors
+from postcopy.kernel import descriptors, threads
 from postcopy.link.messages import Messages, Received
+from postcopy.link.workers import Workers
 
 Handler = Callable[..., Any]
 
@@ -84,8 +86,9 @@ class Link:
         self._handlers = dict(handlers)
         self._on_end = on_end
         self._completed = completed
-        # The reader's alone: the threads of those, as long as they may be at work.
-        self._at_work: list[threading.Thread] = []
+        # The reader's alone: the ends of those that may be at work.
+        self._at_work: list[threading.Event] = []
+        self._workers = Workers(f"{name}-answers")
         self._taking = False
         self._over = threading.Event()
         self._numbers = itertools.count(1)
@@ -103,8 +106,16 @@ class Link:
         self._handlers.update(handlers)
 
     def start(self) -> None:
-        """Begin to take messages."""
-        self._reader.start()
+        """Begin to take messages.
+
+        :raises HostCannot: there can be no more threads.
+        """
+        self._workers.start()
+        try:
+            threads.start(self._reader)
+        except HostCannot:
+            self._workers.end()
+            raise
 
     def call(
         self,
@@ -223,23 +234,26 @@ class Link:
             lost = descriptors.lost(name, message.arrived, message.body["fds"])
             self._refuse(message, lost)
             return
-        thread = threading.Thread(
-            target=self._answer, args=(message.body, fds), name=name, daemon=True
-        )
+        done = threading.Event()
         try:
-            thread.start()
-        except RuntimeError as error:
+            self._workers.give(name, partial(self._answer, message.body, fds, done))
+        except HostCannot as error:
             descriptors.close_all(fds)
-            cure = "raise the limit of threads ('ulimit -u', 'pids.max'), or free some memory"
-            self._refuse(message, HostCannot(f"{name}: {error}", cure))
+            self._refuse(message, error.because(name))
             return
         if name in self._completed:
-            self._at_work = [thread, *(other for other in self._at_work if other.is_alive())]
+            self._at_work = [done, *(other for other in self._at_work if not other.is_set())]
 
     def _refuse(self, message: Received, error: PostcopyError) -> None:
         self._send_or_end({"id": message.body["id"], "error": _packed(error)})
 
-    def _answer(self, body: Mapping[str, Any], fds: list[int]) -> None:
+    def _answer(self, body: Mapping[str, Any], fds: list[int], done: threading.Event) -> None:
+        try:
+            self._make_answer(body, fds)
+        finally:
+            done.set()
+
+    def _make_answer(self, body: Mapping[str, Any], fds: list[int]) -> None:
         arguments = dict(body["args"])
         if fds:
             arguments["fds"] = fds
@@ -280,8 +294,9 @@ class Link:
             waiting, self._waiting = self._waiting, {}
         for answer in waiting.values():
             answer.give(None, EngineDied("the other process is gone"))
-        for thread in self._at_work:
-            thread.join()
+        for done in self._at_work:
+            done.wait()
+        self._workers.end()
         self._messages.close()
         try:
             self._on_end()

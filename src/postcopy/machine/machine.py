@@ -70,7 +70,11 @@ class Machine:
         try:
             for index in range(self.config.vcpus):
                 cpu = self._accelerator.create_cpu(index, ports)
-                self._vcpus.append(Vcpu(index, cpu, self.run_control.vcpu_ended))
+                try:
+                    self._vcpus.append(Vcpu(index, cpu, self.run_control.vcpu_ended))
+                except BaseException:
+                    cpu.close()
+                    raise
         except BaseException:
             self.close()
             raise

@@ -6,6 +6,9 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
+from postcopy.kernel import threads
+from postcopy.kernel.patience import persist
+
 BUFFER_BYTES: Final = 256 << 10
 CLOSE_TIMEOUT_S: Final = 1.0
 
@@ -41,7 +44,7 @@ class SerialOutput:
         self._closing = False
         self._told: set[str] = set()
         self._thread = threading.Thread(target=self._write_all, name="serial", daemon=True)
-        self._thread.start()
+        threads.start(self._thread)
 
     @property
     def dropped_bytes(self) -> int:
@@ -107,4 +110,4 @@ class SerialOutput:
 def _wait_for_room(fd: int) -> None:
     poll = select.poll()
     poll.register(fd, select.POLLOUT)
-    poll.poll()
+    persist(poll.poll)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from postcopy.errors import GuestError
 from postcopy.guest import VcpuThread
+from postcopy.kernel import threads
 from postcopy.machine.cpu import Cpu, Exit, ExitReason
 from postcopy.machine.cpu_state import CpuState
 
@@ -28,6 +29,7 @@ class Vcpu:
 
     :param on_end: called on the vCPU's thread when the guest cannot go on (``SHUTDOWN``,
         ``FAILED``); it must not wait for this vCPU.
+    :raises HostCannot: there can be no more threads.
     """
 
     def __init__(self, index: int, cpu: Cpu, on_end: Callable[["Vcpu", Exit], None]) -> None:
@@ -44,7 +46,7 @@ class Vcpu:
         self._vain_interrupts = 0
         self._vain_address = 0
         self._thread = threading.Thread(target=self.run, name=f"vcpu-{index}", daemon=True)
-        self._thread.start()
+        threads.start(self._thread)
 
     def run(self) -> None:
         """The thread: into the guest, out again, and see why."""

@@ -14,8 +14,9 @@ import socket
 import threading
 from typing import Any
 
-from postcopy.errors import PostcopyError
+from postcopy.errors import HostCannot, PostcopyError
 from postcopy.events import Event
+from postcopy.kernel import threads
 from postcopy.monitor import qmp_messages
 from postcopy.monitor.backend import Backend
 from postcopy.monitor.json_stream import JsonError, JsonStream
@@ -54,9 +55,9 @@ class QmpSession:
         """Serve until the client goes or :meth:`close` is called; the caller is the reader."""
         self._unsent.put(qmp_messages.greeting())
         unsubscribe = self._backend.events.subscribe(self._on_event)
-        self._writer.start()
-        self._worker.start()
         try:
+            threads.start(self._writer)
+            threads.start(self._worker)
             self._read()
         finally:
             unsubscribe()
@@ -139,7 +140,11 @@ class QmpSession:
 
         command = COMMANDS.get(request.command)
         if command is not None and command.in_background:
-            threading.Thread(target=answer, name="qmp-out-of-band", daemon=True).start()
+            thread = threading.Thread(target=answer, name="qmp-out-of-band", daemon=True)
+            try:
+                threads.start(thread)
+            except HostCannot as error:
+                self._unsent.put(self._answer(message, QmpError(str(error))))
         else:
             answer()
 

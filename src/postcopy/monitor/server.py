@@ -10,7 +10,8 @@ from typing import Protocol
 
 from postcopy.channel.address import UnixAddress, parse_socket
 from postcopy.channel.socket_path import SocketPath, remove_stale
-from postcopy.errors import CannotListen
+from postcopy.errors import CannotListen, HostCannot
+from postcopy.kernel import threads
 from postcopy.monitor.backend import Backend
 from postcopy.monitor.hmp_console import HmpSession
 from postcopy.monitor.qmp_session import QmpSession
@@ -52,7 +53,7 @@ class MonitorServer:
         self._sessions: set[Session] = set()
         self._closed = False
         self._thread = threading.Thread(target=self._accept, name="monitor", daemon=True)
-        self._thread.start()
+        threads.start(self._thread)
 
     @property
     def address(self) -> str:
@@ -95,9 +96,18 @@ class MonitorServer:
             if closed:
                 connection.close()
                 return
-            threading.Thread(
-                target=self._serve, args=(session,), name="monitor-client", daemon=True
-            ).start()
+            self._begin(session, connection)
+
+    def _begin(self, session: Session, connection: socket.socket) -> None:
+        thread = threading.Thread(target=self._serve, args=(session,), name="monitor-client")
+        thread.daemon = True
+        try:
+            threads.start(thread)
+        except HostCannot as error:
+            _log.warning("a monitor client is turned away: %s", error)
+            with self._lock:
+                self._sessions.discard(session)
+            connection.close()
 
     def _serve(self, session: Session) -> None:
         try:

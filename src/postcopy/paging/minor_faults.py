@@ -12,6 +12,7 @@ import time
 from typing import Final
 
 from postcopy.errors import KernelError, PageExists
+from postcopy.kernel import threads
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.memory.page_map import RECEIVED
 from postcopy.memory.ram_block import RamBlock
@@ -40,7 +41,7 @@ class BackgroundMapper:
     def start(self) -> None:
         """Begin with all that has been received so far."""
         self._more.set()
-        self._thread.start()
+        threads.start_if_possible(self._thread)
 
     def later(self, name: str, pages: Indices) -> None:
         """Have received pages, with memory behind them, mapped by and by."""

@@ -77,6 +77,11 @@ class Pager:
         """Make :meth:`run` return; faults that come later wait."""
         os.close(self._stop_writer)  # its reader sees the end of the pipe
 
+    def discard(self) -> None:
+        """Let go of one that has never run."""
+        self.stop()
+        os.close(self._stop_reader)
+
     def ask_again(self) -> None:
         """Ask once more for everything asked for and not received: after a recovery."""
         for paged in self._ram:

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable
 
 from postcopy.errors import PostcopyError
-from postcopy.kernel import calls
+from postcopy.kernel import calls, threads
 from postcopy.kernel.faults import Pagefault
 from postcopy.kernel.scheduling import run_soon
 from postcopy.kernel.userfaultfd import Userfaultfd
@@ -71,8 +71,11 @@ class WriteGuard:
         self._thread = threading.Thread(target=self._serve, name="snapshot-faults", daemon=True)
 
     def start(self) -> None:
-        """Begin to serve faults."""
-        self._thread.start()
+        """Begin to serve faults.
+
+        :raises HostCannot: there can be no more threads.
+        """
+        threads.start(self._thread)
 
     def arm(self) -> None:
         """Protect all memory of a guest that runs, until little of it is written to meanwhile."""
@@ -108,7 +111,8 @@ class WriteGuard:
         if self._stop_writer >= 0:
             os.close(self._stop_writer)
             self._stop_writer = -1
-            self._thread.join()
+            if self._thread.is_alive():
+                self._thread.join()
             os.close(self._stop_reader)
             self._userfaultfd.close()
 

@@ -11,6 +11,7 @@ from postcopy.channel.address import Address
 from postcopy.channel.channel import Channel
 from postcopy.channel.connect import connect
 from postcopy.errors import ChannelBroken, MigrationCancelled
+from postcopy.kernel import threads
 from postcopy.source.orders import Orders
 
 
@@ -23,10 +24,12 @@ def connect_unless_cancelled(
     :raises CannotConnect: nobody is there.
     :raises MigrationCancelled: the user has given up; what may still come of it is closed.
     :raises ChannelBroken: it is in vain.
+    :raises HostCannot: there can be no more threads.
     """
     made: Future[Channel] = Future()
     made.add_done_callback(lambda _: orders.interrupt.set())
-    threading.Thread(target=_connect, args=(address, made), name="connect", daemon=True).start()
+    arguments = (address, made)
+    threads.start(threading.Thread(target=_connect, args=arguments, name="connect", daemon=True))
     while not made.done():
         if orders.cancelled or in_vain():
             made.add_done_callback(_close)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from postcopy.channel.channel import Channel
 from postcopy.errors import ChannelBroken, PostcopyError, StreamError
+from postcopy.kernel import threads
 from postcopy.kernel.reading import ReadingTurn
 from postcopy.kernel.scheduling import run_soon
 from postcopy.memory.runs import Mask
@@ -56,11 +57,11 @@ class ReturnPath:
 
     def start(self) -> None:
         """Begin to listen."""
-        self._thread.start()
+        threads.start(self._thread)
 
     def join(self) -> None:
         """Wait until no more messages are taken: the channel has been closed or broken."""
-        if self._thread is not threading.current_thread():
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
 
     def run(self) -> None:

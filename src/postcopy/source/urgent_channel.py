@@ -11,6 +11,7 @@ from collections.abc import Callable
 from postcopy.channel.channel import Channel
 from postcopy.channel.silence import Taken
 from postcopy.errors import ChannelBroken, PostcopyError
+from postcopy.kernel import threads
 from postcopy.memory.runs import Indices
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages
@@ -37,7 +38,7 @@ class UrgentChannel:
 
     def start(self) -> None:
         """Begin to watch for its end."""
-        self._watcher.start()
+        threads.start(self._watcher)
 
     def send(self, pages: BlockPages, wanted: Indices) -> None:
         """Send pages of a block, on the wire when it returns.

@@ -4,7 +4,8 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
-from postcopy.errors import WrongState
+from postcopy.errors import HostCannot, WrongState
+from postcopy.kernel import threads
 
 AT_ONCE_S: Final = 5.0
 """How long a caller waits: nearly every order is carried out, or has failed, long before."""
@@ -34,6 +35,7 @@ class BackgroundOrder:
 
         :param failed_late: gets the error of an order that was not waited for any more.
         :raises WrongState: the one before is still being carried out.
+        :raises HostCannot: there can be no more threads.
         :raises PostcopyError: the order has failed.
         """
         with self._lock:
@@ -41,7 +43,13 @@ class BackgroundOrder:
                 raise WrongState("the same was ordered before, and is still being carried out")
             self._current = progress = _Progress()
         arguments = (progress, work, failed_late)
-        threading.Thread(target=self._work, args=arguments, name="errand", daemon=True).start()
+        thread = threading.Thread(target=self._work, args=arguments, name="errand", daemon=True)
+        try:
+            threads.start(thread)
+        except HostCannot:
+            with self._lock:
+                self._current = None
+            raise
         progress.done.wait(self._at_once_s)
         with self._lock:
             progress.is_late = not progress.done.is_set()

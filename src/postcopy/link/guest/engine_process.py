@@ -13,10 +13,11 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, NoReturn, Protocol, Self
 
 from postcopy.errors import EngineDied, HostCannot
+from postcopy.kernel import threads
 from postcopy.kernel.patience import persist
 from postcopy.link.rpc import Answer, Handler, Link
 
@@ -80,25 +81,21 @@ class EngineProcess:
         """
         import subprocess  # seldom the way of the first engine: see `fork`
 
-        with contextlib.ExitStack() as undo:
-            try:
-                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-                undo.callback(ours.close)
-                with theirs:
-                    link = theirs.fileno()
-                    process = persist(
-                        lambda: subprocess.Popen(
-                            [*_PYTHON, "-m", "postcopy.engine", "--link", str(link)],
-                            pass_fds=[link],
-                            stdin=subprocess.DEVNULL,
-                            env=os.environ | _ENVIRONMENT,
-                            # A Ctrl-C is for the monitor; the engine ends with its link.
-                            start_new_session=True,
-                        )
+        with _lacking(), contextlib.ExitStack() as undo:
+            ours, theirs = persist(socket.socketpair, socket.AF_UNIX, socket.SOCK_STREAM)
+            undo.callback(ours.close)
+            with theirs:
+                link = theirs.fileno()
+                process = persist(
+                    lambda: subprocess.Popen(
+                        [*_PYTHON, "-m", "postcopy.engine", "--link", str(link)],
+                        pass_fds=[link],
+                        stdin=subprocess.DEVNULL,
+                        env=os.environ | _ENVIRONMENT,
+                        # A Ctrl-C is for the monitor; the engine ends with its link.
+                        start_new_session=True,
                     )
-            except OSError as error:
-                what = f"no engine process can be started: {error.strerror}"
-                raise HostCannot(what, _CURES.get(error.errno or 0, "try again")) from error
+                )
             undo.pop_all()
         return cls(process, ours)
 
@@ -107,9 +104,11 @@ class EngineProcess:
         """Branch off from this process, which has one thread and holds nothing that must not be shared.
 
         :param serve: what the engine does with the descriptor of its end of the link.
+        :raises HostCannot: there are no descriptors, processes or memory for one.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        pid = os.fork()
+        with _lacking():
+            ours, theirs = persist(socket.socketpair, socket.AF_UNIX, socket.SOCK_STREAM)
+            pid = persist(os.fork)
         if not pid:
             _be_engine(theirs.fileno(), serve)
         theirs.close()
@@ -124,6 +123,7 @@ class EngineProcess:
         """Have it do something for which it needs no guest.
 
         :raises EngineDied: it is gone.
+        :raises HostCannot: there can be no more threads.
         """
         return self._begun().ask(order, **arguments)
 
@@ -132,6 +132,7 @@ class EngineProcess:
 
         :param on_end: called once, from the link's reader thread, when the link ends after this.
         :raises EngineDied: it has ended already; ``on_end`` is never called.
+        :raises HostCannot: there can be no more threads.
         """
         from postcopy.link.guest.guest_service import (
             MAY_WAIT_FOR_PAGES,  # an engine needs no more of it
@@ -156,13 +157,14 @@ class EngineProcess:
         self.fate = f"hung for {silent_s:g} s, and was killed"
         self._signal_end()
         # A thread that the kernel holds back dies later; but the process does nothing any more.
-        self._begun().close()
+        self._let_go()
 
     def _begun(self) -> Link:
         with self._lock:
             if self.link is None:
-                self.link = Link(self._socket, {}, on_end=self._gone, name="engine-link")
-                self.link.start()
+                link = Link(self._socket, {}, on_end=self._gone, name="engine-link")
+                link.start()
+                self.link = link
             return self.link
 
     @property
@@ -178,8 +180,18 @@ class EngineProcess:
 
     def end(self) -> None:
         """Let it go: it ends by itself when the link does."""
-        self._begun().close()
-        threading.Thread(target=self._reap, name="engine-reaper", daemon=True).start()
+        self._let_go()
+        thread = threading.Thread(target=self._reap, name="engine-reaper", daemon=True)
+        threads.start_if_possible(thread)  # else one that hangs is ended when this process leaves
+
+    def _let_go(self) -> None:
+        with self._lock:
+            link = self.link
+            if link is None:
+                self._is_gone = True
+                self._socket.close()
+        if link is not None:
+            link.close()
 
     def _reap(self) -> None:
         """One that hangs does not see that it may go."""
@@ -213,6 +225,19 @@ class EngineProcess:
         if not self.is_dead:
             with contextlib.suppress(ProcessLookupError):  # it was dead before
                 os.kill(self._process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _lacking() -> Iterator[None]:
+    """What is done in this context fails for want of something that the host lacks.
+
+    :raises HostCannot: in place of an ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        what = f"no engine process can be started: {error.strerror}"
+        raise HostCannot(what, _CURES.get(error.errno or 0, "try again")) from error
 
 
 class _Forked:
@@ -285,9 +310,9 @@ class EnginePool:
         with self._lock:
             self._cancel_timer()
             if self._spare is None and not self._closed:
-                self._timer = threading.Timer(delay_s, self.prepare)
-                self._timer.daemon = True
-                self._timer.start()
+                timer = threading.Timer(delay_s, self.prepare)
+                timer.daemon = True
+                self._timer = timer if threads.start_if_possible(timer) else None
 
     def _prepare_now(self) -> None:
         with self._lock:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final
 
-from postcopy.errors import EngineDied, PostcopyError, WrongState
+from postcopy.errors import EngineDied, HostCannot, PostcopyError, WrongState
+from postcopy.kernel import threads
 from postcopy.link.guest.engine_process import EnginePool, EngineProcess
 from postcopy.link.guest.watchdog import HANG_LOOKS
 from postcopy.link.rpc import Handler, Link
@@ -63,6 +64,7 @@ class EngineSlot:
 
         :raises WrongState: closed: an engine that is started now would never be ended.
         :raises EngineDied: they die one after the other.
+        :raises HostCannot: the host has no room for one.
         """
         for _ in range(_MOST_STARTS):
             engine = self._pool.take()
@@ -75,6 +77,9 @@ class EngineSlot:
                 return link
             except EngineDied:
                 self._drop(engine)
+            except HostCannot:
+                self._drop(engine)
+                raise
         raise EngineDied("engine processes die before they get anything to do")
 
     def _put_to_work(self, engine: EngineProcess) -> None:
@@ -173,7 +178,11 @@ class EngineSupervisor:
 
     def begin(self) -> None:
         """Have the dead one replaced, by a thread of its own."""
-        threading.Thread(target=self._replace, name="replace-engine", daemon=True).start()
+        thread = threading.Thread(target=self._replace, name="replace-engine", daemon=True)
+        try:
+            threads.start(thread)
+        except HostCannot as error:
+            self._failed(error)
 
     def worked(self) -> None:
         """The engine at work has got somewhere: count anew, and have a successor ready in a while."""

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from postcopy.errors import PostcopyError
+from postcopy.errors import HostCannot, PostcopyError
+from postcopy.kernel import threads
 from postcopy.kernel.descriptors import close_all, open_all
 from postcopy.link.guest.engine_slot import EngineSlot
 from postcopy.link.guest.job import Job
@@ -62,15 +63,24 @@ class QueuedMigration:
         self._order: _Order | None = None
 
     def take(self, job: Job, uri: str, fds: Sequence[int]) -> None:
-        """Take the order; a thread of its own sees to it."""
+        """Take the order; a thread of its own sees to it.
+
+        :raises HostCannot: there can be no more threads, and the order has failed.
+        """
         assert self._restoring.job is not None
         restore = self._restoring.job
-        self._order = order = _Order(job, uri, open_all(os.dup, fds))
+        order = _Order(job, uri, open_all(os.dup, fds))
+        thread = threading.Thread(target=self._see_to, args=(order, restore), name="departing")
+        thread.daemon = True
+        self._order = order
         job.progress.move(Status.SETUP)
         self._restoring.hurry()
-        threading.Thread(
-            target=self._see_to, args=(order, restore), name="departing", daemon=True
-        ).start()
+        try:
+            threads.start(thread)
+        except HostCannot as error:
+            close_all(order.fds)
+            self.fail(str(error))
+            raise
 
     def start_postcopy(self) -> bool:
         """Note that postcopy is wanted; return whether there is an order that could want it."""

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
+from postcopy.kernel import threads
 from postcopy.link.rpc import Link
 
 HANG_LOOKS: Final = 20
@@ -41,10 +42,13 @@ class Watchdog:
         self._beats = 0
 
     def start(self) -> None:
-        """Have the engine say that it lives, and listen for that until the link ends."""
+        """Have the engine say that it lives, and listen for that until the link ends.
+
+        :raises HostCannot: there can be no more threads.
+        """
         self._link.serve({"alive": self._hear})
         self._link.note("say_alive")
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        threads.start(threading.Thread(target=self._watch, name="watchdog", daemon=True))
 
     def _hear(self) -> None:
         self._beats += 1
