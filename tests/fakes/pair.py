@@ -159,7 +159,8 @@ class Side:
     def received(self) -> np.ndarray:
         """Which pages a destination has, as its page map says."""
         (fd,) = self.control._service._page_maps
-        pages = PageMap(os.dup(fd), self.machine.memory_bytes // PAGE_BYTES)
+        (region,) = self.machine.regions()
+        pages = PageMap(os.dup(fd), region.size_bytes // region.page_size_bytes)
         have = ~pages.missing()
         pages.close()
         return have

@@ -15,7 +15,7 @@ VARIABLE = "POSTCOPY_FAILING_CALLS"
 SOURCE = Path(__file__).with_suffix(".c")
 ANY = (1 << 64) - 1
 FROM_THEN_ON = 0
-ROWS = 64
+ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,9 @@ class Kind:
     :ivar name: as errors have it.
     :ivar function: of the C library.
     :ivar request: of an ioctl, number of a syscall, flag of an mmap, and so on.
-    :ivar target: part of what the descriptor stands for, or the end of the path.
+    :ivar target: part of what the descriptor stands for, or the end of the path; ``@unix``, ``@inet``: a
+        socket of that family.  The link between processes is of the first, a channel of most journeys of
+        the second.
     """
 
     name: str
@@ -53,8 +55,15 @@ KINDS = (
             userfaultfd.UFFDIO_POISON,
             userfaultfd.UFFDIO_WRITEPROTECT,
             pagemap.PAGEMAP_SCAN,
-            kvm.KVM_GET_REGS,
-            kvm.KVM_SET_SREGS,
+            kvm.KVM_SET_USER_MEMORY_REGION,
+            kvm.KVM_GET_DIRTY_LOG,
+            kvm.KVM_SET_SIGNAL_MASK,
+            kvm.KVM_RUN,
+            *(kvm.KVM_GET_REGS, kvm.KVM_SET_REGS, kvm.KVM_GET_SREGS, kvm.KVM_SET_SREGS),
+            *(kvm.KVM_GET_XSAVE, kvm.KVM_SET_XSAVE, kvm.KVM_GET_XCRS, kvm.KVM_SET_XCRS),
+            *(kvm.KVM_GET_DEBUGREGS, kvm.KVM_SET_DEBUGREGS, kvm.KVM_GET_MSRS, kvm.KVM_SET_MSRS),
+            *(kvm.KVM_GET_MP_STATE, kvm.KVM_SET_MP_STATE),
+            *(kvm.KVM_GET_VCPU_EVENTS, kvm.KVM_SET_VCPU_EVENTS),
         ),
     ),
     Kind("mmap", "mmap", mmap.MAP_SHARED),
@@ -78,6 +87,11 @@ KINDS = (
     Kind("pwrite", "pwrite"),
     Kind("pwritev", "pwritev"),
     Kind("writev", "writev"),
+    Kind("readv", "readv"),
+    *(Kind(f"{name} of a link", name, target="@unix") for name in ("send", "sendmsg", "recvmsg")),
+    *(Kind(f"{name} of a channel", name, target="@inet") for name in ("send", "sendmsg", "recv")),
+    *(Kind(name, name) for name in ("socket", "socketpair", "connect", "accept")),
+    *(Kind(name, name) for name in ("pthread_create", "fork", "execve")),
     Kind("fsync", "fsync"),
 )
 BY_NAME = {kind.name: kind for kind in KINDS}

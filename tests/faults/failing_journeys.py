@@ -4,114 +4,74 @@ Each ends with the guest whole and on exactly one side, or held by none in a way
 what passes is outlived without anybody's help.
 """
 
-import contextlib
-import errno
 import faulthandler
 import json
 import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from fakes.awakening import put_to_sleep, wake, woken, write_manifest
-from fakes.pair import NEVER_ENDS, POSTCOPY, QUICK, Journey, Side, hammer
+from fakes.pair import NEVER_ENDS, POSTCOPY, QUICK, Journey, Side
 from fakes.snapshots import Portrait, Remembering
+from fakes.transports import Exec, Pipe, Way
 from fakes.waiting import wait_until
-from faults.failing_calls import BY_NAME, FROM_THEN_ON, FailingCalls
+from faults.failing_calls import FailingCalls
+from faults.failing_scene import (
+    HUGE,
+    SETTLES_S,
+    Case,
+    Scene,
+    check_ended,
+    check_one_owner,
+    has_ended,
+    settle,
+    verify,
+)
 from faults.recovering import SETTLED, WITH_ROUNDS, Recovering
 from machine.machines import wait_for_progress
 from postcopy.errors import GuestError, PostcopyError
-from postcopy.kernel.patience import PASSES
-from postcopy.machine.workload import PAGE_BYTES
+from postcopy.machine import oracle
 from postcopy.parameters import Capability
 from postcopy.status import ENDED, Status
 
-SETTLES_S = 30.0
-
-
-@dataclass(frozen=True)
-class Case:
-    """One journey, with one failure.
-
-    :ivar kind: of :data:`faults.failing_calls.KINDS`; "": calls are only counted.
-    :ivar first: which call of that kind fails first.
-    """
-
-    journey: str
-    kind: str = ""
-    error: int = 0
-    first: int = 1
-    times: int = 1
-
-    @property
-    def passes(self) -> bool:
-        """Whether the failure is one that passes."""
-        return self.times != FROM_THEN_ON and self.error in PASSES and self.kind != "fsync"
-
-    def __str__(self) -> str:
-        if not self.kind:
-            return f"{self.journey}: nothing fails"
-        often = {1: "once", FROM_THEN_ON: "from then on"}.get(self.times, f"{self.times} times")
-        name = errno.errorcode[self.error]
-        return f"{self.journey}: {self.kind} number {self.first} fails with {name} {often}"
-
-
-class Scene:
-    """What a journey needs: the failing calls, a folder, and notes of what users were told.
-
-    :ivar clean: all went on without help, and nothing was told.
-    """
-
-    def __init__(self, case: Case, calls: FailingCalls, folder: Path) -> None:
-        self.case = case
-        self.calls = calls
-        self.folder = folder
-        self.told: list[str] = []
-        self.close = contextlib.ExitStack()
-
-    def arm(self) -> None:
-        kind = BY_NAME.get(self.case.kind)
-        self.calls.set(kind, self.case.error, self.case.first, self.case.times)
-        self.calls.arm()
-
-    def order(self, call: Callable[[], object]) -> bool:
-        """Order something; return whether that was taken."""
-        try:
-            call()
-        except PostcopyError as error:
-            self.told.append(str(error))
-            return False
-        return True
-
-    def disarm(self, *sides: Side) -> None:
-        """From here on all works again."""
-        self.calls.disarm()
-        self.told += [side.error for side in sides if side.error]
-
-    def journey(self, *arguments, **more) -> Journey:
-        made = Journey.__new__(Journey)
-        self.close.callback(Journey.close, made)
-        made.__init__(*arguments, **more)
-        return made
-
-    def check_told(self) -> None:
-        """What passes troubles nobody; what lasts and is told of is named."""
-        if self.case.passes or not self.case.kind:
-            assert not self.told, self.told
-        for told in self.told:
-            assert "internal error" not in told, told
-
 
 def precopy(scene: Scene) -> None:
-    trip = scene.journey(hammer(vcpus=2), parameters=QUICK)
+    _precopy(scene, QUICK)
+
+
+def kvm_log(scene: Scene) -> None:
+    """What is written is noted by KVM, in place of userfaultfd."""
+    _precopy(scene, QUICK | {"x-dirty-tracking": "kvm"})
+
+
+def _precopy(scene: Scene, parameters: Mapping[str, object]) -> None:
+    trip = scene.journey(scene.workload(), parameters=parameters)
     scene.arm()
     if scene.order(trip.migrate):
+        settle(scene, trip)
+    check_one_owner(scene, trip)
+
+
+def by_pipe(scene: Scene) -> None:
+    """Both sides are given a descriptor, and nothing comes back."""
+    _carried(scene, Pipe(scene.folder), ())
+
+
+def by_command(scene: Scene) -> None:
+    """The source's engine starts a command, and stays with that to its end."""
+    _carried(scene, Exec(scene.folder), (Capability.RETURN_PATH,))
+
+
+def _carried(scene: Scene, way: Way, capabilities: Sequence[Capability]) -> None:
+    trip = scene.journey(scene.workload(), capabilities=capabilities, parameters=QUICK)
+    scene.arm()
+    if scene.order(lambda: way.carry(trip.source, trip.destination)):
         settle(scene, trip)
     check_one_owner(scene, trip)
 
@@ -125,7 +85,8 @@ def preempt(scene: Scene) -> None:
 
 
 def _postcopy(scene: Scene, capabilities: Sequence[Capability]) -> None:
-    trip = scene.journey(hammer(vcpus=2), capabilities=capabilities, parameters=WITH_ROUNDS)
+    parameters = scene.pages_kept_back(WITH_ROUNDS)
+    trip = scene.journey(scene.workload(), capabilities=capabilities, parameters=parameters)
     source = trip.source
     scene.arm()
     if scene.order(trip.migrate):
@@ -141,12 +102,34 @@ def _postcopy(scene: Scene, capabilities: Sequence[Capability]) -> None:
 
 
 def _rounds(side: Side) -> int:
-    ram = side.control.info().ram
-    return 0 if ram is None else ram.dirty_sync_count
+    with suppress(PostcopyError):  # one who only asks may be told that there is no thread to answer
+        if (ram := side.control.info().ram) is not None:
+            return ram.dirty_sync_count
+    return 0
 
 
 def recovery(scene: Scene) -> None:
-    trip = _paused(scene)
+    _recover(scene, _paused(scene))
+
+
+def succession(scene: Scene) -> None:
+    """The engines of both sides die, and others are started in their place."""
+    trip = _in_postcopy(scene)
+    sides = (trip.source, trip.destination)
+    engines = [side.control._engine for side in sides]
+    scene.arm()
+    for engine in engines:
+        engine.kill()
+    wait_until(
+        lambda: all(side.status is Status.POSTCOPY_PAUSED for side in sides),
+        SETTLES_S,
+        lambda: f"both pause: {[(side.status.value, side.story()) for side in sides]}",
+    )
+    scene.excused = {side.error for side in sides}
+    _recover(scene, trip)
+
+
+def _recover(scene: Scene, trip: Journey) -> None:
     source, destination = trip.source, trip.destination
     source.set(parameters={"max-postcopy-bandwidth": 0})
     uri = f"unix:{scene.folder}/recovery"
@@ -163,7 +146,8 @@ def lost(scene: Scene) -> None:
     side = trip.destination
     side.set(parameters={"x-on-loss": "poison"})
     missing = np.flatnonzero(~side.received())
-    wanted = missing[trip.source.ram()[missing].any(axis=1)]
+    size = side.machine.regions()[0].page_size_bytes
+    wanted = missing[trip.source.ram().reshape(-1, size)[missing].any(axis=1)]
     scene.arm()
     is_done = scene.order(side.control.lost)
     scene.disarm()
@@ -175,66 +159,26 @@ def lost(scene: Scene) -> None:
     assert f": {len(missing)} pages of block" in side.error, (side.error, len(missing))
     for page in wanted[:: max(1, len(wanted) // 50)].tolist():
         with suppress(GuestError):
-            side.machine.read_memory(page * PAGE_BYTES, 8)
+            side.machine.read_memory(page * size, 8)
             raise AssertionError(f"page {page} is lost, and can be read")
 
 
 def _paused(scene: Scene) -> Journey:
     """A postcopy of which both sides wait for a recovery, and nothing is under way."""
-    parameters = NEVER_ENDS | {"max-bandwidth": 4 << 20, "max-postcopy-bandwidth": 256 << 10}
-    trip = scene.journey(hammer(vcpus=2), capabilities=POSTCOPY, parameters=parameters)
-    trip.migrate()
-    with Recovering(trip, scene.folder) as broken:
-        broken.until_postcopy()
-        trip.source.control.pause()
-        broken.until_settled()
+    trip = _in_postcopy(scene)
+    trip.source.control.pause()
+    Recovering(trip, scene.folder).until_settled()
     return trip
 
 
-def settle(scene: Scene, trip: Journey) -> None:
-    """Until neither side goes on by itself; a destination that nobody has called waits on."""
-    sides = (trip.source, trip.destination)
-
-    def settled() -> bool:
-        source, destination = (side.status for side in sides)
-        uncalled = source is Status.FAILED and destination is Status.SETUP
-        return source in SETTLED and (destination in SETTLED or uncalled)
-
-    wait_until(
-        settled,
-        SETTLES_S,
-        lambda: f"settled: {[(side.status.value, side.error, side.story()) for side in sides]}",
-    )
-
-
-def check_one_owner(scene: Scene, trip: Journey) -> None:
-    """The guest is whole on one side, after what a user would do about a pause."""
-    source, destination = trip.source, trip.destination
-    paused = Status.POSTCOPY_PAUSED in {source.status, destination.status}
-    scene.disarm(source, destination)
-    scene.check_told()
-    if scene.case.passes:
-        assert destination.status is Status.COMPLETED
-    if paused and destination.status not in ENDED:
-        again = scene.folder / "again"
-        again.mkdir()
-        with Recovering(trip, again) as broken:
-            broken.recover()
-            broken.until_settled()
-    owners = [side for side in (source, destination) if side.machine.owned]
-    if not owners:
-        assert destination.status is Status.FAILED, (source.status, destination.status)
-        assert not source.machine.running
-        source.machine.cont()
-        owners = [source]
-    assert len(owners) == 1, "both sides own the guest"
-    (owner,) = owners
-    other = destination if owner is source else source
-    assert not other.machine.running
-    if owner is destination:
-        assert destination.status is Status.COMPLETED, destination.status
-        assert source.status in {Status.COMPLETED, Status.POSTCOPY_PAUSED}, source.status
-    trip.verify(owner)
+def _in_postcopy(scene: Scene) -> Journey:
+    parameters = NEVER_ENDS | {"max-bandwidth": 4 << 20, "max-postcopy-bandwidth": 256 << 10}
+    if scene.huge:
+        parameters |= {"max-bandwidth": 16 << 20, "max-postcopy-bandwidth": 2 << 20}
+    trip = scene.journey(scene.workload(), capabilities=POSTCOPY, parameters=parameters)
+    trip.migrate()
+    Recovering(trip, scene.folder).until_postcopy()
+    return trip
 
 
 def snapshot(scene: Scene) -> None:
@@ -249,7 +193,8 @@ def snapshot(scene: Scene) -> None:
             calls.arm()
             return states
 
-    portrait = scene.close.enter_context(Portrait(hammer(vcpus=2), kind=Machine))
+    portrait = Portrait(scene.workload(), kind=Machine, huge_pages=scene.huge)
+    scene.close.enter_context(portrait)
     image = scene.folder / "image"
     scene.arm()
     if scene.order(lambda: portrait.begin(f"file:{image}")):
@@ -266,7 +211,11 @@ def snapshot(scene: Scene) -> None:
         portrait.check_image(f"file:{image}")
     else:
         assert not scene.case.passes
-    portrait.check_memory()
+    if has_ended(portrait.machine):
+        check_ended(scene, portrait.machine)
+        assert oracle.verify(portrait.machine.read_memory, portrait.workload).ok
+    else:
+        portrait.check_memory()
 
 
 def restore(scene: Scene) -> None:
@@ -278,7 +227,7 @@ def restore_eagerly(scene: Scene) -> None:
 
 
 def _restore(scene: Scene, *, lazy: bool) -> None:
-    trip = scene.journey(hammer(vcpus=2))
+    trip = scene.journey(scene.workload())
     image = scene.folder / "image"
     put_to_sleep(trip, image)
     write_manifest(image)
@@ -300,24 +249,29 @@ def _restore(scene: Scene, *, lazy: bool) -> None:
             assert not side.machine.running
         side = trip.new_destination()
         wake(side, image, lazy=lazy)
-    woken(trip)
+    if has_ended(side.machine):
+        side.until(Status.COMPLETED, Status.FAILED)
+        verify(scene, trip, side)
+    else:
+        woken(trip)
 
 
 def reset(scene: Scene) -> None:
-    trip = scene.journey(hammer(vcpus=2))
+    trip = scene.journey(scene.workload())
     side = trip.source
     resetting = side.control.resetting
     scene.arm()
     is_set = scene.order(resetting.set_point)
     if is_set:
         scene.calls.disarm()  # it reads the guest's memory
-        wait_for_progress(side.machine, trip.workload)
+        if not has_ended(side.machine):
+            wait_for_progress(side.machine, trip.workload)
         scene.calls.arm()
         for _ in range(3):
             scene.order(resetting.reset)
     scene.disarm()
     scene.check_told()
-    if not side.machine.running:
+    if is_set and not side.machine.running:
         resetting.reset()  # as it says: it tries again
     if is_set:
         wait_for_progress(side.machine, trip.workload)
@@ -325,15 +279,13 @@ def reset(scene: Scene) -> None:
         resetting.reset()
         resetting.end()
         side.machine.cont()
-    trip.verify(side)
+    verify(scene, trip, side)
 
 
-JOURNEYS = {
-    run.__name__: run
-    for run in (
-        *(precopy, postcopy, preempt, recovery, lost),
-        *(snapshot, restore, restore_eagerly, reset),
-    )
+_ANY_PAGES = (precopy, postcopy, preempt, recovery, lost, snapshot, restore, restore_eagerly, reset)
+JOURNEYS: dict[str, Callable[[Scene], None]] = {
+    **{run.__name__: run for run in (*_ANY_PAGES, kvm_log, by_pipe, by_command, succession)},
+    **{run.__name__ + HUGE: run for run in _ANY_PAGES},
 }
 
 

@@ -1,5 +1,6 @@
 """Runs cases of :mod:`faults.failing_journeys` in processes of their own, each with a deadline."""
 
+import contextlib
 import errno
 import json
 import os
@@ -12,8 +13,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from fakes.huge_pages import reserved
 from faults.failing_calls import ERRNOS, FROM_THEN_ON, TIMES, environment
-from faults.failing_journeys import Case
+from faults.failing_scene import HUGE, Case
 
 DEADLINE_S = 120.0
 PLACES = Path(__file__).parents[1], Path(__file__).parents[2]
@@ -86,6 +88,15 @@ class Runner:
                 process.kill()
                 process.wait()
             process.stdout.close()
+
+
+def host_pages(journey: str) -> contextlib.AbstractContextManager[None]:
+    """What a journey needs of the host's pages of 2 MiB; skips where it has none to give."""
+    return reserved(_HUGE_PAGES) if journey.endswith(HUGE) else contextlib.nullcontext()
+
+
+_HUGE_PAGES = 130
+"""Four guests of 64 MiB: a few journeys have another destination, and a guest's pages come back late."""
 
 
 def draw(journey: str, seen: dict[str, int], seed: int) -> Iterator[Case]:

@@ -15,8 +15,9 @@ import pytest
 from fakes.pair import engines
 from fakes.waiting import wait_until
 from faults import orders, storm
-from faults.failing_journeys import JOURNEYS, Case
-from faults.failing_matrix import Runner, draw
+from faults.failing_journeys import JOURNEYS
+from faults.failing_matrix import Runner, draw, host_pages
+from faults.failing_scene import Case
 from journeys.conftest import _begin
 
 LINE_EVERY_S = 60.0
@@ -85,9 +86,10 @@ class Matrix:
     def one(self, seed):
         """The first case that the seed draws."""
         journey = list(JOURNEYS)[seed % len(JOURNEYS)]
-        if journey not in self._seen:
-            self._seen[journey] = self._run(Case(journey)).seen
-        self._run(next(draw(journey, self._seen[journey], seed)))
+        with host_pages(journey):
+            if journey not in self._seen:
+                self._seen[journey] = self._run(Case(journey)).seen
+            self._run(next(draw(journey, self._seen[journey], seed)))
 
     def _run(self, case):
         result = self._runner.run(case)

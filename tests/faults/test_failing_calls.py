@@ -8,8 +8,9 @@ import os
 
 import pytest
 
-from faults.failing_journeys import JOURNEYS, Case
-from faults.failing_matrix import Runner, draw
+from faults.failing_journeys import JOURNEYS
+from faults.failing_matrix import Runner, draw, host_pages
+from faults.failing_scene import Case
 
 PER_JOURNEY = int(os.environ.get("POSTCOPY_FAILING_CALLS_CASES", "3"))
 SEED = int(os.environ.get("POSTCOPY_SEED", "13"))
@@ -26,8 +27,9 @@ def runner(tmp_path):
 
 @pytest.mark.parametrize("journey", JOURNEYS)
 def test_at_random(runner, journey):
-    counted = runner.run(Case(journey))
-    assert not counted.wrong, counted.wrong
-    for case in itertools.islice(draw(journey, counted.seen, SEED), PER_JOURNEY):
-        result = runner.run(case)
-        assert not result.wrong, f"POSTCOPY_SEED={SEED}: {result}"
+    with host_pages(journey):
+        counted = runner.run(Case(journey))
+        assert not counted.wrong, counted.wrong
+        for case in itertools.islice(draw(journey, counted.seen, SEED), PER_JOURNEY):
+            result = runner.run(case)
+            assert not result.wrong, f"POSTCOPY_SEED={SEED}: {result}"
