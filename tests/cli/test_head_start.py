@@ -1,10 +1,12 @@
 """A guest that wakes does not wait for what it does not need: which modules have been imported by then."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -13,6 +15,8 @@ from fakes.commands import need_kvm
 from fakes.pair import DEADLINE_S
 from fakes.waiting import wait_until
 from postcopy import sync
+from postcopy.cli.head_start import engines_for
+from postcopy.kernel import patience
 
 TOLD = """
 import os, sys
@@ -128,3 +132,11 @@ def test_the_engine_is_a_process_of_its_own(image):
     process.kill()
     process.wait(DEADLINE_S)
     wait_until(lambda: ended(engine), DEADLINE_S, "the engine's end")
+
+
+def test_without_room_for_a_process_there_is_none(monkeypatch):
+    """The command goes on; what needs an engine says so when it has none."""
+    no_room = BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+    monkeypatch.setattr(os, "fork", Mock(side_effect=no_room))
+    monkeypatch.setattr(patience, "LASTING_S", 0.01)
+    assert engines_for(["restore", "image"]) is None

@@ -18,7 +18,7 @@ from pathlib import Path
 from fakes.awakening import AT_ONCE, put_to_sleep, wake, woken
 from fakes.pair import DEADLINE_S, POSTCOPY, QUICK, Side
 from fakes.waiting import wait_until
-from faults import trace_hooks
+from faults import storm, trace_hooks
 from faults.recovering import SETTLED, Recovering, broken_journey, small
 from postcopy import trace
 from postcopy.errors import PostcopyError
@@ -76,6 +76,10 @@ JOURNEYS = {
         *trace.DESTINATION_PRECOPY,
     ),
     "postcopy": (
+        *trace.SOURCE_POSTCOPY,
+        *trace.DESTINATION_POSTCOPY,
+    ),
+    "huge": (
         *trace.SOURCE_POSTCOPY,
         *trace.DESTINATION_POSTCOPY,
     ),
@@ -171,6 +175,11 @@ class Stall:
             self._path.unlink()
 
 
+def host_pages(case: Case) -> contextlib.AbstractContextManager[None]:
+    """What a case needs of the host's pages of 2 MiB; skips where it has none to give."""
+    return storm.host_pages(case.journey)
+
+
 def run(case: Case, journey: Callable[..., object], folder: Path) -> None:
     """One case, from the beginning of its journey to the oracle."""
     stall = Stall(case.step, folder / "step")
@@ -198,14 +207,16 @@ def _migration(case: Case, journey: Callable[..., object], folder: Path, stall: 
 def _begun(
     case: Case, journey: Callable[..., object], folder: Path, stall: Stall
 ) -> Iterator[Recovering]:
-    postcopy = case.journey in {"postcopy", "paused-postcopy", "recovery"}
+    postcopy = case.journey in {"postcopy", "huge", "paused-postcopy", "recovery"}
     capabilities = (*(POSTCOPY if postcopy else ()), *_PAUSES.get(case.journey, ()))
     more = {} if postcopy else {"parameters": CONVERGES}
+    if case.journey == "huge":
+        more = dict(storm.HUGE)
     with Recovering(broken_journey(journey, capabilities=(), **more), folder) as broken:
         broken.source.set(capabilities)
         broken.destination.set(POSTCOPY if postcopy else ())
         channel = broken.start()
-        if case.journey in {"postcopy", "paused-postcopy"}:
+        if case.journey in {"postcopy", "huge", "paused-postcopy"}:
             broken.switch()
         if case.journey in _PAUSES:
             broken.source.wait(Status.PRE_SWITCHOVER)

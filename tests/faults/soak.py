@@ -23,11 +23,17 @@ from journeys.conftest import _begin
 LINE_EVERY_S = 60.0
 
 
-def _orders(journey, folder, seed, _variant):
+def _orders(_journey, folder, seed, _variant):
     """As many cases of the matrix of orders as a storm has breaks."""
     for number, case in enumerate(orders.sample(storm.PER_TEST, seed)):
         (folder / str(number)).mkdir()
-        orders.run(case, journey, folder / str(number))
+        with orders.host_pages(case), contextlib.ExitStack() as stack:
+            orders.run(case, _maker(stack), folder / str(number))
+
+
+def _maker(stack):
+    """What makes journeys that are closed with the stack."""
+    return lambda *arguments, **more: stack.enter_context(_begin(*arguments, **more))
 
 
 STORMS = {"cuts": storm.cuts, "kills": storm.kills, "orders": _orders}
@@ -108,8 +114,7 @@ def one(storm_of, seed):
         tempfile.TemporaryDirectory() as folder,
         contextlib.ExitStack() as stack,
     ):
-        make = lambda *a, **more: stack.enter_context(_begin(*a, **more))  # noqa: E731
-        storm_of(make, Path(folder), seed, variant)
+        storm_of(_maker(stack), Path(folder), seed, variant)
     wait_until(lambda: not engines(), 10, f"engines are left: {engines()}")
 
 

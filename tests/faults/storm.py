@@ -53,7 +53,7 @@ def variant_of(seed):
 
 def host_pages(variant):
     """What has to be reserved of the host's memory meanwhile; skips where it has none to give."""
-    return reserved(_HUGE_PAGES) if "huge" in variant else contextlib.nullcontext()
+    return reserved(HUGE_PAGES) if "huge" in variant else contextlib.nullcontext()
 
 
 def say_how_to_repeat(seed):
@@ -207,5 +207,5 @@ def _kill(sides):
     return len(killed)
 
 
-_HUGE_PAGES = 80
+HUGE_PAGES = 80
 """Two guests of 64 MiB, and what of the journey before has not been given back yet."""

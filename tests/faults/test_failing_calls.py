@@ -12,7 +12,7 @@ from faults.failing_journeys import JOURNEYS
 from faults.failing_matrix import Runner, draw, host_pages
 from faults.failing_scene import Case
 
-PER_JOURNEY = int(os.environ.get("POSTCOPY_FAILING_CALLS_CASES", "3"))
+PER_JOURNEY = int(os.environ.get("POSTCOPY_FAILING_CALLS_CASES", "2"))
 SEED = int(os.environ.get("POSTCOPY_SEED", "13"))
 
 pytestmark = pytest.mark.kvm

@@ -19,7 +19,10 @@ _HELP = {"-h", "--help"}
 
 
 def engines_for(arguments: Sequence[str]) -> "EnginePool | None":
-    """The engines for a command, one of which is on its way; None: it needs none, or not at once."""
+    """The engines for a command, one of which is on its way.
+
+    :return: None: it needs none, or not at once, or this host has no room for one now.
+    """
     kind = _kind(arguments)
     if kind is None or _HELP.intersection(arguments):
         return None
@@ -27,9 +30,13 @@ def engines_for(arguments: Sequence[str]) -> "EnginePool | None":
     if trace:  # the engine begins before the options are read
         os.environ[FILE_VARIABLE] = os.path.abspath(trace)  # noqa: PTH100 - pathlib takes long to import
     from postcopy.engine.__main__ import serve
+    from postcopy.errors import HostCannot
     from postcopy.link.guest.engine_process import EnginePool, EngineProcess
 
-    return EnginePool(EngineProcess.fork(lambda link: serve(link, [kind])))
+    try:
+        return EnginePool(EngineProcess.fork(lambda link: serve(link, [kind])))
+    except HostCannot:
+        return None  # the order that needs one tries again, and says so
 
 
 def _value_of(option: str, arguments: Sequence[str]) -> str | None:

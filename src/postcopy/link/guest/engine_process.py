@@ -108,7 +108,12 @@ class EngineProcess:
         """
         with _lacking():
             ours, theirs = persist(socket.socketpair, socket.AF_UNIX, socket.SOCK_STREAM)
-            pid = persist(os.fork)
+            try:
+                pid = persist(os.fork)
+            except OSError:
+                ours.close()
+                theirs.close()
+                raise
         if not pid:
             _be_engine(theirs.fileno(), serve)
         theirs.close()
