@@ -67,6 +67,7 @@ SNAPSHOT: Final = {
     "snapshot.all-saved": "every page has been read",
     "snapshot.unwatched": "memory is not watched any more",
     "snapshot.all-sent": "all bytes have been written",
+    "snapshot.synced": "the disk has all of it, or the command has ended; it can still be cancelled",
     "snapshot.published": "the file has its name",
 }
 DESTINATION: Final = {

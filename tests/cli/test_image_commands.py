@@ -9,13 +9,11 @@ import pytest
 
 from fakes.bad_sectors import BadSector
 from fakes.commands import one_line, postcopy
-from image.images import PAGE, flip, memory, write_image, write_manifest
+from image.images import PAGE, flip, memory, take_image, write_image, write_manifest
 from postcopy.channel.claim import claimed
+from postcopy.channel.whole_file import partial_name
 from postcopy.image import working_set
-from postcopy.image.finalize import finish
 from postcopy.image.manifest import beside
-from postcopy.image.options import Cost, Wanted
-from postcopy.image.publish import partial
 from postcopy.image.working_set import WorkingSet
 
 
@@ -204,7 +202,7 @@ class TestExtract:
         assert path.read_bytes() == before
 
     def test_not_where_another_is_writing(self, path, tmp_path):
-        out, half = tmp_path / "out", partial(tmp_path / "out")
+        out, half = tmp_path / "out", partial_name(tmp_path / "out")
         half.write_text("half of another's")
         with claimed(out):
             outcome = postcopy("extract", str(path), "--ram", str(out))
@@ -218,7 +216,6 @@ class TestExtract:
         for out, why in (
             (tmp_path / "nowhere" / "out", "No such file or directory"),
             (path / "out", "Not a directory"),
-            (tmp_path, "Is a directory"),
         ):
             outcome = postcopy("extract", str(path), "--ram", str(out))
             assert outcome.returncode == 1
@@ -247,8 +244,7 @@ class TestSweep:
     @pytest.fixture
     def image(self, tmp_path):
         path = tmp_path / "image"
-        write_image(partial(path), "mapped-ram", memory())
-        finish(path, Wanted(compressed=True), Cost(0.0))
+        take_image(path, "mapped-ram", memory(), compressed=True)
         return path
 
     def test_an_image_or_its_store(self, image):

@@ -7,6 +7,7 @@ import pytest
 
 from fakes.commands import one_line, postcopy
 from postcopy.channel.claim import claimed
+from postcopy.channel.whole_file import partial_name
 from postcopy.image.formats import open_image
 from postcopy.image.manifest import Manifest
 from postcopy.image.verify import find_damages
@@ -73,7 +74,7 @@ def test_a_name_that_is_taken_is_refused_beforehand(guest, tmp_path):
 
 
 def test_a_name_that_is_being_written_is_refused_beforehand(guest, tmp_path):
-    half = tmp_path / "image.partial"
+    half = partial_name(tmp_path / "image")
     with claimed(tmp_path / "image"):
         half.write_text("half of another's")
         outcome = postcopy("snapshot", "--from", guest.qmp, str(tmp_path / "image"))
@@ -86,15 +87,6 @@ def test_a_name_that_is_being_written_is_refused_beforehand(guest, tmp_path):
     assert_runs_on(guest)
 
 
-def test_a_machine_that_still_writes_for_somebody_who_has_gone_is_in_the_way(guest, tmp_path):
-    half = tmp_path / "image.partial.partial"
-    with claimed(tmp_path / "image.partial"):
-        half.write_text("half of another's")
-        outcome = postcopy("snapshot", "--from", guest.qmp, str(tmp_path / "image"))
-        assert outcome.returncode == 3
-        assert half.read_text() == "half of another's"
-
-
 def test_a_parent_without_a_store_is_refused_beforehand(guest, tmp_path):
     postcopy("snapshot", "--from", guest.qmp, str(tmp_path / "a"))
     outcome = postcopy(
@@ -102,13 +94,6 @@ def test_a_parent_without_a_store_is_refused_beforehand(guest, tmp_path):
     )
     assert outcome.returncode == 3
     assert "has no store of chunks to share" in one_line(outcome)
-
-
-def test_what_somebody_has_left_half_written_is_taken_away(guest, tmp_path):
-    (tmp_path / "image.partial").symlink_to("/dev/full")
-    outcome = postcopy("snapshot", "--from", guest.qmp, str(tmp_path / "image"))
-    assert outcome.returncode == 0
-    assert not (tmp_path / "image.partial").exists()
 
 
 def test_a_folder_that_is_not_there_is_refused_beforehand(guest, tmp_path):

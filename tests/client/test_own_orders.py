@@ -3,12 +3,15 @@
 import asyncio
 import signal
 import subprocess
+import threading
 
 import pytest
 
 from fakes.commands import POSTCOPY, Running, pair, postcopy
 from fakes.waiting import wait_until
-from postcopy import Machine, MigrationCancelled
+from postcopy import Machine, MigrationCancelled, Refused
+from postcopy.client.snapshot import SnapshotJob
+from postcopy.image.file import ImageFile
 
 pytestmark = pytest.mark.kvm
 
@@ -122,6 +125,59 @@ def test_a_snapshot_that_is_given_up_publishes_nothing_later(tmp_path):
 
     with Running(tmp_path, "guest", "--workload", "hammer") as guest:
         asyncio.run(give_up())
+
+
+@pytest.mark.parametrize("give_up", [SnapshotJob.cancel, SnapshotJob.give_up])
+@pytest.mark.parametrize("options", [{}, {"compress": "zstd"}], ids=["plain", "compressed"])
+def test_a_snapshot_that_is_given_up_is_not_read_to_its_end(
+    tmp_path, monkeypatch, give_up, options
+):
+    """The machine has written all of it, and its digests, or chunks, are being made."""
+    gate, begun, reads = threading.Event(), threading.Event(), []
+
+    def gated(read):
+        def wait_at_the_gate(file, start, what):
+            if threading.current_thread().name.startswith(("digests", "chunks")):
+                reads.append(start)
+                begun.set()
+                gate.wait(30)
+            return read(file, start, what)
+
+        return wait_at_the_gate
+
+    async def begin_and_give_up():
+        async with Machine.connect(guest.qmp) as machine:
+            job = await machine.start_snapshot(folder / "image", **options)
+            assert await asyncio.to_thread(begun.wait, 30)
+            giving = asyncio.create_task(give_up(job))
+            await asyncio.wait({giving}, timeout=0)  # it has been told
+            gate.set()
+            await giving
+            with pytest.raises((MigrationCancelled, asyncio.CancelledError)):
+                await job.result()
+            assert await machine.run_state() == "running"
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    with Running(tmp_path, "guest", "--workload", "hammer") as guest:
+        for name in ("read", "read_into"):
+            monkeypatch.setattr(ImageFile, name, gated(getattr(ImageFile, name)))
+        asyncio.run(begin_and_give_up())
+    assert len(reads) <= 4  # one under way on each thread
+    assert not [each for each in folder.iterdir() if each.is_file()]
+
+
+def test_a_cancel_that_comes_too_late_is_refused(tmp_path):
+    async def cancel():
+        async with Machine.connect(guest.qmp) as machine:
+            job = await machine.start_snapshot(tmp_path / "image")
+            await job.result()
+            with pytest.raises(Refused, match=f"is complete; remove {tmp_path}/image if"):
+                await job.cancel()
+            assert (tmp_path / "image").exists()
+
+    with Running(tmp_path, "guest", "--workload", "idle") as guest:
+        asyncio.run(cancel())
 
 
 def test_two_snapshots_at_the_same_time(tmp_path):

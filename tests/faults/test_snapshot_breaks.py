@@ -1,5 +1,6 @@
 """A snapshot that breaks at any step: the guest goes on, no write waits for ever, no half of it stays."""
 
+import contextlib
 import os
 import resource
 import signal
@@ -11,8 +12,10 @@ from fakes.pair import MIB, engines, hammer
 from fakes.sink import Sink
 from fakes.snapshots import Portrait
 from fakes.waiting import wait_until
+from faults.orders import Stall
 from postcopy import trace
 from postcopy.channel.claim import claimed
+from postcopy.channel.whole_file import partial_name
 from postcopy.machine.workload import load
 from postcopy.snapshot.cow_buffer import ASIDE_BYTES
 from postcopy.status import Status
@@ -40,6 +43,19 @@ def check_survived(portrait, folder, status=Status.FAILED):
 def portrait():
     with Portrait(hammer()) as made:
         yield made
+
+
+@pytest.fixture
+def stall_at(tmp_path):
+    """``stall = stall_at(point)``: the next engine that comes there stands still."""
+    with contextlib.ExitStack() as cleanup:
+
+        def arm(point):
+            stall = Stall(point, tmp_path / "stall")
+            cleanup.callback(stall.close)
+            return stall
+
+        yield arm
 
 
 @pytest.fixture
@@ -125,7 +141,7 @@ class TestSinkThatFails:
         check_survived(portrait, tmp_path)
 
     def test_another_is_being_written_there(self, tmp_path, portrait, image):
-        half = image.with_name("image.partial")
+        half = partial_name(image)
         with claimed(image):
             half.write_bytes(b"half")
             portrait.begin(f"file:{image}")
@@ -184,6 +200,38 @@ class TestCancelled:
             begin_crowded(portrait, sink)
             portrait.side.control.cancel()
             check_survived(portrait, tmp_path, Status.CANCELLED)
+
+    def test_when_the_disk_has_all_of_it(self, tmp_path, image, stall_at):
+        stall = stall_at("snapshot.synced")
+        with Portrait(hammer(fill_kib=2048)) as portrait:
+            portrait.begin(f"file:{image}")
+            stall.wait()
+            portrait.side.control.cancel()
+            portrait.side.wait(Status.CANCELLING)
+            stall.go_on()
+            check_survived(portrait, tmp_path, Status.CANCELLED)
+            assert image.read_bytes() == OLD
+            assert names_in(image.parent) == ["image"]
+
+    def test_once_the_file_has_its_name(self, image, stall_at):
+        """Too late: it completes, and does not say that it was cancelled."""
+        stall = stall_at("snapshot.published")
+        with Portrait(hammer(fill_kib=2048)) as portrait:
+            portrait.begin(f"file:{image}")
+            stall.wait()
+            portrait.side.control.cancel()
+            assert portrait.side.control.info().status is Status.ACTIVE
+            stall.go_on()
+            portrait.side.wait(Status.COMPLETED)
+            assert names_in(image.parent) == ["image"]
+            portrait.check_image(f"file:{image}")
+
+    def test_while_a_command_has_not_ended(self, tmp_path, portrait):
+        """Its status would tell whether it has taken the image, and is not waited for."""
+        portrait.begin(f"exec:cat >/dev/null; echo > {tmp_path}/read; sleep 600")
+        wait_until((tmp_path / "read").exists, DEADLINE_S, "the command has read all of it")
+        portrait.side.control.cancel()
+        check_survived(portrait, tmp_path, Status.CANCELLED)
 
     def test_afterwards(self, tmp_path, portrait):
         portrait.take(f"file:{tmp_path}/image")

@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from postcopy.image.describe import describe
+from postcopy.image.finalize import Finished, finish
 from postcopy.image.formats import open_image
 from postcopy.image.manifest import Manifest, Times
+from postcopy.image.options import Cost, Wanted
+from postcopy.image.publish import reserved
 from postcopy.machine.sections import descriptions, encode_devices
 from postcopy.stream.description import build_description
 from postcopy.stream.encoder import (
@@ -125,6 +128,15 @@ def write_image(path: Path, form: str, blocks: Memory) -> Path:
     else:
         write_mapped(path, blocks)
     return path
+
+
+def take_image(
+    path: Path, form: str, blocks: Memory, *, compressed: bool = False, parent: Path | None = None
+) -> Finished:
+    """An image as ``postcopy snapshot`` makes it of what a machine has written."""
+    with reserved(path) as written:
+        write_image(written, form, blocks)
+        return finish(path, written, Wanted("mapped-ram", compressed, parent), Cost(0.0))
 
 
 def write_manifest(path: Path) -> Manifest:

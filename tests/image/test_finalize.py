@@ -1,17 +1,19 @@
 """What a machine has written becomes an image under its name, or nothing does."""
 
+import os
 import stat
 
 import numpy as np
 import pytest
 
-from image.images import memory, write_image
+from image.images import memory, take_image, write_image
+from postcopy.channel.whole_file import is_partial, partial_name
 from postcopy.errors import ImageError, Refused
 from postcopy.image.finalize import check_parent, finish
 from postcopy.image.formats import open_image
 from postcopy.image.manifest import Manifest, beside
 from postcopy.image.options import Cost, Wanted
-from postcopy.image.publish import PARTIAL, check_free, discard, partial
+from postcopy.image.publish import check_free, reserved
 from postcopy.image.verify import find_damages
 
 COST = Cost(0.0, pause_us=700, longest_stall_us=90)
@@ -30,8 +32,9 @@ def path(tmp_path):
 )
 def test_what_was_written_becomes_what_is_wanted(path, written, wanted, form):
     blocks = memory()
-    write_image(partial(path), written, blocks)
-    finished = finish(path, wanted, COST)
+    with reserved(path) as partial:
+        write_image(partial, written, blocks)
+        finished = finish(path, partial, wanted, COST)
     data = sum(int(rows.any(axis=1).sum()) for rows in blocks.values()) * 4096
     assert (finished.data_bytes, finished.data_bytes + finished.zero_bytes) == (data, 52 * 4096)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -45,42 +48,62 @@ def test_what_was_written_becomes_what_is_wanted(path, written, wanted, form):
     with open_image(path) as image:
         for name, rows in blocks.items():
             np.testing.assert_array_equal(image.read(name, 0, len(rows)), rows)
-    assert not list(path.parent.glob(f"*{PARTIAL}*"))
+    assert not [each for each in path.parent.iterdir() if is_partial(each)]
 
 
 def test_a_stream_may_stay_one(path):
-    write_image(partial(path), "stream", memory())
-    assert finish(path, Wanted("stream"), COST).manifest.form == "stream"
+    written = write_image(partial_name(path), "stream", memory())
+    assert finish(path, written, Wanted("stream"), COST).manifest.form == "stream"
 
 
 def test_what_is_no_image_is_not_published(path):
-    partial(path).write_bytes(b"QEVM\0\0\0\3 and so on")
-    with pytest.raises(ImageError, match=str(partial(path))):
-        finish(path, Wanted(), COST)
-    discard(path)
+    with reserved(path) as written:
+        written.write_bytes(b"QEVM\0\0\0\3 and so on")
+        with pytest.raises(ImageError, match=str(written)):
+            finish(path, written, Wanted(), COST)
     assert list(path.parent.iterdir()) == []
 
 
+@pytest.mark.parametrize("meanwhile", ["a file", "a link", "the manifest"])
+def test_what_has_got_the_name_meanwhile_stays(path, meanwhile):
+    made = {
+        "a file": lambda: path.write_bytes(b"another's"),
+        "a link": lambda: path.symlink_to("nothing"),
+        "the manifest": lambda: beside(path).write_bytes(b"another's"),
+    }
+    with reserved(path) as written:
+        write_image(written, "mapped-ram", memory())
+        made[meanwhile]()
+        before = {each.name for each in path.parent.iterdir()} - {written.name}
+        with pytest.raises(Refused, match="remove it, or give"):
+            finish(path, written, Wanted(), COST)
+    assert {each.name for each in path.parent.iterdir()} == before - {f"{path.name}.partial.lock"}
+    assert path.is_symlink() or b"another's" in {
+        each.read_bytes() for each in path.parent.iterdir()
+    }
+
+
 def test_what_cannot_be_published_leaves_no_manifest(path, monkeypatch):
-    write_image(partial(path), "mapped-ram", memory())
+    written = write_image(partial_name(path), "mapped-ram", memory())
+    link = os.link
 
-    def fail(_path):
-        raise OSError(5, "Input/output error")
+    def fail(partial, name):
+        if name == path:
+            raise OSError(5, "Input/output error")
+        link(partial, name)
 
-    monkeypatch.setattr("postcopy.image.finalize.publish", fail)
+    monkeypatch.setattr(os, "link", fail)
     with pytest.raises(OSError, match="Input/output error"):
-        finish(path, Wanted(), COST)
+        finish(path, written, Wanted(), COST)
     assert not path.exists()
     assert not beside(path).exists()
 
 
 def test_a_parent_from_another_folder_shares_its_store(path, tmp_path):
-    write_image(partial(path), "mapped-ram", memory())
-    finish(path, Wanted(compressed=True), COST)
+    take_image(path, "mapped-ram", memory(), compressed=True)
     child = tmp_path / "deeper" / "child"
     child.parent.mkdir()
-    write_image(partial(child), "stream", memory())
-    finished = finish(child, Wanted(parent=path), COST)
+    finished = take_image(child, "stream", memory(), parent=path)
     assert finished.packed.new_bytes == 0
     manifest = Manifest.load(child)
     assert manifest.stored.store == "../postcopy-chunks"
@@ -94,8 +117,7 @@ def test_a_parent_from_another_folder_shares_its_store(path, tmp_path):
 def test_what_cannot_come_to_a_good_end_is_refused_beforehand(path, tmp_path):
     with pytest.raises(Refused, match="is no folder"):
         check_free(tmp_path / "nowhere" / "image")
-    write_image(partial(path), "mapped-ram", memory())
-    finish(path, Wanted(), COST)
+    take_image(path, "mapped-ram", memory())
     with pytest.raises(Refused, match="exists"):
         check_free(path)
     with pytest.raises(Refused, match="no store of chunks to share"):

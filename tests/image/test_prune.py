@@ -6,13 +6,10 @@ import os
 import numpy as np
 import pytest
 
-from image.images import flip, memory, open_below, write_image
+from image.images import flip, memory, open_below, take_image
 from postcopy.errors import ImageError, Refused
-from postcopy.image.finalize import finish
 from postcopy.image.formats import open_image
 from postcopy.image.manifest import beside
-from postcopy.image.options import Cost, Wanted
-from postcopy.image.publish import partial
 from postcopy.image.store.pack import STORE_NAME
 from postcopy.image.store.prune import sweep
 from postcopy.image.store.store import ChunkStore
@@ -20,8 +17,7 @@ from postcopy.image.store.store import ChunkStore
 
 def take(path, blocks, parent=None):
     """An image of chunks, as ``postcopy snapshot`` makes it."""
-    write_image(partial(path), "mapped-ram", blocks)
-    finish(path, Wanted(compressed=True, parent=parent), Cost(0.0))
+    take_image(path, "mapped-ram", blocks, compressed=True, parent=parent)
     return path
 
 

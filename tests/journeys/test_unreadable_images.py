@@ -13,11 +13,11 @@ from fakes.awakening import AT_ONCE, TRICKLE, put_to_sleep, wake, write_manifest
 from fakes.bad_sectors import BadSector
 from fakes.pair import DEADLINE_S, idle
 from machine.machines import wait_for_progress
+from postcopy.channel.whole_file import partial_name
 from postcopy.errors import GuestError
 from postcopy.image.finalize import finish
 from postcopy.image.formats import open_image
 from postcopy.image.options import Cost, Wanted
-from postcopy.image.publish import partial
 from postcopy.machine.workload import PAGE_BYTES
 from postcopy.status import ENDED, Status
 
@@ -45,8 +45,9 @@ class Victim:
 
 def make_image(trip, path: Path, kind: str) -> Victim:
     if kind == "chunks":
-        put_to_sleep(trip, partial(path), "stream")
-        finish(path, Wanted(compressed=True), Cost(0.0))
+        written = partial_name(path)
+        put_to_sleep(trip, written, "stream")
+        finish(path, written, Wanted(compressed=True), Cost(0.0))
     else:
         put_to_sleep(trip, path, kind.split(maxsplit=1)[0])
         if "manifest" in kind:

@@ -1,96 +1,119 @@
-"""A file that gets its name when it is whole: no half of it ever stands where a whole one is looked for."""
+"""The file of a migration that gets its name when it is whole: see :mod:`postcopy.channel.whole_file`."""
 
 import os
-import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from postcopy.channel.address import Address, FileAddress
 from postcopy.channel.claim import Claim, claimed
+from postcopy.channel.whole_file import (
+    Place,
+    give_name,
+    is_partial,
+    look_at,
+    partial_name,
+    remove_leftovers,
+)
 from postcopy.errors import CannotConnect, ChannelBroken, Refused
-
-SUFFIX = ".partial"
 
 
 class PartialFile:
-    """What is to become the file at ``address``; where there is nothing to rename, nothing is done."""
+    """What is to become the file at ``address``; where there is nothing to rename, nothing is done.
+
+    A client that publishes the file itself gives a name of
+    :func:`postcopy.channel.whole_file.partial_name`: what is written there keeps that name.
+    """
 
     def __init__(self, address: Address) -> None:
         self._address = address
-        self._partial: FileAddress | None = None
+        self._partial: Path | None = None
         self._claim: Claim | None = None
 
     def begin(self) -> Address:
         """Make room for it; return where to write.
 
         :raises CannotConnect: the name is taken by a folder, or nothing can be made beside it.
-        :raises Refused: somebody else is writing it.
+        :raises Refused: somebody else is writing it, or what has the name must stay.
         """
-        if not isinstance(self._address, FileAddress):
-            return self._address
-        path = self._address.path
-        if Path(path).is_dir():
-            raise CannotConnect(f"Could not open '{path}': Is a directory")
-        partial = _partial_of(self._address)
-        if partial is None:
-            return self._address
+        address = self._address
+        if not isinstance(address, FileAddress) or address.offset:
+            return address  # others have the bytes before the offset
+        path = Path(address.path)
+        if is_partial(path):
+            self._partial = path
+            return address
+        if path.is_dir():
+            raise CannotConnect(f"Could not open '{address.path}': Is a directory")
         try:
+            if look_at(path) is Place.DEVICE:
+                return address
             self._claim = Claim(path)
         except OSError as failure:
-            raise CannotConnect(f"Could not open '{path}': {failure.strerror}") from failure
-        self._partial = partial
-        _unlink(partial)  # or it would keep the rights that it was made with
-        return partial
+            raise CannotConnect(f"Could not open '{address.path}': {failure.strerror}") from failure
+        remove_leftovers(path)
+        self._partial = partial_name(path)
+        return replace(address, path=str(self._partial))
 
-    def publish(self, fd: int) -> None:
-        """Give the whole file its name, once the disk has it.
+    @property
+    def ordinary(self) -> bool:
+        """Whether what has begun is a file, and ours to remove."""
+        return self._partial is not None
+
+    def sync(self, fd: int) -> None:
+        """Have the disk take all of it.
 
         :param fd: the partial file, open.
-        :raises ChannelBroken: the disk did not take all of it, or the name cannot be given.
+        :raises ChannelBroken: it does not.
         """
-        if self._partial is None or not isinstance(self._address, FileAddress):
-            return
-        try:
-            os.fsync(fd)
-            Path(self._partial.path).replace(self._address.path)
-        except OSError as failure:
-            raise ChannelBroken(f"{self._address}: {failure.strerror}") from failure
+        if self._partial is not None:
+            with self._broken_if_it_fails():
+                os.fsync(fd)
+
+    def publish(self) -> None:
+        """Give the whole file its name.
+
+        :raises ChannelBroken: the name cannot be given.
+        :raises Refused: what has the name by now must stay.
+        """
+        if self._claim is not None and self._partial is not None:
+            assert isinstance(self._address, FileAddress)
+            with self._broken_if_it_fails():
+                give_name(self._partial, Path(self._address.path), replacing=True)
+        self._partial = None
 
     def end(self) -> None:
         """Let others write, and leave nothing half-written; any number of times."""
-        if self._partial is not None and self._claim is not None:
-            _unlink(self._partial)
+        partial, self._partial = self._partial, None
+        if partial is not None:
+            _unlink(partial)
+        if self._claim is not None:
             self._claim.release()
-        self._partial = None
+
+    @contextmanager
+    def _broken_if_it_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as failure:
+            raise ChannelBroken(f"{self._address}: {failure.strerror}") from failure
 
 
 def remove_partial(address: Address) -> None:
-    """Take away what a dead process has left half-written; harmless when there is nothing.
+    """Remove what a dead process has left half-written; harmless when there is nothing.
 
     What somebody is writing stays.
     """
-    partial = _partial_of(address)
-    if partial is None or not isinstance(address, FileAddress):
-        return
-    with suppress(OSError, Refused), claimed(address.path):
-        _unlink(partial)
-
-
-def _partial_of(address: Address) -> FileAddress | None:
-    """Where to write what is to become the file at ``address``.
-
-    :return: None where there is nothing to rename: no file, something else by that name (a device, a
-        FIFO), or a file in which others have the bytes before the offset.
-    """
     if not isinstance(address, FileAddress) or address.offset:
-        return None
-    with suppress(OSError):
-        if not stat.S_ISREG(Path(address.path).stat().st_mode):
-            return None
-    return replace(address, path=address.path + SUFFIX)
+        return
+    path = Path(address.path)
+    if is_partial(path):
+        _unlink(path)
+        return
+    with suppress(OSError, Refused), claimed(path):
+        remove_leftovers(path)
 
 
-def _unlink(partial: FileAddress) -> None:
+def _unlink(partial: Path) -> None:
     with suppress(OSError):
-        Path(partial.path).unlink()
+        partial.unlink()

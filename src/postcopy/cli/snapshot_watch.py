@@ -87,5 +87,5 @@ class SnapshotWatch:
             self._leave("interrupted: the snapshot has not been given up yet")
 
     def _leave(self, words: str) -> None:
-        self._words = f"{words}; the guest goes on, and {self._job.path}.partial may stay"
+        self._words = f"{words}; the guest goes on, and {self._job.written} may stay"
         self._left.set()

@@ -51,6 +51,7 @@ def verify(path: Path, adopt: bool, as_json: bool) -> None:
 
 
 def _adopt(path: Path) -> None:
+    from postcopy.channel.whole_file import check_replaceable
     from postcopy.errors import Refused
     from postcopy.image.describe import describe, now
     from postcopy.image.formats import open_image
@@ -58,8 +59,9 @@ def _adopt(path: Path) -> None:
 
     if beside(path).exists():
         raise Refused(f"{beside(path)} exists; leave --adopt out, or remove it")
+    check_replaceable(beside(path))
     with open_image(path) as image:
-        describe(image, Times(now())).save(path)
+        describe(image, Times(now())).save(path, replacing=False)
 
 
 def _as_object(damage: "Damage") -> dict[str, Any]:

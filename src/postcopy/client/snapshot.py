@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import threading
 import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -15,8 +14,9 @@ from postcopy.client.progress import STOPPED, Phase, Progress, ProgressTracker
 from postcopy.client.told import status_of
 from postcopy.client.writing import writing_to
 from postcopy.errors import MigrationCancelled, MigrationFailed, PostcopyError, Refused
+from postcopy.image.last_moment import LastMoment
 from postcopy.image.options import Cost, Form, Wanted
-from postcopy.image.publish import partial, reserved
+from postcopy.image.publish import reserved
 from postcopy.status import Status
 
 if TYPE_CHECKING:
@@ -104,12 +104,13 @@ class SnapshotJob:
     def __init__(self, machine: Connection, path: Path, wanted: Wanted) -> None:
         self._machine = machine
         self._path = path.absolute()
+        self._written = self._path  # until there is a name for what the machine is to write
         self._wanted = wanted
         self._tracker = ProgressTracker()
         self._last = self._tracker.take({})
         self._changed = asyncio.Condition()
         self._started = time.monotonic()
-        self._given_up = threading.Event()
+        self._last_moment = LastMoment()
         self._task = asyncio.create_task(self._run(), name="snapshot")
         # Whoever does not ask for the result does not want to hear that nobody did.
         self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
@@ -118,6 +119,11 @@ class SnapshotJob:
     def path(self) -> Path:
         """Of the image to be, from the root on."""
         return self._path
+
+    @property
+    def written(self) -> Path:
+        """Where the machine writes; the file goes when the snapshot has ended."""
+        return self._written
 
     @property
     def progress(self) -> Progress:
@@ -148,20 +154,24 @@ class SnapshotJob:
         return await asyncio.shield(self._task)
 
     async def cancel(self) -> None:
-        """Ask for its end; :meth:`result` says whether it came to that.
+        """Give it up: it will not be published; :meth:`result` says when it has ended.
 
-        :raises Refused: the machine does not take a cancel now.
+        :raises Refused: it is being published, or has been.
         """
+        if not self._last_moment.give_up():
+            raise Refused(
+                f"the snapshot is complete; remove {self._path} if it is not wanted any more"
+            )
         await self._machine.execute("migrate_cancel")
 
     async def give_up(self) -> None:
         """Cancel it, and wait until nothing of it goes on; what is not published yet never will be."""
-        self._given_up.set()
+        self._last_moment.give_up()
         self._task.cancel()
         await asyncio.wait({self._task})
 
     async def _run(self) -> Snapshot:
-        with reserved(self._path):
+        with reserved(self._path) as self._written:
             if self._wanted.parent is not None:
                 await asyncio.to_thread(lambda: _files().check_parent(self._wanted.parent))
             ours = await self._machine.is_ours()
@@ -200,7 +210,7 @@ class SnapshotJob:
         loading = asyncio.create_task(asyncio.to_thread(_files))  # while the machine writes
         loading.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
-            uri = await writing_to(self._machine, partial(self._path))
+            uri = await writing_to(self._machine, self._written)
             await self._machine.execute(order, {"uri": uri, **more})
             if borrowed is not None:
                 await self._check(borrowed)
@@ -214,9 +224,7 @@ class SnapshotJob:
         if status is Status.CANCELLED:
             raise MigrationCancelled("the snapshot was cancelled; the guest runs on")
         why = answer.get("error-desc", "the machine does not say why")
-        # It was told another name than the one that was asked for; ours has another beside that.
-        for written in (partial(partial(self._path)), partial(self._path)):
-            why = why.replace(str(written), str(self._path))
+        why = why.replace(str(self._written), str(self._path))  # the name that was asked for
         raise MigrationFailed(f"the snapshot failed: {why}; the guest runs on")
 
     async def _check(self, borrowed: Borrowed) -> None:
@@ -254,13 +262,15 @@ class SnapshotJob:
         cost = Cost(self._started, told.pause_us, told.longest_stall_us)
         finishing = asyncio.create_task(
             asyncio.to_thread(
-                lambda: _files().finish(self._path, self._wanted, cost, self._given_up.is_set)
+                lambda: _files().finish(
+                    self._path, self._written, self._wanted, cost, self._last_moment
+                )
             )
         )
         try:
             return await asyncio.shield(finishing)
         except asyncio.CancelledError:
-            self._given_up.set()  # a thread cannot be cancelled; from here on it publishes nothing
+            self._last_moment.give_up()  # a thread cannot be cancelled: it ends itself then
             await asyncio.wait({finishing})
             finishing.exception()
             raise

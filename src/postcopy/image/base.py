@@ -24,9 +24,6 @@ from postcopy.memory.runs import Mask
 
 PageRows = npt.NDArray[np.uint8]
 
-CHUNK_IMAGE_MAGIC = b"PCCHUNKS"
-"""What the file of an image of chunks begins with."""
-
 LARGEST_RAM_BYTES = 16 << 40
 """RAM of more than this is not taken for true: a mask of its pages alone would be 4 GiB."""
 

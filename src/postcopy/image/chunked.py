@@ -15,10 +15,11 @@ from typing import Final
 import numpy as np
 
 from postcopy.errors import ImageError
-from postcopy.image.base import CHUNK_IMAGE_MAGIC, Image, ImageBlock, PageRows
+from postcopy.image.base import Image, ImageBlock, PageRows
 from postcopy.image.damage import Damage
 from postcopy.image.digests import CHUNK_BYTES
 from postcopy.image.file import ImageFile
+from postcopy.image.file_kinds import CHUNK_IMAGE_MAGIC
 from postcopy.image.manifest import ADDRESS_BYTES, Manifest, StoredBlock
 from postcopy.image.parser import read_elements, read_plain_blocks, read_start
 from postcopy.image.store.store import ChunkStore

@@ -1,13 +1,13 @@
 """Write an image anew in another form; what it says of the machine stays as it is."""
 
-import os
 import struct
-from pathlib import Path
+from collections.abc import Callable
 from typing import Final
 
+from postcopy.channel.whole_file import WholeFile
 from postcopy.image.chunked import MAGIC
 from postcopy.image.formats import Image
-from postcopy.image.publish import MODE
+from postcopy.image.last_moment import go_on
 from postcopy.memory.runs import runs
 from postcopy.stream.configuration import encode_name
 from postcopy.stream.encoder import (
@@ -52,23 +52,20 @@ def skeleton(image: Image) -> bytes:
     )
 
 
-def write_mapped(image: Image, path: Path) -> None:
+def write_mapped(image: Image, file: WholeFile, check: Callable[[], None] = go_on) -> None:
     """Write an image as a mapped-ram file, sparse.
 
-    :raises OSError: the disk is full, or broken; the file is left half-written.
+    :param check: called now and then; what it raises ends the work.
+    :raises OSError: the disk is full, or broken; the file is half-written.
     :raises ImageError: the image cannot be read.
     """
     head = _mapped_head(image)
     blocks, end = lay_out([(each.name, each.size_bytes) for each in image.blocks], len(head))
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, MODE)
-    try:
-        _write(fd, head, 0)
-        for block in blocks:
-            _write_block(fd, image, block)
-        eos = struct.pack(">Q", RamFlag.EOS) + footer(_RAM_ID)
-        _write(fd, eos + _tail(image), end)
-    finally:
-        os.close(fd)
+    file.write_at(0, head)
+    for block in blocks:
+        _write_block(file, image, block, check)
+    eos = struct.pack(">Q", RamFlag.EOS) + footer(_RAM_ID)
+    file.write_at(end, eos + _tail(image))
 
 
 def _mapped_head(image: Image) -> bytes:
@@ -79,16 +76,19 @@ def _mapped_head(image: Image) -> bytes:
     return start + section + struct.pack(">IIQ", 0, RAM_SECTION_VERSION, total)
 
 
-def _write_block(fd: int, image: Image, block: MappedBlock) -> None:
+def _write_block(
+    file: WholeFile, image: Image, block: MappedBlock, check: Callable[[], None]
+) -> None:
     entry = encode_entry(block)
-    _write(fd, entry, block.bitmap_offset - len(entry))
+    file.write_at(block.bitmap_offset - len(entry), entry)
     present = image.has_data(block.name).copy()
     for first, end in runs(present).tolist():
         for start in range(first, end, _BATCH_PAGES):
+            check()
             rows = image.read(block.name, start, min(_BATCH_PAGES, end - start))
             present[start : start + len(rows)] = rows.any(axis=1)
-            _write(fd, rows.data, block.pages_offset + start * TARGET_PAGE_BYTES)
-    _write(fd, encode_bitmap(present), block.bitmap_offset)
+            file.write_at(block.pages_offset + start * TARGET_PAGE_BYTES, rows.data)
+    file.write_at(block.bitmap_offset, encode_bitmap(present))
 
 
 def _tail(image: Image) -> bytes:
@@ -98,10 +98,3 @@ def _tail(image: Image) -> bytes:
     ]
     end = RamPart(_RAM_ID, SectionType.END).around() + b"".join(sections) + end_of_stream()
     return end if image.description is None else end + description(image.description)
-
-
-def _write(fd: int, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data).cast("B")
-    while len(view):
-        written = os.pwrite(fd, view, offset)
-        view, offset = view[written:], offset + written

@@ -10,7 +10,7 @@ to be checked has to pay.
 
 import binascii
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -20,6 +20,7 @@ from blake3 import blake3
 from postcopy.errors import ImageError
 from postcopy.image.damage import WRONG_DIGEST
 from postcopy.image.file import ImageFile
+from postcopy.image.last_moment import go_on
 from postcopy.kernel import memfd
 from postcopy.memory.runs import Mask, runs
 
@@ -128,9 +129,10 @@ class ChunkDigests:
         return whole.hexdigest()
 
 
-def take_digests(file: ImageFile) -> ChunkDigests:
+def take_digests(file: ImageFile, check: Callable[[], None] = go_on) -> ChunkDigests:
     """Read a file and take its digests, on several threads.
 
+    :param check: called now and then on each of them; what it raises ends the work.
     :raises ImageError: it cannot be read.
     """
     count = chunk_count(file.size_bytes)
@@ -140,6 +142,7 @@ def take_digests(file: ImageFile) -> ChunkDigests:
 
     def take(span: tuple[int, int]) -> None:
         for chunk in range(*span):
+            check()
             data = file.read(chunk * CHUNK_BYTES, CHUNK_BYTES)
             if not is_zero(data):
                 found[chunk] = np.frombuffer(digest(data), np.uint8)

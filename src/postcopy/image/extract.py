@@ -1,13 +1,18 @@
 """The memory of one block of an image as a plain file, byte for byte; zeros become holes."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from postcopy.channel.claim import claimed
+from postcopy.channel.whole_file import Place, WholeFile
 from postcopy.errors import Refused
+from postcopy.image.base import PageRows
+from postcopy.image.file_kinds import look_at_target
 from postcopy.image.formats import Image, ImageBlock
-from postcopy.image.publish import MODE, partial, publish
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Mask, runs
 
@@ -29,49 +34,51 @@ def choose_block(image: Image, name: str | None) -> ImageBlock:
 
 
 def extract(image: Image, block: ImageBlock, path: Path) -> int:
-    """Write a block to a file, in the place of what is there.
+    """Write a block to a file, in the place of one that is there, or into a FIFO or a device.
 
-    :return: how many bytes of data were written; the rest are holes.
-    :raises Refused: that is the image itself, or somebody else is writing there.
+    :return: how many bytes of data were written; the rest are holes, or zeros where there can be none.
+    :raises Refused: what is there must stay, or somebody else is writing there.
     :raises OSError: the disk is full, or broken; nothing stands under the name then.
     :raises ImageError: the image cannot be read.
     """
-    if path.exists() and path.samefile(image.path):
-        raise Refused(f"{path} is the image itself; give another path for its memory")
     try:
-        with claimed(path):
-            return _extract(image, block, path)
-    except OSError as failure:  # which may name what stands beside it, or nothing
+        if path.exists() and path.samefile(image.path):
+            raise Refused(f"{path} is the image itself; give another path for its memory")
+        if look_at_target(path) is Place.DEVICE:
+            return _pour(image, block, path)
+        with claimed(path), WholeFile(path) as file:
+            os.ftruncate(file.fd, block.size_bytes)
+            data = _write(file, image, block)
+            file.publish()
+        return data
+    except OSError as failure:  # which may name the lock beside it, or nothing
         raise OSError(failure.errno, failure.strerror, str(path)) from failure
 
 
-def _extract(image: Image, block: ImageBlock, path: Path) -> int:
-    written = partial(path)
-    try:
-        fd = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, MODE)
-        try:
-            os.ftruncate(fd, block.size_bytes)
-            data = _write(fd, image, block)
-        finally:
-            os.close(fd)
-        publish(path)
-    except BaseException:
-        written.unlink(missing_ok=True)
-        raise
-    return data
-
-
-def _write(fd: int, image: Image, block: ImageBlock) -> int:
+def _write(file: WholeFile, image: Image, block: ImageBlock) -> int:
     data = 0
-    for first, end in runs(image.has_data(block.name)).tolist():
-        for start in range(first, end, _BATCH_PAGES):
-            rows = image.read(block.name, start, min(_BATCH_PAGES, end - start))
-            has_data: Mask = rows.any(axis=1)  # type: ignore[assignment]  # of two axes, one is left
-            for begin, stop in runs(has_data).tolist():
-                piece = memoryview(rows[begin:stop].data).cast("B")
-                offset = (start + begin) * TARGET_PAGE_BYTES
-                data += len(piece)
-                while len(piece):
-                    count = os.pwrite(fd, piece, offset)
-                    piece, offset = piece[count:], offset + count
+    for start, rows in _batches(image, block, image.has_data(block.name)):
+        has_data: Mask = rows.any(axis=1)  # type: ignore[assignment]  # of two axes, one is left
+        for begin, stop in runs(has_data).tolist():
+            file.write_at((start + begin) * TARGET_PAGE_BYTES, rows[begin:stop].data)
+            data += (stop - begin) * TARGET_PAGE_BYTES
     return data
+
+
+def _pour(image: Image, block: ImageBlock, path: Path) -> int:
+    """Write a block from its first byte to its last, zeros and all."""
+    data = 0
+    with path.open("wb", buffering=0) as file:
+        for _, rows in _batches(image, block, np.ones(block.pages, np.bool_)):
+            data += int(rows.any(axis=1).sum()) * TARGET_PAGE_BYTES
+            left = memoryview(rows.data).cast("B")
+            while len(left):
+                left = left[file.write(left) :]
+    return data
+
+
+def _batches(image: Image, block: ImageBlock, wanted: Mask) -> Iterator[tuple[int, PageRows]]:
+    """The first page of each piece of the pages that are wanted, and what they hold."""
+    for first, end in runs(wanted).tolist():
+        for start in range(first, end, _BATCH_PAGES):
+            yield start, image.read(block.name, start, min(_BATCH_PAGES, end - start))

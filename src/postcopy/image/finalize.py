@@ -7,15 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from postcopy.errors import ImageError, MigrationCancelled, Refused
+from postcopy.channel.whole_file import WholeFile, kept, publish
+from postcopy.errors import ImageError, Refused
 from postcopy.image.convert import skeleton, write_mapped
 from postcopy.image.describe import describe, now
 from postcopy.image.digests import take_digests
 from postcopy.image.file import ImageFile
 from postcopy.image.formats import Image, open_image
+from postcopy.image.last_moment import LastMoment
 from postcopy.image.manifest import Manifest, Parent, Stored, Times, beside
-from postcopy.image.options import Cost, Form, Wanted
-from postcopy.image.publish import anew, partial, publish
+from postcopy.image.options import Cost, Wanted
 from postcopy.image.store.pack import Packed, pack, store_of
 from postcopy.image.store.prune import remember
 from postcopy.image.store.store import ChunkStore
@@ -51,47 +52,56 @@ def check_parent(parent: Path) -> None:
 
 
 def finish(
-    path: Path, wanted: Wanted, cost: Cost, given_up: Callable[[], bool] = lambda: False
+    path: Path,
+    written: Path,
+    wanted: Wanted,
+    cost: Cost,
+    last_moment: LastMoment | None = None,
 ) -> Finished:
-    """Make an image of the file that stands under the partial name.
+    """Make an image of the file that a machine has written.
 
-    :param given_up: asked before it is published: whether nobody wants it any more.
-    :raises MigrationCancelled: so it is.
+    :param written: that file, beside ``path``; it may have gone afterwards.
+    :param last_moment: until when it may be given up.
+    :raises MigrationCancelled: it was.
     :raises ImageError: the machine has written something that is no image.
+    :raises Refused: something has got the name meanwhile.
     :raises OSError: the disk is full, or broken.  Nothing stands under the name then.
     """
     packed = None
+    last_moment = last_moment or LastMoment()
+    check = last_moment.check
     with contextlib.ExitStack() as held:
-        with open_image(partial(path)) as image:
+        with open_image(written) as image, kept(written):
             data = sum(int(image.has_data(block.name).sum()) for block in image.blocks) * 4096
             ram = image.ram_bytes
+            file = None  # in another form than the machine has written
             if wanted.chunked:
                 store, parent = _store(path, wanted)
                 held.enter_context(store)
                 held.enter_context(store.held())  # until a manifest names what is in it
-                manifest, packed = _to_chunks(image, path, store, parent)
+                file = held.enter_context(WholeFile(path))
+                manifest, packed = _to_chunks(image, file, store, parent, check)
+            elif image.format != wanted.form:  # a stream: pages at fixed places are wanted
+                file = held.enter_context(WholeFile(path))
+                write_mapped(image, file, check)
+                with open_image(file.partial) as mapped:
+                    manifest = describe(mapped, _NO_TIMES, check)
             else:
-                manifest = _in_form(image, path, wanted.form)
-        if given_up():
-            raise MigrationCancelled("the snapshot was given up; the guest runs on")
+                manifest = describe(image, _NO_TIMES, check)
+        last_moment.decide()
         times = Times(now(), cost.pause_us, cost.longest_stall_us, cost.total_ms)
-        replace(manifest, times=times).save(path)
-        try:
-            publish(path)
-        except BaseException:
-            beside(path).unlink(missing_ok=True)
-            raise
+        _publish(path, written if file is None else file.partial, replace(manifest, times=times))
     on_disk = path.stat().st_blocks * 512
     return Finished(Manifest.load(path), ram, data, ram - data, on_disk, packed)
 
 
-def _in_form(image: Image, path: Path, form: Form) -> Manifest:
-    if image.format != form:  # a stream of which pages at fixed places are wanted
-        write_mapped(image, anew(path))
-        anew(path).replace(partial(path))
-        with open_image(partial(path)) as mapped:
-            return describe(mapped, _NO_TIMES)
-    return describe(image, _NO_TIMES)
+def _publish(path: Path, written: Path, manifest: Manifest) -> None:
+    manifest.save(path, replacing=False)
+    try:
+        publish(written, path)
+    except BaseException:
+        beside(path).unlink(missing_ok=True)
+        raise
 
 
 def _store(path: Path, wanted: Wanted) -> tuple[ChunkStore, Parent | None]:
@@ -105,15 +115,19 @@ def _store(path: Path, wanted: Wanted) -> tuple[ChunkStore, Parent | None]:
 
 
 def _to_chunks(
-    image: Image, path: Path, store: ChunkStore, parent: Parent | None
+    image: Image,
+    file: WholeFile,
+    store: ChunkStore,
+    parent: Parent | None,
+    check: Callable[[], None],
 ) -> tuple[Manifest, Packed]:
-    remember(store.folder, path.parent)
-    blocks, packed = pack(image, store)
-    anew(path).write_bytes(skeleton(image))
-    with ImageFile(anew(path)) as file:
-        digests = take_digests(file)
-    anew(path).replace(partial(path))
-    stored = Stored(os.path.relpath(store.folder, path.parent), blocks)
+    folder = file.path.parent
+    remember(store.folder, folder)
+    blocks, packed = pack(image, store, check)
+    file.write_at(0, skeleton(image))
+    with ImageFile(file.partial) as written:
+        digests = take_digests(written, check)
+    stored = Stored(os.path.relpath(store.folder, folder), blocks)
     return Manifest(
         "chunks",
         image.machine_name,

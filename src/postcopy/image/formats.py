@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from postcopy.errors import ImageError, StreamError
-from postcopy.image.base import CHUNK_IMAGE_MAGIC, Image, ImageBlock
+from postcopy.image.base import Image, ImageBlock
 from postcopy.image.file import ImageFile
+from postcopy.image.file_kinds import CHUNK_IMAGE_MAGIC
 from postcopy.image.mapped_ram import MappedImage
 from postcopy.image.parser import read_start
 from postcopy.stream.mapped_ram import CAPABILITY

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from postcopy.channel.whole_file import write_whole
 from postcopy.errors import ImageError
 from postcopy.image.base import LARGEST_RAM_BYTES, ImageBlock
 from postcopy.image.digests import (
@@ -21,12 +22,12 @@ from postcopy.image.digests import (
     ChunkDigests,
     chunk_count,
 )
+from postcopy.image.file_kinds import MANIFEST_SUFFIX
 from postcopy.image.manifest_file import Fields, decode, encode, text_of, text_of_mask
-from postcopy.image.publish import write_whole
 from postcopy.memory.runs import Mask
 
 VERSION: Final = 1
-SUFFIX: Final = ".manifest.json"
+SUFFIX: Final = MANIFEST_SUFFIX
 _NAME_BYTES: Final = 255
 _PATH_BYTES: Final = 4096  # with the zero at its end
 _IDENTITY: Final = re.compile("[0-9a-f]{64}")
@@ -107,12 +108,14 @@ class Manifest:
             part for each in self.stored.blocks.values() for part in (each.present, each.addresses)
         )
 
-    def save(self, image: Path) -> None:
+    def save(self, image: Path, *, replacing: bool = True) -> None:
         """Write it beside the image.
 
+        :param replacing: in the place of another manifest.
         :raises OSError: it cannot be written; what was there is still there.
+        :raises Refused: something else is there.
         """
-        write_whole(beside(image), self.encode())
+        write_whole(beside(image), self.encode(), replacing=replacing)
 
     def encode(self) -> bytes:
         """Its file, byte by byte."""

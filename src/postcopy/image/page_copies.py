@@ -7,7 +7,6 @@ their own: none is used unchecked.  They can be lost or damaged without harm, si
 """
 
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +16,13 @@ from typing import Any, Final
 import numpy as np
 from blake3 import blake3
 
+from postcopy.channel.whole_file import WholeFile
 from postcopy.errors import ImageError, PostcopyError
 from postcopy.image.base import PageRows
 from postcopy.image.digests import DIGEST_BYTES, digest
 from postcopy.image.file import ImageFile
+from postcopy.image.file_kinds import PAGE_COPIES_MAGIC as _MAGIC
 from postcopy.image.manifest_file import Fields, text_of
-from postcopy.image.publish import MODE, partial, publish, removed_on_error
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Indices, index_runs
 
@@ -33,7 +33,6 @@ MOST_PAGES: Final = (256 << 20) // TARGET_PAGE_BYTES
 PIECE_PAGES: Final = 64
 """How many pages have a digest together: 256 KiB, which take 50 µs."""
 
-_MAGIC: Final = b"PCPAGES1"
 _LENGTH_BYTES: Final = 8
 _DIGEST_BYTES: Final = 32
 _LARGEST_HEAD_BYTES: Final = 64 << 20
@@ -65,22 +64,19 @@ def save(path: Path, identity: str, parts: Sequence[Part], read: Read) -> None:
 
     :param identity: of the image.
     :raises OSError: they cannot be written; what was there is still there.
+    :raises Refused: what is there is no regular file.
     """
     parts = _limited(parts)
     total = sum(len(part.pages) for part in parts)
     room = _head(identity, parts, bytes(-(-total // PIECE_PAGES) * DIGEST_BYTES))
-    written = partial(path)
-    with removed_on_error(written):
-        fd = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, MODE)
-        with os.fdopen(fd, "wb") as file:
-            file.seek(len(room))
-            digests = b""
-            for rows in _pieces(parts, read):
-                digests += digest(rows.data)
-                file.write(rows.data)
-            file.seek(0)
-            file.write(_head(identity, parts, digests))
-        publish(path)
+    with WholeFile(path) as file:
+        end, digests = len(room), b""
+        for rows in _pieces(parts, read):
+            digests += digest(rows.data)
+            file.write_at(end, rows.data)
+            end += rows.nbytes
+        file.write_at(0, _head(identity, parts, digests))
+        file.publish()
 
 
 def _limited(parts: Sequence[Part]) -> list[Part]:

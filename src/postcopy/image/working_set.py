@@ -18,12 +18,13 @@ from typing import Any, Final
 
 import numpy as np
 
+from postcopy.channel.whole_file import write_whole
 from postcopy.errors import ImageError, KernelError, PostcopyError, Refused
 from postcopy.image.file import open_regular
-from postcopy.image.publish import write_whole
+from postcopy.image.file_kinds import WORKING_SET_SUFFIX
 from postcopy.memory.runs import Mask
 
-SUFFIX: Final = ".working-set"
+SUFFIX: Final = WORKING_SET_SUFFIX
 _VERSION: Final = 1
 _EDGE_BYTES: Final = 64 << 10
 _LARGEST_FILE_BYTES: Final = 64 << 20

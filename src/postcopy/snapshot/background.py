@@ -17,6 +17,7 @@ from postcopy.channel.partial_file import PartialFile
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.errors import HostCannot, MigrationCancelled, PostcopyError
 from postcopy.guest import DeviceState
+from postcopy.image.last_moment import LastMoment
 from postcopy.kernel.cpu_latency import CpusAwake
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.link.engine.guest_proxy import GuestProxy
@@ -55,6 +56,7 @@ class BackgroundSnapshot:
         self._guest = guest
         self._address = parse(uri)
         self._file = PartialFile(self._address)
+        self._last_moment = LastMoment()
         self._capabilities = capabilities
         self._parameters = parameters
         self._progress = progress
@@ -76,11 +78,14 @@ class BackgroundSnapshot:
     # --- called by the monitor, from other threads
 
     def cancel(self) -> None:
-        """Give up."""
+        """Give up; without effect once the file gets its name, or the end has come."""
+        if self._last_moment.give_up(self._begin_cancel):
+            self._break_off()
+
+    def _begin_cancel(self) -> None:
         before = frozenset({Status.SETUP, Status.ACTIVE})
         if self._progress.move(Status.CANCELLING, only_from=before):
             self.orders.cancel()
-            self._break_off()
 
     def pause(self) -> None:
         """Nothing: only a postcopy can be paused."""
@@ -110,10 +115,9 @@ class BackgroundSnapshot:
             channel, sender = self._open()
             states = self._save(sender)
             self._finish(channel, sender, states)
+            self._publish()
             self._clock.ended = time.monotonic()
-            # A cancel that comes now is too late: the picture is there.
-            if not self._progress.move(Status.COMPLETED, only_from=frozenset({Status.ACTIVE})):
-                self._progress.move(Status.CANCELLED)
+            self._progress.move(Status.COMPLETED)
         except PostcopyError as error:
             self._fail(error)
         finally:
@@ -123,9 +127,9 @@ class BackgroundSnapshot:
         """Reach the sink, and say what is to come."""
         address = self._file.begin()
         self._channel = channel = (
-            connect_unless_cancelled(address, self.orders)
-            if address is self._address
-            else connect(address)  # an ordinary file: on return it is there, and ours to remove
+            connect(address)  # on return it is there
+            if self._file.ordinary
+            else connect_unless_cancelled(address, self.orders)
         )
         channel.description = str(self._address)  # what was asked for, in each error
         # A host that is gone must not make the guest wait for what it will never take.
@@ -244,7 +248,7 @@ class BackgroundSnapshot:
         sender.count()
 
     def _finish(self, channel: Channel, sender: PageSink, states: Sequence[DeviceState]) -> None:
-        """Write the devices and the end, and let the file be seen."""
+        """Write the devices and the end, and see that all of it has arrived."""
         # As QEMU has it: a stream of a background snapshot has no last section of RAM.
         mapped = self._capabilities.enabled(Capability.MAPPED_RAM)
         end_of_ram = sender.end_of_ram() if mapped else b""
@@ -255,9 +259,16 @@ class BackgroundSnapshot:
         sender.count()
         trace("snapshot.all-sent")
         self._check_cancelled()
-        self._file.publish(channel.fileno())
-        trace("snapshot.published")
+        self._file.sync(channel.fileno())
         channel.close()  # for a command this is when it proves to have worked
+        trace("snapshot.synced")
+
+    def _publish(self) -> None:
+        """Let the file be seen; from here on a cancel is too late."""
+        self._check_cancelled()
+        self._last_moment.decide()
+        self._file.publish()
+        trace("snapshot.published")
 
     def _check_complete(self) -> None:
         """Each page has been written once: an image that lacks one must not get its name."""

@@ -1,5 +1,6 @@
 """Make an image of chunks of any other image: what is zero costs nothing, what is known nothing more."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 from postcopy.image.chunked import PAGES_PER_CHUNK
 from postcopy.image.digests import CHUNK_BYTES, chunk_count
 from postcopy.image.formats import Image, ImageBlock
+from postcopy.image.last_moment import go_on
 from postcopy.image.manifest import StoredBlock
 from postcopy.image.store.store import ChunkStore, Intake
 from postcopy.memory.runs import Indices
@@ -36,16 +38,19 @@ class Packed:
     stored_bytes: int = 0
 
 
-def pack(image: Image, store: ChunkStore) -> tuple[dict[str, StoredBlock], Packed]:
+def pack(
+    image: Image, store: ChunkStore, check: Callable[[], None] = go_on
+) -> tuple[dict[str, StoredBlock], Packed]:
     """Put an image's memory into a store.
 
+    :param check: called now and then; what it raises ends the work.
     :return: the blocks as a manifest has them, and what that took.
     :raises OSError: the disk is full, or broken.
     """
     blocks, taken = {}, Packed()
     with store.intake() as intake, ThreadPoolExecutor(_THREADS, "chunks") as pool:
         for block in image.blocks:
-            stored, its = _pack_block(image, block, intake, pool)
+            stored, its = _pack_block(image, block, intake, pool, check)
             blocks[block.name] = stored
             taken = Packed(
                 taken.zero_bytes + its.zero_bytes,
@@ -57,7 +62,11 @@ def pack(image: Image, store: ChunkStore) -> tuple[dict[str, StoredBlock], Packe
 
 
 def _pack_block(
-    image: Image, block: ImageBlock, intake: Intake, pool: ThreadPoolExecutor
+    image: Image,
+    block: ImageBlock,
+    intake: Intake,
+    pool: ThreadPoolExecutor,
+    check: Callable[[], None],
 ) -> tuple[StoredBlock, Packed]:
     count = chunk_count(block.size_bytes)
     starts = np.arange(0, block.pages, PAGES_PER_CHUNK)
@@ -69,6 +78,7 @@ def _pack_block(
     def put(chunks: Indices) -> list[tuple[int, bytes, int]]:
         found, data = [], []
         for chunk in chunks.tolist():
+            check()
             first = chunk * PAGES_PER_CHUNK
             rows = image.read(block.name, first, min(PAGES_PER_CHUNK, block.pages - first))
             if rows.any():

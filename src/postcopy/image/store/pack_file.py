@@ -18,18 +18,18 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from postcopy.channel.whole_file import WholeFile
 from postcopy.errors import ImageError
 from postcopy.image.digests import CHUNK_BYTES, DIGEST_BYTES, digest
 from postcopy.image.file import ImageFile
+from postcopy.image.file_kinds import PACK_MAGIC as _MAGIC
 from postcopy.image.manifest import ADDRESS_BYTES
-from postcopy.image.publish import MODE, partial, publish
 from postcopy.memory.runs import Mask
 
 SUFFIX: Final = ".pack"
 LONGEST_FRAME_BYTES: Final = CHUNK_BYTES + 1024
 """What cannot be compressed gets a head, a digest, and no more."""
 
-_MAGIC: Final = b"PCPACK01"
 _TAIL: Final = struct.Struct("<QQ")
 _TAIL_BYTES: Final = _TAIL.size + DIGEST_BYTES
 _ENTRY_BYTES: Final = ADDRESS_BYTES + 8 + 4
@@ -132,8 +132,8 @@ class PackWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        fd = os.open(partial(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, MODE)
-        self._file = os.fdopen(fd, "wb")
+        self._whole = WholeFile(path)
+        self._file = os.fdopen(self._whole.fd, "wb", closefd=False)
         self._lock = threading.Lock()
         # Under the lock: where the next frame goes, and offset and length of those that are there.
         self._end = self._file.write(_MAGIC)
@@ -179,7 +179,8 @@ class PackWriter:
         tail = _TAIL.pack(len(addresses), self._end)
         self._file.write(index + tail + digest(index + tail))
         self._file.close()
-        publish(self.path)
+        self._whole.publish(replacing=False)
+        self._whole.close()
 
     def give_up(self) -> None:
         """Nothing of it stays."""
@@ -187,7 +188,7 @@ class PackWriter:
             self._file.close()
         except OSError:
             pass  # what it still had to write does not matter
-        partial(self.path).unlink(missing_ok=True)
+        self._whole.close()
 
     @property
     def empty(self) -> bool:

@@ -12,9 +12,9 @@ from typing import Final
 
 import numpy as np
 
+from postcopy.channel.whole_file import remove_all_leftovers, write_whole
 from postcopy.errors import ImageError, Refused
 from postcopy.image.manifest import ADDRESS_BYTES, SUFFIX, Manifest
-from postcopy.image.publish import write_whole
 from postcopy.image.store.pack_file import Addresses, PackFile, as_addresses
 from postcopy.image.store.store import ChunkStore, address_of
 from postcopy.memory.runs import Mask
@@ -83,6 +83,8 @@ def sweep(folder: Path, *, without: Sequence[Path] = (), dry_run: bool = False) 
         store.learn()
         for error in store.damaged:
             raise error
+        if not dry_run:
+            remove_all_leftovers(folder)
         found = Swept(folder, tuple(images))
         kept = np.array([], f"S{ADDRESS_BYTES}")
         for pack in store.packs:

@@ -20,15 +20,16 @@ from typing import Final, Self
 import zstandard
 from blake3 import blake3
 
+from postcopy.channel.whole_file import MODE
 from postcopy.errors import ImageError, Refused
 from postcopy.image.digests import digest
-from postcopy.image.publish import MODE
 from postcopy.image.store.pack_file import SUFFIX, PackFile, PackWriter
 
 LEVEL: Final = 1
 """Guest memory compresses about as well at 1 as at 3, and twice as fast."""
 
 _LOCK: Final = "lock"
+_OPEN_LOCK: Final = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def address_of(data: bytes) -> bytes:
@@ -64,7 +65,7 @@ class ChunkStore:
         :raises OSError: the folder cannot be made.
         """
         self.folder.mkdir(0o700, parents=True, exist_ok=True)
-        fd = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, MODE)
+        fd = os.open(self.folder / _LOCK, _OPEN_LOCK, MODE)
         try:
             self._flock(fd, alone=alone)
             yield

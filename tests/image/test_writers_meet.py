@@ -1,0 +1,96 @@
+"""Two commands that write the same file, or into the same store, at the same time."""
+
+import os
+
+import numpy as np
+import pytest
+
+from image.images import memory, take_image
+from postcopy.channel.whole_file import partial_name
+from postcopy.image import page_copies, working_set
+from postcopy.image.manifest import Manifest
+from postcopy.image.page_copies import PageCopies, Part
+from postcopy.image.store.prune import sweep
+from postcopy.image.verify import find_damages
+from postcopy.image.working_set import WorkingSet
+
+IMAGE = "ab" * 32
+
+
+@pytest.fixture
+def at_each_sync(monkeypatch):
+    """``at_each_sync(other)``: before the disk is to take a file for the first time, ``other`` runs."""
+
+    def arm(other):
+        sync, left = os.fsync, [other]
+
+        def first_the_other(fd):
+            if left:
+                left.pop()()
+            sync(fd)
+
+        monkeypatch.setattr(os, "fsync", first_the_other)
+        return left
+
+    return arm
+
+
+@pytest.fixture(autouse=True)
+def nothing_half_written(tmp_path):
+    yield
+    assert not list(tmp_path.rglob("*.partial*"))
+
+
+def test_the_first_snapshots_of_a_new_store(tmp_path, at_each_sync):
+    """The note that there are images of it in this folder is the first file of either."""
+    one, other = memory(seed=1), memory(seed=2)
+    left = at_each_sync(lambda: take_image(tmp_path / "b", "stream", other, compressed=True))
+    take_image(tmp_path / "a", "stream", one, compressed=True)
+    assert not left
+    for path in (tmp_path / "a", tmp_path / "b"):
+        assert list(find_damages(path, Manifest.load(path))) == []
+    assert len(sweep(tmp_path / "postcopy-chunks").images) == 2
+
+
+def test_two_recordings_of_one_working_set(tmp_path, at_each_sync):
+    path = tmp_path / "image.working-set"
+
+    def seen(page):
+        mask = np.zeros(64, np.bool_)
+        mask[page] = True
+        return WorkingSet(IMAGE, {"ram": mask})
+
+    left = at_each_sync(lambda: working_set.record(path, seen(1)))
+    working_set.record(path, seen(2))
+    assert not left
+    found = working_set.load(path, IMAGE, {"ram": 64})
+    assert found.pages["ram"].tolist() == seen(2).pages["ram"].tolist()
+
+
+def test_two_recordings_of_the_copies(tmp_path, at_each_sync):
+    path = tmp_path / "image.working-set.pages"
+
+    def save(page):
+        part = Part("ram", np.array([page], np.int64))
+        page_copies.save(
+            path, IMAGE, [part], lambda _block, first, count: np.full((count, 4096), first, "u1")
+        )
+
+    left = at_each_sync(lambda: save(1))
+    save(2)
+    assert not left
+    copies = PageCopies(path, IMAGE, {"ram": 64})
+    assert copies.good(0, 1) == 1
+    assert copies.parts[0].pages.tolist() == [2]
+    copies.close()
+
+
+def test_a_sweep_takes_away_what_killed_commands_have_left(tmp_path):
+    take_image(tmp_path / "a", "stream", memory(), compressed=True)
+    store = tmp_path / "postcopy-chunks"
+    left = partial_name(store / "0123.pack")
+    left.touch()
+    sweep(store, dry_run=True)
+    assert left.exists()
+    sweep(store)
+    assert not left.exists()
