@@ -214,3 +214,30 @@ class TestAdopt:
         assert outcome.returncode == REFUSED
         assert one_line(outcome).startswith(f"{beside(image)} is a symbolic link; ")
         assert state_of(tmp_path) == before
+
+
+@pytest.mark.kvm
+class TestWrittenInPlace:
+    """What QEMU writes in place, through links too, is written in place here; but not over an image."""
+
+    def test_pmemsave(self, guest, image, outs):
+        order = {"val": 0, "size": 4096}
+        before = image.read_bytes()
+        for each in (image, beside(image)):
+            answer = guest.ask("pmemsave", filename=str(each), **order)
+            assert "remove it, or give another path" in answer["error"]["desc"]
+        assert image.read_bytes() == before
+        link(outs / "out")
+        assert "error" not in guest.ask("pmemsave", filename=str(outs / "out"), **order)
+        assert (outs / "out").is_symlink()
+        assert (outs / "kept").stat().st_size == 4096
+
+    def test_serial_output(self, image, outs):
+        before = image.read_bytes()
+        line = ["run", "--memory", "64M", "--workload", "idle", "--serial"]
+        outcome = postcopy(*line, f"file:{image}")
+        assert outcome.returncode == REFUSED
+        assert one_line(outcome) == (
+            f"{image} is an image of a guest; remove it, or give another path"
+        )
+        assert image.read_bytes() == before

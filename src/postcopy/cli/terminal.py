@@ -5,10 +5,12 @@ import os
 import sys
 import termios
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 from postcopy.cli.notices import notice
 from postcopy.cli.run_settings import NONE, STDIO
+from postcopy.image.file_kinds import check_no_image
 from postcopy.machine.serial_output import SerialOutput
 
 _STDOUT: Final = 1
@@ -20,12 +22,14 @@ def serial_output(place: str, cleanup: contextlib.ExitStack) -> Callable[[bytes]
     :param place: ``stdio``, ``none`` or ``file:PATH``.
     :param cleanup: writes what is still to be written, says what was lost, and closes the file.
     :raises OSError: the file cannot be opened.
+    :raises Refused: it belongs to an image.
     """
     if place == NONE:
         return lambda _data: None
     fd, name = _STDOUT, "standard output"
     if place != STDIO:
         name = place.removeprefix("file:")
+        check_no_image(Path(name))
         # Not closed again: a write that does not come back may be under way until the process ends.
         fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
 

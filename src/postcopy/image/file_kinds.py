@@ -37,10 +37,19 @@ def look_at_target(path: Path) -> Place:
     :raises OSError: it cannot be looked into.
     """
     place = look_at(path)
-    kind = _kind_of(path) if place is Place.FILE else None
+    check_no_image(path)
+    return place
+
+
+def check_no_image(path: Path) -> None:
+    """Refuse to write over a file that belongs to an image: a guest may be running from it.
+
+    :raises Refused: it does.
+    :raises OSError: it cannot be looked into.
+    """
+    kind = _kind_of(path) if path.is_file() else None
     if kind is not None:
         raise Refused(f"{path} is {kind}; remove it, or give another path")
-    return place
 
 
 def _kind_of(path: Path) -> str | None:

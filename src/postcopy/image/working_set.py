@@ -8,10 +8,12 @@ image's guest wanted would be brought for nothing.
 
 import base64
 import binascii
+import contextlib
+import fcntl
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +24,7 @@ from postcopy.channel.whole_file import write_whole
 from postcopy.errors import ImageError, KernelError, PostcopyError, Refused
 from postcopy.image.file import open_regular
 from postcopy.image.file_kinds import WORKING_SET_SUFFIX
+from postcopy.kernel.patience import persist
 from postcopy.memory.runs import Mask
 
 SUFFIX: Final = WORKING_SET_SUFFIX
@@ -88,6 +91,8 @@ class WorkingSet:
             write_whole(path, text.encode())
         except OSError as error:
             raise Refused(f"working set {path} cannot be written: {error.strerror}") from error
+        except Refused as error:
+            raise Refused(f"working set {path} cannot be written: {error}") from error
 
 
 def load(path: Path, identity: str, blocks: Mapping[str, int]) -> WorkingSet | None:
@@ -151,13 +156,28 @@ def record(path: Path, seen: WorkingSet) -> WorkingSet:
     :raises PostcopyError: it cannot be written.
     """
     blocks = {name: len(mask) for name, mask in seen.pages.items()}
-    try:
-        before = load(path, seen.identity, blocks)
-    except PostcopyError:
-        before = None
-    whole = seen if before is None else before.united(seen)
-    whole.save(path)
+    with _one_at_a_time(path.with_name(path.name.removesuffix(SUFFIX))):
+        try:
+            before = load(path, seen.identity, blocks)
+        except PostcopyError:
+            before = None
+        whole = seen if before is None else before.united(seen)
+        whole.save(path)
     return whole
+
+
+@contextlib.contextmanager
+def _one_at_a_time(image: Path) -> Iterator[None]:
+    """Let recordings of one image follow one another, so that none loses what another has seen.
+
+    One that hangs is not waited for: then the file is whole all the same, and knows less.
+    """
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError, PostcopyError):
+            fd = open_regular(image)
+            held.callback(os.close, fd)
+            persist(fcntl.flock, fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
 
 
 def _encode(mask: Mask) -> dict[str, Any]:

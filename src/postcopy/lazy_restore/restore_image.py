@@ -135,6 +135,8 @@ class RestoreImage:
             page_copies.save(path, self.identity, first + later, self.image.read)
         except OSError as error:
             raise Refused(f"working set {path} cannot be written: {error.strerror}") from error
+        except Refused as error:
+            raise Refused(f"working set {path} cannot be written: {error}") from error
 
     def _can_be_had(self, name: str, wanted: Mask) -> Mask:
         """Tell which pages have anything in them, and are what they were."""

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from postcopy.errors import Refused
+from postcopy.image.file_kinds import check_no_image
 from postcopy.monitor.backend import MachineControl
 
 _CHUNK_BYTES = 1 << 20
@@ -15,9 +16,10 @@ def save(machine: MachineControl, address: int, length_bytes: int, path: str) ->
     Waits for pages that are still missing.  Unlike QEMU, which writes what it pleases for
     addresses without RAM, this refuses them: no zeros that nobody wrote.
 
-    :raises Refused: the file cannot be written, or there is no RAM at some address.
+    :raises Refused: the file cannot be written, belongs to an image, or there is no RAM at some address.
     """
     try:
+        check_no_image(Path(path))
         with Path(path).open("wb") as file:
             for offset in range(0, length_bytes, _CHUNK_BYTES):
                 chunk_bytes = min(_CHUNK_BYTES, length_bytes - offset)
