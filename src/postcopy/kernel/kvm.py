@@ -226,6 +226,13 @@ class KvmVcpu:
         except KernelError:
             return 0
 
+    def set_tsc_khz(self, khz: int) -> None:
+        """Have the guest's time stamp counter run at this rate; before its value is set.
+
+        :raises KernelError: the host's processor cannot scale it so.
+        """
+        calls.ioctl_plain(self._fd, abi.KVM_SET_TSC_KHZ, khz)
+
     def get_regs(self) -> abi.kvm_regs:
         """The general registers."""
         return self._get(abi.KVM_GET_REGS, abi.kvm_regs())

@@ -8,6 +8,7 @@ What does not move, and why, is said in ``cpu_state``.
 """
 
 import ctypes
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Final
@@ -27,6 +28,8 @@ from postcopy.machine.cpu_state import (
     Segment,
 )
 from postcopy.machine.xsave import KNOWN_COMPONENTS, read_xsave, write_xsave
+
+_log = logging.getLogger(__name__)
 
 MOST_ADDRESS_BITS: Final = 52
 _CR4_PROTECTION_KEYS: Final = 1 << 22
@@ -91,6 +94,7 @@ def write_kvm_state(
         _write_sregs(vcpu, state)
         _write_xcr0(vcpu, state.xcr0)
         _write_vectors(vcpu, state)
+        _write_tsc_rate(vcpu, state.tsc_khz)
         skipped = _write_msrs(vcpu, _with_short_mtrr_masks(state, address_bits))
         _write_regs(vcpu, state)
         vcpu.set_debugregs(_debugregs(state))
@@ -155,6 +159,8 @@ def _read_xcr0(vcpu: KvmVcpu) -> int:
 
 
 def _write_xcr0(vcpu: KvmVcpu, value: int) -> None:
+    if value == _read_xcr0(vcpu):
+        return  # a processor without XSAVE has none to set
     xcrs = abi.kvm_xcrs(nr_xcrs=1)
     xcrs.xcrs[0].value = value
     vcpu.set_xcrs(xcrs)
@@ -196,6 +202,25 @@ def _with_msrs(state: CpuState, vcpu: KvmVcpu) -> CpuState:
         if values.get(index, 0) not in (0, MSR_DEFAULTS.get(index, 0))
     }
     return replace(state, msrs=extra, **changes)
+
+
+def _write_tsc_rate(vcpu: KvmVcpu, khz: int) -> None:
+    """Let the time stamp counter run on at the rate it had, where the host can scale it.
+
+    Elsewhere it runs at the host's rate from now on, as it does in QEMU.
+    """
+    here = vcpu.tsc_khz
+    if khz in {0, here}:
+        return
+    try:
+        vcpu.set_tsc_khz(khz)
+    except KernelError:
+        _log.warning(
+            "the guest's time stamp counter ran at %d kHz and runs at %d kHz from now on: this host's "
+            "processor cannot scale it; its clocks go wrong unless they are kept from elsewhere",
+            khz,
+            here,
+        )
 
 
 def _write_msrs(vcpu: KvmVcpu, state: CpuState) -> tuple[int, ...]:

@@ -62,8 +62,6 @@ class Machine:
         self._serial = SerialPort(on_serial)
         self._closed = False
         self._make_vcpus()
-        self.tsc_khz = self._vcpus[0].get_state().tsc_khz
-        """The rate of the guest's time stamp counter; 0 where the accelerator does not know it."""
 
     def _make_vcpus(self) -> None:
         ports = PortBus(self._serial, self.run_control.guest_shutdown)
