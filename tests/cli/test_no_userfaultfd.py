@@ -11,6 +11,7 @@ import fakes.without_userfaultfd
 from fakes.commands import DEADLINE_S, POSTCOPY, Running, need_kvm, one_line, postcopy
 from fakes.waiting import wait_until
 from faults import trace_hooks
+from machine.machines import need
 from postcopy import trace
 
 WITHOUT = [sys.executable, fakes.without_userfaultfd.__file__]
@@ -47,33 +48,55 @@ def test_postcopy_is_refused_beforehand(tmp_path):
     assert error.count(error.rpartition("; ")[2]) == 1  # the cure
 
 
-@pytest.mark.kvm
-def test_precopy_goes_by_kvms_own_log(tmp_path: Path):
-    need_kvm()
-    with (
-        Deprived(tmp_path, "source", "--workload", "hammer") as source,
-        Deprived(
-            tmp_path, "destination", "-S", "--incoming", f"unix:{tmp_path}/door"
-        ) as destination,
-    ):
-        limits = {"max-bandwidth": 0, "downtime-limit": 10_000}
-        assert "error" not in source.ask("migrate-set-parameters", **limits)
-        assert "error" not in source.ask("migrate", uri=f"unix:{tmp_path}/door")
-        ended = {"completed", "failed"}
-        wait_until(lambda: source.migration_status() in ended, DEADLINE_S, "the end")
-        assert source.migration_status() == "completed", source.ask("query-migrate")
-        saved = []
-        for side in (source, destination):
-            saved.append(tmp_path / f"{side.path.name}.memory")
-            order = {"val": 0, "size": 64 << 20, "filename": str(saved[-1])}
-            assert "error" not in side.ask("pmemsave", **order)
-        assert saved[0].read_bytes() == saved[1].read_bytes()
-
-
 def memory_of(machine, path):
     order = {"val": 0, "size": 64 << 20, "filename": str(path)}
     assert "error" not in machine.ask("pmemsave", **order)
     return path.read_bytes()
+
+
+class Unprivileged(Running):
+    """A ``postcopy run`` of a user who may watch the faults of user code alone."""
+
+    command = (*WITHOUT, "--user-mode", *POSTCOPY)
+
+
+def move_whole(folder, kind, *options):
+    """A busy guest moves from one machine of this kind to another; their memory is the same then."""
+    door = f"unix:{folder}/door"
+    with (
+        kind(folder, "source", "--workload", "hammer", *options) as source,
+        kind(folder, "destination", "-S", "--incoming", door, *options) as destination,
+    ):
+        limits = {"max-bandwidth": 0, "downtime-limit": 10_000}
+        assert "error" not in source.ask("migrate-set-parameters", **limits)
+        assert "error" not in source.ask("migrate", uri=door)
+        ended = {"completed", "failed"}
+        wait_until(lambda: source.migration_status() in ended, DEADLINE_S, "the end")
+        assert source.migration_status() == "completed", source.ask("query-migrate")
+        sides = (source, destination)
+        saved = [memory_of(side, folder / f"{side.path.name}.memory") for side in sides]
+        assert saved[0] == saved[1]
+        running = [side.ask("query-status")["return"]["status"] for side in sides]
+        assert running == ["postmigrate", "paused"]
+
+
+@pytest.mark.kvm
+def test_precopy_goes_by_kvms_own_log(tmp_path: Path):
+    need_kvm()
+    move_whole(tmp_path, Deprived)
+
+
+@pytest.mark.parametrize("accelerator", ["kvm", "unicorn"])
+def test_precopy_and_a_reset_point_need_no_privilege(tmp_path, accelerator):
+    """The kernel itself answers the faults by which it notes writes."""
+    need(accelerator)
+    move_whole(tmp_path, Unprivileged, "--accel", accelerator)
+    with Unprivileged(tmp_path, "guest", "--workload", "hammer", "--accel", accelerator) as guest:
+        refused = postcopy("snapshot", "--from", guest.qmp, str(tmp_path / "image"))
+        assert "userfaultfd" in one_line(refused)
+        assert postcopy("reset", "--point", "--from", guest.qmp).returncode == 0
+        assert postcopy("reset", "--from", guest.qmp).returncode == 0
+        assert guest.ask("query-status")["return"]["running"]
 
 
 @pytest.mark.kvm

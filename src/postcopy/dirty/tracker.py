@@ -55,7 +55,7 @@ def choose(wish: str, guest: GuestProxy) -> DirtyTracker:
 def _can_protect() -> bool:
     """Whether this host lets us have writes noted by write-protection."""
     try:
-        Userfaultfd.open(WRITE_FEATURES).close()
+        Userfaultfd.open(WRITE_FEATURES, user_mode_only=True).close()
     except HostCannot:
         return False
     return True

@@ -256,7 +256,8 @@ class GuestService:
     def _watch_writes(self) -> None:
         with self._lock:
             if self._writes is None:
-                self._writes = self._watch(WRITE_FEATURES, RegisterMode.WP)
+                # The kernel answers these faults itself, its own too: no privilege is needed.
+                self._writes = self._watch(WRITE_FEATURES, RegisterMode.WP, user_mode_only=True)
 
     def unwatch_writes(self) -> None:
         """Take the write-protection off, if it is on."""
@@ -332,8 +333,10 @@ class GuestService:
         self.unwatch_missing()
         return lost
 
-    def _watch(self, features: Feature, mode: RegisterMode) -> Userfaultfd:
-        watch = Userfaultfd.open(features)
+    def _watch(
+        self, features: Feature, mode: RegisterMode, *, user_mode_only: bool = False
+    ) -> Userfaultfd:
+        watch = Userfaultfd.open(features, user_mode_only=user_mode_only)
         try:
             for region in self._guest.regions():
                 watch.register(region.host_address, region.size_bytes, mode)

@@ -66,7 +66,7 @@ def check_snapshot() -> None:
 def check_reset() -> None:
     """Refuse a reset point on a host that cannot track writes."""
     try:
-        Userfaultfd.open(WRITE_FEATURES).close()
+        Userfaultfd.open(WRITE_FEATURES, user_mode_only=True).close()
     except HostCannot as error:
         raise error.because("the writes of a guest cannot be tracked") from error
 
