@@ -10,7 +10,7 @@ import os
 import hypothesis
 import pytest
 
-from fakes.commands import Running, need_kvm
+from fakes.commands import Running, need_kvm, need_userfaultfd
 from fakes.huge_pages import reserved
 from fakes.no_threads import host_without_threads
 from fakes.peers import can_prove
@@ -19,6 +19,7 @@ from fakes.waiting import wait_until
 
 MARKERS = (
     "kvm: needs /dev/kvm",
+    "userfaultfd: needs one that sees the faults of the kernel's own code",
     "qemu: needs a real QEMU; with versions, is run with each of them: qemu('7.2', '11.1')",
     "proves: what it shows of that QEMU, and needs of it: proves(Way.TO, Feature.POSTCOPY)",
 )
@@ -32,7 +33,11 @@ hypothesis.settings.load_profile("untimed")
 def pytest_configure(config: pytest.Config) -> None:
     # A busy host may stop a test for seconds; how fast something is, benchmarks say.
     slow = [hypothesis.HealthCheck.too_slow]
-    hypothesis.settings.register_profile("house", deadline=None, suppress_health_check=slow)
+    # In a checkout of another user there is no place for examples; hypothesis warns of that.
+    examples = {} if os.access(config.rootpath, os.W_OK) else {"database": None}
+    hypothesis.settings.register_profile(
+        "house", deadline=None, suppress_health_check=slow, **examples
+    )
     hypothesis.settings.load_profile("house")
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
@@ -41,6 +46,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("kvm"):
         need_kvm()
+    if item.get_closest_marker("userfaultfd"):
+        need_userfaultfd()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -163,6 +163,7 @@ def feed(*commands, blocks=((RAM, SIZE),), capabilities=POSTCOPY, postcopy=True)
         return str(destination.job.error), said(b"".join(iter(lambda: ours.recv(4096), b"")))
 
 
+@pytest.mark.userfaultfd
 def test_pings_are_answered_in_order_and_the_end_is_told():
     error, told = feed(OpenReturnPath(), Ping(1), Ping(IDENTITY_PING), ADVISE)
     assert told[0] == Pong(1)
@@ -182,6 +183,7 @@ def test_pings_are_answered_in_order_and_the_end_is_told():
         ([Ping(7)], POSTCOPY, "CMD_PING (0x7) received with no return path"),
     ],
 )
+@pytest.mark.userfaultfd
 def test_what_is_refused(commands, capabilities, says):
     error, _ = feed(*commands, capabilities=capabilities)
     assert says in error

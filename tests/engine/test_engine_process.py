@@ -16,7 +16,7 @@ __all__ = ["journey", "nothing_left_behind"]
 FAULTY = """
 import threading
 from postcopy.engine.__main__ import end_on_fault
-end_on_fault(lambda fault: print("told:", fault))
+end_on_fault(lambda fault: print("told:", fault, flush=True))
 thread = threading.Thread(target=lambda: 1 // 0, name="pager")
 thread.start()
 threading.Event().wait()

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from fakes.waiting import wait_until
+from postcopy.errors import HostCannot
+from postcopy.kernel.userfaultfd import Userfaultfd
 
 DEADLINE_S = 30
 END_S = 10
@@ -22,6 +24,13 @@ POSTCOPY = [sys.executable, "-m", "postcopy"]
 def need_kvm() -> None:
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         pytest.skip("needs /dev/kvm: run as root or join group kvm")
+
+
+def need_userfaultfd() -> None:
+    try:
+        Userfaultfd.open().close()
+    except HostCannot as error:
+        pytest.skip(f"needs userfaultfd: {error}")
 
 
 def postcopy(*arguments: str, **options) -> subprocess.CompletedProcess:

@@ -203,9 +203,9 @@ class Journey:
     hang_looks: int = HANG_LOOKS
 
     def __post_init__(self) -> None:
+        self.sides: list[Side] = []
         for name in self.accelerators:
             need(name)
-        self.sides: list[Side] = []
         config = config_for(
             self.workload,
             self.accelerators[0],

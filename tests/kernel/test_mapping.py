@@ -61,6 +61,7 @@ def serve(act, write: bool) -> None:
         act(w, toucher.done())
 
 
+@pytest.mark.userfaultfd
 def test_a_thread_of_the_same_process_can_serve_a_read():
     def check(_, result):
         assert result == b"\3\3\3\3"
@@ -68,6 +69,7 @@ def test_a_thread_of_the_same_process_can_serve_a_read():
     assert in_child(lambda: serve(check, write=False)) == 0
 
 
+@pytest.mark.userfaultfd
 def test_a_thread_of_the_same_process_can_serve_a_write():
     def check(w, _):
         assert w.memory.read(2 * PAGE, 5) == b"mine\3"
@@ -75,6 +77,7 @@ def test_a_thread_of_the_same_process_can_serve_a_write():
     assert in_child(lambda: serve(check, write=True)) == 0
 
 
+@pytest.mark.userfaultfd
 def test_a_read_over_many_missing_pages_is_served_page_by_page():
     def run() -> None:
         with watched() as w:
@@ -103,6 +106,7 @@ def test_populating_keeps_what_is_there():
         assert memory.read(0, 4) == b"kept"
 
 
+@pytest.mark.userfaultfd
 def test_populating_watched_memory_waits_for_the_pager():
     def run() -> None:
         with watched() as w:

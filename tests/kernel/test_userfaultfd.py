@@ -149,6 +149,7 @@ def test_a_page_that_the_file_has_is_a_minor_fault():
         assert hole.value.errno == errno.EFAULT
 
 
+@pytest.mark.userfaultfd
 @KINDS
 def test_whoever_touches_a_poisoned_page_dies_of_it(kind):
     def touch() -> None:
@@ -305,6 +306,7 @@ def fork_while_watched(channel: socket.socket) -> None:
         assert in_child(lambda: None) == 0
 
 
+@pytest.mark.userfaultfd
 def test_a_forked_child_brings_a_watcher_of_its_own():
     """Told to another process: fork() waits for the reader while it holds the interpreter lock."""
     ours, theirs = socket.socketpair()
@@ -343,6 +345,7 @@ def test_what_a_range_takes_is_told():
         assert RangeIoctl.CONTINUE not in w.ioctls
 
 
+@pytest.mark.userfaultfd
 def test_a_missing_feature_is_refused_by_name(monkeypatch):
     def lacks(fd, features):
         if features:

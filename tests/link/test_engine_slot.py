@@ -1,6 +1,7 @@
 """The engine at work: who is started when, and what its death means to those who ask it."""
 
 import socket
+import subprocess
 import threading
 
 import pytest
@@ -127,10 +128,12 @@ class DeadOnArrival(FakePool):
 class Unreaped:
     """A process closes its files before it can be waited for."""
 
-    pid = 1
+    def __init__(self):
+        self._child = subprocess.Popen(["true"])
+        self.pid = self._child.pid
 
     def wait(self):
-        return 0
+        return self._child.wait()
 
     def poll(self):
         return None

@@ -16,6 +16,8 @@ from postcopy.link.guest import guest_service
 from postcopy.link.guest.guest_service import GuestService
 from postcopy.link.protocol import SNAPSHOT_FEATURES
 
+pytestmark = pytest.mark.userfaultfd
+
 STEP = 16 << 20
 SIZES = (2 * STEP + 4096, STEP, 4096)
 

@@ -17,6 +17,8 @@ from postcopy.paging.minor_faults import BackgroundMapper
 from postcopy.paging.pager import Pager
 from postcopy.paging.placement import Placement
 
+pytestmark = pytest.mark.userfaultfd
+
 PAGES = 4096
 BROUGHT = [*range(3, 40), 44, 1023, 1024, 1025, 4095]
 BLANK = [50, 51, 2000]

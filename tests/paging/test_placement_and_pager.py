@@ -17,6 +17,8 @@ from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.pager import Pager
 from postcopy.paging.placement import Placement
 
+pytestmark = pytest.mark.userfaultfd
+
 MIB = 1 << 20
 HUGE = 2 * MIB
 
