@@ -19,6 +19,9 @@ pauses, for it cannot know.
 
 From `postcopy-active` on each side holds pages that the other lacks. A broken channel then leads to
 `postcopy-paused`, never to `failed`, and both sides wait for as long as it takes.
+
+A source of QEMU 11.1 says `failing` before each `failed`, while it cleans up; one of 10.0 does not, nor
+does ours: it says `failed` when the guest runs again.
 """
 
 

@@ -15,7 +15,11 @@ from postcopy.errors import WrongState
 
 
 class Status(enum.Enum):
-    """QEMU 11.1's statuses; ``failing``, ``colo`` and ``wait-unplug`` are listed but never entered here."""
+    """QEMU 11.1's statuses; ``failing``, ``colo`` and ``wait-unplug`` are listed but never entered here.
+
+    A source of QEMU 11.1 says ``failing`` before each ``failed``, while it cleans up; one of 10.0 does not.
+    Ours says ``failed`` when that is done and the guest runs again: before that there is nothing to do.
+    """
 
     NONE = "none"
     SETUP = "setup"

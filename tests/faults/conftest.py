@@ -1,11 +1,14 @@
 """Journeys with faults: whole migrations that leave no engine behind."""
 
+import contextlib
+
 import pytest
 
 from faults import trace_hooks
+from faults.orders import Stall
 from journeys.conftest import journey, nothing_left_behind
 
-__all__ = ["journey", "kill_at", "nothing_left_behind"]
+__all__ = ["journey", "kill_at", "nothing_left_behind", "stalled"]
 
 
 def subscribe(monkeypatch, environment):
@@ -31,3 +34,16 @@ def kill_at(monkeypatch, tmp_path):
         return marker.exists
 
     return arm
+
+
+@pytest.fixture
+def stalled(tmp_path):
+    """``stall = stalled(step)``: the next engine that comes there stands still; see :class:`Stall`."""
+    with contextlib.ExitStack() as stack:
+
+        def at(step):
+            stall = Stall(step, tmp_path / "step")
+            stack.callback(stall.close)
+            return stall
+
+        yield at

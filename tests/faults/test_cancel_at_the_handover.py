@@ -13,7 +13,6 @@ from fakes.pair import QUICK, idle
 from fakes.transports import KINDS
 from fakes.waiting import wait_until
 from faults.fault_channel import LAST_PONG
-from faults.orders import Stall
 from faults.recovering import DEADLINE_S, Recovering, broken_journey, small
 from postcopy.errors import WrongState
 from postcopy.ownership import Owner
@@ -66,19 +65,6 @@ def test_the_end_of_the_stream_arrives(broken):
 
 
 # --- where nothing answers
-
-
-@pytest.fixture
-def stalled(tmp_path):
-    """Makes a step at which the source stands still."""
-    with contextlib.ExitStack() as stack:
-
-        def at(step):
-            stall = Stall(step, tmp_path / "step")
-            stack.callback(stall.close)
-            return stall
-
-        yield at
 
 
 def given_up_through(journey, folder, kind, stall):
