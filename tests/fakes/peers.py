@@ -74,10 +74,6 @@ class Lack(NamedTuple):
 
 _MAPPED = Lack("n/a", "it has no `mapped-ram`")
 _FILE = Lack("n/a", "it has no `file:`; images are saved and loaded through `exec:cat` there")
-_PREEMPT = Lack(
-    "no",
-    "it reads nothing before it has both connections, and ours makes the second when it has answered",
-)
 _TCG = Lack(
     "no",
     "it does not see all that a guest in TCG writes while it sends: pages arrive as they were before, at "
@@ -88,8 +84,6 @@ LACKS: Final[Mapping[tuple[str, Way, Feature], Lack]] = {
     (OLDEST, F, Feature.MAPPED): _MAPPED,
     (OLDEST, T, Feature.FILE): _FILE,
     (OLDEST, F, Feature.FILE): _FILE,
-    (OLDEST, T, Feature.PREEMPT): _PREEMPT,
-    (OLDEST, T, Feature.PREEMPT_RECOVERY): _PREEMPT,
     (OLDEST, F, Feature.TCG): _TCG,
 }
 

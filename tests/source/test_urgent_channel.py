@@ -1,5 +1,6 @@
 """The source's end of the second connection."""
 
+import contextlib
 import socket
 import threading
 
@@ -12,25 +13,27 @@ from postcopy.source.urgent_channel import UrgentChannel
 
 
 class Bench:
-    def __init__(self):
+    def __init__(self, **options):
         ours, self.peer = socket.socketpair()
         self.causes = []
         self.broken = threading.Event()
         self.channel = SocketChannel(ours, "urgent")
-        self.urgent = UrgentChannel(self.channel, Counters(), self.note)
+        self.urgent = UrgentChannel(self.channel, Counters(), self.note, **options)
         self.urgent.start()
 
     def note(self, cause):
         self.causes.append(cause)
         self.broken.set()
 
+    def close(self):
+        self.urgent.close()
+        self.peer.close()
+
 
 @pytest.fixture
 def bench():
-    made = Bench()
-    yield made
-    made.urgent.close()
-    made.peer.close()
+    with contextlib.closing(Bench()) as made:
+        yield made
 
 
 def test_an_end_that_nobody_expects_is_told_with_the_likely_reason(bench):
@@ -46,6 +49,15 @@ def test_an_expected_end_is_not_told(bench):
     bench.peer.close()
     bench.urgent._watcher.join(10)
     assert not bench.causes
+
+
+@pytest.mark.parametrize("says_end", [False, True])
+def test_an_old_qemu_alone_is_told_that_no_more_pages_come(says_end):
+    with contextlib.closing(Bench(says_end=says_end)) as bench:
+        bench.urgent.expect_end()
+        bench.urgent.shutdown()
+        end_of_ram = bytes.fromhex("0000000000000010")
+        assert bench.peer.recv(100) == (end_of_ram if says_end else b"")
 
 
 def test_nor_is_one_of_our_own(bench):

@@ -20,9 +20,15 @@ from postcopy.stream.records import Ping
 from postcopy.stream.return_path import ReturnPathDecoder
 from postcopy.trace import trace
 
+GREETING_PING = 8
 SECOND_CONNECTION_PINGS = (6, 7)
 LIFE_PING = 9
 """Numbers of pings that mean something to us; QEMU's own are 1 to 4."""
+_GREETING_S = 5.0
+"""In which a destination answers unless it waits for the second connection.
+
+One that is only slow takes an early second connection as well: it accepts the first one first.
+"""
 
 
 class Connection:
@@ -81,9 +87,22 @@ class Connection:
 
     # --- the second connection
 
-    def open_urgent(self, channel: Channel) -> None:
+    def wants_both(self) -> bool:
+        """Whether the destination waits for the second connection before it reads this one.
+
+        As QEMU 7.1 and 7.2 do it; they say so by their silence alone.
+        """
+        self.channel.send(encode_command(Ping(GREETING_PING)))
+        return not self.answers.answers_within(GREETING_PING, _GREETING_S)
+
+    @property
+    def has_urgent(self) -> bool:
+        """Whether there is a second connection."""
+        return self._urgent is not None
+
+    def open_urgent(self, channel: Channel, *, says_end: bool) -> None:
         """Send requested pages over this channel from now on (postcopy-preempt)."""
-        self._urgent = UrgentChannel(channel, self._counters, self._break_off)
+        self._urgent = UrgentChannel(channel, self._counters, self._break_off, says_end=says_end)
         self._urgent.start()
         self.push.urgent = self._urgent
 

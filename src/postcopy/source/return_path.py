@@ -116,6 +116,11 @@ class ReturnPath:
                 raise self._reason()
             return found.pop()
 
+    def answers_within(self, value: int, timeout_s: float) -> bool:
+        """Whether the destination comes to our ping in time; one that never will is no late one."""
+        with self._changed:
+            return self._changed.wait_for(lambda: value in self._pongs or self._over, timeout_s)
+
     def wait_shut(self) -> None:
         """Wait for the destination's last word.
 

@@ -71,6 +71,8 @@ class Source:
         self._dirty: DirtyPages | None = None
         self._connection: Connection | None = None
         self._switchover: Switchover | None = None
+        self._wants_both: bool | None = None
+        """Whether the destination reads nothing before the second connection; None: not known yet."""
         self._ran_there = False
         self._paused_by_user = False
 
@@ -212,6 +214,7 @@ class Source:
         answered = connection.return_path is not None
         capabilities = self._options.capabilities
         channel.send(opening(self._guest.machine_name, blocks, capabilities, answered=answered))
+        self._open_urgent_if_awaited(connection, self._options.uri)
         connection.sender.begin(blocks, postcopy=postcopy)
         dirty.start()
         self._on_pass(dirty.syncs)
@@ -230,14 +233,20 @@ class Source:
     def _preempt(self) -> bool:
         return self._options.capabilities.enabled(Capability.POSTCOPY_PREEMPT)
 
+    def _open_urgent_if_awaited(self, connection: Connection, uri: str) -> None:
+        if self._preempt and self._wants_both is None:
+            self._wants_both = connection.wants_both()
+        if self._wants_both:
+            self._open_urgent(connection, uri)
+
     def _open_urgent(self, connection: Connection, uri: str) -> None:
         """Connect once more; the destination knows the two connections by their order."""
-        if not self._preempt:
+        if not self._preempt or connection.has_urgent:
             return
         ended = connection.answers.has_ended
         channel = connect_unless_cancelled(parse(uri), self.orders, ended)
         channel.watch(self._parameters.x_link_timeout / 1000)
-        connection.open_urgent(channel)
+        connection.open_urgent(channel, says_end=bool(self._wants_both))
 
     def _connect(self, channel: Channel, dirty: DirtyPages, *, answered: bool) -> Connection:
         channel.watch(self._parameters.x_link_timeout / 1000)
@@ -304,6 +313,7 @@ class Source:
         connection.push.begin()
         self._progress.move(Status.POSTCOPY_RECOVER)
         trace("source.recovery-connected")
+        self._open_urgent_if_awaited(connection, uri)  # one that is silent for that is no dead one
         connection.begin_watch()
         agree_on_what_is_missing(
             connection, self._dirty, lambda: self._open_urgent(connection, uri)

@@ -3,6 +3,10 @@
 Source: QEMU's ``docs/devel/migration/postcopy.rst``, "Postcopy preempt mode".  It is a second connection to
 the address of the first, opened before the guest stops.  RAM records travel on it and nothing else: no
 header, no sections, no end.  Nothing comes back on it either, so that whatever can be read is its end.
+
+QEMU 7.1 and 7.2 differ: they read nothing at all before both connections are there, and wait for an end of
+RAM on the second before they take the end of the first.  Later ones must not get it: should the first break
+then, nothing would read the second any more.
 """
 
 import threading
@@ -16,21 +20,29 @@ from postcopy.memory.runs import Indices
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages
 from postcopy.source.page_records import PageRecords
+from postcopy.stream import encoder
 
 
 class UrgentChannel:
     """Sends pages at once; no batch, no window and no bandwidth limit is before them.
 
     :param on_break: called with the reason when the channel ends before :meth:`expect_end`.
+    :param says_end: whether the destination waits for an end of RAM.
     """
 
     def __init__(
-        self, channel: Channel, counters: Counters, on_break: Callable[[PostcopyError], None]
+        self,
+        channel: Channel,
+        counters: Counters,
+        on_break: Callable[[PostcopyError], None],
+        *,
+        says_end: bool = False,
     ) -> None:
         self._channel = channel
         self._taken = Taken(channel)
         self._counters = counters
         self._on_break = on_break
+        self._says_end = says_end
         self._records = PageRecords()
         self._sending = threading.Lock()  # the encoder knows one thread at a time
         self._ending = False
@@ -56,8 +68,14 @@ class UrgentChannel:
         return self._taken.of(self._channel.sent_bytes)
 
     def expect_end(self) -> None:
-        """All pages have been sent: from now on its end is nothing to wonder about."""
+        """All pages have been sent: from now on its end is nothing to wonder about.
+
+        :raises ChannelBroken: nobody takes what is said of it.
+        """
         self._ending = True
+        if self._says_end:
+            with self._sending:
+                self._channel.send(encoder.end_of_ram())
 
     def shutdown(self) -> None:
         """Break it, from any thread."""

@@ -56,6 +56,11 @@ def device_section(section: DeviceSection) -> bytes:
     )
 
 
+def end_of_ram() -> bytes:
+    """What ends the records of RAM on a channel that has no sections."""
+    return struct.pack(">Q", RamFlag.EOS)
+
+
 def end_of_stream() -> bytes:
     """Write the end; in precopy a description follows."""
     return bytes((SectionType.EOF,))
@@ -79,7 +84,7 @@ class RamPart:
         kind: Literal[SectionType.PART, SectionType.END] = SectionType.PART,
     ) -> None:
         self.head = struct.pack(">BI", kind, section_id)
-        self.tail = struct.pack(">Q", RamFlag.EOS) + footer(section_id)
+        self.tail = end_of_ram() + footer(section_id)
 
     def around(self, *records: bytes | memoryview) -> bytes:
         """Write the section whole; for few pages."""
