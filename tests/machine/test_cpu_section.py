@@ -1,10 +1,12 @@
 """Our sections and a real QEMU's: read, written again byte for byte, and loaded by the other."""
 
 import itertools
+import json
 
 import pytest
 
 from fakes.qemu_machine import MACHINES, QemuMachine, description_of, devices_of, precopy_stream
+from fakes.qemu_versions import ALL, NEWEST, USUAL
 from fakes.waiting import wait_until
 from machine import guests
 from postcopy.guest import DeviceState
@@ -20,7 +22,7 @@ from postcopy.machine.sections import decode_devices, descriptions, encode_devic
 from postcopy.machine.serial_state import SerialState
 from postcopy.stream.vmstate import Structure
 
-pytestmark = pytest.mark.qemu
+pytestmark = pytest.mark.qemu(*ALL)
 
 
 @pytest.fixture(params=["tcg", "kvm"])
@@ -40,7 +42,10 @@ def layout(device):
         for each in device.get("subsections", ())
     ]
     head = (device["name"], device["instance_id"], device["version"])
-    return *head, list(fields(device["fields"])), subsections
+    sizes = list(fields(device["fields"]))
+    if device["name"] == "globalstate":  # QEMU 7.2 has fewer fields for the same bytes
+        sizes = [(sum(size * count for size, count in sizes), 1)]
+    return *head, sizes, subsections
 
 
 @pytest.mark.parametrize("machine", ["microvm", "microvm-serial"])
@@ -60,10 +65,10 @@ def test_what_qemu_sends_is_read_and_written_again(machine, accelerator, tmp_pat
             assert CPU.encode(cpu_values(state)) == each.payload
             assert cpu_common_values(state) == common
     assert len(decode_devices(states, 2).cpus) == 2
-    described = description_of(stream)["devices"]
+    described = json.loads(description_of(stream))["devices"]
     assert [layout(each) for each in descriptions(states)] == [layout(each) for each in described]
     names = [each.name for each in states]
-    assert names[0] == "timer"
+    assert "timer" in names
     assert names[-1] == "globalstate"
 
 
@@ -74,7 +79,8 @@ def test_a_guest_of_ours_goes_on_counting_in_qemu(machine, privilege, accelerato
     block = MACHINES[machine][1]
     path = tmp_path / "stream"
     path.write_bytes(precopy_stream(machine, block, guests.pages(), devices))
-    with QemuMachine(machine, accelerator, tmp_path, "-incoming", f"file:{path}") as qemu:
+    with QemuMachine(machine, accelerator, tmp_path, "-incoming", "defer") as qemu:
+        qemu.load(path)
         qemu.wait_running()
         wait_until(lambda: qemu.word(guests.COUNTER) > guests.START, what="the guest counts")
         seen = qemu.word(guests.COUNTER)
@@ -85,7 +91,8 @@ def test_a_guest_comes_back_from_qemu_and_has_counted_right(accelerator, tmp_pat
     devices = encode_devices([guests.state()])
     path = tmp_path / "stream"
     path.write_bytes(precopy_stream("microvm", "microvm.ram", guests.pages(), devices))
-    with QemuMachine("microvm", accelerator, tmp_path, "-incoming", f"file:{path}") as qemu:
+    with QemuMachine("microvm", accelerator, tmp_path, "-incoming", "defer") as qemu:
+        qemu.load(path)
         qemu.wait_running()
         wait_until(lambda: qemu.word(guests.COUNTER) > guests.START)
         qemu("stop")
@@ -128,11 +135,13 @@ def through_qemu(machine, devices, folder):
     """What a QEMU that never runs the guest sends on."""
     path = folder / "stream"
     path.write_bytes(precopy_stream("microvm", "microvm.ram", guests.pages(), devices))
-    with QemuMachine(machine, "tcg", folder, "-S", "-incoming", f"file:{path}") as qemu:
+    with QemuMachine(machine, "tcg", folder, "-S", "-incoming", "defer") as qemu:
+        qemu.load(path)
         wait_until(lambda: qemu("query-status")["status"] == "paused")
         return devices_of(qemu.migrate_to(folder / "back"), FORMATS)
 
 
+@pytest.mark.qemu(USUAL, NEWEST)  # there were fewer of them
 def test_optional_subsections_are_qemus(tmp_path):
     numbers = itertools.cycle(range(1, 251))
     optional = {each.name: numbered(each.fields, numbers) for each in SUBSECTIONS}

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fakes.qemu_machine import description_of
+from fakes.qemu_versions import ALL
 from fakes.real_qemu import BIOS_BYTES, MACHINES, TIMEOUT_S, RealQemu
 from fakes.streams import PAGE
 from postcopy.errors import StreamCut
@@ -47,13 +49,14 @@ from postcopy.stream.records import (
 )
 from postcopy.stream.return_path import encode_message
 
-pytestmark = pytest.mark.qemu
+pytestmark = pytest.mark.qemu(*ALL)
 
 RAM_BYTES = 16 << 20
 
 
 @dataclass
 class Recording:
+    version: tuple[int, int]
     machine: str
     ram: Path
     data: bytes
@@ -70,12 +73,6 @@ class Recording:
         return Decoder(formats, layout, expect=expect, ignored_blocks=["pc.bios"], **options)
 
 
-def find_description(data: bytes) -> str:
-    at = data.rindex(b'{"configuration"')
-    assert data[at - 6 : at - 4] == b"\0\6"
-    return data[at:].decode()
-
-
 @pytest.fixture(params=sorted(MACHINES))
 def recording(request, qemu_version, tmp_path) -> Recording:
     folder = tmp_path / request.param
@@ -85,10 +82,10 @@ def recording(request, qemu_version, tmp_path) -> Recording:
     contents[5 * PAGE : 300 * PAGE] = 0
     ram.write_bytes(contents.tobytes())
     with RealQemu(request.param, ram, folder) as qemu:
-        qemu("migrate", uri=f"file:{stream}")
-        qemu.wait_migration("completed")
+        qemu.save(stream)
+        version = qemu.version
     data = stream.read_bytes()
-    return Recording(request.param, ram, data, find_description(data))
+    return Recording(version, request.param, ram, data, description_of(data))
 
 
 class Destination:
@@ -138,7 +135,7 @@ def test_file(recording):
     bios = {} if recording.machine == "none" else {"pc.bios": BIOS_BYTES}
     assert sizes == {recording.block: RAM_BYTES, **bios}
     assert destination.of(RamBody)[-1] == RamBody(SectionType.END)
-    assert SwitchoverStart() in destination.records
+    assert (SwitchoverStart() in destination.records) is (recording.version >= (10, 0))
     assert destination.records[-2:] == [EndOfStream(), Description(recording.description)]
 
 
@@ -265,8 +262,9 @@ def test_postcopy(recording, listener, tmp_path):
     assert peer.destination.has(recording.ram)
     (package,) = peer.packages
     assert package[0] == PostcopyListen()
-    assert package[-2:] == [Ping(3), PostcopyRun()]
-    assert all(isinstance(record, DeviceSection) for record in package[1:-2])
+    assert package[-1] == PostcopyRun()
+    rest = [record for record in package[1:-1] if not isinstance(record, DeviceSection)]
+    assert rest in ([Ping(3)], [Ping(3), Ping(66)])  # QEMU 11 has another
     assert peer.destination.of(RamDiscard)
     assert not peer.destination.of(Description)
     assert peer.destination.records[-1] == EndOfStream()
