@@ -9,7 +9,7 @@
     ├── KernelError          a kernel call failed: its name, errno and the cure
     │   └── PageExists       harmless: another thread placed the page before us
     ├── ChannelError         the way to the peer
-    │   ├── CannotConnect    nobody there, or no such address: nothing was sent
+    │   ├── CannotConnect    no listener, or no such address: nothing was sent
     │   ├── CannotListen     the address is taken or not ours
     │   └── ChannelBroken    it worked and then broke: pause and recover, or fail before switchover
     ├── StreamError          the peer's (or a file's) bytes are wrong; ``offset`` says where
@@ -191,7 +191,7 @@ class MigrationFailed(PostcopyError):
 
 
 class MigrationCancelled(MigrationFailed):
-    """Somebody cancelled it; the source's guest runs on."""
+    """It was cancelled; the source's guest runs on."""
 
 
 class NeedsRecovery(MigrationFailed):

@@ -1,4 +1,4 @@
-"""What happened, told to whoever listens: monitors, logs, tests.
+"""What happened, told to the subscribers: monitors, logs, tests.
 
 The names are QMP's: ``MIGRATION``, ``MIGRATION_PASS``, ``STOP``, ``RESUME``, ``SHUTDOWN``.
 """

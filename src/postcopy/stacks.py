@@ -32,9 +32,9 @@ def tell_when_asked() -> None:
 
 @contextlib.contextmanager
 def not_handed_down() -> Iterator[None]:
-    """Start somebody else's program in this context: a blocked signal would stay so in it."""
+    """Start another program in this context: a blocked signal would stay so in it."""
     if not isinstance(signal.getsignal(SIGNAL), _Teller):
-        yield  # whoever has blocked it has done so for all
+        yield  # it is blocked for all programs on purpose
         return
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {SIGNAL})
     try:
@@ -72,7 +72,7 @@ def _tell_for_ever() -> None:
 def _stacks() -> str:
     """What all threads but this one do, each with its name.
 
-    Written to memory first: to a pipe that nobody reads it would wait, with the interpreter lock.
+    Written to memory first: to a pipe without a reader it would wait, with the interpreter lock.
     """
     with open(os.memfd_create("stacks"), "w+b") as file:  # noqa: PTH123  it has no path
         faulthandler.dump_traceback(file)

@@ -117,7 +117,7 @@ class Progress:
         return self._status
 
     def move(self, to: Status, *, only_from: frozenset[Status] | None = None) -> bool:
-        """Go to ``to``, tell the listener, and wake who waits for it.
+        """Go to ``to``, tell the listener, and wake the threads that wait for it.
 
         :param only_from: do nothing unless the status is one of these (a compare-and-swap, for
             moves that race with a user's cancel).

@@ -31,7 +31,7 @@ C = TypeVar("C", bound=Closable)
 
 @cache
 def _loop() -> asyncio.AbstractEventLoop:
-    """The one event loop of all twins; it has no state but the tasks of those who use it."""
+    """The one event loop of all twins; it has no state but the tasks of its users."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="postcopy-client", daemon=True).start()
     return loop

@@ -4,7 +4,7 @@
 
     {"time_ns": 1764486000123456789, "pid": 4711, "point": "source.package-sent", "bytes": 5120}
 
-Two environment variables, which a machine's engines inherit, say who subscribes:
+Two environment variables, which a machine's engines inherit, name the subscribers:
 
 * ``POSTCOPY_TRACE_FILE``: the path of such a file.
 * ``POSTCOPY_TRACE_CALL``: ``module:function``, imported and called as ``function(point, fields)`` in the

@@ -469,7 +469,7 @@ def test_a_waiting_accept_is_woken(kind, tmp_path):
     )
     if kind == "file":
         listener.accept().close()
-    with pytest.raises(TimeoutError, match=r"nobody connected within 0.01 s"):
+    with pytest.raises(TimeoutError, match=r"no peer connected within 0.01 s"):
         listener.accept(0.01)
     thread, outcome = in_thread(listener.accept)
     wait_until(listener._accepting.locked, 10, "the thread accepts")

@@ -27,7 +27,7 @@ def test_a_second_writer_is_refused_until_the_first_has_done(path):
         with pytest.raises(Refused) as refused:
             Claim(path)
     assert str(refused.value) == (
-        f"somebody else is writing {path}; wait until that is done, or give another path"
+        f"another process is writing {path}; wait until that is done, or give another path"
     )
     first.release()
     first.release()

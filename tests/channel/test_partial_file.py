@@ -84,7 +84,7 @@ def test_what_another_is_writing_stays_as_it_is(tmp_path, address):
     with claimed(address.path):
         half.write_text("half")
         second = PartialFile(address)
-        with pytest.raises(Refused, match="somebody else is writing"):
+        with pytest.raises(Refused, match="another process is writing"):
             second.begin()
         second.end()
         remove_partial(address)

@@ -207,7 +207,7 @@ class TestExtract:
         with claimed(out):
             outcome = postcopy("extract", str(path), "--ram", str(out))
             assert outcome.returncode == 3
-            assert one_line(outcome).startswith(f"somebody else is writing {out};")
+            assert one_line(outcome).startswith(f"another process is writing {out};")
             assert half.read_text() == "half of another's"
         assert postcopy("extract", str(path), "--ram", str(out)).returncode == 0
         assert sorted(file.name for file in tmp_path.iterdir()) == sorted([path.name, "out"])

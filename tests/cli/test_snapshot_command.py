@@ -80,7 +80,7 @@ def test_a_name_that_is_being_written_is_refused_beforehand(guest, tmp_path):
         outcome = postcopy("snapshot", "--from", guest.qmp, str(tmp_path / "image"))
         assert outcome.returncode == 3
         assert one_line(outcome) == (
-            f"somebody else is writing {tmp_path}/image; wait until that is done, or give "
+            f"another process is writing {tmp_path}/image; wait until that is done, or give "
             "another path"
         )
         assert half.read_text() == "half of another's"

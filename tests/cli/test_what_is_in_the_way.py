@@ -201,7 +201,7 @@ class TestSnapshot:
             half.write_bytes(OTHERS)
             outcome = postcopy("snapshot", "--from", guest.qmp, str(outs / "out"))
             assert outcome.returncode == REFUSED
-            assert one_line(outcome).startswith(f"somebody else is writing {outs}/out; ")
+            assert one_line(outcome).startswith(f"another process is writing {outs}/out; ")
             assert half.read_bytes() == OTHERS
 
 

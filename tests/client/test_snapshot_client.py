@@ -94,7 +94,7 @@ def test_of_two_at_a_time_for_one_name_the_second_is_refused(guest, tmp_path):
             return await first.result(), refused
 
     snapshot, refused = asyncio.run(take())
-    assert f"somebody else is writing {path}; wait until that is done" in refused[0]
+    assert f"another process is writing {path}; wait until that is done" in refused[0]
     assert list(find_damages(path, Manifest.load(snapshot.path))) == []
     assert left_behind(tmp_path) == ["image", "image.manifest.json"]
 

@@ -146,7 +146,7 @@ class TestSinkThatFails:
             half.write_bytes(b"half")
             portrait.begin(f"file:{image}")
             portrait.side.wait(Status.FAILED)
-            assert f"somebody else is writing {image};" in portrait.side.error
+            assert f"another process is writing {image};" in portrait.side.error
             assert half.read_bytes() == b"half"
         check_survived(portrait, tmp_path)
 

@@ -12,7 +12,7 @@ class sched_attr(ctypes.Structure):
     """``struct sched_attr``
 
     For an ordinary thread ``sched_runtime`` is, since Linux 6.12, the slice that it asks for, in
-    nanoseconds: who wants little at a time is let in sooner.
+    nanoseconds: a thread that wants little at a time is let in sooner.
     """
 
     _fields_ = [

@@ -34,7 +34,7 @@ class Feature(enum.IntFlag, boundary=enum.KEEP):
     WP_HUGETLBFS_SHMEM = 1 << 12  # 5.19
     WP_UNPOPULATED = 1 << 13  # 6.4; without it the first write to an untouched page is not told
     POISON = 1 << 14  # 6.6
-    WP_ASYNC = 1 << 15  # 6.7; nobody is told: PAGEMAP_SCAN finds what was written
+    WP_ASYNC = 1 << 15  # 6.7; without a message: PAGEMAP_SCAN finds what was written
     MOVE = 1 << 16  # 6.8
 
 

@@ -70,7 +70,7 @@ class FdAddress:
     def number(self) -> int:
         """The descriptor's number.
 
-        :raises Refused: it is a name that nobody has resolved.
+        :raises Refused: it is a name that has not been resolved.
         """
         if isinstance(self.fd, str):
             raise Refused(f"File descriptor named '{self.fd}' has not been found")

@@ -35,8 +35,8 @@ class Channel(abc.ABC):
         self.received_bytes = 0
         self._sending = threading.Lock()
         self._receiving = threading.Lock()
-        self._ending = threading.Lock()  # nobody wakes a descriptor that is being closed
-        self._aborted = False  # somebody called shutdown
+        self._ending = threading.Lock()  # no thread wakes a descriptor that is being closed
+        self._aborted = False  # shutdown was called
         self._shut = False  # calls are refused from here
         self._closed = False
 
@@ -53,7 +53,7 @@ class Channel(abc.ABC):
 
     @property
     def stores(self) -> bool:
-        """Whether what is sent lies there until somebody comes for it: nothing runs it by itself."""
+        """Whether what is sent is stored until it is read: no machine runs it by itself."""
         return False
 
     def wait_for_room(self) -> None:  # noqa: B027  only a pipe needs it
@@ -207,7 +207,7 @@ class Channel(abc.ABC):
         *arguments: Parameters.args,
         **named: Parameters.kwargs,
     ) -> Result:
-        """Make a call of the kernel again while it fails with what passes, and nobody has had enough."""
+        """Make a call of the kernel again while it fails with what passes, and is not given up."""
         waits: Patience | None = None
         while True:
             try:
@@ -225,7 +225,7 @@ class Channel(abc.ABC):
 
     @abc.abstractmethod
     def _close(self) -> None:
-        """Free the descriptors; nobody is in a call."""
+        """Free the descriptors; no thread is in a call."""
 
     def _broken(self, failure: Exception | None) -> ChannelBroken:
         if self._shut or self._closed:

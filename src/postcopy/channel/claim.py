@@ -19,10 +19,10 @@ _HELD: Final = frozenset({errno.EWOULDBLOCK, errno.EAGAIN})
 class Claim:
     """The right to write what is to become the file at ``path``, until :meth:`release`.
 
-    What a dead process has left of it is in nobody's way: the kernel has let go of its lock, see
-    flock(2).  Where files cannot be locked at all, nobody is kept out.
+    What a dead process has left of it is in no process's way: the kernel has let go of its lock, see
+    flock(2).  Where files cannot be locked at all, no process is kept out.
 
-    :raises Refused: somebody is writing it.
+    :raises Refused: another process is writing it.
     :raises OSError: nothing can be written there.
     """
 
@@ -36,9 +36,9 @@ class Claim:
             os.close(self._fd)
             if not is_free:
                 raise Refused(
-                    f"somebody else is writing {path}; wait until that is done, or give another path"
+                    f"another process is writing {path}; wait until that is done, or give another path"
                 )
-            # Its holder has taken it away meanwhile: whoever comes next would not see ours.
+            # Its holder has taken it away meanwhile: the next process would not see ours.
 
     def release(self) -> None:
         """Let others write; any number of times."""
@@ -67,7 +67,7 @@ def claimed(path: str | Path) -> Iterator[None]:
 
 
 def _locked(fd: int) -> bool:
-    """Whether nobody else has it locked."""
+    """Whether no other process has it locked."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as failure:

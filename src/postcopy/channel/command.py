@@ -138,7 +138,7 @@ class CommandChannel(DescriptorChannel):
         assert ended is not None
         is_signal = ended.si_code != os.CLD_EXITED
         status = -ended.si_status if is_signal else ended.si_status
-        # Who stops listening early makes the command die of SIGPIPE.
+        # A reader that ends early makes the command die of SIGPIPE.
         if not status or (self.received_bytes and status in _PIPE_STATUSES):
             return ""
         return f"the command ended with status {status}"

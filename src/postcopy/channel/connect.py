@@ -29,8 +29,8 @@ def connect(address: Address, *, timeout_s: float | None = None) -> Channel:
     """Open a channel for sending; a file is created or cut off, from its offset on.
 
     :param timeout_s: how long a host may take to answer; None: as long as the kernel tries.
-    :raises CannotConnect: nobody there, no such file, no permission; the text is QEMU's.
-    :raises Refused: a descriptor's name that nobody has resolved.
+    :raises CannotConnect: no listener, no such file, no permission; the text is QEMU's.
+    :raises Refused: a descriptor's name that has not been resolved.
     """
     if isinstance(address, TcpAddress):
         return _connect_tcp(address, timeout_s)
@@ -65,7 +65,7 @@ def open_descriptor(address: FdAddress) -> Channel:
     """A channel over a descriptor of this process, a socket or not; the channel owns it.
 
     :raises CannotConnect: no such descriptor.
-    :raises Refused: it is a name that nobody has resolved.
+    :raises Refused: it is a name that has not been resolved.
     """
     number = address.number
     try:
@@ -140,7 +140,7 @@ def _create_file(address: FileAddress) -> Channel:
         raise CannotConnect(f"Could not open '{address.path}': {failure.strerror}") from failure
     try:
         mode = os.fstat(fd).st_mode
-        # A device or a FIFO has no size to cut; what stands before the offset is somebody else's.
+        # A device or a FIFO has no size to cut; what stands before the offset is not ours.
         if stat.S_ISREG(mode):
             persist(os.ftruncate, fd, address.offset)
         if _has_places(mode):

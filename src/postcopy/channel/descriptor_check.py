@@ -1,4 +1,4 @@
-"""Whether a descriptor that somebody gives us can carry a stream, asked before anything moves.
+"""Whether a descriptor that a user gives can carry a stream, asked before anything moves.
 
 QEMU takes any descriptor and finds out by an input/output error, or waits for ever.
 """

@@ -18,7 +18,7 @@ from postcopy.kernel import calls
 class DescriptorChannel(Channel):
     """Takes over one descriptor for each direction that there is.
 
-    A pipe cannot be shut down like a socket, so nobody waits in ``read`` or ``write``: they wait
+    A pipe cannot be shut down like a socket, so no thread waits in ``read`` or ``write``: they wait
     in ``poll``, for the pipe or for the wake-up descriptor.
 
     :param description: the peer, as it stands in errors.

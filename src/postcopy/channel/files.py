@@ -7,7 +7,7 @@ from postcopy.channel.gathering import Gathering
 from postcopy.errors import ChannelBroken, Refused
 
 PIECE_BYTES = 16 << 20
-"""How much is read or written in one call, so that somebody who gives up is not kept waiting."""
+"""How much is read or written in one call, so that a cancel does not wait long."""
 
 
 class FileChannel(Channel):
@@ -125,7 +125,7 @@ class FileChannel(Channel):
             raise ValueError(f"it can only be {'written to' if self._writable else 'read from'}")
 
     def _wake(self) -> None:
-        """Nobody waits: each call looks whether it is still wanted."""
+        """No thread waits: each call looks whether it is still wanted."""
 
     def _close(self) -> None:
         fd, self._fd = self._fd, -1

@@ -32,10 +32,10 @@ BACKLOG = 16
 class Listener:
     """Listens at once; ``accept`` then gives one channel after the other.
 
-    A file, a command or a connected descriptor gives one channel, and then nobody more comes.
+    A file, a command or a connected descriptor gives one channel, and then no other comes.
 
     :raises CannotListen: the address is taken, or not ours; the text is QEMU's.
-    :raises Refused: a descriptor's name that nobody has resolved.
+    :raises Refused: a descriptor's name that has not been resolved.
     """
 
     def __init__(self, address: Address) -> None:
@@ -45,7 +45,7 @@ class Listener:
         self._door = _open_door(address)
         self._single = None if self._door else _open_single(address)
         self._address = address
-        # Closing never removes the socket of whoever listens there after us.
+        # Closing never removes the socket of a process that listens there after us.
         self._path = SocketPath(address.path) if isinstance(address, UnixAddress) else None
         flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
         try:
@@ -74,7 +74,7 @@ class Listener:
         """The next channel.
 
         :param timeout_s: how long to wait for it; None: for ever.
-        :raises TimeoutError: nobody came.
+        :raises TimeoutError: no peer connected.
         :raises ChannelBroken: the listener was closed, before or meanwhile.
         :raises KernelError: no connection can be taken, for want of descriptors for example.
         """
@@ -90,7 +90,7 @@ class Listener:
                 try:
                     return self._accepted()
                 except (BlockingIOError, ConnectionAbortedError):
-                    continue  # who had called is gone
+                    continue  # the peer is gone
                 except OSError as failure:
                     if not waits.outlives(failure.errno or 0):
                         raise KernelError(
@@ -127,7 +127,7 @@ class Listener:
         if self._woken in ready:
             raise ChannelBroken(f"{self._address}: no longer listened on")
         if not ready:
-            raise TimeoutError(f"{self._address}: nobody connected within {timeout_s} s")
+            raise TimeoutError(f"{self._address}: no peer connected within {timeout_s} s")
 
     def _accepted(self) -> Channel:
         assert self._door is not None
@@ -196,7 +196,7 @@ def _listen_tcp(address: TcpAddress) -> socket.socket:
 def _listen_unix(address: UnixAddress) -> socket.socket:
     try:
         # As QEMU does: what a listener that is gone has left behind is no obstacle.  A file that
-        # is not a socket is somebody's, and stays.
+        # is not a socket stays.
         with contextlib.suppress(FileNotFoundError):
             if Path(address.path).is_socket():
                 Path(address.path).unlink()

@@ -35,7 +35,7 @@ class PartialFile:
         """Make room for it; return where to write.
 
         :raises CannotConnect: the name is taken by a folder, or nothing can be made beside it.
-        :raises Refused: somebody else is writing it, or what has the name must stay.
+        :raises Refused: another process is writing it, or what has the name must stay.
         """
         address = self._address
         if not isinstance(address, FileAddress) or address.offset:
@@ -102,7 +102,7 @@ class PartialFile:
 def remove_partial(address: Address) -> None:
     """Remove what a dead process has left half-written; harmless when there is nothing.
 
-    What somebody is writing stays.
+    What is being written stays.
     """
     if not isinstance(address, FileAddress) or address.offset:
         return

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 BURST_S = 0.1
-"""Who was idle may send this much time's worth at once, as QEMU's slices allow."""
+"""After idling this much time's worth may be sent at once, as QEMU's slices allow."""
 
 
 class Interrupt(Protocol):
@@ -79,7 +79,7 @@ class RateLimiter:
     def wait(self, n_bytes: int, interrupted: Interrupt | None = None) -> bool:
         """Spend, and sleep until more may be sent.
 
-        A new rate counts within a tenth of a second for who already sleeps.
+        A new rate counts within a tenth of a second for a thread that already sleeps.
 
         :param interrupted: when it is set, do not sleep (any longer).
         :return: whether it slept to the end; False = interrupted.

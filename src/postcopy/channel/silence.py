@@ -38,7 +38,7 @@ class Taken:
 class SilenceWatch:
     """A thread that looks for signs of life ten times in each ``timeout_ms()``.
 
-    It counts its own looks, not the time: a process that was itself stopped for long blames nobody.
+    It counts its own looks, not the time: a process that was itself stopped for long finds no silence.
 
     :param timeout_ms: how much silence is too much; asked each time, 0 = as much as you like.
     :param signs: anything that changes whenever the peer does something.

@@ -1,4 +1,4 @@
-"""The path of a Unix socket that is listened at: what is others' stays, what nobody listens at goes."""
+"""The path of a Unix socket that is listened at: a live listener's stays, an ended one's goes."""
 
 import contextlib
 import errno
@@ -19,7 +19,7 @@ class SocketPath:
         self._bound = self._path.lstat()
 
     def remove(self) -> None:
-        """Take it away, unless it is somebody else's by now, or gone."""
+        """Take it away, unless it is another process's by now, or gone."""
         with contextlib.suppress(OSError):
             if os.path.samestat(self._path.lstat(), self._bound):
                 self._path.unlink()
@@ -39,7 +39,7 @@ def remove_stale(path: Path) -> None:
 
 
 def _is_refused(path: Path) -> bool:
-    """Whether nobody listens: a full queue, missing rights or another kind of socket do not say that."""
+    """Whether no process listens; a full queue, missing rights, another kind of socket do not say so."""
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(0)
         return probe.connect_ex(str(path)) == errno.ECONNREFUSED

@@ -110,7 +110,7 @@ class SocketChannel(Channel):
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:
-            return  # not connected any more: nobody can be waiting
+            return  # not connected any more: no thread can be waiting
 
     def _close(self) -> None:
         self._socket.close()

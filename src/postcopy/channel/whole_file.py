@@ -48,7 +48,7 @@ def look_at(path: Path) -> Place:
     """Tell what stands at a name.
 
     :raises Refused: no file can be made there, or what is there must stay.
-    :raises OSError: nobody can tell, such as without the right to look.
+    :raises OSError: it cannot be told, such as without the right to look.
     """
     if not path.name:
         raise Refused(f"'{path}' is not the name of a file; give the path of a file")
@@ -87,7 +87,7 @@ def _leads_to_device(path: Path) -> bool:
 
 
 def partial_name(path: Path) -> Path:
-    """A name beside ``path`` that nobody else has."""
+    """A name beside ``path`` that no other file has."""
     return path.with_name(f"{_stem(path)}.{secrets.token_hex(_TOKEN_BYTES)}{_SUFFIX}")
 
 
@@ -257,7 +257,7 @@ def _is_there(path: Path, fd: int) -> bool:
 
 
 def _remove_dead(folder: Path, stem: str | None) -> None:
-    # What cannot be listed or removed is in nobody's way: its name is never used again.
+    # What cannot be listed or removed is not in the way: its name is never used again.
     with contextlib.suppress(OSError):
         for each in folder.iterdir():
             found = _PARTIAL.fullmatch(each.name)
@@ -286,7 +286,7 @@ def _give_free_name(partial: Path, path: Path) -> None:
             raise
         partial.rename(path)
     else:
-        with contextlib.suppress(OSError):  # a second name of it harms nobody
+        with contextlib.suppress(OSError):  # a second name of it is harmless
             partial.unlink()
 
 

@@ -3,7 +3,7 @@
 The guest's process arms a userfaultfd with ``WP_ASYNC``; the kernel then lifts the protection of a
 page at its first write, by itself, and remembers.  The engine reads and renews it from outside, for
 any kind of guest.  Not seen are writes past the guest's own mapping (``pwrite`` to the memfd, another
-mapping); nobody makes such writes to a source's memory.
+mapping); nothing makes such writes to a source's memory.
 """
 
 import numpy as np

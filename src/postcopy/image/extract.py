@@ -37,7 +37,7 @@ def extract(image: Image, block: ImageBlock, path: Path) -> int:
     """Write a block to a file, in the place of one that is there, or into a FIFO or a device.
 
     :return: how many bytes of data were written; the rest are holes, or zeros where there can be none.
-    :raises Refused: what is there must stay, or somebody else is writing there.
+    :raises Refused: what is there must stay, or another process is writing there.
     :raises OSError: the disk is full, or broken; nothing stands under the name then.
     :raises ImageError: the image cannot be read.
     """

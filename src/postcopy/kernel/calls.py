@@ -3,7 +3,7 @@
 Failures that pass are outlived here, as :mod:`postcopy.kernel.patience` has it.
 
 Every call here lets go of the interpreter lock.  That is not a matter of speed: a call may touch
-guest memory, and if the page is missing, whoever is to bring it must be able to run meanwhile.
+guest memory, and if the page is missing, the thread that brings it must be able to run meanwhile.
 :func:`fcntl.ioctl` does not do: CPython 3.11 keeps the lock for arguments over 1024 bytes.
 """
 

@@ -1,4 +1,4 @@
-"""Keep idle CPUs awake while somebody waits for somebody who sleeps.
+"""Keep idle CPUs awake while a thread waits for one that sleeps.
 
 A page that comes over the network wakes four threads, one after the other.  A CPU that has nothing to
 do goes to sleep, and it takes tens of microseconds to wake one: on a virtual machine, more than all the
@@ -27,14 +27,14 @@ _LOOK_S: Final = 0.05
 class CpusAwake:
     """Asks for CPUs that are awake, while :meth:`a_while` is called now and then.
 
-    Nothing here raises: who may not ask goes without, and does not try again.
+    Nothing here raises: a process that may not ask goes without, and does not try again.
     """
 
     def __init__(self, device: Path = DEVICE) -> None:
         self._device = device
         self._until_ns = 0
         self._closing = threading.Event()
-        # Invariant, under the lock: while nothing is settled, nobody holds a request; it is settled
+        # Invariant, under the lock: while nothing is settled, no request is held; it is settled
         # when there is one, when it was refused, and for good when this is closed.
         self._lock = threading.Lock()
         self._settled = False
@@ -78,7 +78,7 @@ class CpusAwake:
         while held:
             self._closing.wait(_LOOK_S)
             with self._lock:
-                # Who calls from here on asks anew; who called before has said until when.
+                # A call from here on asks anew; one before has said until when.
                 closing = self._settled = self._closing.is_set()
                 held = not closing and self._until_ns > time.monotonic_ns()
                 if held:

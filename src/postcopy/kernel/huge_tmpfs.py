@@ -2,7 +2,7 @@
 
 A memfd gets such *transparent* huge pages only if the administrator has allowed it for the whole host
 (``shmem_enabled``).  A tmpfs has a say of its own (``huge=``, see ``Documentation/filesystems/tmpfs.rst``),
-so we make one.  It is attached nowhere: nobody sees it, and it is gone with its last open file.
+so we make one.  It is attached nowhere: no path leads to it, and it is gone with its last open file.
 
 Nothing is reserved, and every page can still be missing, placed, protected and tracked by itself: where
 that is asked of a part of a huge page, the kernel maps the page in small pieces.

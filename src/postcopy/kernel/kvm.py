@@ -12,7 +12,7 @@ Two facts rule everything that stops a vCPU:
 
 There is no in-kernel interrupt controller here: without one, a missing page is reported by
 userfaultfd under the vCPU's own thread id (with one, asynchronous page faults may hand it to a
-kernel worker, and nobody knows which vCPU waits).
+kernel worker, and it is not known which vCPU waits).
 """
 
 import ctypes

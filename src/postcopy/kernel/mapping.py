@@ -113,7 +113,7 @@ class Mapping:
     def resident(self, offset: int = 0, length_bytes: int | None = None) -> "npt.NDArray[np.bool_]":
         """Which pages are in memory: one element per 4 KiB, of all or of a part.
 
-        For shared memory that means in the file, whoever put them there; for anonymous memory,
+        For shared memory that means in the file, from whichever process; for anonymous memory,
         mapped here.  (``mincore(2)``.)
         """
         import numpy as np

@@ -46,7 +46,7 @@ def create_transparent(name: str, size_bytes: int) -> int:
 
 def _check_huge_pages(fd: int, size_bytes: int, huge_page_size: int) -> None:
     # Mapping reserves the pages and fails if there are too few.  Without it a shortage would be a
-    # SIGBUS later, in the middle of somebody's guest.
+    # SIGBUS later, while a guest runs.
     try:
         protection, passes = mman.PROT_READ | mman.PROT_WRITE, patience.SIGNALS
         address = calls.mmap(size_bytes, protection, mman.MAP_SHARED, fd, passes=passes)
@@ -69,7 +69,7 @@ def _huge_page_cure(needed: int, huge_page_size: int) -> str:
 
 
 def punch_hole(fd: int, offset: int, length_bytes: int) -> None:
-    """Take pages back: whoever maps them finds them missing again.
+    """Take pages back: they are missing again in each mapping.
 
     :raises KernelError: ``EINVAL`` if the range is empty, ``EPERM`` if the memfd is sealed.
     """
@@ -87,7 +87,7 @@ def empty(fd: int, offset: int, length_bytes: int) -> None:
 
 
 def allocate(fd: int, offset: int, length_bytes: int) -> None:
-    """Fill holes with zero pages now, so that nobody waits for them later.
+    """Fill holes with zero pages now, so that no thread waits for them later.
 
     :raises KernelError: ``ENOSPC`` or ``ENOMEM`` if the host has not so much memory.
     """

@@ -30,7 +30,7 @@ class PageCopier:
         self._argument = bytearray(_ARGUMENT.size)
 
     def place(self, address: int, source: int) -> bool:
-        """Place the page at ``address``, and wake who waits for it.
+        """Place the page at ``address``, and wake the threads that wait for it.
 
         :param source: an address in this process.
         :return: whether it was placed; ``False``: there is a page already.

@@ -1,7 +1,7 @@
 """Which pages of a process were written: ``PAGEMAP_SCAN`` on ``/proc/PID/pagemap``.
 
 With a userfaultfd of the feature ``WP_ASYNC`` registered for write-protection, this is dirty
-tracking from outside: nobody waits for a handler, and the scan reports and protects in one step, so
+tracking from outside: no thread waits for a handler, and the scan reports and protects in one step, so
 no write is lost between the two.  Writes through *another* mapping (``pwrite`` on the memfd, the
 engine's own mapping) are not seen.
 """

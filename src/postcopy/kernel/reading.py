@@ -1,4 +1,4 @@
-"""Who reads a descriptor: a thread of its own, or for a while another one that is awake anyway.
+"""Which thread reads a descriptor: its own, or for a while another one that is awake anyway.
 
 A message that a vCPU waits for should not also have to wait until a second thread has been woken, has
 got a CPU and has got the interpreter, when a first one has all of these.  So that one may borrow the
@@ -63,7 +63,7 @@ class ReadingTurn:
         return at_once
 
     def end(self) -> None:
-        """Read no more: nobody gets the turn from here on."""
+        """Read no more: no thread gets the turn from here on."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
@@ -97,7 +97,7 @@ class ReadingTurn:
         return self._borrowed and self._wanted
 
     def is_readable(self, timeout_s: float | None = 0) -> bool:
-        """Whether there is something to read, or comes within the time; for who has the turn.
+        """Whether there is something to read, or comes within the time; for the thread that has the turn.
 
         :param timeout_s: None: for as long as it takes.
         """

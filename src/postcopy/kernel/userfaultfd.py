@@ -1,4 +1,4 @@
-"""A userfaultfd: faults on somebody's memory, told to us instead of to the kernel.
+"""A userfaultfd: faults on a process's memory, reported to this program instead of the kernel.
 
 Some facts, measured (``docs`` has more):
 
@@ -7,8 +7,8 @@ Some facts, measured (``docs`` has more):
 * While the address space changes, or an event of such a change (remove, unmap, remap, fork) waits
   to be read, placing is refused with ``EAGAIN``: read the events, then go on.  Without events the
   change passes by itself.
-* When the last descriptor is closed, all waiting threads go on and read *zeros*.  Whoever owns the
-  memory must therefore hold a duplicate while a page is missing.
+* When the last descriptor is closed, all waiting threads go on and read *zeros*.  The process
+  with the memory must therefore hold a duplicate while a page is missing.
 * A second userfaultfd cannot register the same range (``EBUSY``).
 """
 
@@ -41,7 +41,7 @@ class Userfaultfd:
     def __init__(self, fd: int, features: Feature) -> None:
         self.fd = fd
         self.features = features
-        # Who wants events must read them first.
+        # With events the reader must read them first.
         self._passes = PASSES - {errno.EAGAIN} if features & _EVENTS else PASSES
         self._hurried = threading.Event()
 
@@ -99,7 +99,7 @@ class Userfaultfd:
         protect: bool = False,
         wake: bool = True,
     ) -> int:
-        """Place pages at ``destination``, whole or not at all, and wake who waits for them.
+        """Place pages at ``destination``, whole or not at all, and wake the threads that wait for them.
 
         :param source: an address in *this* process.
         :param protect: place them write-protected; the range must be registered for ``WP``.
@@ -148,7 +148,7 @@ class Userfaultfd:
         )
 
     def poison(self, address: int, length_bytes: int, *, wake: bool = True) -> int:
-        """Mark missing pages as lost: whoever touches one gets ``SIGBUS``, never zeros.
+        """Mark missing pages as lost: a thread that touches one gets ``SIGBUS``, never zeros.
 
         :return: the bytes marked, as with :meth:`copy`.
         :raises PageExists: the first page exists already.
@@ -187,7 +187,7 @@ class Userfaultfd:
     def write_protect(
         self, address: int, length_bytes: int, *, protect: bool, wake: bool = True
     ) -> None:
-        """Protect a range against writes, or allow them again and wake who waits to write.
+        """Protect a range against writes, or allow them again and wake the threads that wait to write.
 
         :param wake: only means something when writes are allowed again.
         :raises KernelError: ``EAGAIN`` while the address space changes: read the events, try again;
@@ -251,8 +251,8 @@ class Userfaultfd:
     ) -> int:
         """Make a request that places pages; return how many bytes it has placed.
 
-        Without events nothing has to be read before it can go on: what is in the way passes, and who
-        waits for the page must not be forgotten.
+        Without events nothing has to be read before it can go on: what is in the way passes, and the
+        threads that wait for the page must not be forgotten.
         """
         waits: Patience | None = None
         while True:

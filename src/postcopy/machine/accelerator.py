@@ -1,4 +1,4 @@
-"""Who runs the guest's code: KVM where it is, a software CPU elsewhere."""
+"""What runs the guest's code: KVM where there is one, a software CPU elsewhere."""
 
 import importlib.util
 from typing import TYPE_CHECKING, Protocol

@@ -43,7 +43,7 @@ class Ports(Protocol):
 class Cpu(Protocol):
     """One virtual CPU.
 
-    All but :meth:`kick` belong to the vCPU's own thread, or to whoever knows that it is parked.
+    All but :meth:`kick` belong to the vCPU's own thread, or to a thread that has seen it parked.
     """
 
     def enter(self) -> Exit:

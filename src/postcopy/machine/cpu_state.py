@@ -107,7 +107,7 @@ class CpuState:
 
     ``xmm`` and ``ymm_high`` are 128 bit integers (bits 0-127 and 128-255 of the YMM registers);
     ``mtrr_variable`` alternates base and mask.  ``tsc`` counts since reset, ``tsc_khz`` is 0 where
-    nobody knows the rate.  ``msrs`` holds model specific registers that have no field here
+    the rate is not known.  ``msrs`` holds model specific registers that have no field here
     (those of QEMU's optional subsections); ``opaque`` the values of whole optional subsections that
     only QEMU understands, by name, passed on as they came.
     """

@@ -148,7 +148,7 @@ class Machine:
         return self.run_control.failure
 
     def fail(self, reason: str) -> None:
-        """The guest cannot go on, and whoever says so knows why (such as a page that is lost)."""
+        """The guest cannot go on, for the reason that the caller gives (such as a lost page)."""
         self.run_control.fail(reason)
 
     def stop(self) -> None:

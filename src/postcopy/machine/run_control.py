@@ -57,7 +57,7 @@ class RunControl:
 
     @property
     def state_to_move(self) -> RunState:
-        """What the guest does when nobody is moving it: what its destination must know."""
+        """What the guest does apart from its migration: what its destination must know."""
         return self._interrupted or self._state
 
     def start(self, prepare: Callable[[], None], *, paused: bool, incoming: bool) -> None:
@@ -161,8 +161,8 @@ class RunControl:
     def go_back(self, state: RunState) -> None:
         """The guest is what it was at an earlier point of its life, when it was doing ``state``.
 
-        Who ran until an engine's pause runs on afterwards, and whom the user has stopped stays stopped;
-        one that has ended since, however it ended, does what it did then.
+        A guest that ran until an engine's pause runs on afterwards, and one that the user has stopped stays
+        stopped; one that has ended since, however it ended, does what it did then.
         """
         with self._order, self._lock:
             self.failure = None
@@ -223,7 +223,7 @@ class RunControl:
             self._state = RunState.RUNNING
             self._on_event("RESUME", {})
             # Under the lock: a guest that ends at once must find its other vCPUs wanted already,
-            # or nobody would stop them again.
+            # or they would not be stopped again.
             for vcpu in self._vcpus:
                 vcpu.want()
 
@@ -232,7 +232,7 @@ class RunControl:
             park_all(self._vcpus, self._park_timeout_s)
         except GuestError:
             with self._lock:
-                if self._state is RunState.RUNNING:  # as if nobody had asked
+                if self._state is RunState.RUNNING:  # as before the order
                     for vcpu in self._vcpus:
                         vcpu.want()
             raise

@@ -3,11 +3,11 @@
 Some facts about unicorn 2.1 that shape this file:
 
 * ``emu_start`` lets go of the interpreter lock, so a vCPU that waits for a missing page holds up
-  nobody.  But nothing can call it back from there: a kick takes effect when the page has come.
+  no other thread.  But nothing can call it back from there: a kick takes effect when the page has come.
 * ``emu_stop`` from another thread stops the engine behind any load or store, *in the middle* of an
   instruction and with RIP at some earlier one, which is then executed twice.  It is never used so.
   Stops are exact after a given count of instructions, and from a hook at the start of a block.
-* After a count nobody can tell whether it was reached or the guest has executed HLT.  User code,
+* After a count it is not known whether it was reached or the guest has executed HLT.  User code,
   where HLT is a fault, is run in slices of a count (half the full speed); code that may halt is run
   with a hook on each block (a tenth of it).
 * Exceptions are handed to a hook and never to the guest's handlers.  A guest without an IDT ends

@@ -15,14 +15,14 @@ from postcopy.machine.cpu_state import CpuState
 _log = logging.getLogger(__name__)
 
 MOST_VAIN_INTERRUPTS = 16
-"""So often a vCPU may be interrupted by nobody at one instruction; more means a poisoned page."""
+"""Interrupts without a cause at one instruction that a vCPU outlives; more mean a poisoned page."""
 
 
 class Vcpu:
     """A vCPU that runs when it is wanted and is parked when not.
 
     Invariant, kept under one lock: ``_inside`` while its thread is in the guest or on its way, and
-    then nobody else touches the CPU; ``_over`` from when its thread will not come back to the CPU, and
+    then no other thread touches the CPU; ``_over`` from when its thread will not come back to the CPU, and
     then the CPU is not kicked: that would be a signal to a thread that may have ended.  :meth:`want` and
     :meth:`unwant` may come from any thread and at any time, :meth:`wait_parked` from any but this vCPU's
     own.  No exception ends the thread: the guest has ended then, and ``on_end`` is told why.

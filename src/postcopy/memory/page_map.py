@@ -3,7 +3,7 @@
 One byte a page in a memfd that the guest's process keeps.  When an engine dies, the next one maps
 the same bytes and knows what had been placed; recovery after a broken network sends them to the
 source as QEMU's received-bitmap.  Behind them stands another byte a page, for restores: whether
-somebody has waited for it.  That half costs nothing as long as nobody writes to it.
+a thread has waited for it.  That half costs nothing as long as nothing is written to it.
 """
 
 import os
@@ -24,9 +24,9 @@ class PageMap:
     """The state of every page of one RAM block.
 
     Invariant, kept under ``lock``: a page goes from missing by way of requested and placing to
-    received; back from placing, when nobody is left to write it; and back from received to missing, when
-    it is discarded, never while the guest runs.
-    Who has claimed a page (placing) is the only one who writes to it.
+    received; back from placing, when the engine that was to write it has died; and back from received
+    to missing, when it is discarded, never while the guest runs.
+    Only the thread that has claimed a page (placing) writes to it.
     """
 
     def __init__(self, fd: int, pages: int) -> None:
@@ -34,13 +34,13 @@ class PageMap:
         room = size_bytes(pages) // 2
         self.states: npt.NDArray[np.uint8] = self._mapping.view()[:pages]
         self.touched: npt.NDArray[np.uint8] = self._mapping.view()[room : room + pages]
-        """Which pages somebody has waited for since the map was made, and whether these were among the
+        """Which pages a thread has waited for since the map was made, and whether these were among the
         first; no lock, one pager writes."""
         self.lock = threading.Lock()
         os.close(fd)
 
     def request(self, page: int) -> bool:
-        """Note that ``page`` is being asked for; return whether nobody had asked before."""
+        """Note that ``page`` is being asked for; return whether this is the first request."""
         with self.lock:
             if self.states[page] != MISSING:
                 return False
@@ -62,7 +62,7 @@ class PageMap:
     def claim_run(self, first: int, end: int) -> bool:
         """Claim neighbouring pages, all of them or none."""
         with self.lock:
-            if end - first == 1:  # somebody waits for it
+            if end - first == 1:  # a thread waits for it
                 if self.states[first] >= RECEIVED:
                     return False
                 self.states[first] = PLACING
@@ -74,7 +74,7 @@ class PageMap:
         return True
 
     def unclaim(self) -> Mask:
-        """Whoever was to write the pages that are claimed is gone: each is to be asked for again.
+        """The engine that was to write the claimed pages has died: each is to be asked for again.
 
         :return: which ones.
         """
@@ -99,7 +99,7 @@ class PageMap:
         return received
 
     def adopt(self, mapped: Mask) -> None:
-        """Take over from an engine that is gone, whoever had asked for what.
+        """Take over from an engine that has died, whatever it had asked for.
 
         :param mapped: which pages the guest can see: of those being placed, these had come so far
             that the guest may have written to them.

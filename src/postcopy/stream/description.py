@@ -1,6 +1,6 @@
 """The JSON behind a precopy stream: which device sections there were, and of what fields.
 
-FULL sections do not say how long they are.  Whoever has the description can cut them: a device's
+FULL sections do not say how long they are.  A reader of the description can cut them: a device's
 payload is the sum of its fields and, for each subsection, that one's head and payload.
 
 Source: QEMU's ``migration/savevm.c`` and ``scripts/analyze-migration.py``; ``wire.md``.

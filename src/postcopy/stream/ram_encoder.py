@@ -99,7 +99,7 @@ class PageEncoder:
     def nonzero_page(
         self, block: str, page: int, source: PageRows
     ) -> list[bytes | memoryview] | None:
-        """As :meth:`nonzero_pages`, of one page that somebody waits for: the shortest way.
+        """As :meth:`nonzero_pages`, of one page that a vCPU waits for: the shortest way.
 
         :return: the record, in pieces, or ``None`` if the page is zero.
         """

@@ -5,7 +5,7 @@ but the first of a block carry CONTINUE and no name, so a run of pages is a run 
 bytes, and one of zero pages of 9 bytes.  How far a run goes is found by looking at all the words
 at once; the pages are handed out where they lie in the buffer.
 
-What has arrived whole is handed out at once: somebody may be waiting for that page.
+What has arrived whole is handed out at once: a vCPU may be waiting for that page.
 """
 
 from typing import NoReturn
@@ -130,7 +130,7 @@ class RamRecords:
         return offsets, len(offsets) == 1
 
     def _one_offset(self, reader: StreamBuffer) -> Offsets:
-        """Where the one page belongs that is there: somebody waits for it, so without ceremony."""
+        """Where the one page belongs that is there: the shortest way, since a vCPU waits for it."""
         offset = reader.u64() & ~FLAGS_MASK
         reader.rollback()
         if offset > self._last_offset and not self._dropping:

@@ -4,8 +4,8 @@ A parser reads with the cursor and commits when it has a whole element.  When th
 reader raises :class:`Incomplete`; the parser goes back to the last commit and tries again once more
 bytes are there.  So a parser needs no state for half an element, and can be cut anywhere.
 
-Memory is bounded by the parser: the buffer grows only to hold one element, and whoever reads
-an element's length checks it before he asks for the bytes.
+Memory is bounded by the parser: the buffer grows only to hold one element, and the reader
+of an element's length checks it before it asks for the bytes.
 """
 
 import struct
