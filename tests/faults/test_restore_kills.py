@@ -42,6 +42,20 @@ def test_lazy(journey, tmp_path, kill_at, point, form):
     woken(trip)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_into_huge_pages(huge_pages, journey, tmp_path, form):
+    """The kernel does not tell which pages a file of huge pages has."""
+    huge_pages(32)
+    trip = journey(hammer(64, fill_kib=16 << 10))
+    trip.new_destination(huge_pages=True)
+    side = half_awake(trip, tmp_path / "image", form)
+    engine = side.control._engine
+    engine.kill()
+    wait_until(lambda: side.control._engine not in {None, engine}, DEADLINE_S, "a successor")
+    side.set(parameters=AT_ONCE)
+    woken(trip)
+
+
 @pytest.mark.parametrize("point", trace.RESTORE_RECORDING)
 def test_what_was_touched_is_recorded_whoever_dies(journey, tmp_path, kill_at, point):
     trip = journey(hammer())

@@ -216,7 +216,7 @@ def test_what_is_there_is_not_placed_again_from_a_copy(tmp_path):
     copies = copies_of(tmp_path, source, range(20, 60))
     scene = Scene(source, np.zeros(PAGES, np.bool_), rate=1, copies=copies)
     scene.paged.block.pages[40:50] = 99
-    scene.restorer.adopt()
+    scene.restorer.adopt(os.getpid())
     scene.paged.pages.states[45] = 0  # as if nobody had noted it
     with scene:
         assert scene.pager.head_start.wait()
@@ -386,7 +386,7 @@ def test_what_is_there_is_left_alone(fixed):
     scene = Scene(FakeSource(fixed=fixed))
     scene.paged.block.pages[40:50] = 99
     scene.paged.pages.states[60:70] = RECEIVED  # noted before they were in place
-    scene.restorer.adopt()
+    scene.restorer.adopt(os.getpid())
     with scene:
         scene.finish()
         assert (scene.words()[40:50] == 0x6363636363636363).all()

@@ -11,9 +11,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
-import numpy as np
-
-from postcopy.abi.pagemap import PageCategory
 from postcopy.destination.incoming_ram import empty_missing
 from postcopy.destination.return_path import ReturnPath
 from postcopy.errors import ChannelBroken, HostCannot, PostcopyError, StreamError
@@ -23,11 +20,11 @@ from postcopy.kernel.cpu_latency import CpusAwake
 from postcopy.kernel.pagemap import PagemapScanner
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.link.engine.guest_proxy import GuestProxy
-from postcopy.memory.runs import Mask
 from postcopy.paging.blocktime import Blocktime
+from postcopy.paging.mapped import mapped_pages
 from postcopy.paging.minor_faults import BackgroundMapper
 from postcopy.paging.pager import Pager
-from postcopy.paging.ram import IncomingBlock, IncomingRam
+from postcopy.paging.ram import IncomingRam
 from postcopy.parameters import Capabilities, Capability
 from postcopy.statistics import Measured, MigrationInfo
 from postcopy.status import Progress, Status
@@ -145,7 +142,7 @@ class Postcopy:
         self.listening = True
         with PagemapScanner(self._guest.process_id) as scanner:
             for paged in self._ram:
-                paged.pages.adopt(_mapped(scanner, paged))
+                paged.pages.adopt(mapped_pages(scanner, paged.block))
                 paged.stale[:] = True  # a page may have been half written
         self._start_pager(userfaultfd)
         self._repeat_faults(userfaultfd)
@@ -317,16 +314,3 @@ def _unpack(decoder: Decoder) -> tuple[list[DeviceState], list[int]]:
 
 def _start(name: str, run: Callable[[], None]) -> threading.Thread:
     return threads.start(threading.Thread(target=run, name=name, daemon=True))
-
-
-def _mapped(scanner: PagemapScanner, paged: IncomingBlock) -> Mask:
-    """Tell which pages of a block the guest's process has mapped."""
-    block = paged.block
-    base, end = block.host_address, block.host_address + block.size_bytes
-    mapped = np.zeros(block.page_count, np.bool_)
-    for first, last in scanner.scan(base, end, protect=False, categories=PageCategory.PRESENT):
-        mapped[
-            (int(first) - base) // block.page_size_bytes : (int(last) - base)
-            // block.page_size_bytes
-        ] = True
-    return mapped

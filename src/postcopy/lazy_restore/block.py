@@ -12,10 +12,12 @@ from postcopy.abi import mman
 from postcopy.errors import ImageError, KernelError, PageExists
 from postcopy.kernel import calls, patience
 from postcopy.kernel.page_copier import PageCopier
+from postcopy.kernel.pagemap import PagemapScanner
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.lazy_restore.image_source import ImagePageSource
 from postcopy.memory.page_map import EARLY, LATE, RECEIVED
 from postcopy.memory.runs import Indices, Mask, runs
+from postcopy.paging.mapped import mapped_pages
 from postcopy.paging.ram import IncomingBlock
 
 _WINDOW_PAGES: Final = 1 << 14
@@ -73,9 +75,18 @@ class BlockRestorer:
         self._reads_ahead = bool(self._fixed)
         self._ahead = 0
 
-    def adopt(self) -> None:
-        """Take over from an engine that is gone: what is in memory is in place, whole."""
-        present = self.paged.block.has_data(0, self.paged.block.page_count)
+    def adopt(self, process_id: int) -> None:
+        """Take over from an engine that is gone: what is in memory is in place, whole.
+
+        :param process_id: the guest's process, which has each page mapped that was placed.
+        """
+        block = self.paged.block
+        if block.target_pages_per_page == 1:
+            present = block.has_data(0, block.page_count)
+        else:
+            # The kernel does not tell which huge pages a file has; but it never takes one from a mapping.
+            with PagemapScanner(process_id) as scanner:
+                present = mapped_pages(scanner, block)
         self._states[:] = np.where(present, RECEIVED, 0)
 
     def bring(self, page: int) -> None:

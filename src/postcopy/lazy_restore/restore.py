@@ -177,7 +177,7 @@ class Restore:
             self._pager.hurry()
         if adopt:
             for restorer in restorers:
-                restorer.adopt()
+                restorer.adopt(self._guest.process_id)
             for paged in self._ram:  # who waited for the dead one faults once more
                 userfaultfd.wake(paged.block.host_address, paged.block.size_bytes)
         return self._pager

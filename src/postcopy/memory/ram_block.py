@@ -57,6 +57,9 @@ class RamBlock:
         Reading one of those would allocate it, which a guest of mostly unused memory would pay for.
         What is in memory the kernel tells at once; what is not may be swapped out, or a hole, and is
         looked up run by run.
+
+        Of huge pages only those that are mapped here are told from holes: a hugetlb file is all data to
+        ``lseek``.  The others count as if they were there.
         """
         size = self.page_size_bytes
         per_page = self.target_pages_per_page
