@@ -212,7 +212,7 @@ def test_the_end_fails_whoever_waits(ends):
 
     thread = threading.Thread(target=wait)
     thread.start()
-    wait_until(lambda: ends.near._waiting)
+    wait_until(lambda: threads_named("slow"), 10, "it has come")
     ends.far.close()
     thread.join(10)
     assert caught == [True]
@@ -376,10 +376,10 @@ def test_any_number_of_calls_are_answered_at_the_same_time(ends):
     assert ends.near.call("add", a=1, b=1) == 2
     ends.release.set()
     assert all(answer.wait(10) for answer in slow)
-    wait_until(lambda: waiting("far-answers") <= 4, 10, "threads that have nothing to do end")
+    wait_until(lambda: threads_named("far-answers") <= 4, 10, "threads that have nothing to do end")
 
 
-def waiting(name):
+def threads_named(name):
     return sum(thread.name == name for thread in threading.enumerate())
 
 
