@@ -10,8 +10,7 @@ from benchmarks.workload import HOT_SET_AT, MIB, Workload
 from postcopy.abi.userfaultfd import RegisterMode
 from postcopy.kernel import memfd
 from postcopy.kernel.mapping import Mapping
-from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.link.protocol import SNAPSHOT_FEATURES
+from postcopy.kernel.userfaultfd import SNAPSHOT_FEATURES, Userfaultfd
 
 _ROUNDS: Final = 5
 

@@ -1,7 +1,5 @@
 """The figures of query-migrate: which are told when, and the way over the link and back."""
 
-import json
-
 import pytest
 
 from postcopy.statistics import Measured, MigrationInfo, RamStatistics
@@ -23,13 +21,6 @@ FULL = {
     "socket_address": ({"type": "unix", "path": "/x"},),
     "measured": Measured(blocktime_us=(1, 2), fault_latency_p99_us=9),
 }
-
-
-@pytest.mark.parametrize("status", Status)
-@pytest.mark.parametrize("incoming", [False, True])
-def test_it_survives_the_wire(status, incoming):
-    info = MigrationInfo(status, incoming, **FULL)
-    assert MigrationInfo.from_wire(json.loads(json.dumps(info.to_wire()))) == info
 
 
 def test_nothing_before_any_migration():

@@ -1,11 +1,12 @@
 """What an engine asks of a guest, whatever the guest is.
 
-A guest is our own small machine, and one day a process with arrays or a foreign monitor.  The
-engine never sees more of it than this file says.  The guest lives in its own process; the engine
-talks to it through :mod:`postcopy.link`, whose proxy has these same methods.
+A guest is its regions, the address spaces that have them mapped, and a keeper: what holds descriptors and
+page maps past an engine's death.  It is our own small machine, and one day a process with arrays or a
+foreign monitor; engines know no more of it than this file says.  The guest lives in a process of its own:
+:mod:`postcopy.link` makes both ends of the link from the protocols here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,33 +47,187 @@ class VcpuThread:
     thread_id: int
 
 
-class Guest(Protocol):
-    """A guest that can be moved.  Every method may be called from any thread."""
+@dataclass(frozen=True, slots=True)
+class AddressSpace:
+    """A process that has a guest's memory mapped.
 
-    @property
-    def machine_name(self) -> str:
-        """What the configuration section says, such as ``microvm``."""
+    :ivar addresses: where it has each block, by name.
+    :ivar userfaultfd: a descriptor of our own, which we close, of the userfaultfd that its memory is
+        registered with; -1: with none.
+    """
 
-    def regions(self) -> Sequence[Region]:
-        """The RAM blocks, largest first; the same for the guest's whole life."""
+    process_id: int
+    addresses: Mapping[str, int]
+    userfaultfd: int = -1
 
-    def vcpu_threads(self) -> Sequence[VcpuThread]:
-        """The threads that run vCPUs, in order of the vCPUs' numbers."""
 
-    def pause(self) -> None:
-        """Stop every vCPU; on return none of them writes to memory.  Harmless when stopped."""
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What does not change in a guest's life.
+
+    :ivar machine_name: what the configuration section says, such as ``microvm``.
+    :ivar kvm: whether KVM can keep a dirty log of it.
+    """
+
+    machine_name: str
+    kvm: bool
+    vcpu_threads: Sequence[VcpuThread]
+
+
+class RunControl(Protocol):
+    """Stopping and resuming a guest, and the states of its devices."""
+
+    def describe(self) -> Description:
+        """What does not change."""
+
+    def pause(self, *, to_move: bool = False) -> None:
+        """Stop every vCPU; on return none of them writes to memory.  Harmless when stopped.
+
+        :param to_move: for the switchover of a migration.
+        :raises WrongState: ``to_move``, and the migration has been cancelled.
+        """
 
     def resume(self) -> None:
-        """Let the vCPUs run.
+        """Let the vCPUs run, unless the guest or its user wants it stopped.
 
         :raises GuestError: the guest is not in a state to run.
         """
 
-    def save_devices(self) -> Sequence[DeviceState]:
-        """The state of all devices of a stopped guest, ``globalstate`` last."""
+    def pause_and_save(self, *, to_move: bool = False) -> Sequence[DeviceState]:
+        """Stop every vCPU and return the state of all devices, ``globalstate`` last."""
 
     def load_devices(self, states: Sequence[DeviceState]) -> None:
-        """Take over the state of the devices; may touch guest memory that is still missing.
+        """Give the devices their state; may touch guest memory that is still missing.
 
         :raises GuestError: a device refuses its state; nothing runs.
+        """
+
+    def wake(self, states: Sequence[DeviceState]) -> None:
+        """Give the devices their state and let the guest run, unless an engine before us has done it."""
+
+
+class Ownership(Protocol):
+    """What an engine knows of where the guest runs: see :mod:`postcopy.ownership`."""
+
+    def give_up(self) -> None:
+        """The other side may run the guest from now on; this one never does by itself again.
+
+        :raises WrongState: the migration has been cancelled; the guest stays ours.
+        """
+
+    def save(self) -> None:
+        """The guest is written to where nothing answers; it runs here only if a user says so.
+
+        :raises WrongState: the migration has been cancelled; the guest stays ours.
+        """
+
+    def runs_there(self) -> None:
+        """The destination is known to have taken it: nothing gives it back any more."""
+
+    def arrived_there(self) -> None:
+        """The destination has every page: nothing of the guest is needed here any more."""
+
+    def take_back(self) -> None:
+        """The other side has said that it does not run the guest: it is ours again."""
+
+    def abandon(self) -> bool:
+        """Give the arriving guest up, and let go of what waits for its pages.
+
+        :return: whether it never runs here from now on; False: it runs already.
+        """
+
+
+class Keeper(Protocol):
+    """Holds what must outlive an engine: memory, userfaultfds, page maps.
+
+    Each descriptor that it returns is the caller's to close.
+    """
+
+    def regions(self) -> Sequence[Region]:
+        """The RAM blocks, largest first; the same for the guest's whole life."""
+
+    def address_spaces(self) -> Sequence[AddressSpace]:
+        """Where they are mapped."""
+
+    def page_maps(self) -> Sequence[int]:
+        """Descriptors of the page maps, one a region."""
+
+    def keep_stream(self, section: int, sizes_bytes: Mapping[str, int]) -> None:
+        """Keep what another engine cannot know: RAM's section, and blocks that are none of ours."""
+
+    def kept_stream(self) -> tuple[int, Mapping[str, int]]:
+        """What was kept so; section 0 when nothing was."""
+
+    def lost_pages(self, block: str, pages: int) -> None:
+        """So many pages of a block are lost by now."""
+
+    def populate(self, block: str, offset: int, length_bytes: int) -> None:
+        """Map memory in the guest's process too, so that a first touch there costs nothing."""
+
+    def watch_writes(self) -> None:
+        """Arm asynchronous write-protection over all RAM."""
+
+    def unwatch_writes(self) -> None:
+        """Take it off again."""
+
+    def watch_snapshot(self) -> Sequence[AddressSpace]:
+        """Register all RAM for a snapshot: what is protected then waits at a write.
+
+        Nothing is protected by that alone.
+        """
+
+    def unwatch_snapshot(self) -> None:
+        """Take the registration off, and with it every protection and every waiting write."""
+
+    def unmap_missing(self) -> None:
+        """Take the pages that have not been received out of the guest's sight: a touch is a fault."""
+
+    def watch_missing(self, *, only_still: bool = False) -> Sequence[AddressSpace]:
+        """Register all RAM for faults.
+
+        :param only_still: for an engine that takes over from another.
+        :raises WrongState: ``only_still``, and nothing is missing any more.
+        """
+
+    def unwatch_missing(self) -> None:
+        """All pages are in place: take the registration off, and with it every waiting fault."""
+
+    def start_dirty_log(self) -> None:
+        """Have KVM note the writes of the vCPUs."""
+
+    def stop_dirty_log(self) -> None:
+        """Stop noting."""
+
+    def fetch_dirty_log(self, block: str) -> bytes:
+        """Fetch and clear the log of one RAM block: packed bits, one a 4 KiB page."""
+
+
+class Saving(Protocol):
+    """The devices of a stopped guest are being saved."""
+
+    def states(self) -> Sequence[DeviceState]:
+        """Wait for their states."""
+
+    def settle(self) -> None:
+        """Wait until nothing of it is under way: a guest that is let run then is not stopped again."""
+
+
+class Guest(RunControl, Ownership, Keeper, Protocol):
+    """A guest as engines use it.  Every method may be called from any thread."""
+
+    @property
+    def machine_name(self) -> str:
+        """See :class:`Description`."""
+
+    @property
+    def kvm(self) -> bool:
+        """See :class:`Description`."""
+
+    def vcpu_threads(self) -> Sequence[VcpuThread]:
+        """The threads that run vCPUs, in order of the vCPUs' numbers."""
+
+    def pause_to_save(self) -> Saving:
+        """Stop every vCPU, and have the devices saved while the caller does something else.
+
+        :raises WrongState: the migration has been cancelled.
         """

@@ -2,11 +2,10 @@
 
 The figures are those of QEMU 11.1's ``query-migrate`` (``MigrationInfo`` in ``qapi/migration.json``).
 What QEMU does not measure is apart, in :class:`Measured`.
-Everything here crosses from the engine's process to the guest's as JSON: see ``to_wire``.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from postcopy.status import GIVEN_UP, Status
@@ -175,29 +174,6 @@ class MigrationInfo:
             answer["postcopy-vcpu-latency"] = list(self.postcopy_vcpu_latency_ns)
         return answer | _present({"postcopy-non-vcpu-latency": self.postcopy_non_vcpu_latency_ns})
 
-    def to_wire(self) -> dict[str, Any]:
-        """Everything, as JSON can carry it; :meth:`from_wire` gives an equal object."""
-        return asdict(self) | {"status": self.status.value}
-
-    @classmethod
-    def from_wire(cls, wire: Mapping[str, Any]) -> "MigrationInfo":
-        """What :meth:`to_wire` gave on the other side.
-
-        :raises TypeError: a member that this version does not know: the two sides differ.
-        """
-        values = _tuples(wire)
-        values["status"] = Status(wire["status"])
-        if wire.get("ram") is not None:
-            values["ram"] = RamStatistics(**wire["ram"])
-        if wire.get("measured") is not None:
-            values["measured"] = Measured(**_tuples(wire["measured"]))
-        return cls(**values)
-
 
 def _present(values: Mapping[str, int | None]) -> dict[str, int]:
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    # JSON has no tuples: lists come back as what they were.
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}

@@ -11,8 +11,7 @@ import pytest
 
 from benchmarks import sleepless
 from postcopy.errors import HostCannot
-from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.link.protocol import MISSING_FEATURES
+from postcopy.kernel.userfaultfd import MISSING_FEATURES, Userfaultfd
 
 ROOT = Path(__file__).parents[2]
 

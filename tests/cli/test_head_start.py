@@ -21,15 +21,17 @@ from postcopy.kernel import patience
 TOLD = """
 import os, sys
 
-def tell(who, wake):
-    def told(self, states):
-        wake(self, states)
-        os.write(1, (who + " " + " ".join(sys.modules) + "\\n").encode())
+def tell(who, call):
+    def told(self, first, *others):
+        answer = call(self, first, *others)
+        if who == "guest" or first.__name__ == "wake":
+            os.write(1, (who + " " + " ".join(sys.modules) + "\\n").encode())
+        return answer
     return told
 
-from postcopy.link.engine.guest_proxy import GuestProxy
+from postcopy.link.rpc import Link
 from postcopy.machine.machine import Machine
-GuestProxy.wake = tell("engine", GuestProxy.wake)
+Link.call = tell("engine", Link.call)
 Machine.load_devices = tell("guest", Machine.load_devices)
 
 from postcopy.cli import main

@@ -49,7 +49,7 @@ class Bench:
             self.failed.set,
         )
         try:
-            self.userfaultfd = self.guest.watch_missing()
+            self.userfaultfd = self.guest.open_userfaultfd()
         except HostCannot as reason:
             self.userfaultfd = None
             self.close()

@@ -32,9 +32,10 @@ class Log:
     def _none(block):
         return np.zeros(block.page_count * block.per_page, np.bool_)
 
-    def kvm_dirty_log(self, action, block=None):
-        if action != "fetch":
-            return b""
+    def start_dirty_log(self):
+        pass
+
+    def fetch_dirty_log(self, block):
         told = self.bits[block].copy()
         self.bits[block][:] = False
         return np.packbits(told, bitorder="little").tobytes()

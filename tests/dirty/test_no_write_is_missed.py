@@ -1,7 +1,7 @@
 """A shadow of a hammered guest's memory, kept by a tracker alone, is the memory in the end."""
 
-import base64
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,21 +18,6 @@ from postcopy.memory.ram_block import RamBlock
 
 ROUNDS = 12
 CHUNK_PAGES = 1000  # neither a power of two nor a divisor of the memory
-
-
-class Direct:
-    """The guest's own process as a proxy: no link between."""
-
-    def __init__(self, machine):
-        handlers = GuestService(machine).handlers()
-        self.process_id = os.getpid()
-        self.kvm = machine.accelerator_name == "kvm"
-        self.watch_writes = handlers["watch_writes"]
-        self.unwatch_writes = handlers["unwatch_writes"]
-        self._log = handlers["kvm_dirty_log"]
-
-    def kvm_dirty_log(self, action, block=""):
-        return base64.b64decode(self._log(action=action, block=block))
 
 
 @pytest.fixture(
@@ -64,9 +49,9 @@ def block(hammered):
 def test_the_shadow_is_the_memory(hammered, block, kind):
     if kind is KvmLogTracker and hammered.accelerator_name != "kvm":
         with pytest.raises(Refused, match="needs a guest on KVM; use pagemap"):
-            choose("kvm", Direct(hammered))
+            choose("kvm", SimpleNamespace(kvm=False))
         return
-    tracker = kind(Direct(hammered))
+    tracker = kind(GuestService(hammered))
     tracker.start()
     shadow = block.pages.copy()
     found = 0
@@ -94,7 +79,7 @@ def follow(tracker, block, shadow, start):
 def test_a_guest_that_stands_still_writes_nothing(hammered, block, kind):
     if kind is KvmLogTracker and hammered.accelerator_name != "kvm":
         return
-    tracker = kind(Direct(hammered))
+    tracker = kind(GuestService(hammered))
     tracker.start()
     hammered.pause()
     tracker.collect(block, 0, block.page_count, protect=True)

@@ -7,11 +7,12 @@ import pytest
 
 from postcopy.engine import incoming, outgoing, restoring
 from postcopy.engine.service import EngineService
-from postcopy.parameters import Parameters
+from postcopy.parameters import Capabilities, Parameters
+from postcopy.status import Status
 
-OLD, NEW = {"max-bandwidth": 1000}, {"max-bandwidth": 7}
+OLD, NEW = Parameters(max_bandwidth=1000), Parameters(max_bandwidth=7)
 IMAGE = {"path": "/image", "began_ns": 0}
-SETTINGS = {"capabilities": [], "parameters": OLD}
+SETTINGS = {"capabilities": Capabilities(), "parameters": OLD}
 
 
 class Worker:
@@ -22,7 +23,7 @@ class Worker:
     error = None
 
     def __init__(self, *_, **__):
-        self.told = Parameters().with_changes(OLD)
+        self.told = OLD
         self.meanwhile()
 
     def meanwhile(self):
@@ -37,6 +38,7 @@ class Worker:
     run = adopt = recover = begin_recovery = set_capabilities = stop_waiting = leave = start = (
         nothing
     )
+    described = nothing
 
 
 class AnyGuest:
@@ -48,8 +50,8 @@ ORDERS = {
     "adopt_source": SETTINGS,
     "listen": {"uri": "tcp:127.0.0.1:0", **SETTINGS},
     "adopt_destination": {"uri": "tcp:127.0.0.1:0", **SETTINGS},
-    "start_restore": {"wishes": IMAGE, **SETTINGS},
-    "adopt_restore": {"status": "postcopy-active", "wishes": IMAGE, **SETTINGS},
+    "start_restore": {"wishes": IMAGE, "parameters": OLD},
+    "adopt_restore": {"status": Status.POSTCOPY_ACTIVE, "wishes": IMAGE, "parameters": OLD},
 }
 
 
@@ -73,7 +75,7 @@ def service(monkeypatch):
 @pytest.mark.parametrize("order", ORDERS)
 def test_they_count_whatever_the_order_says(service, order):
     orders = service._link._handlers
-    orders["set_parameters"](parameters={"max-bandwidth": 8})
+    orders["set_parameters"](parameters=Parameters(max_bandwidth=8))
     orders["set_parameters"](parameters=NEW)
     orders[order](**ORDERS[order])
     assert service._context.job.told.max_bandwidth == 7

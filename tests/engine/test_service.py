@@ -63,10 +63,11 @@ def test_another_address_can_be_given_as_soon_as_the_first_is_listened_on(servic
     """Who stops the waiting must find the door that is waited at, not the one of the time before."""
 
     class Listener:
-        addresses = ()
-
         def __init__(self, _):
             pass
+
+        def described(self):
+            return []
 
     monkeypatch.setattr(incoming, "Listener", Listener)
     service._context.job = job = PausedDestination()

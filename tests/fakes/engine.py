@@ -6,6 +6,13 @@ import threading
 from postcopy.link.rpc import Link
 
 
+class FakeCommands:
+    """What it understands."""
+
+    def echo(self, text): ...
+    def die(self): ...
+
+
 class FakeEngine:
     """An engine in this process; it answers ``echo``, and dies of ``die``."""
 

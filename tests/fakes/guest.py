@@ -9,11 +9,10 @@ from postcopy.channel.listen import Listener
 from postcopy.destination.destination import Destination
 from postcopy.destination.incoming_ram import Populating
 from postcopy.errors import HostCannot
-from postcopy.guest import Region, VcpuThread
+from postcopy.guest import AddressSpace, Region, VcpuThread
 from postcopy.kernel import memfd
 from postcopy.kernel.mapping import Mapping
-from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.link.protocol import MISSING_FEATURES, MISSING_MODE
+from postcopy.kernel.userfaultfd import MISSING_FEATURES, MISSING_MODE, Userfaultfd
 from postcopy.machine.device_formats import FORMATS
 from postcopy.memory import page_map_file
 from postcopy.paging.ram import IncomingRam
@@ -66,7 +65,7 @@ class FakeGuest:
         """Read a little of a page as the guest would; waits while it is missing."""
         return self._mapping.read(page * self._page_size, 8)
 
-    # --- as postcopy.link.engine.guest_proxy.GuestProxy
+    # --- as postcopy.guest.Guest
 
     def vcpu_threads(self):
         return (VcpuThread(0, 1),)
@@ -80,7 +79,13 @@ class FakeGuest:
     def watch_missing(self):
         self._missing = Userfaultfd.open(MISSING_FEATURES)
         self._missing.register(self._mapping.address, self._size, MISSING_MODE)
-        return Userfaultfd.from_fd(os.dup(self._missing.fd))
+        addresses = {RAM: self._mapping.address}
+        return [AddressSpace(os.getpid(), addresses, os.dup(self._missing.fd))]
+
+    def open_userfaultfd(self) -> Userfaultfd:
+        """What an engine makes of it."""
+        (space,) = self.watch_missing()
+        return Userfaultfd.from_fd(space.userfaultfd)
 
     def populate(self, block, offset, length_bytes):
         pass

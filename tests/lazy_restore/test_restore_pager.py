@@ -69,7 +69,7 @@ class Scene:
         self.guest = FakeGuest(PAGES * PAGE)
         self.ram = self.guest.incoming_ram()
         (self.paged,) = self.ram
-        self.userfaultfd = self.guest.watch_missing()
+        self.userfaultfd = self.guest.open_userfaultfd()
         self.lost = []
         self.restorer = BlockRestorer(self.userfaultfd, self.paged, source, self.lost.append)
         self.pager = RestorePager(
@@ -444,7 +444,7 @@ def test_a_large_page_of_zeros_counts_once():
     guest = FakeGuest(PAGES * PAGE, 2 * PAGE)
     ram = guest.incoming_ram()
     (paged,) = ram
-    userfaultfd = guest.watch_missing()
+    userfaultfd = guest.open_userfaultfd()
     filled = BlockRestorer(userfaultfd, paged, FakeSource(zero=[5]), pytest.fail)
     filled.bring(5)
     assert filled.placed_pages == 1

@@ -13,6 +13,7 @@ from fakes.waiting import wait_until
 from postcopy.errors import EngineDied, HostCannot, PostcopyError, WrongState
 from postcopy.events import EventBus
 from postcopy.link.guest.control import MigrationControl
+from postcopy.link.protocol import JobCommands, OutgoingCommands
 from postcopy.machine.config import MachineConfig
 from postcopy.parameters import Capability
 from postcopy.status import Status
@@ -46,9 +47,9 @@ def test_an_order_that_means_nothing_to_the_engine_at_work_harms_nobody():
     with Journey(idle(16)) as trip:
         trip.destination.listen()
         trip.destination.control.continue_(Status.SETUP)
-        trip.destination.control._engines.tell("start_postcopy")
-        trip.destination.control._engines.tell("cancel")
-        assert trip.destination.control._engines.link.call("info") is not None
+        trip.destination.control._engines.tell(OutgoingCommands.start_postcopy)
+        trip.destination.control._engines.tell(OutgoingCommands.cancel)
+        assert trip.destination.control._engines.link.call(JobCommands.info) is not None
         assert trip.destination.status is Status.SETUP
 
 
@@ -59,7 +60,7 @@ def test_a_cancel_may_come_before_the_engine_knows_what_it_is_to_do(tmp_path):
 
         def start_and_cancel():
             link = start()
-            link.note("cancel")
+            link.note(OutgoingCommands.cancel)
             return link
 
         engine.start = start_and_cancel

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from fakes.engine import FakePool
+from fakes.engine import FakeCommands, FakePool
 from fakes.stacks import stacks
 from fakes.waiting import wait_until
 from postcopy.errors import EngineDied, HostCannot, WrongState
@@ -30,23 +30,23 @@ def engines(told):
 
 def test_one_at_work_does_what_it_is_told(engines):
     with pytest.raises(EngineDied, match="echo: no engine is at work"):
-        engines.call("echo", text="x")
+        engines.call(FakeCommands.echo, text="x")
     engines.start()
-    assert engines.call("echo", text="x") == "x"
+    assert engines.call(FakeCommands.echo, text="x") == "x"
 
 
 def test_who_hears_of_a_death_finds_it_dealt_with(engines, told):
     engines.start()
     with pytest.raises(EngineDied):
-        engines.call("die")
+        engines.call(FakeCommands.die)
     assert told == [engines.current]
 
 
 def test_the_end_of_one_that_could_not_adopt_is_not_taken_for_that_of_the_next(engines, told):
     with pytest.raises(EngineDied):
-        engines.adopt("die")
+        engines.adopt(FakeCommands.die)
     so_far = list(told)
-    _, answer = engines.adopt("echo", text="x")
+    _, answer = engines.adopt(FakeCommands.echo, text="x")
     assert answer == "x"
     assert told == so_far == engines._pool.taken[:1]
 
@@ -116,7 +116,7 @@ class DeadOnArrival(FakePool):
         self.deaths -= 1
         ours, theirs = socket.socketpair()
         engine = EngineProcess(Unreaped(), ours)
-        answer = engine.ask("look_at_image")
+        answer = engine.ask(FakeCommands.die)
         theirs.close()
         with pytest.raises(EngineDied):
             answer.wait(10)
@@ -159,7 +159,7 @@ def test_one_that_has_died_before_it_is_put_to_work_is_replaced():
 
     engines = EngineSlot(lambda _: {}, ended, DeadOnArrival(2))
     try:
-        assert in_time(engines.start).call("echo", text="x") == "x"
+        assert in_time(engines.start).call(FakeCommands.echo, text="x") == "x"
         assert told == []
     finally:
         engines.close()

@@ -20,7 +20,27 @@ from postcopy.errors import (
     StreamError,
     WrongState,
 )
-from postcopy.link.rpc import Descriptors, Link
+from postcopy.link.rpc import Link
+from postcopy.link.values import sent
+
+
+class Far:
+    """What can be sent to the second end."""
+
+    def add(self, a, b): ...
+    def note(self, n): ...
+    def slow(self): ...
+    def open(self): ...
+    def take(self, fds): ...
+    def fail(self, kind): ...
+    def fault(self): ...
+    def long(self, n): ...
+    def open_closed(self): ...
+    def slow_open(self): ...
+    def refuse(self): ...
+    def unknown(self): ...
+    def pause(self): ...
+    def touch(self): ...
 
 
 class Ends:
@@ -35,13 +55,13 @@ class Ends:
             "add": lambda a, b: a + b,
             "note": self.notes.append,
             "slow": lambda: self.release.wait(10),
-            "open": lambda: ("read end", Descriptors(self.pipe)),
+            "open": lambda: ("read end", sent(self.pipe)),
             "take": self.take,
             "fail": self.fail,
-            "break": lambda: 1 // 0,
+            "fault": lambda: 1 // 0,
             "long": lambda n: "x" * n,
-            "open closed": lambda: (None, Descriptors([closed_descriptor()])),
-            "slow open": lambda: (self.release.wait(10), Descriptors(self.pipe)),
+            "open_closed": lambda: sent([closed_descriptor()]),
+            "slow_open": lambda: (self.release.wait(10), sent(self.pipe)),
             "refuse": self.refuse,
         }
         self.pipe = os.pipe()
@@ -112,22 +132,22 @@ def ends():
 
 
 def test_calls_both_ways(ends):
-    assert ends.near.call("add", a=1, b=2) == 3
-    assert ends.far.call("add", a=1, b=2) == -3
+    assert ends.near.call(Far.add, a=1, b=2) == 3
+    assert ends.far.call(Far.add, a=1, b=2) == -3
 
 
 def test_notes_keep_their_order(ends):
     ends.far._handlers["note"] = lambda n: ends.notes.append(int(n))
     for number in range(500):
-        ends.near.note("note", n=number)
+        ends.near.note(Far.note, n=number)
     wait_until(lambda: len(ends.notes) == 500)
     assert ends.notes == list(range(500))
 
 
 def test_a_call_that_waits_holds_up_no_other(ends):
-    slow = threading.Thread(target=ends.near.call, args=("slow",))
+    slow = threading.Thread(target=ends.near.call, args=(Far.slow,))
     slow.start()
-    assert ends.near.call("add", a=2, b=2) == 4
+    assert ends.near.call(Far.add, a=2, b=2) == 4
     assert slow.is_alive()
     ends.release.set()
     slow.join(10)
@@ -136,13 +156,13 @@ def test_a_call_that_waits_holds_up_no_other(ends):
 
 def test_a_caller_may_give_up(ends):
     with pytest.raises(TimeoutError):
-        ends.near.call("slow", timeout_s=0.01)
+        ends.near.ask(Far.slow).wait(0.01)
     ends.release.set()
-    assert ends.near.call("add", a=1, b=1) == 2
+    assert ends.near.call(Far.add, a=1, b=1) == 2
 
 
 def test_descriptors_come_with_the_answer(ends):
-    result, fds = ends.near.call("open")
+    result, fds = ends.near.call(Far.open)
     assert result == "read end"
     os.write(ends.pipe[1], b"hello")
     assert os.read(fds[0], 10) == b"hello"
@@ -154,7 +174,7 @@ def test_descriptors_come_with_the_call_and_in_order(ends):
     pipes = [os.pipe() for _ in range(3)]
     for number, (_, writing) in enumerate(pipes):
         os.write(writing, str(number).encode())
-    assert ends.near.call("take", fds=[reading for reading, _ in pipes]) == ["0", "1", "2"]
+    assert ends.near.call(Far.take, sent([reading for reading, _ in pipes])) == ["0", "1", "2"]
     for pair in pipes:
         for fd in pair:
             os.close(fd)
@@ -166,7 +186,7 @@ def test_many_descriptors_from_many_threads_find_their_calls(ends):
     def ask(number):
         reading, writing = os.pipe()
         os.write(writing, str(number).encode())
-        found.append(ends.near.call("take", fds=[reading]) == [str(number)])
+        found.append(ends.near.call(Far.take, sent([reading])) == [str(number)])
         os.close(reading)
         os.close(writing)
 
@@ -188,18 +208,18 @@ def test_many_descriptors_from_many_threads_find_their_calls(ends):
 )
 def test_an_error_comes_back_as_what_it_was(ends, kind, error, text):
     with pytest.raises(error) as caught:
-        ends.near.call("fail", kind=kind)
+        ends.near.call(Far.fail, kind)
     assert type(caught.value) is error
     assert str(caught.value) == text
 
 
 def test_a_mistake_of_ours_does_not_leave_the_caller_waiting(ends):
-    with pytest.raises(PostcopyError, match=r"internal error in break: .*please report it"):
-        ends.near.call("break")
+    with pytest.raises(PostcopyError, match=r"internal error in fault: .*please report it"):
+        ends.near.call(Far.fault)
 
 
 def test_long_messages(ends):
-    assert len(ends.near.call("long", n=5_000_000)) == 5_000_000
+    assert len(ends.near.call(Far.long, n=5_000_000)) == 5_000_000
 
 
 def test_the_end_fails_whoever_waits(ends):
@@ -207,7 +227,7 @@ def test_the_end_fails_whoever_waits(ends):
 
     def wait():
         with pytest.raises(EngineDied):
-            ends.near.call("slow")
+            ends.near.call(Far.slow)
         caught.append(True)
 
     thread = threading.Thread(target=wait)
@@ -217,8 +237,8 @@ def test_the_end_fails_whoever_waits(ends):
     thread.join(10)
     assert caught == [True]
     with pytest.raises(EngineDied, match="add: the other process is gone"):
-        ends.near.call("add", a=1, b=1)
-    ends.near.note("note", n=1)  # silently nothing
+        ends.near.call(Far.add, a=1, b=1)
+    ends.near.note(Far.note, n=1)  # silently nothing
     ends.release.set()
 
 
@@ -261,20 +281,20 @@ def test_what_is_at_work_is_completed_before_its_end_is_told():
 
 def _call_in_vain(link, name):
     with pytest.raises(EngineDied):
-        link.call(name)
+        link.call(getattr(Far, name))
 
 
 @pytest.mark.parametrize("fds", [lambda: [closed_descriptor()], lambda: [0] * 300])
 def test_what_cannot_be_sent_is_said_to_who_sends_it(ends, fds):
     with pytest.raises(KernelError, match="sendmsg failed"):
-        ends.near.call("take", fds=fds(), timeout_s=10)
-    assert ends.near.call("add", a=1, b=2) == 3
+        ends.near.ask(Far.take, sent(fds())).wait(10)
+    assert ends.near.call(Far.add, a=1, b=2) == 3
 
 
 def test_an_answer_that_cannot_be_sent_is_an_error(ends):
     with pytest.raises(KernelError, match=r"sendmsg failed: Bad file descriptor \(EBADF\)"):
-        ends.near.call("open closed", timeout_s=10)
-    assert ends.near.call("add", a=1, b=2) == 3
+        ends.near.ask(Far.open_closed).wait(10)
+    assert ends.near.call(Far.add, a=1, b=2) == 3
 
 
 @pytest.mark.parametrize("room", [0, 1, 2])
@@ -285,9 +305,9 @@ def test_who_has_no_room_for_descriptors_gets_no_call(ends, room):
     reading = [pair[0] for pair in pairs]
     before = open_files()
     with room_for(room), pytest.raises(HostCannot, match=f"{room} of 3 file descriptors.*prlimit"):
-        ends.near.call("take", fds=reading, timeout_s=10)
+        ends.near.ask(Far.take, sent(reading)).wait(10)
     assert open_files() == before
-    assert ends.near.call("take", fds=reading) == ["0", "1", "2"]
+    assert ends.near.call(Far.take, sent(reading)) == ["0", "1", "2"]
     for pair in pairs:
         for fd in pair:
             os.close(fd)
@@ -296,7 +316,7 @@ def test_who_has_no_room_for_descriptors_gets_no_call(ends, room):
 def test_more_descriptors_than_a_message_takes_are_refused(ends):
     before = open_files()
     with pytest.raises(HostCannot, match="128 of 200 file descriptors arrived"):
-        ends.near.call("take", fds=[0] * 200, timeout_s=10)
+        ends.near.ask(Far.take, sent([0] * 200)).wait(10)
     assert open_files() == before
 
 
@@ -304,9 +324,9 @@ def test_more_descriptors_than_a_message_takes_are_refused(ends):
 def test_who_has_no_room_for_descriptors_gets_no_answer(ends, room):
     before = open_files()
     with room_for(room), pytest.raises(HostCannot, match=f"{room} of 2 file descriptors"):
-        ends.near.call("open", timeout_s=10)
+        ends.near.ask(Far.open).wait(10)
     assert open_files() == before
-    result, fds = ends.near.call("open")
+    result, fds = ends.near.call(Far.open)
     assert result == "read end"
     for fd in fds:
         os.close(fd)
@@ -316,9 +336,9 @@ def test_the_descriptors_of_an_answer_that_comes_too_late_are_closed(ends):
     before = open_files()
     for _ in range(5):
         with pytest.raises(TimeoutError):
-            ends.near.call("slow open", timeout_s=0.001)
+            ends.near.ask(Far.slow_open).wait(0.001)
     ends.release.set()
-    assert ends.near.call("add", a=1, b=1) == 2
+    assert ends.near.call(Far.add, a=1, b=1) == 2
     wait_until(lambda: open_files() == before, 10, "all are closed")
 
 
@@ -334,7 +354,7 @@ def test_descriptors_that_nobody_has_taken_are_closed_with_the_link():
 
 
 def test_an_answer_is_kept_by_who_waits_for_it_alone(ends):
-    answer = ends.near.ask("add", a=1, b=2)
+    answer = ends.near.ask(Far.add, a=1, b=2)
     assert answer.wait(10) == 3
     kept = weakref.ref(answer)
     del answer
@@ -342,16 +362,16 @@ def test_an_answer_is_kept_by_who_waits_for_it_alone(ends):
 
 
 def test_a_note_that_comes_at_the_wrong_time_harms_nothing(ends, caplog):
-    ends.near.note("refuse")
-    assert ends.near.call("add", a=1, b=1) == 2
+    ends.near.note(Far.refuse)
+    assert ends.near.call(Far.add, a=1, b=1) == 2
     assert "refuse comes at the wrong time: not now" in caplog.text
     assert ends.ended == []
 
 
-@pytest.mark.parametrize("name", ["break", "no such note"])
+@pytest.mark.parametrize("name", ["fault", "unknown"])
 def test_a_mistake_of_ours_in_a_note_ends_the_link_and_is_said(ends, caplog, name):
     """What it was to do will never be done: either side knows what to do without the other."""
-    ends.near.note(name)
+    ends.near.note(getattr(Far, name))
     wait_until(lambda: sorted(ends.ended) == ["far", "near"], 10, "both ends end")
     assert f"internal error in {name}; please report it" in caplog.text
 
@@ -360,20 +380,20 @@ def test_without_another_thread_calls_are_answered_one_at_a_time(ends, no_thread
     """One that comes while the only thread is at work is refused, and never waits for that."""
     no_threads.refuse("far-answers")
     for number in range(20):
-        assert ends.near.call("add", a=number, b=1) == number + 1
-    slow = ends.near.ask("slow")
+        assert ends.near.call(Far.add, a=number, b=1) == number + 1
+    slow = ends.near.ask(Far.slow)
     cure = "add: the thread 'far-answers' cannot be started; raise the limit of threads"
     with pytest.raises(HostCannot, match=cure):
-        ends.near.call("add", a=1, b=1, timeout_s=10)
+        ends.near.ask(Far.add, a=1, b=1).wait(10)
     ends.release.set()
     assert slow.wait(10)
     no_threads.allow()
-    assert ends.near.call("add", a=1, b=1) == 2
+    assert ends.near.call(Far.add, a=1, b=1) == 2
 
 
 def test_any_number_of_calls_are_answered_at_the_same_time(ends):
-    slow = [ends.near.ask("slow") for _ in range(30)]
-    assert ends.near.call("add", a=1, b=1) == 2
+    slow = [ends.near.ask(Far.slow) for _ in range(30)]
+    assert ends.near.call(Far.add, a=1, b=1) == 2
     ends.release.set()
     assert all(answer.wait(10) for answer in slow)
     wait_until(lambda: threads_named("far-answers") <= 4, 10, "threads that have nothing to do end")
@@ -391,7 +411,7 @@ def test_the_end_comes_to_who_waits_to_send():
 
     def send():
         with pytest.raises(EngineDied):
-            near.call("echo", text="x" * 10_000_000)
+            near.call(Far.long, "x" * 10_000_000)
         caught.append(True)
 
     sender = threading.Thread(target=send, daemon=True)

@@ -7,9 +7,8 @@ import pytest
 
 from fakes.waiting import wait_until
 from postcopy.errors import EngineDied, GuestError
-from postcopy.guest import DeviceState
-from postcopy.link.engine.guest_proxy import GuestProxy
-from postcopy.link.protocol import encode_states
+from postcopy.guest import Description, DeviceState
+from postcopy.link.engine.guest_proxy import guest_over
 from postcopy.link.rpc import Link
 
 STATES = [DeviceState("cpu", 0, 12, b"registers")]
@@ -24,7 +23,7 @@ class SlowToSave:
         self.failure = None
         self.saves = 0
         self.saved = False
-        description = {"machine": "microvm", "pid": 1, "vcpu_threads": [], "kvm": False}
+        description = Description("microvm", kvm=False, vcpu_threads=())
         self.far = Link(
             far,
             {
@@ -37,7 +36,7 @@ class SlowToSave:
         self.near = Link(near, {})
         self.far.start()
         self.near.start()
-        self.guest = GuestProxy(self.near)
+        self.guest = guest_over(self.near)
 
     def pause(self, *, to_move=False):
         if self.failure is not None:
@@ -47,7 +46,7 @@ class SlowToSave:
         self.saves += 1
         assert self.may_save.wait(20)
         self.saved = True
-        return encode_states(STATES)
+        return STATES
 
     def close(self):
         self.may_save.set()

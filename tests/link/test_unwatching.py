@@ -11,10 +11,9 @@ import pytest
 from fakes.waiting import wait_until
 from postcopy.guest import Region
 from postcopy.kernel import memfd
-from postcopy.kernel.userfaultfd import Userfaultfd
+from postcopy.kernel.userfaultfd import SNAPSHOT_FEATURES, Userfaultfd
 from postcopy.link.guest import guest_service
 from postcopy.link.guest.guest_service import GuestService
-from postcopy.link.protocol import SNAPSHOT_FEATURES
 
 pytestmark = pytest.mark.userfaultfd
 
@@ -45,19 +44,19 @@ def test_no_call_lets_go_of_more_than_a_step(guest, monkeypatch):
 
     monkeypatch.setattr(Userfaultfd, "unregister", noted)
     service = GuestService(guest)
-    service._watch_snapshot()
+    service.watch_snapshot()
     service.unwatch_snapshot()
     assert max(length for _, length in calls) == guest_service._STEP_BYTES == STEP
     assert sum(length for _, length in calls) == sum(SIZES)
     calls.clear()
-    service._watch_snapshot()  # nothing is watched any more: else this would be refused
+    service.watch_snapshot()  # nothing is watched any more: else this would be refused
     service.unwatch_snapshot()
 
 
 def test_who_waits_to_write_goes_on_wherever_it_is(guest):
     service = GuestService(guest)
-    _, descriptors = service._watch_snapshot()
-    watch = Userfaultfd(descriptors[0], SNAPSHOT_FEATURES)
+    (space,) = service.watch_snapshot()
+    watch = Userfaultfd(space.userfaultfd, SNAPSHOT_FEATURES)
     for region in guest.regions():
         watch.write_protect(region.host_address, region.size_bytes, protect=True)
 

@@ -7,7 +7,12 @@ import pytest
 
 from fakes.waiting import wait_until
 from postcopy.link.guest.watchdog import Watchdog
+from postcopy.link.protocol import Beats
 from postcopy.link.rpc import Link
+
+
+class Slow:
+    def slow(self): ...
 
 
 @pytest.fixture
@@ -29,7 +34,7 @@ def test_who_has_said_nothing_for_so_long_hangs(ends):
     hung = []
     Watchdog(near, 2, hung.append).start()
     assert asked.wait(10)
-    far.note("alive")
+    far.note(Beats.alive)
     wait_until(lambda: hung, 20, "it is noticed")
     assert hung == [2.0]
 
@@ -40,7 +45,7 @@ def test_who_talks_does_not_hang(ends):
     Watchdog(near, 2, hung.append).start()
     pause = threading.Event()
     for _ in range(20):
-        far.note("alive")
+        far.note(Beats.alive)
         pause.wait(0.2)
     assert hung == []
 
@@ -50,8 +55,8 @@ def test_who_is_not_listened_to_does_not_hang(ends):
     near, far, _, release = ends
     hung = []
     Watchdog(near, 2, hung.append).start()
-    far.note("alive")
-    far.note("slow")  # its handler keeps the reader from hearing what comes after
+    far.note(Beats.alive)
+    far.note(Slow.slow)  # its handler keeps the reader from hearing what comes after
     threading.Event().wait(4)
     assert hung == []
     release.set()

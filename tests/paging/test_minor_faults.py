@@ -33,7 +33,7 @@ class Arrived:
         self.paged = self.ram[RAM]
         self.paged.block.pages[BROUGHT] = 7
         self.paged.pages.receive(np.array(BROUGHT + BLANK))
-        self.userfaultfd = self.guest.watch_missing()
+        self.userfaultfd = self.guest.open_userfaultfd()
         self.guest.unmap_missing()
 
     def mapped(self):

@@ -35,7 +35,7 @@ class Arriving:
         self.userfaultfd = None
 
     def listen(self):
-        self.userfaultfd = self.guest.watch_missing()
+        self.userfaultfd = self.guest.open_userfaultfd()
         self.placement.listen(self.userfaultfd)
 
     def page(self, number):

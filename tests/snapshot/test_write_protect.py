@@ -12,8 +12,7 @@ from postcopy.errors import HostCannot
 from postcopy.guest import Region
 from postcopy.kernel import memfd
 from postcopy.kernel.mapping import Mapping
-from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.link.protocol import SNAPSHOT_FEATURES
+from postcopy.kernel.userfaultfd import SNAPSHOT_FEATURES, Userfaultfd
 from postcopy.memory.ram_block import RamBlock
 from postcopy.snapshot.bitmap import PIECE_BYTES, UnsavedPages
 from postcopy.snapshot.cow_buffer import Aside

@@ -11,7 +11,6 @@ from postcopy.channel.sockets import SocketChannel
 from postcopy.errors import ChannelBroken
 from postcopy.guest import DeviceState
 from postcopy.link.engine.guest_proxy import Saving
-from postcopy.link.protocol import encode_states
 from postcopy.link.rpc import Answer
 from postcopy.parameters import Capabilities
 from postcopy.source.connection import Connection
@@ -26,7 +25,7 @@ FAR_TOO_MUCH_BYTES = 8 << 20
 
 def saved(states):
     answer = Answer()
-    answer.give(encode_states(states))
+    answer.give(states)
     return Saving(answer)
 
 

@@ -10,7 +10,7 @@ The forms and the error texts are QEMU 10's (``qapi/migration.json``, ``docs/dev
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from postcopy.errors import Refused
@@ -197,3 +197,13 @@ _PARSERS: dict[str, Callable[[str], Address]] = {
     "file": _parse_file,
     "exec": _parse_exec,
 }
+
+
+def bound_uri(uri: str, addresses: Sequence[Mapping[str, object]]) -> str:
+    """Where a listener can be reached in fact: a port of 0 has become a real one.
+
+    :param addresses: of the listener, as QAPI has them.
+    """
+    if addresses and addresses[0].get("type") == "inet":
+        return f"tcp:{addresses[0]['host']}:{addresses[0]['port']}"
+    return uri

@@ -1,4 +1,4 @@
-"""Whether a descriptor that a user gives can carry a stream, asked before anything moves.
+"""Descriptors that are given as addresses: whether one can carry a stream, asked before anything moves.
 
 QEMU takes any descriptor and finds out by an input/output error, or waits for ever.
 """
@@ -8,8 +8,11 @@ import fcntl
 import os
 import socket
 import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from postcopy.errors import Refused
+from postcopy.channel.address import Address, FdAddress, parse
+from postcopy.errors import Refused, WrongState
 
 
 class Use(enum.Enum):
@@ -77,3 +80,40 @@ def _why_no_socket(number: int, use: Use) -> str:
         except OSError:
             return "it is a socket that is not connected"
     return ""
+
+
+@contextmanager
+def descriptors_for(address: Address, use: Use) -> Iterator[list[int]]:
+    """The descriptors to send along with an address to another process: an ``fd:`` means one of ours.
+
+    :raises Refused: it cannot be used so.
+    """
+    fds = []
+    if isinstance(address, FdAddress):
+        check_descriptor(address.number, use)
+        fds = [_duplicate(address)]
+    try:
+        yield fds
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def _duplicate(address: FdAddress) -> int:
+    try:
+        return os.dup(address.number)
+    except OSError as failure:
+        raise Refused(f"{address} cannot be duplicated: {failure.strerror}") from failure
+
+
+def received_uri(uri: str, fds: Sequence[int]) -> str:
+    """An address that another process has sent: a descriptor that came along has a number of ours.
+
+    :raises WrongState: the address is a descriptor, and none came along: the same number means another
+        file here.
+    """
+    if not fds and isinstance(parse(uri), FdAddress):
+        raise WrongState(
+            f"what '{uri}' was has gone with the engine process that had it; use another address"
+        )
+    return f"fd:{fds[0]}" if fds else uri

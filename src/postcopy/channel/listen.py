@@ -70,6 +70,11 @@ class Listener:
             return [TcpAddress(host, port)]
         return [self._address]
 
+    def described(self) -> list[dict[str, object]]:
+        """These addresses as QAPI has them."""
+        addresses = (address.to_qapi() for address in self.addresses)
+        return [address for address in addresses if address is not None]
+
     def accept(self, timeout_s: float | None = None) -> Channel:
         """The next channel.
 

@@ -24,17 +24,19 @@ def engines_for(arguments: Sequence[str]) -> "EnginePool | None":
     :return: None: it needs none, or not at once, or this host has no room for one now.
     """
     kind = _kind(arguments)
-    if kind is None or _HELP.intersection(arguments):
+    if not kind or _HELP.intersection(arguments):
         return None
     trace = _value_of("--trace", arguments)
     if trace:  # the engine begins before the options are read
         os.environ[FILE_VARIABLE] = os.path.abspath(trace)  # noqa: PTH100 - pathlib takes long to import
     from postcopy.engine.__main__ import serve
     from postcopy.errors import HostCannot
+    from postcopy.link import protocol
     from postcopy.link.guest.engine_process import EnginePool, EngineProcess
 
+    orders = [getattr(protocol, kind)]
     try:
-        return EnginePool(EngineProcess.fork(lambda link: serve(link, [kind])))
+        return EnginePool(EngineProcess.fork(lambda link: serve(link, orders)))
     except HostCannot:
         return None  # the order that needs one tries again, and says so
 
@@ -51,7 +53,7 @@ def _kind(arguments: Sequence[str]) -> str | None:
     """What the engine is to be ready for."""
     match [each for each in arguments if each != "--debug"]:
         case ["restore", *_]:
-            return "Restoring"
+            return "RestoreCommands"
         case ["run", *rest] if any(each.startswith("--incoming") for each in rest):
-            return "Incoming"
+            return "IncomingCommands"
     return None

@@ -10,6 +10,7 @@ from postcopy.cli.ahead import import_ahead
 from postcopy.cli.run_settings import NONE, RestoreOrder, RunSettings, monitors_of
 from postcopy.errors import ImageError, Refused
 from postcopy.link.guest.engine_process import EnginePool
+from postcopy.link.protocol import RestoreCommands
 from postcopy.machine.config import RAM_NAMES, MachineConfig, MachineType
 
 _START_TIME_FIELD: Final = 21  # of /proc/PID/stat, in clock ticks since the host has started
@@ -54,16 +55,16 @@ def process_start_ns() -> int:
 
 def _machine(path: Path, options: Mapping[str, Any], engines: EnginePool) -> MachineConfig:
     """The machine of an image.  The engine reads it, and goes on with what it has opened."""
-    answer = engines.ask("look_at_image", path=str(path))
+    answer = engines.ask(RestoreCommands.look_at_image, str(path))
     import_ahead(lambda: answer.has_come)
     try:
         image = answer.wait()
     except ImageError as error:
         raise Refused(str(error)) from error
-    machine = _machine_type(path, image["machine"])
+    machine = _machine_type(path, image.machine)
     config = MachineConfig(
-        memory_bytes=_memory_bytes(path, machine, image["blocks"]),
-        vcpus=_vcpus(path, image["vcpus"]),
+        memory_bytes=_memory_bytes(path, machine, image.blocks),
+        vcpus=_vcpus(path, image.vcpus),
         accel=options["accel"],
         huge_pages=options["huge_pages"],
         transparent_huge_pages=not options["lazy"],

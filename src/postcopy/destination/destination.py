@@ -20,7 +20,7 @@ from postcopy.destination.postcopy import Postcopy
 from postcopy.destination.return_path import ReturnPath
 from postcopy.destination.urgent import Urgent
 from postcopy.errors import ChannelBroken, PostcopyError, StreamError
-from postcopy.link.engine.guest_proxy import GuestProxy
+from postcopy.guest import Guest
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.placement import Placement
 from postcopy.paging.ram import IncomingRam
@@ -45,7 +45,7 @@ class Destination:
 
     def __init__(
         self,
-        guest: GuestProxy,
+        guest: Guest,
         formats: DeviceFormats,
         listener: Listener,
         ram: IncomingRam,

@@ -16,8 +16,7 @@ from postcopy.destination.postcopy import Postcopy
 from postcopy.destination.return_path import ReturnPath
 from postcopy.destination.urgent import Urgent
 from postcopy.errors import StreamError
-from postcopy.guest import DeviceState
-from postcopy.link.engine.guest_proxy import GuestProxy
+from postcopy.guest import DeviceState, Guest
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Mask
 from postcopy.paging.placement import Placement
@@ -51,7 +50,7 @@ class Elements:
 
     def __init__(
         self,
-        guest: GuestProxy,
+        guest: Guest,
         formats: DeviceFormats,
         ram: IncomingRam,
         placement: Placement,

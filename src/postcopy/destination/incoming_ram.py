@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from postcopy.errors import PostcopyError
+from postcopy.guest import Guest
 from postcopy.kernel import threads
-from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.memory.runs import numbers_in, runs
 from postcopy.paging.ram import IncomingRam
 
@@ -25,7 +25,7 @@ class Populating:
     mapped there, and taking a mapping away takes as long as making it.
     """
 
-    def __init__(self, guest: GuestProxy, ram: IncomingRam, budget_bytes: int) -> None:
+    def __init__(self, guest: Guest, ram: IncomingRam, budget_bytes: int) -> None:
         self._guest = guest
         self._ram = ram
         self._budget_bytes = budget_bytes

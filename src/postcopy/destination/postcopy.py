@@ -14,12 +14,11 @@ from dataclasses import replace
 from postcopy.destination.incoming_ram import empty_missing
 from postcopy.destination.return_path import ReturnPath
 from postcopy.errors import ChannelBroken, HostCannot, PostcopyError, StreamError
-from postcopy.guest import DeviceState
+from postcopy.guest import DeviceState, Guest
 from postcopy.kernel import threads
 from postcopy.kernel.cpu_latency import CpusAwake
 from postcopy.kernel.pagemap import PagemapScanner
 from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.mapped import mapped_pages
 from postcopy.paging.minor_faults import BackgroundMapper
@@ -41,7 +40,7 @@ class Postcopy:
 
     def __init__(
         self,
-        guest: GuestProxy,
+        guest: Guest,
         ram: IncomingRam,
         blocktime: Blocktime,
         return_path: ReturnPath,
@@ -75,7 +74,8 @@ class Postcopy:
         Nothing has been received, so nothing stays mapped in the guest; that takes time which would
         be the guest's at the switch.
         """
-        self._userfaultfd = self._guest.watch_missing()
+        (space,) = self._guest.watch_missing()
+        self._userfaultfd = Userfaultfd.from_fd(space.userfaultfd)
         self._guest.unmap_missing()
 
     def expect_guest(self) -> None:
@@ -138,9 +138,10 @@ class Postcopy:
         Whatever it had asked for is asked for again: every thread that waits is woken, and faults
         once more.
         """
-        self._userfaultfd = userfaultfd = self._guest.watch_missing(only_still=True)
+        (space,) = self._guest.watch_missing(only_still=True)
+        self._userfaultfd = userfaultfd = Userfaultfd.from_fd(space.userfaultfd)
         self.listening = True
-        with PagemapScanner(self._guest.process_id) as scanner:
+        with PagemapScanner(space.process_id) as scanner:
             for paged in self._ram:
                 paged.pages.adopt(mapped_pages(scanner, paged.block))
                 paged.stale[:] = True  # a page may have been half written

@@ -7,7 +7,7 @@ belongs to chunks whose turn has not come is kept here until it does.
 
 import numpy as np
 
-from postcopy.link.engine.guest_proxy import GuestProxy
+from postcopy.guest import Keeper
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
 from postcopy.memory.runs import Mask
 
@@ -21,13 +21,13 @@ class KvmLogTracker:
 
     is_quick = False  # it fetches the log of a whole block
 
-    def __init__(self, guest: GuestProxy) -> None:
+    def __init__(self, guest: Keeper) -> None:
         self._guest = guest
         self._kept: dict[str, Mask] = {}  # by block
 
     def start(self) -> None:
         """Switch the log on; what was written before counts as written."""
-        self._guest.kvm_dirty_log("start")
+        self._guest.start_dirty_log()
 
     def collect(self, block: RamBlock, start: int, end: int, *, protect: bool) -> Mask:
         """Return which pages were written, and forget them if asked to protect them again."""
@@ -44,7 +44,7 @@ class KvmLogTracker:
 
     def _fetch(self, block: RamBlock) -> Mask:
         per_page = block.page_size_bytes // TARGET_PAGE_BYTES
-        packed = np.frombuffer(self._guest.kvm_dirty_log("fetch", block.name), np.uint8)
+        packed = np.frombuffer(self._guest.fetch_dirty_log(block.name), np.uint8)
         bits = np.unpackbits(packed, bitorder="little").view(np.bool_)
         pages = bits[: block.page_count * per_page].reshape(-1, per_page)
         written: Mask = pages.any(axis=1)  # type: ignore[assignment]  # of two axes, one is left
@@ -52,4 +52,4 @@ class KvmLogTracker:
 
     def stop(self) -> None:
         """Switch the log off."""
-        self._guest.kvm_dirty_log("stop")
+        self._guest.stop_dirty_log()

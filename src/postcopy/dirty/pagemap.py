@@ -9,8 +9,8 @@ mapping); nothing makes such writes to a source's memory.
 import numpy as np
 import numpy.typing as npt
 
+from postcopy.guest import Keeper
 from postcopy.kernel.pagemap import PagemapScanner
-from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.memory.ram_block import RamBlock
 from postcopy.memory.runs import Mask
 
@@ -20,14 +20,15 @@ class PagemapTracker:
 
     is_quick = True
 
-    def __init__(self, guest: GuestProxy) -> None:
+    def __init__(self, guest: Keeper) -> None:
         self._guest = guest
         self._scanner: PagemapScanner | None = None
 
     def start(self) -> None:
         """Arm the protection; nothing is protected yet, so all counts as written."""
         self._guest.watch_writes()
-        self._scanner = PagemapScanner(self._guest.process_id)
+        (space,) = self._guest.address_spaces()
+        self._scanner = PagemapScanner(space.process_id)
 
     def collect(self, block: RamBlock, start: int, end: int, *, protect: bool) -> Mask:
         """Return which pages were written, and protect them again if asked."""

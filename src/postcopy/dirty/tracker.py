@@ -9,9 +9,8 @@ from typing import Protocol
 from postcopy.dirty.kvm_log import KvmLogTracker
 from postcopy.dirty.pagemap import PagemapTracker
 from postcopy.errors import HostCannot, Refused
-from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.link.engine.guest_proxy import GuestProxy
-from postcopy.link.protocol import WRITE_FEATURES
+from postcopy.guest import Guest
+from postcopy.kernel.userfaultfd import WRITE_FEATURES, Userfaultfd
 from postcopy.memory.ram_block import RamBlock
 from postcopy.memory.runs import Mask
 
@@ -38,7 +37,7 @@ class DirtyTracker(Protocol):
         """Lift all protection; the guest runs at full speed again."""
 
 
-def choose(wish: str, guest: GuestProxy) -> DirtyTracker:
+def choose(wish: str, guest: Guest) -> DirtyTracker:
     """Make the tracker that the parameter ``x-dirty-tracking`` wishes for.
 
     Where no userfaultfd can be had KVM's log does for both wishes.

@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from postcopy.engine.service import COMMANDS, EngineService
 from postcopy.stacks import tell_when_asked
@@ -31,7 +32,7 @@ def end_on_fault(tell: Callable[[BaseException], None]) -> None:
     threading.excepthook = end
 
 
-def serve(link: int, commands: Iterable[str]) -> None:
+def serve(link: int, commands: Iterable[type[Any]]) -> None:
     """Serve one guest's process until it closes the link; this process ends then.
 
     :param link: descriptor of the Unix socket.

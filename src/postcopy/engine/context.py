@@ -3,12 +3,14 @@
 import os
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
 
 from postcopy.errors import PostcopyError, WrongState
+from postcopy.guest import Guest
 from postcopy.kernel import threads
-from postcopy.link.engine.guest_proxy import GuestProxy
+from postcopy.link.engine.guest_proxy import guest_over
+from postcopy.link.protocol import EngineReports
 from postcopy.link.rpc import Link
 from postcopy.parameters import Capabilities, Parameters
 from postcopy.statistics import MigrationInfo
@@ -54,7 +56,7 @@ class EngineContext:
         self.ram: IncomingRam | None = None
         self.populating: Populating | None = None
         self.progress = Progress(self._report, Status.SETUP)
-        self._guest: GuestProxy | None = None
+        self._guest: Guest | None = None
         self._starting = threading.Lock()
         # Under the lock: the job's thread, which has been started.
         self._thread: threading.Thread | None = None
@@ -62,10 +64,10 @@ class EngineContext:
         # Under the lock: what the user has set last, if anything since this engine was put to work.
         self._told: Parameters | None = None
 
-    def guest(self) -> GuestProxy:
+    def guest(self) -> Guest:
         """The guest; asked about itself when it is first needed."""
         if self._guest is None:
-            self._guest = GuestProxy(self.link)
+            self._guest = guest_over(self.link)
         return self._guest
 
     def take_ram(self) -> "IncomingRam":
@@ -119,7 +121,7 @@ class EngineContext:
     def tell_fault(self, fault: BaseException) -> None:
         """Say what this process is about to end of, where a user can do something about it."""
         if isinstance(fault, PostcopyError | OSError):
-            self.link.note("fault", reason=str(fault))
+            self.link.note(EngineReports.fault, str(fault))
 
     def check_paused(self) -> None:
         """Refuse to recover what is not paused.
@@ -129,40 +131,29 @@ class EngineContext:
         if self.progress.status is not Status.POSTCOPY_PAUSED:
             raise WrongState(f"nothing to recover from: {self.progress.status.value}")
 
-    # --- orders that every job understands
+    # --- orders that every job understands: see JobCommands
 
-    def set_parameters(self, parameters: Mapping[str, Any]) -> None:
-        """Take over what the user has set meanwhile; a job that is still to come gets it then."""
+    def set_parameters(self, parameters: Parameters) -> None:
         with self._setting:
-            self._told = told = Parameters().with_changes(parameters)
+            self._told = parameters
             if self.job is not None:
-                self.job.set_parameters(told)
+                self.job.set_parameters(parameters)
 
-    def set_capabilities(self, capabilities: Sequence[str]) -> None:
-        """Take over what the user has switched meanwhile."""
-        self.take_capabilities(Capabilities.of(capabilities))
+    def set_capabilities(self, capabilities: Capabilities) -> None:
+        self.take_capabilities(capabilities)
 
     def pause(self) -> None:
-        """Break the job's connection."""
         if self.job is not None:
             self.job.pause()
 
-    def info(self) -> dict[str, Any]:
-        """The job's figures.
-
-        :raises WrongState: there is no job yet.
-        """
+    def info(self) -> MigrationInfo:
         if self.job is None:
             raise WrongState("this engine has nothing to do yet")
-        return self.job.info().to_wire()
+        return self.job.info()
 
     def _report(self, status: Status) -> None:
         """Tell the guest's process; called with each change, in order."""
         assert self.job is not None
         error = self.job.error
-        self.link.note(
-            "status",
-            status=status.value,
-            error=str(error) if error is not None else None,
-            info=self.job.info().to_wire(),
-        )
+        text = str(error) if error is not None else None
+        self.link.note(EngineReports.status, status, text, self.job.info())

@@ -1,12 +1,12 @@
 """An engine's orders about a guest that leaves: by migration, or into an image."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
+from postcopy.channel.descriptor_check import received_uri
 from postcopy.engine.context import EngineContext
-from postcopy.engine.places import uri_of
 from postcopy.errors import WrongState
 from postcopy.guest import DeviceState
+from postcopy.link.protocol import EngineReports, OutgoingCommands
 from postcopy.machine import sections
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.snapshot.background import BackgroundSnapshot
@@ -16,8 +16,8 @@ from postcopy.status import Status
 from postcopy.stream.description import build_description
 
 
-class Outgoing:
-    """Runs one source, or one background snapshot."""
+class Outgoing(OutgoingCommands):
+    """Runs one source, or one background snapshot; see :class:`OutgoingCommands` for each order."""
 
     def __init__(self, context: EngineContext) -> None:
         self._context = context
@@ -25,71 +25,61 @@ class Outgoing:
         self._cancelled = False  # which may be said before there is anything to cancel
 
     def start_source(
-        self,
-        uri: str,
-        capabilities: Sequence[str],
-        parameters: Mapping[str, Any],
-        fds: Sequence[int] = (),
+        self, uri: str, capabilities: Capabilities, parameters: Parameters, fds: Sequence[int] = ()
     ) -> None:
-        """Begin to send the guest, or to write the image of it."""
-        if Capability.BACKGROUND_SNAPSHOT in Capabilities.of(capabilities).on:
-            snapshot = self._make_snapshot(uri_of(uri, fds), capabilities, parameters)
+        if capabilities.enabled(Capability.BACKGROUND_SNAPSHOT):
+            snapshot = self._make_snapshot(received_uri(uri, fds), capabilities, parameters)
             self._context.set_job(snapshot)
             self._context.on_exit = snapshot.leave
             run = snapshot.run
         else:
-            self._make_source(uri_of(uri, fds), capabilities, parameters)
+            self._make_source(received_uri(uri, fds), capabilities, parameters)
             run = self._source.run
         if self._cancelled:
             self.cancel()
         self._context.start("source", run)
 
     def _make_snapshot(
-        self, uri: str, capabilities: Sequence[str], parameters: Mapping[str, Any]
+        self, uri: str, capabilities: Capabilities, parameters: Parameters
     ) -> BackgroundSnapshot:
         return BackgroundSnapshot(
             self._context.guest(),
             uri,
-            Capabilities.of(capabilities),
-            Parameters().with_changes(parameters),
+            capabilities,
+            parameters,
             self._context.progress,
             self._describing(capabilities),
         )
 
-    def _make_source(
-        self, uri: str, capabilities: Sequence[str], parameters: Mapping[str, Any]
-    ) -> None:
+    def _make_source(self, uri: str, capabilities: Capabilities, parameters: Parameters) -> None:
         source = Source(
             self._context.guest(),
-            MigrationOptions(uri, Capabilities.of(capabilities)),
-            Parameters().with_changes(parameters),
+            MigrationOptions(uri, capabilities),
+            parameters,
             self._context.progress,
             self._describing(capabilities),
-            lambda number: self._context.link.note("passed", number=number),
+            lambda number: self._context.link.note(EngineReports.passed, number),
         )
         self._context.set_job(source)
         self._context.end_commands = source.leave
 
     def resume_source(self, uri: str, fds: Sequence[int] = ()) -> None:
-        """Leave ``postcopy-paused``.  Nothing is said to anybody yet: whoever asked is answered first."""
         self._context.check_paused()
         self._context.join()
         self._source.begin_recovery()
-        self._resume_at = uri_of(uri, fds)
+        self._resume_at = received_uri(uri, fds)
 
     def go_on(self) -> None:
-        """Go on with the postcopy that :meth:`resume_source` has prepared."""
         self._context.start("source", lambda: self._source.recover(self._resume_at))
 
-    def adopt_source(self, capabilities: Sequence[str], parameters: Mapping[str, Any]) -> None:
-        """Stand in for an engine that has died after switchover."""
+    def adopt_source(self, capabilities: Capabilities, parameters: Parameters) -> None:
         self._context.take_over(Status.POSTCOPY_PAUSED)
         self._make_source("", capabilities, parameters)
         self._source.adopt()
 
-    def _describing(self, capabilities: Sequence[str]) -> Callable[[Sequence[DeviceState]], str]:
+    def _describing(self, capabilities: Capabilities) -> Callable[[Sequence[DeviceState]], str]:
         """What writes the description of a stream, once there are devices to describe."""
-        begin = configuration(self._context.guest().machine_name, Capabilities.of(capabilities))
+        begin = configuration(self._context.guest().machine_name, capabilities)
         return lambda states: build_description(begin, sections.descriptions(states))
 
     @property
@@ -98,20 +88,15 @@ class Outgoing:
             raise WrongState("this engine runs no outgoing migration")
         return self._context.job
 
-    # Orders come as notes, at any time: to whom they mean nothing they must not do harm.
-
     def start_postcopy(self) -> None:
-        """Switch over as soon as possible."""
         if isinstance(self._context.job, Source):
             self._context.job.orders.postcopy()
 
     def proceed(self) -> None:
-        """Leave ``pre-switchover``."""
         if isinstance(self._context.job, Source):
             self._context.job.orders.proceed()
 
     def cancel(self) -> None:
-        """Give up."""
         self._cancelled = True
         if isinstance(self._context.job, Source | BackgroundSnapshot):
             self._context.job.cancel()

@@ -1,6 +1,7 @@
 """An engine's orders about a guest that wakes from its image."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,31 +10,26 @@ from postcopy.errors import WrongState
 from postcopy.lazy_restore.options import RestoreOptions
 from postcopy.lazy_restore.restore import Restore
 from postcopy.lazy_restore.restore_image import RestoreImage
+from postcopy.link.protocol import EngineReports, ImageMachine, RestoreCommands
 from postcopy.parameters import Parameters
 from postcopy.status import Status
 
 
-class Restoring:
-    """Runs one restore."""
+class Restoring(RestoreCommands):
+    """Runs one restore; see :class:`RestoreCommands` for what each order does."""
 
     def __init__(self, context: EngineContext) -> None:
         self._context = context
         self._opened: RestoreImage | None = None
 
-    def look_at_image(self, path: str) -> dict[str, Any]:
-        """Open an image for which there is no machine yet; return what its machine must be like."""
+    def look_at_image(self, path: str) -> ImageMachine:
         self._opened = opened = RestoreImage(Path(path))
         image = opened.image
-        return {
-            "machine": image.machine_name,
-            "blocks": {block.name: block.size_bytes for block in image.blocks},
-            "vcpus": sum(1 for device in image.devices if device.name == "cpu"),
-        }
+        blocks = {block.name: block.size_bytes for block in image.blocks}
+        vcpus = sum(1 for device in image.devices if device.name == "cpu")
+        return ImageMachine(image.machine_name, blocks, vcpus)
 
-    def start_restore(
-        self, wishes: dict[str, Any], parameters: Mapping[str, Any], **_: object
-    ) -> str:
-        """Open the image; return what tells it from others."""
+    def start_restore(self, wishes: Mapping[str, Any], parameters: Parameters) -> str:
         context, wanted = self._context, RestoreOptions.of(wishes)
         if context.populating is not None:
             context.populating.stop()
@@ -42,8 +38,8 @@ class Restoring:
             context.take_ram(),
             wanted,
             context.progress,
-            Parameters().with_changes(parameters),
-            lambda: context.link.note("progressed"),
+            parameters,
+            partial(context.link.note, EngineReports.progressed),
             opened=self._take_opened(wanted.path),
         )
         context.set_job(restore)
@@ -58,17 +54,16 @@ class Restoring:
         return None
 
     def restore(self) -> None:
-        """Wake the guest."""
         self._context.start("restore", self._restore.run)
 
-    def adopt_restore(self, status: str, **arguments: Any) -> None:
-        """Stand in for an engine that has died, wherever it was."""
-        self._context.take_over(Status(status))
-        self.start_restore(**arguments)
+    def adopt_restore(
+        self, status: Status, wishes: Mapping[str, Any], parameters: Parameters
+    ) -> None:
+        self._context.take_over(status)
+        self.start_restore(wishes, parameters)
         self._context.start("restore", self._restore.adopt)
 
     def hurry(self, *, wanted: bool) -> None:
-        """Somebody waits for the guest to be whole; or nobody does any more."""
         self._restore.hurry(wanted=wanted)
 
     @property

@@ -16,7 +16,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable
-from typing import Self
+from typing import Final, Self
 
 from postcopy.abi import userfaultfd as abi
 from postcopy.abi.ioctl import Argument, Ioctl
@@ -28,6 +28,20 @@ from postcopy.kernel.faults import MESSAGE, Event, parse
 from postcopy.kernel.patience import NONE, PASSES, Patience
 
 NO_FEATURES = Feature(0)
+WRITE_FEATURES: Final = Feature.WP_ASYNC | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_UNPOPULATED
+"""For tracking writes: the kernel notes them by itself."""
+
+MISSING_FEATURES: Final = (
+    Feature.MISSING_SHMEM
+    | Feature.MISSING_HUGETLBFS
+    | Feature.MINOR_SHMEM
+    | Feature.MINOR_HUGETLBFS
+    | Feature.THREAD_ID
+)
+MISSING_MODE: Final = RegisterMode.MISSING | RegisterMode.MINOR
+SNAPSHOT_FEATURES: Final = (
+    Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_UNPOPULATED
+)
 _EVENTS = Feature.EVENT_FORK | Feature.EVENT_REMAP | Feature.EVENT_REMOVE | Feature.EVENT_UNMAP
 
 

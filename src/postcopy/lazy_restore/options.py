@@ -1,5 +1,6 @@
 """What a user wants of a restore, and what its successor must know when an engine has died."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, cast
@@ -29,7 +30,7 @@ class RestoreOptions:
     identity: str = ""
 
     @classmethod
-    def of(cls, wire: dict[str, Any]) -> Self:
+    def of(cls, wire: Mapping[str, Any]) -> Self:
         """What came over the link.
 
         :raises Refused: they do not go together.

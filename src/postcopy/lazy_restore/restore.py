@@ -17,6 +17,7 @@ from typing import Final
 
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.errors import GuestError, HostCannot, PostcopyError
+from postcopy.guest import Guest
 from postcopy.kernel import threads
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.lazy_restore import plain
@@ -25,7 +26,6 @@ from postcopy.lazy_restore.options import RestoreOptions
 from postcopy.lazy_restore.pager import Pace, RestorePager
 from postcopy.lazy_restore.restore_image import RestoreImage
 from postcopy.lazy_restore.statistics import RestoreStatistics
-from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.paging.ram import IncomingRam
 from postcopy.parameters import Parameters
 from postcopy.statistics import MigrationInfo
@@ -46,7 +46,7 @@ class Restore:
 
     def __init__(
         self,
-        guest: GuestProxy,
+        guest: Guest,
         ram: IncomingRam,
         options: RestoreOptions,
         progress: Progress,
@@ -161,7 +161,8 @@ class Restore:
         return self._watch(adopt=True)
 
     def _watch(self, *, adopt: bool) -> RestorePager:
-        self._userfaultfd = userfaultfd = self._guest.watch_missing()
+        (space,) = self._guest.watch_missing()
+        self._userfaultfd = userfaultfd = Userfaultfd.from_fd(space.userfaultfd)
         trace("restore.watching")
         restorers = [
             BlockRestorer(userfaultfd, paged, self._opened.source(paged), self._on_lost)
@@ -177,7 +178,7 @@ class Restore:
             self._pager.hurry()
         if adopt:
             for restorer in restorers:
-                restorer.adopt(self._guest.process_id)
+                restorer.adopt(space.process_id)
             for paged in self._ram:  # who waited for the dead one faults once more
                 userfaultfd.wake(paged.block.host_address, paged.block.size_bytes)
         return self._pager

@@ -1,4 +1,4 @@
-"""Calls and notes between two processes, with file descriptors: see :mod:`postcopy.link.messages`.
+"""Calls and notes between two processes, of messages that are declared in :mod:`postcopy.link.protocol`.
 
 Both ends may call at any time; each call is answered by a thread that does nothing else meanwhile, so that
 one which waits (for a missing page, say) holds up no other.  Notes have no answer and keep their order.
@@ -10,24 +10,46 @@ ends: either side knows how to go on without the other, and none how to go on af
 import itertools
 import socket
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from postcopy import errors
 from postcopy.errors import EngineDied, HostCannot, PostcopyError
 from postcopy.kernel import descriptors, threads
 from postcopy.link.messages import Messages, Received
+from postcopy.link.protocol import CODEC, is_note, messages
 from postcopy.link.workers import Workers
 
 Handler = Callable[..., Any]
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_T = TypeVar("_T")
 
-class Answer:
-    """What a call waits for; from any thread."""
 
-    def __init__(self) -> None:
+def handlers(interface: type[_T], implementation: _T) -> dict[str, Handler]:
+    """What the other end may send of an interface, and what is done then: the methods of its names."""
+    return {name: getattr(implementation, name) for name in messages(interface)}
+
+
+def senders(interface: type[Any], link: "Link") -> dict[str, Handler]:
+    """The messages of an interface, by name: each is sent to the other end, and its answer returned."""
+    return {
+        name: partial(link.note if is_note(message) else link.call, message)
+        for name, message in messages(interface).items()
+    }
+
+
+class Answer(Generic[_R]):
+    """What a call waits for; from any thread.
+
+    :param forget: lets go of what may still come; returns whether nothing has.
+    """
+
+    def __init__(self, forget: Callable[[], bool] = lambda: True) -> None:
         self._come = threading.Event()
+        self._forget = forget
         self._result: Any = None
         self._error: PostcopyError | None = None
 
@@ -46,28 +68,28 @@ class Answer:
         """Wait until it has come, or never will."""
         self._come.wait()
 
-    def wait(self, timeout_s: float | None = None) -> Any:
+    def wait(self, timeout_s: float | None = None) -> _R:
         """The other end's answer.
 
         :raises EngineDied: the other process is gone.
         :raises PostcopyError: whatever the other end raised, by its own class where it has one here.
+        :raises TimeoutError: no answer came in time; one that comes later counts for nothing.
         """
         if not self._come.wait(timeout_s):
-            raise TimeoutError(f"no answer within {timeout_s} s")
+            if self._forget():
+                raise TimeoutError(f"no answer within {timeout_s} s")
+            self._come.wait()  # it is just coming, with descriptors maybe
         if self._error is not None:
             raise self._error
-        return self._result
-
-
-class Descriptors(list[int]):
-    """What a handler returns, or a call passes, to send descriptors along."""
+        result: _R = self._result
+        return result
 
 
 class Link:
     """One end of the link.
 
     :param handlers: what the other end may call, and the notes that it may send, by name; each
-        is called with the message's arguments, and with ``fds`` if descriptors came along.
+        is called with the message's arguments.
     :param on_end: called once, from the reader's thread, when the other end is gone.
     :param completed: the handlers that are let finish before that, if they are at work then: what
         they do must not come after what its end does.
@@ -94,7 +116,7 @@ class Link:
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
         # Under the lock: calls whose answer has not come, and whether none will come any more.
-        self._waiting: dict[int, Answer] = {}
+        self._waiting: dict[int, Answer[Any]] = {}
         self._ended = False
         self._reader = threading.Thread(target=self._read, name=name, daemon=True)
 
@@ -118,63 +140,57 @@ class Link:
             raise
 
     def call(
-        self,
-        name: str,
-        *,
-        fds: Sequence[int] = (),
-        timeout_s: float | None = None,
-        **arguments: Any,
-    ) -> Any:
+        self, message: Callable[Concatenate[Any, _P], _R], *args: _P.args, **kwargs: _P.kwargs
+    ) -> _R:
         """Ask the other end and wait for its answer.
 
+        :param message: the method that declares it.
         :raises EngineDied: the other process is gone.
         :raises KernelError: the message cannot be sent.
         :raises HostCannot: a process has no room for the descriptors that go along.
         :raises PostcopyError: whatever the other end raised, by its own class where it has one here.
-        :raises TimeoutError: no answer came in time; one that comes later counts for nothing.
         """
-        number, answer = self._ask(name, arguments, fds)
-        try:
-            return answer.wait(timeout_s)
-        except TimeoutError:
-            if self._forget(number) is None:
-                return answer.wait()  # it has come just now, with descriptors maybe
-            raise
+        return self.ask(message, *args, **kwargs).wait()
 
-    def ask(self, name: str, **arguments: Any) -> Answer:
-        """Call the other end, and do something else until it answers; no descriptors come along.
+    def ask(
+        self, message: Callable[Concatenate[Any, _P], _R], *args: _P.args, **kwargs: _P.kwargs
+    ) -> Answer[_R]:
+        """Call the other end, and do something else until it answers.
 
         :raises EngineDied: the other process is gone.
         :raises KernelError: the message cannot be sent.
         """
-        return self._ask(name, arguments, ())[1]
-
-    def _ask(
-        self, name: str, arguments: Mapping[str, Any], fds: Sequence[int]
-    ) -> tuple[int, Answer]:
-        number, answer = next(self._numbers), Answer()
+        name, number = message.__name__, next(self._numbers)
+        answer = Answer[_R](lambda: self._forget(number) is not None)
         with self._lock:
             if self._ended:
                 raise EngineDied(f"{name}: the other process is gone")
             self._waiting[number] = answer
         try:
-            self._messages.send({"call": name, "id": number, "args": arguments}, fds)
-        except PostcopyError:
+            self._send({"call": name, "id": number}, args=[list(args), kwargs])
+        except BaseException:
             self._forget(number)
             raise
-        return number, answer
+        return answer
 
-    def _forget(self, number: int) -> Answer | None:
+    def _forget(self, number: int) -> Answer[Any] | None:
         with self._lock:
             return self._waiting.pop(number, None)
 
-    def note(self, name: str, **arguments: Any) -> None:
+    def note(
+        self, message: Callable[Concatenate[Any, _P], None], *args: _P.args, **kwargs: _P.kwargs
+    ) -> None:
         """Tell the other end; nobody answers.  Silently nothing when the other end is gone."""
-        self._send_or_end({"note": name, "args": arguments})
+        self._send_or_end({"note": message.__name__}, args=[list(args), kwargs])
 
-    def _send_or_end(self, message: Mapping[str, Any]) -> None:
+    def _send(self, body: dict[str, Any], **values: Any) -> None:
+        fds: list[int] = []
+        encoded = CODEC.encode(values, fds)
+        self._messages.send(body | encoded, fds)
+
+    def _send_or_end(self, body: dict[str, Any], **values: Any) -> None:
         try:
-            self._messages.send(message)
+            self._send(body, **values)
         except EngineDied:
             pass  # the reader sees it as well
         except PostcopyError as error:
@@ -219,9 +235,10 @@ class Link:
         else:
             self._settle(message)
 
-    def _take_note(self, name: str, arguments: Mapping[str, Any]) -> None:
+    def _take_note(self, name: str, arguments: Any) -> None:
         try:
-            self._handlers[name](**arguments)
+            args, kwargs = CODEC.decode(arguments, [])
+            self._handlers[name](*args, **kwargs)
         except PostcopyError as error:
             _warn("%s comes at the wrong time: %s", name, error)
         except Exception:  # a fault of ours: what was told would be missing for ever
@@ -254,20 +271,10 @@ class Link:
             done.set()
 
     def _make_answer(self, body: Mapping[str, Any], fds: list[int]) -> None:
-        arguments = dict(body["args"])
-        if fds:
-            arguments["fds"] = fds
         reply: dict[str, Any] = {"id": body["id"]}
         try:
-            result = self._handlers[body["call"]](**arguments)
-            send: Sequence[int] = ()
-            if (
-                isinstance(result, tuple)
-                and len(result) == 2
-                and isinstance(result[1], Descriptors)
-            ):
-                result, send = result
-            self._messages.send(reply | {"result": result}, send)
+            args, kwargs = CODEC.decode(body["args"], fds)
+            self._send(reply, result=self._handlers[body["call"]](*args, **kwargs))
         except PostcopyError as error:
             self._send_or_end(reply | {"error": _packed(error)})
         except Exception as error:  # a fault of ours: the caller must not wait for ever
@@ -284,7 +291,7 @@ class Link:
         elif not message.is_whole:
             answer.give(None, descriptors.lost("an answer", message.arrived, body["fds"]))
         else:
-            answer.give((body["result"], fds) if fds else body["result"])
+            answer.give(CODEC.decode(body["result"], fds))
 
     def _end(self) -> None:
         # What is at work here may wait to send.

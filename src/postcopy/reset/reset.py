@@ -20,10 +20,9 @@ import numpy.typing as npt
 from postcopy.destination.incoming_ram import memory_to_spare_bytes
 from postcopy.dirty.pagemap import PagemapTracker
 from postcopy.errors import HostCannot
-from postcopy.guest import DeviceState
+from postcopy.guest import DeviceState, Guest
 from postcopy.image.mapped_ram import MappedImage
 from postcopy.lazy_restore.restore_image import RestoreImage
-from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
 from postcopy.memory.runs import Mask, runs
 from postcopy.reset.baseline import KeptMemory, MappedMemory, PointMemory
@@ -85,7 +84,7 @@ class Reset:
 
     def __init__(
         self,
-        guest: GuestProxy,
+        guest: Guest,
         copies: Sequence[int],
         path: str | None = None,
         identity: str = "",

@@ -16,11 +16,10 @@ from postcopy.channel.connect import connect
 from postcopy.channel.partial_file import PartialFile
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.errors import HostCannot, MigrationCancelled, PostcopyError
-from postcopy.guest import DeviceState
+from postcopy.guest import DeviceState, Guest
 from postcopy.image.last_moment import LastMoment
 from postcopy.kernel.cpu_latency import CpusAwake
 from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.link.engine.guest_proxy import GuestProxy
 from postcopy.memory.ram_block import RamBlock
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.snapshot.bitmap import Copies, UnsavedPages
@@ -46,7 +45,7 @@ class BackgroundSnapshot:
 
     def __init__(
         self,
-        guest: GuestProxy,
+        guest: Guest,
         uri: str,
         capabilities: Capabilities,
         parameters: Parameters,
@@ -152,13 +151,13 @@ class BackgroundSnapshot:
     def _save(self, sender: PageSink) -> Sequence[DeviceState]:
         """Write all pages as they are at one moment; return what the devices were then."""
         try:
-            userfaultfd = self._guest.watch_snapshot()
+            (space,) = self._guest.watch_snapshot()
         except PostcopyError as error:
             self._guest.unwatch_snapshot()
             if isinstance(error, HostCannot):
                 return self._save_still(sender, error)
             raise
-        with self._watched(userfaultfd) as guard:
+        with self._watched(Userfaultfd.from_fd(space.userfaultfd)) as guard:
             guard.arm()
             trace("snapshot.armed")
             states = self._freeze(guard)

@@ -15,8 +15,7 @@ from postcopy.channel.rate_limit import RateLimiter
 from postcopy.channel.sockets import SocketChannel
 from postcopy.dirty.tracker import choose
 from postcopy.errors import ChannelBroken, MigrationCancelled, PostcopyError, Refused, WrongState
-from postcopy.guest import DeviceState
-from postcopy.link.engine.guest_proxy import GuestProxy
+from postcopy.guest import DeviceState, Guest
 from postcopy.memory.ram_block import RamBlock
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.source.connecting import connect_unless_cancelled
@@ -49,7 +48,7 @@ class Source:
 
     def __init__(
         self,
-        guest: GuestProxy,
+        guest: Guest,
         options: MigrationOptions,
         parameters: Parameters,
         progress: Progress,

@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from postcopy.errors import ChannelBroken, MigrationCancelled, WrongState
-from postcopy.guest import DeviceState
-from postcopy.link.engine.guest_proxy import GuestProxy, Saving
+from postcopy.guest import DeviceState, Guest, Saving
 from postcopy.memory.runs import Mask, runs
 from postcopy.parameters import Capabilities, Capability
 from postcopy.source.connection import Connection
@@ -53,7 +52,7 @@ class Switchover:
 
     def __init__(
         self,
-        guest: GuestProxy,
+        guest: Guest,
         connection: Connection,
         dirty: DirtyPages,
         orders: Orders,

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from postcopy.channel.address import parse
-from postcopy.channel.descriptor_check import Use
+from postcopy.channel.descriptor_check import Use, descriptors_for
 from postcopy.errors import EngineDied, PostcopyError, Reason, WrongState
 from postcopy.events import EventBus
 from postcopy.link.guest.current import Current
@@ -20,13 +20,20 @@ from postcopy.link.guest.guest_service import GuestService, OwnedGuest
 from postcopy.link.guest.job import Job
 from postcopy.link.guest.outcome import Outcome
 from postcopy.link.guest.paused import Paused
-from postcopy.link.guest.places import descriptors
 from postcopy.link.guest.preflight import check_movable
 from postcopy.link.guest.queued_migration import QueuedMigration
 from postcopy.link.guest.resetting import Resetting
 from postcopy.link.guest.settings import Settings, change_all
 from postcopy.link.guest.watchdog import HANG_LOOKS
-from postcopy.link.rpc import Handler, Link
+from postcopy.link.protocol import (
+    EngineReports,
+    IncomingCommands,
+    JobCommands,
+    OutgoingCommands,
+    RestoreCommands,
+)
+from postcopy.link.rpc import Handler, Link, handlers
+from postcopy.link.values import sent
 from postcopy.ownership import Move
 from postcopy.parameters import NO_OVERRIDES, Capabilities, Capability, Overrides, Parameters
 from postcopy.statistics import MigrationInfo
@@ -90,7 +97,7 @@ class MigrationControl:
         self._service.prepare()
         if self._current.awaits:
             with suppress(EngineDied):  # 'incoming' starts another
-                self._engines.start().call("prepare_destination")
+                self._engines.start().call(IncomingCommands.prepare_destination)
 
     def close(self) -> None:
         """End whatever is going on; the process is leaving.
@@ -139,8 +146,7 @@ class MigrationControl:
             )
             if self._current.listening:
                 # A note, not a call: the engine may have something to tell that needs this lock.
-                on = list(job.settings.capabilities)
-                self._engines.tell("set_capabilities", capabilities=on)
+                self._engines.tell(JobCommands.set_capabilities, job.settings.capabilities)
 
     def set_parameters(self, changes: Mapping[str, object]) -> None:
         """Set parameters by QEMU's names; a migration under way takes them over."""
@@ -150,8 +156,7 @@ class MigrationControl:
             jobs = [job for job in {self._current.shown, work} if job.busy]
             change_all((self, *jobs), lambda settings: settings.set(changes))
             if work.busy:
-                parameters = work.settings.parameters.to_qapi()
-                self._engines.tell("set_parameters", parameters=parameters)
+                self._engines.tell(JobCommands.set_parameters, work.settings.parameters)
 
     def _check_not_expecting(self) -> None:
         if self._current.expecting:  # its engine has been told what is set
@@ -166,7 +171,7 @@ class MigrationControl:
         if resume:
             self._paused.resume(uri, overrides)
             return
-        with descriptors(parse(uri), Use.SEND) as fds:  # refused before anything moves
+        with descriptors_for(parse(uri), Use.SEND) as fds:  # refused before anything moves
             with self._lock:
                 self._check_can_start()
                 running = self._guest.running
@@ -196,7 +201,8 @@ class MigrationControl:
             the end of the link has been dealt with, as the status says.
         """
         try:
-            link.call("start_source", fds=fds, uri=uri, **job.settings.to_wire())
+            settings, order = job.settings, OutgoingCommands.start_source
+            link.call(order, uri, settings.capabilities, settings.parameters, sent(fds))
         except EngineDied:
             link.wait_over()
         except PostcopyError as error:
@@ -218,13 +224,14 @@ class MigrationControl:
         with self._expecting(exit_on_error, "migrate-incoming", uri) as link:
             settings = self.settings.for_incoming(overrides, address)
             job = Job(self._tell, incoming=True, settings=settings)
-            with descriptors(address, Use.RECEIVE) as fds:
-                found = link.call("listen", fds=fds, uri=uri, **settings.to_wire())
+            with descriptors_for(address, Use.RECEIVE) as fds:
+                order = IncomingCommands.listen
+                found = link.call(order, uri, settings.capabilities, settings.parameters, sent(fds))
             job.addresses = tuple(found)
             with self._lock:
                 self._begin_incoming(job, link)
                 self._recovery.listens_at(uri)
-        link.note("accept")
+        link.note(IncomingCommands.accept)
 
     def _begin_move(self, job: Job) -> None:
         """An outgoing order begins; under the lock.
@@ -287,7 +294,7 @@ class MigrationControl:
             with self._lock:
                 self._begin_incoming(job, link)
                 self._restoring.begin(job, opened)
-        link.note("restore")
+        link.note(RestoreCommands.restore)
 
     def start_postcopy(self) -> None:
         """Switch over as soon as possible."""
@@ -302,7 +309,7 @@ class MigrationControl:
         if self._queued.start_postcopy():
             return
         if self._current.shown.busy and not self._current.shown.incoming:
-            self._engines.tell("start_postcopy")
+            self._engines.tell(OutgoingCommands.start_postcopy)
 
     def cancel(self) -> None:
         """Give up the outgoing migration."""
@@ -312,13 +319,13 @@ class MigrationControl:
             raise WrongState("Postcopy migration in progress, cannot cancel.")
         # From here on no engine can hand the guest over; if one was quicker, this is refused.
         self._ownership.move(Move.CANCEL)
-        self._engines.tell("cancel")
+        self._engines.tell(OutgoingCommands.cancel)
 
     def continue_(self, state: Status) -> None:
         """Leave ``pre-switchover``."""
         if self._current.shown.status is not state:
             raise WrongState(f"Migration not in expected state: {self._current.shown.status.value}")
-        self._engines.tell("proceed")
+        self._engines.tell(OutgoingCommands.proceed)
 
     def pause(self) -> None:
         """Break a postcopy on purpose."""
@@ -369,21 +376,40 @@ class MigrationControl:
         self._outcome.engine_ended(engine)
 
     def _handlers(self, engine: EngineProcess) -> dict[str, Handler]:
-        return self._service.handlers() | {
-            "status": partial(self._outcome.on_status, engine),
-            "fault": partial(self._outcome.on_fault, engine),
-            "passed": self._on_pass,
-            "progressed": self._restoring.engine_works,
-        }
-
-    # --- what the engine tells; on the link's reader thread
-
-    def _on_pass(self, number: int) -> None:
-        if self._outcome.work.settings.enabled(Capability.EVENTS):
-            self._events.emit("MIGRATION_PASS", {"pass": number})
+        return self._service.handlers() | handlers(
+            EngineReports, _Reports(engine, self._outcome, self._on_pass)
+        )
 
     def _tell(self, job: Job, status: Status) -> None:
         direction = "incoming" if job.incoming else "outgoing"
         trace("guest.status", status=status.value, direction=direction)
         if job is self._current.shown and job.settings.enabled(Capability.EVENTS):
             self._events.emit("MIGRATION", {"status": status.value})
+
+    def _on_pass(self, number: int) -> None:
+        """A source begins to go over all memory; on the link's reader thread."""
+        if self._outcome.work.settings.enabled(Capability.EVENTS):
+            self._events.emit("MIGRATION_PASS", {"pass": number})
+
+
+class _Reports(EngineReports):
+    """Takes what one engine tells of itself; on the link's reader thread."""
+
+    def __init__(
+        self, engine: EngineProcess, outcome: Outcome, on_pass: Callable[[int], None]
+    ) -> None:
+        self._engine = engine
+        self._outcome = outcome
+        self._on_pass = on_pass
+
+    def status(self, status: Status, error: str | None, info: MigrationInfo) -> None:
+        self._outcome.on_status(self._engine, status, error, info)
+
+    def fault(self, reason: str) -> None:
+        self._engine.fails(reason)
+
+    def passed(self, number: int) -> None:
+        self._on_pass(number)
+
+    def progressed(self) -> None:
+        self._outcome.restoring.engine_works()

@@ -14,12 +14,15 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final, NoReturn, Protocol, Self
+from typing import Any, Concatenate, Final, NoReturn, ParamSpec, Protocol, Self, TypeVar
 
 from postcopy.errors import EngineDied, HostCannot
 from postcopy.kernel import threads
 from postcopy.kernel.patience import persist
 from postcopy.link.rpc import Answer, Handler, Link
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 # Names of files are in UTF-8, whatever the locale.
 _PYTHON: Final = (sys.executable, "-X", "utf8")
@@ -124,13 +127,15 @@ class EngineProcess:
         """The engine's process."""
         return self._process.pid
 
-    def ask(self, order: str, **arguments: Any) -> Answer:
+    def ask(
+        self, order: Callable[Concatenate[Any, _P], _R], *args: _P.args, **kwargs: _P.kwargs
+    ) -> Answer[_R]:
         """Have it do something for which it needs no guest.
 
         :raises EngineDied: it is gone.
         :raises HostCannot: there can be no more threads.
         """
-        return self._begun().ask(order, **arguments)
+        return self._begun().ask(order, *args, **kwargs)
 
     def connect(self, handlers: Mapping[str, Handler], on_end: Callable[[], None]) -> Link:
         """Begin to talk to it about a guest.
@@ -335,14 +340,16 @@ class EnginePool:
             self._timer.cancel()
             self._timer = None
 
-    def ask(self, order: str, **arguments: Any) -> Answer:
+    def ask(
+        self, order: Callable[Concatenate[Any, _P], _R], *args: _P.args, **kwargs: _P.kwargs
+    ) -> Answer[_R]:
         """Have the next one do something for which it needs no guest: see :meth:`EngineProcess.ask`."""
         self._prepare_now()
         with self._lock:
             spare = self._spare
         if spare is None:
-            raise EngineDied(f"{order}: no engine is started any more")
-        return spare.ask(order, **arguments)
+            raise EngineDied(f"{order.__name__}: no engine is started any more")
+        return spare.ask(order, *args, **kwargs)
 
     def take(self) -> EngineProcess:
         """Return a fresh engine.

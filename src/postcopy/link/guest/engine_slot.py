@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Final
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from postcopy.errors import EngineDied, HostCannot, PostcopyError, WrongState
 from postcopy.kernel import threads
@@ -13,6 +13,9 @@ from postcopy.link.guest.engine_process import EnginePool, EngineProcess
 from postcopy.link.guest.watchdog import HANG_LOOKS
 from postcopy.link.rpc import Handler, Link
 from postcopy.trace import trace
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 _AHEAD_S: Final = 5.0
 """When a successor is started: most migrations are over by then, and need the CPUs until then."""
@@ -96,21 +99,25 @@ class EngineSlot:
                 self.current = None
         engine.end()
 
-    def call(self, name: str, **arguments: Any) -> Any:
+    def call(
+        self, order: Callable[Concatenate[Any, _P], _R], *args: _P.args, **kwargs: _P.kwargs
+    ) -> _R:
         """Have the engine at work do something.
 
         :raises EngineDied: there is none, or it has died; then that has been dealt with on return.
         """
         link = self.link
         if link is None:
-            raise EngineDied(f"{name}: no engine is at work")
+            raise EngineDied(f"{order.__name__}: no engine is at work")
         try:
-            return link.call(name, **arguments)
+            return link.call(order, *args, **kwargs)
         except EngineDied:
             link.wait_over()
             raise
 
-    def adopt(self, order: str, **arguments: Any) -> tuple[Link, Any]:
+    def adopt(
+        self, order: Callable[Concatenate[Any, _P], _R], *args: _P.args, **kwargs: _P.kwargs
+    ) -> tuple[Link, _R]:
         """Put an engine in place of one that has died, and have it go on.
 
         :return: the link to it, and its answer to ``order``.
@@ -118,7 +125,7 @@ class EngineSlot:
         """
         link = self.start()
         try:
-            return link, link.call(order, **arguments)
+            return link, link.call(order, *args, **kwargs)
         except PostcopyError:
             self.end()
             link.wait_over()  # its end is not to be taken for that of the next
@@ -130,11 +137,13 @@ class EngineSlot:
         engine = self.current
         return engine.link if engine is not None else None
 
-    def tell(self, name: str, **arguments: Any) -> None:
+    def tell(
+        self, order: Callable[Concatenate[Any, _P], None], *args: _P.args, **kwargs: _P.kwargs
+    ) -> None:
         """Tell the engine at work, if there is one, without waiting for an answer."""
         link = self.link
         if link is not None:
-            link.note(name, **arguments)
+            link.note(order, *args, **kwargs)
 
     def end(self) -> None:
         """Let go of the engine at work: what it may still say counts no more."""

@@ -1,49 +1,63 @@
-"""What a guest's process does for its engine: the other end of ``GuestProxy``.
+"""What a guest's process does for its engines: the other end of :class:`postcopy.guest.Guest`.
 
 It keeps what must outlive an engine: the memory, the userfaultfds, the page maps.  While any page is
 missing, the descriptor kept here is what makes a thread that touches it wait instead of reading zeros.
 """
 
-import base64
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
 
+from postcopy import ownership
 from postcopy.abi import mman
 from postcopy.abi.userfaultfd import Feature, RegisterMode
 from postcopy.errors import KernelError, WrongState
-from postcopy.guest import DeviceState, Guest, Region
+from postcopy.guest import (
+    AddressSpace,
+    Description,
+    DeviceState,
+    Keeper,
+    Ownership,
+    Region,
+    RunControl,
+    VcpuThread,
+)
 from postcopy.kernel import calls, memfd, patience
 from postcopy.kernel.descriptors import close_all, open_all
-from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.link.protocol import (
+from postcopy.kernel.userfaultfd import (
     MISSING_FEATURES,
     MISSING_MODE,
     SNAPSHOT_FEATURES,
     WRITE_FEATURES,
-    encode_states,
+    Userfaultfd,
 )
-from postcopy.link.rpc import Descriptors, Handler
+from postcopy.link.rpc import Handler, handlers
+from postcopy.link.values import Fd, sent
 from postcopy.memory import page_map_file
-from postcopy.ownership import Move, Owner, Ownership
+from postcopy.ownership import Move, Owner
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
 
-class OwnedGuest(Guest, Protocol):
-    """A guest in this process, which knows whether it may run here."""
+class OwnedGuest(Protocol):
+    """A guest in this process, which knows whether it may run here; any thread may call any method."""
+
+    @property
+    def machine_name(self) -> str:
+        """What the configuration section says, such as ``microvm``."""
 
     @property
     def accelerator_name(self) -> str:
         """``kvm`` if KVM can keep a dirty log of it."""
 
     @property
-    def ownership(self) -> Ownership:
+    def ownership(self) -> ownership.Ownership:
         """Whose it is: every decision about that is made there."""
 
     @property
@@ -54,18 +68,26 @@ class OwnedGuest(Guest, Protocol):
     def running(self) -> bool:
         """Whether the vCPUs run."""
 
-    def pause(self, *, to_move: bool = False) -> None:
-        """As :meth:`Guest.pause`.
+    def regions(self) -> Sequence[Region]:
+        """See :meth:`postcopy.guest.Keeper.regions`."""
 
-        :param to_move: for the switchover of a migration.
-        :raises WrongState: ``to_move``, and the migration has been cancelled.
-        """
+    def vcpu_threads(self) -> Sequence[VcpuThread]:
+        """The threads that run vCPUs, in order of the vCPUs' numbers."""
+
+    def pause(self, *, to_move: bool = False) -> None:
+        """See :meth:`postcopy.guest.RunControl.pause`."""
 
     def resume(self, arrival: int | None = None) -> None:
-        """As :meth:`Guest.resume`.
+        """See :meth:`postcopy.guest.RunControl.resume`.
 
         :param arrival: which guest was awaited when this one was loaded.
         """
+
+    def save_devices(self) -> Sequence[DeviceState]:
+        """The state of all devices of a stopped guest, ``globalstate`` last."""
+
+    def load_devices(self, states: Sequence[DeviceState]) -> None:
+        """See :meth:`postcopy.guest.RunControl.load_devices`."""
 
     def way_back(self, states: Sequence[DeviceState]) -> Callable[[], None]:
         """What takes the stopped guest back to an earlier point of its life, whatever it did since.
@@ -90,12 +112,14 @@ _REST_S = 50e-6
 """Between two such calls, for a guest that runs on as before: KVM begins a fault anew when anything has
 been let go of meanwhile, wherever that was."""
 
-MAY_WAIT_FOR_PAGES = frozenset({"load_devices", "wake"})
+MAY_WAIT_FOR_PAGES = frozenset({RunControl.load_devices.__name__, RunControl.wake.__name__})
 """Calls that may touch a missing page: should their engine die, only its successor can end them."""
 
 
 class GuestService:
-    """Answers an engine's calls for one guest.
+    """The keeper of one guest, which answers its engines' calls.
+
+    Its methods without a docstring are those of :class:`postcopy.guest.Keeper`.
 
     Invariant: ``_missing`` is open exactly while some page may be missing; whoever closes it has
     made sure that none is.
@@ -108,9 +132,11 @@ class GuestService:
         self._missing: Userfaultfd | None = None
         self._snapshot: Userfaultfd | None = None
         self._page_maps: list[int] = []
-        self._waking = threading.Lock()
+        self.waking = threading.Lock()
+        """Held while a guest is loaded and let run."""
         self._kept_stream: tuple[int, Mapping[str, int]] = (0, {})
-        self.lost_pages: Mapping[str, int] = {}
+        self.lost: Mapping[str, int] = {}
+        """How many pages of each block are lost."""
         # What has been poisoned of a guest whose missing pages are being given up.
         self._poisoned: dict[str, int] | None = None
         self.reset_point = False
@@ -129,64 +155,26 @@ class GuestService:
 
     def handlers(self) -> dict[str, Handler]:
         """The calls of an engine, by name; one that is late about an arrival is refused."""
-        guest = self._guest
-        arrival = guest.ownership.arrival
-        return {
-            "describe": self._describe,
-            "regions": self._regions,
-            "keep_stream": self._keep_stream,
-            "kept_stream": lambda: self._kept_stream,
-            "page_maps": self._page_map_descriptors,
-            "pause": guest.pause,
-            "resume": lambda: guest.resume(arrival),
-            "pause_and_save": self._pause_and_save,
-            "save_devices": lambda: encode_states(guest.save_devices()),
-            "load_devices": self._load_devices,
-            "wake": lambda states: self._wake(states, arrival),
-            "abandon": self.abandon,
-            "lost_pages": self._note_lost_pages,
-            "give_up": self._mover(Move.GIVE_UP),
-            "save": self._mover(Move.SAVE),
-            "runs_there": self._mover(Move.TAKEN),
-            "arrived_there": self._mover(Move.MOVED),
-            "take_back": self._mover(Move.TAKE_BACK),
-            "watch_writes": self._watch_writes,
-            "unwatch_writes": self.unwatch_writes,
-            "watch_snapshot": self._watch_snapshot,
-            "unwatch_snapshot": self.unwatch_snapshot,
-            "populate": self._populate,
-            "unmap_missing": self._unmap_missing,
-            "watch_missing": self._watch_missing,
-            "unwatch_missing": self.unwatch_missing,
-            "kvm_dirty_log": self._kvm_dirty_log,
-        }
+        calls = _EngineCalls(self._guest, self)
+        return handlers(RunControl, calls) | handlers(Ownership, calls) | handlers(Keeper, self)
 
-    def _mover(self, move: Move) -> Handler:
-        def make() -> None:
-            self._guest.ownership.move(move)
+    def regions(self) -> Sequence[Region]:
+        return [replace(region, fd=Fd(region.fd)) for region in self._guest.regions()]
 
-        return make
+    def address_spaces(self) -> Sequence[AddressSpace]:
+        return self._spaces(None)
 
-    def _keep_stream(self, section: int, sizes_bytes: Mapping[str, int]) -> None:
+    def _spaces(self, watch: Userfaultfd | None) -> Sequence[AddressSpace]:
+        addresses = {region.name: region.host_address for region in self._guest.regions()}
+        return [AddressSpace(os.getpid(), addresses, -1 if watch is None else Fd(watch.fd))]
+
+    def keep_stream(self, section: int, sizes_bytes: Mapping[str, int]) -> None:
         self._kept_stream = section, sizes_bytes
 
-    def _describe(self) -> dict[str, Any]:
-        return {
-            "machine": self._guest.machine_name,
-            "pid": os.getpid(),
-            "kvm": self._guest.accelerator_name == "kvm",
-            "vcpu_threads": [[t.index, t.thread_id] for t in self._guest.vcpu_threads()],
-        }
+    def kept_stream(self) -> tuple[int, Mapping[str, int]]:
+        return self._kept_stream
 
-    def _regions(self) -> tuple[list[dict[str, Any]], Descriptors]:
-        regions = self._guest.regions()
-        described = [
-            {name: getattr(region, name) for name in region.__slots__ if name != "fd"}
-            for region in regions
-        ]
-        return described, Descriptors(region.fd for region in regions)
-
-    def _page_map_descriptors(self) -> tuple[None, Descriptors]:
+    def page_maps(self) -> Sequence[int]:
         with self._lock:
             if not self._page_maps:
                 self._empty_memory()
@@ -196,7 +184,7 @@ class GuestService:
                     ),
                     self._guest.regions(),
                 )
-            return None, Descriptors(self._page_maps)
+            return sent(self._page_maps)
 
     def _empty_memory(self) -> None:
         """Nothing has come yet: memory must be as zero as the pages that will never be sent.
@@ -206,26 +194,6 @@ class GuestService:
         if not self._guest.owned:
             for region in self._guest.regions():
                 memfd.empty(region.fd, region.fd_offset, region.size_bytes)
-
-    def _pause_and_save(self, *, to_move: bool = False) -> list[list[Any]]:
-        self._guest.pause(to_move=to_move)
-        return encode_states(self._guest.save_devices())
-
-    def _load_devices(self, states: Sequence[Sequence[Any]]) -> None:
-        self._guest.load_devices(
-            [
-                DeviceState(name, instance, version, base64.b64decode(payload))
-                for name, instance, version, payload in states
-            ]
-        )
-
-    def _wake(self, states: Sequence[Sequence[Any]], arrival: int) -> None:
-        # One engine may have died in the midst of this, and the next asks for it again.
-        with self._waking:
-            if not self._guest.owned:
-                self._guest.ownership.check(Move.ARRIVE)  # an arrival given up loads nothing
-                self._load_devices(states)
-                self._guest.resume(arrival)
 
     def abandon(self) -> bool:
         """No guest comes: it is never let run, and only then its memory is watched no more.
@@ -238,22 +206,22 @@ class GuestService:
         self.unwatch_missing()
         return True
 
-    def _note_lost_pages(self, block: str, pages: int) -> None:
-        known = self.lost_pages.get(block, 0)
-        self.lost_pages = {**self.lost_pages, block: max(known, pages)}
+    def lost_pages(self, block: str, pages: int) -> None:
+        known = self.lost.get(block, 0)
+        self.lost = {**self.lost, block: max(known, pages)}
 
-    def _kvm_dirty_log(self, action: str, block: str = "") -> str:
-        if action == "start":
-            self._guest.start_dirty_log()
-        elif action == "stop":
-            self._guest.stop_dirty_log()
-        else:
-            return base64.b64encode(self._guest.fetch_dirty_log(block).tobytes()).decode()
-        return ""
+    def start_dirty_log(self) -> None:
+        self._guest.start_dirty_log()
+
+    def stop_dirty_log(self) -> None:
+        self._guest.stop_dirty_log()
+
+    def fetch_dirty_log(self, block: str) -> bytes:
+        return self._guest.fetch_dirty_log(block).tobytes()
 
     # --- userfaultfds
 
-    def _watch_writes(self) -> None:
+    def watch_writes(self) -> None:
         with self._lock:
             if self._writes is None:
                 # The kernel answers these faults itself, its own too: no privilege is needed.
@@ -265,11 +233,11 @@ class GuestService:
             self._unwatch(self._writes)
             self._writes = None
 
-    def _watch_snapshot(self) -> tuple[None, Descriptors]:
+    def watch_snapshot(self) -> Sequence[AddressSpace]:
         with self._lock:
             if self._snapshot is None:
                 self._snapshot = self._watch(SNAPSHOT_FEATURES, RegisterMode.WP)
-            return None, Descriptors([self._snapshot.fd])
+            return self._spaces(self._snapshot)
 
     def unwatch_snapshot(self) -> None:
         """No page is kept for a snapshot any more: whoever waits to write goes on."""
@@ -277,14 +245,14 @@ class GuestService:
             self._unwatch(self._snapshot, rest_s=_REST_S)
             self._snapshot = None
 
-    def _populate(self, block: str, offset: int, length_bytes: int) -> None:
+    def populate(self, block: str, offset: int, length_bytes: int) -> None:
         for region in self._guest.regions():
             if region.name == block:
                 advice = mman.MADV_POPULATE_WRITE
                 address = region.host_address + offset
                 calls.madvise(address, length_bytes, advice, passes=patience.SIGNALS)
 
-    def _unmap_missing(self) -> None:
+    def unmap_missing(self) -> None:
         """Unmap, here alone, what the page maps do not have as received; the memory stays."""
         from postcopy.link.guest import missing_pages
 
@@ -294,7 +262,7 @@ class GuestService:
         with self._lock:
             return self._guest.regions(), list(self._page_maps)
 
-    def _watch_missing(self, *, only_still: bool) -> tuple[None, Descriptors]:
+    def watch_missing(self, *, only_still: bool = False) -> Sequence[AddressSpace]:
         with self._lock:
             if self._missing is None and only_still:
                 raise WrongState("every page is in place: nothing is left to recover")
@@ -304,7 +272,7 @@ class GuestService:
                 )
             if self._missing is None:
                 self._missing = self._watch(MISSING_FEATURES, MISSING_MODE)
-            return None, Descriptors([self._missing.fd])
+            return self._spaces(self._missing)
 
     def unwatch_missing(self) -> None:
         """Every page is in place: let go of the userfaultfd and of the page maps."""
@@ -329,7 +297,7 @@ class GuestService:
 
         self._poisoned = lost = self._poisoned or {}
         missing_pages.poison(watch, self._guest.regions(), page_maps, lost)
-        self.lost_pages, self._poisoned = lost, None
+        self.lost, self._poisoned = lost, None
         self.unwatch_missing()
         return lost
 
@@ -365,3 +333,56 @@ class GuestService:
             watch.wake(address, length)
             if rest_s:
                 time.sleep(rest_s)
+
+
+class _EngineCalls(RunControl, Ownership):
+    """What one engine may do with the guest besides; see these two for each method."""
+
+    def __init__(self, guest: OwnedGuest, keeper: GuestService) -> None:
+        self._guest = guest
+        self._keeper = keeper
+        self._ownership = guest.ownership
+        self._arrival = self._ownership.arrival
+
+    def describe(self) -> Description:
+        threads = tuple(self._guest.vcpu_threads())
+        return Description(self._guest.machine_name, self._guest.accelerator_name == "kvm", threads)
+
+    def pause(self, *, to_move: bool = False) -> None:
+        self._guest.pause(to_move=to_move)
+
+    def resume(self) -> None:
+        self._guest.resume(self._arrival)
+
+    def pause_and_save(self, *, to_move: bool = False) -> Sequence[DeviceState]:
+        self._guest.pause(to_move=to_move)
+        return self._guest.save_devices()
+
+    def load_devices(self, states: Sequence[DeviceState]) -> None:
+        self._guest.load_devices(states)
+
+    def wake(self, states: Sequence[DeviceState]) -> None:
+        # One engine may have died in the midst of this, and the next asks for it again.
+        with self._keeper.waking:
+            if not self._guest.owned:
+                self._ownership.check(Move.ARRIVE)  # an arrival given up loads nothing
+                self._guest.load_devices(states)
+                self._guest.resume(self._arrival)
+
+    def give_up(self) -> None:
+        self._ownership.move(Move.GIVE_UP)
+
+    def save(self) -> None:
+        self._ownership.move(Move.SAVE)
+
+    def runs_there(self) -> None:
+        self._ownership.move(Move.TAKEN)
+
+    def arrived_there(self) -> None:
+        self._ownership.move(Move.MOVED)
+
+    def take_back(self) -> None:
+        self._ownership.move(Move.TAKE_BACK)
+
+    def abandon(self) -> bool:
+        return self._keeper.abandon()

@@ -7,6 +7,7 @@ from typing import Any
 
 from postcopy.errors import EngineDied, WrongState
 from postcopy.link.guest.settings import Settings
+from postcopy.link.protocol import JobCommands
 from postcopy.link.rpc import Link
 from postcopy.parameters import Capability
 from postcopy.statistics import Measured, MigrationInfo
@@ -68,7 +69,7 @@ class Job:
         if not self.busy:
             return
         try:
-            found = MigrationInfo.from_wire(link.call("info", timeout_s=_INFO_TIMEOUT_S))
+            found = link.ask(JobCommands.info).wait(_INFO_TIMEOUT_S)
         except (EngineDied, TimeoutError, WrongState):  # WrongState: not begun yet
             return  # then what we have is the best there is
         with lock:

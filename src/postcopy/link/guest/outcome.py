@@ -1,7 +1,6 @@
 """What an engine's statuses, and its end, mean for the guest and for its user."""
 
 from collections.abc import Callable
-from typing import Any
 
 from postcopy.channel.address import parse
 from postcopy.channel.partial_file import remove_partial
@@ -56,15 +55,14 @@ class Outcome:
         return self.restoring.job or self.current.shown
 
     def on_status(
-        self, engine: EngineProcess, status: str, error: str | None, info: dict[str, Any]
+        self, engine: EngineProcess, to: Status, error: str | None, info: MigrationInfo
     ) -> None:
         """An engine says that its job has got somewhere; on the link's reader thread."""
-        to = Status(status)
         with self.current.lock:
             if self._engines.current is not engine:
                 return  # given up, in the moment in which it had something to say
             job = self.work
-            job.note(MigrationInfo.from_wire(info), error)
+            job.note(info, error)
             runs = job is self.restoring.job and self._guest.owned
             # With no page missing any more those that are lost are the result.
             if to is Status.FAILED and runs and self._service.watches_missing:
@@ -82,11 +80,6 @@ class Outcome:
             self.settle(to)
         else:
             job.progress.move(to)
-
-    @staticmethod
-    def on_fault(engine: EngineProcess, reason: str) -> None:
-        """An engine says what it is about to end of."""
-        engine.fails(reason)
 
     def _completed(self) -> None:
         if self.work.incoming:

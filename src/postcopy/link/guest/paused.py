@@ -12,6 +12,7 @@ from postcopy.link.guest.guest_service import GuestService, OwnedGuest
 from postcopy.link.guest.outcome import Outcome
 from postcopy.link.guest.preflight import check_transport
 from postcopy.link.guest.queued_migration import QueuedMigration
+from postcopy.link.protocol import JobCommands
 from postcopy.ownership import Move, Owner
 from postcopy.parameters import Overrides
 from postcopy.status import Status
@@ -53,7 +54,7 @@ class Paused:
                 "migrate-pause is currently only supported during postcopy-active or "
                 "postcopy-recover state"
             )
-        self._engines.tell("pause")
+        self._engines.tell(JobCommands.pause)
 
     def recover(self, uri: str) -> None:
         """Listen anew for the source of a paused postcopy."""

@@ -14,9 +14,13 @@ from postcopy.channel.address import (
 )
 from postcopy.channel.descriptor_check import Use, can_answer, check_descriptor
 from postcopy.errors import HostCannot, Refused, WrongState
-from postcopy.kernel.userfaultfd import Userfaultfd
+from postcopy.kernel.userfaultfd import (
+    MISSING_FEATURES,
+    SNAPSHOT_FEATURES,
+    WRITE_FEATURES,
+    Userfaultfd,
+)
 from postcopy.link.guest.guest_service import GuestService, OwnedGuest
-from postcopy.link.protocol import MISSING_FEATURES, SNAPSHOT_FEATURES, WRITE_FEATURES
 from postcopy.ownership import Move
 from postcopy.parameters import Capabilities, Capability
 
@@ -38,7 +42,7 @@ def check_movable(guest: OwnedGuest, service: GuestService) -> None:
     :raises WrongState: it is so.
     """
     guest.ownership.check(Move.ORDER)
-    if any(service.lost_pages.values()):
+    if any(service.lost.values()):
         raise WrongState("pages of this guest are lost, so it cannot move; start it anew")
     if service.reset_point:
         raise WrongState(

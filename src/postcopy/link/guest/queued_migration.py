@@ -16,6 +16,7 @@ from postcopy.kernel.descriptors import close_all, open_all
 from postcopy.link.guest.engine_slot import EngineSlot
 from postcopy.link.guest.job import Job
 from postcopy.link.guest.restoring import Restoring
+from postcopy.link.protocol import OutgoingCommands
 from postcopy.link.rpc import Link
 from postcopy.status import ENDED, Status
 
@@ -121,7 +122,7 @@ class QueuedMigration:
                 self._order = None
             self._begin(order.job, link, order.uri, order.fds)
             if order.postcopy:
-                link.note("start_postcopy")
+                link.note(OutgoingCommands.start_postcopy)
         except PostcopyError as error:
             self.fail(str(error))  # nothing more to say of an order that has become a migration
         finally:

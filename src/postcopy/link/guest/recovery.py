@@ -6,12 +6,13 @@ refuse anybody: all that it knew is in the guest's memory, or at the peer.
 
 from collections.abc import Callable, Sequence
 
-from postcopy.channel.address import parse
-from postcopy.channel.descriptor_check import Use
+from postcopy.channel.address import bound_uri, parse
+from postcopy.channel.descriptor_check import Use, descriptors_for
 from postcopy.errors import EngineDied, PostcopyError, WrongState
 from postcopy.link.guest.engine_slot import EngineSlot, EngineSupervisor
 from postcopy.link.guest.job import Job
-from postcopy.link.guest.places import bound_uri, descriptors
+from postcopy.link.protocol import IncomingCommands, JobCommands, OutgoingCommands
+from postcopy.link.values import sent
 from postcopy.status import Status
 
 
@@ -58,7 +59,7 @@ class Recovery:
 
         :raises PostcopyError: it cannot be listened on, or nothing is paused any more.
         """
-        with descriptors(parse(uri), Use.RECEIVE) as fds, self.lock:
+        with descriptors_for(parse(uri), Use.RECEIVE) as fds, self.lock:
             job = self._job()
             before, job.addresses = job.addresses, ()  # until it listens
             try:
@@ -70,7 +71,7 @@ class Recovery:
 
     def _listen(self, uri: str, fds: Sequence[int]) -> None:
         try:
-            found = self._engines.call("recover_destination", uri=uri, fds=fds)
+            found = self._engines.call(IncomingCommands.recover_destination, uri, sent(fds))
             self._job().addresses = tuple(found)
         except EngineDied:
             self._check_paused()
@@ -85,17 +86,19 @@ class Recovery:
         :param give_up: called before each attempt: the end of an engine lets 'cont' take the guest.
         :raises PostcopyError: it has not.
         """
-        with descriptors(parse(uri), Use.SEND) as fds:
+        with descriptors_for(parse(uri), Use.SEND) as fds:
             try:
                 give_up()
-                self._engines.call("resume_source", uri=uri, fds=fds)
+                self._engines.call(OutgoingCommands.resume_source, uri, sent(fds))
             except EngineDied:
                 # Nothing has been said to the destination: that comes with the order below.
                 self._check_paused()
-                self._engines.adopt("adopt_source", **self._job().settings.to_wire())
+                settings = self._job().settings
+                order = OutgoingCommands.adopt_source
+                self._engines.adopt(order, settings.capabilities, settings.parameters)
                 give_up()
-                self._engines.call("resume_source", uri=uri, fds=fds)
-        self._engines.tell("go_on")
+                self._engines.call(OutgoingCommands.resume_source, uri, sent(fds))
+        self._engines.tell(OutgoingCommands.go_on)
 
     def _adopt_destination(self, uri: str, fds: Sequence[int] = ()) -> None:
         """Start an engine in place of one that has died under a guest that runs here.
@@ -103,10 +106,12 @@ class Recovery:
         It listens at once, and serves again when the source has come back.
         """
         job = self._job()
-        settings = job.settings.to_wire()
-        _, addresses = self._engines.adopt("adopt_destination", fds=fds, uri=uri, **settings)
+        settings, order = job.settings, IncomingCommands.adopt_destination
+        _, addresses = self._engines.adopt(
+            order, uri, settings.capabilities, settings.parameters, sent(fds)
+        )
         # What the user has said meanwhile may have been said to nobody.
-        self._engines.tell("set_parameters", parameters=job.settings.parameters.to_qapi())
+        self._engines.tell(JobCommands.set_parameters, job.settings.parameters)
         job.addresses = tuple(addresses)
 
     def _check_paused(self) -> None:

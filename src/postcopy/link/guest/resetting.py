@@ -24,8 +24,9 @@ from postcopy.link.guest.engine_process import EnginePool, EngineProcess
 from postcopy.link.guest.engine_slot import EngineSlot
 from postcopy.link.guest.guest_service import GuestService, OwnedGuest
 from postcopy.link.guest.preflight import check_reset
-from postcopy.link.protocol import decode_states
+from postcopy.link.protocol import ResetCommands
 from postcopy.link.rpc import Link
+from postcopy.link.values import sent
 
 _TRIES: Final = 3
 _CLOSE_S: Final = 2.0
@@ -38,7 +39,8 @@ class _Point:
 
     :ivar file: which file the image is; None: the point is a moment of the guest itself.
     :ivar copies: memfds, one a region.
-    :ivar told: what every engine is told besides: ``path`` and ``identity`` of an image that it needs.
+    :ivar path: of an image that every engine needs; None: the copies are all.
+    :ivar identity: of that image, once it has been opened.
     :ivar devices: takes them back.
     :ivar whole: all memory is to be put back next time, since nobody knows what was written.
     :ivar torn: a reset was begun and has not been finished.
@@ -46,7 +48,8 @@ class _Point:
 
     file: tuple[Any, ...] | None
     copies: list[int]
-    told: dict[str, Any]
+    path: str | None
+    identity: str = ""
     devices: Callable[[], None] = lambda: None
     whole: bool = True
     torn: bool = False
@@ -168,8 +171,7 @@ class Resetting:
                 lambda region: memfd.create(f"reset-{region.name}", region.size_bytes),
                 self._guest.regions(),
             )
-            told = {"path": None if file is None else file[0]}
-            self._point = point = _Point(file, copies, told)
+            self._point = point = _Point(file, copies, None if file is None else file[0])
             link = self._engines.start()
             figures = self._to_now(link, point) if file is None else self._to_image(link, point)
         except BaseException as error:
@@ -181,20 +183,21 @@ class Resetting:
         return figures
 
     def _to_image(self, link: Link, point: _Point) -> dict[str, int]:
-        answer = link.call("reset_to_image", fds=point.copies, **point.told)
-        point.devices = self._guest.way_back(decode_states(answer["states"]))
-        point.told["identity"] = answer["identity"]
-        if not answer["needs_file"]:
-            point.told = {}
+        assert point.path is not None
+        image = link.call(ResetCommands.reset_to_image, sent(point.copies), point.path)
+        point.devices = self._guest.way_back(image.states)
+        point.identity = image.identity
+        if not image.needs_file:
+            point.path, point.identity = None, ""
         return {"pause-us": 0, "copied-bytes": 0}
 
     def _to_now(self, link: Link, point: _Point) -> dict[str, int]:
-        copied = link.call("reset_to_now", fds=point.copies, **point.told)
+        copied = link.call(ResetCommands.reset_to_now, sent(point.copies))
         begun_ns = time.monotonic_ns()
         self._guest.pause()
         try:
             states = self._guest.save_devices()
-            copied += link.call("keep_rest")
+            copied += link.call(ResetCommands.keep_rest)
         finally:
             self._guest.resume()
         pause_us = (time.monotonic_ns() - begun_ns) // 1000
@@ -206,7 +209,7 @@ class Resetting:
         died: EngineDied | None = None
         for _ in range(_TRIES):
             try:
-                pages: int = self._engine(point).call("put_back", everything=whole)
+                pages = self._engine(point).call(ResetCommands.put_back, everything=whole)
             except EngineDied as error:
                 died, whole = error, True  # what it has done, nobody knows
                 self._engines.end()
@@ -219,7 +222,8 @@ class Resetting:
         if link is not None and self._engines.current is not self._dead:
             return link
         self._engines.end()
-        link, _ = self._engines.adopt("adopt_reset", fds=point.copies, **point.told)
+        copies, order = sent(point.copies), ResetCommands.adopt_reset
+        link, _ = self._engines.adopt(order, copies, point.path, point.identity)
         self._engines.prepare()
         return link
 

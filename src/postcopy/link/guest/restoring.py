@@ -14,6 +14,7 @@ from postcopy.errors import EngineDied, PostcopyError, Reason, WrongState
 from postcopy.link.guest.engine_slot import EngineSlot, EngineSupervisor
 from postcopy.link.guest.guest_service import OwnedGuest
 from postcopy.link.guest.job import Job
+from postcopy.link.protocol import JobCommands, RestoreCommands
 from postcopy.link.rpc import Link
 from postcopy.status import ENDED, Status
 
@@ -53,7 +54,7 @@ class Restoring:
         """
         wishes.setdefault("began_ns", time.monotonic_ns())
         asked = wishes | {"path": os.path.abspath(path)}  # noqa: PTH100 - keeps what a link is called
-        identity = link.call("start_restore", wishes=asked, **job.settings.to_wire())
+        identity = link.call(RestoreCommands.start_restore, asked, job.settings.parameters)
         return asked | {"identity": identity}
 
     def begin(self, job: Job, opened: Mapping[str, Any]) -> None:
@@ -78,7 +79,7 @@ class Restoring:
     def hurry(self, *, wanted: bool = True) -> None:
         """Somebody waits for the end of it; or nobody does any more."""
         self._hurried = wanted
-        self._engines.tell("hurry", wanted=wanted)
+        self._engines.tell(RestoreCommands.hurry, wanted=wanted)
 
     def complete_first(self) -> None:
         """Whoever wants the guest whole waits here, while it is completed at full speed."""
@@ -145,12 +146,12 @@ class Restoring:
     def _adopt(self) -> None:
         job = self.job
         assert job is not None
-        status, settings = job.status.value, job.settings.to_wire()
-        self._engines.adopt("adopt_restore", status=status, wishes=self._wishes, **settings)
+        parameters = job.settings.parameters
+        self._engines.adopt(RestoreCommands.adopt_restore, job.status, self._wishes, parameters)
         # What the user has said meanwhile may have been said to nobody.
-        self._engines.tell("set_parameters", parameters=job.settings.parameters.to_qapi())
+        self._engines.tell(JobCommands.set_parameters, job.settings.parameters)
         if self._hurried:
-            self._engines.tell("hurry", wanted=True)
+            self._engines.tell(RestoreCommands.hurry, wanted=True)
 
     def _no_successor(self, error: PostcopyError) -> None:
         if isinstance(error, EngineDied) and self._supervisor.tries_left:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from postcopy.channel.address import Address
 from postcopy.channel.descriptor_check import Use
@@ -84,13 +84,6 @@ class Settings:
         switched = self.switched(overrides.capabilities, awaits=True)
         check_transport(address, switched.capabilities, Use.RECEIVE)
         return switched.set(overrides.parameters)
-
-    def to_wire(self) -> dict[str, Any]:
-        """What an engine is told of them."""
-        return {
-            "capabilities": list(self.capabilities),
-            "parameters": self.parameters.to_qapi(),
-        }
 
 
 class _Owner(Protocol):

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import Final
 
 from postcopy.kernel import threads
-from postcopy.link.rpc import Link
+from postcopy.link.protocol import Beats, WatchCommands
+from postcopy.link.rpc import Link, handlers
 
 HANG_LOOKS: Final = 20
 """An engine that has been silent for so many looks hangs.  As long as a CPU may stand still before Linux
@@ -26,7 +27,7 @@ _FIRST_LOOKS: Final = 60
 _LOOK_S: Final = 1.0
 
 
-class Watchdog:
+class Watchdog(Beats):
     """Watches one engine.
 
     :param link: to the engine.
@@ -46,11 +47,11 @@ class Watchdog:
 
         :raises HostCannot: there can be no more threads.
         """
-        self._link.serve({"alive": self._hear})
-        self._link.note("say_alive")
+        self._link.serve(handlers(Beats, self))
+        self._link.note(WatchCommands.say_alive)
         threads.start(threading.Thread(target=self._watch, name="watchdog", daemon=True))
 
-    def _hear(self) -> None:
+    def alive(self) -> None:
         self._beats += 1
 
     def _watch(self) -> None:

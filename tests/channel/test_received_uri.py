@@ -2,15 +2,15 @@
 
 import pytest
 
-from postcopy.engine.places import uri_of
+from postcopy.channel.descriptor_check import received_uri
 from postcopy.errors import WrongState
 
 
 def test_a_descriptor_is_the_one_that_came_along():
-    assert uri_of("fd:7", [12]) == "fd:12"
-    assert uri_of("tcp:localhost:1", []) == "tcp:localhost:1"
+    assert received_uri("fd:7", [12]) == "fd:12"
+    assert received_uri("tcp:localhost:1", []) == "tcp:localhost:1"
 
 
 def test_a_descriptor_that_did_not_come_along_is_not_taken_for_another_of_the_same_number():
     with pytest.raises(WrongState, match="what 'fd:7' was has gone with the engine process"):
-        uri_of("fd:7", [])
+        received_uri("fd:7", [])
