@@ -15,7 +15,6 @@ import errno
 import fcntl
 import os
 import re
-import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,7 +87,7 @@ def _leads_to_device(path: Path) -> bool:
 
 def partial_name(path: Path) -> Path:
     """A name beside ``path`` that no other file has."""
-    return path.with_name(f"{_stem(path)}.{secrets.token_hex(_TOKEN_BYTES)}{_SUFFIX}")
+    return path.with_name(f"{_stem(path)}.{os.urandom(_TOKEN_BYTES).hex()}{_SUFFIX}")
 
 
 def is_partial(path: Path) -> bool:
