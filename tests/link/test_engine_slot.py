@@ -12,6 +12,7 @@ from fakes.waiting import wait_until
 from postcopy.errors import EngineDied, HostCannot, WrongState
 from postcopy.link.guest.engine_process import EnginePool, EngineProcess
 from postcopy.link.guest.engine_slot import EngineSlot
+from postcopy.link.guest.job import OrderLock
 
 
 @pytest.fixture
@@ -175,3 +176,28 @@ def test_engines_that_all_die_before_they_are_put_to_work_are_said():
 
     assert in_time(start)
     assert engines.current is None
+
+
+def test_no_engine_is_called_under_a_lock_that_its_answer_may_need():
+    """Its status is taken under that lock before its answer: the call would never return."""
+    lock, refused = OrderLock(), []
+    engines = EngineSlot(
+        lambda _: {}, lambda _: None, FakePool(), may_call=lambda: not lock.is_held
+    )
+    engines.start()
+
+    def call():
+        try:
+            return engines.call(FakeCommands.echo, text="x")
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    try:
+        assert call() == "x"
+        with lock, lock:
+            assert call() is None
+            assert in_time(call) == "x"  # another thread may
+        assert call() == "x"
+        assert refused == ["echo is called under a lock that its answer may need"]
+    finally:
+        engines.close()

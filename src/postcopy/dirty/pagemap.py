@@ -9,26 +9,26 @@ mapping); nothing makes such writes to a source's memory.
 import numpy as np
 import numpy.typing as npt
 
-from postcopy.guest import Keeper
+from postcopy.guest import AddressSpace, Keeper
 from postcopy.kernel.pagemap import PagemapScanner
 from postcopy.memory.ram_block import RamBlock
-from postcopy.memory.runs import Mask
+from postcopy.memory.runs import Mask, runs
 
 
 class PagemapTracker:
-    """Tracks the writes of one guest."""
+    """Tracks the writes of one guest, in each address space that has its memory mapped."""
 
     is_quick = True
 
     def __init__(self, guest: Keeper) -> None:
         self._guest = guest
-        self._scanner: PagemapScanner | None = None
+        self._scanners: list[tuple[AddressSpace, PagemapScanner]] = []
 
     def start(self) -> None:
         """Arm the protection; nothing is protected yet, so all counts as written."""
         self._guest.watch_writes()
-        (space,) = self._guest.address_spaces()
-        self._scanner = PagemapScanner(space.process_id)
+        for space in self._guest.address_spaces():
+            self._scanners.append((space, PagemapScanner(space.process_id)))
 
     def collect(self, block: RamBlock, start: int, end: int, *, protect: bool) -> Mask:
         """Return which pages were written, and protect them again if asked."""
@@ -42,17 +42,22 @@ class PagemapTracker:
 
         :return: first page and end page (not included) of each, ascending, shape ``(n, 2)``.
         """
-        assert self._scanner is not None
-        size = block.page_size_bytes
-        base = block.host_address
-        found = self._scanner.scan(base + start * size, base + end * size, protect=protect)
-        return ((found - np.uint64(base)) // np.uint64(size)).astype(np.int64)
+        size, found = block.page_size_bytes, []
+        for space, scanner in self._scanners:
+            base = space.addresses[block.name]
+            written = scanner.scan(base + start * size, base + end * size, protect=protect)
+            found.append(((written - np.uint64(base)) // np.uint64(size)).astype(np.int64))
+        if len(found) == 1:
+            return found[0]
+        masks = [_mask(ranges - start, end - start) for ranges in found]
+        return runs(np.logical_or.reduce(masks)) + start
 
     def stop(self) -> None:
         """Disarm."""
-        if self._scanner is not None:
-            self._scanner.close()
-            self._scanner = None
+        if self._scanners:
+            for _, scanner in self._scanners:
+                scanner.close()
+            self._scanners = []
             self._guest.unwatch_writes()
 
 

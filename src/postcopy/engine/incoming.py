@@ -10,6 +10,7 @@ from postcopy.destination.incoming_ram import Populating, memory_to_spare_bytes
 from postcopy.engine.context import EngineContext
 from postcopy.errors import WrongState
 from postcopy.link.protocol import Addresses, IncomingCommands
+from postcopy.link.values import Fd
 from postcopy.machine.device_formats import FORMATS
 from postcopy.parameters import Capabilities, Parameters
 from postcopy.status import Status
@@ -30,7 +31,7 @@ class Incoming(IncomingCommands):
         populating.start()
 
     def listen(
-        self, uri: str, capabilities: Capabilities, parameters: Parameters, fds: Sequence[int] = ()
+        self, uri: str, capabilities: Capabilities, parameters: Parameters, fds: Sequence[Fd] = ()
     ) -> Addresses:
         listener = Listener(parse(received_uri(uri, fds)))
         if self._context.populating is None:
@@ -61,7 +62,7 @@ class Incoming(IncomingCommands):
     def accept(self) -> None:
         self._context.start("destination", self._destination.run)
 
-    def recover_destination(self, uri: str, fds: Sequence[int] = ()) -> Addresses:
+    def recover_destination(self, uri: str, fds: Sequence[Fd] = ()) -> Addresses:
         address = parse(received_uri(uri, fds))
         self._context.check_paused()
         self._destination.stop_waiting()
@@ -76,7 +77,7 @@ class Incoming(IncomingCommands):
         self._context.start("destination", self._destination.recover)
 
     def adopt_destination(
-        self, uri: str, capabilities: Capabilities, parameters: Parameters, fds: Sequence[int] = ()
+        self, uri: str, capabilities: Capabilities, parameters: Parameters, fds: Sequence[Fd] = ()
     ) -> Addresses:
         self._context.take_over(Status.POSTCOPY_PAUSED)
         self._context.populating = Populating(self._context.guest(), self._context.take_ram(), 0)

@@ -7,6 +7,7 @@ from postcopy.engine.context import EngineContext
 from postcopy.errors import WrongState
 from postcopy.guest import DeviceState
 from postcopy.link.protocol import EngineReports, OutgoingCommands
+from postcopy.link.values import Fd
 from postcopy.machine import sections
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.snapshot.background import BackgroundSnapshot
@@ -25,7 +26,7 @@ class Outgoing(OutgoingCommands):
         self._cancelled = False  # which may be said before there is anything to cancel
 
     def start_source(
-        self, uri: str, capabilities: Capabilities, parameters: Parameters, fds: Sequence[int] = ()
+        self, uri: str, capabilities: Capabilities, parameters: Parameters, fds: Sequence[Fd] = ()
     ) -> None:
         if capabilities.enabled(Capability.BACKGROUND_SNAPSHOT):
             snapshot = self._make_snapshot(received_uri(uri, fds), capabilities, parameters)
@@ -63,7 +64,7 @@ class Outgoing(OutgoingCommands):
         self._context.set_job(source)
         self._context.end_commands = source.leave
 
-    def resume_source(self, uri: str, fds: Sequence[int] = ()) -> None:
+    def resume_source(self, uri: str, fds: Sequence[Fd] = ()) -> None:
         self._context.check_paused()
         self._context.join()
         self._source.begin_recovery()

@@ -1,18 +1,28 @@
-"""An engine's orders about a guest that wakes from its image."""
+"""An engine's orders about a guest that wakes from its image, or goes back to a reset point."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from postcopy.engine.context import EngineContext
 from postcopy.errors import WrongState
 from postcopy.lazy_restore.options import RestoreOptions
 from postcopy.lazy_restore.restore import Restore
 from postcopy.lazy_restore.restore_image import RestoreImage
-from postcopy.link.protocol import EngineReports, ImageMachine, RestoreCommands
+from postcopy.link.protocol import (
+    EngineReports,
+    ImageMachine,
+    ImagePoint,
+    ResetCommands,
+    RestoreCommands,
+)
+from postcopy.link.values import Fd
 from postcopy.parameters import Parameters
 from postcopy.status import Status
+
+if TYPE_CHECKING:
+    from postcopy.reset.reset import Reset
 
 
 class Restoring(RestoreCommands):
@@ -71,3 +81,42 @@ class Restoring(RestoreCommands):
         if not isinstance(self._context.job, Restore):
             raise WrongState("this engine restores nothing")
         return self._context.job
+
+
+class Resets(ResetCommands):
+    """Keeps the memory of one reset point; see :class:`ResetCommands` for what each order does."""
+
+    def __init__(self, context: EngineContext) -> None:
+        self._guest = context.guest
+        self._reset: Reset | None = None
+
+    def reset_to_image(self, copies: Sequence[Fd], path: str) -> ImagePoint:
+        reset = self._make(copies, path)
+        reset.watch()
+        return ImagePoint(reset.identity, reset.needs_file, reset.devices)
+
+    def reset_to_now(self, copies: Sequence[Fd]) -> int:
+        return self._make(copies).keep()
+
+    def keep_rest(self) -> int:
+        return self._job.keep_rest()
+
+    def put_back(self, *, everything: bool) -> int:
+        return self._job.put_back(everything=everything)
+
+    def adopt_reset(
+        self, copies: Sequence[Fd], path: str | None = None, identity: str = ""
+    ) -> None:
+        self._make(copies, path, identity).watch()
+
+    def _make(self, copies: Sequence[Fd], path: str | None = None, identity: str = "") -> "Reset":
+        from postcopy.reset.reset import Reset  # a guest that wakes does not wait for it
+
+        self._reset = Reset(self._guest(), copies, path, identity)
+        return self._reset
+
+    @property
+    def _job(self) -> "Reset":
+        if self._reset is None:
+            raise WrongState("this engine keeps no reset point")
+        return self._reset

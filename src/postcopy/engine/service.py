@@ -52,7 +52,7 @@ def _restoring(context: EngineContext) -> RestoreCommands:
 
 
 def _resets(context: EngineContext) -> ResetCommands:
-    from postcopy.engine.resets import Resets
+    from postcopy.engine.restoring import Resets
 
     return Resets(context)
 

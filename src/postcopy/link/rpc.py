@@ -118,6 +118,8 @@ class Link:
         # Under the lock: calls whose answer has not come, and whether none will come any more.
         self._waiting: dict[int, Answer[Any]] = {}
         self._ended = False
+        self.may_call: Callable[[], bool] = lambda: True
+        """Whether the calling thread holds no lock that the answer may need: it would wait for ever."""
         self._reader = threading.Thread(target=self._read, name=name, daemon=True)
 
     def serve(
@@ -161,6 +163,8 @@ class Link:
         :raises KernelError: the message cannot be sent.
         """
         name, number = message.__name__, next(self._numbers)
+        if not self.may_call():
+            raise RuntimeError(f"{name} is called under a lock that its answer may need")
         answer = Answer[_R](lambda: self._forget(number) is not None)
         with self._lock:
             if self._ended:

@@ -13,12 +13,11 @@ from postcopy.channel.address import parse
 from postcopy.channel.descriptor_check import Use, descriptors_for
 from postcopy.errors import EngineDied, PostcopyError, Reason, WrongState
 from postcopy.events import EventBus
-from postcopy.link.guest.current import Current
 from postcopy.link.guest.engine_process import EnginePool, EngineProcess
 from postcopy.link.guest.engine_slot import EngineSlot
 from postcopy.link.guest.guest_service import GuestService, OwnedGuest
-from postcopy.link.guest.job import Job
-from postcopy.link.guest.outcome import Outcome
+from postcopy.link.guest.job import Current, Job
+from postcopy.link.guest.outcome import Outcome, Reports
 from postcopy.link.guest.paused import Paused
 from postcopy.link.guest.preflight import check_movable
 from postcopy.link.guest.queued_migration import QueuedMigration
@@ -68,7 +67,9 @@ class MigrationControl:
         self._ownership = guest.ownership
         self._events = events
         self._pool = pool = engines or EnginePool()
-        self._engines = EngineSlot(self._handlers, self._engine_ended, pool, hang_looks)
+        self._engines = EngineSlot(
+            self._handlers, self._engine_ended, pool, hang_looks, self._may_call_engine
+        )
         self.settings = Settings()  # of jobs that are still to come
         self._service = GuestService(guest)
         self._current = Current(Job(self._tell, incoming=incoming), incoming)
@@ -352,6 +353,9 @@ class MigrationControl:
 
     # --- the engine
 
+    def _may_call_engine(self) -> bool:
+        return not self._lock.is_held  # what it says before it answers is taken under the lock
+
     @property
     def progress(self) -> Progress:
         """Where that stands which was ordered last."""
@@ -377,7 +381,7 @@ class MigrationControl:
 
     def _handlers(self, engine: EngineProcess) -> dict[str, Handler]:
         return self._service.handlers() | handlers(
-            EngineReports, _Reports(engine, self._outcome, self._on_pass)
+            EngineReports, Reports(engine, self._outcome, self._on_pass)
         )
 
     def _tell(self, job: Job, status: Status) -> None:
@@ -390,26 +394,3 @@ class MigrationControl:
         """A source begins to go over all memory; on the link's reader thread."""
         if self._outcome.work.settings.enabled(Capability.EVENTS):
             self._events.emit("MIGRATION_PASS", {"pass": number})
-
-
-class _Reports(EngineReports):
-    """Takes what one engine tells of itself; on the link's reader thread."""
-
-    def __init__(
-        self, engine: EngineProcess, outcome: Outcome, on_pass: Callable[[int], None]
-    ) -> None:
-        self._engine = engine
-        self._outcome = outcome
-        self._on_pass = on_pass
-
-    def status(self, status: Status, error: str | None, info: MigrationInfo) -> None:
-        self._outcome.on_status(self._engine, status, error, info)
-
-    def fault(self, reason: str) -> None:
-        self._engine.fails(reason)
-
-    def passed(self, number: int) -> None:
-        self._on_pass(number)
-
-    def progressed(self) -> None:
-        self._outcome.restoring.engine_works()

@@ -40,6 +40,7 @@ class EngineSlot:
     :param on_end: called when an engine's link has ended, whoever ended it.
     :param pool: where they come from.
     :param hang_looks: when one hangs: see :mod:`postcopy.link.guest.watchdog`.
+    :param may_call: whether the calling thread holds no lock that an engine's answer may need.
     """
 
     def __init__(
@@ -48,11 +49,13 @@ class EngineSlot:
         on_end: Callable[[EngineProcess], None],
         pool: EnginePool | None = None,
         hang_looks: int = HANG_LOOKS,
+        may_call: Callable[[], bool] = lambda: True,
     ) -> None:
         self._handlers = handlers
         self._on_end = on_end
         self._pool = pool or EnginePool()
         self._hang_looks = hang_looks
+        self._may_call = may_call
         self._lock = threading.Lock()
         # Under the lock: the one at work, and whether there may be any.
         self.current: EngineProcess | None = None
@@ -75,6 +78,7 @@ class EngineSlot:
             # Not under the lock: what is called when the link ends may take it.
             try:
                 link = engine.connect(self._handlers(engine), partial(self._on_end, engine))
+                link.may_call = self._may_call
                 engine.watch(self._hang_looks)
                 trace("guest.engine-started", engine=engine.process_id)
                 return link

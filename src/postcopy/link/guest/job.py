@@ -1,8 +1,9 @@
-"""One migration, snapshot or restore of a guest, as its user sees it from the order to the end."""
+"""What has been ordered of a guest, and each migration, snapshot or restore from its order to its end."""
 
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from postcopy.errors import EngineDied, WrongState
@@ -97,10 +98,58 @@ class Job:
         )
 
 
+class OrderLock:
+    """A lock that its holder may take again, and that knows whether the caller holds it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        # Under the lock.
+        self._holder: int | None = None
+        self._depth = 0
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the calling thread holds it."""
+        return self._holder == threading.get_ident()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._holder = threading.get_ident()
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._holder = None
+        self._lock.release()
+
+
+@dataclass(slots=True, eq=False)
+class Current:
+    """What the user has ordered last, and what that has come to; changed under :attr:`lock`.
+
+    :ivar shown: the job that was ordered last.
+    :ivar awaits: this process waits for a guest to come.
+    :ivar expecting: an engine is being told where, or from which image.
+    :ivar listening: and has been told.
+    :ivar exit_on_error: the process ends when no guest comes.
+    :ivar uri: where an outgoing guest was sent last.
+    :ivar lock: no engine is called under it, since what an engine says meanwhile is taken under it.
+    """
+
+    shown: Job
+    awaits: bool
+    expecting: bool = False
+    listening: bool = False
+    exit_on_error: bool = False
+    uri: str = ""
+    lock: OrderLock = field(default_factory=OrderLock)
+
+
 def _completed(measured: Measured | None, before: Measured | None) -> Measured | None:
     """What was measured, and where nothing was, what had been before."""
     if measured is None or before is None:
         return measured or before
-    names = [field.name for field in fields(Measured)]
+    names = [each.name for each in fields(Measured)]
     empty = {name: getattr(before, name) for name in names if getattr(measured, name) in {None, ()}}
     return replace(measured, **empty)

@@ -5,13 +5,13 @@ from collections.abc import Callable
 from postcopy.channel.address import parse
 from postcopy.channel.partial_file import remove_partial
 from postcopy.errors import PostcopyError
-from postcopy.link.guest.current import Current
 from postcopy.link.guest.engine_process import EngineProcess
 from postcopy.link.guest.engine_slot import EngineSlot
 from postcopy.link.guest.guest_service import GuestService, OwnedGuest
-from postcopy.link.guest.job import Job
+from postcopy.link.guest.job import Current, Job
 from postcopy.link.guest.recovery import Recovery
 from postcopy.link.guest.restoring import Restoring
+from postcopy.link.protocol import EngineReports
 from postcopy.ownership import Move, Owner
 from postcopy.statistics import MigrationInfo
 from postcopy.status import ENDED, GIVEN_UP, Status, has_switched_over
@@ -191,3 +191,29 @@ class Outcome:
             self.current.shown.error = (
                 f"{self.current.shown.error}; and the guest cannot go on: {error}"
             )
+
+
+class Reports(EngineReports):
+    """Takes what one engine tells of itself; on the link's reader thread.
+
+    :param on_pass: told which pass over all memory begins.
+    """
+
+    def __init__(
+        self, engine: EngineProcess, outcome: Outcome, on_pass: Callable[[int], None]
+    ) -> None:
+        self._engine = engine
+        self._outcome = outcome
+        self._on_pass = on_pass
+
+    def status(self, status: Status, error: str | None, info: MigrationInfo) -> None:
+        self._outcome.on_status(self._engine, status, error, info)
+
+    def fault(self, reason: str) -> None:
+        self._engine.fails(reason)
+
+    def passed(self, number: int) -> None:
+        self._on_pass(number)
+
+    def progressed(self) -> None:
+        self._outcome.restoring.engine_works()

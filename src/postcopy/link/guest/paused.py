@@ -1,21 +1,24 @@
 """What a user orders of a postcopy that is broken, or is to be: pause, recover, resume, and give up."""
 
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 from postcopy.channel.address import parse
 from postcopy.channel.descriptor_check import Use
 from postcopy.errors import PostcopyError, Refused, WrongState
-from postcopy.link.guest import loss
 from postcopy.link.guest.background_order import BackgroundOrder
 from postcopy.link.guest.engine_slot import EngineSlot
 from postcopy.link.guest.guest_service import GuestService, OwnedGuest
 from postcopy.link.guest.outcome import Outcome
-from postcopy.link.guest.preflight import check_transport
+from postcopy.link.guest.preflight import check_poison, check_transport
 from postcopy.link.guest.queued_migration import QueuedMigration
 from postcopy.link.protocol import JobCommands
 from postcopy.ownership import Move, Owner
 from postcopy.parameters import Overrides
 from postcopy.status import Status
+
+_GONE = "the source is gone for good"
 
 
 class Paused:
@@ -96,7 +99,7 @@ class Paused:
                     "x-migrate-lost can only be run when an incoming postcopy is paused"
                 )
             how = job.settings.parameters.x_on_loss
-            job.error = loss.apply_on_loss(how, self._guest, self._service, self._engines.end)
+            job.error = apply_on_loss(how, self._guest, self._service, self._engines.end)
             self._current.awaits = self._current.listening = False
             job.forget()
             self._restoring.end()
@@ -143,3 +146,43 @@ class Paused:
             except PostcopyError:
                 self._ownership.try_move(Move.LOSE_TOUCH)
                 raise
+
+
+def apply_on_loss(
+    how: str, guest: OwnedGuest, service: GuestService, end_engine: Callable[[], None]
+) -> str:
+    """Give the missing pages up.
+
+    :param how: the parameter ``x-on-loss``.
+    :param end_engine: called when that is possible: nobody comes back from here.
+    :return: what to tell the user.
+    :raises WrongState: ``hold``; nothing has changed, as with every error.
+    :raises HostCannot: this host, or this guest's accelerator, cannot poison pages.
+    """
+    match how:
+        case "poison":
+            return _poison(guest, service, end_engine)
+        case "quit":
+            return _abandon(guest, service, end_engine)
+    raise WrongState(
+        "x-on-loss is 'hold': the guest waits for its source; set it to 'poison' or 'quit' first, if "
+        "the source is gone for good"
+    )
+
+
+def _poison(guest: OwnedGuest, service: GuestService, end_engine: Callable[[], None]) -> str:
+    """The guest goes on without the pages that will never come, and never reads zeros instead."""
+    check_poison(guest)
+    end_engine()
+    lost = service.poison_missing()
+    pages = ", ".join(f"{count} pages of block '{name}'" for name, count in lost.items())
+    return f"{_GONE}: {pages} are lost; who touches one of them fails"
+
+
+def _abandon(guest: OwnedGuest, service: GuestService, end_engine: Callable[[], None]) -> str:
+    """The guest cannot go on: let go of what its vCPUs wait for, as far as that is possible."""
+    end_engine()
+    with suppress(PostcopyError):  # a vCPU that waits for a page may be unstoppable
+        check_poison(guest)
+        service.poison_missing()
+    return f"{_GONE}, and the guest cannot go on without its pages"
