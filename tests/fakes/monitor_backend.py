@@ -84,7 +84,7 @@ class FakeMigration:
             raise ZeroDivisionError("a mistake of ours")
         if resume:
             raise WrongState("Cannot resume if there is no paused migration")
-        if uri.startswith("bad:"):
+        if not uri or uri.startswith("bad:"):
             raise Refused(f"unknown migration protocol: {uri}")
         self.calls.append(("migrate", uri, overrides) if overrides else ("migrate", uri))
 

@@ -67,6 +67,7 @@ REQUESTS = [
     {"execute": "migrate"},
     call("migrate", uri=5),
     call("migrate", uri="bad:1"),
+    call("migrate", uri=""),
     call("migrate", uri="tcp:x:1", detach=True),
     call("migrate", uri="tcp:x:1", foo=5),
     call("migrate", uri="tcp:0:0", resume=True),
@@ -305,7 +306,8 @@ def test_human_parameters(both):
 HUMAN = [
     "", "   ", "foo", "info foo", "help foo", "MIGRATE", "info status", "info cpus", "stop",
     "info status", "c", "info status", "stop x", "quit x", "migrate", "migrate -x tcp:1:1",
-    "migrate -d", "migrate -r tcp:127.0.0.1:1", "migrate -d bad:1", "migrate bad:1",
+    "migrate -d", "migrate -r tcp:127.0.0.1:1", "migrate -d bad:1", "migrate bad:1", 'migrate ""',
+    'migrate_recover ""',
     "migrate_cancel", "migrate_cancel x", "migrate_continue", "migrate_continue foo",
     "migrate_continue pre-switchover", "migrate_incoming tcp:0:0", "migrate_recover tcp:0:0",
     "migrate_pause", "migrate_start_postcopy", "migrate_start_postcopy x", "info migrate",

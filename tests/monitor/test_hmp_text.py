@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fakes.monitor_backend import make_backend
 from postcopy.errors import Refused
+from postcopy.monitor.hmp import Hmp
 from postcopy.monitor.hmp_expression import Expression
-from postcopy.monitor.hmp_info import migrate, size
+from postcopy.monitor.hmp_info import size
 from postcopy.monitor.hmp_values import OutOfRange, parse_size, parse_value
 from postcopy.monitor.json_stream import JsonError, JsonStream
 from postcopy.parameters import rules
@@ -94,13 +96,19 @@ def test_sizes_have_three_digits_and_a_unit(n_bytes, shown):
     assert size(n_bytes) == shown
 
 
+def lines_of(info):
+    backend = make_backend()
+    backend.migration.now = info
+    return Hmp(backend, interactive=False).run("info migrate").splitlines()
+
+
 def test_what_qemu_does_not_measure_comes_after_what_it_does():
     ram = RamStatistics(dirty_pages_rate=12, postcopy_requests=7, downtime_bytes=5)
     info = MigrationInfo(
         Status.COMPLETED, ram=ram, total_time_ms=308, downtime_ms=302, setup_time_ms=0,
         measured=Measured(guest_downtime_us=31),
     )  # fmt: skip
-    lines = list(migrate(info.to_qapi()))
+    lines = lines_of(info)
     assert lines[:2] == ["Status: \t\tcompleted", "Time (ms): \t\ttotal=308, setup=0, down=302"]
     assert lines[-4:] == [
         "  Page Rates (pps): \ttransfer=0, dirty=12",
@@ -116,7 +124,7 @@ def test_a_restore_tells_of_its_memory_although_no_source_sends_it():
         measured=Measured(demand_faults=3),
         socket_address=({"type": "inet", "host": "::1", "port": "4444"},),
     )  # fmt: skip
-    lines = list(migrate(info.to_qapi()))
+    lines = lines_of(info)
     assert lines[1:5] == ["Time (ms): \t\ttotal=5", "Sockets: [", "\ttcp:[::1]:4444", "]"]
     assert "  Sizes: \t\tpagesize=4 KiB, total=1 MiB" in lines
     assert lines[-2:] == ["x-postcopy:", "  demand-faults: 3"]

@@ -6,7 +6,7 @@ import pytest
 
 from fakes.qemu_versions import NEWEST
 from fakes.real_qemu import MACHINES, QemuProcess, bios
-from postcopy.monitor.hmp_info import migrate
+from postcopy.monitor.hmp import COMMANDS
 from postcopy.statistics import MigrationInfo, RamStatistics
 from postcopy.status import Status
 
@@ -48,7 +48,11 @@ class Qemu(QemuProcess):
             info = self("query-migrate")
             if total := re.search(r"total=(\d+)", printed):  # it goes on while nothing else does
                 info["total-time"] = int(total[1])
-            ours = list(migrate(info, everything=line.endswith("-a")))
+            ours = list(
+                COMMANDS[line.removesuffix(" -a")].human.show(
+                    None, info, {"a": line.endswith("-a")}
+                )
+            )
             assert ours == printed.splitlines(), line
 
     def check_members(self):

@@ -9,9 +9,8 @@ from hypothesis import example, given
 
 from fakes.monitor_backend import make_backend
 from postcopy.errors import CannotListen, PostcopyError, Refused
+from postcopy.monitor.hmp import COMMANDS as HMP
 from postcopy.monitor.hmp import Hmp
-from postcopy.monitor.hmp_commands import COMMANDS as HMP
-from postcopy.monitor.hmp_commands import INFO
 from postcopy.monitor.json_stream import JsonError, JsonStream
 from postcopy.monitor.qmp_commands import COMMANDS as QMP
 from postcopy.monitor.qmp_messages import QmpError, parse
@@ -19,10 +18,10 @@ from postcopy.monitor.server import serve_qmp
 from postcopy.parameters import Parameters
 
 MANY = "9" * 5000
-NAMES = sorted({each for name in HMP for each in name.split("|")} - {"quit", "q", "c", "pmemsave"})
+NAMES = sorted(set(HMP) - {"quit", "q", "c", "pmemsave"})
 ODD_WORDS = st.sampled_from(
     ["", "0", "-1", MANY, f"0x{MANY}", f"1.{MANY}k", f"/{MANY}xb", "/2147483647xg", "nan", "1e999",
-     "\0", "\udcff", "\U0001f600", "(" * 200, "~" * 200, "1+" * 40000, "'", "on", *INFO,
+     "\0", "\udcff", "\U0001f600", "(" * 200, "~" * 200, "1+" * 40000, "'", "on", *HMP,
      *Parameters().to_qapi()]
 )  # fmt: skip
 LINES = st.tuples(st.sampled_from(NAMES), st.lists(ODD_WORDS | st.text(max_size=9), max_size=4))

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from postcopy.errors import Refused
-from postcopy.monitor.schema import Check, Struct, array, boolean, enumeration, size, string, union
+from postcopy.monitor.schema import Struct, array, boolean, enumeration, size, string, union
 
 _SOCKET: Mapping[str, Struct] = {
     "inet": Struct(
@@ -28,8 +28,11 @@ MIGRATION_ADDRESS = union(
 )
 """The ``addr`` of a migration channel."""
 
-CHANNELS: Check = array(
-    Struct({"channel-type": enumeration("main", "cpr"), "addr": MIGRATION_ADDRESS})
+CHANNELS = array(
+    Struct(
+        {"channel-type": enumeration("main", "cpr"), "addr": MIGRATION_ADDRESS},
+        name="MigrationChannel",
+    )
 )
 """The ``channels`` of ``migrate`` and ``migrate-incoming``."""
 
@@ -40,9 +43,9 @@ def uri_of_call(arguments: Mapping[str, Any]) -> str:
     :raises Refused: none of them, both, or not exactly one main channel.
     """
     uri, channels = arguments.get("uri"), arguments.get("channels")
-    if bool(uri) == bool(channels):
+    if (uri is None) == (not channels):
         raise Refused("need either 'uri' or 'channels' argument")
-    return uri if uri else _main_channel(channels or [])
+    return _main_channel(channels) if channels else uri or ""
 
 
 def _main_channel(channels: Sequence[Mapping[str, Any]]) -> str:

@@ -1,16 +1,17 @@
 """The human monitor: a line in, the text that it prints out.  No transport."""
 
 import logging
-from collections.abc import Iterator
 
 from postcopy.errors import PostcopyError
 from postcopy.monitor.backend import Backend
-from postcopy.monitor.hmp_arguments import BadUsage, parse
-from postcopy.monitor.hmp_commands import COMMANDS, INFO, Context, HmpCommand
+from postcopy.monitor.command import Arguments, Command, Context, Human, Lines
+from postcopy.monitor.commands import TABLE
+from postcopy.monitor.hmp_arguments import Argument, BadUsage, parse, words
 
 MOST_CHARACTERS = 1 << 16
 """A longer line is refused: no command needs one, and what reads them looks at each character often."""
 
+_INFO = "info "
 _log = logging.getLogger(__name__)
 
 
@@ -28,36 +29,36 @@ class Hmp:
         if len(line) > MOST_CHARACTERS:
             return f"a line of {len(line)} characters is too long; {MOST_CHARACTERS} do\n"
         name, rest = _split(line)
-        command, display, prefix = COMMANDS.get(name), name, ""
         if not name:
             return ""
-        if command is not None and command.name == "info" and rest.strip():
-            name, rest = _split(rest)
-            command, display, prefix = INFO.get(name), f"info {name}", "info "
-        if command is None:
-            return f"unknown command: '{display}'\n"
-        if command.name in {"info", "help|?"}:
-            return "".join(f"{text}\n" for text in _help(command, rest))
-        return "".join(f"{text}\n" for text in self._run(command, rest, prefix))
+        if name == "info" and rest.strip():
+            subject, rest = _split(rest)
+            name = _INFO + subject
+        if (command := COMMANDS.get(name)) is None or command.human is None:
+            return f"unknown command: '{name}'\n"
+        return "".join(f"{text}\n" for text in self._run(command, command.human, rest))
 
-    def _run(self, command: HmpCommand, rest: str, prefix: str) -> Iterator[str]:
+    def _run(self, command: Command, human: Human, rest: str) -> Lines:
+        name = command.human_name.removeprefix(_INFO)
         try:
-            arguments = parse(command.name, rest, command.flags, command.arguments)
-            yield from command.run(self._context, arguments) or ()
+            flags = "".join(flag.letter for flag in human.flags)
+            arguments = parse(name, rest, flags, human.arguments)
+            answer = command.run(self._context.backend, human.call(arguments))
+            yield from human.show(self._context, answer, arguments)
         except BadUsage as error:
             yield str(error)
-            yield f'Try "help {prefix}{command.name.partition("|")[0]}" for more information'
+            first = command.human_name.partition("|")[0]
+            yield f'Try "help {first}" for more information'
         except PostcopyError as error:
             yield f"Error: {error}"
         except Exception as error:
-            _log.exception("internal error in HMP's %s", command.name)
+            _log.exception("internal error in HMP's %s", name)
             yield f"Error: internal error: {type(error).__name__}; see the log"
 
 
 def completions(text: str) -> list[str]:
     """The commands that begin with ``text``, for a terminal's Tab key."""
-    names = [*COMMANDS, *(f"info {name}" for name in INFO)]
-    return sorted(name for name in names if name.startswith(text))
+    return sorted(name for name in COMMANDS if name.startswith(text))
 
 
 def _split(line: str) -> tuple[str, str]:
@@ -67,23 +68,40 @@ def _split(line: str) -> tuple[str, str]:
     return line[:end], line[end:]
 
 
-def _help(command: HmpCommand, rest: str) -> Iterator[str]:
-    name, _, subject = rest.strip().partition(" ")
-    if command.name == "info" or (name == "info" and not subject):
-        yield from (_explained(row, "info ") for row in _rows(INFO))
-    elif not name:
-        yield from (_explained(row, "") for row in _rows(COMMANDS))
-    elif name == "info" and subject in INFO:
-        yield _explained(INFO[subject], "info ")
-    elif name in COMMANDS and not subject:
-        yield _explained(COMMANDS[name], "")
-    else:
-        yield f"unknown command: '{rest.strip()}'"
+def _help(_context: Context, _answer: object, arguments: Arguments) -> Lines:
+    name = " ".join((arguments["name"] or "").split())
+    if name == "info":
+        return _explained(info=True)
+    if not name:
+        return _explained(info=False)
+    if name in COMMANDS:
+        return [COMMANDS[name].human_help]
+    return [f"unknown command: '{name}'"]
 
 
-def _rows(table: dict[str, HmpCommand]) -> list[HmpCommand]:
-    return list(dict.fromkeys(table.values()))
+def _explained(*, info: bool) -> Lines:
+    rows = {command.human_name: command for command in COMMANDS.values()}
+    return (rows[name].human_help for name in sorted(rows) if name.startswith(_INFO) is info)
 
 
-def _explained(row: HmpCommand, prefix: str) -> str:
-    return f"{prefix}{row.name} {row.usage} -- {row.help}"
+_OWN = (
+    Command(
+        "", "explain a command",
+        human=Human("help|?", (Argument("name", words, "[cmd]"),), show=_help),
+    ),
+    Command(
+        "", "tell about a subject",
+        human=Human(
+            "info", (Argument("item", words, "[subcommand]"),),
+            show=lambda _c, _answer, _a: _explained(info=True),
+        ),
+    ),
+)  # fmt: skip
+
+COMMANDS: dict[str, Command] = {
+    alias: command
+    for command in (*_OWN, *TABLE)
+    if command.human is not None
+    for alias in command.human_name.split("|")
+}
+"""Every command by each of its names; a subject of ``info`` is ``info SUBJECT``."""

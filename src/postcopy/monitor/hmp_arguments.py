@@ -17,10 +17,14 @@ class BadUsage(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """One argument; ``take`` cuts it off the line and returns it with the rest."""
+    """One argument; ``take`` cuts it off the line and returns it with the rest.
+
+    :ivar shown: as ``help`` shows it, where that is not its name.
+    """
 
     name: str
     take: Callable[[str, str], tuple[Any, str]]
+    shown: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +64,9 @@ def _closed(line: str) -> bool:
     return position < len(line)
 
 
-def words(line: str, command: str) -> tuple[str, str]:  # noqa: ARG001  the signature of all
-    """The rest of the line."""
-    return line.strip(), ""
+def words(line: str, command: str) -> tuple[str | None, str]:  # noqa: ARG001  the signature of all
+    """The rest of the line, or None when there is none."""
+    return line.strip() or None, ""
 
 
 def rest_of_line(line: str, command: str) -> tuple[str, str]:

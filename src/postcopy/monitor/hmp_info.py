@@ -1,10 +1,11 @@
-"""The layout of HMP's ``info migrate`` and its kin; the lines and their order are QEMU's."""
+"""What HMP's ``info`` prints of the answers of QMP's queries; the lines and their order are QEMU's."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from postcopy.monitor.addresses import uri_of_socket_address
-from postcopy.parameters import Parameters, rules
+from postcopy.monitor.command import Arguments, Context, Lines
+from postcopy.parameters import rules
 
 _GLOBALS = (
     "Globals:",
@@ -46,11 +47,8 @@ def size(n_bytes: int) -> str:
     return f"{n_bytes / (1 << 10 * power):.3g} {_UNITS[power]}B"
 
 
-def migrate(info: Mapping[str, Any], *, everything: bool = False) -> Iterator[str]:
-    """The lines of ``info migrate`` for an answer of ``query-migrate``.
-
-    :param everything: with ``-a``: the globals and what a postcopy has measured too.
-    """
+def migrate(_context: Context, info: Mapping[str, Any], arguments: Arguments) -> Lines:
+    """The lines of ``info migrate``; with ``-a`` the globals and what a postcopy has measured too."""
     if "blocked-reasons" in info:
         yield "Outgoing migration blocked:"
         yield from (f"  {reason}" for reason in info["blocked-reasons"])
@@ -70,7 +68,7 @@ def migrate(info: Mapping[str, Any], *, everything: bool = False) -> Iterator[st
     if ours := info.get("x-postcopy"):
         yield "x-postcopy:"
         yield from (f"  {name}: {value}" for name, value in ours.items())
-    if everything:
+    if arguments["a"]:
         yield from _GLOBALS
         yield from _postcopy(info)
 
@@ -146,17 +144,39 @@ _PARAMETERS = (
 )
 
 
-def parameters(values: Parameters) -> Iterator[str]:
+def parameters(_context: Context, by_name: Mapping[str, Any], _arguments: Arguments) -> Lines:
     """The lines of ``info migrate_parameters``: QEMU's, then ours."""
-    by_name = values.to_qapi()
     for name, layout in _PARAMETERS:
-        yield f"{name}: {layout.format(on_off(by_name[name]))}"
+        yield f"{name}: {layout.format(_on_off(by_name[name]))}"
     yield "".join(["cpr-exec-command:", *(f" {word}" for word in by_name["cpr-exec-command"])])
     for name, rule in rules().items():
         if rule.ours:
-            yield f"{name}: {on_off(by_name[name])}"
+            yield f"{name}: {_on_off(by_name[name])}"
 
 
-def on_off(value: object) -> object:
-    """Booleans as people write them; anything else as it is."""
+def capabilities(_context: Context, rows: list[dict[str, Any]], _arguments: Arguments) -> Lines:
+    """The lines of ``info migrate_capabilities``."""
+    return (f"{row['capability']}: {_on_off(row['state'])}" for row in rows)
+
+
+def status(_context: Context, found: Mapping[str, Any], _arguments: Arguments) -> Lines:
+    """The line of ``info status``."""
+    running, state = found["running"], found["status"]
+    line = f"VM status: {'running' if running else 'paused'}"
+    yield line if running or state == "paused" else f"{line} ({state})"
+
+
+def cpus(_context: Context, rows: list[dict[str, Any]], _arguments: Arguments) -> Lines:
+    """The lines of ``info cpus``."""
+    for row in rows:
+        mark = "*" if row["cpu-index"] == 0 else " "
+        yield f"{mark} CPU #{row['cpu-index']}: thread_id={row['thread-id']}"
+
+
+def version(_context: Context, found: Mapping[str, Any], _arguments: Arguments) -> Lines:
+    """The line of ``info version``."""
+    yield "{major}.{minor}.{micro}".format(**found["qemu"]) + f" ({found['package']})"
+
+
+def _on_off(value: object) -> object:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value

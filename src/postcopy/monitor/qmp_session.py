@@ -22,7 +22,6 @@ from postcopy.monitor.backend import Backend
 from postcopy.monitor.json_stream import JsonError, JsonStream
 from postcopy.monitor.qmp_commands import COMMANDS
 from postcopy.monitor.qmp_messages import QmpError, Request
-from postcopy.monitor.schema import Struct, array, enumeration
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +30,6 @@ _MAX_UNSENT_MESSAGES = 4096
 _FLUSH_SECONDS = 1.0
 
 _NEGOTIATE = "qmp_capabilities"
-_NEGOTIATION = Struct(optional={"enable": array(enumeration("oob"))})
 
 
 class QmpSession:
@@ -170,7 +168,7 @@ class QmpSession:
         if self._negotiated:
             return
         try:
-            enable = _NEGOTIATION(request.arguments, "").get("enable", [])
+            enable = COMMANDS[_NEGOTIATE].arguments(request.arguments, "").get("enable", [])
         except PostcopyError as error:
             raise QmpError(str(error)) from error
         self._negotiated, self._out_of_band = True, "oob" in enable

@@ -10,47 +10,62 @@ from typing import Any
 
 from postcopy.errors import Refused
 
-Check = Callable[[Any, str], Any]
+
+@dataclass(frozen=True, slots=True)
+class Type:
+    """A type of arguments; ``name`` is what the manual calls it."""
+
+    name: str
+    accept: Callable[[Any, str], Any]
+
+    def __call__(self, value: Any, path: str) -> Any:
+        """``value`` if it is of this type.
+
+        :raises Refused: it is not; in QEMU's words.
+        """
+        return self.accept(value, path)
 
 
 def _expected(kind: str, path: str) -> Refused:
     return Refused(f"Invalid parameter type for '{path}', expected: {kind}")
 
 
-def string(value: Any, path: str) -> str:
-    """Any text."""
+def _string(value: Any, path: str) -> str:
     if not isinstance(value, str):
         raise _expected("string", path)
     return value
 
 
-def boolean(value: Any, path: str) -> bool:
-    """True or false, and no number."""
+def _boolean(value: Any, path: str) -> bool:
     if not isinstance(value, bool):
         raise _expected("boolean", path)
     return value
 
 
-def integer(value: Any, path: str) -> int:
-    """A signed number of 64 bits."""
+def _integer(value: Any, path: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value >= 2**63:
         raise _expected("integer", path)
     return value
 
 
-def size(value: Any, path: str) -> int:
-    """An unsigned number of 64 bits; a negative one is taken as its two's complement."""
+def _size(value: Any, path: str) -> int:
+    # As QEMU: a negative one is taken as its two's complement.
     if not isinstance(value, int) or isinstance(value, bool):
         raise Refused(f"Parameter '{path}' expects uint64")
     return value % 2**64
 
 
-def anything(value: Any, path: str) -> Any:  # noqa: ARG001  the signature of all checks
-    """Whoever uses the value checks it."""
-    return value
+string = Type("string", _string)
+boolean = Type("boolean", _boolean)
+integer = Type("integer", _integer)
+"""A signed number of 64 bits."""
+size = Type("size", _size)
+"""An unsigned number of 64 bits."""
+anything = Type("any", lambda value, _path: value)
+"""What uses the value checks it."""
 
 
-def array(item: Check) -> Check:
+def array(item: "Check") -> Type:
     """A list of ``item``."""
 
     def check(value: Any, path: str) -> list[Any]:
@@ -58,21 +73,24 @@ def array(item: Check) -> Check:
             raise _expected("array", path)
         return [item(one, f"{path}[{index}]") for index, one in enumerate(value)]
 
-    return check
+    return Type(f"[{item.name}]", check)
 
 
-def enumeration(*values: str) -> Check:
-    """One of ``values``."""
+def enumeration(*values: str, name: str = "") -> Type:
+    """One of ``values``.
+
+    :param name: QAPI's, where there are too many to list.
+    """
 
     def check(value: Any, path: str) -> str:
-        text = string(value, path)
+        text = _string(value, path)
         if text not in values:
             # QEMU names an enum by its last part, and an array's element "null".
-            name = "null" if path.endswith("]") else path.rpartition(".")[2]
-            raise Refused(f"Parameter '{name}' does not accept value '{text}'")
+            member = "null" if path.endswith("]") else path.rpartition(".")[2]
+            raise Refused(f"Parameter '{member}' does not accept value '{text}'")
         return text
 
-    return check
+    return Type(name or " or ".join(values), check)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +100,9 @@ class Struct:
     ``branches``: by the value of the member ``tag`` there are more members.
     """
 
-    required: Mapping[str, Check] = field(default_factory=dict)
-    optional: Mapping[str, Check] = field(default_factory=dict)
+    required: Mapping[str, "Check"] = field(default_factory=dict)
+    optional: Mapping[str, "Check"] = field(default_factory=dict)
+    name: str = "object"
     tag: str = ""
     branches: Mapping[str, "Struct"] = field(default_factory=dict)
 
@@ -110,6 +129,9 @@ class Struct:
         if self.tag:
             checked |= self.branches[checked[self.tag]].members(value, path)
         return checked
+
+
+Check = Type | Struct
 
 
 def _join(path: str, name: str) -> str:

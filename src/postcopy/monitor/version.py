@@ -22,8 +22,3 @@ def package() -> str:
 def query_version() -> dict[str, Any]:
     """The answer to ``query-version``, and part of QMP's greeting."""
     return {"qemu": dict(QEMU_VERSION), "package": package()}
-
-
-def text() -> str:
-    """The answer to HMP's ``info version``."""
-    return "{major}.{minor}.{micro}".format(**QEMU_VERSION) + f" ({package()})"
