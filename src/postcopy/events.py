@@ -1,6 +1,6 @@
 """What happened, told to the subscribers: monitors, logs, tests.
 
-The names are QMP's: ``MIGRATION``, ``MIGRATION_PASS``, ``STOP``, ``RESUME``, ``SHUTDOWN``.
+The names and members are QMP's, see :data:`MEANINGS`.
 """
 
 import logging
@@ -9,6 +9,16 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+MEANINGS: Mapping[str, str] = {
+    "MIGRATION": "the `status` has changed (with the capability `events`)",
+    "MIGRATION_PASS": "round `pass` of precopy begins (with the capability `events`)",
+    "STOP": "the vCPUs have stopped",
+    "RESUME": "the vCPUs run",
+    "SHUTDOWN": "the machine ends: by its `guest` or not, and the `reason`",
+    "GUEST_PANICKED": "a vCPU cannot go on; `action` is `pause`",
+}
+"""The events that there are."""
 
 _log = logging.getLogger(__name__)
 

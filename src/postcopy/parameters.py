@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 from postcopy.errors import Refused
+from postcopy.parameter_rules import Kind, Rule
 
 
 class Capability(enum.StrEnum):
@@ -41,21 +42,19 @@ class Capability(enum.StrEnum):
 
 C = Capability
 
-SUPPORTED = frozenset(
-    {
-        C.EVENTS,
-        C.POSTCOPY_RAM,
-        C.POSTCOPY_BLOCKTIME,
-        C.RETURN_PATH,
-        C.PAUSE_BEFORE_SWITCHOVER,
-        # It is about disks, and we have none.
-        C.LATE_BLOCK_ACTIVATE,
-        C.POSTCOPY_PREEMPT,
-        C.MAPPED_RAM,
-        C.BACKGROUND_SNAPSHOT,
-    }
-)
-"""What this version can do; switching on any other capability is refused by name."""
+MEANINGS: Mapping[Capability, str] = {
+    C.EVENTS: "the event `MIGRATION` at each change of the status",
+    C.POSTCOPY_RAM: "the guest may run at the destination before its memory is there",
+    C.RETURN_PATH: "the destination answers the source, in precopy too",
+    C.PAUSE_BEFORE_SWITCHOVER: "precopy waits in `pre-switchover` for `migrate-continue`",
+    C.POSTCOPY_BLOCKTIME: "how long vCPUs waited for pages is measured, and told by the destination",
+    C.LATE_BLOCK_ACTIVATE: "accepted; it is about disks, and there are none",
+    C.BACKGROUND_SNAPSHOT: "`migrate` writes an image of a guest that goes on",
+    C.POSTCOPY_PREEMPT: "pages that are asked for have a connection of their own",
+    C.MAPPED_RAM: "each page has a fixed place in the file",
+}
+"""What this version can do, and what it is; switching on any other capability is refused by name."""
+SUPPORTED = frozenset(MEANINGS)
 
 _NOT_WITH_BACKGROUND_SNAPSHOT = (
     C.POSTCOPY_RAM,
@@ -161,90 +160,6 @@ class Capabilities:
         return [{"state": c in self.on, "capability": c.value} for c in Capability]
 
 
-class Kind(enum.Enum):
-    """What values a parameter takes; the value is QEMU's name for it in a complaint."""
-
-    SIZE = "uint64"
-    UINT32 = "uint32_t"
-    UINT8 = "uint8_t"
-    BOOLEAN = "boolean"
-    STRING = "StrOrNull"
-    STRINGS = "array"
-    CHOICE = "enum"
-
-
-_LARGEST = {Kind.UINT32: 2**32 - 1, Kind.UINT8: 255}
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """What is allowed for one parameter."""
-
-    kind: Kind
-    least: int = 0
-    most: int = 2**64 - 1
-    power_of_two: bool = False
-    complaint: str = "Option {name} expects a value between {least} and {most}"
-    """About a number out of range."""
-    choices: tuple[str, ...] = ()
-    only: tuple[str, ...] | None = None
-    """Valid in QEMU, but of those we implement only these."""
-    mebibytes: bool = False
-    """A bare number means MiB in HMP."""
-    ours: bool = False
-
-    def accept(self, name: str, value: object) -> object:
-        """``value`` if its type is right, in the form in which it is kept.
-
-        :raises Refused: in QEMU's words.
-        """
-        match self.kind:
-            case Kind.BOOLEAN if not isinstance(value, bool):
-                raise Refused(f"Invalid parameter type for '{name}', expected: boolean")
-            case Kind.STRING if not isinstance(value, str | None):
-                raise Refused(f"Invalid parameter type for '{name}', expected: StrOrNull")
-            case Kind.CHOICE if not isinstance(value, str):
-                raise Refused(f"Invalid parameter type for '{name}', expected: string")
-            case Kind.STRINGS:
-                return _strings(name, value)
-            case Kind.SIZE | Kind.UINT32 | Kind.UINT8:
-                return self._accept_number(name, value)
-        return "" if value is None else value
-
-    def _accept_number(self, name: str, value: object) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**64:
-            raise Refused(f"Parameter '{name}' expects {Kind.SIZE.value}")
-        if self.kind is Kind.SIZE:
-            return value % 2**64  # as QEMU: JSON's -1 is the largest size
-        if not 0 <= value <= _LARGEST[self.kind]:
-            raise Refused(f"Parameter '{name}' expects {self.kind.value}")
-        return value
-
-    def check(self, name: str, value: object) -> None:
-        """Whether we can work with ``value``.
-
-        :raises Refused: out of range, or not implemented.
-        """
-        if isinstance(value, int) and not (
-            self.least <= value <= self.most and (not self.power_of_two or value.bit_count() == 1)
-        ):
-            complaint = self.complaint.format(name=name, least=self.least, most=self.most)
-            raise Refused(complaint)
-        if self.choices and value not in self.choices:
-            raise Refused(f"Parameter '{name}' does not accept value '{value}'")
-        if self.only is not None and value not in self.only:
-            raise Refused(f"Value '{value}' of parameter '{name}' is not implemented by postcopy")
-
-
-def _strings(name: str, value: object) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple):
-        raise Refused(f"Invalid parameter type for '{name}', expected: array")
-    for index, item in enumerate(value):
-        if not isinstance(item, str):
-            raise Refused(f"Invalid parameter type for '{name}[{index}]', expected: string")
-    return tuple(value)
-
-
 def _parameter(kind: Kind, default: object, **rule: Any) -> Any:
     return field(default=default, metadata={"rule": Rule(kind, **rule)})
 
@@ -293,12 +208,17 @@ class Parameters:
     tls_creds: str = _parameter(Kind.STRING, "", only=("",))
     tls_hostname: str = _parameter(Kind.STRING, "")
     tls_authz: str = _parameter(Kind.STRING, "")
-    max_bandwidth: int = _size(128 << 20, mebibytes=True)
-    avail_switchover_bandwidth: int = _size(0, mebibytes=True)
+    max_bandwidth: int = _size(
+        128 << 20, mebibytes=True, help="most bytes a second before the switchover; 0: no limit"
+    )
+    avail_switchover_bandwidth: int = _size(
+        0, mebibytes=True, help="bytes a second that the switchover will have; 0: as measured"
+    )
     downtime_limit: int = _size(
         300,
         most=2000 * 1000,
         complaint="Option {name} expects an integer in the range of 0 to (2000 * 1000) ms",
+        help="longest time in ms for which a precopy may stop the guest at the switchover",
     )
     x_checkpoint_delay: int = _parameter(Kind.UINT32, 20000)
     multifd_channels: int = _uint8(2, 1, 255)
@@ -308,7 +228,9 @@ class Parameters:
         power_of_two=True,
         complaint="Option {name} expects a power of two no less than the target page size",
     )
-    max_postcopy_bandwidth: int = _size(0)
+    max_postcopy_bandwidth: int = _size(
+        0, help="most bytes a second of pages that nothing waits for, after it; 0: no limit"
+    )
     max_cpu_throttle: int = _parameter(Kind.UINT8, 99)
     multifd_compression: str = _choice("none", "zlib", "zstd", default="none")
     multifd_zlib_level: int = _uint8(1, 0, 9)
@@ -332,12 +254,17 @@ class Parameters:
         complaint="Option x_rdma_chunk_size expects a power of 2 in the range 1MiB to 1024MiB",
     )
     cpr_exec_command: tuple[str, ...] = _parameter(Kind.STRINGS, ())
-    x_dirty_tracking: str = _choice("auto", "pagemap", "kvm", default="auto", ours=True)
-    """How writes to guest memory are noticed; ``auto`` takes the best that this host has."""
-    x_on_loss: str = _choice("hold", "poison", "quit", default="hold", ours=True)
-    """What ``x-migrate-lost`` does at a destination about the pages that will never come."""
-    x_link_timeout: int = _size(5000, most=3600 * 1000, ours=True)
-    """Silence after which a link is dead; 0 = never."""
+    x_dirty_tracking: str = _choice(
+        *("auto", "pagemap", "kvm"), default="auto", ours=True,
+        help="how writes to guest memory are noticed; `auto`: the best that this host has",
+    )  # fmt: skip
+    x_on_loss: str = _choice(
+        *("hold", "poison", "quit"), default="hold", ours=True,
+        help="what `x-migrate-lost` does at a destination about the pages that will never come",
+    )  # fmt: skip
+    x_link_timeout: int = _size(
+        5000, most=3600 * 1000, ours=True, help="silence in ms after which a link is dead; 0: never"
+    )
 
     def with_changes(self, changes: Mapping[str, object]) -> "Parameters":
         """The parameters after ``changes`` (by QEMU's names), all of them or none.

@@ -5,7 +5,7 @@ What QEMU does not measure is apart, in :class:`Measured`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from postcopy.status import GIVEN_UP, Status
@@ -54,38 +54,40 @@ class RamStatistics:
         return {f.name.replace("_", "-"): getattr(self, f.name) for f in fields(self)}
 
 
+def _measured(meaning: str, default: object = None) -> Any:
+    return field(default=default, metadata={"meaning": meaning})
+
+
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What we measure beyond QEMU, in microseconds; ``None`` or empty when not measured.
+    """What we measure beyond QEMU; ``None`` or empty when not measured.
 
-    ``guest_downtime_us`` is how long no vCPU ran, as the guest's own clock would say;
-    ``overlapped_blocktime_us`` how long all vCPUs waited for pages at the same time.
-
-    Of a background snapshot: ``pause_us`` is how long it stopped the vCPUs; the ``write_stall_*_us`` are
-    how long a write of a running guest had to wait (never less than it did, but for the waking up), and
-    ``write_faults`` how many had to; ``aside_bytes`` is what was copied aside for them, and
-    ``aside_most_bytes`` the most of it that had to be kept at once.
+    The metadata of each field say what it is; ``docs/monitor.md`` lists them.
     """
 
-    guest_downtime_us: int | None = None
-    blocktime_us: tuple[int, ...] = ()
-    overlapped_blocktime_us: int | None = None
-    fault_latency_p50_us: int | None = None
-    fault_latency_p99_us: int | None = None
-    fault_latency_max_us: int | None = None
-    pause_us: int | None = None
-    write_faults: int | None = None
-    write_stall_p50_us: int | None = None
-    write_stall_p99_us: int | None = None
-    write_stall_max_us: int | None = None
-    aside_bytes: int | None = None
-    aside_most_bytes: int | None = None
-    device_bytes: int | None = None
-    restore_running_us: int | None = None
-    restore_ready_us: int | None = None
-    restore_complete_us: int | None = None
-    demand_faults: int | None = None
-    working_set_pages: int | None = None
+    guest_downtime_us: int | None = _measured(
+        "how long no vCPU ran, as the guest's own clock would say"
+    )
+    blocktime_us: tuple[int, ...] = _measured("how long each vCPU waited for pages", ())
+    overlapped_blocktime_us: int | None = _measured("how long all vCPUs waited at the same time")
+    fault_latency_p50_us: int | None = _measured("half of the page faults took no longer")
+    fault_latency_p99_us: int | None = _measured("99 of 100 page faults took no longer")
+    fault_latency_max_us: int | None = _measured("the longest page fault")
+    pause_us: int | None = _measured("how long a background snapshot stopped the vCPUs")
+    write_faults: int | None = _measured("writes of the guest that had to wait for the snapshot")
+    write_stall_p50_us: int | None = _measured("half of these waited no longer")
+    write_stall_p99_us: int | None = _measured("99 of 100 of these waited no longer")
+    write_stall_max_us: int | None = _measured("the longest of these waits")
+    aside_bytes: int | None = _measured("bytes copied aside for these writes")
+    aside_most_bytes: int | None = _measured("the most of them that had to be kept at once")
+    device_bytes: int | None = _measured("bytes of device state in the image")
+    restore_running_us: int | None = _measured("from the order until the guest ran")
+    restore_ready_us: int | None = _measured(
+        "from the order until its working set (or, without one, all memory) was there"
+    )
+    restore_complete_us: int | None = _measured("from the order until all memory was there")
+    demand_faults: int | None = _measured("page faults of a restored guest that had to be served")
+    working_set_pages: int | None = _measured("pages of the working set that were brought first")
 
     def to_qapi(self) -> dict[str, Any]:
         """The ``x-postcopy`` member: only what was measured."""

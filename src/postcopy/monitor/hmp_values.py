@@ -4,7 +4,7 @@ import re
 import shlex
 
 from postcopy.errors import Refused
-from postcopy.parameters import Kind, Rule
+from postcopy.parameter_rules import Kind, Rule
 
 _SIZE = re.compile(
     r"\s*\+?(?:(?P<hex>0[xX][0-9a-fA-F]+)|(?P<whole>[0-9]+)(?P<fraction>\.[0-9]*)?"
