@@ -37,7 +37,16 @@ def test_uri_and_back(uri, address):
 
 @pytest.mark.parametrize(
     ("text", "n_bytes"),
-    [("0", 0), ("512", 512), ("0x1000", 4096), ("4k", 4096), ("2M", 1 << 21), ("1G", 1 << 30)],
+    [
+        ("0", 0),
+        ("512", 512),
+        ("0x1000", 4096),
+        ("4k", 4096),
+        ("2M", 1 << 21),
+        ("1G", 1 << 30),
+        ("1.5k", 1536),
+        ("1P", 1 << 50),
+    ],
 )
 def test_offsets(text, n_bytes):
     address = parse(f"file:/a,b,offset={text}")
@@ -62,7 +71,9 @@ def test_offsets(text, n_bytes):
         ("fd:", "Invalid file descriptor number ''"),
         ("file:x,offset=0x20M", "file URI has bad offset 0x20M: Invalid argument"),
         ("file:x,offset=abc", "file URI has bad offset abc: Invalid argument"),
-        ("file:x,offset=-1", "file URI has bad offset -1: Invalid argument"),
+        ("file:x,offset=-1", "file URI has bad offset -1: Numerical result out of range"),
+        ("file:x,offset=16E", "file URI has bad offset 16E: Numerical result out of range"),
+        ("file:x,offset=1.5", "file URI has bad offset 1.5: Invalid argument"),
         ("file:x,offset=", "file URI has bad offset : Invalid argument"),
         ("file:x,offset=0x8000000000000000", "Numerical result out of range"),
         ("file:", "file URI has no path"),

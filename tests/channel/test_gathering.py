@@ -44,7 +44,7 @@ class Taker:
         self.positions = []
         self._shares = list(shares)
 
-    def __call__(self, _function, _fd, address, count, position=None):
+    def __call__(self, _fd, address, count, position=None):
         assert count <= 1024
         pieces = np.ctypeslib.as_array((ctypes.c_uint64 * (2 * count)).from_address(address))
         offered = b"".join(ctypes.string_at(at, n) for at, n in pieces.reshape(-1, 2).tolist())
@@ -59,7 +59,7 @@ def test_it_goes_on_where_the_kernel_stopped(cut):
     pieces = Scattered([WORD, PAGE] * 3)
     before = pieces.table.copy()
     left, taker = Gathering(pieces.table), Taker(cut)
-    with mock.patch.object(gathering, "_call", taker):
+    with mock.patch.object(gathering, "write_pieces", taker):
         while left:
             left.write(3)
     assert taker.taken == pieces.bytes
@@ -74,7 +74,7 @@ def test_it_goes_on_where_the_kernel_stopped(cut):
 def test_any_pieces_in_any_shares(lengths, shares, limit):
     pieces = Scattered(lengths)
     left, taker = Gathering(pieces.table), Taker(*shares)
-    with mock.patch.multiple(gathering, _call=taker, IOV_MAX=limit):
+    with mock.patch.multiple(gathering, write_pieces=taker, IOV_MAX=limit):
         position = 100
         while left:
             position += left.write_at(3, position)

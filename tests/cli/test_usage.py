@@ -119,7 +119,15 @@ def test_the_last_resort_says_how_to_see_the_traceback(capfd):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("512M", 512 << 20), ("1G", 1 << 30), ("1.5g", 3 << 29), ("64", 64 << 20), ("2MiB", 2 << 20)],
+    [
+        ("512M", 512 << 20),
+        ("1G", 1 << 30),
+        ("1.5g", 3 << 29),
+        ("64", 64 << 20),
+        ("2MiB", 2 << 20),
+        ("2MB", 2 << 20),
+        ("4096B", 4096),
+    ],
 )
 def test_sizes_have_qemu_suffixes(text, expected):
     assert Size("M").convert(text, None, None) == expected

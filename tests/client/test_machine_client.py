@@ -18,7 +18,7 @@ from postcopy import (
     Status,
     sync,
 )
-from postcopy.client import addresses
+from postcopy.channel.address import parse_socket
 
 pytestmark = pytest.mark.kvm
 
@@ -35,13 +35,13 @@ pytestmark = pytest.mark.kvm
     ],
 )
 def test_addresses(text, where):
-    assert addresses.parse(text) == where
+    assert parse_socket(text, "QMP").endpoint == where
 
 
 @pytest.mark.parametrize("text", ["", "a", "unix:", "tcp:44", "tcp:here:x", "http://here"])
 def test_other_addresses_are_refused(text):
     with pytest.raises(Refused, match="is no QMP address"):
-        addresses.parse(text)
+        parse_socket(text, "QMP")
 
 
 def test_a_guest_moves_to_another_machine(tmp_path):

@@ -12,9 +12,10 @@ from postcopy.errors import Refused
 from postcopy.monitor.hmp import Hmp
 from postcopy.monitor.hmp_expression import Expression
 from postcopy.monitor.hmp_info import size
-from postcopy.monitor.hmp_values import OutOfRange, parse_size, parse_value
+from postcopy.monitor.hmp_values import parse_value
 from postcopy.monitor.json_stream import JsonError, JsonStream
 from postcopy.parameters import rules
+from postcopy.sizes import OutOfRange, parse_size
 from postcopy.statistics import Measured, MigrationInfo, RamStatistics
 from postcopy.status import Status
 

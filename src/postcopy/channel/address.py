@@ -14,13 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from postcopy.errors import Refused
+from postcopy.sizes import OutOfRange, parse_size
 
 SUN_PATH_BYTES = 108
 """Room for a Unix socket's path and its closing zero, see unix(7)."""
 
 _INET = re.compile(r"(?:\[(?P<v6>[0-9a-fA-F:.%\w]+)\]|(?P<host>[^:,\[\]]*)):(?P<port>[0-9]+)")
-_SIZE = re.compile(r"(?P<hex>0[xX][0-9a-fA-F]+)|(?P<decimal>[0-9]+)(?P<unit>[bBkKmMgGtT]?)")
-_UNITS = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,12 @@ class TcpAddress:
     port: int
 
     def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"tcp:{host}:{self.port}"
+        return tcp_uri(self.host, self.port)
+
+    @property
+    def endpoint(self) -> tuple[str, int]:
+        """What a client connects to."""
+        return self.host or "127.0.0.1", self.port
 
     def to_qapi(self) -> dict[str, object]:
         """QAPI's ``SocketAddress``; its port is text."""
@@ -47,6 +50,11 @@ class UnixAddress:
 
     def __str__(self) -> str:
         return f"unix:{self.path}"
+
+    @property
+    def endpoint(self) -> str:
+        """What a client connects to."""
+        return self.path
 
     def to_qapi(self) -> dict[str, object]:
         """QAPI's ``SocketAddress``."""
@@ -123,12 +131,16 @@ def parse(uri: str) -> Address:
 
 
 def parse_socket(text: str, whose: str) -> "TcpAddress | UnixAddress":
-    """Read the address of a monitor.
+    """Read the address of a monitor: ``unix:PATH``, ``tcp:HOST:PORT``, or a path with a slash in it.
+
+    What QEMU takes after a comma (``server=on,wait=off``) changes nothing.
 
     :param whose: such as ``QMP``, for the complaint.
-    :raises Refused: it is neither ``unix:PATH`` nor ``tcp:HOST:PORT``.
+    :raises Refused: not such an address.
     """
-    why = ""
+    why, text = "", text.partition(",")[0]
+    if "/" in text.partition(":")[0]:
+        text = f"unix:{text}"
     try:
         found = parse(text)
         if isinstance(found, TcpAddress | UnixAddress):
@@ -139,14 +151,9 @@ def parse_socket(text: str, whose: str) -> "TcpAddress | UnixAddress":
     raise Refused(f"'{text}' is no {whose} address{why}; give unix:PATH or tcp:HOST:PORT")
 
 
-def parse_size(text: str) -> int | None:
-    """Bytes, as QEMU reads sizes: ``0x..``, or decimal with b, k, M, G or T; else None."""
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        return None
-    if match["hex"]:
-        return int(match["hex"], 16)
-    return int(match["decimal"]) << _UNITS[match["unit"].lower()]
+def tcp_uri(host: str, port: object) -> str:
+    """``tcp:HOST:PORT``, with brackets around an address of IPv6."""
+    return f"tcp:[{host}]:{port}" if ":" in host else f"tcp:{host}:{port}"
 
 
 def _parse_tcp(rest: str) -> TcpAddress:
@@ -174,11 +181,13 @@ def _parse_fd(rest: str) -> FdAddress:
 
 def _parse_file(rest: str) -> FileAddress:
     path, comma, offset_text = rest.partition(",offset=")
-    offset = parse_size(offset_text) if comma else 0
-    if offset is None:
-        raise Refused(f"file URI has bad offset {offset_text}: Invalid argument")
-    if offset >= 1 << 63:
-        raise Refused(f"file URI has bad offset {offset_text}: Numerical result out of range")
+    try:
+        offset = parse_size(offset_text, most=(1 << 63) - 1) if comma else 0  # no file is larger
+    except OutOfRange:
+        why = "Numerical result out of range"
+        raise Refused(f"file URI has bad offset {offset_text}: {why}") from None
+    except ValueError:
+        raise Refused(f"file URI has bad offset {offset_text}: Invalid argument") from None
     if not path:
         raise Refused("file URI has no path; give file:PATH[,offset=N]")
     return FileAddress(path, offset)

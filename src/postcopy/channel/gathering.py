@@ -4,10 +4,9 @@
 as to copy them together.  Here the kernel reads its array of pieces as numpy has written it.
 """
 
-import ctypes
-import errno
-import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from postcopy.kernel.calls import write_pieces
 
 # Not when it runs: a guest that wakes has channels, and does not wait until numpy has been imported.
 if TYPE_CHECKING:
@@ -16,20 +15,6 @@ if TYPE_CHECKING:
 
 IOV_MAX = 1024
 """Pieces the kernel takes in one gathering call, see sysconf(_SC_IOV_MAX)."""
-
-_LOST = "a page of guest memory cannot be read: it is lost (poisoned)"
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _declare(name: str, *arguments: Any) -> Any:
-    function = getattr(_libc, name)
-    function.restype, function.argtypes = ctypes.c_ssize_t, arguments
-    return function
-
-
-_writev = _declare("writev", ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
-_pwritev = _declare("pwritev", ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_long)
 
 
 class Gathering:
@@ -51,11 +36,11 @@ class Gathering:
 
         :raises OSError: as :func:`os.writev`.
         """
-        return self._passed(_call(_writev, fd, self._left.ctypes.data, self._count))
+        return self._passed(write_pieces(fd, self._left.ctypes.data, self._count))
 
     def write_at(self, fd: int, position: int) -> int:
         """As :meth:`write`, from a byte of the file on."""
-        return self._passed(_call(_pwritev, fd, self._left.ctypes.data, self._count, position))
+        return self._passed(write_pieces(fd, self._left.ctypes.data, self._count, position))
 
     @property
     def _count(self) -> int:
@@ -75,13 +60,3 @@ class Gathering:
                 self._left = self._left.copy()  # the caller's stay as they are
                 self._left[0] = int(self._left[0, 0]) + gone_bytes, rest_bytes
         return n_bytes
-
-
-def _call(function: Any, fd: int, *arguments: int) -> int:
-    while True:
-        result: int = function(fd, *arguments)
-        if result >= 0:
-            return result
-        error = ctypes.get_errno()
-        if error != errno.EINTR:
-            raise OSError(error, _LOST if error == errno.EFAULT else os.strerror(error))

@@ -1,39 +1,38 @@
 """What options take beyond click's own types."""
 
 import math
+import re
 from typing import Any, Final
 
 import click
 
+from postcopy.sizes import parse_size
+
 _MOST: Final = (1 << 63) - 1
 _MOST_SHOWN: Final = 80
-_UNITS: Final = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_BYTES: Final = re.compile(r"(?i)([kmgtpe])i?b$")
 
 
 class Size(click.ParamType[int]):
-    """Bytes with QEMU's suffixes K, M, G and T (powers of 1024).
+    """Bytes as QEMU reads them, with a suffix such as M, MB or MiB (powers of 1024).
 
     :param default_unit: what a bare number counts.
     """
 
     name = "size"
 
-    def __init__(self, default_unit: str = "") -> None:
+    def __init__(self, default_unit: str = "b") -> None:
         self._default_unit = default_unit
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """The number of bytes."""
         if isinstance(value, int):
             return value
-        text = str(value).upper().removesuffix("IB").removesuffix("B")
-        number, unit = (text[:-1], text[-1:]) if text[-1:] in "KMGT" else (text, self._default_unit)
+        text = _BYTES.sub(r"\1", str(value).strip())
         try:
-            size = int(float(number) * (1 << _UNITS[unit]))
-        except (ValueError, OverflowError):
-            size = -1
-        if not 0 <= size <= _MOST:
+            return parse_size(text, default_unit=self._default_unit, most=_MOST)
+        except ValueError:
             self.fail(f"{_short(value)} is no size; write a number with K, M or G", param, ctx)
-        return size
 
 
 class Number(click.ParamType[int]):

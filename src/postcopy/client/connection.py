@@ -17,7 +17,7 @@ from qemu.qmp import (
     StateError,
 )
 
-from postcopy.client import addresses
+from postcopy.channel.address import parse_socket
 from postcopy.errors import CannotConnect, ChannelBroken, Reason, Refused
 
 _HANG_UP_S: Final = 1.0
@@ -47,7 +47,7 @@ class Connection:
         :raises Refused: not an address.
         :raises CannotConnect: nobody is there, or it does not speak QMP.
         """
-        where = addresses.parse(address)
+        where = parse_socket(address, "QMP").endpoint
         client = QMPClient(address)
         try:
             async with asyncio.timeout(timeout_s):

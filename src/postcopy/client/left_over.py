@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from postcopy.client import addresses
+from postcopy.channel.address import UnixAddress, parse_socket
 from postcopy.client.capabilities import capabilities_of, set_capabilities
 from postcopy.client.connection import Connection
 
@@ -71,11 +71,11 @@ def identity(address: str) -> str:
 
     At a TCP address nothing tells them apart.
     """
-    where = addresses.parse(address)
-    if not isinstance(where, str):
+    where = parse_socket(address, "QMP")
+    if not isinstance(where, UnixAddress):
         return ""
     try:
-        made = Path(where).stat()
+        made = Path(where.path).stat()
     except OSError:
         return ""  # it is connected to, but its path is gone
     return f"{made.st_dev}:{made.st_ino}:{made.st_mtime_ns}"

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Final, Self
 
-from postcopy.client import addresses
+from postcopy.channel.address import parse_socket
 from postcopy.errors import Refused
 
 _PATIENCE_S: Final = 5.0
@@ -66,7 +66,7 @@ class MachineLock:
 
 def _file_of(address: str) -> Path:
     """The same for each name of one socket."""
-    where = addresses.parse(address)
+    where = parse_socket(address, "QMP").endpoint
     name = str(Path(where).resolve()) if isinstance(where, str) else f"{where[0]}:{where[1]}"
     digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"postcopy-orders-{digest}.lock"

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any, Final
 
-from postcopy.client import addresses
+from postcopy.channel.address import UnixAddress, parse_socket, tcp_uri
 from postcopy.client.connection import Connection
 from postcopy.client.standing import standing
 from postcopy.client.told import name_of, status_of
@@ -178,6 +178,5 @@ async def _status(side: Connection) -> Status | str:
 
 
 def _free_port(qmp: str) -> str:
-    where = addresses.parse(qmp)
-    host = "127.0.0.1" if isinstance(where, str) else where[0]
-    return f"tcp:[{host}]:0" if ":" in host else f"tcp:{host}:0"
+    where = parse_socket(qmp, "QMP")
+    return tcp_uri("127.0.0.1" if isinstance(where, UnixAddress) else where.endpoint[0], 0)

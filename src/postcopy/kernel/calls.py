@@ -8,6 +8,7 @@ guest memory, and if the page is missing, the thread that brings it must be able
 """
 
 import ctypes
+import errno
 import os
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +21,8 @@ from postcopy.kernel.patience import PASSES, Patience
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
+
+_LOST = "a page of guest memory cannot be read: it is lost (poisoned)"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -50,6 +53,10 @@ _vm_arguments = (
 )
 _process_vm_readv = _declare("process_vm_readv", ctypes.c_ssize_t, *_vm_arguments)
 _process_vm_writev = _declare("process_vm_writev", ctypes.c_ssize_t, *_vm_arguments)
+_writev = _declare("writev", ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
+_pwritev = _declare(
+    "pwritev", ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_long
+)
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _byref = ctypes.byref
 
@@ -164,6 +171,25 @@ def _copy_all(name: str, call: Any, local: int, remote: int, length_bytes: int) 
         arguments = (os.getpid(), _byref(here), 1, _byref(there), 1, 0)
         where = partial(_range, remote + done, length_bytes - done)
         done += _made(name, PASSES, where, call, *arguments)
+
+
+def write_pieces(fd: int, pieces: int, count: int, position: int | None = None) -> int:
+    """Write pieces of memory one after the other, in one call; return how many bytes the kernel took.
+
+    :param pieces: the address of ``count`` addresses and lengths (``struct iovec``).
+    :param position: the byte of the file to write from on; None: where the descriptor stands.
+    :raises OSError: as :func:`os.writev`, for the caller knows what a channel's failures mean.
+    """
+    while True:
+        if position is None:
+            result: int = _writev(fd, pieces, count)
+        else:
+            result = _pwritev(fd, pieces, count, position)
+        if result >= 0:
+            return result
+        error = ctypes.get_errno()
+        if error != errno.EINTR:
+            raise OSError(error, _LOST if error == errno.EFAULT else os.strerror(error))
 
 
 def mincore(address: int, length_bytes: int, result_address: int) -> None:

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from postcopy.channel.address import tcp_uri
 from postcopy.errors import Refused
 from postcopy.monitor.schema import Struct, array, boolean, enumeration, size, string, union
 
@@ -81,12 +82,7 @@ def uri_of_socket_address(address: Mapping[str, Any]) -> str:
     """A ``SocketAddress`` as HMP prints it and ``migrate`` takes it."""
     match address["type"]:
         case "inet":
-            host = address["host"]
-            return (
-                f"tcp:[{host}]:{address['port']}"
-                if ":" in host
-                else f"tcp:{host}:{address['port']}"
-            )
+            return tcp_uri(address["host"], address["port"])
         case "unix":
             return f"unix:{address['path']}"
         case "vsock":

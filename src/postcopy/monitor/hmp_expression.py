@@ -8,11 +8,10 @@ import re
 from collections.abc import Callable
 
 from postcopy.errors import Refused
+from postcopy.sizes import MOST_DIGITS
 
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*")
 _MAX_NESTING = 100
-_MOST_DIGITS = 4000
-"""Python converts not many more decimal digits than that, and a number of fewer is too large as well."""
 
 _Operators = dict[str, Callable[[int, int], int]]
 _LEVELS: tuple[_Operators, ...] = (
@@ -60,7 +59,7 @@ class Expression:
         if number is None:
             raise Refused(f"invalid char '{self.rest[0]}' in expression")
         digits = number.group()
-        if len(digits) > _MOST_DIGITS:
+        if len(digits) > MOST_DIGITS:
             raise Refused("number too large")
         octal = len(digits) > 1 and digits.isdigit() and digits[0] == "0"
         value = int(digits, 8) if octal else int(digits, 0)

@@ -5,52 +5,13 @@ import shlex
 
 from postcopy.errors import Refused
 from postcopy.parameter_rules import Kind, Rule
+from postcopy.sizes import MOST_DIGITS, OutOfRange, parse_size
 
-_SIZE = re.compile(
-    r"\s*\+?(?:(?P<hex>0[xX][0-9a-fA-F]+)|(?P<whole>[0-9]+)(?P<fraction>\.[0-9]*)?"
-    r"(?P<unit>[bBkKmMgGtTpPeE]?))"
-)
 _INTEGER = re.compile(r"\s*(?P<sign>[-+]?)(?:(?P<hex>0[xX][0-9a-fA-F]+)|(?P<digits>[0-9]+))")
-_MOST_CHARACTERS = 4000
-"""Python converts not many more decimal digits than that, and a number of 64 bits needs fewer."""
-
-_SHIFTS = {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 _SIZE_HINT = (
     "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"
     "and exabytes, respectively."
 )
-
-
-class OutOfRange(ValueError):
-    """A number, but not one of 64 bits."""
-
-
-def parse_size(text: str, *, default_unit: str = "b") -> int:
-    """Bytes from a number with an optional suffix; fractions are allowed with one (``1.5k``).
-
-    :param default_unit: what a bare number counts.
-    :raises ValueError: no such number; :class:`OutOfRange` when it is negative or too large.
-    """
-    found = _SIZE.fullmatch(text)
-    if found is not None and len(text) > _MOST_CHARACTERS:
-        raise OutOfRange(text)
-    if found is None:
-        if re.fullmatch(r"\s*-[0-9]+[a-zA-Z]?", text):
-            raise OutOfRange(text)
-        raise ValueError(text)
-    unit = (found["unit"] or default_unit).lower()
-    shift = _SHIFTS[unit]
-    if found["hex"]:
-        value = int(found["hex"], 16) << shift
-    else:
-        value = int(found["whole"]) << shift
-        digits = (found["fraction"] or ".")[1:]
-        if digits.strip("0") and not shift:
-            raise ValueError(text)
-        value += (int(digits or "0") << shift) // 10 ** len(digits)
-    if value >= 2**64:
-        raise OutOfRange(text)
-    return value
 
 
 def parse_value(name: str, rule: Rule, text: str) -> object:
@@ -97,7 +58,7 @@ def _size(name: str, text: str) -> int:
 def _integer(name: str, text: str) -> int:
     found = _INTEGER.fullmatch(text)
     value = 2**64
-    if found and len(text) <= _MOST_CHARACTERS:
+    if found and len(text) <= MOST_DIGITS:
         value = int(found["hex"], 16) if found["hex"] else int(found["digits"])
     if value >= 2**64 or found is None:
         raise Refused(f"Parameter '{name}' expects uint64")

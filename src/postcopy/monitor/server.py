@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from postcopy.channel.address import UnixAddress, parse_socket
+from postcopy.channel.address import UnixAddress, parse_socket, tcp_uri
 from postcopy.channel.socket_path import SocketPath, remove_stale
 from postcopy.errors import CannotListen, HostCannot
 from postcopy.kernel import threads
@@ -35,8 +35,7 @@ class MonitorServer:
     Whoever can connect can do everything, as with QEMU's monitors: give it a Unix socket in a
     directory of your own, or a loopback address.
 
-    :param address: ``unix:PATH`` or ``tcp:HOST:PORT`` (port 0: the kernel chooses); what QEMU
-        takes after a comma (``server=on,wait=off``) is accepted and changes nothing.
+    :param address: as :func:`~postcopy.channel.address.parse_socket` reads it (port 0: the kernel chooses).
     :raises Refused: not such an address.
     :raises CannotListen: somebody else listens there, or it is not ours.
     """
@@ -46,7 +45,7 @@ class MonitorServer:
     ) -> None:
         self._backend = backend
         self._make_session = session
-        self._listener, self._path = _listen(address.partition(",")[0])
+        self._listener, self._path = _listen(address)
         self._taken = None if self._path is None else SocketPath(self._path)
         # Guards the next two; a session is in the set from its accept to its end.
         self._lock = threading.Lock()
@@ -60,8 +59,7 @@ class MonitorServer:
         """Where clients find it, with the port that the kernel chose."""
         if self._path is not None:
             return f"unix:{self._path}"
-        host, port = self._listener.getsockname()[:2]
-        return f"tcp:[{host}]:{port}" if ":" in host else f"tcp:{host}:{port}"
+        return tcp_uri(*self._listener.getsockname()[:2])
 
     def close(self) -> None:
         """Send what is still unsent, end all sessions, and take the address away."""
