@@ -15,6 +15,7 @@ from postcopy.destination.elements import layout_of
 from postcopy.destination.urgent import Urgent
 from postcopy.errors import ChannelBroken, HostCannot, StreamCut, StreamError
 from postcopy.paging.blocktime import Blocktime
+from postcopy.paging.fault_table import FaultTable
 
 PAGES = 16
 PAGE, ZERO, CONTINUE = 0x08, 0x02, 0x20
@@ -42,7 +43,7 @@ class Bench:
         self.door = Door(Listener(self.address), lambda: self.wanted)
         self.urgent = Urgent(
             self.ram,
-            Blocktime({}),
+            FaultTable(Blocktime({})),
             layout_of(self.ram),
             lambda: self.wanted,
             lambda: self.timeout_ms,
@@ -69,7 +70,7 @@ class Bench:
 
     def wait_placed(self, *pages):
         wait_until(
-            lambda: all(self.paged.pages.is_received(page) for page in pages), 10, "the pages"
+            lambda: all(self.paged.pages.is_settled(page) for page in pages), 10, "the pages"
         )
 
     def close(self):
@@ -150,7 +151,7 @@ def test_the_end_waits_for_pages_that_were_asked_for(bench):
     thread.join(10)
     assert not thread.is_alive()
     assert raised == []
-    assert bench.paged.pages.is_received(7)
+    assert bench.paged.pages.is_settled(7)
     assert bench.urgent.received_bytes == 0  # it has let go of the channel
 
 

@@ -30,6 +30,12 @@ def need_missing_pages() -> None:
         pytest.skip(str(reason))
 
 
+class AskedPages(list):
+    """As a source of pages: keeps what it is asked for."""
+
+    request = list.extend
+
+
 class FakeGuest:
     """The owner's side of a guest that never runs, so that nobody ever touches missing memory.
 

@@ -367,7 +367,7 @@ def test_recording_waits_for_a_guest_whose_devices_take_long(monkeypatch):
     with Scene(FakeSource(), holds_for_recording=True) as scene:
         scene.guest.touch(3)
         wait_until(lambda: scene.pager.faults)
-        assert scene.pager._may_push_in_ms() is None
+        assert scene.pager.due_in_ms() is None
         scene.pager.guest_runs()
         assert scene.pager.wait_all_in()
         assert len(scene.received()) == PAGES
@@ -447,6 +447,6 @@ def test_a_large_page_of_zeros_counts_once():
     userfaultfd = guest.open_userfaultfd()
     filled = BlockRestorer(userfaultfd, paged, FakeSource(zero=[5]), pytest.fail)
     filled.bring(5)
-    assert filled.placed_pages == 1
+    assert filled.placer.placed_pages == 1
     for each in (userfaultfd, ram, guest):
         each.close()

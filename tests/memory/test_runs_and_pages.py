@@ -64,12 +64,12 @@ def test_a_page_goes_its_way(pages):
     assert not pages.request(7)
     assert pages.requested().tolist() == [7]
     pages.receive(np.array([7, 8]))
-    assert pages.is_received(7)
+    assert pages.is_settled(7)
     assert not pages.request(8)
     assert pages.requested().tolist() == []
     assert pages.forget(np.array([8, 9])).tolist() == [8]
     assert pages.forget(np.array([9])).tolist() == []
-    assert not pages.is_received(8)
+    assert not pages.is_settled(8)
     assert pages.states[7:10].tolist() == [RECEIVED, MISSING, MISSING]
     pages.request(9)
     assert pages.states[9] == REQUESTED

@@ -7,14 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postcopy.paging.blocktime import Blocktime
+from postcopy.paging.fault_table import FaultTable
 from postcopy.statistics import LATENCY_BUCKETS
 
 US = 1000
 THREADS = {100: 0, 101: 1}
 
 
-def page(number):
-    return ("ram", number)
+def table():
+    return FaultTable(Blocktime(THREADS))
 
 
 def test_by_hand():
@@ -27,16 +28,16 @@ def test_by_hand():
         both            |20---40|                        20
         other  |0------------------------------100|
     """
-    time = Blocktime(THREADS)
-    time.fault(page(9), 999, 0)
-    time.fault(page(1), 100, 10 * US)
-    time.fault(page(2), 101, 20 * US)
-    time.placed([page(1)], 40 * US)
-    time.placed([page(2), page(3)], 50 * US)
-    time.fault(page(4), 100, 60 * US)
-    time.placed([page(4)], 70 * US)
-    time.placed([page(9)], 100 * US)
-    report = time.report()
+    time = table()
+    time.begin("ram", 9, 999, 0)
+    time.begin("ram", 1, 100, 10 * US)
+    time.begin("ram", 2, 101, 20 * US)
+    time.end("ram", [1], 40 * US)
+    time.end("ram", [2, 3], 50 * US)
+    time.begin("ram", 4, 100, 60 * US)
+    time.end("ram", [4], 70 * US)
+    time.end("ram", [9], 100 * US)
+    report = time.blocktime.report()
     assert report.vcpu_us == (40, 30)
     assert report.overlapped_us == 20
     assert report.vcpu_mean_ns == (20 * US, 30 * US)
@@ -50,7 +51,7 @@ def test_by_hand():
 
 
 def test_before_any_fault():
-    report = Blocktime(THREADS).report()
+    report = table().blocktime.report()
     assert report.vcpu_us == (0, 0)
     assert report.overlapped_us == report.faults == report.mean_ns == 0
     assert report.distribution == (0,) * LATENCY_BUCKETS
@@ -58,67 +59,69 @@ def test_before_any_fault():
 
 
 def test_two_threads_on_one_page_are_both_let_go():
-    time = Blocktime(THREADS)
-    time.fault(page(1), 100, 0)
-    time.fault(page(1), 101, 5 * US)
-    time.placed([page(1)], 9 * US)
-    time.placed([page(1)], 90 * US)
-    report = time.report()
+    time = table()
+    time.begin("ram", 1, 100, 0)
+    time.begin("ram", 1, 101, 5 * US)
+    time.end("ram", [1], 9 * US)
+    time.end("ram", [1], 90 * US)
+    report = time.blocktime.report()
     assert report.vcpu_us == (9, 4)
     assert report.overlapped_us == 4
-    assert not time.waiting
+    assert not time.waiting("ram")
 
 
 def test_a_fault_noted_too_late_is_no_sample():
     """Its page was in place before the fault was read: 0 would be an invention."""
-    time = Blocktime(THREADS)
-    time.fault(page(1), 100, 5 * US)
-    time.withdraw(page(1), 100, 5 * US)
-    time.withdraw(page(1), 100, 5 * US)
-    report = time.report()
+    time = table()
+    time.begin("ram", 1, 100, 5 * US)
+    time.withdraw("ram", 1, 100, 5 * US)
+    time.withdraw("ram", 1, 100, 5 * US)
+    report = time.blocktime.report()
     assert (report.faults, report.vcpu_us, report.p50_us) == (0, (0, 0), 0)
-    assert not time.waiting
-    time.fault(page(2), 100, 10 * US)
-    time.fault(page(2), 101, 20 * US)
-    time.withdraw(page(2), 101, 20 * US)
-    time.placed([page(2)], 30 * US)
-    report = time.report()
+    assert not time.waiting("ram")
+    time.begin("ram", 2, 100, 10 * US)
+    time.begin("ram", 2, 101, 20 * US)
+    time.withdraw("ram", 2, 101, 20 * US)
+    time.end("ram", [2], 30 * US)
+    report = time.blocktime.report()
     assert (report.faults, report.vcpu_us, report.overlapped_us) == (1, (20, 0), 0)
 
 
 def test_a_report_waits_for_nothing_that_the_fault_path_holds():
     """While pages are being noted as placed a report is made: so neither waits for the other."""
-    time = Blocktime(THREADS)
+    time = table()
     for number in range(3):
-        time.fault(page(number), 100, 0)
+        time.begin("ram", number, 100, 0)
     reports = []
 
     def pages():
         for number in range(3):
-            reporting = threading.Thread(target=lambda: reports.append(time.report()), daemon=True)
+            reporting = threading.Thread(
+                target=lambda: reports.append(time.blocktime.report()), daemon=True
+            )
             reporting.start()
             reporting.join(10)
             assert not reporting.is_alive(), "the report waits for a lock of the fault path"
-            yield page(number)
+            yield number
 
-    time.placed(pages(), 5 * US)
+    time.end("ram", pages(), 5 * US)
     assert [report.faults for report in reports] == [0, 1, 2]
 
 
 def test_the_room_does_not_grow_with_the_faults():
-    time = Blocktime(THREADS)
-    time.fault(page(0), 100, 0)
-    time.placed([page(0)], 1)
+    time = table()
+    time.begin("ram", 0, 100, 0)
+    time.end("ram", [0], 1)
     tracemalloc.start()
     try:
         before_bytes, _ = tracemalloc.get_traced_memory()
         for number in range(10_000):
-            time.fault(page(number), 100 + number % 3, number * 7919)
-            time.placed([page(number)], number * 7919 + number * 1_000_003)
+            time.begin("ram", number, 100 + number % 3, number * 7919)
+            time.end("ram", [number], number * 7919 + number * 1_000_003)
         after_bytes, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert time.report().faults == 10_001
+    assert time.blocktime.report().faults == 10_001
     assert after_bytes - before_bytes < 8192
 
 
@@ -135,21 +138,21 @@ steps = st.lists(
 
 @given(steps)
 def test_any_timeline(timeline):
-    time = Blocktime(THREADS)
+    time = table()
     slow = Slow()
     now = 0
     for what, number, thread, later in timeline:
         now += later
         if what == "fault":
-            time.fault(page(number), thread, now * US)
+            time.begin("ram", number, thread, now * US)
             slow.fault(number, thread, now)
         else:
-            time.placed([page(number)], now * US)
+            time.end("ram", [number], now * US)
             slow.placed(number, now)
     for number in range(5):
-        time.placed([page(number)], (now + 1) * US)
+        time.end("ram", [number], (now + 1) * US)
         slow.placed(number, now + 1)
-    report = time.report()
+    report = time.blocktime.report()
     assert report.vcpu_us == (slow.blocked({100}), slow.blocked({101}))
     assert report.overlapped_us == slow.blocked({100, 101})
     assert report.faults == sum(report.distribution) == len(slow.waits)

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from fakes.cpus import CpusNoted
-from fakes.guest import RAM, FakeGuest
+from fakes.guest import RAM, AskedPages, FakeGuest
 from fakes.waiting import wait_until
 from postcopy.abi.pagemap import PageCategory
 from postcopy.kernel.pagemap import PagemapScanner
 from postcopy.memory.page_map import RECEIVED
 from postcopy.paging.blocktime import Blocktime
+from postcopy.paging.fault_table import FaultTable
 from postcopy.paging.minor_faults import BackgroundMapper
 from postcopy.paging.pager import Pager
 from postcopy.paging.placement import Placement
@@ -79,8 +80,8 @@ def test_it_does_not_mind_what_is_mapped_already(arrived):
 
 
 def test_what_is_touched_comes_without_the_source_and_with_its_neighbours(arrived):
-    asked = []
-    pager = Pager(arrived.userfaultfd, arrived.ram, Blocktime({}), asked.extend, CpusNoted())
+    asked = AskedPages()
+    pager = Pager(arrived.userfaultfd, arrived.ram, FaultTable(Blocktime({})), asked, CpusNoted())
     thread = threading.Thread(target=pager.run, daemon=True)
     thread.start()
     try:
@@ -97,7 +98,7 @@ def test_single_pages_that_nobody_waits_for_are_mapped_later(arrived):
     arrived.paged.block.pages[BROUGHT] = 0
     arrived.paged.pages.states[:] = 0
     later = []
-    placement = Placement(arrived.ram, Blocktime({}))
+    placement = Placement(arrived.ram, FaultTable(Blocktime({})))
     placement.listen(arrived.userfaultfd, lambda name, pages: later.append((name, pages.tolist())))
     run, single = list(range(100, 120)), [7, 9, 11, 200, 201]
     pages = np.array([*single[:3], *run, *single[3:]], np.uint64)
@@ -115,10 +116,10 @@ def test_single_pages_that_nobody_waits_for_are_mapped_later(arrived):
 
 def test_a_single_page_that_somebody_waits_for_is_mapped_at_once(arrived):
     arrived.paged.pages.states[:] = 0
-    blocktime = Blocktime({})
-    asked = []
-    pager = Pager(arrived.userfaultfd, arrived.ram, blocktime, asked.extend, CpusNoted())
-    placement = Placement(arrived.ram, blocktime)
+    faults = FaultTable(Blocktime({}))
+    asked = AskedPages()
+    pager = Pager(arrived.userfaultfd, arrived.ram, faults, asked, CpusNoted())
+    placement = Placement(arrived.ram, faults)
     placement.listen(arrived.userfaultfd, lambda *_: None)
     serving = threading.Thread(target=pager.run, daemon=True)
     touching = threading.Thread(target=arrived.guest.touch, args=(9,), daemon=True)

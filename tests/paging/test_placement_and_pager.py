@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 from fakes.cpus import CpusNoted
-from fakes.guest import RAM, FakeGuest
+from fakes.guest import RAM, AskedPages, FakeGuest
 from fakes.waiting import wait_until
 from postcopy.destination.incoming_ram import discard
 from postcopy.errors import StreamError
+from postcopy.kernel.faults import MESSAGE
 from postcopy.memory.page_map import RECEIVED
 from postcopy.paging.blocktime import Blocktime
+from postcopy.paging.fault_table import FaultTable
+from postcopy.paging.host_pages import MOST_PARTIAL
 from postcopy.paging.pager import Pager
 from postcopy.paging.placement import Placement
 
@@ -31,7 +34,8 @@ class Arriving:
         self.ram = self.guest.incoming_ram()
         self.paged = self.ram[RAM]
         self.blocktime = Blocktime({})
-        self.placement = Placement(self.ram, self.blocktime)
+        self.faults = FaultTable(self.blocktime)
+        self.placement = Placement(self.ram, self.faults)
         self.userfaultfd = None
 
     def listen(self):
@@ -190,12 +194,29 @@ def test_a_huge_page_that_comes_again_is_left_alone(huge):
     assert huge.page(0)[0] == 1
 
 
-@pytest.mark.parametrize("pages", [[1], [0, 2], [0, 512], [0, 1, 1]])
-def test_pieces_out_of_order_are_refused(huge, pages):
+@pytest.mark.parametrize("seed", range(4))
+def test_pieces_of_huge_pages_may_come_in_any_order_and_twice(huge, seed):
     huge.listen()
-    with pytest.raises(StreamError, match="pieces of a huge page out of order"):
-        huge.place(pages, 1)
-    assert huge.received() == []
+    order = np.random.default_rng(seed).permutation(np.r_[0:1024, 0:1024:7])
+    values = (order % 251).astype(np.uint8)
+    for pieces in np.array_split(np.arange(len(order)), 40):
+        content = np.repeat(values[pieces], 4096).reshape(-1, 4096)
+        huge.placement.pages(RAM, offsets(order[pieces]), content)
+    assert huge.received() == [0, 1]
+    assert [huge.page(n)[99] for n in range(1024)] == [n % 251 for n in range(1024)]
+
+
+def test_a_source_takes_no_memory_with_huge_pages_that_never_come_whole():
+    many = Arriving((MOST_PARTIAL + 1) * HUGE, HUGE)
+    many.listen()
+    pieces = np.arange(MOST_PARTIAL + 1) * 512
+    many.place(pieces[:-1], 1)
+    with pytest.raises(StreamError, match="pieces of more than 16 huge pages at once"):
+        many.place(pieces[-1:], 1)
+    many.placement.forget_halves()
+    many.place(pieces[-1:], 1)
+    assert many.received() == []
+    many.close()
 
 
 def test_zero_pages_without_memory_take_none(arriving):
@@ -211,8 +232,8 @@ def test_zero_pages_without_memory_take_none(arriving):
 # --- the pager
 
 
-def pager_of(arriving, ask, cpus=None):
-    return Pager(arriving.userfaultfd, arriving.ram, arriving.blocktime, ask, cpus or CpusNoted())
+def pager_of(arriving, asked, cpus=None):
+    return Pager(arriving.userfaultfd, arriving.ram, arriving.faults, asked, cpus or CpusNoted())
 
 
 class Paging:
@@ -220,9 +241,9 @@ class Paging:
 
     def __init__(self, arriving):
         arriving.listen()
-        self.asked = []
+        self.asked = AskedPages()
         self.cpus = CpusNoted()
-        self.pager = pager_of(arriving, self.asked.extend, self.cpus)
+        self.pager = pager_of(arriving, self.asked, self.cpus)
         self.thread = threading.Thread(target=self.pager.run, daemon=True)
         self.thread.start()
 
@@ -261,7 +282,7 @@ def test_eight_threads_on_one_page_ask_once(arriving, paging):
     assert found == [(5, b"\x09" * 8)] * 8
     report = arriving.blocktime.report()
     assert report.faults == 8
-    assert not arriving.blocktime.waiting
+    assert not arriving.faults.waiting(RAM)
 
 
 def test_cpus_are_kept_awake_for_each_fault(arriving, paging):
@@ -304,12 +325,12 @@ def test_what_has_not_come_is_asked_for_again(arriving, paging):
 def test_a_fault_that_is_read_late_only_wakes_its_thread(arriving):
     """The page comes after the kernel has queued the fault, and before the pager reads it."""
     arriving.listen()
-    found, asked = [], []
+    found, asked = [], AskedPages()
     threads = touch(arriving, [4], found)
     poll = arriving.userfaultfd
     wait_until(lambda: _has_events(poll), 20, "a fault")
     arriving.place([4], 3)
-    pager = pager_of(arriving, asked.extend)
+    pager = pager_of(arriving, asked)
     thread = threading.Thread(target=pager.run, daemon=True)
     thread.start()
     for waiting in threads:
@@ -318,7 +339,7 @@ def test_a_fault_that_is_read_late_only_wakes_its_thread(arriving):
     thread.join(10)
     assert asked == []
     assert found == [(4, b"\x03" * 8)]
-    assert not arriving.blocktime.waiting
+    assert not arriving.faults.waiting(RAM)
 
 
 def test_a_fault_whose_page_came_before_it_was_noted_is_no_sample(arriving):
@@ -326,14 +347,15 @@ def test_a_fault_whose_page_came_before_it_was_noted_is_no_sample(arriving):
     arriving.listen()
     threads = touch(arriving, [4], [])
     wait_until(lambda: _has_events(arriving.userfaultfd), 20, "a fault")
-    (fault,) = arriving.userfaultfd.read_events()
+    faults = list(MESSAGE.iter_unpack(arriving.userfaultfd.read_messages(8)))
     arriving.place([4], 3)
-    pager = pager_of(arriving, lambda _: None)
-    assert pager._note(fault) is None
+    asked = AskedPages()
+    pager_of(arriving, asked).serve(faults, 0)
+    assert asked == []
     for thread in threads:
         thread.join(10)
     assert arriving.blocktime.report().faults == 0
-    assert not arriving.blocktime.waiting
+    assert not arriving.faults.waiting(RAM)
 
 
 def test_latency_is_the_time_from_fault_to_page(arriving, paging):

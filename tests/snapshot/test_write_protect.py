@@ -16,7 +16,7 @@ from postcopy.kernel.userfaultfd import SNAPSHOT_FEATURES, Userfaultfd
 from postcopy.memory.ram_block import RamBlock
 from postcopy.snapshot.bitmap import PIECE_BYTES, UnsavedPages
 from postcopy.snapshot.cow_buffer import Aside
-from postcopy.snapshot.write_protect import RUN_BYTES, WriteGuard
+from postcopy.snapshot.write_protect import RUN_BYTES, WriteProtectHandler
 
 PAGE = 4096
 PAGES = 1024
@@ -71,7 +71,7 @@ class Shot:
         self.unsaved = UnsavedPages([self.block])
         self.aside = Aside(limit_bytes)
         watch = Userfaultfd.from_fd(os.dup(owner.watch.fd))
-        self.guard = WriteGuard(watch, self.unsaved, self.aside, owner.errors.append)
+        self.guard = WriteProtectHandler(watch, self.unsaved, self.aside, owner.errors.append)
         self.guard.start()
         self.image = np.zeros((PAGES, PAGE), np.uint8)
         self.times = np.zeros(PAGES, int)

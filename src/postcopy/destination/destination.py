@@ -22,6 +22,7 @@ from postcopy.destination.urgent import Urgent
 from postcopy.errors import ChannelBroken, PostcopyError, StreamError
 from postcopy.guest import Guest
 from postcopy.paging.blocktime import Blocktime
+from postcopy.paging.fault_table import FaultTable
 from postcopy.paging.placement import Placement
 from postcopy.paging.ram import IncomingRam
 from postcopy.parameters import Capabilities, Capability, Parameters
@@ -65,14 +66,15 @@ class Destination:
         self._silence: SilenceWatch | None = None
         self._silent: ChannelBroken | None = None
         self._paused_by_user = False
-        blocktime = Blocktime({t.thread_id: t.index for t in guest.vcpu_threads()})
-        self._placement = Placement(ram, blocktime)
+        vcpus = {t.thread_id: t.index for t in guest.vcpu_threads()}
+        faults = FaultTable(Blocktime(vcpus))
+        self._placement = Placement(ram, faults)
         self._return_path = ReturnPath()
-        self._postcopy = Postcopy(guest, ram, blocktime, self._return_path, progress, self._break)
+        self._postcopy = Postcopy(guest, ram, faults, self._return_path, progress, self._break)
         self._layout = layout_of(ram)
         self._formats = formats
         self._urgent = Urgent(
-            ram, blocktime, self._layout, self._preempt, self._link_timeout_ms, self._break
+            ram, faults, self._layout, self._preempt, self._link_timeout_ms, self._break
         )
         self._elements = Elements(
             guest,

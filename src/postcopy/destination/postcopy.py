@@ -19,7 +19,7 @@ from postcopy.kernel import threads
 from postcopy.kernel.cpu_latency import CpusAwake
 from postcopy.kernel.pagemap import PagemapScanner
 from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.paging.blocktime import Blocktime
+from postcopy.paging.fault_table import FaultTable
 from postcopy.paging.mapped import mapped_pages
 from postcopy.paging.minor_faults import BackgroundMapper
 from postcopy.paging.pager import Pager
@@ -42,7 +42,7 @@ class Postcopy:
         self,
         guest: Guest,
         ram: IncomingRam,
-        blocktime: Blocktime,
+        faults: FaultTable,
         return_path: ReturnPath,
         progress: Progress,
         on_failure: Callable[[], None],
@@ -50,7 +50,7 @@ class Postcopy:
         self._guest = guest
         self._on_failure = on_failure
         self._ram = ram
-        self._blocktime = blocktime
+        self._faults = faults
         self._return_path = return_path
         self._progress = progress
         self._userfaultfd: Userfaultfd | None = None
@@ -143,8 +143,7 @@ class Postcopy:
         self.listening = True
         with PagemapScanner(space.process_id) as scanner:
             for paged in self._ram:
-                paged.pages.adopt(mapped_pages(scanner, paged.block))
-                paged.stale[:] = True  # a page may have been half written
+                paged.adopt(mapped_pages(scanner, paged.block))
         self._start_pager(userfaultfd)
         self._repeat_faults(userfaultfd)
         self.mapper.start()
@@ -214,7 +213,7 @@ class Postcopy:
         info = MigrationInfo(status=status, incoming=True)
         if not capabilities.enabled(Capability.POSTCOPY_BLOCKTIME):
             return info
-        report = self._blocktime.report()
+        report = self._faults.blocktime.report()
         measured = Measured(
             blocktime_us=report.vcpu_us,
             overlapped_blocktime_us=report.overlapped_us,
@@ -234,8 +233,8 @@ class Postcopy:
         )
 
     def _start_pager(self, userfaultfd: Userfaultfd) -> None:
-        request = self._return_path.request
-        pager = Pager(userfaultfd, self._ram, self._blocktime, request, self._awake)
+        source = self._return_path
+        pager = Pager(userfaultfd, self._ram, self._faults, source, self._awake)
         self._serves = True
         try:
             self._pager_thread = _start("pager", lambda: self._serve(pager))

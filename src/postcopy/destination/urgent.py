@@ -13,7 +13,7 @@ from postcopy.errors import ChannelBroken, PostcopyError
 from postcopy.kernel import threads
 from postcopy.kernel.scheduling import run_soon
 from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.paging.blocktime import Blocktime
+from postcopy.paging.fault_table import FaultTable
 from postcopy.paging.placement import Placement
 from postcopy.paging.ram import IncomingRam
 from postcopy.stream.layout import Layout
@@ -35,14 +35,14 @@ class Urgent:
     def __init__(
         self,
         ram: IncomingRam,
-        blocktime: Blocktime,
+        faults: FaultTable,
         layout: Layout,
         wanted: Callable[[], bool],
         timeout_ms: Callable[[], int],
         on_failure: Callable[[], None],
     ) -> None:
         self._ram = ram
-        self._blocktime = blocktime
+        self._faults = faults
         self._layout = layout
         self._wanted = wanted
         self._timeout_ms = timeout_ms
@@ -78,7 +78,7 @@ class Urgent:
         """Place what comes from now on."""
         if self._channel is None:
             return
-        placement = Placement(self._ram, self._blocktime)
+        placement = Placement(self._ram, self._faults)
         placement.listen(userfaultfd)
         arguments = (self._channel, UrgentDecoder(self._layout), placement)
         thread = threading.Thread(target=self._run, args=arguments, name="urgent", daemon=True)

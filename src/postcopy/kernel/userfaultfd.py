@@ -55,8 +55,10 @@ class Userfaultfd:
     def __init__(self, fd: int, features: Feature) -> None:
         self.fd = fd
         self.features = features
+        self.tells_of_changes = bool(features & _EVENTS)
+        """Whether changes of the address space come as events."""
         # With events the reader must read them first.
-        self._passes = PASSES - {errno.EAGAIN} if features & _EVENTS else PASSES
+        self._passes = PASSES - {errno.EAGAIN} if self.tells_of_changes else PASSES
         self._hurried = threading.Event()
 
     @classmethod
@@ -276,7 +278,7 @@ class Userfaultfd:
                 if error.errno == errno.EAGAIN:
                     # The kernel's own answer is signed: bytes, or the negative errno if it did nothing.
                     done = max(answer(), 0)
-                    if done or self.features & _EVENTS:
+                    if done or self.tells_of_changes:
                         return done
                 waits = waits or self.patience()
                 if not waits.outlives(error.errno):

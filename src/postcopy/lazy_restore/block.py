@@ -9,15 +9,15 @@ from typing import Final
 import numpy as np
 
 from postcopy.abi import mman
-from postcopy.errors import ImageError, KernelError, PageExists
+from postcopy.errors import ImageError, KernelError
 from postcopy.kernel import calls, patience
-from postcopy.kernel.page_copier import PageCopier
 from postcopy.kernel.pagemap import PagemapScanner
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.lazy_restore.image_source import ImagePageSource
-from postcopy.memory.page_map import EARLY, LATE, RECEIVED
+from postcopy.memory.page_map import EARLY, LATE, MISSING, RECEIVED, REMOVED
 from postcopy.memory.runs import Indices, Mask, runs
 from postcopy.paging.mapped import mapped_pages
+from postcopy.paging.placer import BlockPlacer
 from postcopy.paging.ram import IncomingBlock
 
 _WINDOW_PAGES: Final = 1 << 14
@@ -42,8 +42,8 @@ class Lost:
 class BlockRestorer:
     """One block under userfaultfd and where its pages come from.  For one thread, the pager.
 
-    Invariant: a page that is ``RECEIVED`` in the page map is in place, or lost; every other is
-    missing.
+    Invariant: a page that is ``RECEIVED`` in the page map is in place, or lost; one that is ``REMOVED``
+    has been removed by the guest's process; every other is missing.
 
     :param on_lost: told when pages are lost.  They fail whoever touches them.
     """
@@ -58,19 +58,19 @@ class BlockRestorer:
         block = paged.block
         self.paged = paged
         self.source = source
-        self.base = block.host_address
-        self.end = block.host_address + block.size_bytes
+        self.block = block
         self.page_bytes = block.page_size_bytes
         self.shift = block.page_size_bytes.bit_length() - 1
         self.touched = paged.pages.touched
-        self.placed_pages = 0
+        self.placer = BlockPlacer(userfaultfd, block)
         self._on_lost = on_lost
-        self._userfaultfd = userfaultfd
-        self._copier = PageCopier(userfaultfd, block.page_size_bytes)
         self._states = paged.pages.states
         # Of the first so many pages: how many with data are missing.
         self._counted = self._left = 0
         self._brought = 0
+        self._any_removed = False
+        self.skipped = False
+        """Whether pages could not be placed, since the address space was changing: to be tried again."""
         self._fixed = source.base
         self._reads_ahead = bool(self._fixed)
         self._ahead = 0
@@ -80,108 +80,117 @@ class BlockRestorer:
 
         :param process_id: the guest's process, which has each page mapped that was placed.
         """
-        block = self.paged.block
+        block = self.block
         if block.target_pages_per_page == 1:
             present = block.has_data(0, block.page_count)
         else:
             # The kernel does not tell which huge pages a file has; but it never takes one from a mapping.
             with PagemapScanner(process_id) as scanner:
                 present = mapped_pages(scanner, block)
-        self._states[:] = np.where(present, RECEIVED, 0)
+        kept = self._states != REMOVED
+        self._states[kept & present] = RECEIVED
+        self._states[kept & ~present] = MISSING
+
+    def remove(self, first: int, end: int) -> None:
+        """The guest's process has removed pages: the image's are not theirs any more."""
+        counted = min(end, self._counted)
+        if counted > first:
+            self._left -= self._count_missing(first, counted)
+        self.paged.remove(first, end)
+        self._any_removed = True
 
     def bring(self, page: int) -> None:
-        """Place a page that somebody waits for."""
+        """Place a page that a thread waits for."""
+        if self._states[page] == REMOVED:
+            self.placer.resolve(page)
+            return
         data = self.source.has(page)
         self.touched[page] = EARLY if self._brought < _EARLY_FAULTS else LATE
         self._brought += 1
         if data:
             self._place_one(page)
         else:
-            self._zero(page)
-        self._note(page, data=data)
+            self.placer.zero(page)
+            self._states[page] = RECEIVED
 
     def _place_one(self, page: int) -> None:
         """Place a page with data: the shortest way for one."""
-        if self._fixed and self.source.is_good(page):
-            offset = page << self.shift
-            try:
-                if self._copier.place(self.base + offset, self._fixed + offset):
-                    self.placed_pages += 1
-                else:
-                    self.show(page)
-            except KernelError as error:
-                self._failed(page, error)
-        else:
+        if not (self._fixed and self.source.is_good(page)):
             self._place(page, 1)
-
-    def show(self, page: int) -> None:
-        """Map a page that is in memory, but not where the guest sees it."""
-        address = self.base + (page << self.shift)
+            return
         try:
-            self._userfaultfd.map_existing(address, self.page_bytes)
-        except PageExists:
-            self._userfaultfd.wake(address, self.page_bytes)
+            placed = self.placer.copy_page(page, self._fixed + (page << self.shift))
+        except KernelError as error:
+            self._failed(page, error)
+            return
+        if placed:
+            if page < self._counted and self._states[page] < RECEIVED:
+                self._left -= 1
+            self._states[page] = RECEIVED
 
     def push(self, step: Iterable[Run]) -> None:
         """Place pages that nobody has asked for, unless they are there."""
         for first, end in step:
             self._read_ahead(first)
             if end - first == 1:
-                if self._states[first] != RECEIVED:
+                if self._states[first] < RECEIVED:
                     self._place_one(first)
-                    self._note(first)
+                    self.skipped |= bool(self._states[first] < RECEIVED)
                 continue
-            page = first
-            while page < end:
-                page += self._place(page, end - page)
+            for start, stop in self._not_removed(first, end):
+                page = start
+                while page < stop and (placed := self._place(page, stop - page)):
+                    page += placed
+                self.skipped |= page < stop
+
+    def _not_removed(self, first: int, end: int) -> list[list[int]]:
+        if not self._any_removed:
+            return [[first, end]]
+        found: list[list[int]] = (first + runs(self._states[first:end] != REMOVED)).tolist()
+        return found
 
     def place_copies(self, pages: Indices, source: int) -> None:
         """Place copies of pages, unless the pages are there; what cannot be read is left to the image.
 
         :param source: where the copies lie in this process, one behind the other.
         """
-        which = np.flatnonzero(self._states[pages] != RECEIVED)
+        which = np.flatnonzero(self._states[pages] < RECEIVED)
         todo = pages[which]
         # Runs of pages that are neighbours here, and among the copies.
         starts = np.flatnonzero(np.diff(todo + which, prepend=-3) != _NEIGHBOURS_APART)
         firsts = todo[starts].tolist()
         addresses = (source + (which[starts] << self.shift)).tolist()
         counts = np.diff(starts, append=len(todo)).tolist()
+        done = 0
         try:
             for page, address, count in zip(firsts, addresses, counts, strict=True):
-                self._place_copy(page, address, count)
+                placed = self._place_copy(page, address, count)
+                done += placed
+                if placed < count:
+                    self.skipped = True
+                    break
         except KernelError as error:
             if error.errno != errno.EFAULT:
                 raise
-            return
-        self.placed_pages += len(todo)
-        self._left -= int(np.count_nonzero(todo < self._counted))
-        self._states[todo] = RECEIVED
+        self._left -= int(np.count_nonzero(todo[:done] < self._counted))
+        self._states[todo[:done]] = RECEIVED
 
-    def _place_copy(self, page: int, source: int, count: int) -> None:
-        address = self.base + (page << self.shift)
-        if count == 1:
-            if not self._copier.place(address, source):
-                self.show(page)
-            return
+    def _place_copy(self, page: int, source: int, count: int) -> int:
+        """Place copies of neighbouring pages; return how many, from the first one on, are in place."""
         done = 0
         while done < count:
-            offset = done << self.shift
-            try:
-                length = (count << self.shift) - offset
-                done += (
-                    self._userfaultfd.copy(address + offset, source + offset, length) >> self.shift
-                )
-            except PageExists:
-                self.show(page + done)
-                done += 1
+            placed = self.placer.copy(page + done, count - done, source + (done << self.shift))
+            if not placed:
+                break
+            done += placed
+        return done
 
     def _read_ahead(self, page: int) -> None:
         """Have the kernel read the file before the push gets there: it would wait, and demands too."""
         start = page << self.shift
         if not self._reads_ahead or self._ahead - _AHEAD_BYTES <= start < self._ahead:
             return
-        length = min(_AHEAD_BYTES, self.end - self.base - start)
+        length = min(_AHEAD_BYTES, self.block.size_bytes - start)
         self._ahead = start + length // 2
         try:
             advice = mman.MADV_WILLNEED
@@ -228,17 +237,11 @@ class BlockRestorer:
         return int(np.count_nonzero(self._todo(first, end)))
 
     def _todo(self, first: int, end: int) -> Mask:
-        todo: Mask = self.source.has_data(first, end) & (self._states[first:end] != RECEIVED)
+        todo: Mask = self.source.has_data(first, end) & (self._states[first:end] < RECEIVED)
         return todo
 
-    def _note(self, page: int, *, data: bool = True) -> None:
-        """A page is in place, or lost."""
-        if data and page < self._counted and self._states[page] != RECEIVED:
-            self._left -= 1
-        self._states[page] = RECEIVED
-
     def _note_run(self, first: int, end: int) -> None:
-        """So are these, whether they have anything in them or not."""
+        """These pages are in place, or lost."""
         counted = min(end, self._counted)
         if counted > first:
             self._left -= self._count_missing(first, counted)
@@ -258,27 +261,10 @@ class BlockRestorer:
             return self._failed(page, error)
 
     def _copy(self, page: int, count: int) -> int:
-        address = self.base + (page << self.shift)
         source, count = self.source.address(page, count)
-        try:
-            done = self._userfaultfd.copy(address, source, count << self.shift) >> self.shift
-            self.placed_pages += done
-        except PageExists:
-            self.show(page)
-            done = 1
+        done = self.placer.copy(page, count, source)
         self._note_run(page, page + done)
         return done
-
-    def _zero(self, page: int) -> None:
-        address = self.base + (page << self.shift)
-        try:
-            if self.page_bytes == 4096:
-                self._userfaultfd.zeropage(address, self.page_bytes)
-                self.placed_pages += 1
-            else:
-                self._copy(page, 1)  # huge pages have no page of zeros
-        except PageExists:
-            self.show(page)
 
     def _failed(self, page: int, error: KernelError) -> int:
         """Tell an image that cannot be read from a guest's process that is gone."""
@@ -289,16 +275,12 @@ class BlockRestorer:
     def _lose(self, page: int) -> int:
         """Never serve what is wrong: these pages are lost."""
         first, end = self.source.bad(page)
-        lost = np.flatnonzero(self._states[first:end] != RECEIVED) + first
+        lost = np.flatnonzero(self._states[first:end] < RECEIVED) + first
         if len(lost):
-            self._on_lost(Lost(self.paged.block.name, len(lost), self.source.reason(page)))
+            self._on_lost(Lost(self.block.name, len(lost), self.source.reason(page)))
         for number in lost.tolist():
-            self._poison(number)
+            self.placer.poison(number)
+        removed = self._states[first:end] == REMOVED
         self._note_run(first, end)
+        self._states[first:end][removed] = REMOVED
         return max(1, end - page)
-
-    def _poison(self, page: int) -> None:
-        try:
-            self._userfaultfd.poison(self.base + (page << self.shift), self.page_bytes)
-        except PageExists:
-            pass  # a predecessor of this engine has done it

@@ -6,8 +6,6 @@ What comes unasked comes in two phases: the working set of earlier restores, at 
 when the guest runs.  The guest is let run when the first has had a head start.
 """
 
-import os
-import select
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,30 +13,26 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
-from postcopy.abi.userfaultfd import EventCode, PagefaultFlag
+from postcopy.abi.userfaultfd import PagefaultFlag
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.errors import KernelError, PostcopyError
 from postcopy.image.page_copies import PageCopies
-from postcopy.kernel import calls
 from postcopy.kernel.cpu_latency import CpusAwake
-from postcopy.kernel.faults import MESSAGE
-from postcopy.kernel.scheduling import run_soon
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.lazy_restore.block import BlockRestorer
 from postcopy.lazy_restore.prefetch import PrefetchWork, from_copies, from_image
 from postcopy.lazy_restore.prefetch_budget import HeadStart
 from postcopy.memory.runs import Mask
+from postcopy.paging.fault_loop import Fault, FaultLoop
 from postcopy.paging.latencies import LatencyHistogram
 from postcopy.trace import trace
 
-_MOST_FAULTS: Final = 64
 _SHORT_STEP_BYTES: Final = 128 << 10
 _LONG_STEP_BYTES: Final = 1 << 20
 _QUIET_NS: Final = 5_000_000
 _STEPS_A_SECOND: Final = 10
 _SETTLED_NS: Final = 200_000_000
 _LONGEST_RECORDING_NS: Final = 10_000_000_000
-_PAGEFAULT: Final = int(EventCode.PAGEFAULT)
 _MINOR: Final = int(PagefaultFlag.MINOR)
 
 
@@ -76,10 +70,7 @@ class RestorePager:
         self._working_set = working_set
         self._limiter = pace.limiter
         self._on_progress: Callable[[], None] | None = on_progress
-        ends = calls.of_python("pipe2", "", os.pipe2, os.O_CLOEXEC | os.O_NONBLOCK)
-        self._wake_reader, self._wake_writer = ends
-        self._waking = threading.Lock()  # its number may be another's as soon as it is closed
-        self._stopped = False
+        self._loop = FaultLoop(userfaultfd, self, self)
         self._hurry = False
         self._runs_ns: int | None = None  # since when the guest runs
         self._may_end = False
@@ -108,19 +99,19 @@ class RestorePager:
     def hurry(self, *, wanted: bool = True) -> None:
         """Somebody waits for the end, so go on at full speed; or nobody does any more."""
         self._hurry = wanted
-        self._wake()
+        self._loop.wake()
 
     def new_rate(self, bytes_per_second: int) -> None:
         """Bring no more a second than this unasked, from now on; 0: as fast as it goes."""
         self._limiter.set_rate(bytes_per_second)
         self._not_before_ns = 0
-        self._wake()
+        self._loop.wake()
 
     def guest_runs(self) -> None:
         """The guest runs: bring the rest."""
         if self._runs_ns is None:
             self._runs_ns = time.monotonic_ns()
-        self._wake()
+        self._loop.wake()
 
     def wait_all_in(self) -> bool:
         """Wait until nothing is left to bring; return False if :meth:`run` has ended before."""
@@ -131,28 +122,16 @@ class RestorePager:
         """The guest runs: bring the rest, and let :meth:`run` end with the last page."""
         self._may_end = True
         self.guest_runs()
+        self._end_if_done()
 
     def stop(self) -> None:
         """Make :meth:`run` return; faults that come later wait."""
-        self._stopped = True
         self._userfaultfd.end_waits()
-        self._wake()
-
-    def _wake(self) -> None:
-        with self._waking:
-            if self._wake_writer < 0:
-                return
-            try:
-                os.write(self._wake_writer, b"\0")
-            except BlockingIOError:
-                pass  # full: then it wakes anyway
+        self._loop.stop()
 
     def close(self) -> None:
-        """Let go of the pipe, when :meth:`run` has returned; who is late with an order does no harm."""
-        with self._waking:
-            os.close(self._wake_reader)
-            os.close(self._wake_writer)
-            self._wake_reader = self._wake_writer = -1
+        """Let go of the loop's descriptors, when :meth:`run` has returned; later calls do no harm."""
+        self._loop.close()
 
     # --- a thread that helps it
 
@@ -178,51 +157,42 @@ class RestorePager:
     def run(self) -> None:
         """Serve and push until every page is in place, and it :meth:`may_end`; or told to stop."""
         try:
-            self._run()
+            self._loop.run()
         finally:
             self._awake.close()
             self.head_start.give_up()  # without effect if the guest runs
             self._all_in.set()
 
-    def _run(self) -> None:
-        run_soon()
-        poll = select.poll()
-        poll.register(self._userfaultfd.fd, select.POLLIN)
-        poll.register(self._wake_reader, select.POLLIN)
-        while not (self._stopped or (self._exhausted and self._may_end)):
-            timeout_ms = None if self._exhausted else self._may_push_in_ms()
-            ready = calls.of_python("poll", "", poll.poll, timeout_ms)
-            for fd, _ in ready:
-                if fd == self._wake_reader:
-                    os.read(fd, 64)
-                else:
-                    self._serve()
-            if not (ready or self._push()):
-                self._exhausted = True
-                self._all_in.set()
+    # --- as postcopy.paging.fault_loop.FaultHandler
 
-    def _serve(self) -> None:
-        messages = self._userfaultfd.read_messages(_MOST_FAULTS)
-        if not messages:
-            return
+    def serve(self, faults: Sequence[Fault], since_ns: int) -> None:
+        """See :class:`postcopy.paging.fault_loop.FaultHandler`."""
         since_ns = time.monotonic_ns()
         self._awake.a_while()
-        for event, flags, address, _ in MESSAGE.iter_unpack(messages):
-            if event != _PAGEFAULT:
-                continue
+        for _, flags, address, _ in faults:
             restorer = self._find(address)
-            page = (address - restorer.base) >> restorer.shift
+            page = (address - restorer.block.host_address) >> restorer.shift
             if flags & _MINOR:
-                restorer.show(page)
+                restorer.placer.map(page)
             else:
                 restorer.bring(page)
             self._last_fault_ns = now_ns = time.monotonic_ns()
             self.latencies.add(now_ns - since_ns)
         self._note_progress()
 
+    def removed(self, start: int, end: int) -> None:
+        """See :class:`postcopy.paging.fault_loop.FaultHandler`."""
+        for restorer in self._restorers:
+            restorer.remove(*restorer.block.within(start, end))
+
+    def moved(self, source: int, destination: int, length_bytes: int) -> None:
+        """See :class:`postcopy.paging.fault_loop.FaultHandler`."""
+        for restorer in self._restorers:
+            restorer.block.move(source, destination, length_bytes)
+
     def _find(self, address: int) -> BlockRestorer:
         for restorer in self._restorers:
-            if restorer.base <= address < restorer.end:
+            if 0 <= address - restorer.block.host_address < restorer.block.size_bytes:
                 return restorer
         raise KernelError(
             "read", 0, f"of a userfaultfd: a fault at {address:#x}, where no block is"
@@ -234,10 +204,12 @@ class RestorePager:
             self._on_progress = None
             trace("restore.serving")
 
-    # --- what nobody has asked for
+    # --- as postcopy.paging.fault_loop.Background: the prefetch
 
-    def _may_push_in_ms(self) -> float | None:
-        """How long to wait for faults before the next step of the push; 0: it may go now."""
+    def due_in_ms(self) -> float | None:
+        """See :class:`postcopy.paging.fault_loop.Background`."""
+        if self._exhausted:
+            return None
         if self._hurry:
             return 0
         runs_ns = self._runs_ns
@@ -255,7 +227,18 @@ class RestorePager:
             return 0
         return (self._not_before_ns - now_ns) // 1_000_000 + 1
 
-    def _push(self) -> bool:
+    def step(self) -> None:
+        """See :class:`postcopy.paging.fault_loop.Background`."""
+        if not self._prefetch():
+            self._exhausted = True
+            self._all_in.set()
+            self._end_if_done()
+
+    def _end_if_done(self) -> None:
+        if self._exhausted and self._may_end:
+            self._loop.stop()
+
+    def _prefetch(self) -> bool:
         """Take one step; return whether there was anything left to do."""
         if self._rest is None:
             try:
@@ -301,3 +284,7 @@ class RestorePager:
         for restorer in self._restorers:
             yield from restorer.count()
             yield from from_image(restorer)
+            while restorer.skipped:
+                restorer.skipped = False
+                yield None
+                yield from from_image(restorer)

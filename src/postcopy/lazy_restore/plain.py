@@ -26,7 +26,7 @@ def fill(paged: IncomingBlock, source: ImagePageSource) -> Lost | None:
     states = paged.pages.states
     for start in range(0, len(states), _WINDOW_PAGES):
         end = min(start + _WINDOW_PAGES, len(states))
-        todo = source.has_data(start, end) & (states[start:end] != RECEIVED)
+        todo = source.has_data(start, end) & (states[start:end] < RECEIVED)
         for first, last in runs(todo).tolist():
             lost = _fill_run(paged, source, start + first, start + last)
             if lost is not None:

@@ -65,12 +65,12 @@ class RestoreStatistics:
         )
 
     def _ram(self) -> RamStatistics:
-        placed = sum(restorer.placed_pages << restorer.shift for restorer in self._restorers)
+        placed = sum(restorer.placer.placed_pages << restorer.shift for restorer in self._restorers)
         remaining = sum(restorer.missing_pages << restorer.shift for restorer in self._restorers)
         return RamStatistics(
             transferred=placed,
             remaining=0 if self._complete_ns else remaining,
-            total=sum(restorer.end - restorer.base for restorer in self._restorers),
+            total=sum(restorer.block.size_bytes for restorer in self._restorers),
             normal=placed >> 12,
             normal_bytes=placed,
             postcopy_requests=self._pager.faults if self._pager is not None else 0,

@@ -8,6 +8,7 @@ a thread has waited for it.  That half costs nothing as long as nothing is writt
 
 import os
 import threading
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +17,11 @@ from postcopy.kernel.mapping import Mapping
 from postcopy.memory.page_map_file import size_bytes
 from postcopy.memory.runs import Indices, Mask
 
-MISSING, REQUESTED, RECEIVED, PLACING = range(4)
+MISSING, REQUESTED, PLACING, RECEIVED, REMOVING, REMOVED = range(6)
+"""In this order: below ``PLACING`` nothing has been done for a page, and from ``RECEIVED`` on nothing more
+is to come for it."""
 UNTOUCHED, EARLY, LATE = range(3)
+_NONE: Final = np.empty(0, np.int64)
 
 
 class PageMap:
@@ -27,6 +31,10 @@ class PageMap:
     received; back from placing, when the engine that was to write it has died; and back from received
     to missing, when it is discarded, never while the guest runs.
     Only the thread that has claimed a page (placing) writes to it.
+
+    A page that the guest's process has removed is ``REMOVED`` to the end: nothing is placed there, and it
+    is what the memory itself is, which is zero.  If a thread was writing to it at that moment, it is
+    ``REMOVING`` until that thread has thrown away what it wrote; up to then it must not be mapped.
     """
 
     def __init__(self, fd: int, pages: int) -> None:
@@ -47,15 +55,15 @@ class PageMap:
             self.states[page] = REQUESTED
             return True
 
-    def is_received(self, page: int) -> bool:
-        """Tell whether the page is in place."""
-        return bool(self.states[page] == RECEIVED)
+    def is_settled(self, page: int) -> bool:
+        """Tell whether what is in memory is what the guest is to see."""
+        return bool(self.states[page] in {RECEIVED, REMOVED})
 
     def claim(self, pages: Indices) -> Mask:
         """Claim pages to write to; return which of them were neither received nor claimed before."""
         with self.lock:
             states = self.states[pages]
-            free: Mask = states < RECEIVED
+            free: Mask = states < PLACING
             self.states[pages[free]] = PLACING
         return free
 
@@ -63,12 +71,12 @@ class PageMap:
         """Claim neighbouring pages, all of them or none."""
         with self.lock:
             if end - first == 1:  # a thread waits for it
-                if self.states[first] >= RECEIVED:
+                if self.states[first] >= PLACING:
                     return False
                 self.states[first] = PLACING
                 return True
             states = self.states[first:end]
-            if (states >= RECEIVED).any():
+            if (states >= PLACING).any():
                 return False
             states[:] = PLACING
         return True
@@ -84,9 +92,50 @@ class PageMap:
         return claimed
 
     def receive(self, pages: Indices | slice) -> None:
-        """Note that these pages are in place, whole."""
+        """Note that these pages are in place, whole, in a guest that does not run yet."""
         with self.lock:
             self.states[pages] = RECEIVED
+
+    def complete(self, pages: Indices) -> Indices:
+        """Note that these pages, claimed before, are in place, whole.
+
+        :return: those that have been removed meanwhile; see :meth:`removal_done`.
+        """
+        with self.lock:
+            states = self.states[pages]
+            removed: Indices = pages[states == REMOVING]
+            self.states[pages[states == PLACING] if len(removed) else pages] = RECEIVED
+        return removed
+
+    def complete_run(self, first: int, end: int) -> Indices:
+        """As :meth:`complete`, of neighbouring pages."""
+        with self.lock:
+            if end - first == 1 and self.states[first] == PLACING:  # a thread waits for it
+                self.states[first] = RECEIVED
+                return _NONE
+        return self.complete(np.arange(first, end))
+
+    def remove(self, first: int, end: int) -> Mask:
+        """Note that the guest's process has removed these pages.
+
+        :return: which of them had not come and are not being written either.
+        """
+        with self.lock:
+            states = self.states[first:end]
+            unwritten: Mask = states < PLACING
+            writing = (states == PLACING) | (states == REMOVING)
+            states[:] = REMOVED
+            states[writing] = REMOVING
+        return unwritten
+
+    def removal_done(self, pages: Indices) -> None:
+        """What was written to pages that had been removed is gone."""
+        with self.lock:
+            self.states[pages] = REMOVED
+
+    def removing(self) -> Indices:
+        """Return the pages that were removed while a thread wrote to them."""
+        return np.flatnonzero(self.states == REMOVING)
 
     def forget(self, pages: Indices) -> Indices:
         """Note that these pages are to come again.
@@ -112,7 +161,7 @@ class PageMap:
 
     def missing(self) -> Mask:
         """Return the mask of pages that are not in place."""
-        missing: Mask = self.states != RECEIVED
+        missing: Mask = self.states < RECEIVED
         return missing
 
     def requested(self) -> Indices:

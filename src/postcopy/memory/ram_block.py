@@ -5,6 +5,7 @@ import os
 import numpy as np
 import numpy.typing as npt
 
+from postcopy.errors import GuestError
 from postcopy.guest import Region
 from postcopy.kernel import memfd
 from postcopy.kernel.mapping import Mapping
@@ -42,6 +43,27 @@ class RamBlock:
     def target_pages_per_page(self) -> int:
         """How many pages of the wire make one page of this block."""
         return self.page_size_bytes // TARGET_PAGE_BYTES
+
+    def within(self, start: int, end: int) -> tuple[int, int]:
+        """Which pages lie within addresses of the guest's process: first and end, equal if none do."""
+        size = self.page_size_bytes
+        first = max(0, -((self.host_address - start) // size))
+        return first, max(first, min(self.page_count, (end - self.host_address) // size))
+
+    def move(self, source: int, destination: int, length_bytes: int) -> None:
+        """The guest's process has moved what it had at ``source``, which may be this block.
+
+        :raises GuestError: it was a part of the block.
+        """
+        end = self.host_address + self.size_bytes
+        if end <= source or source + length_bytes <= self.host_address:
+            return
+        if source > self.host_address or source + length_bytes < end:
+            raise GuestError(
+                f"the guest's process has moved a part of RAM block '{self.name}' (mremap): only whole "
+                "blocks can be served; move all of it"
+            )
+        self.host_address += destination - source
 
     def target_pages(self, pages: Indices) -> Indices:
         """The pages of the wire that make these pages of the block's own size, in the same order."""

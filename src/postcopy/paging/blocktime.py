@@ -4,19 +4,14 @@ A vCPU is blocked from the moment the pager reads its fault until the page is in
 is the time during which every vCPU was blocked at once, that is, in which the guest stood still; it is
 what QEMU calls ``postcopy-blocktime``.
 
-Called by the pager (``fault``) and by the threads that place pages (``placed``), under one lock.  A report
-takes no lock: measuring must not make faults longer.
+Waits are counted under the lock of :class:`postcopy.paging.fault_table.FaultTable`.  A report takes no
+lock: measuring must not make faults longer.
 """
 
-import threading
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from postcopy.paging.latencies import LatencyHistogram
-
-PageKey = tuple[str, int]
-"""A page: the name of its block and its number there."""
 
 
 @dataclass(slots=True)
@@ -54,14 +49,8 @@ class BlocktimeReport:
 
 
 @dataclass(slots=True)
-class _Waiter:
-    vcpu: int | None
-    since_ns: int
-
-
-@dataclass(slots=True)
 class _Vcpu:
-    blocked: int = 0  # pages it waits for: more than one only if the kernel repeats a fault
+    blocked: int = 0  # waits: more than one only if the kernel repeats a fault
     since_ns: int = 0
     total_ns: int = 0
     latencies: Latencies = field(default_factory=Latencies)
@@ -77,41 +66,54 @@ class Blocktime:
         self._vcpu_of_thread = dict(vcpu_of_thread)
         self._vcpus = [_Vcpu() for _ in vcpu_of_thread]
         self._others = Latencies()
-        self._lock = threading.Lock()
-        self.waiting: dict[PageKey, list[_Waiter]] = defaultdict(list)
         self._blocked_vcpus = 0
         self._all_blocked_since_ns = 0
         self._overlapped_ns = 0
         self._latencies = LatencyHistogram()
 
-    def fault(self, page: PageKey, thread_id: int, now_ns: int) -> None:
-        """Note that a thread waits for a page."""
-        vcpu = self._vcpu_of_thread.get(thread_id)
-        with self._lock:
-            self.waiting[page].append(_Waiter(vcpu, now_ns))
-            if vcpu is not None:
-                self._block(self._vcpus[vcpu], now_ns)
+    # --- one thread at a time
 
-    def placed(self, pages: Iterable[PageKey], now_ns: int) -> None:
-        """Note that these pages are in place: nobody waits for them any more."""
-        with self._lock:
-            for page in pages:
-                for waiter in self.waiting.pop(page, ()):
-                    self._end(waiter, now_ns)
+    def begin(self, thread_id: int, now_ns: int) -> None:
+        """A thread begins to wait for a page."""
+        number = self._vcpu_of_thread.get(thread_id)
+        if number is None:
+            return
+        vcpu = self._vcpus[number]
+        vcpu.blocked += 1
+        if vcpu.blocked == 1:
+            vcpu.since_ns = now_ns
+            self._blocked_vcpus += 1
+            if self._blocked_vcpus == len(self._vcpus):
+                self._all_blocked_since_ns = now_ns
 
-    def withdraw(self, page: PageKey, thread_id: int, since_ns: int) -> None:
-        """Take a fault back that was noted when its page was in place: nobody knows how long it took."""
-        vcpu = self._vcpu_of_thread.get(thread_id)
-        waiter = _Waiter(vcpu, since_ns)
-        with self._lock:
-            waiting = self.waiting.get(page, [])
-            if waiter not in waiting:
-                return  # whoever placed the page has just measured it
-            waiting.remove(waiter)
-            if not waiting:
-                del self.waiting[page]
-            if vcpu is not None:
-                self._unblock(self._vcpus[vcpu])
+    def end(self, thread_id: int, since_ns: int, now_ns: int) -> None:
+        """The page for which a thread has waited is in place."""
+        latency_ns = max(0, now_ns - since_ns)
+        self._latencies.add(latency_ns)
+        number = self._vcpu_of_thread.get(thread_id)
+        if number is None:
+            self._others.add(latency_ns)
+            return
+        vcpu = self._vcpus[number]
+        vcpu.latencies.add(latency_ns)
+        vcpu.blocked -= 1
+        if vcpu.blocked == 0:
+            vcpu.total_ns += max(0, now_ns - vcpu.since_ns)
+            if self._blocked_vcpus == len(self._vcpus):
+                self._overlapped_ns += max(0, now_ns - self._all_blocked_since_ns)
+            self._blocked_vcpus -= 1
+
+    def withdraw(self, thread_id: int) -> None:
+        """A thread waits no more, and for how long it has is not known: count nothing."""
+        number = self._vcpu_of_thread.get(thread_id)
+        if number is None:
+            return
+        vcpu = self._vcpus[number]
+        vcpu.blocked -= 1
+        if vcpu.blocked == 0:
+            self._blocked_vcpus -= 1
+
+    # --- any thread
 
     def report(self) -> BlocktimeReport:
         """Sum up what has been measured so far; each figure for itself, for faults may end meanwhile."""
@@ -130,34 +132,3 @@ class Blocktime:
             p99_us=latencies.p99_us,
             max_us=latencies.max_us,
         )
-
-    # --- under the lock
-
-    def _block(self, vcpu: _Vcpu, now_ns: int) -> None:
-        vcpu.blocked += 1
-        if vcpu.blocked == 1:
-            vcpu.since_ns = now_ns
-            self._blocked_vcpus += 1
-            if self._blocked_vcpus == len(self._vcpus):
-                self._all_blocked_since_ns = now_ns
-
-    def _unblock(self, vcpu: _Vcpu) -> None:
-        """Let a vCPU go without counting for how long it was blocked."""
-        vcpu.blocked -= 1
-        if vcpu.blocked == 0:
-            self._blocked_vcpus -= 1
-
-    def _end(self, waiter: _Waiter, now_ns: int) -> None:
-        latency_ns = max(0, now_ns - waiter.since_ns)
-        self._latencies.add(latency_ns)
-        if waiter.vcpu is None:
-            self._others.add(latency_ns)
-            return
-        vcpu = self._vcpus[waiter.vcpu]
-        vcpu.latencies.add(latency_ns)
-        vcpu.blocked -= 1
-        if vcpu.blocked == 0:
-            vcpu.total_ns += max(0, now_ns - vcpu.since_ns)
-            if self._blocked_vcpus == len(self._vcpus):
-                self._overlapped_ns += max(0, now_ns - self._all_blocked_since_ns)
-            self._blocked_vcpus -= 1

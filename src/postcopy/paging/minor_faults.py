@@ -6,17 +6,16 @@ the pager answers at once, without the source (``UFFDIO_CONTINUE``).  So that th
 has been received is mapped by and by; and single pages that nobody waits for are left to that, too.
 """
 
-import errno
 import threading
 import time
 from typing import Final
 
-from postcopy.errors import KernelError, PageExists
+from postcopy.errors import KernelError
 from postcopy.kernel import threads
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.memory.page_map import RECEIVED
-from postcopy.memory.ram_block import RamBlock
 from postcopy.memory.runs import Indices, Mask, next_set, runs
+from postcopy.paging.placer import BlockPlacer
 from postcopy.paging.ram import IncomingBlock, IncomingRam
 
 _STEP_PAGES: Final = 1024
@@ -31,9 +30,15 @@ class BackgroundMapper:
     """The thread ``mapper``: at most half of the time at work, since it hurries for nobody."""
 
     def __init__(self, userfaultfd: Userfaultfd, ram: IncomingRam) -> None:
-        self._userfaultfd = userfaultfd
-        # Of each block, what is to be mapped still: set by whoever has received pages, cleared here.
-        self._blocks = {paged.block.name: (paged, paged.pages.states == RECEIVED) for paged in ram}
+        # Of each block, what is to be mapped still: set by the threads that receive pages, cleared here.
+        self._blocks = {
+            paged.block.name: (
+                paged,
+                BlockPlacer(userfaultfd, paged.block),
+                paged.pages.states == RECEIVED,
+            )
+            for paged in ram
+        }
         self._more = threading.Event()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="mapper", daemon=True)
@@ -45,7 +50,7 @@ class BackgroundMapper:
 
     def later(self, name: str, pages: Indices) -> None:
         """Have received pages, with memory behind them, mapped by and by."""
-        self._blocks[name][1][pages] = True
+        self._blocks[name][2][pages] = True
         self._more.set()
 
     def stop(self) -> None:
@@ -67,75 +72,35 @@ class BackgroundMapper:
             return  # what is not mapped here is when it is touched: nothing depends on this
 
     def _map_all(self) -> None:
-        for paged, wanted in self._blocks.values():
+        for paged, placer, wanted in self._blocks.values():
             start = 0
             while len(found := next_set(wanted, start, 1)) and not self._stopped.is_set():
                 start = int(found[0]) // _STEP_PAGES * _STEP_PAGES
                 end = start + _STEP_PAGES
                 began = time.monotonic()
-                self._map_step(paged, wanted[start:end], start)
+                self._map_step(paged, placer, wanted[start:end], start)
                 self._stopped.wait(min(time.monotonic() - began, _MOST_REST_S))
                 start = end
 
-    def _map_step(self, paged: IncomingBlock, wanted: Mask, start: int) -> None:
+    def _map_step(
+        self, paged: IncomingBlock, placer: BlockPlacer, wanted: Mask, start: int
+    ) -> None:
         now = wanted.copy()
         wanted[now] = False
         # A zero page may have been received where there is no memory: it takes some when touched.
         now &= paged.block.has_data(start, start + len(now))
         for first, last in runs(now).tolist():
-            map_pages(self._userfaultfd, paged.block, start + first, last - first)
+            placer.map(start + first, last - first)
 
 
-def map_pages(userfaultfd: Userfaultfd, block: RamBlock, page: int, count: int) -> None:
-    """Map ``count`` pages from ``page`` on (of the block's own size), all of them with memory behind."""
-    size = block.page_size_bytes
-    done = 0
-    while done < count:
-        address = block.host_address + (page + done) * size
-        try:
-            mapped = userfaultfd.map_existing(address, (count - done) * size)
-        except PageExists:
-            mapped = size
-        done += mapped // size
-
-
-def resolve_minor_fault(userfaultfd: Userfaultfd, paged: IncomingBlock, page: int) -> None:
-    """Map a page that has been received and that somebody waits for, with its next neighbours."""
-    block = paged.block
-    size = block.page_size_bytes
-    address = block.host_address + page * size
-    try:
-        userfaultfd.map_existing(address, _received_from(paged, page) * size)
-    except PageExists:
-        userfaultfd.wake(address, size)
-    except KernelError as error:
-        if error.errno != errno.EFAULT:
-            raise
-        # A zero page that was received as such, and has no memory behind it yet.
-        if block.target_pages_per_page == 1:
-            map_zero_page(userfaultfd, block, page)
-            return
-        per_page = block.target_pages_per_page
-        block.pages[page * per_page : (page + 1) * per_page] = 0  # no one else shows huge ones
-        userfaultfd.map_existing(address, size)
+def resolve_minor_fault(placer: BlockPlacer, paged: IncomingBlock, page: int) -> None:
+    """Map a page that has come and that a thread waits for, with its next neighbours."""
+    placer.resolve(page, _received_from(paged, page))
 
 
 def _received_from(paged: IncomingBlock, page: int) -> int:
-    """How many pages from this one on, which has been received, have been so without a gap."""
+    """How many pages from this one on have been received without a gap: at least this one."""
     if paged.block.target_pages_per_page > 1:
         return 1
     received = paged.pages.states[page : page + _NEIGHBOURS] == RECEIVED
-    return len(received) if received.all() else int(received.argmin())
-
-
-def map_zero_page(userfaultfd: Userfaultfd, block: RamBlock, page: int) -> None:
-    """Map a page of zeros that has no memory behind it, once: two threads may come to do so.
-
-    The kernel makes it and maps it in one step; whoever comes second finds it there, and must not
-    write to it, since the guest may have done so by then.
-    """
-    address = block.host_address + page * block.page_size_bytes
-    try:
-        userfaultfd.zeropage(address, block.page_size_bytes)
-    except PageExists:
-        userfaultfd.wake(address, block.page_size_bytes)
+    return len(received) if received.all() else max(1, int(received.argmin()))

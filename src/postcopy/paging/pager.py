@@ -1,109 +1,121 @@
 """Read faults, ask for the pages, and keep the time.
 
-One thread, ``pager``, runs :meth:`Pager.run`.  It lives in the engine's process, never in the guest's:
-whoever can fault on guest memory must not be the one who mends the fault.
+One thread, ``pager``, runs :meth:`Pager.run`.
 
 A page is asked for once, however many threads fault on it.  A fault that is read although its page
 has just been placed (the message was queued before) only wakes its thread again.
 """
 
-import os
-import select
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
-from postcopy.kernel import calls
 from postcopy.kernel.cpu_latency import CpusAwake
-from postcopy.kernel.faults import Pagefault
-from postcopy.kernel.scheduling import run_soon
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.memory.ram_block import RamBlock
-from postcopy.paging.blocktime import Blocktime
+from postcopy.paging.fault_loop import LOW_WORD, Fault, FaultLoop
+from postcopy.paging.fault_table import FaultTable
 from postcopy.paging.minor_faults import resolve_minor_fault
+from postcopy.paging.placer import BlockPlacer
 from postcopy.paging.ram import IncomingRam
 
 Request = tuple[RamBlock, int]
 """A block, and the number of the page that is wanted."""
 
 
+class PageSource(Protocol):
+    """Where missing pages come from: over the wire, some time after they have been asked for."""
+
+    def request(self, pages: Sequence[Request]) -> None:
+        """Ask for the pages of one batch of faults."""
+
+
 class Pager:
     """Serves one userfaultfd until :meth:`stop`.
 
-    :param ask: how a page is asked for; gets all requests of one batch of faults.
-    :param awake: keeps CPUs awake while there are faults; closed by who has made it.
+    :param awake: keeps CPUs awake while there are faults; the caller closes it.
     """
 
     def __init__(
         self,
         userfaultfd: Userfaultfd,
         ram: IncomingRam,
-        blocktime: Blocktime,
-        ask: Callable[[Sequence[Request]], None],
+        faults: FaultTable,
+        source: PageSource,
         awake: CpusAwake,
     ) -> None:
-        self._userfaultfd = userfaultfd
         self._ram = ram
-        self._blocktime = blocktime
-        self._ask = ask
-        ends = calls.of_python("pipe2", "", os.pipe2, os.O_CLOEXEC)
-        self._stop_reader, self._stop_writer = ends
+        self._placers = {p.block.name: BlockPlacer(userfaultfd, p.block) for p in ram}
+        self._table = faults
+        self._source = source
         self._awake = awake
+        self._loop = FaultLoop(userfaultfd, self)
         self.faults = 0
 
     def run(self) -> None:
         """Serve faults until told to stop.
 
-        :raises KernelError: no fault is served any more; who waits for a page waits on.
+        :raises KernelError: no fault is served any more; threads that wait for a page wait on.
         """
-        try:
-            self._run()
-        finally:
-            os.close(self._stop_reader)
-
-    def _run(self) -> None:
-        run_soon()
         self._awake.a_while()  # the guest is about to begin
-        poll = select.poll()
-        poll.register(self._userfaultfd.fd, select.POLLIN)
-        poll.register(self._stop_reader, select.POLLIN)
-        while all(fd != self._stop_reader for fd, _ in calls.of_python("poll", "", poll.poll)):
-            self._awake.a_while()
-            faults = [e for e in self._userfaultfd.read_events() if isinstance(e, Pagefault)]
-            wanted = [request for fault in faults if (request := self._note(fault)) is not None]
-            if wanted:
-                self._ask(wanted)
+        try:
+            self._loop.run()
+        finally:
+            self._loop.close()
 
     def stop(self) -> None:
         """Make :meth:`run` return; faults that come later wait."""
-        os.close(self._stop_writer)  # its reader sees the end of the pipe
+        self._loop.stop()
 
     def discard(self) -> None:
         """Let go of one that has never run."""
-        self.stop()
-        os.close(self._stop_reader)
+        self._loop.close()
 
     def ask_again(self) -> None:
         """Ask once more for everything asked for and not received: after a recovery."""
         for paged in self._ram:
             pages = paged.pages.requested()
             if len(pages):
-                self._ask([(paged.block, int(page)) for page in pages])
+                self._source.request([(paged.block, int(page)) for page in pages])
 
-    def _note(self, fault: Pagefault) -> Request | None:
-        """Take one fault into the books; return the page to ask for, if nobody has yet."""
+    def serve(self, faults: Sequence[Fault], since_ns: int) -> None:
+        """See :class:`postcopy.paging.fault_loop.FaultHandler`."""
+        del since_ns
+        self._awake.a_while()
+        wanted = [request for fault in faults if (request := self._note(fault)) is not None]
+        if wanted:
+            self._source.request(wanted)
+
+    def removed(self, start: int, end: int) -> None:
+        """See :class:`postcopy.paging.fault_loop.FaultHandler`."""
+        now_ns = time.monotonic_ns()
+        for paged in self._ram:
+            first, last = paged.block.within(start, end)
+            paged.remove(first, last)
+            name = paged.block.name
+            waits = [page for page in self._table.waiting(name) if first <= page < last]
+            self._table.end(name, waits, now_ns)  # their threads fault again
+
+    def moved(self, source: int, destination: int, length_bytes: int) -> None:
+        """See :class:`postcopy.paging.fault_loop.FaultHandler`."""
+        for paged in self._ram:
+            paged.block.move(source, destination, length_bytes)
+
+    def _note(self, fault: Fault) -> Request | None:
+        """Note one fault; return the page to ask for, if it has not been asked for yet."""
         now_ns = time.monotonic_ns()
         self.faults += 1
-        found = self._ram.find(fault.address)
+        _, _, address, thread = fault
+        found = self._ram.find(address)
         if found is None:
             return None
         paged, page = found
-        block = paged.block
-        key = (block.name, page)
-        self._blocktime.fault(key, fault.thread_id, now_ns)
+        block, thread_id = paged.block, thread & LOW_WORD
+        self._table.begin(block.name, page, thread_id, now_ns)
         if paged.pages.request(page):
             return block, page
-        if paged.pages.is_received(page):
-            # Received before the guest ran here, or between the fault and our reading of it.
-            self._blocktime.withdraw(key, fault.thread_id, now_ns)
-            resolve_minor_fault(self._userfaultfd, paged, page)
+        if paged.pages.is_settled(page):
+            # It was received before the guest ran here, or between the fault and our reading of it.
+            self._table.withdraw(block.name, page, thread_id, now_ns)
+            resolve_minor_fault(self._placers[block.name], paged, page)
         return None

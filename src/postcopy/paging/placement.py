@@ -7,7 +7,7 @@ not mapped there: it is written where the guest cannot see it yet, and then mapp
 written to it.
 
 Called by the threads that read channels.  Each thread has a :class:`Placement` of its own; what they
-share is the page map, where a page is claimed before it is written.
+share is the page map, where a page is claimed before it is written, and the fault table.
 """
 
 import time
@@ -16,13 +16,14 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from postcopy.errors import StreamError
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.memory.page_map import RECEIVED
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Indices, Mask, index_runs
-from postcopy.paging.blocktime import Blocktime
-from postcopy.paging.minor_faults import map_pages, resolve_minor_fault
+from postcopy.paging.fault_table import FaultTable
+from postcopy.paging.host_pages import HostPageAssembler
+from postcopy.paging.minor_faults import resolve_minor_fault
+from postcopy.paging.placer import BlockPlacer
 from postcopy.paging.ram import IncomingBlock, IncomingRam
 
 _LONG_RUN_PAGES = 8
@@ -31,27 +32,31 @@ _LONG_RUN_PAGES = 8
 class Placement:
     """Places the pages of one channel."""
 
-    def __init__(self, ram: IncomingRam, blocktime: Blocktime) -> None:
+    def __init__(self, ram: IncomingRam, faults: FaultTable) -> None:
         self._ram = ram
-        self._blocktime = blocktime
-        self._userfaultfd: Userfaultfd | None = None  # while the guest runs
+        self._faults = faults
+        self._placers: dict[str, BlockPlacer] | None = None  # while the guest runs
         self._later: Callable[[str, Indices], None] | None = None
-        # The host page being put together from target pages: a huge page comes in 512 pieces.
-        self._partial: tuple[str, int, npt.NDArray[np.uint8], int] | None = None
+        self._assemblers = {
+            paged.block.name: HostPageAssembler(paged.block)
+            for paged in ram
+            if paged.block.target_pages_per_page > 1
+        }
 
     def listen(
         self, userfaultfd: Userfaultfd, later: Callable[[str, Indices], None] | None = None
     ) -> None:
-        """From now on pages are placed under the guest's eyes.
+        """From now on pages are placed while the guest runs.
 
-        :param later: shows pages of a block, by and by, that nobody waits for.
+        :param later: maps pages of a block, by and by, that no thread waits for.
         """
-        self._userfaultfd = userfaultfd
+        self._placers = {p.block.name: BlockPlacer(userfaultfd, p.block) for p in self._ram}
         self._later = later
 
     def forget_halves(self) -> None:
-        """Drop the pieces of a huge page that has not come whole: another connection begins."""
-        self._partial = None
+        """Drop the pieces of huge pages that have not come whole: another connection begins."""
+        for assembler in self._assemblers.values():
+            assembler.clear()
 
     def pages(
         self,
@@ -73,11 +78,8 @@ class Placement:
             if self._take_run(paged, first, first + len(data), data):
                 return
         target = (offsets // TARGET_PAGE_BYTES).astype(np.int64)
-        if self._userfaultfd is None:
+        if self._placers is None:
             self._write(paged, target, data)
-        elif paged.block.target_pages_per_page > 1:
-            for page, content in zip(target.tolist(), data, strict=True):
-                self._gather(paged, page, content)
         else:
             self._place(paged, target, data)
 
@@ -85,11 +87,8 @@ class Placement:
         """Place target pages that are all zero."""
         paged = self._ram[name]
         target = (offsets // TARGET_PAGE_BYTES).astype(np.int64)
-        if self._userfaultfd is None:
+        if self._placers is None:
             self._write_zeros(paged, target)
-        elif paged.block.target_pages_per_page > 1:
-            for page in target.tolist():
-                self._gather(paged, page, None)
         else:
             self._place(paged, target, None)
 
@@ -97,15 +96,11 @@ class Placement:
         self, paged: IncomingBlock, first: int, end: int, data: npt.NDArray[np.uint8]
     ) -> bool:
         """Take neighbouring pages on the shortest way; return whether that was possible."""
-        if self._userfaultfd is None:
+        if self._placers is None:
             paged.block.pages[first:end] = data
             paged.pages.receive(slice(first, end))
             return True
-        if not paged.pages.claim_run(first, end):
-            return False
-        paged.block.pages[first:end] = data
-        self._map(paged, first, end - first)
-        return True
+        return self._write_and_map(paged, first, end, data)
 
     # --- before the guest runs
 
@@ -131,6 +126,11 @@ class Placement:
     def _place(
         self, paged: IncomingBlock, target: Indices, data: npt.NDArray[np.uint8] | None
     ) -> None:
+        assembler = self._assemblers.get(paged.block.name)
+        if assembler is not None:
+            for page, rows in assembler.add(target, data):
+                self._write_and_map(paged, page, page + 1, rows)
+            return
         claimed = paged.pages.claim(target)
         if not claimed.all():
             target = target[claimed]
@@ -142,13 +142,45 @@ class Placement:
             in_memory = target[_has_data(paged, target)]
             if len(stale := in_memory[paged.stale[in_memory]]):
                 paged.block.pages[stale] = 0
-        paged.pages.receive(target)
-        self._show(paged, in_memory)
-        self._help_waiting(paged, target)
+        removed = paged.pages.complete(target)
+        if len(removed):
+            self._finish_removal(paged, removed)
+        self._map_scattered(paged, in_memory)
+        self._map_waited_for(paged, target)
 
-    def _show(self, paged: IncomingBlock, target: Indices) -> None:
-        """Show long runs now; the rest later, if there is somebody for that: each costs a call."""
-        assert self._userfaultfd is not None
+    def _write_and_map(
+        self, paged: IncomingBlock, first: int, end: int, rows: npt.NDArray[np.uint8]
+    ) -> bool:
+        """Write neighbouring pages and map them; return False if one of them has come before.
+
+        They are noted as received, and then mapped: what the guest may have written to is never taken
+        for missing, whenever this engine dies.
+        """
+        assert self._placers is not None
+        if not paged.pages.claim_run(first, end):
+            return False
+        per_page = paged.block.target_pages_per_page
+        paged.block.pages[first * per_page : end * per_page] = rows
+        removed = paged.pages.complete_run(first, end)
+        if len(removed):
+            self._finish_removal(paged, removed)
+        name = paged.block.name
+        self._placers[name].map(first, end - first)
+        if waiting := self._faults.waiting(name):
+            arrived = [page for page in waiting if first <= page < end]
+            self._faults.end(name, arrived, time.monotonic_ns())
+        return True
+
+    def _finish_removal(self, paged: IncomingBlock, removed: Indices) -> None:
+        """Pages were removed while they were written: drop them, and let threads fault again."""
+        assert self._placers is not None
+        paged.finish_removal(removed)
+        for page in removed.tolist():
+            self._placers[paged.block.name].wake(page)
+
+    def _map_scattered(self, paged: IncomingBlock, target: Indices) -> None:
+        """Map long runs now; the rest later, if there is somebody for that: each costs a call."""
+        assert self._placers is not None
         ranges = index_runs(target)
         if self._later is not None:
             lengths = ranges[:, 1] - ranges[:, 0]
@@ -157,68 +189,20 @@ class Placement:
                 self._later(paged.block.name, target[np.repeat(short, lengths)])
                 ranges = ranges[~short]
         for start, end in ranges.tolist():
-            map_pages(self._userfaultfd, paged.block, int(target[start]), end - start)
+            self._placers[paged.block.name].map(int(target[start]), end - start)
 
-    def _help_waiting(self, paged: IncomingBlock, target: Indices) -> None:
-        """Show received pages to those who wait for them.
+    def _map_waited_for(self, paged: IncomingBlock, target: Indices) -> None:
+        """Map received pages for the threads that wait for them.
 
-        Who touches such a page from now on is helped by the pager, which finds it received.  Who has
-        touched it before is waiting, and gets it now: a fault is in the books before the pager looks
-        whether the page is received, so either it finds it so, or we find it in the books.
+        A thread that touches such a page from now on is served by the pager, which finds it received.
+        One that has touched it before is in the fault table.
         """
-        assert self._userfaultfd is not None
-        for name, page in list(self._blocktime.waiting):
-            if name == paged.block.name and (target == page).any():
-                resolve_minor_fault(self._userfaultfd, paged, page)
-                self._wake_books(name, page, page + 1)
-
-    def _map(self, paged: IncomingBlock, page: int, count: int) -> None:
-        """Note that pages have come, and show them to the guest.
-
-        In this order: what the guest may have written to is never taken for missing, whenever this
-        engine dies.
-        """
-        assert self._userfaultfd is not None
-        paged.pages.receive(slice(page, page + count))
-        map_pages(self._userfaultfd, paged.block, page, count)
-        if self._blocktime.waiting:
-            self._wake_books(paged.block.name, page, page + count)
-
-    def _wake_books(self, name: str, start: int, end: int) -> None:
-        arrived = [key for key in list(self._blocktime.waiting) if key[0] == name]
-        arrived = [key for key in arrived if start <= key[1] < end]
-        if arrived:
-            self._blocktime.placed(arrived, time.monotonic_ns())
-
-    # --- huge pages: whole, or not at all
-
-    def _gather(
-        self, paged: IncomingBlock, target: int, content: npt.NDArray[np.uint8] | None
-    ) -> None:
-        """Take one piece of a huge page; place the page with its last piece."""
-        per_page = paged.block.target_pages_per_page
-        page, piece = divmod(target, per_page)
-        if piece == 0 and self._partial is None:
-            whole = np.zeros((per_page, TARGET_PAGE_BYTES), np.uint8)
-            self._partial = (paged.block.name, page, whole, 0)
-        if self._partial is None or self._partial[:2] + self._partial[3:] != (
-            paged.block.name,
-            page,
-            piece,
-        ):
-            raise StreamError(
-                f"pieces of a huge page out of order: block {paged.block.name}, page {page}, "
-                f"piece {piece}"
-            )
-        _, _, whole, _ = self._partial
-        if content is not None:
-            whole[piece] = content
-        self._partial = (paged.block.name, page, whole, piece + 1)
-        if piece + 1 == per_page:
-            self._partial = None
-            if paged.pages.claim(np.array([page])).all():
-                paged.block.pages[page * per_page : (page + 1) * per_page] = whole
-                self._map(paged, page, 1)
+        assert self._placers is not None
+        name = paged.block.name
+        for page in self._faults.waiting(name):
+            if (target == page).any():
+                resolve_minor_fault(self._placers[name], paged, page)
+                self._faults.end(name, [page], time.monotonic_ns())
 
 
 def _has_data(paged: IncomingBlock, target: Indices) -> Mask:

@@ -8,7 +8,7 @@ import numpy as np
 from postcopy.guest import Region
 from postcopy.memory.page_map import PageMap
 from postcopy.memory.ram_block import RamBlock
-from postcopy.memory.runs import Mask
+from postcopy.memory.runs import Indices, Mask, index_runs, runs
 
 
 @dataclass(slots=True)
@@ -23,6 +23,25 @@ class IncomingBlock:
 
     def __post_init__(self) -> None:
         self.stale = np.zeros(self.block.page_count, np.bool_)
+
+    def remove(self, first: int, end: int) -> None:
+        """The guest's process has removed pages: they are zero from now on, whatever was to come."""
+        unwritten = self.pages.remove(first, end)
+        for start, stop in runs(unwritten & self.stale[first:end]).tolist():
+            self.block.discard(first + start, first + stop)
+
+    def finish_removal(self, pages: Indices) -> None:
+        """Throw away what was written to pages that had been removed by then."""
+        for start, stop in index_runs(pages).tolist():
+            first = int(pages[start])
+            self.block.discard(first, first + stop - start)
+        self.pages.removal_done(pages)
+
+    def adopt(self, mapped: Mask) -> None:
+        """Take over from an engine that is gone: see :meth:`postcopy.memory.page_map.PageMap.adopt`."""
+        self.pages.adopt(mapped)
+        self.finish_removal(self.pages.removing())
+        self.stale[:] = True  # a page may have been half written
 
 
 class IncomingRam:
@@ -62,6 +81,7 @@ class IncomingRam:
         """No channel is being read: what was to be placed and has failed to be is still missing."""
         for paged in self:
             paged.stale |= paged.pages.unclaim()  # they may have been written in part
+            paged.finish_removal(paged.pages.removing())
 
     def close(self) -> None:
         """Let go of all memory."""

@@ -24,7 +24,7 @@ from postcopy.memory.ram_block import RamBlock
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.snapshot.bitmap import Copies, UnsavedPages
 from postcopy.snapshot.cow_buffer import Aside
-from postcopy.snapshot.write_protect import WriteGuard
+from postcopy.snapshot.write_protect import WriteProtectHandler
 from postcopy.source.connecting import connect_unless_cancelled
 from postcopy.source.counters import Clock, Counters, Rate, describe
 from postcopy.source.opening import opening
@@ -71,7 +71,7 @@ class BackgroundSnapshot:
         self._sender: PageSink | None = None
         self._blocks: list[RamBlock] = []
         self._unsaved: UnsavedPages | None = None
-        self._guard: WriteGuard | None = None
+        self._guard: WriteProtectHandler | None = None
         self._cause: PostcopyError | None = None
 
     # --- called by the monitor, from other threads
@@ -184,11 +184,11 @@ class BackgroundSnapshot:
         return states
 
     @contextmanager
-    def _watched(self, userfaultfd: Userfaultfd) -> Iterator[WriteGuard]:
+    def _watched(self, userfaultfd: Userfaultfd) -> Iterator[WriteProtectHandler]:
         """Have the guest's memory watched for writes; in every case it is not any more afterwards."""
         assert self._unsaved is not None
         try:
-            self._guard = guard = WriteGuard(
+            self._guard = guard = WriteProtectHandler(
                 userfaultfd, self._unsaved, self._aside, self._stop_because
             )
             guard.start()
@@ -200,7 +200,7 @@ class BackgroundSnapshot:
             self._guest.unwatch_snapshot()  # who still waits to write goes on
         trace("snapshot.unwatched")
 
-    def _freeze(self, guard: WriteGuard) -> Sequence[DeviceState]:
+    def _freeze(self, guard: WriteProtectHandler) -> Sequence[DeviceState]:
         """The moment of the picture; return what the devices were then."""
         self._check_cancelled()
         with closing(CpusAwake()) as awake:

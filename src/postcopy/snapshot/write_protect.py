@@ -8,22 +8,19 @@ milliseconds, and not on how much memory it has.
 From the stop on a page that somebody writes to is first copied aside, with its neighbours.
 
 All of it goes through a userfaultfd that the guest's process has registered and keeps, so that it can end
-the protection when this process dies.  The thread ``snapshot-faults`` runs :meth:`WriteGuard.run`.
+the protection when this process dies.  The thread ``snapshot-faults`` runs :meth:`FaultLoop.run`.
 """
 
-import os
-import select
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from postcopy.errors import PostcopyError
-from postcopy.kernel import calls, threads
-from postcopy.kernel.faults import Pagefault
-from postcopy.kernel.scheduling import run_soon
+from postcopy.errors import GuestError, PostcopyError
+from postcopy.kernel import threads
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.memory.ram_block import RamBlock
+from postcopy.paging.fault_loop import Fault, FaultLoop
 from postcopy.paging.latencies import LatencyHistogram
 from postcopy.snapshot.bitmap import UnsavedPages
 from postcopy.snapshot.cow_buffer import Aside
@@ -40,7 +37,7 @@ _ROUNDS = 4
 _Run = tuple[RamBlock, int, int]  # first and end page
 
 
-class WriteGuard:
+class WriteProtectHandler:
     """Keeps what the guest overwrites.
 
     :param userfaultfd: every block is registered with it; it is ours from now on.
@@ -65,9 +62,7 @@ class WriteGuard:
         # In runs, for the guest stands still while they are gone through.
         self._written: set[_Run] = set()
         self._frozen = False
-        self._stopping = False
-        ends = calls.of_python("pipe2", "", os.pipe2, os.O_CLOEXEC)
-        self._stop_reader, self._stop_writer = ends
+        self._loop = FaultLoop(userfaultfd, self)
         self._thread = threading.Thread(target=self._serve, name="snapshot-faults", daemon=True)
 
     def start(self) -> None:
@@ -105,16 +100,13 @@ class WriteGuard:
 
     def stop(self) -> None:
         """Serve no more faults.  Who may still wait then is woken by the guest's process."""
-        self._stopping = True
         self._userfaultfd.end_waits()
         self._aside.close()
-        if self._stop_writer >= 0:
-            os.close(self._stop_writer)
-            self._stop_writer = -1
-            if self._thread.is_alive():
-                self._thread.join()
-            os.close(self._stop_reader)
-            self._userfaultfd.close()
+        self._loop.stop()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._loop.close()
+        self._userfaultfd.close()
 
     def _protect(self, block: RamBlock, first: int, end: int) -> None:
         size = block.page_size_bytes
@@ -129,30 +121,37 @@ class WriteGuard:
 
     def _serve(self) -> None:
         try:
-            self.run()
+            self._loop.run()
         except PostcopyError as error:
             self._on_error(error)
         except Exception as error:  # a fault of ours must not leave the guest waiting either
             traceback.print_exc()
             self._on_error(PostcopyError(f"the snapshot's fault handler failed: {error!r}"))
 
-    def run(self) -> None:
-        """Serve faults until told to stop."""
-        run_soon()
-        poll = select.poll()
-        poll.register(self._userfaultfd.fd, select.POLLIN)
-        poll.register(self._stop_reader, select.POLLIN)
-        looked_ns = time.monotonic_ns()
-        while not self._stopping:
-            # Whoever waits when we come to look may have done so since the last look.
-            since_ns, looked_ns = looked_ns, time.monotonic_ns()
-            events = self._userfaultfd.read_events()
-            if not events:
-                calls.of_python("poll", "", poll.poll)
-                looked_ns = time.monotonic_ns()
-            for event in events:
-                if isinstance(event, Pagefault) and not self._fault(event.address, since_ns):
-                    return
+    def serve(self, faults: Sequence[Fault], since_ns: int) -> None:
+        """See :class:`postcopy.paging.fault_loop.FaultHandler`."""
+        for _, _, address, _ in faults:
+            if not self._fault(address, since_ns):
+                self._loop.stop()
+                return
+
+    def removed(self, start: int, end: int) -> None:
+        """See :class:`postcopy.paging.fault_loop.FaultHandler`.
+
+        :raises GuestError: what is to be in the picture is not there any more.
+        """
+        for block in self._unsaved.blocks:
+            first, last = block.within(start, end)
+            if any(self._unsaved.is_unsaved(block, page) for page in range(first, last)):
+                raise GuestError(
+                    f"the guest's process has given up memory of RAM block '{block.name}' that the "
+                    "snapshot has not saved yet; take it again while no balloon is being filled"
+                )
+
+    def moved(self, source: int, destination: int, length_bytes: int) -> None:
+        """See :class:`postcopy.paging.fault_loop.FaultHandler`."""
+        for block in self._unsaved.blocks:
+            block.move(source, destination, length_bytes)
 
     def _fault(self, address: int, since_ns: int) -> bool:
         """Let a writer go on; return False when nobody takes copies any more."""
