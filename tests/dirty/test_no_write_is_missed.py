@@ -11,7 +11,7 @@ from postcopy.dirty.kvm_log import KvmLogTracker
 from postcopy.dirty.pagemap import PagemapTracker
 from postcopy.dirty.tracker import choose
 from postcopy.errors import Refused
-from postcopy.link.guest.guest_service import GuestService
+from postcopy.link.guest.keeper import GuestKeeper
 from postcopy.machine.machine import Machine
 from postcopy.machine.workload import load
 from postcopy.memory.ram_block import RamBlock
@@ -51,7 +51,7 @@ def test_the_shadow_is_the_memory(hammered, block, kind):
         with pytest.raises(Refused, match="needs a guest on KVM; use pagemap"):
             choose("kvm", SimpleNamespace(kvm=False))
         return
-    tracker = kind(GuestService(hammered))
+    tracker = kind(GuestKeeper(hammered))
     tracker.start()
     shadow = block.pages.copy()
     found = 0
@@ -79,7 +79,7 @@ def follow(tracker, block, shadow, start):
 def test_a_guest_that_stands_still_writes_nothing(hammered, block, kind):
     if kind is KvmLogTracker and hammered.accelerator_name != "kvm":
         return
-    tracker = kind(GuestService(hammered))
+    tracker = kind(GuestKeeper(hammered))
     tracker.start()
     hammered.pause()
     tracker.collect(block, 0, block.page_count, protect=True)

@@ -8,10 +8,11 @@ import pytest
 from postcopy.engine import incoming, outgoing, restoring
 from postcopy.engine.service import EngineService
 from postcopy.parameters import Capabilities, Parameters
+from postcopy.restore_options import RestoreOptions
 from postcopy.status import Status
 
 OLD, NEW = Parameters(max_bandwidth=1000), Parameters(max_bandwidth=7)
-IMAGE = {"path": "/image", "began_ns": 0}
+IMAGE = RestoreOptions("/image", began_ns=0)
 SETTINGS = {"capabilities": Capabilities(), "parameters": OLD}
 
 
@@ -50,8 +51,8 @@ ORDERS = {
     "adopt_source": SETTINGS,
     "listen": {"uri": "tcp:127.0.0.1:0", **SETTINGS},
     "adopt_destination": {"uri": "tcp:127.0.0.1:0", **SETTINGS},
-    "start_restore": {"wishes": IMAGE, "parameters": OLD},
-    "adopt_restore": {"status": Status.POSTCOPY_ACTIVE, "wishes": IMAGE, "parameters": OLD},
+    "start_restore": {"options": IMAGE, "parameters": OLD},
+    "adopt_restore": {"status": Status.POSTCOPY_ACTIVE, "options": IMAGE, "parameters": OLD},
 }
 
 

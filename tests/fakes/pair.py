@@ -158,7 +158,7 @@ class Side:
 
     def received(self) -> np.ndarray:
         """Which pages a destination has, as its page map says."""
-        (fd,) = self.control._service._page_maps
+        (fd,) = self.control._keeper._page_maps
         (region,) = self.machine.regions()
         pages = PageMap(os.dup(fd), region.size_bytes // region.page_size_bytes)
         have = ~pages.missing()
@@ -175,7 +175,7 @@ class Side:
     def close(self) -> None:
         self.control.close()
         # The process would end here.  A vCPU that waits for a page table cannot be parked before.
-        service = self.control._service
+        service = self.control._keeper
         with service._lock:  # the engine's last call may be at work yet
             watches, maps = (service._missing, service._writes), service._page_maps
             service._missing = service._writes = None

@@ -124,7 +124,7 @@ def test_while_the_point_is_set(journey, kill_at, point):
     arm()
     with pytest.raises(EngineDied, match="set it again"):
         side.control.resetting.set_point()
-    assert side.control._service._writes is None
+    assert side.control._keeper._writes is None
     with pytest.raises(WrongState, match="there is no reset point"):
         side.control.resetting.reset()
     then = set_point(side)

@@ -199,7 +199,7 @@ def test_it_excludes_migrations_and_snapshots(journey, tmp_path):
         side.control.migrate(f"file:{tmp_path}/picture")
     side.control.set_capabilities({Capability.BACKGROUND_SNAPSHOT: False})
     resetting.end()
-    assert side.control._service._writes is None
+    assert side.control._keeper._writes is None
     with pytest.raises(WrongState, match="no reset point"):
         resetting.reset()
     side.set(parameters={"max-bandwidth": 1 << 20})
@@ -244,5 +244,5 @@ def test_a_damaged_image_is_refused_before_the_guest_is_touched(journey, tmp_pat
         file.write(bytes([byte[0] ^ 1]))
     with pytest.raises(ImageError, match="digest"):
         side.control.resetting.set_point(str(path))
-    assert not side.control._service.reset_point
+    assert not side.control._keeper.reset_point
     trip.verify(side)

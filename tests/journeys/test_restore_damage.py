@@ -120,7 +120,7 @@ def test_a_successor_does_not_serve_it_either(damaged):
     with pytest.raises(GuestError, match="is lost"):
         side.machine.read_memory(damaged.page * PAGE_BYTES, 8)
     assert f"{CHUNK_PAGES} pages are lost" in side.error
-    assert side.control._service.lost == {"microvm.ram": CHUNK_PAGES}
+    assert side.control._keeper.lost == {"microvm.ram": CHUNK_PAGES}
 
 
 def test_who_touches_it_fails_loudly(journey, tmp_path):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from postcopy.errors import WrongState
-from postcopy.link.guest.guest_service import GuestService
+from postcopy.link.guest.keeper import GuestKeeper
 from postcopy.ownership import Move, Ownership
 
 
@@ -41,7 +41,7 @@ class ArrivingGuest:
 @pytest.fixture
 def scene():
     guest = ArrivingGuest()
-    service = GuestService(guest)
+    service = GuestKeeper(guest)
     wake = service.handlers()["wake"]
     service.handlers()["page_maps"]()
     ended = []

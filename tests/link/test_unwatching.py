@@ -12,8 +12,8 @@ from fakes.waiting import wait_until
 from postcopy.guest import Region
 from postcopy.kernel import memfd
 from postcopy.kernel.userfaultfd import SNAPSHOT_FEATURES, Userfaultfd
-from postcopy.link.guest import guest_service
-from postcopy.link.guest.guest_service import GuestService
+from postcopy.link.guest import keeper
+from postcopy.link.guest.keeper import GuestKeeper
 
 pytestmark = pytest.mark.userfaultfd
 
@@ -43,10 +43,10 @@ def test_no_call_lets_go_of_more_than_a_step(guest, monkeypatch):
         unregister(self, address, length)
 
     monkeypatch.setattr(Userfaultfd, "unregister", noted)
-    service = GuestService(guest)
+    service = GuestKeeper(guest)
     service.watch_snapshot()
     service.unwatch_snapshot()
-    assert max(length for _, length in calls) == guest_service._STEP_BYTES == STEP
+    assert max(length for _, length in calls) == keeper._STEP_BYTES == STEP
     assert sum(length for _, length in calls) == sum(SIZES)
     calls.clear()
     service.watch_snapshot()  # nothing is watched any more: else this would be refused
@@ -54,7 +54,7 @@ def test_no_call_lets_go_of_more_than_a_step(guest, monkeypatch):
 
 
 def test_who_waits_to_write_goes_on_wherever_it_is(guest):
-    service = GuestService(guest)
+    service = GuestKeeper(guest)
     (space,) = service.watch_snapshot()
     watch = Userfaultfd(space.userfaultfd, SNAPSHOT_FEATURES)
     for region in guest.regions():

@@ -1,13 +1,12 @@
 """An engine's orders about a guest that wakes from its image, or goes back to a reset point."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from postcopy.engine.context import EngineContext
 from postcopy.errors import WrongState
-from postcopy.lazy_restore.options import RestoreOptions
 from postcopy.lazy_restore.restore import Restore
 from postcopy.lazy_restore.restore_image import RestoreImage
 from postcopy.link.protocol import (
@@ -19,6 +18,7 @@ from postcopy.link.protocol import (
 )
 from postcopy.link.values import Fd
 from postcopy.parameters import Parameters
+from postcopy.restore_options import RestoreOptions
 from postcopy.status import Status
 
 if TYPE_CHECKING:
@@ -39,18 +39,18 @@ class Restoring(RestoreCommands):
         vcpus = sum(1 for device in image.devices if device.name == "cpu")
         return ImageMachine(image.machine_name, blocks, vcpus)
 
-    def start_restore(self, wishes: Mapping[str, Any], parameters: Parameters) -> str:
-        context, wanted = self._context, RestoreOptions.of(wishes)
+    def start_restore(self, options: RestoreOptions, parameters: Parameters) -> str:
+        context = self._context
         if context.populating is not None:
             context.populating.stop()
         restore = Restore(
             context.guest(),
             context.take_ram(),
-            wanted,
+            options,
             context.progress,
             parameters,
             partial(context.link.note, EngineReports.progressed),
-            opened=self._take_opened(wanted.path),
+            opened=self._take_opened(Path(options.path)),
         )
         context.set_job(restore)
         return restore.identity
@@ -67,10 +67,10 @@ class Restoring(RestoreCommands):
         self._context.start("restore", self._restore.run)
 
     def adopt_restore(
-        self, status: Status, wishes: Mapping[str, Any], parameters: Parameters
+        self, status: Status, options: RestoreOptions, parameters: Parameters
     ) -> None:
         self._context.take_over(status)
-        self.start_restore(wishes, parameters)
+        self.start_restore(options, parameters)
         self._context.start("restore", self._restore.adopt)
 
     def hurry(self, *, wanted: bool) -> None:

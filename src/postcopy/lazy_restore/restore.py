@@ -13,6 +13,7 @@ has the others.
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 from postcopy.channel.rate_limit import RateLimiter
@@ -22,12 +23,12 @@ from postcopy.kernel import threads
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.lazy_restore import plain
 from postcopy.lazy_restore.block import BlockRestorer, Lost
-from postcopy.lazy_restore.options import RestoreOptions
 from postcopy.lazy_restore.pager import Pace, RestorePager
 from postcopy.lazy_restore.restore_image import RestoreImage
 from postcopy.lazy_restore.statistics import RestoreStatistics
 from postcopy.paging.ram import IncomingRam
 from postcopy.parameters import Parameters
+from postcopy.restore_options import RestoreOptions
 from postcopy.statistics import MigrationInfo
 from postcopy.status import ENDED, Progress, Status
 from postcopy.trace import trace
@@ -60,7 +61,7 @@ class Restore:
         self._progress = progress
         self._on_progress = on_progress
         self._limiter = RateLimiter(parameters.max_postcopy_bandwidth)
-        self._opened = opened or RestoreImage(options.path)
+        self._opened = opened or RestoreImage(Path(options.path))
         self._lost: list[Lost] = []
         self._failure: PostcopyError | None = None
         self._userfaultfd: Userfaultfd | None = None

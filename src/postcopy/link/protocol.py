@@ -1,7 +1,7 @@
 """Every message between a guest's process and its engine, declared once.
 
-A message is a method of one of these protocols: its name, its arguments and its answer.  Whoever sends it
-names the method (``link.call(OutgoingCommands.start_source, uri, ...)``), whoever takes it implements the
+A message is a method of one of these protocols: its name, its arguments and its answer.  The sender
+names the method (``link.call(OutgoingCommands.start_source, uri, ...)``), the receiver implements the
 protocol, and mypy checks both.  What engines ask of a guest are :mod:`postcopy.guest`'s protocols.
 """
 
@@ -21,6 +21,7 @@ from postcopy.guest import (
 )
 from postcopy.link.values import Codec, Fd
 from postcopy.parameters import Capabilities, Capability, Parameters
+from postcopy.restore_options import RestoreOptions
 from postcopy.statistics import Measured, MigrationInfo, RamStatistics
 from postcopy.status import Status
 
@@ -185,15 +186,12 @@ class ImageMachine:
 
 
 class RestoreCommands(Protocol):
-    """About a guest that wakes from its image.
-
-    ``wishes`` are what :class:`postcopy.lazy_restore.options.Wishes` is made of.
-    """
+    """About a guest that wakes from its image."""
 
     def look_at_image(self, path: str) -> ImageMachine:
         """Open an image for which there is no machine yet; return what its machine must be like."""
 
-    def start_restore(self, wishes: Mapping[str, Any], parameters: Parameters) -> str:
+    def start_restore(self, options: RestoreOptions, parameters: Parameters) -> str:
         """Open the image; return what tells it from others."""
 
     @note
@@ -201,7 +199,7 @@ class RestoreCommands(Protocol):
         """Wake the guest."""
 
     def adopt_restore(
-        self, status: Status, wishes: Mapping[str, Any], parameters: Parameters
+        self, status: Status, options: RestoreOptions, parameters: Parameters
     ) -> None:
         """Stand in for an engine that has died, wherever it was."""
 
@@ -260,6 +258,7 @@ CODEC: Final = Codec(
         Parameters,
         RamStatistics,
         Region,
+        RestoreOptions,
         Status,
         VcpuThread,
     )

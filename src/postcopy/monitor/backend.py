@@ -142,10 +142,10 @@ class MigrationControl(Protocol):
         :raises WrongState: not started to wait for one, or already listening.
         """
 
-    def restore(self, path: str, *, exit_on_error: bool = True, **wishes: Any) -> None:
+    def restore(self, path: str, *, exit_on_error: bool = True, **options: Any) -> None:
         """Wake the guest of an image, here.  Returns when the image is known to be one for us.
 
-        :param wishes: ``lazy``: run the guest first; ``prefetch``: ``auto`` or ``off``; ``record``: add
+        :param options: ``lazy``: run the guest first; ``prefetch``: ``auto`` or ``off``; ``record``: add
             what it touches to the working set.
         :raises ImageError: the image is damaged, none, or of another machine; nothing has changed.
         :raises WrongState: not started to wait for a guest, or one has come.

@@ -1,4 +1,4 @@
 """The side of the link that runs in a guest's process.
 
-``control`` is what a monitor drives, ``engine_process`` starts engines, ``guest_service`` answers them.
+``control`` is what a monitor drives, ``engine_process`` starts engines, ``keeper`` answers them.
 """

@@ -15,8 +15,8 @@ from postcopy.errors import EngineDied, PostcopyError, Reason, WrongState
 from postcopy.events import EventBus
 from postcopy.link.guest.engine_process import EnginePool, EngineProcess
 from postcopy.link.guest.engine_slot import EngineSlot
-from postcopy.link.guest.guest_service import GuestService, OwnedGuest
 from postcopy.link.guest.job import Current, Job
+from postcopy.link.guest.keeper import GuestKeeper, OwnedGuest
 from postcopy.link.guest.outcome import Outcome, Reports
 from postcopy.link.guest.paused import Paused
 from postcopy.link.guest.preflight import check_movable
@@ -71,11 +71,11 @@ class MigrationControl:
             self._handlers, self._engine_ended, pool, hang_looks, self._may_call_engine
         )
         self.settings = Settings()  # of jobs that are still to come
-        self._service = GuestService(guest)
+        self._keeper = GuestKeeper(guest)
         self._current = Current(Job(self._tell, incoming=incoming), incoming)
         self._outcome = Outcome(
             guest,
-            self._service,
+            self._keeper,
             self._engines,
             self._current,
             on_moved,
@@ -84,18 +84,18 @@ class MigrationControl:
         self._recovery = self._outcome.recovery
         self._restoring = self._outcome.restoring
         self._lock = self._current.lock
-        self._check_movable = partial(check_movable, guest, self._service)
+        self._check_movable = partial(check_movable, guest, self._keeper)
         self._queued = QueuedMigration(
             self._lock, self._restoring, self._engines, self._begin, self._begin_move
         )
-        self._paused = Paused(guest, self._service, self._engines, self._outcome, self._queued)
+        self._paused = Paused(guest, self._keeper, self._engines, self._outcome, self._queued)
         check, complete = self._check_can_start, self._restoring.complete_first
-        self.resetting = Resetting(guest, self._service, pool, self._lock, check, complete)
+        self.resetting = Resetting(guest, self._keeper, pool, self._lock, check, complete)
 
     def prepare(self) -> None:
         """Start what takes time: an engine, and for a destination its memory."""
         self._engines.prepare()
-        self._service.prepare()
+        self._keeper.prepare()
         if self._current.awaits:
             with suppress(EngineDied):  # 'incoming' starts another
                 self._engines.start().call(IncomingCommands.prepare_destination)
@@ -108,7 +108,7 @@ class MigrationControl:
         self._engines.close()
         self._restoring.close()
         self.resetting.close()
-        self._service.unwatch_snapshot()  # no vCPU is left waiting for an engine that is gone
+        self._keeper.unwatch_snapshot()  # no vCPU is left waiting for an engine that is gone
 
     def kill_engines(self) -> None:
         """End the engines that hang, after :meth:`close`: a stopped process would stay for good."""
@@ -287,11 +287,11 @@ class MigrationControl:
         self._current.listening = True
         job.progress.move(Status.SETUP)
 
-    def restore(self, path: str, *, exit_on_error: bool = True, **wishes: Any) -> None:
+    def restore(self, path: str, *, exit_on_error: bool = True, **options: Any) -> None:
         """Wake the guest of an image: see :class:`postcopy.monitor.backend.MigrationControl`."""
         with self._expecting(exit_on_error, "restore", path) as link:
             job = Job(self._tell, incoming=True, settings=self.settings)
-            opened = self._restoring.open(job, link, path, **wishes)
+            opened = self._restoring.open(job, link, path, **options)
             with self._lock:
                 self._begin_incoming(job, link)
                 self._restoring.begin(job, opened)
@@ -380,7 +380,7 @@ class MigrationControl:
         self._outcome.engine_ended(engine)
 
     def _handlers(self, engine: EngineProcess) -> dict[str, Handler]:
-        return self._service.handlers() | handlers(
+        return self._keeper.handlers() | handlers(
             EngineReports, Reports(engine, self._outcome, self._on_pass)
         )
 

@@ -144,7 +144,7 @@ class EngineProcess:
         :raises EngineDied: it has ended already; ``on_end`` is never called.
         :raises HostCannot: there can be no more threads.
         """
-        from postcopy.link.guest.guest_service import (
+        from postcopy.link.guest.keeper import (
             MAY_WAIT_FOR_PAGES,  # an engine needs no more of it
         )
 

@@ -7,8 +7,8 @@ from postcopy.channel.partial_file import remove_partial
 from postcopy.errors import PostcopyError
 from postcopy.link.guest.engine_process import EngineProcess
 from postcopy.link.guest.engine_slot import EngineSlot
-from postcopy.link.guest.guest_service import GuestService, OwnedGuest
 from postcopy.link.guest.job import Current, Job
+from postcopy.link.guest.keeper import GuestKeeper, OwnedGuest
 from postcopy.link.guest.recovery import Recovery
 from postcopy.link.guest.restoring import Restoring
 from postcopy.link.protocol import EngineReports
@@ -30,7 +30,7 @@ class Outcome:
     def __init__(
         self,
         guest: OwnedGuest,
-        service: GuestService,
+        keeper: GuestKeeper,
         engines: EngineSlot,
         current: Current,
         on_moved: Callable[[], None],
@@ -38,7 +38,7 @@ class Outcome:
     ) -> None:
         self._guest = guest
         self._ownership = guest.ownership
-        self._service = service
+        self._keeper = keeper
         self._engines = engines
         self.current = current
         """What has been ordered."""
@@ -65,7 +65,7 @@ class Outcome:
             job.note(info, error)
             runs = job is self.restoring.job and self._guest.owned
             # With no page missing any more those that are lost are the result.
-            if to is Status.FAILED and runs and self._service.watches_missing:
+            if to is Status.FAILED and runs and self._keeper.watches_missing:
                 self.restoring.engine_died()  # the next engine goes on with the guest's pages
                 return
         if to is Status.COMPLETED:
@@ -95,7 +95,7 @@ class Outcome:
         """
         job, ownership = self.work, self._ownership
         with self.current.lock:
-            no_guest_comes = status is Status.FAILED and job.incoming and self._service.abandon()
+            no_guest_comes = status is Status.FAILED and job.incoming and self._keeper.abandon()
             stands_still = ownership.owner is Owner.STOPPED
             ownership.try_move(Move.END)
             self.restoring.end()
@@ -135,8 +135,8 @@ class Outcome:
             return
         job.error = f"the engine process {engine.fate}; start the migration again"
         if not job.incoming:
-            self._service.unwatch_writes()
-            self._service.unwatch_snapshot()
+            self._keeper.unwatch_writes()
+            self._keeper.unwatch_snapshot()
             if job.is_snapshot:
                 engine.kill()  # its link goes first, and then the claim on what it was writing
                 remove_partial(parse(self.current.uri))  # no half image is left behind
@@ -155,7 +155,7 @@ class Outcome:
         """Whether an engine has nothing left to do but to say so."""
         if not self.work.incoming:
             return self.work.status in GIVEN_UP and self._ownership.owner is Owner.MOVED
-        return self._guest.owned and not self._service.watches_missing
+        return self._guest.owned and not self._keeper.watches_missing
 
     def _engine_lost(self, fate: str) -> None:
         """Nothing is lost with an engine after switchover: all that it knew is here, or at the peer."""
@@ -172,7 +172,7 @@ class Outcome:
     def restore_given_up(self, reason: str) -> None:
         """No engine can go on with a restore."""
         self.work.error = reason
-        if self._service.abandon():
+        if self._keeper.abandon():
             self.settle(Status.FAILED)
 
     def settle_if_arrived(self) -> bool:

@@ -9,7 +9,7 @@ from postcopy.channel.descriptor_check import Use
 from postcopy.errors import PostcopyError, Refused, WrongState
 from postcopy.link.guest.background_order import BackgroundOrder
 from postcopy.link.guest.engine_slot import EngineSlot
-from postcopy.link.guest.guest_service import GuestService, OwnedGuest
+from postcopy.link.guest.keeper import GuestKeeper, OwnedGuest
 from postcopy.link.guest.outcome import Outcome
 from postcopy.link.guest.preflight import check_poison, check_transport
 from postcopy.link.guest.queued_migration import QueuedMigration
@@ -27,14 +27,14 @@ class Paused:
     def __init__(
         self,
         guest: OwnedGuest,
-        service: GuestService,
+        keeper: GuestKeeper,
         engines: EngineSlot,
         outcome: Outcome,
         departing: QueuedMigration,
     ) -> None:
         self._guest = guest
         self._ownership = guest.ownership
-        self._service = service
+        self._keeper = keeper
         self._engines = engines
         self._outcome = outcome
         self._current = outcome.current
@@ -99,7 +99,7 @@ class Paused:
                     "x-migrate-lost can only be run when an incoming postcopy is paused"
                 )
             how = job.settings.parameters.x_on_loss
-            job.error = apply_on_loss(how, self._guest, self._service, self._engines.end)
+            job.error = apply_on_loss(how, self._guest, self._keeper, self._engines.end)
             self._current.awaits = self._current.listening = False
             job.forget()
             self._restoring.end()
@@ -120,7 +120,7 @@ class Paused:
                     "link broke during the switchover"
                 )
             self._ownership.move(Move.MOVED)
-            self._service.unwatch_writes()
+            self._keeper.unwatch_writes()
             if not self._outcome.settle_if_arrived():
                 self._outcome.on_moved()
 
@@ -149,7 +149,7 @@ class Paused:
 
 
 def apply_on_loss(
-    how: str, guest: OwnedGuest, service: GuestService, end_engine: Callable[[], None]
+    how: str, guest: OwnedGuest, keeper: GuestKeeper, end_engine: Callable[[], None]
 ) -> str:
     """Give the missing pages up.
 
@@ -161,28 +161,28 @@ def apply_on_loss(
     """
     match how:
         case "poison":
-            return _poison(guest, service, end_engine)
+            return _poison(guest, keeper, end_engine)
         case "quit":
-            return _abandon(guest, service, end_engine)
+            return _abandon(guest, keeper, end_engine)
     raise WrongState(
         "x-on-loss is 'hold': the guest waits for its source; set it to 'poison' or 'quit' first, if "
         "the source is gone for good"
     )
 
 
-def _poison(guest: OwnedGuest, service: GuestService, end_engine: Callable[[], None]) -> str:
+def _poison(guest: OwnedGuest, keeper: GuestKeeper, end_engine: Callable[[], None]) -> str:
     """The guest goes on without the pages that will never come, and never reads zeros instead."""
     check_poison(guest)
     end_engine()
-    lost = service.poison_missing()
+    lost = keeper.poison_missing()
     pages = ", ".join(f"{count} pages of block '{name}'" for name, count in lost.items())
     return f"{_GONE}: {pages} are lost; who touches one of them fails"
 
 
-def _abandon(guest: OwnedGuest, service: GuestService, end_engine: Callable[[], None]) -> str:
+def _abandon(guest: OwnedGuest, keeper: GuestKeeper, end_engine: Callable[[], None]) -> str:
     """The guest cannot go on: let go of what its vCPUs wait for, as far as that is possible."""
     end_engine()
     with suppress(PostcopyError):  # a vCPU that waits for a page may be unstoppable
         check_poison(guest)
-        service.poison_missing()
+        keeper.poison_missing()
     return f"{_GONE}, and the guest cannot go on without its pages"

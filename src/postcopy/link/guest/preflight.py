@@ -20,7 +20,7 @@ from postcopy.kernel.userfaultfd import (
     WRITE_FEATURES,
     Userfaultfd,
 )
-from postcopy.link.guest.guest_service import GuestService, OwnedGuest
+from postcopy.link.guest.keeper import GuestKeeper, OwnedGuest
 from postcopy.ownership import Move
 from postcopy.parameters import Capabilities, Capability
 
@@ -36,15 +36,15 @@ def check_poison(guest: OwnedGuest) -> None:
         raise HostCannot(f"pages cannot be poisoned: {error.what}", cure) from error
 
 
-def check_movable(guest: OwnedGuest, service: GuestService) -> None:
+def check_movable(guest: OwnedGuest, keeper: GuestKeeper) -> None:
     """Refuse to send, or to photograph, what is not here, not whole, or to go back some day.
 
     :raises WrongState: it is so.
     """
     guest.ownership.check(Move.ORDER)
-    if any(service.lost.values()):
+    if any(keeper.lost.values()):
         raise WrongState("pages of this guest are lost, so it cannot move; start it anew")
-    if service.reset_point:
+    if keeper.reset_point:
         raise WrongState(
             "the guest has a reset point, whose tracking of writes excludes migrations and snapshots; "
             "end it first (x-reset-end, or 'postcopy reset --end')"

@@ -22,7 +22,7 @@ from postcopy.kernel import memfd
 from postcopy.kernel.descriptors import close_all, open_all
 from postcopy.link.guest.engine_process import EnginePool, EngineProcess
 from postcopy.link.guest.engine_slot import EngineSlot
-from postcopy.link.guest.guest_service import GuestService, OwnedGuest
+from postcopy.link.guest.keeper import GuestKeeper, OwnedGuest
 from postcopy.link.guest.preflight import check_reset
 from postcopy.link.protocol import ResetCommands
 from postcopy.link.rpc import Link
@@ -66,15 +66,15 @@ class Resetting:
     def __init__(
         self,
         guest: OwnedGuest,
-        service: GuestService,
+        keeper: GuestKeeper,
         pool: EnginePool,
         lock: AbstractContextManager[object],
         check: Callable[[], None],
         complete: Callable[[], None],
     ) -> None:
         self._guest = guest
-        self._service = service
-        self._engines = EngineSlot(lambda _: service.handlers(), self._engine_ended, pool)
+        self._keeper = keeper
+        self._engines = EngineSlot(lambda _: keeper.handlers(), self._engine_ended, pool)
         self._movable = lock
         self._check = check
         self._complete = complete
@@ -165,7 +165,7 @@ class Resetting:
     def _begin(self, file: tuple[Any, ...] | None) -> dict[str, int]:
         with self._movable:
             self._check()
-            self._service.reset_point = True
+            self._keeper.reset_point = True
         try:
             copies = open_all(
                 lambda region: memfd.create(f"reset-{region.name}", region.size_bytes),
@@ -231,10 +231,10 @@ class Resetting:
         """Nothing is tracked, and nothing is kept, any more."""
         point, self._point = self._point, None
         self._engines.end()
-        if self._service.reset_point:
-            self._service.unwatch_writes()
+        if self._keeper.reset_point:
+            self._keeper.unwatch_writes()
         close_all(point.copies if point is not None else ())
-        self._service.reset_point = False
+        self._keeper.reset_point = False
 
     def _engine_ended(self, engine: EngineProcess) -> None:
         self._dead = engine  # the next order puts another in its place

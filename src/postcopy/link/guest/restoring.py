@@ -6,16 +6,18 @@ image.  So the next one is started unasked, and goes on.
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Final
 
 from postcopy.errors import EngineDied, PostcopyError, Reason, WrongState
 from postcopy.link.guest.engine_slot import EngineSlot, EngineSupervisor
-from postcopy.link.guest.guest_service import OwnedGuest
 from postcopy.link.guest.job import Job
+from postcopy.link.guest.keeper import OwnedGuest
 from postcopy.link.protocol import JobCommands, RestoreCommands
 from postcopy.link.rpc import Link
+from postcopy.restore_options import RestoreOptions
 from postcopy.status import ENDED, Status
 
 _FILE: Final = "file:"
@@ -37,7 +39,7 @@ class Restoring:
         self._engines = engines
         self._guest = guest
         self._given_up = given_up
-        self._wishes: dict[str, Any] = {}
+        self._options = RestoreOptions("", began_ns=0)
         self._hurried = False
         self._closed = False
         self.job: Job | None = None
@@ -46,20 +48,21 @@ class Restoring:
             self._is_orphaned, self._adopt, self._no_successor, engines.prepare
         )
 
-    def open(self, job: Job, link: Link, path: str, **wishes: Any) -> Mapping[str, Any]:
+    @staticmethod
+    def open(job: Job, link: Link, path: str, **options: Any) -> RestoreOptions:
         """Have an engine open the image; nothing of the guest is touched yet.
 
         :return: what :meth:`begin` takes.
         :raises PostcopyError: it is no image, or none for this guest.
         """
-        wishes.setdefault("began_ns", time.monotonic_ns())
-        asked = wishes | {"path": os.path.abspath(path)}  # noqa: PTH100 - keeps what a link is called
+        options.setdefault("began_ns", time.monotonic_ns())
+        asked = RestoreOptions(os.path.abspath(path), **options)  # noqa: PTH100 - keeps a link's name
         identity = link.call(RestoreCommands.start_restore, asked, job.settings.parameters)
-        return asked | {"identity": identity}
+        return replace(asked, identity=identity)
 
-    def begin(self, job: Job, opened: Mapping[str, Any]) -> None:
+    def begin(self, job: Job, opened: RestoreOptions) -> None:
         """An engine is about to restore what it has opened."""
-        self._wishes = dict(opened)
+        self._options = opened
         self._hurried = False
         self.job = job
 
@@ -129,14 +132,14 @@ class Restoring:
         if not uri.startswith(_FILE):
             raise WrongState(f"a restore is recovered from its image; give {_FILE}PATH, not {uri}")
         with self._supervisor.lock:
-            before = self._wishes
+            before = self._options
             path = os.path.abspath(uri.removeprefix(_FILE))  # noqa: PTH100
-            self._wishes = before | {"path": path}
+            self._options = replace(before, path=path)
             try:
                 self._engines.end()
                 self._adopt()
             except PostcopyError:
-                self._wishes = before
+                self._options = before
                 raise
             self._supervisor.count_anew()
 
@@ -147,7 +150,7 @@ class Restoring:
         job = self.job
         assert job is not None
         parameters = job.settings.parameters
-        self._engines.adopt(RestoreCommands.adopt_restore, job.status, self._wishes, parameters)
+        self._engines.adopt(RestoreCommands.adopt_restore, job.status, self._options, parameters)
         # What the user has said meanwhile may have been said to nobody.
         self._engines.tell(JobCommands.set_parameters, job.settings.parameters)
         if self._hurried:

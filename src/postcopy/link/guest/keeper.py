@@ -116,7 +116,7 @@ MAY_WAIT_FOR_PAGES = frozenset({RunControl.load_devices.__name__, RunControl.wak
 """Calls that may touch a missing page: should their engine die, only its successor can end them."""
 
 
-class GuestService:
+class GuestKeeper:
     """The keeper of one guest, which answers its engines' calls.
 
     Its methods without a docstring are those of :class:`postcopy.guest.Keeper`.
@@ -338,7 +338,7 @@ class GuestService:
 class _EngineCalls(RunControl, Ownership):
     """What one engine may do with the guest besides; see these two for each method."""
 
-    def __init__(self, guest: OwnedGuest, keeper: GuestService) -> None:
+    def __init__(self, guest: OwnedGuest, keeper: GuestKeeper) -> None:
         self._guest = guest
         self._keeper = keeper
         self._ownership = guest.ownership
