@@ -67,7 +67,7 @@ def test_the_error_says_how_much_is_lost(broken):
     error = broken.destination.error
     assert error.startswith("the source is gone for good: ")
     name = broken.destination.machine.ram_name
-    assert f" pages of block '{name}' are lost; who touches one of them fails" in error
+    assert f" pages of block '{name}' are lost; a vCPU that touches one of them fails" in error
     lost = int(error.removeprefix("the source is gone for good: ").split()[0])
     # A page may have come between our look and the break's end.
     assert missing - 64 <= lost <= missing

@@ -48,7 +48,7 @@ def serve(link: int, commands: Iterable[type[Any]]) -> None:
 
 
 def main() -> None:
-    """Serve whoever has started this process, with whatever job there is."""
+    """Serve the process that has started this one, with whatever job there is."""
     import argparse
 
     parser = argparse.ArgumentParser(description=__doc__)

@@ -290,7 +290,7 @@ class Restore:
     def _loss(self) -> PostcopyError:
         pages = sum(each.pages for each in self._lost)
         return GuestError(
-            f"{self._lost[0].reason}; {pages} pages are lost, and who touches one of them fails"
+            f"{self._lost[0].reason}; {pages} pages are lost, and a vCPU that touches one of them fails"
         )
 
     def _fail(self, error: PostcopyError) -> None:

@@ -134,7 +134,7 @@ class Messages:
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Let go of the socket, and of what has come and is nobody's; called by the receiver."""
+        """Let go of the socket, and of descriptors that no message has claimed; called by the receiver."""
         self.shut()  # or a thread that sends could hold the lock for ever
         with self._sending, self._closing:
             self._socket.close()

@@ -184,7 +184,7 @@ class Link:
     def note(
         self, message: Callable[Concatenate[Any, _P], None], *args: _P.args, **kwargs: _P.kwargs
     ) -> None:
-        """Tell the other end; nobody answers.  Silently nothing when the other end is gone."""
+        """Tell the other end; there is no answer.  Silently nothing when the other end is gone."""
         self._send_or_end({"note": message.__name__}, args=[list(args), kwargs])
 
     def _send(self, body: dict[str, Any], **values: Any) -> None:

@@ -65,7 +65,7 @@ class BackgroundOrder:
         error: Exception | None = None
         try:
             work()
-        except Exception as failure:  # a fault of ours, too: whoever ordered it must hear of it
+        except Exception as failure:  # a fault of ours, too: its user must hear of it
             error = failure
         with self._lock:
             self._current = None

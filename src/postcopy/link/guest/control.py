@@ -341,7 +341,7 @@ class MigrationControl:
         self._paused.lost()
 
     def arrived(self) -> None:
-        """Somebody has seen the destination complete: nothing here is needed any more."""
+        """The destination has been seen to complete: nothing here is needed any more."""
         self._paused.arrived()
 
     def info(self) -> MigrationInfo:

@@ -27,7 +27,7 @@ _R = TypeVar("_R")
 # Names of files are in UTF-8, whatever the locale.
 _PYTHON: Final = (sys.executable, "-X", "utf8")
 
-# numpy's linear algebra, which nobody uses here, starts threads that spin.
+# numpy's linear algebra, which is not used here, starts threads that spin.
 _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}
 
 _DEATH_S = 5.0
@@ -269,7 +269,7 @@ class _Forked:
     def poll(self) -> int | None:
         """See :class:`_Process`."""
         if not self._lock.acquire(blocking=False):
-            return None  # somebody waits for the end
+            return None  # another thread waits for the end
         try:
             if self._code is None:
                 pid, status = os.waitpid(self.pid, os.WNOHANG)

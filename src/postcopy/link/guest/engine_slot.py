@@ -1,4 +1,4 @@
-"""The engine at work for one guest, and who takes its place when it has died."""
+"""The engine at work for one guest, and what takes its place when it has died."""
 
 import threading
 import time
@@ -37,7 +37,7 @@ class EngineSlot:
     """At most one engine is at work; the next is started ahead.
 
     :param handlers: the calls that a new engine may make.
-    :param on_end: called when an engine's link has ended, whoever ended it.
+    :param on_end: called when an engine's link has ended, at whichever end.
     :param pool: where they come from.
     :param hang_looks: when one hangs: see :mod:`postcopy.link.guest.watchdog`.
     :param may_call: whether the calling thread holds no lock that an engine's answer may need.
@@ -187,7 +187,7 @@ class EngineSupervisor:
         self._replacements = 0
         self._deaths_s: deque[float] = deque(maxlen=_MOST_A_MINUTE + 1)  # monotonic, the last ones
         self.lock = threading.Lock()
-        """Held by whoever puts an engine in place of a dead one."""
+        """Held while an engine is put in place of a dead one."""
 
     def begin(self) -> None:
         """Have the dead one replaced, by a thread of its own."""

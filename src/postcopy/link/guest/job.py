@@ -65,7 +65,7 @@ class Job:
     def ask(self, link: Link, lock: AbstractContextManager[object]) -> None:
         """Have its engine say how it stands now, if it goes on and the engine can.
 
-        :param lock: held by whoever notes what the engine says.
+        :param lock: held while what the engine says is noted.
         """
         if not self.busy:
             return

@@ -121,8 +121,8 @@ class GuestKeeper:
 
     Its methods without a docstring are those of :class:`postcopy.guest.Keeper`.
 
-    Invariant: ``_missing`` is open exactly while some page may be missing; whoever closes it has
-    made sure that none is.
+    Invariant: ``_missing`` is open exactly while some page may be missing; it is closed only
+    when none is.
     """
 
     def __init__(self, guest: OwnedGuest) -> None:
@@ -240,7 +240,7 @@ class GuestKeeper:
             return self._spaces(self._snapshot)
 
     def unwatch_snapshot(self) -> None:
-        """No page is kept for a snapshot any more: whoever waits to write goes on."""
+        """No page is kept for a snapshot any more: every waiting write goes on."""
         with self._lock:
             self._unwatch(self._snapshot, rest_s=_REST_S)
             self._snapshot = None
@@ -283,7 +283,7 @@ class GuestKeeper:
             self._page_maps = []
 
     def poison_missing(self) -> Mapping[str, int]:
-        """Nothing more will come: make each missing page fail whoever touches it, and stop watching.
+        """Nothing more will come: make each touch of a missing page fail, and stop watching.
 
         :return: how many pages of each block are lost.
         :raises KernelError: some pages are not poisoned; the memory is watched on, and to do this again
@@ -329,7 +329,7 @@ class GuestKeeper:
             address = region.host_address + offset
             length = min(step, region.size_bytes - offset)
             watch.unregister(address, length)
-            # That wakes who waits for a page, but not who waits to write to one.
+            # That wakes threads that wait for a page, but not those that wait to write to one.
             watch.wake(address, length)
             if rest_s:
                 time.sleep(rest_s)

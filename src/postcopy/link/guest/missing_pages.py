@@ -29,7 +29,7 @@ def poison(
     page_maps: Sequence[int],
     counts: dict[str, int],
 ) -> None:
-    """Make each missing page fail whoever touches it.
+    """Make each touch of a missing page fail.
 
     :param counts: how many of each block are poisoned by now; it goes on from there.
     :raises KernelError: some pages are not poisoned yet: do it again.

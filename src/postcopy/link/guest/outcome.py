@@ -91,7 +91,7 @@ class Outcome:
     def settle(self, status: Status) -> None:
         """Say that it has ended, and let go of the engine.
 
-        Under the lock: who has seen the end and closes us finds nothing still going on.
+        Under the lock: a caller that has seen the end, and closes us, finds nothing still going on.
         """
         job, ownership = self.work, self._ownership
         with self.current.lock:

@@ -82,7 +82,7 @@ class Paused:
                 job.error = f"the recovery that was ordered has failed: {error}"
 
     def _show_paused_restore(self) -> None:
-        """Whoever deals with it need not be told any more of a migration that could not begin."""
+        """Show the paused restore again, in place of a migration that waited for it."""
         with self._lock:
             restore = self._restoring.job
             if restore is not None and restore.status is Status.POSTCOPY_PAUSED:
@@ -108,7 +108,7 @@ class Paused:
                 self._outcome.on_incoming_failed(job.error)
 
     def arrived(self) -> None:
-        """Somebody has seen the destination complete: nothing here is needed any more."""
+        """The destination has been seen to complete: nothing here is needed any more."""
         with self._recovery.lock, self._lock:
             job = self._current.shown
             if self._ownership.owner not in {Owner.UNKNOWN, Owner.TAKEN} or job.status not in {
@@ -154,7 +154,7 @@ def apply_on_loss(
     """Give the missing pages up.
 
     :param how: the parameter ``x-on-loss``.
-    :param end_engine: called when that is possible: nobody comes back from here.
+    :param end_engine: called when that is possible: from here on there is no way back.
     :return: what to tell the user.
     :raises WrongState: ``hold``; nothing has changed, as with every error.
     :raises HostCannot: this host, or this guest's accelerator, cannot poison pages.
@@ -176,7 +176,7 @@ def _poison(guest: OwnedGuest, keeper: GuestKeeper, end_engine: Callable[[], Non
     end_engine()
     lost = keeper.poison_missing()
     pages = ", ".join(f"{count} pages of block '{name}'" for name, count in lost.items())
-    return f"{_GONE}: {pages} are lost; who touches one of them fails"
+    return f"{_GONE}: {pages} are lost; a vCPU that touches one of them fails"
 
 
 def _abandon(guest: OwnedGuest, keeper: GuestKeeper, end_engine: Callable[[], None]) -> str:

@@ -42,7 +42,7 @@ class QueuedMigration:
 
     Invariant, under ``lock``: while there is one, its job's status is ``setup``.
 
-    :param lock: whoever changes what the engine at work does holds it; may be taken more than once.
+    :param lock: held while what the engine at work does is changed; may be taken more than once.
     :param begin: has an engine send the guest to an address, or raises after the job has failed.
     :param begin_move: takes the guest for the order once it is whole, or raises what speaks against it;
         called under the lock.

@@ -39,7 +39,7 @@ class Recovery:
             engines.prepare,
         )
         self.lock = self._supervisor.lock
-        """Held by whoever puts an engine in place of a dead one, or has one go on."""
+        """Held while an engine is put in place of a dead one, or told to go on."""
         self._uri = ""
 
     def listens_at(self, uri: str) -> None:
@@ -110,7 +110,7 @@ class Recovery:
         _, addresses = self._engines.adopt(
             order, uri, settings.capabilities, settings.parameters, sent(fds)
         )
-        # What the user has said meanwhile may have been said to nobody.
+        # What the user has said meanwhile may have reached no engine.
         self._engines.tell(JobCommands.set_parameters, job.settings.parameters)
         job.addresses = tuple(addresses)
 

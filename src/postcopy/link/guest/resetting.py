@@ -42,7 +42,7 @@ class _Point:
     :ivar path: of an image that every engine needs; None: the copies are all.
     :ivar identity: of that image, once it has been opened.
     :ivar devices: takes them back.
-    :ivar whole: all memory is to be put back next time, since nobody knows what was written.
+    :ivar whole: all memory is to be put back next time, since it is not known what was written.
     :ivar torn: a reset was begun and has not been finished.
     """
 
@@ -59,7 +59,7 @@ class Resetting:
     """The reset point of one guest; any thread may call any method.
 
     :param check: raises what speaks against a point now: a migration, or a guest that is not here.
-        Called under ``lock``, as whoever begins a migration asks whether there is a point.
+        Called under ``lock``, as the check for a point is when a migration begins.
     :param complete: waits until a guest that is being restored is whole.
     """
 
@@ -88,7 +88,7 @@ class Resetting:
         """Make the present moment the point, or an image that was taken before.
 
         The point that there was is given up, unless it is the same image.  The first reset to an image
-        puts all memory back, since nobody has tracked what was written before.
+        puts all memory back, since what was written before has not been tracked.
 
         :return: ``pause-us``: how long the guest stood still; ``copied-bytes``.
         :raises WrongState: a migration is under way, or the guest is not here.
@@ -211,7 +211,7 @@ class Resetting:
             try:
                 pages = self._engine(point).call(ResetCommands.put_back, everything=whole)
             except EngineDied as error:
-                died, whole = error, True  # what it has done, nobody knows
+                died, whole = error, True  # what it has done is not known
                 self._engines.end()
             else:
                 return pages, whole

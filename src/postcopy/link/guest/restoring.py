@@ -1,4 +1,4 @@
-"""A restore as the guest's process sees it: what every engine of it must know, and who takes over.
+"""A restore as the guest's process sees it: what every engine of it must know, and what takes over.
 
 An engine that dies loses nothing: the pages that are in place are in memory, and the others in the
 image.  So the next one is started unasked, and goes on.
@@ -80,12 +80,12 @@ class Restoring:
         self._supervisor.worked()
 
     def hurry(self, *, wanted: bool = True) -> None:
-        """Somebody waits for the end of it; or nobody does any more."""
+        """Something waits for the end of it, or no longer does."""
         self._hurried = wanted
         self._engines.tell(RestoreCommands.hurry, wanted=wanted)
 
     def complete_first(self) -> None:
-        """Whoever wants the guest whole waits here, while it is completed at full speed."""
+        """Wait until the guest is whole, while it is completed at full speed."""
         job = self.job
         if job is None or not self._guest.owned:
             return
@@ -97,11 +97,11 @@ class Restoring:
         raise WrongState("this process is leaving")
 
     def close(self) -> None:
-        """Let go of whoever waits for the end of it."""
+        """Let go of those that wait for the end of it."""
         self._closed = True
 
     def refuse_to_leave(self) -> None:
-        """Refuse to move on a guest of which nobody knows when it will be whole.
+        """Refuse to move a guest that may never be whole.
 
         :raises WrongState: it does not run yet, or its restore is paused.
         """
@@ -151,7 +151,7 @@ class Restoring:
         assert job is not None
         parameters = job.settings.parameters
         self._engines.adopt(RestoreCommands.adopt_restore, job.status, self._options, parameters)
-        # What the user has said meanwhile may have been said to nobody.
+        # What the user has said meanwhile may have reached no engine.
         self._engines.tell(JobCommands.set_parameters, job.settings.parameters)
         if self._hurried:
             self._engines.tell(RestoreCommands.hurry, wanted=True)
