@@ -14,8 +14,8 @@ from postcopy.parameters import Capabilities, Capability
 from postcopy.status import Status
 from postcopy.stream import encoder
 from postcopy.stream.commands import encode_command
-from postcopy.stream.identity import IDENTITY_PING, is_ours
 from postcopy.stream.layout import BlockLayout
+from postcopy.stream.pings import IDENTITY_PING, is_ours
 from postcopy.stream.records import (
     BlockEntry,
     Configuration,

@@ -18,6 +18,7 @@ from postcopy.stream.encoder import (
 )
 from postcopy.stream.layout import BlockLayout
 from postcopy.stream.numbers import SectionType
+from postcopy.stream.preempt_decoder import PreemptDecoder
 from postcopy.stream.ram_encoder import PageEncoder
 from postcopy.stream.records import (
     BlockEntry,
@@ -32,7 +33,6 @@ from postcopy.stream.records import (
     Record,
     ZeroPages,
 )
-from postcopy.stream.urgent_decoder import UrgentDecoder
 
 PAGE = 4096
 SECTION = 2
@@ -111,14 +111,16 @@ def flat(records: Iterable[Record]) -> Iterator[object]:
             yield record
 
 
-def drain(decoder: Decoder | UrgentDecoder) -> list[object]:
+def drain(decoder: Decoder | PreemptDecoder) -> list[object]:
     found: list[object] = []
     while (record := decoder.next_record()) is not None:
         found += flat([record])
     return found
 
 
-def decode(data: bytes, decoder: Decoder | UrgentDecoder, cuts: Sequence[int] = ()) -> list[object]:
+def decode(
+    data: bytes, decoder: Decoder | PreemptDecoder, cuts: Sequence[int] = ()
+) -> list[object]:
     """Feed ``data`` in pieces that end at ``cuts``, and take what comes after each."""
     found: list[object] = []
     edges = [0, *sorted(cuts), len(data)]

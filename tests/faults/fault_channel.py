@@ -20,7 +20,7 @@ import threading
 from dataclasses import dataclass, field
 
 from faults.relay import Relay, Way
-from postcopy.stream.identity import ALL_SENT_PING, answer
+from postcopy.stream.pings import ALL_SENT_PING, answer
 
 DEADLINE_S = 30.0
 

@@ -29,18 +29,18 @@ def pages():
 
 def test_of_a_stopped_guest_each_window_is_looked_at_once(pages):
     for page in (5, 6, 4095, 4097, 6, 9999, 5):
-        pages.look_around(page)
+        pages.scan_window(page)
     assert pages.block.looks == [(0, 4096), (4096, 8192), (8192, COUNT)]
     batch = np.array([0, 1, 2, 3, 5000, 5001, 9999])
-    assert pages.look_for_data(batch).tolist() == pages.block.filled[batch].tolist()
+    assert pages.has_data(batch).tolist() == pages.block.filled[batch].tolist()
     assert len(pages.block.looks) == 3
 
 
 def test_a_hole_that_was_filled_since_is_seen_while_the_guest_runs(pages):
     batch = np.array([10, 11])
-    assert pages.look_for_data(batch).tolist() == [False, False]
+    assert pages.has_data(batch).tolist() == [False, False]
     pages.block.filled[11] = True
-    assert pages.look_for_data(batch).tolist() == [False, True]
+    assert pages.has_data(batch).tolist() == [False, True]
 
 
 def test_all_batches_of_a_stopped_guest_are_all_pages(pages):

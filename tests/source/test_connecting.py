@@ -7,7 +7,7 @@ import pytest
 from postcopy.channel.address import parse
 from postcopy.errors import ChannelBroken, MigrationCancelled
 from postcopy.source import connecting
-from postcopy.source.orders import Orders
+from postcopy.source.user_requests import UserRequests
 
 NOWHERE = parse("tcp:127.0.0.1:1")
 
@@ -38,34 +38,34 @@ def late(monkeypatch):
 
 
 def test_until_the_user_gives_up(late):
-    orders = Orders()
-    threading.Timer(0.01, orders.cancel).start()
+    requests = UserRequests()
+    threading.Timer(0.01, requests.cancel).start()
     with pytest.raises(MigrationCancelled):
-        connecting.connect_unless_cancelled(NOWHERE, orders)
+        connecting.connect_unless_cancelled(NOWHERE, requests)
     late.go.set()
     assert late.closed.wait(10)
 
 
 def test_until_the_first_connection_breaks_and_with_it_the_need_of_a_second(late):
-    orders, broken = Orders(), threading.Event()
+    requests, broken = UserRequests(), threading.Event()
 
     def break_it():
         broken.set()
-        orders.interrupt.set()
+        requests.interrupt.set()
 
     threading.Timer(0.01, break_it).start()
     with pytest.raises(ChannelBroken, match="the first connection broke before the second"):
-        connecting.connect_unless_cancelled(NOWHERE, orders, broken.is_set)
+        connecting.connect_unless_cancelled(NOWHERE, requests, broken.is_set)
     late.go.set()
     assert late.closed.wait(10)
 
 
 def test_and_not_at_all_if_that_was_so_before(late):
     with pytest.raises(ChannelBroken):
-        connecting.connect_unless_cancelled(NOWHERE, Orders(), lambda: True)
+        connecting.connect_unless_cancelled(NOWHERE, UserRequests(), lambda: True)
 
 
 def test_who_comes_in_time_is_taken(late):
     late.go.set()
-    assert connecting.connect_unless_cancelled(NOWHERE, Orders()) is late
+    assert connecting.connect_unless_cancelled(NOWHERE, UserRequests()) is late
     assert not late.closed.is_set()

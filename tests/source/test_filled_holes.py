@@ -14,8 +14,8 @@ from postcopy.parameters import Parameters
 from postcopy.source import dirty_pages, precopy
 from postcopy.source.counters import Counters, Rate
 from postcopy.source.dirty_pages import BlockPages, DirtyPages
-from postcopy.source.orders import Orders
 from postcopy.source.precopy import Precopy
+from postcopy.source.user_requests import UserRequests
 
 PAGES = 600  # more than two batches
 STAMP = slice(0, 8)
@@ -63,7 +63,7 @@ class Destination:
         self._writes = list(writes)
 
     def send(self, pages, batch, behind=b""):
-        has_data = pages.look_for_data(batch)
+        has_data = pages.has_data(batch)
         self.memory[batch] = 0
         self.memory[batch[has_data]] = pages.block.pages[batch[has_data], STAMP]
         if self._writes:
@@ -94,12 +94,12 @@ def on_demand(pages):
         yield np.array([page])
 
 
-def travel(destination, guest, ending, last_write, orders):
+def travel(destination, guest, ending, last_write, requests):
     """Send all of the guest, which writes once more just before it stops."""
     dirty = DirtyPages([guest.block], guest)
     dirty.start()
     values = Parameters().with_changes({"downtime-limit": 1000})
-    Precopy(dirty, destination, Counters(), orders, lambda: values, lambda _: None).run()
+    Precopy(dirty, destination, Counters(), requests, lambda: values, lambda _: None).run()
     destination._writes.clear()
     guest.write(last_write)
     dirty.collect_all()
@@ -113,7 +113,7 @@ def travel(destination, guest, ending, last_write, orders):
 def test_a_hole_filled_after_the_last_round_is_not_sent_as_zeros(ending):
     guest = Guest()
     destination = Destination(guest)
-    travel(destination, guest, ending, [3, 100, 101, PAGES - 1], Orders())
+    travel(destination, guest, ending, [3, 100, 101, PAGES - 1], UserRequests())
     np.testing.assert_array_equal(destination.memory, guest.block.pages[:, STAMP])
     guest.block.close()
 
@@ -130,16 +130,16 @@ some_pages = st.lists(st.integers(0, PAGES - 1), max_size=20)
 )
 def test_whatever_is_filled_at_whatever_moment_arrives(writes, last_write, ending, postcopy, steps):
     """``steps``: pages that are protected at a time, and after how many it is asked again; or never."""
-    guest, orders = Guest(is_quick=steps is not None), Orders()
+    guest, requests = Guest(is_quick=steps is not None), UserRequests()
     destination = Destination(guest, writes)
     if postcopy:
-        destination.pace = lambda _: orders.postcopy()
+        destination.pace = lambda _: requests.postcopy()
     chunk, window = steps or (PAGES, PAGES)
     with (
         mock.patch.object(dirty_pages, "CHUNK_BYTES", chunk * 4096),
         mock.patch.object(precopy, "_WINDOW_PAGES", window),
     ):
-        travel(destination, guest, ending, last_write, orders)
+        travel(destination, guest, ending, last_write, requests)
     np.testing.assert_array_equal(destination.memory, guest.block.pages[:, STAMP])
     guest.block.close()
 
@@ -155,13 +155,13 @@ def test_a_page_asked_for_during_a_look_ahead_is_not_sent_as_zeros():
 
         def __getitem__(self, key):
             found = known[key]
-            pages.has_data = known
-            pages.look_at(0, PAGES)
+            pages.known_data = known
+            pages.scan_chunk(0, PAGES)
             return found
 
-    known = pages.has_data
-    pages.has_data = LookedAtMeanwhile()
-    assert pages.look_for_data(np.array([5])).all()
+    known = pages.known_data
+    pages.known_data = LookedAtMeanwhile()
+    assert pages.has_data(np.array([5])).all()
     guest.block.close()
 
 
@@ -172,8 +172,8 @@ def test_a_request_before_the_guest_has_stopped_makes_nothing_final():
     (pages,) = dirty.blocks
     dirty.start()
     pages.pending[:] = False
-    pages.look_around(5)
+    pages.scan_window(5)
     guest.write([6])
     dirty.collect_all()
-    assert pages.look_for_data(np.array([6])).all()
+    assert pages.has_data(np.array([6])).all()
     guest.block.close()

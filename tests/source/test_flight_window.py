@@ -1,4 +1,4 @@
-"""What may be under way, orders, and the order of the push."""
+"""What may be under way, requests, and the order of the push."""
 
 import threading
 
@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postcopy.source.counters import Clock, Counters, Rate, describe
-from postcopy.source.flight_window import FIRST_PING, FlightWindow
-from postcopy.source.orders import Orders
+from postcopy.source.flight_window import FlightWindow
+from postcopy.source.user_requests import UserRequests
 from postcopy.status import Status
+from postcopy.stream.pings import FIRST_WINDOW_PING
 
 
 def waits(window):
@@ -38,7 +39,7 @@ def test_waits_when_more_than_the_window_is_out():
 def test_one_pong_answers_for_all_before_it():
     window = FlightWindow(10)
     pings = [window.sent(50) for _ in range(4)]
-    assert pings[0] == FIRST_PING
+    assert pings[0] == FIRST_WINDOW_PING
     window.pong(pings[2])
     assert window._answered_bytes == 150
     window.pong(pings[0])  # late, or a lie
@@ -48,7 +49,7 @@ def test_one_pong_answers_for_all_before_it():
 def test_other_pongs_do_not_matter():
     window = FlightWindow(10)
     window.sent(50)
-    for value in (1, 2, 3, 4, 5, FIRST_PING + 7):
+    for value in (1, 2, 3, 4, 5, FIRST_WINDOW_PING + 7):
         window.pong(value)
     assert waits(window)
     window.close()
@@ -58,34 +59,34 @@ def test_other_pongs_do_not_matter():
 @given(st.integers(0x10000, 0x18000))
 def test_numbers_come_round_and_stay_apart_from_qemus(count):
     window = FlightWindow(1)
-    window._next_ping = FIRST_PING + count - 0x8001
+    window._next_ping = FIRST_WINDOW_PING + count - 0x8001
     for _ in range(4):
         ping = window.sent(1)
-        assert FIRST_PING <= ping < 2 * FIRST_PING
+        assert FIRST_WINDOW_PING <= ping < 2 * FIRST_WINDOW_PING
         window.pong(ping)
     assert window._answered_bytes == 4
 
 
 def test_orders_wake_whoever_sleeps():
-    orders = Orders()
-    assert not orders.postcopy_wanted
-    orders.postcopy()
-    assert orders.interrupt.is_set()
-    assert orders.postcopy_wanted
-    waiter = threading.Thread(target=orders.wait_to_proceed)
+    requests = UserRequests()
+    assert not requests.postcopy_wanted
+    requests.postcopy()
+    assert requests.interrupt.is_set()
+    assert requests.postcopy_wanted
+    waiter = threading.Thread(target=requests.wait_to_proceed)
     waiter.start()
     assert waiter.is_alive()  # postcopy alone does not let it go on
-    orders.proceed()
+    requests.proceed()
     waiter.join(10)
     assert not waiter.is_alive()
-    assert not orders.cancelled
+    assert not requests.cancelled
 
 
 def test_cancel_ends_the_wait_too():
-    orders = Orders()
-    orders.cancel()
-    orders.wait_to_proceed()
-    assert orders.cancelled
+    requests = UserRequests()
+    requests.cancel()
+    requests.wait_to_proceed()
+    assert requests.cancelled
 
 
 def test_the_rate_is_of_the_last_tenth_of_a_second():

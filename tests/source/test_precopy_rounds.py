@@ -9,10 +9,10 @@ from postcopy.guest import Region
 from postcopy.kernel import memfd
 from postcopy.memory.ram_block import RamBlock
 from postcopy.parameters import Parameters
-from postcopy.source.counters import Behind, Counters, Rate
+from postcopy.source.counters import Counters, Rate, RedirtyEstimate
 from postcopy.source.dirty_pages import DirtyPages
-from postcopy.source.orders import Orders
 from postcopy.source.precopy import Outcome, Precopy
+from postcopy.source.user_requests import UserRequests
 
 PAGES = 1024
 
@@ -72,13 +72,13 @@ def block():
     made.close()
 
 
-def begin(block, tracker, sender, orders=None, **parameters):
+def begin(block, tracker, sender, requests=None, **parameters):
     dirty = DirtyPages([block], tracker)
     dirty.start()
     passes = []
     values = Parameters().with_changes({k.replace("_", "-"): v for k, v in parameters.items()})
-    orders = orders or Orders()
-    precopy = Precopy(dirty, sender, Counters(), orders, lambda: values, passes.append)
+    requests = requests or UserRequests()
+    precopy = Precopy(dirty, sender, Counters(), requests, lambda: values, passes.append)
     return precopy.run(), passes, dirty
 
 
@@ -130,17 +130,17 @@ def test_the_bandwidth_that_the_user_knows_counts(block):
 )
 @pytest.mark.parametrize("batches", [0, 1, 3, 5])
 def test_an_order_ends_the_round_at_the_next_batch(block, order, outcome, batches):
-    orders = Orders()
+    requests = UserRequests()
 
     def give(sender):
         if len(sender.sent) >= batches:
-            getattr(orders, order)()
+            getattr(requests, order)()
 
     sender = NotingSender(give)
     if not batches:
         give(sender)
     tracker = ScriptedTracker(*[list(range(PAGES))] * 3)
-    found, _, dirty = begin(block, tracker, sender, orders, downtime_limit=0)
+    found, _, dirty = begin(block, tracker, sender, requests, downtime_limit=0)
     assert found is outcome
     assert len(sender.sent) == batches
     # Nothing is lost: what was not sent is pending still.
@@ -161,7 +161,7 @@ class Watched(NotingSender):
     def watch(self, block, tracker):
         """Run all rounds; return the pages said to be left, in one list for each round and its end."""
         self.dirty = DirtyPages([block], tracker)
-        self.dirty._behind = Behind(lambda: self.now_s)
+        self.dirty._redirtied = RedirtyEstimate(lambda: self.now_s)
         self.dirty.start()
         values = Parameters().with_changes({"downtime-limit": 0})
         ends = []
@@ -170,7 +170,7 @@ class Watched(NotingSender):
             self.look()
             ends.append(len(self.left))
 
-        precopy = Precopy(self.dirty, self, Counters(), Orders(), lambda: values, on_pass)
+        precopy = Precopy(self.dirty, self, Counters(), UserRequests(), lambda: values, on_pass)
         assert precopy.run() is Outcome.SMALL_ENOUGH
         return [self.left[i:j] for i, j in itertools.pairwise([0, *ends])]
 
@@ -216,13 +216,13 @@ def test_nor_at_the_end_of_a_long_first_round(block):
 
 def test_every_write_known_is_counted_once(block):
     """Postcopy is ordered in the midst of a round, some of which was expected anyway."""
-    orders = Orders()
+    requests = UserRequests()
     hot = list(range(0, PAGES, 2))
     tracker = ScriptedTracker(hot, hot)
-    sender = NotingSender(lambda s: len(s.pages) > PAGES + 100 and orders.postcopy())
-    outcome, _, dirty = begin(block, tracker, sender, orders, downtime_limit=0)
+    sender = NotingSender(lambda s: len(s.pages) > PAGES + 100 and requests.postcopy())
+    outcome, _, dirty = begin(block, tracker, sender, requests, downtime_limit=0)
     assert outcome is Outcome.POSTCOPY
-    dirty.look_for_writes()
+    dirty.sync()
     assert dirty.remaining_bytes == np.count_nonzero(dirty.blocks[0].pending) * 4096
 
 
@@ -284,5 +284,5 @@ def test_what_is_held_back_is_counted_once(block):
     held = dirty.written_again(pages, 0, PAGES)
     assert np.flatnonzero(held).tolist() == hot
     pages.pending[~held] = False
-    assert dirty._written_behind(pages, PAGES) == 0
+    assert dirty._redirtied_bytes(pages, PAGES) == 0
     assert dirty.remaining_bytes == len(hot) * 4096

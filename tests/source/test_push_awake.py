@@ -21,7 +21,7 @@ class Block:
         self._calls.append(f"take {first} to {end}")
         return []
 
-    def look_around(self, first):
+    def scan_window(self, first):
         pass
 
 

@@ -8,10 +8,11 @@ import pytest
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.channel.sockets import SocketChannel
 from postcopy.errors import ChannelBroken, StreamError
-from postcopy.source.flight_window import FIRST_PING, FlightWindow
+from postcopy.source.flight_window import FlightWindow
 from postcopy.source.push_waits import PushWaits
 from postcopy.source.return_path import ReturnPath
 from postcopy.stream.layout import BlockLayout
+from postcopy.stream.pings import FIRST_WINDOW_PING
 from postcopy.stream.records import Pong, RequestPages, Shut
 from postcopy.stream.return_path import ReturnPathDecoder, encode_message
 
@@ -95,9 +96,9 @@ def test_a_wait_for_the_bandwidth_limit_serves(push):
 
 def test_a_wait_for_the_window_takes_the_pong_that_opens_it(push):
     push.waits.read(here=True)
-    assert push.window.sent(20) == FIRST_PING
+    assert push.window.sent(20) == FIRST_WINDOW_PING
     assert not push.window.is_open
-    push.peer.send(REQUEST + encode_message(Pong(FIRST_PING)))
+    push.peer.send(REQUEST + encode_message(Pong(FIRST_WINDOW_PING)))
     push.waits.wait_for(push.window)
     assert push.window.is_open
     assert len(push.served) == 1

@@ -15,9 +15,10 @@ from postcopy.link.rpc import Answer
 from postcopy.parameters import Capabilities
 from postcopy.source.connection import Connection
 from postcopy.source.counters import Clock, Counters
-from postcopy.source.orders import Orders
-from postcopy.source.switchover import PACKAGE_PING, Switchover
+from postcopy.source.switchover import Switchover
+from postcopy.source.user_requests import UserRequests
 from postcopy.status import Progress, Status
+from postcopy.stream.pings import PACKAGE_PING
 
 FAR_TOO_MUCH_BYTES = 8 << 20
 """For what the kernel takes of a package that nobody reads."""
@@ -43,13 +44,13 @@ def test_it_is_noticed_whether_or_not_the_kernel_takes_all_of_it(more_bytes):
         block=SimpleNamespace(name="ram", size_bytes=4096, page_size_bytes=4096),
         pending=np.ones(1, np.bool_),
     )
-    dirty, orders, counters = SimpleNamespace(blocks=[pages]), Orders(), Counters()
+    dirty, requests, counters = SimpleNamespace(blocks=[pages]), UserRequests(), Counters()
     connection = Connection(
         SocketChannel(near, "unread"),
         dirty,
         SimpleNamespace(sent_bytes=0),
         counters,
-        orders.interrupt,
+        requests.interrupt,
         lambda: 200,
         answered=True,
     )
@@ -57,7 +58,7 @@ def test_it_is_noticed_whether_or_not_the_kernel_takes_all_of_it(more_bytes):
         SimpleNamespace(give_up=given_up.set),
         connection,
         dirty,
-        orders,
+        requests,
         Progress(begin=Status.DEVICE),
         Capabilities(),
         counters,

@@ -10,6 +10,7 @@ from fakes.streams import LAYOUT, PAGE, SETUP, SOURCES, Writer, decode, device, 
 from postcopy.errors import StreamError
 from postcopy.stream.layout import Limits
 from postcopy.stream.numbers import SectionType
+from postcopy.stream.preempt_decoder import PreemptDecoder
 from postcopy.stream.reader import CAPACITY_BYTES
 from postcopy.stream.records import (
     Configuration,
@@ -26,7 +27,6 @@ from postcopy.stream.records import (
     ZeroPages,
 )
 from postcopy.stream.return_path import ReturnPathDecoder
-from postcopy.stream.urgent_decoder import UrgentDecoder
 
 LIMITS = Limits(package_bytes=4096, description_bytes=4096, device_bytes=4096)
 GOOD = Writer().write(
@@ -83,7 +83,7 @@ def test_random_bytes(raw):
     survive(raw, new_decoder(limits=LIMITS))
     survive(raw, new_decoder(limits=LIMITS, package=True))
     survive(GOOD[:94] + raw, new_decoder(limits=LIMITS))
-    survive(raw, UrgentDecoder(LAYOUT))
+    survive(raw, PreemptDecoder(LAYOUT))
 
 
 @settings(max_examples=100, deadline=None)

@@ -25,6 +25,7 @@ from postcopy.errors import StreamCut
 from postcopy.stream.encoder import end_of_stream, ram_setup, stream_start
 from postcopy.stream.layout import BlockLayout, Expected, Limits
 from postcopy.stream.numbers import SectionType
+from postcopy.stream.preempt_decoder import PreemptDecoder
 from postcopy.stream.ram_encoder import PageEncoder
 from postcopy.stream.records import (
     BlockEntry,
@@ -47,7 +48,6 @@ from postcopy.stream.records import (
     SwitchoverStart,
     ZeroPages,
 )
-from postcopy.stream.urgent_decoder import UrgentDecoder
 
 blocks = st.sampled_from(sorted(LAYOUT))
 
@@ -252,7 +252,7 @@ def test_ignore_shared_sends_addresses():
 def test_urgent_channel(records, data):
     raw = Writer().write(records) + b"\0\0\0\0\0\0\0\x10"
     cuts = data.draw(st.lists(st.integers(0, len(raw)), max_size=8))
-    decoder = UrgentDecoder(LAYOUT)
+    decoder = PreemptDecoder(LAYOUT)
     assert decode(raw, decoder, cuts) == list(flat(records))
     decoder.finish()
 
@@ -260,7 +260,7 @@ def test_urgent_channel(records, data):
 def test_urgent_channel_cut_in_a_page_and_resumed():
     encoder = PageEncoder()
     raw = bytes(encoder.pages("ram", offsets(5), SOURCES["ram"]))
-    decoder = UrgentDecoder(LAYOUT)
+    decoder = PreemptDecoder(LAYOUT)
     assert decode(raw[:-1], decoder) == []
     with pytest.raises(StreamCut, match="ends in an urgent page"):
         decoder.finish()

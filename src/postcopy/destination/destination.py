@@ -14,11 +14,11 @@ from postcopy.channel.listen import Listener
 from postcopy.channel.silence import SilenceWatch, Taken
 from postcopy.channel.sockets import SocketChannel
 from postcopy.destination.door import Door
-from postcopy.destination.elements import POSTCOPY_BUFFER_BYTES, Elements, layout_of
+from postcopy.destination.elements import RECEIVE_BUFFER_BYTES, Elements, layout_of
 from postcopy.destination.incoming_ram import Populating
 from postcopy.destination.postcopy import Postcopy
+from postcopy.destination.preempt_channel import PreemptChannel
 from postcopy.destination.return_path import ReturnPath
-from postcopy.destination.urgent import Urgent
 from postcopy.errors import ChannelBroken, PostcopyError, StreamError
 from postcopy.guest import Guest
 from postcopy.paging.blocktime import Blocktime
@@ -33,12 +33,10 @@ from postcopy.stream.decoder import Decoder
 from postcopy.stream.layout import DeviceFormats, Expected
 from postcopy.stream.mapped_decoder import MappedDecoder
 from postcopy.stream.mapped_ram import CAPABILITY
-from postcopy.stream.numbers import IGNORED_BLOCKS
+from postcopy.stream.numbers import IGNORED_BLOCKS, RAM_SECTION_ID
 from postcopy.trace import trace
 
 _LOOK_S = 0.05
-RAM_SECTION_ID = 2
-"""What our own source calls it: for an engine that did not see the beginning."""
 
 
 class Destination:
@@ -73,7 +71,7 @@ class Destination:
         self._postcopy = Postcopy(guest, ram, faults, self._return_path, progress, self._break)
         self._layout = layout_of(ram)
         self._formats = formats
-        self._urgent = Urgent(
+        self._preempt_channel = PreemptChannel(
             ram, faults, self._layout, self._preempt, self._link_timeout_ms, self._break
         )
         self._elements = Elements(
@@ -82,7 +80,7 @@ class Destination:
             ram,
             self._placement,
             self._postcopy,
-            self._urgent,
+            self._preempt_channel,
             self._return_path,
             progress,
             lambda: self._capabilities,
@@ -133,7 +131,7 @@ class Destination:
             channel.leave()
 
     def _break(self) -> None:
-        self._urgent.shutdown()
+        self._preempt_channel.shutdown()
         channel = self._channel  # which the destination's thread may let go of meanwhile
         if channel is not None:
             channel.shutdown()
@@ -190,7 +188,8 @@ class Destination:
         channel = self._meet()
         self.error = self._silent = None
         self._paused_by_user = False
-        channel.bound_buffers(POSTCOPY_BUFFER_BYTES)
+        channel.bound_buffers(RECEIVE_BUFFER_BYTES)
+        # An engine that did not see the beginning takes the number of our own source.
         section = self._decoder.ram_section_id or self._guest.kept_stream()[0] or RAM_SECTION_ID
         self._decoder.resume(section)
         self._placement.forget_halves()
@@ -205,7 +204,7 @@ class Destination:
         """Wait for the source, and begin to watch whether it is still there."""
         self._elements.channel = self._channel = channel = self._door.main()
         channel.watch(self._link_timeout_ms() / 1000)
-        self._urgent.expect(self._door)
+        self._preempt_channel.expect(self._door)
         taken = Taken(channel)
         self._silence = SilenceWatch(
             self._link_timeout_ms,
@@ -220,7 +219,7 @@ class Destination:
         """What shows that the source is alive: in a recovery, that it takes our bitmaps, too."""
         recovering = self._progress.status is Status.POSTCOPY_RECOVER
         taken_bytes = taken.of(channel.sent_bytes) if recovering else 0
-        return channel.received_bytes + self._urgent.received_bytes, taken_bytes
+        return channel.received_bytes + self._preempt_channel.received_bytes, taken_bytes
 
     def _is_waiting(self) -> bool:
         status = self._progress.status
@@ -248,7 +247,7 @@ class Destination:
             raise StreamError("the stream ends before the recovery is done")
         if self._postcopy.listening:
             trace("destination.pages-ended")
-            self._urgent.finish()
+            self._preempt_channel.finish()
             self._postcopy.finish()
             trace("destination.unwatched")
         else:
@@ -309,7 +308,9 @@ class Destination:
             if self._progress.status is not Status.COMPLETED:
                 self._end(Status.COMPLETED)  # only the end of the stream has not come
             return
-        self.error = error = self._postcopy.failure or self._silent or self._urgent.failure or error
+        self.error = error = (
+            self._postcopy.failure or self._silent or self._preempt_channel.failure or error
+        )
         if self._progress.status in AFTER_SWITCHOVER:
             if self._paused_by_user:
                 self.error = ChannelBroken("Postcopy migration is paused by the user")
@@ -329,7 +330,7 @@ class Destination:
     def _settle_package(self) -> None:
         """A package that has come may run the guest yet: wait until it has, or cannot."""
         while not self._postcopy.settle(_LOOK_S):
-            self._urgent.close()  # nothing brings another page from here on
+            self._preempt_channel.close()  # nothing brings another page from here on
             if self._postcopy.give_up_package():
                 return
 
@@ -342,7 +343,7 @@ class Destination:
         self._populating.stop()
         if self._silence is not None:
             self._silence.stop()
-        self._urgent.close()
+        self._preempt_channel.close()
         self._door.close()
         if self._channel is not None:
             self._close(self._channel)

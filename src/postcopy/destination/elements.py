@@ -13,8 +13,8 @@ from postcopy.channel.files import FileChannel
 from postcopy.destination.incoming_ram import discard
 from postcopy.destination.mapped_pages import read_pages
 from postcopy.destination.postcopy import Postcopy
+from postcopy.destination.preempt_channel import PreemptChannel
 from postcopy.destination.return_path import ReturnPath
-from postcopy.destination.urgent import Urgent
 from postcopy.errors import StreamError
 from postcopy.guest import DeviceState, Guest
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
@@ -25,12 +25,12 @@ from postcopy.parameters import Capabilities, Capability
 from postcopy.status import Progress, Status
 from postcopy.stream import records
 from postcopy.stream.decoder import Decoder
-from postcopy.stream.identity import ALL_SENT_PING
 from postcopy.stream.layout import BlockLayout, DeviceFormats, Layout
 from postcopy.stream.numbers import SectionType
+from postcopy.stream.pings import ALL_SENT_PING
 from postcopy.trace import trace
 
-POSTCOPY_BUFFER_BYTES = 4096 << 10
+RECEIVE_BUFFER_BYTES = 4096 << 10
 """What the kernel may hold of the main channel once pages are asked for."""
 
 
@@ -55,7 +55,7 @@ class Elements:
         ram: IncomingRam,
         placement: Placement,
         postcopy: Postcopy,
-        urgent: Urgent,
+        preempt_channel: PreemptChannel,
         return_path: ReturnPath,
         progress: Progress,
         capabilities: Callable[[], Capabilities],
@@ -65,7 +65,7 @@ class Elements:
         self._ram = ram
         self._placement = placement
         self._postcopy = postcopy
-        self._urgent = urgent
+        self._preempt_channel = preempt_channel
         self._return_path = return_path
         self._progress = progress
         self._capabilities = capabilities
@@ -200,11 +200,11 @@ class Elements:
         trace("destination.package-received")
         decoder = Decoder(self._formats, layout_of(self._ram), package=True)
         assert self.channel is not None
-        self.channel.bound_buffers(POSTCOPY_BUFFER_BYTES)
-        self._urgent.accept()  # before anybody can ask for a page
+        self.channel.bound_buffers(RECEIVE_BUFFER_BYTES)
+        self._preempt_channel.accept()  # before anybody can ask for a page
         userfaultfd = self._postcopy.take_package(decoder, package.data)
         self._placement.listen(userfaultfd, self._postcopy.mapper.later)
-        self._urgent.start(userfaultfd)
+        self._preempt_channel.start(userfaultfd)
 
     def _all_sent(self) -> None:
         """Every page is here or about to be: finish, so that a break hurts neither side any more."""
@@ -214,7 +214,7 @@ class Elements:
             )
         if self._progress.status is Status.POSTCOPY_RECOVER:
             raise StreamError("a source says that it has sent every page before it asked which")
-        self._urgent.finish()
+        self._preempt_channel.finish()
         # Each of them was pending at the source; what is missing now would turn to zeros.
         if missing := self._ram.missing_pages:
             raise StreamError(f"the source has sent all, but {missing} pages have not come")
@@ -242,8 +242,8 @@ class Elements:
     def _resume(self, _: records.PostcopyResume) -> None:
         self._check_recovering("CMD_POSTCOPY_RESUME")
         trace("destination.resume-received")
-        self._urgent.accept()
-        self._urgent.start(self._postcopy.userfaultfd)
+        self._preempt_channel.accept()
+        self._preempt_channel.start(self._postcopy.userfaultfd)
         self._progress.move(Status.POSTCOPY_ACTIVE)
         self._return_path.resume_ack()
         trace("destination.resume-acknowledged")

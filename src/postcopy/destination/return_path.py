@@ -12,7 +12,7 @@ from postcopy.errors import ChannelBroken
 from postcopy.memory.ram_block import RamBlock
 from postcopy.memory.runs import Mask
 from postcopy.stream import return_path as wire
-from postcopy.stream.identity import answer
+from postcopy.stream.pings import answer
 from postcopy.stream.records import Pong, RecvBitmapReply, RequestPages, ResumeAck, Shut
 
 

@@ -11,8 +11,8 @@ from postcopy.link.values import Fd
 from postcopy.machine import sections
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.snapshot.background import BackgroundSnapshot
-from postcopy.source.opening import configuration
 from postcopy.source.source import MigrationOptions, Source
+from postcopy.source.stream_header import configuration
 from postcopy.status import Status
 from postcopy.stream.description import build_description
 
@@ -91,11 +91,11 @@ class Outgoing(OutgoingCommands):
 
     def start_postcopy(self) -> None:
         if isinstance(self._context.job, Source):
-            self._context.job.orders.postcopy()
+            self._context.job.requests.postcopy()
 
     def proceed(self) -> None:
         if isinstance(self._context.job, Source):
-            self._context.job.orders.proceed()
+            self._context.job.requests.proceed()
 
     def cancel(self) -> None:
         self._cancelled = True

@@ -27,10 +27,10 @@ from postcopy.snapshot.cow_buffer import Aside
 from postcopy.snapshot.write_protect import WriteProtectHandler
 from postcopy.source.connecting import connect_unless_cancelled
 from postcopy.source.counters import Clock, Counters, Rate, describe
-from postcopy.source.opening import opening
-from postcopy.source.orders import Orders
 from postcopy.source.page_sink import PageSink, page_sink_for
+from postcopy.source.stream_header import opening
 from postcopy.source.switchover import device_sections
+from postcopy.source.user_requests import UserRequests
 from postcopy.statistics import Measured, MigrationInfo
 from postcopy.status import Progress, Status
 from postcopy.stream import encoder
@@ -60,7 +60,7 @@ class BackgroundSnapshot:
         self._parameters = parameters
         self._progress = progress
         self._describe_devices = describe_devices
-        self.orders = Orders()
+        self.requests = UserRequests()
         self.error: PostcopyError | None = None
         self._counters = Counters()
         self._clock = Clock()
@@ -84,7 +84,7 @@ class BackgroundSnapshot:
     def _begin_cancel(self) -> None:
         before = frozenset({Status.SETUP, Status.ACTIVE})
         if self._progress.move(Status.CANCELLING, only_from=before):
-            self.orders.cancel()
+            self.requests.cancel()
 
     def pause(self) -> None:
         """Nothing: only a postcopy can be paused."""
@@ -128,7 +128,7 @@ class BackgroundSnapshot:
         self._channel = channel = (
             connect(address)  # on return it is there
             if self._file.ordinary
-            else connect_unless_cancelled(address, self.orders)
+            else connect_unless_cancelled(address, self.requests)
         )
         channel.description = str(self._address)  # what was asked for, in each error
         # A host that is gone must not make the guest wait for what it will never take.
@@ -282,7 +282,7 @@ class BackgroundSnapshot:
     def _check_cancelled(self) -> None:
         if self._cause is not None:
             raise self._cause
-        if self.orders.cancelled:
+        if self.requests.cancelled:
             raise MigrationCancelled("cancelled by the user")
 
     def _stop_because(self, cause: PostcopyError) -> None:

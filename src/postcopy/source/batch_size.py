@@ -6,7 +6,7 @@ from collections.abc import Callable
 LEAST_BYTES = 1 << 20
 
 MOMENT_S = 0.01
-"""Between two goes the user's orders are looked at, such as to switch to postcopy."""
+"""Between two goes the user's requests are looked at, such as to switch to postcopy."""
 
 
 class BatchSize:

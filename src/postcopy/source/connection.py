@@ -11,19 +11,22 @@ from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import DirtyPages
 from postcopy.source.page_sink import PageSink
 from postcopy.source.postcopy import PostcopyPush
+from postcopy.source.preempt_channel import PreemptChannel
 from postcopy.source.return_path import ReturnPath
-from postcopy.source.urgent_channel import UrgentChannel
 from postcopy.stream.commands import encode_command
-from postcopy.stream.identity import ALL_SENT_PING, answer, needs_nothing
 from postcopy.stream.layout import BlockLayout
+from postcopy.stream.pings import (
+    ALL_SENT_PING,
+    KEEPALIVE_PING,
+    PREEMPT_CHECK_PINGS,
+    PREEMPT_PROBE_PING,
+    answer,
+    needs_nothing,
+)
 from postcopy.stream.records import Ping
 from postcopy.stream.return_path import ReturnPathDecoder
 from postcopy.trace import trace
 
-GREETING_PING = 8
-SECOND_CONNECTION_PINGS = (6, 7)
-LIFE_PING = 9
-"""Numbers of pings that mean something to us; QEMU's own are 1 to 4."""
 _GREETING_S = 5.0
 """In which a destination answers unless it waits for the second connection.
 
@@ -55,7 +58,7 @@ class Connection:
     ) -> None:
         self.channel = channel
         self._counters = counters
-        self._urgent: UrgentChannel | None = None
+        self._preempt: PreemptChannel | None = None
         self._silence: SilenceWatch | None = None
         self._taken = Taken(channel)
         self._timeout_ms = timeout_ms
@@ -92,28 +95,28 @@ class Connection:
 
         As QEMU 7.1 and 7.2 do it; they say so by their silence alone.
         """
-        self.channel.send(encode_command(Ping(GREETING_PING)))
-        return not self.answers.answers_within(GREETING_PING, _GREETING_S)
+        self.channel.send(encode_command(Ping(PREEMPT_PROBE_PING)))
+        return not self.answers.answers_within(PREEMPT_PROBE_PING, _GREETING_S)
 
     @property
-    def has_urgent(self) -> bool:
+    def has_preempt(self) -> bool:
         """Whether there is a second connection."""
-        return self._urgent is not None
+        return self._preempt is not None
 
-    def open_urgent(self, channel: Channel, *, says_end: bool) -> None:
+    def open_preempt(self, channel: Channel, *, says_end: bool) -> None:
         """Send requested pages over this channel from now on (postcopy-preempt)."""
-        self._urgent = UrgentChannel(channel, self._counters, self._break_off, says_end=says_end)
-        self._urgent.start()
-        self.push.urgent = self._urgent
+        self._preempt = PreemptChannel(channel, self._counters, self._break_off, says_end=says_end)
+        self._preempt.start()
+        self.push.use_preempt_channel(self._preempt)
 
-    def check_urgent(self) -> None:
+    def check_preempt(self) -> None:
         """Give the destination the time to close a second connection that it does not want.
 
         Two pings: it cannot come to the second before it has looked at its listener.
 
         :raises ChannelBroken: it has.
         """
-        for ping in SECOND_CONNECTION_PINGS:
+        for ping in PREEMPT_CHECK_PINGS:
             self.channel.send(encode_command(Ping(ping)))
             self.answers.wait_pong(ping)
         if self._cause is not None:
@@ -155,12 +158,12 @@ class Connection:
         self._silence.start()
 
     def _signs(self) -> tuple[int, int, int]:
-        urgent = self._urgent.taken_bytes if self._urgent is not None else 0
-        return self.channel.received_bytes, self._taken.of(self.sender.sent_bytes), urgent
+        preempt = self._preempt.taken_bytes if self._preempt is not None else 0
+        return self.channel.received_bytes, self._taken.of(self.sender.sent_bytes), preempt
 
     def _ask_for_life(self) -> bool:
         try:
-            self.channel.send_if_idle(encode_command(Ping(LIFE_PING)))
+            self.channel.send_if_idle(encode_command(Ping(KEEPALIVE_PING)))
         except ChannelBroken:
             pass  # who uses the channel will see
         return True
@@ -195,8 +198,8 @@ class Connection:
         :return: whether no page is missing there any more, and it needs nothing of us to complete.
             One that is not ours only says that it has read all that the main channel brought.
         """
-        if self._urgent is not None:
-            self._urgent.expect_end()
+        if self._preempt is not None:
+            self._preempt.expect_end()
         self.channel.send(encode_command(Ping(ALL_SENT_PING)))
         return needs_nothing(self.answers.wait_pong(ALL_SENT_PING, answer(ALL_SENT_PING)))
 
@@ -215,16 +218,16 @@ class Connection:
     def shutdown(self) -> None:
         """Break it, from any thread; whoever uses it will notice."""
         self.channel.shutdown()
-        if self._urgent is not None:
-            self._urgent.shutdown()
+        if self._preempt is not None:
+            self._preempt.shutdown()
 
     def finish(self) -> None:
         """Close it in order: for a file or a command this is when it proves to have worked.
 
         Where the destination answers, its last word has proved that.
         """
-        if self._urgent is not None:
-            self._urgent.close()
+        if self._preempt is not None:
+            self._preempt.close()
         if self.return_path is not None:
             self.channel.delivered()
         self.channel.close()
@@ -235,8 +238,8 @@ class Connection:
         self.channel.shutdown()
         if self._silence is not None:
             self._silence.stop()
-        if self._urgent is not None:
-            self._urgent.close()
+        if self._preempt is not None:
+            self._preempt.close()
         if self.return_path is not None:
             self.return_path.join()
         try:

@@ -1,7 +1,7 @@
 """The figures of one outgoing migration, and how they become QEMU's.
 
-Counted by the sending threads; each counter has one writer at a time, or a lock.  Readers may
-see a moment's mixture, which does not matter for figures that a person looks at.
+The sending threads count; each counter has one writer at a time, or a lock.  A reader may see some
+counters before and some after a batch.
 """
 
 import threading
@@ -13,8 +13,8 @@ from postcopy.statistics import Measured, MigrationInfo, RamStatistics
 from postcopy.status import Status
 
 _WINDOW_S = 0.1
-_LOOK_S = 0.5
-_LOOK_SHARE = 50
+_SAMPLE_S = 0.5
+_SAMPLE_SHARE = 50
 
 
 @dataclass
@@ -30,8 +30,8 @@ class Counters:
     syncs: int = 0
     requests: int = 0
     dirty_pages_per_second: int = 0
-    urgent_bytes: int = 0
-    """What has gone over the channel of urgent pages; part of no phase's figure."""
+    preempt_bytes: int = 0
+    """What has gone over the preempt channel; part of no phase's figure."""
     page_bytes: int = 4096
 
     def __post_init__(self) -> None:
@@ -64,40 +64,40 @@ class Rate:
             self._bytes = 0
 
 
-class Behind:
-    """What the guest writes again of the memory that has had its turn in the present round.
+class RedirtyEstimate:
+    """What the guest has written again of the memory that was sent in the present round.
 
-    The tracker is asked between rounds.  Were the figure of bytes left to say no more than is known
-    in between, it would shrink to nothing in each round, and jump at its end to what has been left
-    all the time.  So it stays at what the last round left until a look tells more.
+    The tracker is asked between rounds.  With nothing but what is known in between, the figure of bytes
+    left would shrink to nothing in each round, and jump at its end.  So it stays at what the last round
+    left until a sample is taken.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._pause_s = _LOOK_S
+        self._pause_s = _SAMPLE_S
         self.next_round(0)
 
     def next_round(self, left_bytes: int) -> None:
-        """A round begins, with so much left."""
-        self._looked = self._clock()
+        """Begin a round, with so much left."""
+        self._sampled = self._clock()
         self._left_bytes = left_bytes
         self._written_bytes = 0
 
     @property
-    def is_to_be_looked_at(self) -> bool:
-        """Whether this round is so long that it is worth it to ask the tracker."""
-        return self._clock() - self._looked >= self._pause_s
+    def is_due(self) -> bool:
+        """Whether this round is so long that a sample is worth its cost."""
+        return self._clock() - self._sampled >= self._pause_s
 
-    def look(self, count_bytes: Callable[[], int]) -> None:
-        """Ask it, so rarely that this takes a fiftieth of the time at most."""
+    def sample(self, count_bytes: Callable[[], int]) -> None:
+        """Count what has been written, so rarely that it takes a fiftieth of the time at most."""
         begin = self._clock()
         self._written_bytes = count_bytes()
         self._left_bytes = 0
-        self._looked = self._clock()
-        self._pause_s = max(_LOOK_S, _LOOK_SHARE * (self._looked - begin))
+        self._sampled = self._clock()
+        self._pause_s = max(_SAMPLE_S, _SAMPLE_SHARE * (self._sampled - begin))
 
     def left_bytes(self, known_bytes: int) -> int:
-        """What is left, if so much is known to be."""
+        """Return the bytes left, if so many are known to be."""
         return max(self._left_bytes, known_bytes + self._written_bytes)
 
 
@@ -126,7 +126,7 @@ def describe(
     counters: Counters, rate: Rate, clock: Clock, status: Status, remaining_bytes: int
 ) -> MigrationInfo:
     """Put the figures together as ``query-migrate`` wants them."""
-    postcopy_bytes = counters.postcopy_bytes + counters.urgent_bytes
+    postcopy_bytes = counters.postcopy_bytes + counters.preempt_bytes
     transferred = counters.precopy_bytes + counters.downtime_bytes + postcopy_bytes
     per_second = rate.bytes_per_second
     if clock.ended:

@@ -12,7 +12,7 @@ import numpy as np
 from postcopy.dirty.tracker import DirtyTracker
 from postcopy.memory.ram_block import RamBlock
 from postcopy.memory.runs import Indices, Mask, index_runs, next_set
-from postcopy.source.counters import Behind
+from postcopy.source.counters import RedirtyEstimate
 
 CHUNK_BYTES = 64 << 20
 """How much memory is protected, and then sent, at a time."""
@@ -35,63 +35,63 @@ class BlockPages:
     def __init__(self, block: RamBlock) -> None:
         self.block = block
         self.pending: Mask = np.ones(block.page_count, np.bool_)
-        self.has_data: Mask = np.zeros(block.page_count, np.bool_)
-        """Pages known to have memory behind them; the others were holes when last looked at."""
-        self._looked_at = (0, 0)
-        # Windows that were looked at after the guest had stopped here: nothing in them changes.
+        self.known_data: Mask = np.zeros(block.page_count, np.bool_)
+        """Pages known to have memory behind them; the others were holes at the last scan."""
+        self._scanned = (0, 0)
+        # Windows that were scanned after the guest had stopped here: nothing in them changes.
         self._final: Mask = np.zeros(-(-block.page_count // _WINDOW_PAGES), np.bool_)
 
-    def look_at(self, start: int, end: int) -> None:
-        """Look at many pages at once, which :meth:`look_for_data` then need not do batch by batch.
+    def scan_chunk(self, start: int, end: int) -> None:
+        """Find out for many pages at once what :meth:`has_data` then need not find out for each batch.
 
-        They must be protected, or the guest stopped: who fills a hole afterwards has written to it.
-        Once such writes are made pending the look is void: see :meth:`add_written`.
+        The pages must be protected, or the guest stopped: a hole filled afterwards counts as written.
+        The result is void once such writes are made pending: see :meth:`add_written`.
         """
-        self._look(start, end)
-        self._looked_at = start, end
+        self._scan(start, end)
+        self._scanned = start, end
 
     def add_written(self, written: Mask | None) -> None:
-        """Make pages pending, any of which may have been a hole when last looked at.
+        """Make pages pending, any of which may have been a hole at the last scan.
 
         :param written: None if all are pending already.
         """
-        self._looked_at = (0, 0)
-        self._final[:] = False  # if anybody asked before the guest had stopped
+        self._scanned = (0, 0)
+        self._final[:] = False  # a request may have come before the guest had stopped
         if written is not None:
             self.pending |= written
 
-    def look_for_data(self, batch: Indices) -> Mask:
+    def has_data(self, batch: Indices) -> Mask:
         """Tell which pages of an ascending batch have memory behind them; the others are zero.
 
-        A page must be protected, or the guest stopped, before its last look.
+        A page must be protected, or the guest stopped, before its last scan.
         """
-        # First: another thread may look now, for the push.
-        has_looked = self._has_looked(int(batch[0]), int(batch[-1]))
-        has_data = self.has_data[batch]
-        if has_data.all() or has_looked:
+        # First: the thread of the push may be scanning now.
+        is_scanned = self._is_scanned(int(batch[0]), int(batch[-1]))
+        has_data = self.known_data[batch]
+        if has_data.all() or is_scanned:
             return has_data
         unknown = batch[~has_data]
         for start, end in index_runs(unknown).tolist():
-            self._look(int(unknown[start]), int(unknown[end - 1]) + 1)
-        return self.has_data[batch]
+            self._scan(int(unknown[start]), int(unknown[end - 1]) + 1)
+        return self.known_data[batch]
 
-    def look_around(self, page: int) -> None:
-        """Of a guest that has stopped here: look at the window around a page, once and for all."""
+    def scan_window(self, page: int) -> None:
+        """Scan the window around a page of a guest that has stopped here, once."""
         window = page // _WINDOW_PAGES
         if not self._final[window]:
             start = window * _WINDOW_PAGES
-            self._look(start, min(start + _WINDOW_PAGES, len(self.pending)))
+            self._scan(start, min(start + _WINDOW_PAGES, len(self.pending)))
             self._final[window] = True
 
-    def _has_looked(self, first: int, last: int) -> bool:
-        start, end = self._looked_at
+    def _is_scanned(self, first: int, last: int) -> bool:
+        start, end = self._scanned
         if start <= first and last < end:
             return True
         return bool(self._final[first // _WINDOW_PAGES : last // _WINDOW_PAGES + 1].all())
 
-    def _look(self, start: int, end: int) -> None:
-        if not self.has_data[start:end].all():
-            self.has_data[start:end] = self.block.has_data(start, end)
+    def _scan(self, start: int, end: int) -> None:
+        if not self.known_data[start:end].all():
+            self.known_data[start:end] = self.block.has_data(start, end)
 
     def next_batch(self, start: int, end: int, limit: int, held: Mask | None = None) -> Indices:
         """The next pending pages from ``start`` on, ascending; none is empty.
@@ -104,17 +104,17 @@ class BlockPages:
         first = 0 if held is None else end - len(held)
         ready = self.pending[first:end] if held is None else self.pending[first:end] & ~held
         batch = next_set(ready, start - first, limit) + first
-        if not len(batch) or self.look_for_data(batch).all():
+        if not len(batch) or self.has_data(batch).all():
             return batch
         batch = next_set(ready, start - first, limit * _MOST_TOGETHER) + first
-        return batch[np.cumsum(self.look_for_data(batch)) <= limit]
+        return batch[np.cumsum(self.has_data(batch)) <= limit]
 
     def next_batch_of_stopped(self, start: int, limit: int) -> Indices:
         """As :meth:`next_batch`, of a guest that has stopped here, and within one window."""
         first = next_set(self.pending, start, 1)
         if not len(first):
             return first
-        self.look_around(int(first[0]))
+        self.scan_window(int(first[0]))
         end = (int(first[0]) // _WINDOW_PAGES + 1) * _WINDOW_PAGES
         return self.next_batch(int(first[0]), min(end, len(self.pending)), limit)
 
@@ -147,16 +147,16 @@ class DirtyPages:
         # Under the lock, together with the pending pages that they become: bytes that the chunks
         # still to come in this round will add to those.
         self._expected_bytes = 0
-        self._behind = Behind()
+        self._redirtied = RedirtyEstimate()
 
     def start(self) -> None:
         """Begin to track; every page is pending."""
         self._tracker.start()
-        self._behind.next_round(0)
+        self._redirtied.next_round(0)
         self.syncs = 1  # everything is dirty: QEMU counts that as well
 
     def collect(self, pages: BlockPages, start: int, end: int) -> None:
-        """Protect a chunk and add what was written in it; it is to be looked at before it is sent."""
+        """Protect a chunk and add what was written in it; it is to be scanned before it is sent."""
         written = self._tracker.collect(pages.block, start, end, protect=True)
         pending = pages.pending[start:end]
         with self._lock:
@@ -167,7 +167,7 @@ class DirtyPages:
     def written_again(self, pages: BlockPages, start: int, end: int) -> Mask | None:
         """Which of these pages were written since they were protected; None if that costs too much.
 
-        It is not added to what is pending: the next round will be told of it again.
+        It is not added to what is pending: the next round finds it again.
         """
         if not self._tracker.is_quick:
             return None
@@ -179,10 +179,10 @@ class DirtyPages:
         with self._lock:
             self.syncs += 1
             self._expected_bytes = left_bytes - self._pending_bytes()
-            self._behind.next_round(left_bytes)
+            self._redirtied.next_round(left_bytes)
         return left_bytes
 
-    def look_for_writes(self) -> None:
+    def sync(self) -> None:
         """Add the writes so far of a guest that runs on; protects nothing."""
         self._add_all()
 
@@ -191,16 +191,16 @@ class DirtyPages:
         self.syncs += 1
         return self._add_all()
 
-    def look_behind(self, passed: BlockPages, end: int) -> None:
-        """Now and then in a long round: ask what has been written of the memory up to there."""
-        if self._behind.is_to_be_looked_at:
-            self._behind.look(lambda: self._written_behind(passed, end))
+    def sample_redirtied(self, passed: BlockPages, end: int) -> None:
+        """Ask now and then in a long round what has been written of the memory up to there."""
+        if self._redirtied.is_due:
+            self._redirtied.sample(lambda: self._redirtied_bytes(passed, end))
 
     @property
     def remaining_bytes(self) -> int:
         """Bytes left as far as is known, or to be expected, without asking the tracker."""
         with self._lock:
-            left_bytes = self._behind.left_bytes(self._expected_bytes + self._pending_bytes())
+            left_bytes = self._redirtied.left_bytes(self._expected_bytes + self._pending_bytes())
         return min(left_bytes, sum(pages.block.size_bytes for pages in self.blocks))
 
     def stop(self) -> None:
@@ -215,19 +215,19 @@ class DirtyPages:
 
     def _add_all(self) -> int:
         written = [self._written(pages) for pages in self.blocks]
-        with self._lock:  # not a look between the two: what was expected is among what was written
+        with self._lock:  # no sample between the two: what was expected is among what was written
             for pages, found in zip(self.blocks, written, strict=True):
                 pages.add_written(found)
             self._expected_bytes = 0
-            self._behind.next_round(0)
+            self._redirtied.next_round(0)
             return self._pending_bytes()
 
-    def _written_behind(self, passed: BlockPages, end: int) -> int:
+    def _redirtied_bytes(self, passed: BlockPages, end: int) -> int:
         written_bytes = 0
         for pages in self.blocks:
             until = end if pages is passed else pages.block.page_count
             written = self._tracker.collect(pages.block, 0, until, protect=False)
-            written &= ~pages.pending[:until]  # what was held back is pending, and counted there
+            written &= ~pages.pending[:until]  # what was held back is pending, and counted as such
             written_bytes += int(np.count_nonzero(written)) * pages.block.page_size_bytes
             if pages is passed:
                 break

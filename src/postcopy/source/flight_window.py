@@ -9,8 +9,7 @@ the window.  Pings are part of QEMU's stream: this works against a real QEMU as 
 import threading
 from collections import deque
 
-FIRST_PING = 0x10000
-"""Pings of the window; QEMU's own are 1 to 4."""
+from postcopy.stream.pings import FIRST_WINDOW_PING, WINDOW_PINGS
 
 
 class FlightWindow:
@@ -29,7 +28,7 @@ class FlightWindow:
         self._sent_bytes = 0
         self._answered_bytes = 0
         self._pings: deque[tuple[int, int]] = deque()
-        self._next_ping = FIRST_PING
+        self._next_ping = FIRST_WINDOW_PING
         self._closed = False
 
     def sent(self, n_bytes: int) -> int | None:
@@ -41,7 +40,7 @@ class FlightWindow:
                 return None
             self._unpinged_bytes = 0
             ping = self._next_ping
-            self._next_ping = FIRST_PING + (ping + 1 - FIRST_PING) % 0x10000
+            self._next_ping = FIRST_WINDOW_PING + (ping + 1 - FIRST_WINDOW_PING) % WINDOW_PINGS
             self._pings.append((ping, self._sent_bytes))
             return ping
 

@@ -17,11 +17,10 @@ from postcopy.memory.runs import Indices, Mask, index_runs
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages
 from postcopy.source.outflow import Outflow
-from postcopy.source.page_sender import RAM_SECTION_ID
 from postcopy.stream.block_list import encode_list_end, encode_list_start
 from postcopy.stream.encoder import RamPart
 from postcopy.stream.mapped_ram import MappedBlock, encode_bitmap, encode_entry, lay_out
-from postcopy.stream.numbers import SectionType
+from postcopy.stream.numbers import RAM_SECTION_ID, SectionType
 from postcopy.stream.records import PageRows
 from postcopy.stream.zero_pages import are_zero
 
@@ -57,7 +56,7 @@ class MappedPageSender(Outflow):
         """
         block = pages.block
         target = block.target_pages(batch)
-        written = block.target_pages(batch[pages.look_for_data(batch)])
+        written = block.target_pages(batch[pages.has_data(batch)])
         written = written[~are_zero(block.pages, written)]
         self._mark(block.name, target, written)
         for start, end in index_runs(written).tolist():

@@ -55,7 +55,7 @@ class PageRecords:
         if block.target_pages_per_page == 1 and len(batch) == 1:
             yield self._page(pages, int(batch[0]))
             return
-        has_data = pages.look_for_data(batch)
+        has_data = pages.has_data(batch)
         data = block.target_pages(batch[has_data])
         holes = block.target_pages(batch[~has_data])
         while len(data) > BATCH_PAGES:
@@ -83,7 +83,7 @@ class PageRecords:
 
     def _page(self, pages: BlockPages, page: int) -> EncodedPages:
         block = pages.block
-        if pages.has_data[page] or pages.look_for_data(np.array([page])).all():
+        if pages.known_data[page] or pages.has_data(np.array([page])).all():
             record = self._encoder.nonzero_page(block.name, page, block.pages)
             if record is not None:
                 return EncodedPages([*record], 1, 0)

@@ -11,11 +11,8 @@ from postcopy.source.dirty_pages import BlockPages
 from postcopy.source.outflow import Outflow
 from postcopy.source.page_records import EncodedPages, PageRecords
 from postcopy.stream.encoder import RamPart, ram_setup
-from postcopy.stream.numbers import SectionType
+from postcopy.stream.numbers import RAM_SECTION_ID, SectionType
 from postcopy.stream.records import BlockEntry, PageRows, RamSetup
-
-RAM_SECTION_ID = 2
-"""As QEMU's own machines have it; 0 is taken for "never seen" by its reader."""
 
 
 class PageSender(Outflow):

@@ -19,9 +19,9 @@ from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages, DirtyPages
 from postcopy.source.flight_window import FlightWindow
 from postcopy.source.page_sink import PageSink
+from postcopy.source.preempt_channel import PreemptChannel
 from postcopy.source.push_waits import PushWaits
 from postcopy.source.return_path import ReturnPath
-from postcopy.source.urgent_channel import UrgentChannel
 from postcopy.stream.commands import encode_command
 from postcopy.stream.records import Ping
 
@@ -82,11 +82,11 @@ class PostcopyPush:
         self._by_name = {pages.block.name: pages for pages in dirty.blocks}
         self._lock = threading.Lock()
         self._sending = threading.Lock()
-        self._urgent_done = threading.Condition()
-        self._urgent = 0
+        self._served = threading.Condition()
+        self._serving = 0
         self._last_request = 0.0
         self._position: tuple[int, int] = (0, 0)  # number of a block, page there
-        self.urgent: UrgentChannel | None = None
+        self._preempt: PreemptChannel | None = None
         self.answers: ReturnPath | None = None
         self.window = FlightWindow(WINDOW_BYTES, PING_BYTES)
 
@@ -99,20 +99,24 @@ class PostcopyPush:
         self._begun = True
         self._awake.a_while()
 
+    def use_preempt_channel(self, channel: PreemptChannel) -> None:
+        """Send requested pages over this channel from now on."""
+        self._preempt = channel
+
     def run(self) -> None:
         """Push until nothing is pending."""
         self._let_guest_begin()
         waits = PushWaits(self._over, self.answers)
         try:
             while self._push_batch():
-                waits.read(here=self.urgent is None and self._has_time())
+                waits.read(here=self._preempt is None and self._has_time())
                 waits.look()
-                self._let_urgent_by()
+                self._yield_to_requests()
                 waits.wait_for(self.window)
                 self._sender.pace(waits)
         finally:
             waits.read(here=False)
-        self._let_urgent_by()  # what they have taken is not pending any more, but perhaps not yet sent
+        self._yield_to_requests()  # what they have taken is not pending any more, but perhaps not yet sent
 
     def stop(self) -> None:
         """Wake a push that sleeps: the channel is gone, and sending will say so."""
@@ -131,8 +135,8 @@ class PostcopyPush:
                 f"offset {start_bytes:#x}"
             )
         self._awake.a_while()
-        with self._urgent_done:
-            self._urgent += 1
+        with self._served:
+            self._serving += 1
         try:
             pages = self._by_name[name]
             size = pages.block.page_size_bytes
@@ -143,17 +147,17 @@ class PostcopyPush:
                 wanted = pages.take(first, end)
                 if len(wanted):
                     self._position = (self._dirty.blocks.index(pages), end)
-            pages.look_around(first)
+            pages.scan_window(first)
             for start in range(0, len(wanted), REQUEST_PAGES):
-                self._send_urgent(pages, wanted[start : start + REQUEST_PAGES])
+                self._send_requested(pages, wanted[start : start + REQUEST_PAGES])
         finally:
-            with self._urgent_done:
-                self._urgent -= 1
-                self._urgent_done.notify_all()
+            with self._served:
+                self._serving -= 1
+                self._served.notify_all()
 
-    def _send_urgent(self, pages: BlockPages, wanted: Indices) -> None:
-        if self.urgent is not None:
-            self.urgent.send(pages, wanted)
+    def _send_requested(self, pages: BlockPages, wanted: Indices) -> None:
+        if self._preempt is not None:
+            self._preempt.send(pages, wanted)
             return
         with self._sending:
             self._sender.send(pages, wanted)
@@ -168,17 +172,17 @@ class PostcopyPush:
         """
         self._push_batch(FIRST_PUSH_BYTES)
         deadline = time.monotonic() + BEGIN_S
-        with self._urgent_done:
+        with self._served:
             while (left_s := deadline - time.monotonic()) > 0:
                 before = self._counters.requests
-                self._urgent_done.wait(min(left_s, QUIET_S))
+                self._served.wait(min(left_s, QUIET_S))
                 if self._counters.requests == before:
                     return
 
-    def _let_urgent_by(self) -> None:
+    def _yield_to_requests(self) -> None:
         """A lock is not fair: without this, the push would take it back before anybody else."""
-        with self._urgent_done:
-            self._urgent_done.wait_for(lambda: not self._urgent)
+        with self._served:
+            self._served.wait_for(lambda: not self._serving)
 
     def _push_batch(self, most_bytes: int | None = None) -> bool:
         """Send the next batch; return whether there was one."""
@@ -199,9 +203,9 @@ class PostcopyPush:
 
     def _batch_bytes(self) -> int:
         is_calm = time.monotonic() - self._last_request > CALM_S
-        most = MOST_PUSH_BYTES if self.urgent is None or is_calm else PREEMPTED_PUSH_BYTES
+        most = MOST_PUSH_BYTES if self._preempt is None or is_calm else PREEMPTED_PUSH_BYTES
         if limit := self._sender.limit:
-            worth_s = LIMITED_PUSH_S if self.urgent is None else PREEMPTED_LIMITED_PUSH_S
+            worth_s = LIMITED_PUSH_S if self._preempt is None else PREEMPTED_LIMITED_PUSH_S
             most = min(most, max(LEAST_LIMITED_BYTES, int(limit * worth_s)))
         return min(most, self._size.bytes)
 

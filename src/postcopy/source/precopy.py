@@ -24,9 +24,9 @@ from postcopy.parameters import Parameters
 from postcopy.source.batch_size import BatchSize
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages, DirtyPages
-from postcopy.source.orders import Orders
 from postcopy.source.page_records import BATCH_PAGES
 from postcopy.source.page_sink import PageSink
+from postcopy.source.user_requests import UserRequests
 
 _WINDOW_PAGES: Final = 4096
 """After so many pages the tracker is asked again which are being written."""
@@ -52,14 +52,14 @@ class Precopy:
         dirty: DirtyPages,
         sender: PageSink,
         counters: Counters,
-        orders: Orders,
+        requests: UserRequests,
         parameters: Callable[[], Parameters],
         on_pass: Callable[[int], None],
     ) -> None:
         self._dirty = dirty
         self._sender = sender
         self._counters = counters
-        self._orders = orders
+        self._requests = requests
         self._parameters = parameters
         self._on_pass = on_pass
         self._batch_size = BatchSize(BATCH_PAGES * TARGET_PAGE_BYTES)
@@ -89,7 +89,7 @@ class Precopy:
             for chunk in itertools.islice(unprotected, due):
                 self._dirty.collect(*chunk)
             due = 1
-            pages.look_at(start, end)
+            pages.scan_chunk(start, end)
             send = self._send_but_hot if is_first else self._send
             if (outcome := send(pages, start, end)) is not None:
                 return outcome
@@ -112,20 +112,20 @@ class Precopy:
             pages.pending[batch] = False
             self._batch_size.begin()
             sent_bytes = self._sender.send(pages, batch)
-            self._sender.pace(self._orders.interrupt)
+            self._sender.pace(self._requests.interrupt)
             self._batch_size.end(sent_bytes)
             start = int(batch[-1]) + 1
-            self._dirty.look_behind(pages, start)
+            self._dirty.sample_redirtied(pages, start)
         return None
 
     def _batch_pages(self, pages: BlockPages) -> int:
         return max(1, self._batch_size.bytes // pages.block.page_size_bytes)
 
     def _interrupted(self) -> Outcome | None:
-        self._orders.interrupt.clear()
-        if self._orders.cancelled:
+        self._requests.interrupt.clear()
+        if self._requests.cancelled:
             return Outcome.CANCELLED
-        return Outcome.POSTCOPY if self._orders.postcopy_wanted else None
+        return Outcome.POSTCOPY if self._requests.postcopy_wanted else None
 
     def _affordable_bytes(self) -> float:
         parameters = self._parameters()

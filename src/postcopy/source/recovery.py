@@ -19,11 +19,11 @@ from postcopy.trace import trace
 
 
 def agree_on_what_is_missing(
-    connection: Connection, dirty: DirtyPages, open_urgent: Callable[[], None]
+    connection: Connection, dirty: DirtyPages, open_preempt: Callable[[], None]
 ) -> None:
     """Ask for the received-bitmap of each block, then say that pages will flow again.
 
-    :param open_urgent: opens the second connection, if there is one; between the two, as QEMU does it.
+    :param open_preempt: opens the second connection, if there is one; between the two, as QEMU does it.
     :raises ChannelBroken: this connection has broken too; nothing is lost, try again.
     :raises StreamError: the peer is not the destination that we have lost.
     """
@@ -33,7 +33,7 @@ def agree_on_what_is_missing(
         received = connection.answers.wait_bitmap(pages.block.name)
         _take_over(pages, received)
         trace("source.bitmap-taken")
-    open_urgent()
+    open_preempt()
     connection.channel.send(encode_command(PostcopyResume()))
     trace("source.resume-sent")
     connection.answers.wait_resume_ack()

@@ -14,7 +14,7 @@ from postcopy.kernel import threads
 from postcopy.kernel.reading import ReadingTurn
 from postcopy.kernel.scheduling import run_soon
 from postcopy.memory.runs import Mask
-from postcopy.stream.identity import is_ours
+from postcopy.stream.pings import is_ours
 from postcopy.stream.records import Pong, RecvBitmapReply, RequestPages, ResumeAck, Shut
 from postcopy.stream.return_path import ReturnPathDecoder
 

@@ -22,16 +22,17 @@ from postcopy.source.connecting import connect_unless_cancelled
 from postcopy.source.connection import Connection
 from postcopy.source.counters import Clock, Counters, Rate, describe
 from postcopy.source.dirty_pages import DirtyPages
-from postcopy.source.opening import FIRST_PING, opening
-from postcopy.source.orders import Orders
 from postcopy.source.page_sink import page_sink_for
 from postcopy.source.postcopy import POSTCOPY_BUFFER_BYTES
 from postcopy.source.precopy import Outcome, Precopy
 from postcopy.source.recovery import agree_on_what_is_missing
-from postcopy.source.switchover import PACKAGE_PING, Switchover
+from postcopy.source.stream_header import opening
+from postcopy.source.switchover import Switchover
+from postcopy.source.user_requests import UserRequests
 from postcopy.statistics import MigrationInfo
 from postcopy.status import GIVEN_UP, Progress, Status
 from postcopy.stream import encoder
+from postcopy.stream.pings import HEADER_PING, PACKAGE_PING
 from postcopy.trace import trace
 
 
@@ -61,7 +62,7 @@ class Source:
         self._progress = progress
         self._describe_devices = describe_devices
         self._on_pass = on_pass
-        self.orders = Orders()
+        self.requests = UserRequests()
         self.error: PostcopyError | None = None
         self._counters = Counters()
         self._clock = Clock()
@@ -81,7 +82,7 @@ class Source:
         """Give up, unless the destination may already have the guest."""
         before = frozenset({Status.SETUP, Status.ACTIVE, Status.PRE_SWITCHOVER, Status.DEVICE})
         if self._progress.move(Status.CANCELLING, only_from=before):
-            self.orders.cancel()
+            self.requests.cancel()
             self._break()  # wake a send that waits for a peer who does not read
 
     def pause(self) -> None:
@@ -91,7 +92,7 @@ class Source:
         broken as soon as the destination has taken it (or the link has been silent for too long).
         """
         self._paused_by_user = True
-        self.orders.interrupt.set()  # it may still be connecting
+        self.requests.interrupt.set()  # it may still be connecting
         if self._ran_there or not self._parameters.x_link_timeout:
             self._break()
 
@@ -156,7 +157,7 @@ class Source:
             dirty,
             connection.sender,
             self._counters,
-            self.orders,
+            self.requests,
             lambda: self._parameters,
             self._on_pass,
         )
@@ -164,9 +165,9 @@ class Source:
         if outcome is Outcome.CANCELLED:
             raise MigrationCancelled("cancelled by the user")
         if outcome is Outcome.POSTCOPY and self._preempt:
-            connection.answers.wait_pong(FIRST_PING)  # it has taken this one as the main channel
-            self._open_urgent(connection, self._options.uri)
-            connection.check_urgent()
+            connection.answers.wait_pong(HEADER_PING)  # it has taken this one as the main channel
+            self._open_preempt(connection, self._options.uri)
+            connection.check_preempt()
         self._switchover = switchover = self._make_switchover(connection, dirty)
         if outcome is Outcome.POSTCOPY:
             switchover.discard_ahead()
@@ -197,7 +198,7 @@ class Source:
     def _set_up(self) -> tuple[Connection, DirtyPages]:
         address = parse(self._options.uri)
         tracker = choose(self._parameters.x_dirty_tracking, self._guest)
-        channel = connect_unless_cancelled(address, self.orders)
+        channel = connect_unless_cancelled(address, self.requests)
         trace("source.connected")
         try:
             blocks = [RamBlock(region) for region in self._guest.regions()]
@@ -213,7 +214,7 @@ class Source:
         answered = connection.return_path is not None
         capabilities = self._options.capabilities
         channel.send(opening(self._guest.machine_name, blocks, capabilities, answered=answered))
-        self._open_urgent_if_awaited(connection, self._options.uri)
+        self._open_preempt_if_awaited(connection, self._options.uri)
         connection.sender.begin(blocks, postcopy=postcopy)
         dirty.start()
         self._on_pass(dirty.syncs)
@@ -232,20 +233,20 @@ class Source:
     def _preempt(self) -> bool:
         return self._options.capabilities.enabled(Capability.POSTCOPY_PREEMPT)
 
-    def _open_urgent_if_awaited(self, connection: Connection, uri: str) -> None:
+    def _open_preempt_if_awaited(self, connection: Connection, uri: str) -> None:
         if self._preempt and self._wants_both is None:
             self._wants_both = connection.wants_both()
         if self._wants_both:
-            self._open_urgent(connection, uri)
+            self._open_preempt(connection, uri)
 
-    def _open_urgent(self, connection: Connection, uri: str) -> None:
+    def _open_preempt(self, connection: Connection, uri: str) -> None:
         """Connect once more; the destination knows the two connections by their order."""
-        if not self._preempt or connection.has_urgent:
+        if not self._preempt or connection.has_preempt:
             return
         ended = connection.answers.has_ended
-        channel = connect_unless_cancelled(parse(uri), self.orders, ended)
+        channel = connect_unless_cancelled(parse(uri), self.requests, ended)
         channel.watch(self._parameters.x_link_timeout / 1000)
-        connection.open_urgent(channel, says_end=bool(self._wants_both))
+        connection.open_preempt(channel, says_end=bool(self._wants_both))
 
     def _connect(self, channel: Channel, dirty: DirtyPages, *, answered: bool) -> Connection:
         channel.watch(self._parameters.x_link_timeout / 1000)
@@ -254,11 +255,11 @@ class Source:
             dirty,
             page_sink_for(channel, self._options.capabilities, self._limiter, self._counters),
             self._counters,
-            self.orders.interrupt,
+            self.requests.interrupt,
             lambda: self._parameters.x_link_timeout,
             answered=answered,
         )
-        if self.orders.cancelled or self._paused_by_user:
+        if self.requests.cancelled or self._paused_by_user:
             channel.shutdown()  # the user's order came before there was anything to break
         return self._connection
 
@@ -267,7 +268,7 @@ class Source:
             self._guest,
             connection,
             dirty,
-            self.orders,
+            self.requests,
             self._progress,
             self._options.capabilities,
             self._counters,
@@ -306,16 +307,16 @@ class Source:
     def _resume(self, uri: str) -> None:
         assert self._dirty is not None
         self._ran_there = True  # or nobody would answer as a destination that waits for recovery
-        channel = connect_unless_cancelled(parse(uri), self.orders, lambda: self._paused_by_user)
+        channel = connect_unless_cancelled(parse(uri), self.requests, lambda: self._paused_by_user)
         _check_answers(channel)
         connection = self._connect(channel, self._dirty, answered=True)
         connection.push.begin()
         self._progress.move(Status.POSTCOPY_RECOVER)
         trace("source.recovery-connected")
-        self._open_urgent_if_awaited(connection, uri)  # one that is silent for that is no dead one
+        self._open_preempt_if_awaited(connection, uri)  # one that is silent for that is no dead one
         connection.begin_watch()
         agree_on_what_is_missing(
-            connection, self._dirty, lambda: self._open_urgent(connection, uri)
+            connection, self._dirty, lambda: self._open_preempt(connection, uri)
         )
         self._guest.runs_there()
         self._progress.move(Status.POSTCOPY_ACTIVE)

@@ -19,12 +19,19 @@ from postcopy.parameters import Capabilities, Capability
 from postcopy.source.connection import Connection
 from postcopy.source.counters import Clock, Counters
 from postcopy.source.dirty_pages import DirtyPages
-from postcopy.source.orders import Orders
+from postcopy.source.user_requests import UserRequests
 from postcopy.status import Progress, Status
 from postcopy.stream import encoder
 from postcopy.stream.commands import DISCARD_VERSION, command, encode_command
 from postcopy.stream.configuration import encode_name
 from postcopy.stream.numbers import Command
+from postcopy.stream.pings import (
+    AFTER_PACKAGE_PING,
+    BEFORE_END_PING,
+    BEFORE_PACKAGE_PING,
+    DISCARD_PINGS,
+    PACKAGE_PING,
+)
 from postcopy.stream.records import (
     DeviceSection,
     Package,
@@ -39,9 +46,6 @@ OURS_ONLY = frozenset({"serial"})
 
 FIRST_DEVICE_ID = 10
 _RANGES_PER_COMMAND = 4000  # 64 KiB, less the name
-LAST_PING = 5
-PACKAGE_PING = 3
-DISCARD_PINGS = (10, 11, 12)
 _FEW_PAGES = 1000
 _REST_BYTES = 1 << 20
 """Sent at a time: silence is watched for by what has gone out, batch by batch."""
@@ -55,7 +59,7 @@ class Switchover:
         guest: Guest,
         connection: Connection,
         dirty: DirtyPages,
-        orders: Orders,
+        requests: UserRequests,
         progress: Progress,
         capabilities: Capabilities,
         counters: Counters,
@@ -68,7 +72,7 @@ class Switchover:
         self._return_path = connection.return_path
         self._sender = connection.sender
         self._dirty = dirty
-        self._orders = orders
+        self._requests = requests
         self._progress = progress
         self._capabilities = capabilities
         self._counters = counters
@@ -90,7 +94,7 @@ class Switchover:
         self._connection.push.expect()
         # The guest writes meanwhile, but the less the shorter a pass takes.
         for ping in DISCARD_PINGS:
-            self._dirty.look_for_writes()
+            self._dirty.sync()
             said_pages = self._send_discards()
             self._channel.send(encode_command(Ping(ping)))
             self._return_path.wait_pong(ping)
@@ -104,7 +108,7 @@ class Switchover:
         self._saving = self._pause_to_save()
         if self._capabilities.enabled(Capability.PAUSE_BEFORE_SWITCHOVER):
             self._progress.move(Status.PRE_SWITCHOVER)
-            self._orders.wait_to_proceed()
+            self._requests.wait_to_proceed()
             self._check_cancelled()
         self._progress.move(Status.DEVICE)
         self._dirty.collect_all()
@@ -120,8 +124,8 @@ class Switchover:
         trace("source.rest-sent")
         if self._return_path is not None:
             # Before the last byte: only when it answers has the destination taken all that it needs.
-            self._channel.send(encode_command(Ping(LAST_PING)))
-            self._return_path.wait_pong(LAST_PING)
+            self._channel.send(encode_command(Ping(BEFORE_END_PING)))
+            self._return_path.wait_pong(BEFORE_END_PING)
             self._connection.expect_last_word()
         else:
             self._channel.wait_for_room()  # here a cancel ends the wait: from the commit on none does
@@ -177,13 +181,13 @@ class Switchover:
         trace("source.before-package")
         try:
             # RUN is the last byte of it: a send that fails has not delivered it.
-            self._channel.send_many([encode_command(Ping(2)), package])
+            self._channel.send_many([encode_command(Ping(BEFORE_PACKAGE_PING)), package])
         except ChannelBroken:
             self.committed = False
             raise
         trace("source.package-sent", bytes=len(package))
         self._clock.handed_over = time.monotonic()
-        self._channel.send(encode_command(Ping(4)))
+        self._channel.send(encode_command(Ping(AFTER_PACKAGE_PING)))
 
     def settle(self) -> None:
         """Wait until nothing of the stop is under way: the guest may be let run again then."""
@@ -235,7 +239,7 @@ class Switchover:
         return said_pages
 
     def _check_cancelled(self) -> None:
-        if self._orders.cancelled:
+        if self._requests.cancelled:
             raise MigrationCancelled("cancelled by the user")
 
 

@@ -18,6 +18,8 @@ FLAGS_MASK = TARGET_PAGE_BYTES - 1
 
 RAM_SECTION_NAME = "ram"
 RAM_SECTION_VERSION = 4
+RAM_SECTION_ID = 2
+"""As QEMU's own machines have it; its reader takes 0 for "never seen"."""
 
 IGNORED_BLOCKS = frozenset({"pc.bios", "pc.rom"})
 """Blocks of a real microvm that a guest without firmware has no use for."""

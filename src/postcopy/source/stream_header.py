@@ -6,8 +6,8 @@ from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
 from postcopy.parameters import Capabilities, Capability
 from postcopy.stream import encoder
 from postcopy.stream.commands import encode_command
-from postcopy.stream.identity import IDENTITY_PING
 from postcopy.stream.numbers import VALIDATED_CAPABILITIES
+from postcopy.stream.pings import HEADER_PING, IDENTITY_PING
 from postcopy.stream.records import (
     CommandRecord,
     Configuration,
@@ -15,9 +15,6 @@ from postcopy.stream.records import (
     Ping,
     PostcopyAdvise,
 )
-
-FIRST_PING = 1
-"""QEMU's number for it."""
 
 
 def configuration(machine: str, capabilities: Capabilities) -> Configuration:
@@ -35,7 +32,7 @@ def opening(
     """
     parts = [encoder.stream_start(configuration(machine, capabilities))]
     if answered:
-        greeting: list[CommandRecord] = [OpenReturnPath(), Ping(FIRST_PING), Ping(IDENTITY_PING)]
+        greeting: list[CommandRecord] = [OpenReturnPath(), Ping(HEADER_PING), Ping(IDENTITY_PING)]
         parts += map(encode_command, greeting)
     if capabilities.enabled(Capability.POSTCOPY_RAM):
         # Said now, so that a destination that cannot do it refuses now.

@@ -9,7 +9,7 @@ import pytest
 from postcopy.channel.sockets import SocketChannel
 from postcopy.errors import ChannelBroken
 from postcopy.source.counters import Counters
-from postcopy.source.urgent_channel import UrgentChannel
+from postcopy.source.preempt_channel import PreemptChannel
 
 
 class Bench:
@@ -17,16 +17,16 @@ class Bench:
         ours, self.peer = socket.socketpair()
         self.causes = []
         self.broken = threading.Event()
-        self.channel = SocketChannel(ours, "urgent")
-        self.urgent = UrgentChannel(self.channel, Counters(), self.note, **options)
-        self.urgent.start()
+        self.channel = SocketChannel(ours, "preempt")
+        self.preempt = PreemptChannel(self.channel, Counters(), self.note, **options)
+        self.preempt.start()
 
     def note(self, cause):
         self.causes.append(cause)
         self.broken.set()
 
     def close(self):
-        self.urgent.close()
+        self.preempt.close()
         self.peer.close()
 
 
@@ -45,27 +45,27 @@ def test_an_end_that_nobody_expects_is_told_with_the_likely_reason(bench):
 
 
 def test_an_expected_end_is_not_told(bench):
-    bench.urgent.expect_end()
+    bench.preempt.expect_end()
     bench.peer.close()
-    bench.urgent._watcher.join(10)
+    bench.preempt._watcher.join(10)
     assert not bench.causes
 
 
 @pytest.mark.parametrize("says_end", [False, True])
 def test_an_old_qemu_alone_is_told_that_no_more_pages_come(says_end):
     with contextlib.closing(Bench(says_end=says_end)) as bench:
-        bench.urgent.expect_end()
-        bench.urgent.shutdown()
+        bench.preempt.expect_end()
+        bench.preempt.shutdown()
         end_of_ram = bytes.fromhex("0000000000000010")
         assert bench.peer.recv(100) == (end_of_ram if says_end else b"")
 
 
 def test_nor_is_one_of_our_own(bench):
-    bench.urgent.shutdown()
-    bench.urgent._watcher.join(10)
+    bench.preempt.shutdown()
+    bench.preempt._watcher.join(10)
     assert not bench.causes
-    bench.urgent.close()
-    bench.urgent.close()
+    bench.preempt.close()
+    bench.preempt.close()
 
 
 def test_what_the_peer_says_is_passed_over(bench):
@@ -78,4 +78,4 @@ def test_what_the_peer_says_is_passed_over(bench):
 def test_it_knows_what_has_been_taken(bench):
     bench.channel.send(b"12345")
     assert bench.peer.recv(5) == b"12345"
-    assert bench.urgent.taken_bytes <= 5
+    assert bench.preempt.taken_bytes <= 5

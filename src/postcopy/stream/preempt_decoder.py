@@ -9,7 +9,7 @@ from postcopy.stream.reader import Incomplete
 from postcopy.stream.records import Pages, ZeroPages
 
 
-class UrgentDecoder(DecoderInput):
+class PreemptDecoder(DecoderInput):
     """Decodes the preempt channel: urgent pages and nothing else.
 
     Its CONTINUE refers to blocks named on this channel.  Use it as

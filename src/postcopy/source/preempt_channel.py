@@ -23,7 +23,7 @@ from postcopy.source.page_records import PageRecords
 from postcopy.stream import encoder
 
 
-class UrgentChannel:
+class PreemptChannel:
     """Sends pages at once; no batch, no window and no bandwidth limit is before them.
 
     :param on_break: called with the reason when the channel ends before :meth:`expect_end`.
@@ -46,7 +46,7 @@ class UrgentChannel:
         self._records = PageRecords()
         self._sending = threading.Lock()  # the encoder knows one thread at a time
         self._ending = False
-        self._watcher = threading.Thread(target=self._watch, name="urgent", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, name="preempt", daemon=True)
 
     def start(self) -> None:
         """Begin to watch for its end."""
@@ -59,7 +59,7 @@ class UrgentChannel:
         """
         with self._sending:
             for encoded in self._records.encode(pages, wanted):
-                self._counters.urgent_bytes += encoded.send(self._channel)
+                self._counters.preempt_bytes += encoded.send(self._channel)
                 self._counters.add_pages(encoded.normal_pages, encoded.zero_pages)
 
     @property

@@ -12,7 +12,7 @@ from postcopy.channel.connect import connect
 from postcopy.channel.listen import Listener
 from postcopy.destination.door import Door
 from postcopy.destination.elements import layout_of
-from postcopy.destination.urgent import Urgent
+from postcopy.destination.preempt_channel import PreemptChannel
 from postcopy.errors import ChannelBroken, HostCannot, StreamCut, StreamError
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.fault_table import FaultTable
@@ -41,7 +41,7 @@ class Bench:
         (self.paged,) = self.ram
         self.address = parse(f"unix:{folder}/door")
         self.door = Door(Listener(self.address), lambda: self.wanted)
-        self.urgent = Urgent(
+        self.preempt = PreemptChannel(
             self.ram,
             FaultTable(Blocktime({})),
             layout_of(self.ram),
@@ -61,11 +61,11 @@ class Bench:
         """Both connections are there, and the second one is listened to; return the source's end."""
         main = connect(self.address)
         self.opened += [main, self.door.main()]
-        self.urgent.expect(self.door)
+        self.preempt.expect(self.door)
         source = connect(self.address)
         self.opened.append(source)
-        self.urgent.accept()
-        self.urgent.start(self.userfaultfd)
+        self.preempt.accept()
+        self.preempt.start(self.userfaultfd)
         return source
 
     def wait_placed(self, *pages):
@@ -74,7 +74,7 @@ class Bench:
         )
 
     def close(self):
-        self.urgent.close()
+        self.preempt.close()
         self.door.close()
         if self.userfaultfd is not None:
             for channel in self.opened:
@@ -112,58 +112,58 @@ def test_pages_are_placed_as_they_come(bench):
     source.send(sent)
     bench.wait_placed(3, 4, 5)
     assert bench.guest.touch(3) == bytes([4]) * 8
-    assert bench.urgent.received_bytes == len(sent)
+    assert bench.preempt.received_bytes == len(sent)
     assert bench.ram.missing_pages == PAGES - 3
     assert not bench.failed.is_set()
 
 
 def test_switched_off_it_does_nothing(bench):
     bench.wanted = False
-    bench.urgent.expect(bench.door)
-    bench.urgent.accept()
-    bench.urgent.start(bench.userfaultfd)
-    assert bench.urgent.received_bytes == 0
-    bench.urgent.finish()
+    bench.preempt.expect(bench.door)
+    bench.preempt.accept()
+    bench.preempt.start(bench.userfaultfd)
+    assert bench.preempt.received_bytes == 0
+    bench.preempt.finish()
 
 
 def test_a_source_that_opens_none_is_not_waited_for_longer_than_the_link_may_be_silent(bench):
     bench.timeout_ms = 10
-    bench.urgent.expect(bench.door)
+    bench.preempt.expect(bench.door)
     with pytest.raises(StreamError, match=r"no second connection within 0\.01 s"):
-        bench.urgent.accept()
+        bench.preempt.accept()
 
 
 def test_whoever_waits_for_it_can_be_woken(bench):
-    bench.urgent.expect(bench.door)
-    threading.Timer(0.01, bench.urgent.shutdown).start()
+    bench.preempt.expect(bench.door)
+    threading.Timer(0.01, bench.preempt.shutdown).start()
     with pytest.raises(ChannelBroken, match="no longer waiting"):
-        bench.urgent.accept()
+        bench.preempt.accept()
 
 
 def test_the_end_waits_for_pages_that_were_asked_for(bench):
     source = bench.connected()
     bench.paged.pages.request(7)
-    thread, raised = finishing(bench.urgent)
+    thread, raised = finishing(bench.preempt)
     source.send(page_of(7)[:2000])
-    wait_until(lambda: bench.urgent.received_bytes == 2000, 10, "half a page")
+    wait_until(lambda: bench.preempt.received_bytes == 2000, 10, "half a page")
     assert thread.is_alive()
     source.send(page_of(7)[2000:])
     thread.join(10)
     assert not thread.is_alive()
     assert raised == []
     assert bench.paged.pages.is_settled(7)
-    assert bench.urgent.received_bytes == 0  # it has let go of the channel
+    assert bench.preempt.received_bytes == 0  # it has let go of the channel
 
 
 def test_it_does_not_wait_for_the_source_to_close_when_nothing_is_on_its_way(bench):
     bench.connected()
-    bench.urgent.finish()
+    bench.preempt.finish()
 
 
 def test_an_end_before_all_has_come_is_a_break(bench):
     source = bench.connected()
     bench.paged.pages.request(7)
-    thread, raised = finishing(bench.urgent)
+    thread, raised = finishing(bench.preempt)
     source.close()
     thread.join(10)
     (error,) = raised
@@ -182,16 +182,16 @@ def test_what_is_wrong_wakes_the_reader_of_the_main_channel(bench, data, kind):
     source.send(data)
     source.close()
     assert bench.failed.wait(10)
-    assert isinstance(bench.urgent.failure, kind)
+    assert isinstance(bench.preempt.failure, kind)
     with pytest.raises(kind):
-        bench.urgent.finish()
+        bench.preempt.finish()
 
 
 def test_a_break_of_our_own_is_nobodys_failure(bench):
     bench.connected()
-    bench.urgent.close()
-    bench.urgent.close()
-    assert bench.urgent.failure is None
+    bench.preempt.close()
+    bench.preempt.close()
+    assert bench.preempt.failure is None
     assert not bench.failed.is_set()
 
 
@@ -199,11 +199,11 @@ def test_the_next_connection_knows_nothing_of_the_last_ones_failure(bench):
     source = bench.connected()
     source.send(b"\xff" * 64)
     assert bench.failed.wait(10)
-    bench.urgent.close()
+    bench.preempt.close()
     bench.door.close()
     bench.door = Door(Listener(bench.address), lambda: True)
     again = bench.connected()
-    assert bench.urgent.failure is None
+    assert bench.preempt.failure is None
     again.send(page_of(1))  # with its block's name: nothing of the other connection is remembered
     bench.wait_placed(1)
 
@@ -231,15 +231,15 @@ def test_an_end_of_it_alone_is_a_break(bench):
     source = bench.connected()
     source.close()
     assert bench.failed.wait(10)
-    assert isinstance(bench.urgent.failure, ChannelBroken)
-    assert "the source closed the second connection" in str(bench.urgent.failure)
+    assert isinstance(bench.preempt.failure, ChannelBroken)
+    assert "the source closed the second connection" in str(bench.preempt.failure)
 
 
 def test_an_end_that_the_main_channels_follows_is_none(bench):
     bench.timeout_ms = 60_000
     source = bench.connected()
     source.close()
-    wait_until(lambda: bench.urgent._ended, 10, "its end")
-    bench.urgent.finish()
-    assert bench.urgent.failure is None
+    wait_until(lambda: bench.preempt._ended, 10, "its end")
+    bench.preempt.finish()
+    assert bench.preempt.failure is None
     assert not bench.failed.is_set()

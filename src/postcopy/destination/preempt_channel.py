@@ -1,4 +1,4 @@
-"""Requested pages on a channel of their own (``postcopy-preempt``), read by the thread ``urgent``.
+"""Requested pages on a channel of their own (``postcopy-preempt``), read by the thread ``preempt``.
 
 Source: QEMU's ``docs/devel/migration/postcopy.rst``, "Postcopy preempt mode".  Each connection has a
 decoder and a placement of its own: block names and halves of huge pages are a channel's own affair.
@@ -17,14 +17,14 @@ from postcopy.paging.fault_table import FaultTable
 from postcopy.paging.placement import Placement
 from postcopy.paging.ram import IncomingRam
 from postcopy.stream.layout import Layout
+from postcopy.stream.preempt_decoder import PreemptDecoder
 from postcopy.stream.records import Pages
-from postcopy.stream.urgent_decoder import UrgentDecoder
 
 _PATIENCE_S = 30.0
 """How long to wait for the second connection when the link is not watched: a guest stands still."""
 
 
-class Urgent:
+class PreemptChannel:
     """The second connection of a source, one after the other; does nothing while it is switched off.
 
     :param wanted: whether it is switched on.
@@ -80,8 +80,8 @@ class Urgent:
             return
         placement = Placement(self._ram, self._faults)
         placement.listen(userfaultfd)
-        arguments = (self._channel, UrgentDecoder(self._layout), placement)
-        thread = threading.Thread(target=self._run, args=arguments, name="urgent", daemon=True)
+        arguments = (self._channel, PreemptDecoder(self._layout), placement)
+        thread = threading.Thread(target=self._run, args=arguments, name="preempt", daemon=True)
         self._thread = threads.start(thread)
 
     @property
@@ -129,9 +129,9 @@ class Urgent:
             self._channel.close()
             self._channel = None
 
-    # --- the thread "urgent"
+    # --- the thread "preempt"
 
-    def _run(self, channel: Channel, decoder: UrgentDecoder, placement: Placement) -> None:
+    def _run(self, channel: Channel, decoder: PreemptDecoder, placement: Placement) -> None:
         run_soon()
         failure: PostcopyError | None = None
         try:
@@ -158,7 +158,7 @@ class Urgent:
             return None
         return ChannelBroken(f"{channel.description}: the source closed the second connection")
 
-    def _place(self, decoder: UrgentDecoder, placement: Placement) -> None:
+    def _place(self, decoder: PreemptDecoder, placement: Placement) -> None:
         while (record := decoder.next_record()) is not None:
             if isinstance(record, Pages):
                 placement.pages(

@@ -1,13 +1,13 @@
-"""What the user has asked for meanwhile: set by the monitor's calls, looked at by the source."""
+"""What the user has asked for meanwhile: set by calls of the monitor, checked by the source."""
 
 import threading
 
 
-class Orders:
-    """Orders only ever appear; none is taken back.
+class UserRequests:
+    """The requests of one job; none is taken back.
 
-    ``interrupt`` is set with each of them, so that whoever sleeps (for the bandwidth limit, say)
-    looks up.
+    ``interrupt`` is set with each of them: a thread that waits, for the bandwidth limit for example,
+    checks them.
     """
 
     def __init__(self) -> None:
@@ -18,15 +18,15 @@ class Orders:
 
     def postcopy(self) -> None:
         """Switch to postcopy as soon as possible."""
-        self._give(self._postcopy)
+        self._set(self._postcopy)
 
     def cancel(self) -> None:
-        """Give up and leave the guest here."""
-        self._give(self._cancel)
+        """Cancel: the guest stays here."""
+        self._set(self._cancel)
 
     def proceed(self) -> None:
         """Go on from ``pre-switchover``."""
-        self._give(self._proceed)
+        self._set(self._proceed)
 
     @property
     def postcopy_wanted(self) -> bool:
@@ -39,11 +39,11 @@ class Orders:
         return self._cancel.is_set()
 
     def wait_to_proceed(self) -> None:
-        """Sleep until told to go on, or to cancel."""
+        """Wait for :meth:`proceed` or :meth:`cancel`."""
         while not (self._proceed.is_set() or self._cancel.is_set()):
             self.interrupt.wait()
             self.interrupt.clear()
 
-    def _give(self, order: threading.Event) -> None:
-        order.set()
+    def _set(self, request: threading.Event) -> None:
+        request.set()
         self.interrupt.set()
