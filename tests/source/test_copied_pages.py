@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from postcopy.source.page_records import BATCH_PAGES, PageRecords
+from postcopy.source.wire_sink import BATCH_PAGES, PageRecords
 from postcopy.stream.numbers import RamFlag
 
 

@@ -1,4 +1,4 @@
-"""How pages leave: as records on a stream, or at their places in a file (mapped-ram)."""
+"""Where pages go: as records onto a stream, or to their places in a file (mapped-ram)."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -11,16 +11,16 @@ from postcopy.memory.runs import Indices
 from postcopy.parameters import Capabilities, Capability
 from postcopy.source.counters import Counters, Rate
 from postcopy.source.dirty_pages import BlockPages
-from postcopy.source.mapped_sender import MappedPageSender
-from postcopy.source.page_sender import PageSender
+from postcopy.source.file_sink import FileSink
+from postcopy.source.wire_sink import WireSink
 from postcopy.stream.records import PageRows
 
 
 class PageSink(Protocol):
-    """What brings pages out; one thread at a time.
+    """Takes the pages of one migration or snapshot; one thread at a time.
 
-    :ivar sent_bytes: what the pages have taken so far.
-    :ivar rate: bytes a second, as of late.
+    :ivar sent_bytes: bytes of pages sent so far.
+    :ivar rate: bytes a second of late.
     :ivar phase: the counter that :meth:`count` adds to, by its name in ``Counters``.
     """
 
@@ -33,32 +33,32 @@ class PageSink(Protocol):
         """The bandwidth limit now, in bytes a second; 0 = none."""
 
     def begin(self, blocks: Sequence[RamBlock], *, postcopy: bool) -> None:
-        """Say what blocks there are (RAM's START section): before any page.
+        """Send the list of blocks (RAM's START section), before any page.
 
         :param postcopy: it has been advised.
         """
 
     def send(self, pages: BlockPages, batch: Indices) -> int:
-        """Send these pages of a block as they are now; return the bytes that it took.
+        """Send these pages of a block as they are now; return how many bytes that took.
 
         :param batch: pages of the block's own size, ascending.
         """
 
     def send_copies(self, block: str, target: Indices, contents: PageRows) -> int:
-        """Send pages whose bytes were copied aside before; return the bytes that it took.
+        """Send pages whose bytes were copied before; return how many bytes that took.
 
         :param target: pages of the wire (4 KiB), whatever the block's own are.
         :param contents: those pages and no others, in the order of ``target``.
         """
 
     def send_zeros(self, block: str, target: Indices) -> int:
-        """Say of pages of the wire that they are zero; return the bytes that it took."""
+        """Send pages of the wire that are known to be zero; return how many bytes that took."""
 
     def say(self, command: bytes) -> None:
         """Send a command behind the pages."""
 
     def pace(self, interrupt: Interrupt) -> None:
-        """Sleep as long as the bandwidth limit wants it, unless interrupted."""
+        """Wait as long as the bandwidth limit requires, unless interrupted."""
 
     def end_of_ram(self) -> bytes:
         """Finish all that is not in the stream, and return RAM's END section, to be sent next."""
@@ -70,10 +70,10 @@ class PageSink(Protocol):
 def page_sink_for(
     channel: Channel, capabilities: Capabilities, limiter: RateLimiter, counters: Counters
 ) -> PageSink:
-    """The way in which these capabilities want pages to leave.
+    """Return the sink that these capabilities ask for.
 
-    :raises Refused: not on this channel, which has been closed.
+    :raises Refused: this channel cannot be one; it has been closed.
     """
     if not capabilities.enabled(Capability.MAPPED_RAM):
-        return PageSender(channel, limiter, counters)
-    return MappedPageSender(check_seekable(channel), limiter, counters)
+        return WireSink(channel, limiter, counters)
+    return FileSink(check_seekable(channel), limiter, counters)

@@ -24,9 +24,9 @@ from postcopy.parameters import Parameters
 from postcopy.source.batch_size import BatchSize
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages, DirtyPages
-from postcopy.source.page_records import BATCH_PAGES
 from postcopy.source.page_sink import PageSink
 from postcopy.source.user_requests import UserRequests
+from postcopy.source.wire_sink import BATCH_PAGES
 
 _WINDOW_PAGES: Final = 4096
 """After so many pages the tracker is asked again which are being written."""

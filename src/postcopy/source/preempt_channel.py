@@ -19,7 +19,7 @@ from postcopy.kernel import threads
 from postcopy.memory.runs import Indices
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages
-from postcopy.source.page_records import PageRecords
+from postcopy.source.wire_sink import PageRecords, send_records
 from postcopy.stream import encoder
 
 
@@ -59,7 +59,7 @@ class PreemptChannel:
         """
         with self._sending:
             for encoded in self._records.encode(pages, wanted):
-                self._counters.preempt_bytes += encoded.send(self._channel)
+                self._counters.preempt_bytes += send_records(self._channel, encoded)
                 self._counters.add_pages(encoded.normal_pages, encoded.zero_pages)
 
     @property

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from postcopy.channel.sockets import SocketChannel
 from postcopy.memory.ram_block import RamBlock
-from postcopy.source import page_records
+from postcopy.source import wire_sink
 from postcopy.source.dirty_pages import BlockPages
-from postcopy.source.page_records import PageRecords
+from postcopy.source.wire_sink import PageRecords, send_records
 from postcopy.stream.numbers import PAGE_RECORD_BYTES, RamFlag
 
 COUNT = 24  # pages of the wire
@@ -65,7 +65,7 @@ def test_whatever_a_batch_holds(per_page, holes, zeros, batch, most):
     block = Block(per_page, holes, zeros)
     batch = np.array(sorted({page // per_page for page in batch}))
     wanted = block.target_pages(batch).tolist()
-    with mock.patch.object(page_records, "BATCH_PAGES", most):
+    with mock.patch.object(wire_sink, "BATCH_PAGES", most):
         found, normal, zero = [], 0, 0
         for encoded in PageRecords().encode(BlockPages(block), batch):
             found += parse(b"".join(bytes(part) for part in encoded.parts))
@@ -86,7 +86,7 @@ def test_they_are_sent_with_what_stands_around_them(batch):
     ours, theirs = socket.socketpair()
     with SocketChannel(ours, "t") as channel, theirs:
         (encoded,) = PageRecords().encode(BlockPages(block), np.array(batch))
-        sent_bytes = encoded.send(channel, b"head", b"tail")
+        sent_bytes = send_records(channel, encoded, b"head", b"tail")
         assert channel.sent_bytes == sent_bytes
         found = theirs.recv(10 * PAGE_RECORD_BYTES, socket.MSG_WAITALL | socket.MSG_DONTWAIT)
     assert found[:4] + found[-4:] == b"headtail"

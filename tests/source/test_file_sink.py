@@ -17,9 +17,9 @@ from postcopy.memory.ram_block import RamBlock
 from postcopy.parameters import Capabilities, Capability
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages
-from postcopy.source.mapped_sender import MappedPageSender
-from postcopy.source.page_sender import PageSender
+from postcopy.source.file_sink import FileSink
 from postcopy.source.page_sink import page_sink_for
+from postcopy.source.wire_sink import WireSink
 from postcopy.stream.block_list import encode_list_start
 from postcopy.stream.mapped_ram import decode_bitmap, read_list
 
@@ -147,8 +147,8 @@ def test_the_capability_chooses(tmp_path):
     with connect(FileAddress(str(tmp_path / "f"))) as channel:
         plain = page_sink_for(channel, Capabilities(), RateLimiter(0), Counters())
         mapped = page_sink_for(channel, MAPPED, RateLimiter(0), Counters())
-        assert isinstance(plain, PageSender)
-        assert isinstance(mapped, MappedPageSender)
+        assert isinstance(plain, WireSink)
+        assert isinstance(mapped, FileSink)
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)

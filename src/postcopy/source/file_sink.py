@@ -16,7 +16,7 @@ from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
 from postcopy.memory.runs import Indices, Mask, index_runs
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages
-from postcopy.source.outflow import Outflow
+from postcopy.source.wire_sink import PacedChannel
 from postcopy.stream.block_list import encode_list_end, encode_list_start
 from postcopy.stream.encoder import RamPart
 from postcopy.stream.mapped_ram import MappedBlock, encode_bitmap, encode_entry, lay_out
@@ -25,8 +25,8 @@ from postcopy.stream.records import PageRows
 from postcopy.stream.zero_pages import are_zero
 
 
-class MappedPageSender(Outflow):
-    """A :class:`postcopy.source.page_sink.PageSink` into a file; one thread at a time."""
+class FileSink(PacedChannel):
+    """A :class:`postcopy.source.page_sink.PageSink` for a file; one thread at a time."""
 
     def __init__(self, channel: FileChannel, limiter: RateLimiter, counters: Counters) -> None:
         super().__init__(channel, limiter, counters)
@@ -35,7 +35,7 @@ class MappedPageSender(Outflow):
         self._present: dict[str, Mask] = {}
 
     def begin(self, blocks: Sequence[RamBlock], *, postcopy: bool) -> None:
-        """Decide where all pages go, and write the list of blocks around their places."""
+        """Lay out the places of all pages, and write the list of blocks around their places."""
         assert not postcopy  # QEMU's rules exclude it
         channel = self._file
         channel.send(encode_list_start(RAM_SECTION_ID, sum(block.size_bytes for block in blocks)))
@@ -62,10 +62,10 @@ class MappedPageSender(Outflow):
         for start, end in index_runs(written).tolist():
             first = int(written[start])
             self._write(block.name, first, block.pages[first : first + end - start])
-        return self._sent(len(written), len(target) - len(written))
+        return self._count_sent(len(written), len(target) - len(written))
 
     def send_copies(self, block: str, target: Indices, contents: PageRows) -> int:
-        """Write pages whose bytes were copied aside before.
+        """Write pages whose bytes were copied before.
 
         :param target: pages of the file, ascending.
         :param contents: those pages and no others, in the order of ``target``.
@@ -78,12 +78,12 @@ class MappedPageSender(Outflow):
         for start, end in itertools.pairwise(edges):
             row = int(rows[start])
             self._write(block, int(written[start]), contents[row : row + end - start])
-        return self._sent(len(written), len(target) - len(written))
+        return self._count_sent(len(written), len(target) - len(written))
 
     def send_zeros(self, block: str, target: Indices) -> int:
         """Note that these pages of the file are zero."""
         self._present[block][target] = False
-        return self._sent(0, len(target))
+        return self._count_sent(0, len(target))
 
     def _mark(self, block: str, target: Indices, written: Indices) -> None:
         present = self._present[block]
@@ -94,13 +94,13 @@ class MappedPageSender(Outflow):
         place = self._places[block]
         self._file.write_at(place.pages_offset + first * place.page_bytes, contents.data)
 
-    def _sent(self, normal_pages: int, zero_pages: int) -> int:
+    def _count_sent(self, normal_pages: int, zero_pages: int) -> int:
         sent_bytes = normal_pages * TARGET_PAGE_BYTES
         self._counters.add_pages(normal_pages, zero_pages)
         return self._spent(sent_bytes)
 
     def end_of_ram(self) -> bytes:
-        """Write the bitmaps, and return RAM's END section, which says that they are there."""
+        """Write the bitmaps, and return RAM's END section, which marks the file as complete."""
         for name, place in self._places.items():
             self._file.write_at(place.bitmap_offset, encode_bitmap(self._present[name]))
         return RamPart(RAM_SECTION_ID, SectionType.END).around()
