@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from postcopy.errors import Refused
-from postcopy.monitor import hmp_info, memory_dump, memory_file, version
+from postcopy.monitor import hmp_info, memory_dump, version
 from postcopy.monitor.addresses import CHANNELS, uri_of_call
 from postcopy.monitor.backend import Backend
 from postcopy.monitor.command import Arguments, Command, Context, Flag, Human, Lines
@@ -155,7 +155,7 @@ def _quit(backend: Backend, _: Arguments) -> None:
 
 
 def _pmemsave(backend: Backend, arguments: Arguments) -> None:
-    memory_file.save(backend.machine, arguments["val"], arguments["size"], arguments["filename"])
+    memory_dump.save(backend.machine, arguments["val"], arguments["size"], arguments["filename"])
 
 
 def _gpa2hva(context: Context, _: object, arguments: Arguments) -> Lines:

@@ -1,8 +1,14 @@
-"""The layout of HMP's ``xp``: guest memory as numbers or characters."""
+"""Guest memory as numbers or characters (``xp``), and into a file (``pmemsave``)."""
 
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from postcopy.errors import Refused
+from postcopy.image.file_kinds import check_no_image
+from postcopy.monitor.backend import MachineControl
+
+_CHUNK_BYTES = 1 << 20
 
 MOST_BYTES = 256 << 10
 """So much of the memory is shown at a time: the text of it all is made before any of it is sent."""
@@ -61,3 +67,23 @@ def _character(code: int) -> str:
     if code in named:
         return named[code]
     return chr(code) if 32 <= code < 127 else f"\\x{code:02x}"
+
+
+def save(machine: MachineControl, address: int, length_bytes: int, path: str) -> None:
+    """Write ``length_bytes`` of guest RAM from physical ``address`` on to ``path``.
+
+    Waits for pages that are still missing.  Unlike QEMU, which writes what it pleases for
+    addresses without RAM, this refuses them: no zeros that nobody wrote.
+
+    :raises Refused: the file cannot be written, belongs to an image, or there is no RAM at some address.
+    """
+    try:
+        check_no_image(Path(path))
+        with Path(path).open("wb") as file:
+            for offset in range(0, length_bytes, _CHUNK_BYTES):
+                chunk_bytes = min(_CHUNK_BYTES, length_bytes - offset)
+                file.write(machine.read_physical(address + offset, chunk_bytes))
+    except (OSError, ValueError) as error:
+        known = isinstance(error, OSError) and error.errno
+        reason = os.strerror(known) if known else str(error)  # a zero byte in the name
+        raise Refused(f"Could not open '{path}': {reason}") from error
