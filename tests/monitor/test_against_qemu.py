@@ -307,6 +307,7 @@ HUMAN = [
     "", "   ", "foo", "info foo", "help foo", "MIGRATE", "info status", "info cpus", "stop",
     "info status", "c", "info status", "stop x", "quit x", "migrate", "migrate -x tcp:1:1",
     "migrate -d", "migrate -r tcp:127.0.0.1:1", "migrate -d bad:1", "migrate bad:1", 'migrate ""',
+    r'migrate "bad:\"\\1"', 'migrate "bad', r'migrate "bad\"', 'migrate "bad:1" x',
     'migrate_recover ""',
     "migrate_cancel", "migrate_cancel x", "migrate_continue", "migrate_continue foo",
     "migrate_continue pre-switchover", "migrate_incoming tcp:0:0", "migrate_recover tcp:0:0",

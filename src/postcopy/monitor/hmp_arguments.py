@@ -1,5 +1,6 @@
 """The arguments of an HMP command: flags, words, numbers, a dump format."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from postcopy.errors import Refused
 from postcopy.monitor.hmp_expression import Expression
 
+_QUOTED = re.compile(r'"((?:[^"\\]++|\\.)*+)"', re.DOTALL)
+_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 _ESCAPES = {"n": "\n", "r": "\r", "\\": "\\", "'": "'", '"': '"'}
 _FORMATS, _SIZES = "oduxci", {"b": 1, "h": 2, "w": 4, "g": 8, "L": 8}
 
@@ -39,29 +42,19 @@ class DumpFormat:
 def word(line: str, command: str) -> tuple[str, str]:
     """A word, or anything in double quotes."""
     line = line.lstrip()
-    if not line or (line.startswith('"') and not _closed(line)):
+    quoted = _QUOTED.match(line)
+    if quoted is not None:
+        return _ESCAPE.sub(_plain, quoted[1]), line[quoted.end() :]
+    if not line or line.startswith('"'):
         raise BadUsage(f"{command}: string expected")
-    if not line.startswith('"'):
-        text, _, rest = line.partition(" ")
-        return text, rest
-    text, position = "", 1
-    while line[position] != '"':
-        if line[position] == "\\":
-            position += 1
-            if line[position] not in _ESCAPES:
-                raise BadUsage(f"unsupported escape code: '\\{line[position]}'")
-            text += _ESCAPES[line[position]]
-        else:
-            text += line[position]
-        position += 1
-    return text, line[position + 1 :]
+    text, _, rest = line.partition(" ")
+    return text, rest
 
 
-def _closed(line: str) -> bool:
-    position = 1
-    while position < len(line) and line[position] != '"':
-        position += 2 if line[position] == "\\" else 1
-    return position < len(line)
+def _plain(escape: re.Match[str]) -> str:
+    if escape[1] not in _ESCAPES:
+        raise BadUsage(f"unsupported escape code: '{escape[0]}'")
+    return _ESCAPES[escape[1]]
 
 
 def words(line: str, command: str) -> tuple[str | None, str]:  # noqa: ARG001  the signature of all
