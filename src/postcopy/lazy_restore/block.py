@@ -45,7 +45,7 @@ class BlockRestorer:
     Invariant: a page that is ``RECEIVED`` in the page map is in place, or lost; one that is ``REMOVED``
     has been removed by the guest's process; every other is missing.
 
-    :param on_lost: told when pages are lost.  They fail whoever touches them.
+    :param on_lost: told when pages are lost.  A touch of one fails.
     """
 
     def __init__(
@@ -128,8 +128,8 @@ class BlockRestorer:
                 self._left -= 1
             self._states[page] = RECEIVED
 
-    def push(self, step: Iterable[Run]) -> None:
-        """Place pages that nobody has asked for, unless they are there."""
+    def prefetch(self, step: Iterable[Run]) -> None:
+        """Place pages that no thread waits for, unless they are there."""
         for first, end in step:
             self._read_ahead(first)
             if end - first == 1:
@@ -186,7 +186,7 @@ class BlockRestorer:
         return done
 
     def _read_ahead(self, page: int) -> None:
-        """Have the kernel read the file before the push gets there: it would wait, and demands too."""
+        """Have the kernel read the file before the prefetch gets there: it would wait, and faults too."""
         start = page << self.shift
         if not self._reads_ahead or self._ahead - _AHEAD_BYTES <= start < self._ahead:
             return
@@ -214,7 +214,7 @@ class BlockRestorer:
             yield deque((start + first, start + last) for first, last in runs(todo).tolist())
 
     def count(self) -> Iterator[None]:
-        """Count what is missing, once and a window at a time: who wants to know costs the pager nothing.
+        """Count what is missing, once and a window at a time: a query costs the pager nothing then.
 
         The caller looks after others between two windows.
         """

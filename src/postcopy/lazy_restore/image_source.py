@@ -50,7 +50,7 @@ class ImagePageSource:
         return self._data
 
     def has(self, page: int) -> bool:
-        """Whether a page has anything in it: the short way for one that somebody waits for."""
+        """Whether a page has anything in it: the short way for one that a thread waits for."""
         if self._bits is not None:
             return bool(self._bits[page >> 3] >> (page & 7) & 1)
         return bool(self.data[page])

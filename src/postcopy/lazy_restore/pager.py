@@ -1,7 +1,7 @@
-"""The pager of a restore: serves faults from the image, and brings the rest while nobody waits.
+"""The pager of a restore: serves faults from the image, and prefetches the rest between them.
 
 One thread does both.  So a demand never waits for a lock, for the interpreter, or for more than the one
-step of the push that is under way; and between two steps the push always looks whether somebody waits.
+step of the prefetch that is under way; and between two steps it always looks for faults.
 What comes unasked comes in two phases: the working set of earlier restores, at once; and everything else
 when the guest runs.  The guest is let run when the first has had a head start.
 """
@@ -38,10 +38,10 @@ _MINOR: Final = int(PagefaultFlag.MINOR)
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How the push behaves.
+    """How the prefetch behaves.
 
-    :ivar holds_for_recording: bring nothing unasked before the faults have settled: what nobody has
-        touched yet would never be seen to be touched.
+    :ivar holds_for_recording: bring nothing unasked before the faults have settled: a page
+        that has come is not seen to be touched.
     :ivar copies: of pages of the working set, if there are any: these come first.
     """
 
@@ -83,7 +83,7 @@ class RestorePager:
         self._not_before_ns = 0
         self._last_fault_ns = time.monotonic_ns()
         self._recording = pace.holds_for_recording
-        # Who records sees only what has not come unasked.
+        # A recording sees only pages that have not come unasked.
         self.head_start = HeadStart(wanted=bool(working_set) and not pace.holds_for_recording)
         self.latencies = LatencyHistogram()
         self.ready_ns: int | None = None
@@ -97,7 +97,7 @@ class RestorePager:
         return self.latencies.count
 
     def hurry(self, *, wanted: bool = True) -> None:
-        """Somebody waits for the end, so go on at full speed; or nobody does any more."""
+        """Go on at full speed, since a user waits for the end; or no longer."""
         self._hurry = wanted
         self._loop.wake()
 
@@ -155,7 +155,7 @@ class RestorePager:
     # --- the thread
 
     def run(self) -> None:
-        """Serve and push until every page is in place, and it :meth:`may_end`; or told to stop."""
+        """Serve and prefetch until every page is in place, and it :meth:`may_end`; or told to stop."""
         try:
             self._loop.run()
         finally:
@@ -247,13 +247,13 @@ class RestorePager:
                 return False
             if self._rest is None:
                 return True
-        pushed_bytes = self._rest.step(self._step_bytes())
+        placed_bytes = self._rest.step(self._step_bytes())
         if self._rest.done:
             self._rest = None
         if self.ready_ns is None:
-            self.head_start.brought(pushed_bytes)
+            self.head_start.brought(placed_bytes)
         elif not self._hurry:
-            self._pace(pushed_bytes)
+            self._pace(placed_bytes)
         self._note_progress()
         return True
 
@@ -264,12 +264,12 @@ class RestorePager:
             step_bytes = min(step_bytes, self._limiter.bytes_per_second // _STEPS_A_SECOND)
         return step_bytes
 
-    def _pace(self, pushed_bytes: int) -> None:
-        wait_s = self._limiter.spend(pushed_bytes)
+    def _pace(self, placed_bytes: int) -> None:
+        wait_s = self._limiter.spend(placed_bytes)
         self._not_before_ns = time.monotonic_ns() + int(wait_s * 1e9)
 
     def _plan(self) -> Iterator[PrefetchWork | None]:
-        """What comes unasked, in order; None: nothing yet, but somebody may wait by now."""
+        """What comes unasked, in order; None: nothing yet, but a thread may wait by now."""
         if self._copies is not None:
             yield from from_copies(self._restorers, self._copies)
         for restorer in self._restorers:

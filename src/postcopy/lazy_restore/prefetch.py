@@ -37,7 +37,7 @@ class _FromImage:
         """See :class:`PrefetchWork`."""
         shift = self._restorer.shift
         step = _take(self._found, most_bytes >> shift, _LEAST_A_RUN_BYTES >> shift)
-        self._restorer.push(step)
+        self._restorer.prefetch(step)
         return sum(end - first for first, end in step) << shift
 
 

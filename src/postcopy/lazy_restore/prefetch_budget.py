@@ -16,7 +16,7 @@ MOST_NS: Final = 60_000_000
 
 
 class HeadStart:
-    """The pager tells what has been brought; whoever is to run the guest waits.
+    """The pager tells what has been brought; the thread that is to run the guest waits.
 
     :param wanted: whether there is a working set.
     """

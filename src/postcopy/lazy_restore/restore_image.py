@@ -123,7 +123,7 @@ class RestoreImage:
         path = working_set.beside(self.path)
         seen = {name: each != UNTOUCHED for name, each in touches.items()}
         whole = working_set.record(path, WorkingSet(self.identity, seen))
-        if self._has_digests:  # else nobody could tell a page of this image from one of another
+        if self._has_digests:  # else a page of this image could not be told from one of another
             early = {name: each == EARLY for name, each in touches.items()}
             self._copy(page_copies.beside(path), whole, early)
 

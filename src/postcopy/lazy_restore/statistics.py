@@ -49,7 +49,7 @@ class RestoreStatistics:
         self._complete_ns = time.monotonic_ns()
 
     def touched(self) -> list[tuple[IncomingBlock, npt.NDArray[np.uint8]]]:
-        """Which pages somebody has waited for: see :attr:`postcopy.memory.page_map.PageMap.touched`."""
+        """Which pages threads have waited for: see :attr:`postcopy.memory.page_map.PageMap.touched`."""
         return [(restorer.paged, restorer.touched) for restorer in self._restorers]
 
     def info(self, status: Status, error: str | None) -> MigrationInfo:

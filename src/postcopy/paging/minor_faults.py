@@ -1,9 +1,9 @@
 """Map pages that are in memory already in the guest's process, where they are not mapped yet.
 
-What precopy brings is only written: until the guest runs here nobody touches it, and what is not mapped
+What precopy brings is only written: until the guest runs here no thread touches it, and what is not mapped
 need not be unmapped when it is discarded.  When the guest runs, a touch of such a page is a fault that
 the pager answers at once, without the source (``UFFDIO_CONTINUE``).  So that these become few, all that
-has been received is mapped by and by; and single pages that nobody waits for are left to that, too.
+has been received is mapped by and by; and single pages that no thread waits for are left to that, too.
 """
 
 import threading
@@ -27,7 +27,7 @@ _NEIGHBOURS: Final = 64
 
 
 class BackgroundMapper:
-    """The thread ``mapper``: at most half of the time at work, since it hurries for nobody."""
+    """The thread ``mapper``: at most half of the time at work, since no thread waits for it."""
 
     def __init__(self, userfaultfd: Userfaultfd, ram: IncomingRam) -> None:
         # Of each block, what is to be mapped still: set by the threads that receive pages, cleared here.

@@ -179,7 +179,7 @@ class Placement:
             self._placers[paged.block.name].wake(page)
 
     def _map_scattered(self, paged: IncomingBlock, target: Indices) -> None:
-        """Map long runs now; the rest later, if there is somebody for that: each costs a call."""
+        """Map long runs now, and the rest later if ``later`` was given: each run costs a call."""
         assert self._placers is not None
         ranges = index_runs(target)
         if self._later is not None:
