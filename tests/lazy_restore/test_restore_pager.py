@@ -18,7 +18,9 @@ from postcopy.lazy_restore import block, pager
 from postcopy.lazy_restore.block import BlockRestorer
 from postcopy.lazy_restore.pager import Pace, RestorePager
 from postcopy.lazy_restore.prefetch_budget import LEAST_BYTES, HeadStart
+from postcopy.lazy_restore.statistics import RestoreStatistics
 from postcopy.memory.page_map import EARLY, LATE, RECEIVED, UNTOUCHED
+from postcopy.status import Status
 
 PAGE = 4096
 PAGES = 256
@@ -448,5 +450,11 @@ def test_a_large_page_of_zeros_counts_once():
     filled = BlockRestorer(userfaultfd, paged, FakeSource(zero=[5]), pytest.fail)
     filled.bring(5)
     assert filled.placer.placed_pages == 1
+    pager_of_it = RestorePager(userfaultfd, [filled], {}, Pace(RateLimiter(0)))
+    statistics = RestoreStatistics(0, lazy=True)
+    statistics.watch([filled], pager_of_it, {})
+    told = statistics.info(Status.ACTIVE, None).ram
+    assert (told.page_size, told.normal, told.normal_bytes) == (PAGE, 2, 2 * PAGE)
+    pager_of_it.close()
     for each in (userfaultfd, ram, guest):
         each.close()

@@ -59,7 +59,6 @@ class BlockRestorer:
         self.paged = paged
         self.source = source
         self.block = block
-        self.page_bytes = block.page_size_bytes
         self.shift = block.page_size_bytes.bit_length() - 1
         self.touched = paged.pages.touched
         self.placer = BlockPlacer(userfaultfd, block)

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from postcopy.lazy_restore.block import BlockRestorer
 from postcopy.lazy_restore.pager import RestorePager
+from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Mask
 from postcopy.paging.ram import IncomingBlock
 from postcopy.statistics import Measured, MigrationInfo, RamStatistics
@@ -71,10 +72,10 @@ class RestoreStatistics:
             transferred=placed,
             remaining=0 if self._complete_ns else remaining,
             total=sum(restorer.block.size_bytes for restorer in self._restorers),
-            normal=placed >> 12,
+            normal=placed // TARGET_PAGE_BYTES,
             normal_bytes=placed,
             postcopy_requests=self._pager.faults if self._pager is not None else 0,
-            page_size=self._restorers[0].page_bytes,
+            page_size=TARGET_PAGE_BYTES,
         )
 
     def _measured(self) -> Measured:
