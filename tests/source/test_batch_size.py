@@ -1,6 +1,6 @@
 """A batch takes a moment, on whatever way it goes."""
 
-from postcopy.source.batch_size import LEAST_BYTES, MOMENT_S, BatchSize
+from postcopy.source.flow_control import LEAST_BYTES, MOMENT_S, BatchSize
 
 MOST = 16 << 20
 

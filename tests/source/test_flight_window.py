@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postcopy.source.counters import Clock, Counters, Rate, describe
-from postcopy.source.flight_window import FlightWindow
+from postcopy.source.flow_control import FlightWindow
 from postcopy.source.user_requests import UserRequests
 from postcopy.status import Status
 from postcopy.stream.pings import FIRST_WINDOW_PING

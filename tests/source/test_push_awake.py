@@ -4,8 +4,10 @@ import pytest
 
 from fakes.cpus import CpusNoted
 from postcopy.errors import StreamError
-from postcopy.source import postcopy
+from postcopy.source import push as pushing
 from postcopy.source.counters import Counters
+from postcopy.source.flow_control import PushPolicy
+from postcopy.source.push import PostcopyPush
 
 
 class Block:
@@ -35,12 +37,12 @@ class Dirty:
 @pytest.fixture
 def cpus(monkeypatch):
     noted = CpusNoted()
-    monkeypatch.setattr(postcopy, "CpusAwake", lambda: noted)
+    monkeypatch.setattr(pushing, "CpusAwake", lambda: noted)
     return noted
 
 
 def test_from_before_the_stop_on_for_each_request_until_the_connection_ends(cpus):
-    push = postcopy.PostcopyPush(Dirty(cpus.calls), None, Counters())
+    push = PostcopyPush(Dirty(cpus.calls), None, Counters(), PushPolicy())
     push.expect()
     cpus.calls.append("the guest stops")
     push.begin()
@@ -52,7 +54,7 @@ def test_from_before_the_stop_on_for_each_request_until_the_connection_ends(cpus
 
 
 def test_not_for_who_may_not_ask_yet(cpus):
-    push = postcopy.PostcopyPush(Dirty(cpus.calls), None, Counters())
+    push = PostcopyPush(Dirty(cpus.calls), None, Counters(), PushPolicy())
     with pytest.raises(StreamError, match="before it can miss one"):
         push.serve("ram", 0, 4096)
     assert cpus.calls == []

@@ -10,13 +10,16 @@ from fakes.waiting import wait_until
 from postcopy.guest import Region
 from postcopy.kernel import memfd
 from postcopy.memory.ram_block import RamBlock
-from postcopy.source import postcopy
+from postcopy.source import push as pushing
 from postcopy.source.counters import Counters, Rate
 from postcopy.source.dirty_pages import DirtyPages
+from postcopy.source.flow_control import PushPolicy
+from postcopy.source.push import PostcopyPush
 
 PAGES = 1024  # less than the window
 DEADLINE_S = 60.0
-FIRST_PAGES = postcopy.FIRST_PUSH_BYTES // 4096
+POLICY = PushPolicy(begin_s=DEADLINE_S, quiet_s=DEADLINE_S)
+FIRST_PAGES = POLICY.first_batch_bytes // 4096
 
 
 class Sent:
@@ -49,13 +52,11 @@ def block():
 
 def test_until_the_guest_has_begun_only_a_few_pages_and_those_it_asks_for(block, monkeypatch):
     clock = mock.Mock(monotonic=mock.Mock(return_value=0.0))
-    monkeypatch.setattr(postcopy, "time", clock)
-    monkeypatch.setattr(postcopy, "QUIET_S", DEADLINE_S)
-    monkeypatch.setattr(postcopy, "BEGIN_S", DEADLINE_S)
+    monkeypatch.setattr(pushing, "time", clock)
     sent = Sent()
-    push = postcopy.PostcopyPush(DirtyPages([block], None), sent, Counters())
+    push = PostcopyPush(DirtyPages([block], None), sent, Counters(), POLICY)
     push.begin()
-    thread = threading.Thread(target=push.run)
+    thread = threading.Thread(target=push.run, args=(None,))
     thread.start()
     wait_until(lambda: sent.batches)
     push.serve("ram", 500 * 4096, 4096)

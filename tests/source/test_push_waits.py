@@ -8,8 +8,8 @@ import pytest
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.channel.sockets import SocketChannel
 from postcopy.errors import ChannelBroken, StreamError
-from postcopy.source.flight_window import FlightWindow
-from postcopy.source.push_waits import PushWaits
+from postcopy.source.flow_control import FlightWindow
+from postcopy.source.push import PushWaits
 from postcopy.source.return_path import ReturnPath
 from postcopy.stream.layout import BlockLayout
 from postcopy.stream.pings import FIRST_WINDOW_PING

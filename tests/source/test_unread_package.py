@@ -15,6 +15,7 @@ from postcopy.link.rpc import Answer
 from postcopy.parameters import Capabilities
 from postcopy.source.connection import Connection
 from postcopy.source.counters import Clock, Counters
+from postcopy.source.flow_control import PushPolicy
 from postcopy.source.switchover import Switchover
 from postcopy.source.user_requests import UserRequests
 from postcopy.status import Progress, Status
@@ -50,6 +51,7 @@ def test_it_is_noticed_whether_or_not_the_kernel_takes_all_of_it(more_bytes):
         dirty,
         SimpleNamespace(sent_bytes=0),
         counters,
+        PushPolicy(),
         requests.interrupt,
         lambda: 200,
         answered=True,

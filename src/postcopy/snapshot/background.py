@@ -25,7 +25,7 @@ from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.snapshot.bitmap import Copies, UnsavedPages
 from postcopy.snapshot.cow_buffer import Aside
 from postcopy.snapshot.write_protect import WriteProtectHandler
-from postcopy.source.connecting import connect_unless_cancelled
+from postcopy.source.connection import connect_unless_cancelled
 from postcopy.source.counters import Clock, Counters, Rate, describe
 from postcopy.source.page_sink import PageSink, page_sink_for
 from postcopy.source.stream_header import opening

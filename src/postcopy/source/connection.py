@@ -1,18 +1,24 @@
-"""One connection to the destination, and everything that lives and ends with it."""
+"""One connection to the destination, and all that is made and closed with it."""
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 
+from postcopy.channel.address import Address
 from postcopy.channel.channel import Channel
+from postcopy.channel.connect import connect
 from postcopy.channel.silence import SilenceWatch, Taken
-from postcopy.errors import ChannelBroken, PostcopyError
+from postcopy.errors import ChannelBroken, MigrationCancelled, PostcopyError
+from postcopy.kernel import threads
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import DirtyPages
+from postcopy.source.flow_control import PushPolicy
 from postcopy.source.page_sink import PageSink
-from postcopy.source.postcopy import PostcopyPush
 from postcopy.source.preempt_channel import PreemptChannel
+from postcopy.source.push import PostcopyPush
 from postcopy.source.return_path import ReturnPath
+from postcopy.source.user_requests import UserRequests
 from postcopy.stream.commands import encode_command
 from postcopy.stream.layout import BlockLayout
 from postcopy.stream.pings import (
@@ -27,22 +33,66 @@ from postcopy.stream.records import Ping
 from postcopy.stream.return_path import ReturnPathDecoder
 from postcopy.trace import trace
 
-_GREETING_S = 5.0
-"""In which a destination answers unless it waits for the second connection.
+_PROBE_S = 5.0
+"""A destination that has not answered by then waits for the second connection.
 
-One that is only slow takes an early second connection as well: it accepts the first one first.
+A slow one takes an early second connection as well: it accepts the first one first.
 """
 
 
+def connect_unless_cancelled(
+    address: Address, requests: UserRequests, in_vain: Callable[[], bool] = lambda: False
+) -> Channel:
+    """Open a channel; the thread ``connect`` does it, so that a cancel ends the wait.
+
+    The kernel may try for minutes to reach a host that does not answer.
+
+    :param in_vain: whether the channel is not needed any more; a change of it sets ``requests.interrupt``.
+    :raises CannotConnect: the destination does not listen.
+    :raises MigrationCancelled: by the user; a channel that is opened later is closed.
+    :raises ChannelBroken: ``in_vain`` is true.
+    :raises HostCannot: no thread can be started.
+    """
+    made: Future[Channel] = Future()
+    made.add_done_callback(lambda _: requests.interrupt.set())
+    arguments = (address, made)
+    threads.start(threading.Thread(target=_connect, args=arguments, name="connect", daemon=True))
+    while not made.done():
+        if requests.cancelled or in_vain():
+            made.add_done_callback(_close)
+            if requests.cancelled:
+                raise MigrationCancelled("cancelled by the user")
+            raise ChannelBroken(
+                f"{address}: the first connection broke before the second was there"
+            )
+        requests.interrupt.wait()
+        requests.interrupt.clear()
+    return made.result()
+
+
+def _connect(address: Address, made: "Future[Channel]") -> None:
+    try:
+        made.set_result(connect(address))
+    except BaseException as error:
+        made.set_exception(error)
+
+
+def _close(made: "Future[Channel]") -> None:
+    if made.exception() is None:
+        channel = made.result()
+        channel.shutdown()
+        channel.close()
+
+
 class Connection:
-    """A channel with its sender, its push and its return path, and perhaps one for urgent pages.
+    """A channel with its sink, its push and its return path, and with a preempt channel if there is one.
 
-    A recovery makes another one; nothing of the old is used again but the pages it shares.
+    A recovery makes another connection, which shares nothing with this one but the pages.
 
-    :param sender: brings pages out on this channel.
-    :param interrupt: set when the connection ends, for a sender that keeps to a bandwidth limit.
-    :param timeout_ms: how long the destination may be silent, 0 = as long as it likes; may change.
-    :param answered: whether the destination can, and is going to, answer on the channel.
+    :param sender: the sink of this channel.
+    :param interrupt: set when the connection ends: ends a wait for the bandwidth limit.
+    :param timeout_ms: how long the destination may be silent, 0 = without a bound; may change.
+    :param answered: whether the destination answers on the channel.
     """
 
     def __init__(
@@ -51,6 +101,7 @@ class Connection:
         dirty: DirtyPages,
         sender: PageSink,
         counters: Counters,
+        policy: PushPolicy,
         interrupt: threading.Event,
         timeout_ms: Callable[[], int],
         *,
@@ -64,7 +115,7 @@ class Connection:
         self._timeout_ms = timeout_ms
         self._cause: PostcopyError | None = None
         self.sender = sender
-        self.push = PostcopyPush(dirty, self.sender, counters)
+        self.push = PostcopyPush(dirty, sender, counters, policy)
         self._interrupt = interrupt
         self.return_path: ReturnPath | None = None
         if answered:
@@ -79,7 +130,6 @@ class Connection:
                 self.push.window.pong,
                 self._wake_senders,
             )
-            self.push.answers = self.return_path
             self.return_path.start()
 
     @property
@@ -90,13 +140,13 @@ class Connection:
 
     # --- the second connection
 
-    def wants_both(self) -> bool:
-        """Whether the destination waits for the second connection before it reads this one.
+    def reads_after_both(self) -> bool:
+        """Whether the destination reads nothing before the second connection is there.
 
-        As QEMU 7.1 and 7.2 do it; they say so by their silence alone.
+        QEMU 7.1 and 7.2 do; only their silence tells.
         """
         self.channel.send(encode_command(Ping(PREEMPT_PROBE_PING)))
-        return not self.answers.answers_within(PREEMPT_PROBE_PING, _GREETING_S)
+        return not self.answers.answers_within(PREEMPT_PROBE_PING, _PROBE_S)
 
     @property
     def has_preempt(self) -> bool:
@@ -110,9 +160,9 @@ class Connection:
         self.push.use_preempt_channel(self._preempt)
 
     def check_preempt(self) -> None:
-        """Give the destination the time to close a second connection that it does not want.
+        """Wait until the destination would have closed a second connection that it does not want.
 
-        Two pings: it cannot come to the second before it has looked at its listener.
+        Two pings: the destination accepts or closes the connection before it answers the second.
 
         :raises ChannelBroken: it has.
         """
@@ -125,15 +175,15 @@ class Connection:
     # --- a peer that falls silent
 
     def begin_watch(self) -> None:
-        """Break the connection when the destination does nothing for too long.
+        """Break the connection when the destination shows no sign of life for too long.
 
-        It is pinged while it has nothing to say.  That it takes pages is a sign of life as well: on
-        a slow network an answer takes its time.
+        It is pinged while nothing else is sent.  Bytes that it takes are a sign of life as well: on a slow
+        network an answer is late.
         """
         self._watch(self._ask_for_life)
 
     def expect_last_word(self) -> None:
-        """The same from here to the end: behind the end of the stream there must be no ping.
+        """As :meth:`begin_watch`, without pings: none may follow the end of the stream.
 
         :raises ChannelBroken: the destination has been silent for too long already.
         """
@@ -145,7 +195,7 @@ class Connection:
 
     @contextmanager
     def taking(self) -> Iterator[None]:
-        """Break the connection when what is sent meanwhile is not taken: for a peer that never answers."""
+        """Break the connection when the peer, which never answers, takes nothing for too long."""
         self._watch(lambda: self.channel.pending_output() > 0)
         try:
             yield
@@ -165,7 +215,7 @@ class Connection:
         try:
             self.channel.send_if_idle(encode_command(Ping(KEEPALIVE_PING)))
         except ChannelBroken:
-            pass  # who uses the channel will see
+            pass  # the thread that sends or receives raises it
         return True
 
     def _silent(self, seconds: float) -> None:
@@ -178,7 +228,7 @@ class Connection:
     # --- the end
 
     def explain(self, error: PostcopyError) -> PostcopyError:
-        """Why it broke, as far as is known on this side."""
+        """Return why the connection broke, as far as this side knows."""
         if not isinstance(error, ChannelBroken):
             return error
         if self.return_path is not None:
@@ -193,38 +243,38 @@ class Connection:
     def wait_until_taken(self) -> bool:
         """Wait until the destination has taken all that was pushed.
 
-        While it may be pinged: should it be gone, that is noticed before nothing but the end is left.
+        It may be pinged until then, so a break is noticed before only the end of the stream is left.
 
-        :return: whether no page is missing there any more, and it needs nothing of us to complete.
-            One that is not ours only says that it has read all that the main channel brought.
+        :return: whether no page is missing there, so that it completes by itself.  A real QEMU only says
+            that it has read all of the main channel.
         """
         if self._preempt is not None:
             self._preempt.expect_end()
         self.channel.send(encode_command(Ping(ALL_SENT_PING)))
         return needs_nothing(self.answers.wait_pong(ALL_SENT_PING, answer(ALL_SENT_PING)))
 
-    def end(self, last_words: list[bytes]) -> None:
-        """Send the end of the stream, and wait for the destination's last word.
+    def end(self, last: list[bytes]) -> None:
+        """Send the end of the stream, and wait until the destination has closed the return path (``SHUT``).
 
-        The second connection stays open until then, as QEMU does it.
+        The second connection stays open until then, as with QEMU.
 
-        :raises ChannelBroken: it does not come.
+        :raises ChannelBroken: it has not said so.
         """
         self.expect_last_word()
-        self.channel.send_many(last_words)
+        self.channel.send_many(last)
         trace("source.pages-ended")
         self.answers.wait_shut()
 
     def shutdown(self) -> None:
-        """Break it, from any thread; whoever uses it will notice."""
+        """Break it, from any thread; sends and receives on it raise."""
         self.channel.shutdown()
         if self._preempt is not None:
             self._preempt.shutdown()
 
     def finish(self) -> None:
-        """Close it in order: for a file or a command this is when it proves to have worked.
+        """Close it in order: a file or a command reports its errors here.
 
-        Where the destination answers, its last word has proved that.
+        A destination with a return path has reported its result already.
         """
         if self._preempt is not None:
             self._preempt.close()
@@ -248,11 +298,11 @@ class Connection:
             pass  # it was over already
 
     def _wake_senders(self) -> None:
-        """Nothing can be sent any more: nobody is to sleep for the bandwidth limit first."""
+        """End all waits of senders: nothing can be sent any more."""
         self.push.stop()
         self._interrupt.set()
 
     def _break_off(self, cause: PostcopyError) -> None:
-        """Break all of it from a thread that has seen why; the source's own thread will notice."""
+        """Break all of it, from a thread that knows why; the thread ``source`` raises the cause."""
         self._cause = self._cause or cause
         self.shutdown()

@@ -21,9 +21,9 @@ from typing import Final
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Mask
 from postcopy.parameters import Parameters
-from postcopy.source.batch_size import BatchSize
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages, DirtyPages
+from postcopy.source.flow_control import BatchSize
 from postcopy.source.page_sink import PageSink
 from postcopy.source.user_requests import UserRequests
 from postcopy.source.wire_sink import BATCH_PAGES

@@ -18,12 +18,11 @@ from postcopy.errors import ChannelBroken, MigrationCancelled, PostcopyError, Re
 from postcopy.guest import DeviceState, Guest
 from postcopy.memory.ram_block import RamBlock
 from postcopy.parameters import Capabilities, Capability, Parameters
-from postcopy.source.connecting import connect_unless_cancelled
-from postcopy.source.connection import Connection
+from postcopy.source.connection import Connection, connect_unless_cancelled
 from postcopy.source.counters import Clock, Counters, Rate, describe
 from postcopy.source.dirty_pages import DirtyPages
+from postcopy.source.flow_control import PushPolicy
 from postcopy.source.page_sink import page_sink_for
-from postcopy.source.postcopy import POSTCOPY_BUFFER_BYTES
 from postcopy.source.precopy import Outcome, Precopy
 from postcopy.source.recovery import agree_on_what_is_missing
 from postcopy.source.stream_header import opening
@@ -67,11 +66,12 @@ class Source:
         self._counters = Counters()
         self._clock = Clock()
         self._limiter = RateLimiter(parameters.max_bandwidth)
+        self._policy = PushPolicy()
         # Made by the steps of the migration, in this order; a recovery makes another connection.
         self._dirty: DirtyPages | None = None
         self._connection: Connection | None = None
         self._switchover: Switchover | None = None
-        self._wants_both: bool | None = None
+        self._reads_after_both: bool | None = None
         """Whether the destination reads nothing before the second connection; None: not known yet."""
         self._ran_there = False
         self._paused_by_user = False
@@ -234,9 +234,9 @@ class Source:
         return self._options.capabilities.enabled(Capability.POSTCOPY_PREEMPT)
 
     def _open_preempt_if_awaited(self, connection: Connection, uri: str) -> None:
-        if self._preempt and self._wants_both is None:
-            self._wants_both = connection.wants_both()
-        if self._wants_both:
+        if self._preempt and self._reads_after_both is None:
+            self._reads_after_both = connection.reads_after_both()
+        if self._reads_after_both:
             self._open_preempt(connection, uri)
 
     def _open_preempt(self, connection: Connection, uri: str) -> None:
@@ -246,7 +246,7 @@ class Source:
         ended = connection.answers.has_ended
         channel = connect_unless_cancelled(parse(uri), self.requests, ended)
         channel.watch(self._parameters.x_link_timeout / 1000)
-        connection.open_preempt(channel, says_end=bool(self._wants_both))
+        connection.open_preempt(channel, says_end=bool(self._reads_after_both))
 
     def _connect(self, channel: Channel, dirty: DirtyPages, *, answered: bool) -> Connection:
         channel.watch(self._parameters.x_link_timeout / 1000)
@@ -255,6 +255,7 @@ class Source:
             dirty,
             page_sink_for(channel, self._options.capabilities, self._limiter, self._counters),
             self._counters,
+            self._policy,
             self.requests.interrupt,
             lambda: self._parameters.x_link_timeout,
             answered=answered,
@@ -280,16 +281,16 @@ class Source:
         connection.sender.count()
         connection.sender.phase = "postcopy_bytes"
         self._limiter.set_rate(self._parameters.max_postcopy_bandwidth)
-        connection.channel.bound_buffers(POSTCOPY_BUFFER_BYTES)
+        connection.channel.bound_buffers(self._policy.send_buffer_bytes)
         trace("source.pushing")
-        connection.push.run()
+        connection.push.run(connection.answers)
         arrived = connection.wait_until_taken()
         if arrived:
             self._guest.arrived_there()
         trace("source.all-pushed")
-        last_words = [connection.sender.end_of_ram(), encoder.end_of_stream()]
+        last = [connection.sender.end_of_ram(), encoder.end_of_stream()]
         try:
-            connection.end(last_words)
+            connection.end(last)
         except ChannelBroken:
             if not arrived:
                 raise

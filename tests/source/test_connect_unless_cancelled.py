@@ -6,7 +6,7 @@ import pytest
 
 from postcopy.channel.address import parse
 from postcopy.errors import ChannelBroken, MigrationCancelled
-from postcopy.source import connecting
+from postcopy.source import connection
 from postcopy.source.user_requests import UserRequests
 
 NOWHERE = parse("tcp:127.0.0.1:1")
@@ -32,7 +32,7 @@ class Late:
 @pytest.fixture
 def late(monkeypatch):
     made = Late()
-    monkeypatch.setattr(connecting, "connect", made.connect)
+    monkeypatch.setattr(connection, "connect", made.connect)
     yield made
     made.go.set()
 
@@ -41,7 +41,7 @@ def test_until_the_user_gives_up(late):
     requests = UserRequests()
     threading.Timer(0.01, requests.cancel).start()
     with pytest.raises(MigrationCancelled):
-        connecting.connect_unless_cancelled(NOWHERE, requests)
+        connection.connect_unless_cancelled(NOWHERE, requests)
     late.go.set()
     assert late.closed.wait(10)
 
@@ -55,17 +55,17 @@ def test_until_the_first_connection_breaks_and_with_it_the_need_of_a_second(late
 
     threading.Timer(0.01, break_it).start()
     with pytest.raises(ChannelBroken, match="the first connection broke before the second"):
-        connecting.connect_unless_cancelled(NOWHERE, requests, broken.is_set)
+        connection.connect_unless_cancelled(NOWHERE, requests, broken.is_set)
     late.go.set()
     assert late.closed.wait(10)
 
 
 def test_and_not_at_all_if_that_was_so_before(late):
     with pytest.raises(ChannelBroken):
-        connecting.connect_unless_cancelled(NOWHERE, UserRequests(), lambda: True)
+        connection.connect_unless_cancelled(NOWHERE, UserRequests(), lambda: True)
 
 
 def test_who_comes_in_time_is_taken(late):
     late.go.set()
-    assert connecting.connect_unless_cancelled(NOWHERE, UserRequests()) is late
+    assert connection.connect_unless_cancelled(NOWHERE, UserRequests()) is late
     assert not late.closed.is_set()

@@ -1,11 +1,11 @@
-"""After switchover: bring the pages that the destination lacks.
+"""After switchover: send the pages that the destination lacks.
 
-Two threads send.  ``source`` pushes what is pending, from the page last asked for onwards; the thread
-``return-path`` sends what a vCPU waits for, at once and past the bandwidth limit: over the urgent channel
-if there is one, or else over the same channel, where an urgent page goes before the next batch.
+Two threads send.  ``source`` pushes what is pending, from the page last requested onwards; ``return-path``
+sends requested pages, at once and past the bandwidth limit: over the preempt channel if there is one, or
+else over the main channel, before the next batch.
 
-Under a bandwidth limit, and without an urgent channel, the first does the work of the second: it has the
-time, and so nobody waits for a CPU or for the interpreter that it holds.
+Under a bandwidth limit, and without a preempt channel, ``source`` does the work of both: it would wait
+anyway, and a request then does not wait for a CPU or for the interpreter (docs/decisions, 0022).
 """
 
 import threading
@@ -14,70 +14,87 @@ import time
 from postcopy.errors import StreamError
 from postcopy.kernel.cpu_latency import CpusAwake
 from postcopy.memory.runs import Indices
-from postcopy.source.batch_size import BatchSize
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages, DirtyPages
-from postcopy.source.flight_window import FlightWindow
+from postcopy.source.flow_control import BatchSize, FlightWindow, PushPolicy
 from postcopy.source.page_sink import PageSink
 from postcopy.source.preempt_channel import PreemptChannel
-from postcopy.source.push_waits import PushWaits
 from postcopy.source.return_path import ReturnPath
 from postcopy.stream.commands import encode_command
 from postcopy.stream.records import Ping
 
-MOST_PUSH_BYTES, LEAST_PUSH_BYTES = 2048 << 10, 256 << 10
-"""Most and least data in a batch of the push, without a limit: what an urgent page may find itself behind
-in the sender.  Each batch has its price in CPU time, and all CPUs may be busy; see docs/decisions."""
 
-PUSH_S = 0.005
-"""No more goes at once than takes so long."""
+class PushWaits:
+    """The waits of one push; each ends when the push is over.
 
-PREEMPTED_PUSH_BYTES, CALM_S = 1024 << 10, 0.02
-"""Most data where urgent pages have a channel of their own, unless none has been asked for so long."""
+    Between them and during them the pushing thread reads the return path, if it has borrowed the turn.
 
-FIRST_PUSH_BYTES = 64 << 10
-"""The first batch goes while the guest is being started there, and keeps a CPU from that."""
+    :param over: set when nothing can be sent any more.
+    :param answers: the return path; None: there is none.
+    """
 
-LIMITED_PUSH_S, PREEMPTED_LIMITED_PUSH_S = 0.003, 0.06
-"""Under a bandwidth limit no more goes at once than so much time's worth: a page that is asked for waits at
-both ends for the batch that is being worked at.  With a channel of its own it seldom meets one, if these
-are few."""
+    def __init__(self, over: threading.Event, answers: ReturnPath | None) -> None:
+        self._over = over
+        self._answers = answers
 
-LEAST_LIMITED_BYTES = 32 << 10
+    def read(self, *, here: bool) -> None:
+        """Choose whether this thread reads the return path from now on, or the return path's own."""
+        if self._answers is None:
+            return
+        turn = self._answers.turn
+        if here and not turn.is_borrowed:
+            turn.borrow()
+        elif not here and turn.is_borrowed:
+            turn.give_back()
 
-BUSY_BYTES_PER_SECOND = 170 << 20
-"""Who may push so much, or more, has no time to wait for what is asked."""
+    def look(self) -> None:
+        """Handle the messages that have come, if this thread reads them."""
+        if self._answers is not None:
+            self._answers.look()
 
-REQUEST_PAGES = 256
-"""Of one request no more goes at once, whatever a peer asks for: others wait for the channel, too."""
+    def wait(self, timeout: float) -> bool:
+        """Wait so many seconds, or until a message comes; return whether the push is over."""
+        if self._answers is None or not self._answers.turn.is_borrowed:
+            return self._over.wait(timeout)
+        self._answers.look(timeout)
+        return self._over.is_set()
 
-WINDOW_BYTES = 6144 << 10
-"""What it may find itself behind on the wire; see docs/decisions."""
+    def is_set(self) -> bool:
+        """Whether the push is over."""
+        return self._over.is_set()
 
-PING_BYTES = 2048 << 10
-"""How much is pushed between two pings: each costs both sides a wake-up."""
-
-POSTCOPY_BUFFER_BYTES = 1024 << 10
-"""What this side's kernel may hold of the push, if the way is short."""
-
-BEGIN_S, QUIET_S = 0.05, 0.005
-"""How long the guest may have the channel to itself at first, and when it is taken to have begun."""
+    def wait_for(self, window: FlightWindow) -> None:
+        """Wait until another batch may be sent."""
+        while not window.is_open:
+            if self._answers is None or not self._answers.look(None):
+                window.wait()
 
 
 class PostcopyPush:
     """The pages of one migration after switchover.
 
-    Invariant, under ``_lock``: whoever takes a page from the pending ones sends it, over one channel.
+    Invariant, under ``_lock``: the thread that takes a page from the pending ones sends it, once.
     ``_sending`` is for the main channel: it is held while the kernel takes the bytes, ``_lock`` never is.
     """
 
-    def __init__(self, dirty: DirtyPages, sender: PageSink, counters: Counters) -> None:
+    def __init__(
+        self,
+        dirty: DirtyPages,
+        sender: PageSink,
+        counters: Counters,
+        policy: PushPolicy,
+    ) -> None:
+        self._policy = policy
         self._dirty = dirty
         self._sender = sender
         self._counters = counters
         self._over = threading.Event()
         self._begun = False
-        self._size = BatchSize(MOST_PUSH_BYTES, least_bytes=LEAST_PUSH_BYTES, moment_s=PUSH_S)
+        self._size = BatchSize(
+            policy.most_batch_bytes,
+            least_bytes=policy.least_batch_bytes,
+            moment_s=policy.batch_s,
+        )
         self._awake = CpusAwake()
         self._by_name = {pages.block.name: pages for pages in dirty.blocks}
         self._lock = threading.Lock()
@@ -87,15 +104,14 @@ class PostcopyPush:
         self._last_request = 0.0
         self._position: tuple[int, int] = (0, 0)  # number of a block, page there
         self._preempt: PreemptChannel | None = None
-        self.answers: ReturnPath | None = None
-        self.window = FlightWindow(WINDOW_BYTES, PING_BYTES)
+        self.window = FlightWindow(policy.window_bytes, policy.ping_bytes)
 
     def expect(self) -> None:
-        """The guest is about to stop here: who works on that is not to wait until a CPU has woken."""
+        """The guest is about to stop here: keep the CPUs awake for that."""
         self._awake.a_while()
 
     def begin(self) -> None:
-        """Pages may be asked for from now on: the guest has stopped here."""
+        """Accept requests from now on: the guest has stopped here."""
         self._begun = True
         self._awake.a_while()
 
@@ -103,10 +119,13 @@ class PostcopyPush:
         """Send requested pages over this channel from now on."""
         self._preempt = channel
 
-    def run(self) -> None:
-        """Push until nothing is pending."""
+    def run(self, answers: ReturnPath | None) -> None:
+        """Push until nothing is pending.
+
+        :param answers: the return path; None: there is none.
+        """
         self._let_guest_begin()
-        waits = PushWaits(self._over, self.answers)
+        waits = PushWaits(self._over, answers)
         try:
             while self._push_batch():
                 waits.read(here=self._preempt is None and self._has_time())
@@ -116,10 +135,10 @@ class PostcopyPush:
                 self._sender.pace(waits)
         finally:
             waits.read(here=False)
-        self._yield_to_requests()  # what they have taken is not pending any more, but perhaps not yet sent
+        self._yield_to_requests()  # pages that they took are not pending any more, but may not be sent yet
 
     def stop(self) -> None:
-        """Wake a push that sleeps: the channel is gone, and sending will say so."""
+        """End the waits of the push: the channel is gone, and the next send raises."""
         self._over.set()
         self.window.close()
         self._awake.close()
@@ -127,7 +146,7 @@ class PostcopyPush:
     def serve(self, name: str, start_bytes: int, length_bytes: int) -> None:
         """Send the pages of one request, unless they are on their way already.
 
-        :raises StreamError: nothing has been handed over that could miss a page.
+        :raises StreamError: the guest has not been handed over.
         """
         if not self._begun:
             raise StreamError(
@@ -148,8 +167,9 @@ class PostcopyPush:
                 if len(wanted):
                     self._position = (self._dirty.blocks.index(pages), end)
             pages.scan_window(first)
-            for start in range(0, len(wanted), REQUEST_PAGES):
-                self._send_requested(pages, wanted[start : start + REQUEST_PAGES])
+            request_pages = self._policy.request_pages
+            for start in range(0, len(wanted), request_pages):
+                self._send_requested(pages, wanted[start : start + request_pages])
         finally:
             with self._served:
                 self._serving -= 1
@@ -163,24 +183,24 @@ class PostcopyPush:
             self._sender.send(pages, wanted)
 
     def _let_guest_begin(self) -> None:
-        """Push a few pages, then hold back while the guest asks for its first ones.
+        """Push a few pages, then hold back while the guest requests its first ones.
 
-        It needs them one after the other (page tables, code, stack), and until it has them it stands
-        still: behind the push each would cost it milliseconds.  Many of them lie at the beginning of
-        memory; and where KVM walks the guest's page tables itself, a vCPU that waits for one of these
-        cannot even be stopped.
+        The guest needs them one after the other (page tables, code, stack) and stands still until then;
+        behind the push each would take milliseconds.  Many of them lie at the beginning of memory.  Where
+        KVM walks the guest's page tables itself, a vCPU that waits for one of these cannot be stopped.
         """
-        self._push_batch(FIRST_PUSH_BYTES)
-        deadline = time.monotonic() + BEGIN_S
+        policy = self._policy
+        self._push_batch(policy.first_batch_bytes)
+        deadline = time.monotonic() + policy.begin_s
         with self._served:
             while (left_s := deadline - time.monotonic()) > 0:
                 before = self._counters.requests
-                self._served.wait(min(left_s, QUIET_S))
+                self._served.wait(min(left_s, policy.quiet_s))
                 if self._counters.requests == before:
                     return
 
     def _yield_to_requests(self) -> None:
-        """A lock is not fair: without this, the push would take it back before anybody else."""
+        """Wait for requests in progress: locks are not fair, and the push would take its own back first."""
         with self._served:
             self._served.wait_for(lambda: not self._serving)
 
@@ -202,22 +222,20 @@ class PostcopyPush:
                 self._sender.say(encode_command(Ping(ping)))
 
     def _batch_bytes(self) -> int:
-        is_calm = time.monotonic() - self._last_request > CALM_S
-        most = MOST_PUSH_BYTES if self._preempt is None or is_calm else PREEMPTED_PUSH_BYTES
-        if limit := self._sender.limit:
-            worth_s = LIMITED_PUSH_S if self._preempt is None else PREEMPTED_LIMITED_PUSH_S
-            most = min(most, max(LEAST_LIMITED_BYTES, int(limit * worth_s)))
+        calm_s = time.monotonic() - self._last_request
+        preempt = self._preempt is not None
+        most = self._policy.batch_bytes(self._sender.limit, calm_s, preempt=preempt)
         return min(most, self._size.bytes)
 
     def _has_time(self) -> bool:
         """Whether the bandwidth limit makes the push sleep."""
-        return 0 < self._sender.limit < BUSY_BYTES_PER_SECOND
+        return 0 < self._sender.limit < self._policy.busy_bytes_per_second
 
     def _next_batch(self, batch_bytes: int) -> tuple[BlockPages, Indices] | None:
         """Take the next pages from the pending ones."""
         number, page = self._position
         count = len(self._dirty.blocks)
-        # Once round all blocks, and once more over the part of the first that was skipped.
+        # All blocks in turn, and the part of the first that was skipped.
         for step in range(count + 1):
             pages = self._dirty.blocks[(number + step) % count]
             limit = max(1, batch_bytes // pages.block.page_size_bytes)
