@@ -51,13 +51,13 @@ def test_an_expected_end_is_not_told(bench):
     assert not bench.causes
 
 
-@pytest.mark.parametrize("says_end", [False, True])
-def test_an_old_qemu_alone_is_told_that_no_more_pages_come(says_end):
-    with contextlib.closing(Bench(says_end=says_end)) as bench:
+@pytest.mark.parametrize("sends_end", [False, True])
+def test_an_old_qemu_alone_is_told_that_no_more_pages_come(sends_end):
+    with contextlib.closing(Bench(sends_end=sends_end)) as bench:
         bench.preempt.expect_end()
         bench.preempt.shutdown()
         end_of_ram = bytes.fromhex("0000000000000010")
-        assert bench.peer.recv(100) == (end_of_ram if says_end else b"")
+        assert bench.peer.recv(100) == (end_of_ram if sends_end else b"")
 
 
 def test_nor_is_one_of_our_own(bench):

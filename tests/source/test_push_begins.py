@@ -35,7 +35,7 @@ class Sent:
         self.batches.append(batch)
         return len(batch) * 4096
 
-    def say(self, command):
+    def send_command(self, command):
         pass
 
     def pace(self, interrupt):

@@ -81,8 +81,8 @@ def test_a_page_is_asked_of_the_thread_that_reads(push):
 def test_what_has_come_by_now_is_taken_without_waiting(push):
     push.waits.read(here=True)
     push.peer.send(REQUEST)
-    push.waits.look()
-    push.waits.look()
+    push.waits.read_now()
+    push.waits.read_now()
     assert len(push.served) == 1
 
 
@@ -152,7 +152,7 @@ def test_without_answers_it_only_waits():
     over = threading.Event()
     waits = PushWaits(over, None)
     waits.read(here=True)
-    waits.look()
+    waits.read_now()
     over.set()
     assert waits.wait(10)
     assert waits.is_set()

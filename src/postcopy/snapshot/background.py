@@ -28,7 +28,7 @@ from postcopy.snapshot.write_protect import WriteProtectHandler
 from postcopy.source.connection import connect_unless_cancelled
 from postcopy.source.counters import Clock, Counters, Rate, describe
 from postcopy.source.page_sink import PageSink, page_sink_for
-from postcopy.source.stream_header import opening
+from postcopy.source.stream_header import stream_header
 from postcopy.source.switchover import device_sections
 from postcopy.source.user_requests import UserRequests
 from postcopy.statistics import Measured, MigrationInfo
@@ -141,7 +141,9 @@ class BackgroundSnapshot:
         self._unsaved = UnsavedPages(blocks)
         self._counters.total_bytes = self._unsaved.remaining_bytes
         self._check_cancelled()
-        channel.send(opening(self._guest.machine_name, blocks, self._capabilities, answered=False))
+        channel.send(
+            stream_header(self._guest.machine_name, blocks, self._capabilities, answered=False)
+        )
         sender.begin(blocks, postcopy=False)
         self._clock.set_up = time.monotonic()
         self._progress.move(Status.ACTIVE)

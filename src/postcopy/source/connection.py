@@ -153,9 +153,11 @@ class Connection:
         """Whether there is a second connection."""
         return self._preempt is not None
 
-    def open_preempt(self, channel: Channel, *, says_end: bool) -> None:
+    def open_preempt(self, channel: Channel, *, sends_end: bool) -> None:
         """Send requested pages over this channel from now on (postcopy-preempt)."""
-        self._preempt = PreemptChannel(channel, self._counters, self._break_off, says_end=says_end)
+        self._preempt = PreemptChannel(
+            channel, self._counters, self._break_off, sends_end=sends_end
+        )
         self._preempt.start()
         self.push.use_preempt_channel(self._preempt)
 
@@ -182,7 +184,7 @@ class Connection:
         """
         self._watch(self._ask_for_life)
 
-    def expect_last_word(self) -> None:
+    def watch_without_pings(self) -> None:
         """As :meth:`begin_watch`, without pings: none may follow the end of the stream.
 
         :raises ChannelBroken: the destination has been silent for too long already.
@@ -260,7 +262,7 @@ class Connection:
 
         :raises ChannelBroken: it has not said so.
         """
-        self.expect_last_word()
+        self.watch_without_pings()
         self.channel.send_many(last)
         trace("source.pages-ended")
         self.answers.wait_shut()

@@ -54,7 +54,7 @@ class PageSink(Protocol):
     def send_zeros(self, block: str, target: Indices) -> int:
         """Send pages of the wire that are known to be zero; return how many bytes that took."""
 
-    def say(self, command: bytes) -> None:
+    def send_command(self, command: bytes) -> None:
         """Send a command behind the pages."""
 
     def pace(self, interrupt: Interrupt) -> None:

@@ -1,15 +1,15 @@
 """Send the memory of a guest that goes on writing to it.
 
 A round goes once through all memory, chunk by chunk: protect a chunk, then send what is pending in it.
-In the first round, what the guest has written again in between is held back: it has to be sent in the
-next anyway.  So that hot pages show as such, a chunk is then protected while the one before it is sent.
-Later rounds consist of hot pages: with those held back they would be over at once, and each would cost
-the guest a fault for every page it writes.  At the end of a round the tracker is asked how much was
+In the first round, pages that the guest has written since are held back: the next round has to send
+them anyway.  Each chunk is protected while the one before it is sent, which leaves time to see which
+pages are hot.  Later rounds consist of hot pages: held back, these rounds would be empty, and each would
+cost the guest a fault for every page it writes.  At the end of a round the tracker is asked how much was
 written meanwhile.  Rounds end when the rest could be sent within the downtime that the user allows, or
 when the user asks for postcopy.
 
-The decisive figure is looked at between rounds only: within a round it says little, since the chunks
-that have had their turn are being written again while the others shrink.
+The bytes left are compared between rounds only: within a round the chunks already sent are written again
+while the others shrink.
 """
 
 import enum
@@ -44,7 +44,7 @@ class Precopy:
     """The rounds of one migration.
 
     :param parameters: read anew each time, since the user may change them meanwhile.
-    :param on_pass: told how often the tracker has been asked, as QEMU counts its passes.
+    :param on_pass: called with the number of passes over the dirty log, as QEMU counts them.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""A channel of its own for pages that a vCPU waits for: QEMU's ``postcopy-preempt``.
+"""The preempt channel: requested pages have a connection of their own (``postcopy-preempt``).
 
 Source: QEMU's ``docs/devel/migration/postcopy.rst``, "Postcopy preempt mode".  It is a second connection to
 the address of the first, opened before the guest stops.  RAM records travel on it and nothing else: no
-header, no sections, no end.  Nothing comes back on it either, so that whatever can be read is its end.
+header, no sections, no end.  Nothing comes back on it either: when it is readable, it has ended.
 
 QEMU 7.1 and 7.2 differ: they read nothing at all before both connections are there, and wait for an end of
 RAM on the second before they take the end of the first.  Later ones must not get it: should the first break
@@ -24,10 +24,10 @@ from postcopy.stream import encoder
 
 
 class PreemptChannel:
-    """Sends pages at once; no batch, no window and no bandwidth limit is before them.
+    """Sends requested pages at once: no batch, no window and no bandwidth limit delays them.
 
     :param on_break: called with the reason when the channel ends before :meth:`expect_end`.
-    :param says_end: whether the destination waits for an end of RAM.
+    :param sends_end: whether the destination waits for an end of RAM.
     """
 
     def __init__(
@@ -36,13 +36,13 @@ class PreemptChannel:
         counters: Counters,
         on_break: Callable[[PostcopyError], None],
         *,
-        says_end: bool = False,
+        sends_end: bool = False,
     ) -> None:
         self._channel = channel
         self._taken = Taken(channel)
         self._counters = counters
         self._on_break = on_break
-        self._says_end = says_end
+        self._says_end = sends_end
         self._records = PageRecords()
         self._sending = threading.Lock()  # the encoder knows one thread at a time
         self._ending = False
@@ -55,7 +55,7 @@ class PreemptChannel:
     def send(self, pages: BlockPages, wanted: Indices) -> None:
         """Send pages of a block, on the wire when it returns.
 
-        :raises ChannelBroken: nobody takes them.
+        :raises ChannelBroken: the destination does not take them.
         """
         with self._sending:
             for encoded in self._records.encode(pages, wanted):
@@ -68,9 +68,9 @@ class PreemptChannel:
         return self._taken.of(self._channel.sent_bytes)
 
     def expect_end(self) -> None:
-        """All pages have been sent: from now on its end is nothing to wonder about.
+        """All pages have been sent: from now on an end of the channel is no error.
 
-        :raises ChannelBroken: nobody takes what is said of it.
+        :raises ChannelBroken: the destination does not take the end of RAM.
         """
         self._ending = True
         if self._says_end:
@@ -83,7 +83,7 @@ class PreemptChannel:
         self._channel.shutdown()
 
     def close(self) -> None:
-        """Let go of it; what was sent still arrives."""
+        """Close it; what was sent still arrives."""
         self.shutdown()
         if self._watcher.is_alive() and self._watcher is not threading.current_thread():
             self._watcher.join()

@@ -47,16 +47,16 @@ class PushWaits:
         elif not here and turn.is_borrowed:
             turn.give_back()
 
-    def look(self) -> None:
+    def read_now(self) -> None:
         """Handle the messages that have come, if this thread reads them."""
         if self._answers is not None:
-            self._answers.look()
+            self._answers.read_messages()
 
     def wait(self, timeout: float) -> bool:
         """Wait so many seconds, or until a message comes; return whether the push is over."""
         if self._answers is None or not self._answers.turn.is_borrowed:
             return self._over.wait(timeout)
-        self._answers.look(timeout)
+        self._answers.read_messages(timeout)
         return self._over.is_set()
 
     def is_set(self) -> bool:
@@ -66,7 +66,7 @@ class PushWaits:
     def wait_for(self, window: FlightWindow) -> None:
         """Wait until another batch may be sent."""
         while not window.is_open:
-            if self._answers is None or not self._answers.look(None):
+            if self._answers is None or not self._answers.read_messages(None):
                 window.wait()
 
 
@@ -129,7 +129,7 @@ class PostcopyPush:
         try:
             while self._push_batch():
                 waits.read(here=self._preempt is None and self._has_time())
-                waits.look()
+                waits.read_now()
                 self._yield_to_requests()
                 waits.wait_for(self.window)
                 self._sender.pace(waits)
@@ -219,7 +219,7 @@ class PostcopyPush:
             self._size.end(sent_bytes)
             ping = self.window.sent(sent_bytes)
             if ping is not None:
-                self._sender.say(encode_command(Ping(ping)))
+                self._sender.send_command(encode_command(Ping(ping)))
 
     def _batch_bytes(self) -> int:
         calm_s = time.monotonic() - self._last_request
@@ -228,7 +228,7 @@ class PostcopyPush:
         return min(most, self._size.bytes)
 
     def _has_time(self) -> bool:
-        """Whether the bandwidth limit makes the push sleep."""
+        """Whether the push waits for the bandwidth limit most of the time."""
         return 0 < self._sender.limit < self._policy.busy_bytes_per_second
 
     def _next_batch(self, batch_bytes: int) -> tuple[BlockPages, Indices] | None:

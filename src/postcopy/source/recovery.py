@@ -1,7 +1,7 @@
-"""Go on where a broken postcopy stopped.
+"""Resume a broken postcopy.
 
-Source: QEMU's ``docs/devel/migration/postcopy.rst``, "Postcopy Recovery".  The destination says which
-pages it has; whatever it has not is pending again.  A page that was under way when the link broke is
+Source: QEMU's ``docs/devel/migration/postcopy.rst``, "Postcopy Recovery".  The destination sends which
+pages it has; all others are pending again.  A page that was under way when the link broke is
 sent again; one that had arrived never is, since the guest may have written to it.
 """
 
@@ -21,11 +21,11 @@ from postcopy.trace import trace
 def agree_on_what_is_missing(
     connection: Connection, dirty: DirtyPages, open_preempt: Callable[[], None]
 ) -> None:
-    """Ask for the received-bitmap of each block, then say that pages will flow again.
+    """Ask for the received-bitmap of each block, then resume.
 
-    :param open_preempt: opens the second connection, if there is one; between the two, as QEMU does it.
-    :raises ChannelBroken: this connection has broken too; nothing is lost, try again.
-    :raises StreamError: the peer is not the destination that we have lost.
+    :param open_preempt: opens the second connection, if there is one; QEMU opens it at this point.
+    :raises ChannelBroken: this connection has broken as well; another recovery may follow.
+    :raises StreamError: the peer is not the destination of this migration.
     """
     for pages in dirty.blocks:
         connection.channel.send(encode_command(RecvBitmap(pages.block.name)))

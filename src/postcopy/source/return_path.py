@@ -1,8 +1,8 @@
-"""What the destination says: the thread ``return-path`` reads it.
+"""The messages of the destination, read by the thread ``return-path``.
 
-Page requests are served from this very thread, so that no hand-over between threads stands between a
-vCPU that waits and its page.  While the push has to wait for its bandwidth limit, its thread reads instead
-(:meth:`ReturnPath.look`): it would have the interpreter just when a page is asked for.
+The same thread serves page requests: a waiting vCPU must not wait for another thread as well.  Under a
+bandwidth limit the pushing thread reads instead (:meth:`ReturnPath.read_messages`), since it would
+otherwise hold the interpreter at the moment of a request.
 """
 
 import threading
@@ -18,16 +18,16 @@ from postcopy.stream.pings import is_ours
 from postcopy.stream.records import Pong, RecvBitmapReply, RequestPages, ResumeAck, Shut
 from postcopy.stream.return_path import ReturnPathDecoder
 
-_LAST_WORD_S = 1.0
+_LAST_MESSAGE_S = 1.0
 _ITS_ERROR = "its own error says why"
 
 
 class ReturnPath:
-    """The answers of one destination.
+    """The messages of one destination.
 
-    :param serve: sends pages that are asked for: block, start and length in bytes.
-    :param on_pong: told of every pong.
-    :param on_end: called when nothing more will come, and nothing can be sent any more.
+    :param serve: sends requested pages: block, start and length in bytes.
+    :param on_pong: called with the number of each pong.
+    :param on_end: called when no message will come any more, and nothing can be sent.
     """
 
     def __init__(
@@ -44,29 +44,29 @@ class ReturnPath:
         self._on_pong = on_pong
         self._on_end = on_end
         self._changed = threading.Condition()
-        # Under `_changed`: what has been said so far, and why nothing more will come.
+        # Under `_changed`: what has come so far, and why no more will come.
         self._pongs: set[int] = set()
         self._shut: int | None = None
         self._end: PostcopyError | None = None
         self._bitmaps: dict[str, Mask] = {}
         self._resumed = False
         self.turn = ReadingTurn(*channel.input_fds)
-        self._failure: PostcopyError | None = None  # met by who had borrowed the turn
+        self._failure: PostcopyError | None = None  # of the thread that had borrowed the turn
         self._thread = threading.Thread(target=self.run, name="return-path", daemon=True)
         self.peer_is_ours = False
 
     def start(self) -> None:
-        """Begin to listen."""
+        """Start the thread."""
         threads.start(self._thread)
 
     def join(self) -> None:
-        """Wait until no more messages are taken: the channel has been closed or broken."""
+        """Wait until the thread has ended, once the channel has been closed or broken."""
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
 
     def run(self) -> None:
-        """Take messages until the destination has had its last word, or the channel breaks."""
-        run_soon()  # a page may be asked for
+        """Handle messages until the destination has closed the return path, or the channel breaks."""
+        run_soon()  # a vCPU may wait for a page
         try:
             self.turn.wait()
             while self._receive():
@@ -83,16 +83,16 @@ class ReturnPath:
             self._end = end
             self._changed.notify_all()
         if self._shut != 0:
-            self._channel.shutdown()  # wake a sender that waits for a peer who is gone
+            self._channel.shutdown()  # end the wait of a send: the peer is gone
         self._on_end()
 
-    def look(self, timeout_s: float | None = 0) -> bool:
-        """Take what the destination says, in place of the thread; for who has borrowed its turn.
+    def read_messages(self, timeout_s: float | None = 0) -> bool:
+        """Handle messages in place of the thread; for a caller that has borrowed its turn.
 
-        What ends the return path is left to the thread, which gets its turn back.
+        The thread gets its turn back to handle an end of the return path.
 
-        :param timeout_s: how long to wait for a message; None: as long as it takes.
-        :return: whether anything has come; False as well if the thread reads itself.
+        :param timeout_s: how long to wait for a message; None: without a bound.
+        :return: whether a message has come; False as well if the thread reads itself.
         """
         if not self.turn.is_borrowed or not self.turn.is_readable(timeout_s):
             return False
@@ -106,9 +106,9 @@ class ReturnPath:
         return True
 
     def wait_pong(self, *values: int) -> int:
-        """Wait until the destination has come to our ping; return which of ``values`` it answered.
+        """Wait until the destination has answered a ping; return which of ``values``.
 
-        :raises ChannelBroken: it never will; StreamError: it says that it failed.
+        :raises ChannelBroken: it will not any more. :raises StreamError: it has failed.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._pongs.intersection(values) or self._over)
@@ -117,15 +117,15 @@ class ReturnPath:
             return found.pop()
 
     def answers_within(self, value: int, timeout_s: float) -> bool:
-        """Whether the destination comes to our ping in time; one that never will is no late one."""
+        """Whether the destination answers the ping in time; True as well if its return path has ended."""
         with self._changed:
             return self._changed.wait_for(lambda: value in self._pongs or self._over, timeout_s)
 
     def wait_shut(self) -> None:
-        """Wait for the destination's last word.
+        """Wait until the destination has closed the return path (``SHUT``).
 
-        :raises StreamError: it says that the guest has not arrived.
-        :raises ChannelBroken: it says nothing any more.
+        :raises StreamError: the guest has not arrived.
+        :raises ChannelBroken: the channel ended before.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._over)
@@ -135,7 +135,7 @@ class ReturnPath:
     def wait_bitmap(self, block: str) -> Mask:
         """Wait for the received-bitmap of a block: one bit a target page, set = received.
 
-        :raises ChannelBroken: it does not come any more.
+        :raises ChannelBroken: it will not come any more.
         """
         with self._changed:
             self._changed.wait_for(lambda: block in self._bitmaps or self._over)
@@ -144,9 +144,9 @@ class ReturnPath:
             return self._bitmaps.pop(block)
 
     def wait_resume_ack(self) -> None:
-        """Wait until the destination is ready to go on.
+        """Wait until the destination is ready to resume.
 
-        :raises ChannelBroken: it never will be.
+        :raises ChannelBroken: it will not be any more.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._resumed or self._over)
@@ -154,21 +154,21 @@ class ReturnPath:
                 raise self._reason()
 
     def explain(self, error: ChannelBroken) -> PostcopyError:
-        """Why a send failed: what the destination has said or done, which the send cannot know.
+        """Return why a send failed, as far as the destination has told.
 
-        Its last word may still be on its way to us; a broken channel ends soon, though.
+        Its last message may still be on its way; a broken channel ends soon.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._over, _LAST_WORD_S)
+            self._changed.wait_for(lambda: self._over, _LAST_MESSAGE_S)
             return self._reason() if self._over else error
 
     def has_ended(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether no message will come any more."""
         return self._over
 
     @property
     def refused(self) -> bool:
-        """Whether the destination has said that it did not take the guest."""
+        """Whether the destination has reported that it did not take the guest."""
         return bool(self._shut)
 
     @property
@@ -181,7 +181,7 @@ class ReturnPath:
         return self._end or ChannelBroken("the return path has ended")
 
     def _receive(self) -> bool:
-        """Take what has come; return whether more may come."""
+        """Handle the messages that have come; return whether more may come."""
         if self._failure is not None:
             raise self._failure
         if self._shut is not None:
@@ -190,10 +190,10 @@ class ReturnPath:
             return False
         self._decoder.received(count)
         while (message := self._decoder.next_message()) is not None:
-            self._take(message)
+            self._handle(message)
         return self._shut is None
 
-    def _take(self, message: object) -> None:
+    def _handle(self, message: object) -> None:
         if isinstance(message, RequestPages):
             assert message.block is not None  # the decoder has filled it in
             self._serve(message.block, message.start, message.length_bytes)

@@ -25,7 +25,7 @@ from postcopy.source.flow_control import PushPolicy
 from postcopy.source.page_sink import page_sink_for
 from postcopy.source.precopy import Outcome, Precopy
 from postcopy.source.recovery import agree_on_what_is_missing
-from postcopy.source.stream_header import opening
+from postcopy.source.stream_header import stream_header
 from postcopy.source.switchover import Switchover
 from postcopy.source.user_requests import UserRequests
 from postcopy.statistics import MigrationInfo
@@ -72,24 +72,24 @@ class Source:
         self._connection: Connection | None = None
         self._switchover: Switchover | None = None
         self._reads_after_both: bool | None = None
-        """Whether the destination reads nothing before the second connection; None: not known yet."""
+        """Whether the destination reads nothing before the second connection is there; None: not known."""
         self._ran_there = False
         self._paused_by_user = False
 
     # --- called by the monitor, from other threads
 
     def cancel(self) -> None:
-        """Give up, unless the destination may already have the guest."""
+        """Cancel, unless the destination may already have the guest."""
         before = frozenset({Status.SETUP, Status.ACTIVE, Status.PRE_SWITCHOVER, Status.DEVICE})
         if self._progress.move(Status.CANCELLING, only_from=before):
             self.requests.cancel()
-            self._break()  # wake a send that waits for a peer who does not read
+            self._break()  # end the wait of a send to a peer that does not read
 
     def pause(self) -> None:
         """Break the connection on purpose.
 
-        While the package is on its way nobody could say afterwards who has the guest, so it is
-        broken as soon as the destination has taken it (or the link has been silent for too long).
+        A break while the package is on its way would leave the owner of the guest unknown.  So the
+        connection is broken once the destination has taken the package, or is silent for too long.
         """
         self._paused_by_user = True
         self.requests.interrupt.set()  # it may still be connecting
@@ -97,7 +97,7 @@ class Source:
             self._break()
 
     def leave(self) -> None:
-        """The engine ends, and with it a command that the guest goes through."""
+        """The engine ends: so does a command at the other end of the channel."""
         if self._connection is not None:
             self._connection.channel.leave()
 
@@ -122,13 +122,13 @@ class Source:
     # --- the thread of the source
 
     def run(self) -> None:
-        """Move the guest; whatever happens, leave it with exactly one owner."""
+        """Move the guest; however it ends, the guest has exactly one owner."""
         self._until_the_end(self._migrate)
 
     def begin_recovery(self) -> None:
         """Leave ``postcopy-paused``; :meth:`recover` does the rest.
 
-        :raises WrongState: it is not paused, or another recovery was quicker.
+        :raises WrongState: it is not paused, or another recovery has begun.
         """
         self.error = None
         self._paused_by_user = False
@@ -138,7 +138,7 @@ class Source:
             raise WrongState("Cannot resume if there is no paused migration")
 
     def recover(self, uri: str) -> None:
-        """Go on with a broken postcopy, over another connection, after :meth:`begin_recovery`."""
+        """Resume a broken postcopy over another connection, after :meth:`begin_recovery`."""
         self._until_the_end(lambda: self._resume(uri))
 
     def _until_the_end(self, steps: Callable[[], None]) -> None:
@@ -179,7 +179,7 @@ class Source:
             switchover.complete_precopy()
         else:
             switchover.start_postcopy()
-            # Should it not take the devices, nothing of ours lies unread between its last word and us.
+            # All that was sent has been read then: a reset cannot discard its report of a failure.
             connection.answers.wait_pong(PACKAGE_PING)
             self._ran_there = True
             self._guest.runs_there()
@@ -213,7 +213,9 @@ class Source:
         connection = self._connect(channel, dirty, answered=self._is_answered(channel))
         answered = connection.return_path is not None
         capabilities = self._options.capabilities
-        channel.send(opening(self._guest.machine_name, blocks, capabilities, answered=answered))
+        channel.send(
+            stream_header(self._guest.machine_name, blocks, capabilities, answered=answered)
+        )
         self._open_preempt_if_awaited(connection, self._options.uri)
         connection.sender.begin(blocks, postcopy=postcopy)
         dirty.start()
@@ -224,7 +226,7 @@ class Source:
         return connection, dirty
 
     def _is_answered(self, channel: Channel) -> bool:
-        """Whether there is a return path; a command (``gzip > file``) has one only if it is said."""
+        """Whether there is a return path; a command (``gzip > file``) has one only if the user says so."""
         on = self._options.capabilities.on
         told = Capability.POSTCOPY_RAM in on or Capability.RETURN_PATH in on
         return channel.can_return and (told or isinstance(channel, SocketChannel))
@@ -246,7 +248,7 @@ class Source:
         ended = connection.answers.has_ended
         channel = connect_unless_cancelled(parse(uri), self.requests, ended)
         channel.watch(self._parameters.x_link_timeout / 1000)
-        connection.open_preempt(channel, says_end=bool(self._reads_after_both))
+        connection.open_preempt(channel, sends_end=bool(self._reads_after_both))
 
     def _connect(self, channel: Channel, dirty: DirtyPages, *, answered: bool) -> Connection:
         channel.watch(self._parameters.x_link_timeout / 1000)
@@ -261,7 +263,7 @@ class Source:
             answered=answered,
         )
         if self.requests.cancelled or self._paused_by_user:
-            channel.shutdown()  # the user's order came before there was anything to break
+            channel.shutdown()  # the request came before the connection
         return self._connection
 
     def _make_switchover(self, connection: Connection, dirty: DirtyPages) -> Switchover:
@@ -299,7 +301,7 @@ class Source:
     # --- recovery
 
     def adopt(self) -> None:
-        """Take over a paused postcopy whose engine has died: all that it knew is in the memory."""
+        """Take over a paused postcopy whose engine has died: its state is in the guest's memory."""
         blocks = [RamBlock(region) for region in self._guest.regions()]
         self._counters.total_bytes = sum(block.size_bytes for block in blocks)
         self._dirty = DirtyPages(blocks, choose("pagemap", self._guest))
@@ -307,14 +309,16 @@ class Source:
 
     def _resume(self, uri: str) -> None:
         assert self._dirty is not None
-        self._ran_there = True  # or nobody would answer as a destination that waits for recovery
+        self._ran_there = True  # else the destination would not wait for a recovery
         channel = connect_unless_cancelled(parse(uri), self.requests, lambda: self._paused_by_user)
         _check_answers(channel)
         connection = self._connect(channel, self._dirty, answered=True)
         connection.push.begin()
         self._progress.move(Status.POSTCOPY_RECOVER)
         trace("source.recovery-connected")
-        self._open_preempt_if_awaited(connection, uri)  # one that is silent for that is no dead one
+        self._open_preempt_if_awaited(
+            connection, uri
+        )  # before the watch: a destination may be silent for that
         connection.begin_watch()
         agree_on_what_is_missing(
             connection, self._dirty, lambda: self._open_preempt(connection, uri)
@@ -329,9 +333,9 @@ class Source:
     # --- when something went wrong
 
     def _fail(self, error: PostcopyError) -> None:
-        """Decide whose the guest is, and say so."""
+        """Decide which side has the guest, and report the failure."""
         if isinstance(error, MigrationCancelled):
-            self.cancel()  # the guest's process has heard of it first
+            self.cancel()  # only the guest's process knows of it so far
         if self._connection is not None:
             error = self._connection.explain(error)
         broken = self._progress.status in GIVEN_UP and not self._never_ran_there()
@@ -364,9 +368,9 @@ class Source:
         return connection is not None and (connection.refused or connection.channel.stores)
 
     def _never_ran_there(self) -> bool:
-        """Whether the destination never got the package, or has said that it could not take it.
+        """Whether the destination never got the package, or has reported that it could not take it.
 
-        Only its own word counts: that the connection ended says nothing about who runs the guest.
+        Only its own report counts: an ended connection does not tell which side runs the guest.
         """
         if self._switchover is not None and not self._switchover.committed:
             return True
@@ -374,7 +378,7 @@ class Source:
         return not self._ran_there and connection is not None and connection.answers.refused
 
     def _let_go(self) -> None:
-        """Close what is open; the pages stay while they may be needed for a recovery."""
+        """Close what is open; the pages stay as long as a recovery may need them."""
         if self._connection is not None:
             self._connection.abandon()
         if self._progress.status is Status.POSTCOPY_PAUSED or self._dirty is None:

@@ -1,4 +1,4 @@
-"""The first words of a stream: who we are, and what may follow."""
+"""The beginning of a stream: header, configuration, and what the destination must know before RAM."""
 
 from collections.abc import Sequence
 
@@ -23,10 +23,10 @@ def configuration(machine: str, capabilities: Capabilities) -> Configuration:
     return Configuration(machine, capabilities=names)
 
 
-def opening(
+def stream_header(
     machine: str, blocks: Sequence[RamBlock], capabilities: Capabilities, *, answered: bool
 ) -> bytes:
-    """Write everything up to the list of blocks.
+    """Encode everything before the list of blocks.
 
     :param answered: there is a return path to open.
     """
@@ -35,7 +35,7 @@ def opening(
         greeting: list[CommandRecord] = [OpenReturnPath(), Ping(HEADER_PING), Ping(IDENTITY_PING)]
         parts += map(encode_command, greeting)
     if capabilities.enabled(Capability.POSTCOPY_RAM):
-        # Said now, so that a destination that cannot do it refuses now.
+        # Sent now, so that a destination without postcopy refuses now.
         sizes = 0
         for block in blocks:
             sizes |= block.page_size_bytes

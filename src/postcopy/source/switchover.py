@@ -1,4 +1,4 @@
-"""The moment in which the guest changes sides.
+"""The switchover: the guest stops here and runs there.
 
 Ownership: until :meth:`Switchover._commit` has been called the guest is ours, and any failure lets it
 run on here.  From then on only the destination's own word that it does not run the guest
@@ -48,7 +48,7 @@ FIRST_DEVICE_ID = 10
 _RANGES_PER_COMMAND = 4000  # 64 KiB, less the name
 _FEW_PAGES = 1000
 _REST_BYTES = 1 << 20
-"""Sent at a time: silence is watched for by what has gone out, batch by batch."""
+"""Sent at a time: the watch for silence counts what has gone out, batch by batch."""
 
 
 class Switchover:
@@ -84,21 +84,21 @@ class Switchover:
         self.committed = False
 
     def discard_ahead(self) -> None:
-        """Say what the destination must forget while the guest still runs: most of what there will be.
+        """Send most of the discards while the guest still runs.
 
-        It answers when it has done so, and has taken all that was on its way: neither is left for
-        the time in which the guest stands still.
+        The destination answers when it has discarded the pages and read all that was sent before: neither
+        is left for the downtime.
         """
         assert self._return_path is not None
-        self._connection.begin_watch()  # it may not even take the package
+        self._connection.begin_watch()  # the destination may not even read the package
         self._connection.push.expect()
-        # The guest writes meanwhile, but the less the shorter a pass takes.
+        # The guest writes meanwhile: less with each pass, since each is shorter.
         for ping in DISCARD_PINGS:
             self._dirty.sync()
-            said_pages = self._send_discards()
+            sent_pages = self._send_discards()
             self._channel.send(encode_command(Ping(ping)))
             self._return_path.wait_pong(ping)
-            if said_pages < _FEW_PAGES:
+            if sent_pages < _FEW_PAGES:
                 return
 
     def stop_guest(self) -> None:
@@ -117,7 +117,7 @@ class Switchover:
     def complete_precopy(self) -> None:
         """Send the rest while the guest stands still, and hand it over."""
         if self._return_path is not None:
-            self._connection.begin_watch()  # nobody is to stand still for a peer that does nothing
+            self._connection.begin_watch()  # the guest must not stand still for a peer that does nothing
         self._send_rest()
         states = self._devices()
         self._channel.send_many([self._sender.end_of_ram(), device_sections(states)])
@@ -126,7 +126,7 @@ class Switchover:
             # Before the last byte: only when it answers has the destination taken all that it needs.
             self._channel.send(encode_command(Ping(BEFORE_END_PING)))
             self._return_path.wait_pong(BEFORE_END_PING)
-            self._connection.expect_last_word()
+            self._connection.watch_without_pings()
         else:
             self._channel.wait_for_room()  # here a cancel ends the wait: from the commit on none does
         trace("source.all-taken")
@@ -161,7 +161,7 @@ class Switchover:
                 start = int(batch[-1]) + 1
 
     def start_postcopy(self) -> None:
-        """Say what the destination must forget, and hand the guest over without it."""
+        """Send the discards and the package, which hands the guest over."""
         self._send_discards()
         trace("source.discards-sent")
         states = self._devices()
@@ -190,7 +190,7 @@ class Switchover:
         self._channel.send(encode_command(Ping(AFTER_PACKAGE_PING)))
 
     def settle(self) -> None:
-        """Wait until nothing of the stop is under way: the guest may be let run again then."""
+        """Wait until the stop is done: then the guest may run again."""
         if self._saving is not None:
             self._saving.settle()
 
@@ -223,20 +223,20 @@ class Switchover:
         return states
 
     def _send_discards(self) -> int:
-        """Say which pages are stale, but for those said before; return how many."""
-        said_pages = 0
+        """Send which pages are stale and were not sent as such before; return how many."""
+        sent_pages = 0
         if not any(pages.pending.any() for pages in self._dirty.blocks):
             # QEMU 10 never leaves its discard state when it gets no discard at all.
             self._dirty.blocks[0].pending[0] = True
         for pages in self._dirty.blocks:
-            said = self._discarded.get(pages.block.name)
-            stale = pages.pending if said is None else pages.pending & ~said
+            sent = self._discarded.get(pages.block.name)
+            stale = pages.pending if sent is None else pages.pending & ~sent
             self._discarded[pages.block.name] = pages.pending.copy()
-            said_pages += int(np.count_nonzero(stale))
+            sent_pages += int(np.count_nonzero(stale))
             ranges = runs(stale) * np.int64(pages.block.page_size_bytes)
             ranges[:, 1] -= ranges[:, 0]
             self._channel.send_many(_discards(pages.block.name, ranges))
-        return said_pages
+        return sent_pages
 
     def _check_cancelled(self) -> None:
         if self._requests.cancelled:
@@ -244,7 +244,7 @@ class Switchover:
 
 
 def device_sections(states: Sequence[DeviceState]) -> bytes:
-    """Write the FULL sections of all devices."""
+    """Encode the FULL sections of all devices."""
     return b"".join(
         encoder.device_section(
             DeviceSection(number, state.name, state.instance, state.version, state.payload)
@@ -254,7 +254,7 @@ def device_sections(states: Sequence[DeviceState]) -> bytes:
 
 
 def _discards(name: str, ranges: npt.NDArray[np.int64]) -> list[bytes]:
-    """Write the commands that make the destination forget ranges of a block.
+    """Encode the commands that discard ranges of a block.
 
     :param ranges: start and length in bytes, shape ``(n, 2)``; there may be many.
     """

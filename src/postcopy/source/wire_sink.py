@@ -70,7 +70,7 @@ class PacedChannel:
         """The bandwidth limit now, in bytes a second; 0 = none."""
         return self._limiter.bytes_per_second
 
-    def say(self, command: bytes) -> None:
+    def send_command(self, command: bytes) -> None:
         """Send a command behind the pages."""
         self._channel.send(command)
 
