@@ -45,7 +45,9 @@ def test_it_is_noticed_whether_or_not_the_kernel_takes_all_of_it(more_bytes):
         block=SimpleNamespace(name="ram", size_bytes=4096, page_size_bytes=4096),
         pending=np.ones(1, np.bool_),
     )
-    dirty, requests, counters = SimpleNamespace(blocks=[pages]), UserRequests(), Counters()
+    dirty = SimpleNamespace(blocks=[pages], syncs=1, collect_all=lambda: 4096)
+    requests, counters = UserRequests(), Counters()
+    states = [DeviceState("cpu", 0, 1, bytes(more_bytes))]
     connection = Connection(
         SocketChannel(near, "unread"),
         dirty,
@@ -57,17 +59,17 @@ def test_it_is_noticed_whether_or_not_the_kernel_takes_all_of_it(more_bytes):
         answered=True,
     )
     switchover = Switchover(
-        SimpleNamespace(give_up=given_up.set),
+        SimpleNamespace(pause_to_save=lambda: saved(states), give_up=given_up.set),
         connection,
         dirty,
         requests,
-        Progress(begin=Status.DEVICE),
+        Progress(begin=Status.ACTIVE),
         Capabilities(),
         counters,
         Clock(),
         lambda _: "",
     )
-    switchover._saving = saved([DeviceState("cpu", 0, 1, bytes(more_bytes))])
+    switchover.stop_guest()
     with far:
         with pytest.raises(ChannelBroken) as broken:
             hand_over(switchover, connection)
