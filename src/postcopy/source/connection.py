@@ -29,7 +29,7 @@ from postcopy.stream.pings import (
     answer,
     needs_nothing,
 )
-from postcopy.stream.records import Ping
+from postcopy.stream.records import Ping, PostcopyResume, RecvBitmap
 from postcopy.stream.return_path import ReturnPathDecoder
 from postcopy.trace import trace
 
@@ -173,6 +173,29 @@ class Connection:
             self.answers.wait_pong(ping)
         if self._cause is not None:
             raise self._cause
+
+    # --- a recovery
+
+    def resume(self, dirty: DirtyPages, open_preempt: Callable[[], None]) -> None:
+        """Resume a broken postcopy: find out which pages the destination lacks.
+
+        Source: QEMU's ``docs/devel/migration/postcopy.rst``, "Postcopy Recovery".  The destination sends
+        the received-bitmap of each block; all other pages are pending again.
+
+        :param open_preempt: opens the second connection, if there is one; QEMU opens it at this point.
+        :raises ChannelBroken: this connection has broken as well; another recovery may follow.
+        :raises StreamError: the peer is not the destination of this migration.
+        """
+        for pages in dirty.blocks:
+            self.channel.send(encode_command(RecvBitmap(pages.block.name)))
+            trace("source.bitmap-asked")
+            pages.keep_missing(self.answers.wait_bitmap(pages.block.name))
+            trace("source.bitmap-taken")
+        open_preempt()
+        self.channel.send(encode_command(PostcopyResume()))
+        trace("source.resume-sent")
+        self.answers.wait_resume_ack()
+        trace("source.resume-acknowledged")
 
     # --- a peer that falls silent
 

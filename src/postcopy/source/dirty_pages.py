@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from postcopy.dirty.tracker import DirtyTracker
+from postcopy.errors import StreamError
 from postcopy.memory.ram_block import RamBlock
 from postcopy.memory.runs import Indices, Mask, index_runs, next_set
 from postcopy.source.counters import RedirtyEstimate
@@ -128,6 +129,24 @@ class BlockPages:
         taken: Indices = self.pending[first:end].nonzero()[0] + first
         self.pending[taken] = False
         return taken
+
+    def keep_missing(self, received: Mask) -> None:
+        """Make all pages pending but those that a destination has received.
+
+        A page that was on its way when the link broke is sent again.  One that had arrived is not:
+        the guest may have written to it.
+
+        :param received: one bit for each target page.
+        :raises StreamError: it is not as long as the block.
+        """
+        per_page = self.block.target_pages_per_page
+        if len(received) != len(self.pending) * per_page:
+            raise StreamError(
+                f"the bitmap of block '{self.block.name}' is not as long as the block"
+            )
+        # A huge page has been received when all of its pieces have.
+        whole: Mask = np.logical_and.reduceat(received, np.arange(0, len(received), per_page))
+        self.pending = ~whole
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """First and end page of each chunk."""

@@ -24,7 +24,6 @@ from postcopy.source.dirty_pages import DirtyPages
 from postcopy.source.flow_control import PushPolicy
 from postcopy.source.page_sink import page_sink_for
 from postcopy.source.precopy import Outcome, Precopy
-from postcopy.source.recovery import agree_on_what_is_missing
 from postcopy.source.stream_header import stream_header
 from postcopy.source.switchover import Switchover
 from postcopy.source.user_requests import UserRequests
@@ -320,9 +319,7 @@ class Source:
             connection, uri
         )  # before the watch: a destination may be silent for that
         connection.begin_watch()
-        agree_on_what_is_missing(
-            connection, self._dirty, lambda: self._open_preempt(connection, uri)
-        )
+        connection.resume(self._dirty, lambda: self._open_preempt(connection, uri))
         self._guest.runs_there()
         self._progress.move(Status.POSTCOPY_ACTIVE)
         self._complete_postcopy(connection)
