@@ -67,7 +67,7 @@ def test_all_of_it_or_nothing(journey):
     trip = journey(idle(), parameters={})
     for own, why in (
         (Overrides({Capability.POSTCOPY_PREEMPT: True}), "preempt requires postcopy-ram"),
-        (Overrides(parameters={"downtime-limit": -1}), "downtime_limit"),
+        (Overrides(parameters={"downtime-limit": -1}), "downtime-limit"),
         (Overrides({Capability.MAPPED_RAM: True}), "seekable"),
     ):
         with pytest.raises(Refused, match=why):
