@@ -182,8 +182,12 @@ class Channel(abc.ABC):
     def delivered(self) -> None:  # noqa: B027  only a command needs it
         """The peer has said that it has everything: how a command ends is of no account any more."""
 
-    def leave(self) -> None:  # noqa: B027  only a command needs it
-        """The process is about to end, which closes the channel: nothing that it started goes on."""
+    def leave(self) -> bool:
+        """End what this process has started for the channel, which closes it.
+
+        :return: whether there is such a thing: a command.
+        """
+        return False
 
     @abc.abstractmethod
     def _send_some(self, pieces: list[memoryview]) -> int:

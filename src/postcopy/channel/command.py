@@ -84,13 +84,14 @@ class CommandChannel(DescriptorChannel):
         """See :meth:`Channel.delivered`."""
         self._delivered = True
 
-    def leave(self) -> None:
+    def leave(self) -> bool:
         """See :meth:`Channel.leave`; on return the command has ended."""
         self.shutdown()
         try:
             self.close()
         except ChannelBroken:
             pass  # what it was to do is given up
+        return True
 
     def _receive_some(self, view: memoryview) -> int:
         count = super()._receive_some(view)

@@ -101,3 +101,6 @@ class Outgoing(OutgoingCommands):
         self._cancelled = True
         if isinstance(self._context.job, Source | BackgroundSnapshot):
             self._context.job.cancel()
+
+    def end_command(self) -> bool:
+        return isinstance(self._context.job, Source) and self._context.job.end_command()

@@ -148,6 +148,12 @@ class OutgoingCommands(Protocol):
     def cancel(self) -> None:
         """Give up."""
 
+    def end_command(self) -> bool:
+        """End a command (``exec:``) that goes on although it has been sent the whole guest.
+
+        :return: whether there is one.
+        """
+
 
 class IncomingCommands(Protocol):
     """About a guest that arrives."""

@@ -107,6 +107,7 @@ class Connection:
         *,
         answered: bool,
     ) -> None:
+        self._finishing = False  # everything has been sent
         self.channel = channel
         self._counters = counters
         self._preempt: PreemptChannel | None = None
@@ -305,7 +306,15 @@ class Connection:
             self._preempt.close()
         if self.return_path is not None:
             self.channel.delivered()
+        self._finishing = True
         self.channel.close()
+
+    def end_command(self) -> bool:
+        """End a command that goes on although it has been sent everything.
+
+        :return: whether there is one.
+        """
+        return self._finishing and self.channel.leave()
 
     def abandon(self) -> None:
         """Break it; on return no thread of it touches a page any more.  Harmless when finished."""

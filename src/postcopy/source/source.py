@@ -84,6 +84,10 @@ class Source:
             self.requests.cancel()
             self._break()  # end the wait of a send to a peer that does not read
 
+    def end_command(self) -> bool:
+        """See :meth:`Connection.end_command`."""
+        return self._connection is not None and self._connection.end_command()
+
     def pause(self) -> None:
         """Break the connection on purpose.
 

@@ -319,7 +319,13 @@ class MigrationControl:
         if self._current.shown.status in GIVEN_UP:
             raise WrongState("Postcopy migration in progress, cannot cancel.")
         # From here on no engine can hand the guest over; if one was quicker, this is refused.
-        self._ownership.move(Move.CANCEL)
+        try:
+            self._ownership.move(Move.CANCEL)
+        except WrongState:
+            # A command that goes on would keep the guest stopped; what it has done is not known.
+            if not self._engines.call(OutgoingCommands.end_command):
+                raise
+            return
         self._engines.tell(OutgoingCommands.cancel)
 
     def continue_(self, state: Status) -> None:
