@@ -43,7 +43,7 @@ IMAGE = "/no/such/folder/\udcff\udcfe"
                         "unix:" + "x" * 200, "/\udcff")],
         *[(name, path) for name in ("inspect", "verify") for path in (IMAGE, "/", "", "x" * 5000, "/tmp")],
         *[("restore", path) for path in (IMAGE, "/", "x" * 5000, "/tmp")],
-        ("diff", IMAGE, "/"), ("extract", "/", "--ram", IMAGE), ("sweep", "/\udcff"),
+        ("diff", IMAGE, "/"), ("extract", "/", "--ram", IMAGE), ("prune", "/\udcff"),
     ],
     ids=lambda arguments: ascii(" ".join(arguments))[:70],
 )  # fmt: skip

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fakes.pair import DEADLINE_S, Journey, Side
 from fakes.waiting import wait_until
-from postcopy.image.describe import describe
+from postcopy.image.finalize import make_manifest
 from postcopy.image.formats import open_image
 from postcopy.image.manifest import Times
 from postcopy.parameters import Capability
@@ -75,4 +75,4 @@ def wait_for_faults(side: Side, more: int = 1) -> None:
 def write_manifest(path: Path) -> None:
     """Put a manifest beside an image, as it is now."""
     with open_image(path) as image:
-        describe(image, Times("2026-11-22T06:00:00.000+00:00")).save(path)
+        make_manifest(image, Times("2026-11-22T06:00:00.000+00:00")).save(path)

@@ -17,7 +17,7 @@ from postcopy import trace
 from postcopy.channel.claim import claimed
 from postcopy.channel.whole_file import partial_name
 from postcopy.machine.workload import load
-from postcopy.snapshot.cow_buffer import ASIDE_BYTES
+from postcopy.snapshot.cow_buffer import COW_BUFFER_BYTES
 from postcopy.status import Status
 
 pytestmark = pytest.mark.kvm
@@ -81,7 +81,7 @@ def begin_crowded(portrait, sink):
     begin_stalled(portrait, sink)
 
     def crowded():
-        return portrait.measured().aside_most_bytes >= ASIDE_BYTES - MIB
+        return portrait.measured().aside_most_bytes >= COW_BUFFER_BYTES - MIB
 
     wait_until(crowded, DEADLINE_S, "no more room aside")
 

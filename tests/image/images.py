@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from postcopy.image.describe import describe
-from postcopy.image.finalize import Finished, finish
+from postcopy.image.finalize import FinalizedImage, finalize, make_manifest
 from postcopy.image.formats import open_image
 from postcopy.image.manifest import Manifest, Times
-from postcopy.image.options import Cost, Wanted
+from postcopy.image.options import ImageOptions, SnapshotTimings
 from postcopy.image.publish import reserved
 from postcopy.machine.sections import descriptions, encode_devices
 from postcopy.stream.description import build_description
@@ -132,17 +131,19 @@ def write_image(path: Path, form: str, blocks: Memory) -> Path:
 
 def take_image(
     path: Path, form: str, blocks: Memory, *, compressed: bool = False, parent: Path | None = None
-) -> Finished:
+) -> FinalizedImage:
     """An image as ``postcopy snapshot`` makes it of what a machine has written."""
     with reserved(path) as written:
         write_image(written, form, blocks)
-        return finish(path, written, Wanted("mapped-ram", compressed, parent), Cost(0.0))
+        return finalize(
+            path, written, ImageOptions("mapped-ram", compressed, parent), SnapshotTimings(0.0)
+        )
 
 
 def write_manifest(path: Path) -> Manifest:
     """The manifest of an image that is whole."""
     with open_image(path) as image:
-        manifest = describe(image, TIMES)
+        manifest = make_manifest(image, TIMES)
     manifest.save(path)
     return manifest
 

@@ -9,14 +9,14 @@ import pytest
 from image.images import memory, take_image, write_image
 from postcopy.channel.whole_file import is_partial, partial_name
 from postcopy.errors import ImageError, Refused
-from postcopy.image.finalize import check_parent, finish
+from postcopy.image.finalize import check_parent, finalize
 from postcopy.image.formats import open_image
 from postcopy.image.manifest import Manifest, beside
-from postcopy.image.options import Cost, Wanted
+from postcopy.image.options import ImageOptions, SnapshotTimings
 from postcopy.image.publish import check_free, reserved
 from postcopy.image.verify import find_damages
 
-COST = Cost(0.0, pause_us=700, longest_stall_us=90)
+COST = SnapshotTimings(0.0, pause_us=700, longest_stall_us=90)
 
 
 @pytest.fixture
@@ -27,14 +27,14 @@ def path(tmp_path):
 @pytest.mark.parametrize("written", ["stream", "mapped-ram"])
 @pytest.mark.parametrize(
     ("wanted", "form"),
-    [(Wanted("mapped-ram"), "mapped-ram"), (Wanted(compressed=True), "chunks")],
+    [(ImageOptions("mapped-ram"), "mapped-ram"), (ImageOptions(compressed=True), "chunks")],
     ids=["mapped-ram", "chunks"],
 )
 def test_what_was_written_becomes_what_is_wanted(path, written, wanted, form):
     blocks = memory()
     with reserved(path) as partial:
         write_image(partial, written, blocks)
-        finished = finish(path, partial, wanted, COST)
+        finished = finalize(path, partial, wanted, COST)
     data = sum(int(rows.any(axis=1).sum()) for rows in blocks.values()) * 4096
     assert (finished.data_bytes, finished.data_bytes + finished.zero_bytes) == (data, 52 * 4096)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -53,14 +53,14 @@ def test_what_was_written_becomes_what_is_wanted(path, written, wanted, form):
 
 def test_a_stream_may_stay_one(path):
     written = write_image(partial_name(path), "stream", memory())
-    assert finish(path, written, Wanted("stream"), COST).manifest.form == "stream"
+    assert finalize(path, written, ImageOptions("stream"), COST).manifest.form == "stream"
 
 
 def test_what_is_no_image_is_not_published(path):
     with reserved(path) as written:
         written.write_bytes(b"QEVM\0\0\0\3 and so on")
         with pytest.raises(ImageError, match=str(written)):
-            finish(path, written, Wanted(), COST)
+            finalize(path, written, ImageOptions(), COST)
     assert list(path.parent.iterdir()) == []
 
 
@@ -76,7 +76,7 @@ def test_what_has_got_the_name_meanwhile_stays(path, meanwhile):
         made[meanwhile]()
         before = {each.name for each in path.parent.iterdir()} - {written.name}
         with pytest.raises(Refused, match="remove it, or give"):
-            finish(path, written, Wanted(), COST)
+            finalize(path, written, ImageOptions(), COST)
     assert {each.name for each in path.parent.iterdir()} == before - {f"{path.name}.partial.lock"}
     assert path.is_symlink() or b"another's" in {
         each.read_bytes() for each in path.parent.iterdir()
@@ -94,7 +94,7 @@ def test_what_cannot_be_published_leaves_no_manifest(path, monkeypatch):
 
     monkeypatch.setattr(os, "link", fail)
     with pytest.raises(OSError, match="Input/output error"):
-        finish(path, written, Wanted(), COST)
+        finalize(path, written, ImageOptions(), COST)
     assert not path.exists()
     assert not beside(path).exists()
 

@@ -11,7 +11,7 @@ from postcopy.errors import ImageError, Refused
 from postcopy.image.formats import open_image
 from postcopy.image.manifest import beside
 from postcopy.image.store.pack import STORE_NAME
-from postcopy.image.store.prune import sweep
+from postcopy.image.store.prune import prune
 from postcopy.image.store.store import ChunkStore
 
 
@@ -54,9 +54,9 @@ def chain(tmp_path):
 
 def test_with_every_image_there_nothing_goes(chain, store):
     before = size_of(store)
-    swept = sweep(store)
-    assert set(swept.images) == set(chain)
-    assert (swept.freed_bytes, size_of(store)) == (0, before)
+    pruned = prune(store)
+    assert set(pruned.images) == set(chain)
+    assert (pruned.freed_bytes, size_of(store)) == (0, before)
 
 
 @pytest.mark.parametrize("gone", [0, 1])
@@ -65,20 +65,20 @@ def test_what_only_a_removed_image_had_goes(chain, store, gone):
     remove(paths[gone])
     kept = paths[1 - gone]
     before = size_of(store)
-    foreseen = sweep(store, dry_run=True)
+    foreseen = prune(store, dry_run=True)
     assert size_of(store) == before
-    swept = sweep(store)
-    assert swept == foreseen
-    assert swept.images == (kept,)
-    assert swept.freed_bytes or swept.idle_bytes
+    pruned = prune(store)
+    assert pruned == foreseen
+    assert pruned.images == (kept,)
+    assert pruned.freed_bytes or pruned.idle_bytes
     holds(kept, chain[kept])
-    assert sweep(store).freed_bytes == 0
+    assert prune(store).freed_bytes == 0
 
 
 def test_a_store_without_images_is_empty(chain, store):
     for path in chain:
         remove(path)
-    assert sweep(store).kept_bytes == 0
+    assert prune(store).kept_bytes == 0
     assert size_of(store) == 0
 
 
@@ -89,7 +89,7 @@ def test_who_reads_meanwhile_reads_on(chain, store, monkeypatch):
         remove(tuesday)
         monkeypatch.setattr("postcopy.image.store.prune._DEAD_SHARE", 1 << 40)  # whatever it saves
         before = set(store.glob("*.pack"))
-        sweep(store)
+        prune(store)
         assert set(store.glob("*.pack")) != before
         for name, rows in chain[monday].items():
             np.testing.assert_array_equal(image.read(name, 0, len(rows)), rows)
@@ -101,7 +101,7 @@ def test_equal_chunks_in_two_packs_are_kept_once(tmp_path, store):
     path = take(tmp_path / "image", blocks)
     (pack,) = store.glob("*.pack")
     pack.with_name("copy.pack").write_bytes(pack.read_bytes())  # as two snapshots at a time may
-    assert sweep(store).freed_bytes > 0
+    assert prune(store).freed_bytes > 0
     assert len(list(store.glob("*.pack"))) == 1
     holds(path, blocks)
 
@@ -112,14 +112,14 @@ def test_images_in_other_folders_are_known(chain, store, tmp_path):
     elsewhere.mkdir()
     other = memory(pages=300, seed=7)
     path = take(elsewhere / "image", other, monday)
-    assert path.resolve() in sweep(store).images
+    assert path.resolve() in prune(store).images
     holds(path, other)
     elsewhere.rename(tmp_path / "away")
     with pytest.raises(Refused, match=f"add --without {elsewhere}"):
-        sweep(store)
-    swept = sweep(store, without=[elsewhere])
-    assert set(swept.images) == set(chain)
-    assert swept.freed_bytes > 0
+        prune(store)
+    pruned = prune(store, without=[elsewhere])
+    assert set(pruned.images) == set(chain)
+    assert pruned.freed_bytes > 0
 
 
 def test_a_folder_may_have_any_name(chain, store):
@@ -127,7 +127,7 @@ def test_a_folder_may_have_any_name(chain, store):
     folder.mkdir()
     monday, blocks = next(iter(chain.items()))
     take(folder / "image", blocks, monday)
-    assert folder / "image" in sweep(store).images
+    assert folder / "image" in prune(store).images
     holds(folder / "image", blocks)
 
 
@@ -135,8 +135,8 @@ def test_a_damaged_manifest_keeps_everything(chain, store):
     monday = next(iter(chain))
     before = size_of(store)
     flip(beside(monday), 800)
-    with pytest.raises(ImageError, match="before the store is swept"):
-        sweep(store)
+    with pytest.raises(ImageError, match="before you prune the store"):
+        prune(store)
     assert size_of(store) == before
 
 
@@ -145,7 +145,7 @@ def test_a_damaged_pack_keeps_everything_and_no_other_stays_open(chain, store):
     flip(damaged, damaged.stat().st_size * 8 - 1)
     before = size_of(store)
     with pytest.raises(ImageError, match=str(damaged)):
-        sweep(store)
+        prune(store)
     assert size_of(store) == before
     assert open_below(store) == []
 
@@ -160,17 +160,17 @@ def test_a_snapshot_that_the_disk_has_no_room_for_leaves_nothing_open(chain, sto
     assert open_below(store.parent) == []
 
 
-def test_no_sweep_while_a_snapshot_is_being_taken(chain, store):
+def test_no_pruning_while_a_snapshot_is_being_taken(chain, store):
     with (
         ChunkStore(store).held(),
-        pytest.raises(Refused, match="a snapshot is being put into"),
+        pytest.raises(Refused, match="a snapshot writes into"),
     ):
-        sweep(store)
-    sweep(store)
+        prune(store)
+    prune(store)
 
 
-def test_only_a_store_is_swept(tmp_path):
+def test_only_a_store_is_pruned(tmp_path):
     for folder in (tmp_path / "nothing", tmp_path):
         with pytest.raises(Refused, match="no store of chunks"):
-            sweep(folder)
+            prune(folder)
     assert list(tmp_path.iterdir()) == []

@@ -55,7 +55,7 @@ def test_restores_add_up(tmp_path):
 def test_one_of_another_image_is_replaced(tmp_path):
     path = tmp_path / "set"
     touched(5, identity="cd" * 32).save(path)
-    with pytest.raises(BadWorkingSet, match=r"set belongs to another image; record it anew"):
+    with pytest.raises(BadWorkingSet, match=r"set belongs to another image; record it again"):
         load(path)
     assert working_set.record(path, touched(6)).restores == 1
     assert load(path).count == 1

@@ -11,7 +11,7 @@ from postcopy.channel.whole_file import partial_name
 from postcopy.image import page_copies, working_set
 from postcopy.image.manifest import Manifest
 from postcopy.image.page_copies import PageCopies, Part
-from postcopy.image.store.prune import sweep
+from postcopy.image.store.prune import prune
 from postcopy.image.verify import find_damages
 from postcopy.image.working_set import WorkingSet
 
@@ -50,7 +50,7 @@ def test_the_first_snapshots_of_a_new_store(tmp_path, at_each_sync):
     assert not left
     for path in (tmp_path / "a", tmp_path / "b"):
         assert list(find_damages(path, Manifest.load(path))) == []
-    assert len(sweep(tmp_path / "postcopy-chunks").images) == 2
+    assert len(prune(tmp_path / "postcopy-chunks").images) == 2
 
 
 @pytest.mark.parametrize("image", ["there", "gone"])
@@ -98,12 +98,12 @@ def test_two_recordings_of_the_copies(tmp_path, at_each_sync):
     copies.close()
 
 
-def test_a_sweep_takes_away_what_killed_commands_have_left(tmp_path):
+def test_pruning_removes_what_killed_commands_have_left(tmp_path):
     take_image(tmp_path / "a", "stream", memory(), compressed=True)
     store = tmp_path / "postcopy-chunks"
     left = partial_name(store / "0123.pack")
     left.touch()
-    sweep(store, dry_run=True)
+    prune(store, dry_run=True)
     assert left.exists()
-    sweep(store)
+    prune(store)
     assert not left.exists()

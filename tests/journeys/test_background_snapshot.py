@@ -11,7 +11,7 @@ from fakes.waiting import wait_until
 from machine.machines import wait_for_progress
 from postcopy.machine.workload import load
 from postcopy.parameters import Capability
-from postcopy.snapshot.cow_buffer import ASIDE_BYTES
+from postcopy.snapshot.cow_buffer import COW_BUFFER_BYTES
 from postcopy.status import Status
 
 pytestmark = pytest.mark.kvm
@@ -146,12 +146,14 @@ def test_a_slow_sink_costs_bounded_memory(tmp_path):
         def is_full():
             assert portrait.side.status in {Status.SETUP, Status.ACTIVE}
             measured = portrait.measured()
-            return measured is not None and (measured.aside_most_bytes or 0) >= ASIDE_BYTES - MIB
+            return (
+                measured is not None and (measured.aside_most_bytes or 0) >= COW_BUFFER_BYTES - MIB
+            )
 
         wait_until(is_full, 30, "as much put aside as may be")
         sink.flow()
         portrait.side.wait(Status.COMPLETED)
-        assert portrait.measured().aside_most_bytes <= ASIDE_BYTES
+        assert portrait.measured().aside_most_bytes <= COW_BUFFER_BYTES
         sink.wait_end()
         portrait.check_image(f"file:{sink.path}")
         portrait.check_memory()

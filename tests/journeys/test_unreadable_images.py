@@ -15,9 +15,9 @@ from fakes.pair import DEADLINE_S, idle
 from machine.machines import wait_for_progress
 from postcopy.channel.whole_file import partial_name
 from postcopy.errors import GuestError
-from postcopy.image.finalize import finish
+from postcopy.image.finalize import finalize
 from postcopy.image.formats import open_image
-from postcopy.image.options import Cost, Wanted
+from postcopy.image.options import ImageOptions, SnapshotTimings
 from postcopy.machine.workload import PAGE_BYTES
 from postcopy.status import ENDED, Status
 
@@ -47,7 +47,7 @@ def make_image(trip, path: Path, kind: str) -> Victim:
     if kind == "chunks":
         written = partial_name(path)
         put_to_sleep(trip, written, "stream")
-        finish(path, written, Wanted(compressed=True), Cost(0.0))
+        finalize(path, written, ImageOptions(compressed=True), SnapshotTimings(0.0))
     else:
         put_to_sleep(trip, path, kind.split(maxsplit=1)[0])
         if "manifest" in kind:

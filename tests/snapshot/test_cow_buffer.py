@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from fakes.waiting import wait_until
-from postcopy.snapshot.bitmap import Copies
-from postcopy.snapshot.cow_buffer import Aside
+from postcopy.snapshot.bitmap import PageBatch
+from postcopy.snapshot.cow_buffer import CowBuffer
 
 PAGE = 4096
 
 
 def copies_of(pages, number=0):
     contents = np.full((pages, PAGE), number, np.uint8)
-    return Copies(None, 0, pages, np.arange(pages), contents, np.arange(0))
+    return PageBatch(None, 0, pages, np.arange(pages), contents, np.arange(0))
 
 
 class Waiter:
@@ -41,7 +41,7 @@ class Waiter:
 
 @pytest.fixture
 def aside():
-    return Aside(4 * PAGE)
+    return CowBuffer(4 * PAGE)
 
 
 def put(aside, pages, number=0):

@@ -2,11 +2,11 @@
 
 import threading
 
-from postcopy.snapshot.fair_lock import Turns
+from postcopy.snapshot.bitmap import FairLock
 
 
 def test_who_waits_comes_before_who_comes_again():
-    turns, order = Turns(), []
+    turns, order = FairLock(), []
     waiting = threading.Event()
 
     def wait():
@@ -28,7 +28,7 @@ def test_who_waits_comes_before_who_comes_again():
 
 
 def test_one_at_a_time():
-    turns = Turns()
+    turns = FairLock()
     inside = []
 
     def work():

@@ -14,8 +14,8 @@ from postcopy.kernel import memfd
 from postcopy.kernel.mapping import Mapping
 from postcopy.kernel.userfaultfd import SNAPSHOT_FEATURES, Userfaultfd
 from postcopy.memory.ram_block import RamBlock
-from postcopy.snapshot.bitmap import PIECE_BYTES, UnsavedPages
-from postcopy.snapshot.cow_buffer import Aside
+from postcopy.snapshot.bitmap import PIECE_BYTES, SnapshotBitmap
+from postcopy.snapshot.cow_buffer import CowBuffer
 from postcopy.snapshot.write_protect import RUN_BYTES, WriteProtectHandler
 
 PAGE = 4096
@@ -63,16 +63,16 @@ class Owner:
 
 
 class Shot:
-    """A guard over an owner's memory."""
+    """A handler over an owner's memory."""
 
     def __init__(self, owner, limit_bytes=32 << 20):
         self.owner = owner
         self.block = owner.block()
-        self.unsaved = UnsavedPages([self.block])
-        self.aside = Aside(limit_bytes)
+        self.unsaved = SnapshotBitmap([self.block])
+        self.aside = CowBuffer(limit_bytes)
         watch = Userfaultfd.from_fd(os.dup(owner.watch.fd))
-        self.guard = WriteProtectHandler(watch, self.unsaved, self.aside, owner.errors.append)
-        self.guard.start()
+        self.handler = WriteProtectHandler(watch, self.unsaved, self.aside, owner.errors.append)
+        self.handler.start()
         self.image = np.zeros((PAGES, PAGE), np.uint8)
         self.times = np.zeros(PAGES, int)
 
@@ -86,9 +86,9 @@ class Shot:
             self.keep(copies)
             self.aside.written(copies)
 
-    def sweep(self):
-        for copies in self.unsaved.sweep():
-            self.guard.let_go(copies.block, copies.first, copies.end)
+    def copy_rest(self):
+        for copies in self.unsaved.copy_rest():
+            self.handler.unprotect(copies.block, copies.first, copies.end)
             self.keep(copies)
             self.keep_aside()
         while (copies := self.aside.take_rest()) is not None:
@@ -96,7 +96,7 @@ class Shot:
             self.aside.written(copies)
 
     def close(self):
-        self.guard.stop()
+        self.handler.stop()
         self.block.close()
 
 
@@ -124,49 +124,49 @@ def check(shot, expected):
 
 def test_nobody_writes(owner, shot):
     before = owner.memory()
-    shot.guard.arm()
-    shot.guard.freeze()
+    shot.handler.arm()
+    shot.handler.freeze()
     assert shot.unsaved.remaining_bytes == PAGES * PAGE
-    shot.sweep()
+    shot.copy_rest()
     check(shot, before)
-    assert shot.guard.stalls.count == 0
+    assert shot.handler.stalls.count == 0
 
 
 def test_holes_stay_holes(owner, shot):
-    shot.guard.arm()
-    shot.guard.freeze()
-    shot.sweep()
+    shot.handler.arm()
+    shot.handler.freeze()
+    shot.copy_rest()
     assert os.fstat(owner.fd).st_blocks * 512 == PAGES // 2 * PAGE
 
 
 def test_writes_before_the_stop_are_in_the_picture(owner, shot):
-    shot.guard.arm()
+    shot.handler.arm()
     for page in (0, 1, 500, 501, PAGES - 1):
         owner.write(page, 77)
     before = owner.memory()
-    shot.guard.freeze()
+    shot.handler.freeze()
     assert shot.aside.take() is None
-    shot.sweep()
+    shot.copy_rest()
     check(shot, before)
 
 
 def test_writes_after_the_stop_are_not(owner, shot):
-    shot.guard.arm()
+    shot.handler.arm()
     owner.write(10, 99)  # once before, once after
     before = owner.memory()
-    shot.guard.freeze()
+    shot.handler.freeze()
     for page in (0, 1, 10, 500, 501, PAGES - 1):
         owner.write(page, 88)
     assert not shot.unsaved.is_unsaved(shot.block, 10)
-    shot.sweep()
+    shot.copy_rest()
     check(shot, before)
-    wait_until(lambda: shot.guard.stalls.count == 3, 10, "three runs, three stalls")
-    assert shot.guard.stalls.figures().max_us > 0
+    wait_until(lambda: shot.handler.stalls.count == 3, 10, "three runs, three stalls")
+    assert shot.handler.stalls.figures().max_us > 0
 
 
 def test_neighbours_come_along(owner, shot):
-    shot.guard.arm()
-    shot.guard.freeze()
+    shot.handler.arm()
+    shot.handler.freeze()
     owner.write(RUN + 2, 5)
     copies = shot.aside.take_rest()
     assert (copies.first, copies.end) == (RUN, 2 * RUN)
@@ -176,12 +176,12 @@ def test_neighbours_come_along(owner, shot):
 
 def test_a_write_to_a_page_that_was_saved_waits_for_nothing(owner, shot):
     before = owner.memory()
-    shot.guard.arm()
-    shot.guard.freeze()
-    shot.sweep()
+    shot.handler.arm()
+    shot.handler.freeze()
+    shot.copy_rest()
     for page in range(0, PAGES, 3):
         owner.write(page, 66)
-    assert shot.guard.stalls.count == 0
+    assert shot.handler.stalls.count == 0
     check(shot, before)
 
 
@@ -203,14 +203,14 @@ def test_writers_all_the_while(owner, shot):
     threads = [threading.Thread(target=work, args=(seed,), daemon=True) for seed in (1, 2)]
     for thread in threads:
         thread.start()
-    shot.guard.arm()
+    shot.handler.arm()
     gate.clear()
     for _ in threads:
         assert idle.acquire(timeout=10)
     before = owner.memory()
-    shot.guard.freeze()
+    shot.handler.freeze()
     gate.set()
-    shot.sweep()
+    shot.copy_rest()
     stop.set()
     for thread in threads:
         thread.join(10)
@@ -221,9 +221,9 @@ def test_writers_all_the_while(owner, shot):
 
 def test_without_room_a_writer_waits_and_is_saved_by_the_sweep(owner):
     shot = Shot(owner, limit_bytes=2 * RUN_BYTES)
-    shot.guard.arm()
+    shot.handler.arm()
     before = owner.memory()
-    shot.guard.freeze()
+    shot.handler.freeze()
     done = []
 
     def work():
@@ -234,7 +234,7 @@ def test_without_room_a_writer_waits_and_is_saved_by_the_sweep(owner):
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     wait_until(lambda: shot.aside.most_bytes >= RUN_BYTES, 10, "copies")
-    shot.sweep()
+    shot.copy_rest()
     thread.join(10)
     assert not thread.is_alive()
     check(shot, before)
@@ -245,8 +245,8 @@ def test_without_room_a_writer_waits_and_is_saved_by_the_sweep(owner):
 def test_stopping_leaves_nobody_waiting(owner):
     """Once the guest's process has ended the registration."""
     shot = Shot(owner, limit_bytes=PAGE)
-    shot.guard.arm()
-    shot.guard.freeze()
+    shot.handler.arm()
+    shot.handler.freeze()
     threads = [
         threading.Thread(target=owner.write, args=(page, 3), daemon=True) for page in (0, 100, 200)
     ]
@@ -264,7 +264,7 @@ def test_a_fault_of_ours_is_told(owner):
     """Whoever waits must not wait for ever because of it."""
     shot = Shot(owner)
     shot.unsaved.find = lambda address: {}[address]
-    shot.guard.arm()
+    shot.handler.arm()
     thread = threading.Thread(target=owner.write, args=(0, 3), daemon=True)
     thread.start()
     wait_until(lambda: owner.errors, 10, "the error")
@@ -276,6 +276,6 @@ def test_a_fault_of_ours_is_told(owner):
 
 
 def test_pieces_are_bounded(owner, shot):
-    sizes = [len(copies.data) for copies in shot.unsaved.sweep()]
+    sizes = [len(copies.data) for copies in shot.unsaved.copy_rest()]
     assert max(sizes) * PAGE <= PIECE_BYTES
     assert sum(sizes) == PAGES // 2

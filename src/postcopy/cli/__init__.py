@@ -19,7 +19,7 @@ COMMANDS: Final = {
     "inspect": "postcopy.cli.inspect",
     "diff": "postcopy.cli.diff",
     "extract": "postcopy.cli.extract",
-    "sweep": "postcopy.cli.sweep",
+    "prune": "postcopy.cli.prune",
     "status": "postcopy.cli.status",
     "doctor": "postcopy.cli.doctor",
     "demo": "postcopy.cli.demo",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from postcopy.image.info import Survey
+    from postcopy.image.info import ImageInfo
 
 _MIB = 1 << 20
 
@@ -19,10 +19,10 @@ _MIB = 1 << 20
 def inspect(path: Path, as_json: bool) -> None:
     """Show what is in an image, ours or a real QEMU's, without reading its pages."""
     from postcopy.image.formats import open_image
-    from postcopy.image.info import survey
+    from postcopy.image.info import image_info
 
     with open_image(path) as image:
-        found = survey(image)
+        found = image_info(image)
     if as_json:
         click.echo(json.dumps(found.to_json()))
         return
@@ -31,7 +31,7 @@ def inspect(path: Path, as_json: bool) -> None:
     click.echo(report.text(list(lines(found))))
 
 
-def lines(found: "Survey") -> Iterator[tuple[str, str]]:
+def lines(found: "ImageInfo") -> Iterator[tuple[str, str]]:
     """What there is to say, for a person."""
     yield "image", found.path
     yield "format", found.format
@@ -52,12 +52,12 @@ def lines(found: "Survey") -> Iterator[tuple[str, str]]:
     if found.working_set is not None:
         yield "working set", found.working_set
     if found.manifest is None:
-        yield "manifest", "none: nobody can tell whether a bit has changed"
+        yield "manifest", "none: a bit that has changed cannot be detected"
         return
     yield from _told(found)
 
 
-def _told(found: "Survey") -> Iterator[tuple[str, str]]:
+def _told(found: "ImageInfo") -> Iterator[tuple[str, str]]:
     assert found.manifest is not None
     times = found.manifest["times"]
     yield "identity", found.manifest["identity"]

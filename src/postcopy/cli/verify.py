@@ -9,7 +9,7 @@ import click
 from postcopy.cli.failures import CommandFailed
 
 if TYPE_CHECKING:
-    from postcopy.image.damage import Damage
+    from postcopy.image.file import Damage
 
 
 @click.command(short_help="Tell whether an image is still what it was, and where not.")
@@ -53,7 +53,7 @@ def verify(path: Path, adopt: bool, as_json: bool) -> None:
 def _adopt(path: Path) -> None:
     from postcopy.channel.whole_file import check_replaceable
     from postcopy.errors import Refused
-    from postcopy.image.describe import describe, now
+    from postcopy.image.finalize import make_manifest, utc_now
     from postcopy.image.formats import open_image
     from postcopy.image.manifest import Times, beside
 
@@ -61,7 +61,7 @@ def _adopt(path: Path) -> None:
         raise Refused(f"{beside(path)} exists; leave --adopt out, or remove it")
     check_replaceable(beside(path))
     with open_image(path) as image:
-        describe(image, Times(now())).save(path, replacing=False)
+        make_manifest(image, Times(utc_now())).save(path, replacing=False)
 
 
 def _as_object(damage: "Damage") -> dict[str, Any]:

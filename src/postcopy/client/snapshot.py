@@ -14,13 +14,12 @@ from postcopy.client.progress import STOPPED, Phase, Progress, ProgressTracker
 from postcopy.client.told import status_of
 from postcopy.client.writing import writing_to
 from postcopy.errors import MigrationCancelled, MigrationFailed, PostcopyError, Refused
-from postcopy.image.last_moment import LastMoment
-from postcopy.image.options import Cost, Form, Wanted
-from postcopy.image.publish import reserved
+from postcopy.image.options import Form, ImageOptions, SnapshotTimings
+from postcopy.image.publish import CommitPoint, reserved
 from postcopy.status import Status
 
 if TYPE_CHECKING:
-    from postcopy.image.finalize import Finished
+    from postcopy.image.finalize import FinalizedImage
 
 _INTERVAL_S: Final = 0.02
 _CANCEL_TIMEOUT_S: Final = 30.0
@@ -35,10 +34,10 @@ class SnapshotOptions(TypedDict, total=False):
     parent: str | Path | None
 
 
-def wanted(options: SnapshotOptions) -> Wanted:
+def wanted(options: SnapshotOptions) -> ImageOptions:
     """What the options ask for."""
     parent = options.get("parent")
-    return Wanted(
+    return ImageOptions(
         options.get("form", "mapped-ram"),
         options.get("compress") is not None,
         None if parent is None else Path(parent).absolute(),
@@ -88,11 +87,10 @@ class Snapshot:
         return figures
 
 
-def _files() -> Any:
-    # Whoever takes no snapshot need not wait until numpy is there.
-    from postcopy.image import finalize as finish
+def _finalize() -> Any:
+    from postcopy.image import finalize  # imports numpy, which only a snapshot needs
 
-    return finish
+    return finalize
 
 
 class SnapshotJob:
@@ -101,7 +99,7 @@ class SnapshotJob:
     One task of the running event loop sees it through, whether anybody asks or not.
     """
 
-    def __init__(self, machine: Connection, path: Path, wanted: Wanted) -> None:
+    def __init__(self, machine: Connection, path: Path, wanted: ImageOptions) -> None:
         self._machine = machine
         self._path = path.absolute()
         self._written = self._path  # until there is a name for what the machine is to write
@@ -110,7 +108,7 @@ class SnapshotJob:
         self._last = self._tracker.take({})
         self._changed = asyncio.Condition()
         self._started = time.monotonic()
-        self._last_moment = LastMoment()
+        self._commit_point = CommitPoint()
         self._task = asyncio.create_task(self._run(), name="snapshot")
         # Whoever does not ask for the result does not want to hear that nobody did.
         self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
@@ -158,7 +156,7 @@ class SnapshotJob:
 
         :raises Refused: it is being published, or has been.
         """
-        if not self._last_moment.give_up():
+        if not self._commit_point.cancel():
             raise Refused(
                 f"the snapshot is complete; remove {self._path} if it is not wanted any more"
             )
@@ -166,14 +164,14 @@ class SnapshotJob:
 
     async def give_up(self) -> None:
         """Cancel it, and wait until nothing of it goes on; what is not published yet never will be."""
-        self._last_moment.give_up()
+        self._commit_point.cancel()
         self._task.cancel()
         await asyncio.wait({self._task})
 
     async def _run(self) -> Snapshot:
         with reserved(self._path) as self._written:
             if self._wanted.parent is not None:
-                await asyncio.to_thread(lambda: _files().check_parent(self._wanted.parent))
+                await asyncio.to_thread(lambda: _finalize().check_parent(self._wanted.parent))
             ours = await self._machine.is_ours()
             if not ours:
                 await self._check_state()
@@ -207,7 +205,7 @@ class SnapshotJob:
     async def _save(
         self, order: str, more: Mapping[str, Any], borrowed: Borrowed | None = None
     ) -> Mapping[str, Any]:
-        loading = asyncio.create_task(asyncio.to_thread(_files))  # while the machine writes
+        loading = asyncio.create_task(asyncio.to_thread(_finalize))  # while the machine writes
         loading.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             uri = await writing_to(self._machine, self._written)
@@ -255,22 +253,22 @@ class SnapshotJob:
                 await self.cancel()
                 await self._until_stopped()
 
-    async def _finish(self, answer: Mapping[str, Any]) -> "Finished":
+    async def _finish(self, answer: Mapping[str, Any]) -> "FinalizedImage":
         last = self._tracker.take(answer)
         await self._publish(replace(last, phase=Phase.DIGESTS, fraction=0.95))
         told = _Told.of(answer)
-        cost = Cost(self._started, told.pause_us, told.longest_stall_us)
+        timings = SnapshotTimings(self._started, told.pause_us, told.longest_stall_us)
         finishing = asyncio.create_task(
             asyncio.to_thread(
-                lambda: _files().finish(
-                    self._path, self._written, self._wanted, cost, self._last_moment
+                lambda: _finalize().finalize(
+                    self._path, self._written, self._wanted, timings, self._commit_point
                 )
             )
         )
         try:
             return await asyncio.shield(finishing)
         except asyncio.CancelledError:
-            self._last_moment.give_up()  # a thread cannot be cancelled: it ends itself then
+            self._commit_point.cancel()  # a thread cannot be cancelled: it ends at its next check
             await asyncio.wait({finishing})
             finishing.exception()
             raise
@@ -282,9 +280,9 @@ class SnapshotJob:
             self._changed.notify_all()
 
     def _elapsed_ms(self) -> int:
-        return Cost(self._started).total_ms
+        return SnapshotTimings(self._started).total_ms
 
-    def _outcome(self, answer: Mapping[str, Any], finished: "Finished") -> Snapshot:
+    def _outcome(self, answer: Mapping[str, Any], finished: "FinalizedImage") -> Snapshot:
         told, manifest, packed = _Told.of(answer), finished.manifest, finished.packed
         return Snapshot(
             path=self._path,

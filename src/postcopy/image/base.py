@@ -1,8 +1,7 @@
 """An image: a guest's memory and devices in a file, whatever the file's format.
 
-Nothing of an image's memory is read before it is asked for.  A file is hostile input: whatever is
-wrong with it is an :class:`ImageError` that says where, and nothing is allocated by a number that stands
-in it before that number is checked.
+Memory is read only on request.  A file is hostile input: each fault of it is an :class:`ImageError` with
+the offset, and each size in it is checked before memory is allocated for it.
 
 An image is opened by :func:`postcopy.image.formats.open_image`.
 """
@@ -18,14 +17,14 @@ import numpy.typing as npt
 
 from postcopy.errors import ImageError
 from postcopy.guest import DeviceState
-from postcopy.image.damage import Damage
+from postcopy.image.file import Damage
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Mask
 
 PageRows = npt.NDArray[np.uint8]
 
 LARGEST_RAM_BYTES = 16 << 40
-"""RAM of more than this is not taken for true: a mask of its pages alone would be 4 GiB."""
+"""A larger RAM size is refused: a mask of its pages alone would be 4 GiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +36,16 @@ class ImageBlock:
 
     @property
     def pages(self) -> int:
-        """How many pages of 4 KiB it has."""
+        """Its number of pages of 4 KiB."""
         return self.size_bytes // TARGET_PAGE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What an image says of itself, besides its memory.
+    """An image without its memory.
 
-    ``ram_ended`` tells whether the memory has a last section.
-    ``description`` is the JSON at the end of the stream, or ``None`` where there is none.
+    :ivar ram_ended: whether the memory has an END section.
+    :ivar description: the JSON at the end of the stream, or ``None``.
     """
 
     machine_name: str
@@ -58,7 +57,7 @@ class Contents:
 
 
 class Image(ABC):
-    """A guest at one point in time.  Reading is for any thread; nothing is ever written.
+    """A guest at one point in time, read-only.  Any thread may read it.
 
     :param path: the file, for messages.
     :param form: ``mapped-ram``, ``stream`` or ``chunks``.
@@ -76,15 +75,15 @@ class Image(ABC):
 
     @abstractmethod
     def has_data(self, block_name: str) -> Mask:
-        """Tell which pages the file has; all others are zero.  Shape ``(pages,)``.
+        """Return the pages that the file has; all others are zero.  Shape ``(pages,)``.
 
         :raises KeyError: there is no such block.
         """
 
     def address(self, block_name: str) -> int:
-        """Tell where the block lies in this process, for the kernel to copy from; 0: it does not.
+        """Return where the block is mapped in this process, for the kernel to copy from; 0: nowhere.
 
-        Only pages that have data count; others may hold anything.  No code may touch them: see
+        Only pages that have data are valid.  No code may touch the mapping: see
         :mod:`postcopy.image.file`.
 
         :raises KeyError: there is no such block.
@@ -93,7 +92,7 @@ class Image(ABC):
         return 0
 
     def bits(self, block_name: str) -> npt.NDArray[np.uint8] | None:
-        """Give :meth:`has_data` as packed bits, the lowest first, if it lies so in the file.
+        """Return :meth:`has_data` as packed bits, the lowest first, if the file has it so.
 
         :raises KeyError: there is no such block.
         """
@@ -106,23 +105,23 @@ class Image(ABC):
 
     @abstractmethod
     def locate(self, start: int, end: int) -> tuple[str, int] | None:
-        """Tell whose memory lies in the bytes ``start`` to ``end`` (not included) of the file.
+        """Find the memory in the bytes ``start`` to ``end`` (not included) of the file.
 
-        :return: the block, and the offset in it of the first byte there, in bytes; ``None`` where no
-            memory is.
+        :return: the block, and the offset in it of the first byte, in bytes; ``None`` if there is no
+            memory.
         """
 
     def fixed_pages(self) -> list[tuple[int, int]]:
-        """Tell which bytes of the file, from a start to an end, are pages and nothing else."""
+        """Return the ranges of bytes of the file that are pages and nothing else."""
         return []
 
     def damages(self) -> Iterator[Damage]:
-        """Find what is wrong with memory that is not in the image's own file."""
+        """Find damaged memory that is not in the image's own file."""
         return iter(())
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the file, as soon as the last view is gone.  Harmless when closed."""
+        """Close the file, once the last view is gone.  Harmless when closed."""
 
     def block(self, name: str) -> ImageBlock:
         """Find a block.
@@ -133,7 +132,7 @@ class Image(ABC):
 
     @property
     def ram_bytes(self) -> int:
-        """The sizes of all blocks together."""
+        """The sum of the sizes of all blocks."""
         return sum(block.size_bytes for block in self.blocks)
 
     def read(self, block_name: str, first_page: int, count: int) -> PageRows:
@@ -141,7 +140,7 @@ class Image(ABC):
 
         :raises KeyError: there is no such block.
         :raises IndexError: the pages are not all in the block.
-        :raises ImageError: they cannot be had.
+        :raises ImageError: they cannot be read.
         """
         block = self._blocks[block_name]
         if first_page < 0 or count < 0 or first_page + count > block.pages:

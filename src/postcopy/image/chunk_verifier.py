@@ -1,4 +1,4 @@
-"""Pages of a mapped image that may be served: each chunk is checked once, before its first page."""
+"""Checks each chunk of a mapped image once, before its first page is served."""
 
 import threading
 from collections.abc import Callable
@@ -6,8 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from postcopy.image.damage import Damage
 from postcopy.image.digests import CHUNK_BYTES, complaint
+from postcopy.image.file import Damage
 from postcopy.image.manifest import Manifest
 from postcopy.image.mapped_ram import MappedImage
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
@@ -18,10 +18,10 @@ _UNKNOWN, _GOOD, _BAD = 0, 1, 2
 
 
 class ChunkVerifier:
-    """Knows of each chunk of the file whether it is what the manifest says.
+    """Compares chunks of the file with the manifest, and keeps the verdicts.
 
-    Any thread may ask.  Two that ask at once for the same chunk both check it, and come to the same
-    result; so verdicts need no lock, and one that waits for a page never waits for another's check.
+    For any thread.  Two threads that need the same chunk at once both check it, with the same result; so
+    verdicts need no lock, and a thread with a demand never waits for the check of another thread.
     """
 
     def __init__(self, image: MappedImage, manifest: Manifest) -> None:
@@ -32,7 +32,7 @@ class ChunkVerifier:
         self._damages: list[Damage] = []
 
     def good(self, block_name: str, first_page: int, count: int) -> Mask:
-        """Tell which of these pages may be served; shape ``(count,)``.
+        """Return which of these pages may be served; shape ``(count,)``.
 
         :raises KeyError: there is no such block.
         """
@@ -41,14 +41,14 @@ class ChunkVerifier:
         first = start // CHUNK_BYTES
         end = -(-(start + count * TARGET_PAGE_BYTES) // CHUNK_BYTES)
         for chunk in (first + np.flatnonzero(self._verdicts[first:end] == _UNKNOWN)).tolist():
-            if self._verdicts[chunk] == _UNKNOWN:  # still: others check, too
+            if self._verdicts[chunk] == _UNKNOWN:  # still: other threads check, too
                 self._check(chunk)
         chunks = (start + np.arange(count, dtype=np.int64) * TARGET_PAGE_BYTES) // CHUNK_BYTES
         good: Mask = self._verdicts[chunks] == _GOOD
         return good
 
     def is_good(self, block_name: str, page: int) -> bool:
-        """Tell whether this page may be served: the shortest way for one that somebody waits for."""
+        """Return whether this page may be served: the fast path for a page that a vCPU waits for."""
         offset = self._image.place(block_name).pages_offset + page * TARGET_PAGE_BYTES
         chunk = offset // CHUNK_BYTES
         if self._verdicts[chunk] == _UNKNOWN:
@@ -56,13 +56,13 @@ class ChunkVerifier:
         return bool(self._verdicts[chunk] == _GOOD)
 
     def look_ahead(self, block_name: str, wanted: Mask, ended: Callable[[], bool]) -> None:
-        """Check chunks before their pages are asked for, from the first one on.
+        """Check chunks ahead of :meth:`good`, from the first one on.
 
-        Only those of which many are: single pages are placed in calls so short that two threads
-        would spend their time with waiting for the interpreter.
+        Only chunks with many wanted pages: single pages are placed in calls so short that two threads
+        would spend their time waiting for the interpreter.
 
-        :param wanted: the pages that will be; shape ``(pages of the block,)``.
-        :param ended: whether to leave the rest to those who ask.
+        :param wanted: the pages that will be needed; shape ``(pages of the block,)``.
+        :param ended: whether to stop.
         """
         start = self._image.place(block_name).pages_offset
         pages_of = np.bincount((start + np.flatnonzero(wanted) * TARGET_PAGE_BYTES) // CHUNK_BYTES)
@@ -73,7 +73,7 @@ class ChunkVerifier:
                 self._check(chunk)
 
     def damages(self) -> list[Damage]:
-        """What has been found wrong so far, in the order of finding."""
+        """Damage that has been found so far, in the order of finding."""
         with self._telling:
             return list(self._damages)
 

@@ -1,8 +1,8 @@
 """An image whose memory is in a chunk store: the file has the machine, the manifest the addresses.
 
-The file is a plain stream without pages behind a word of ours, so that nobody, a real QEMU least of
-all, takes it for an image of a machine whose memory is all zero.  The manifest lists every chunk of
-every block: no other image has to be there, and there is no chain to follow.
+The file is a magic of our own and a plain stream without pages: because of the magic no program, such as
+a QEMU, loads it as a machine whose memory is all zero.  The manifest lists every chunk of every block: no
+other image is needed, and there is no chain to follow.
 """
 
 import threading
@@ -16,9 +16,8 @@ import numpy as np
 
 from postcopy.errors import ImageError
 from postcopy.image.base import Image, ImageBlock, PageRows
-from postcopy.image.damage import Damage
 from postcopy.image.digests import CHUNK_BYTES
-from postcopy.image.file import ImageFile
+from postcopy.image.file import Damage, ImageFile
 from postcopy.image.file_kinds import CHUNK_IMAGE_MAGIC
 from postcopy.image.manifest import ADDRESS_BYTES, Manifest, StoredBlock
 from postcopy.image.parser import read_elements, read_plain_blocks, read_start
@@ -31,7 +30,7 @@ from postcopy.stream.reader import FileBuffer
 MAGIC: Final = CHUNK_IMAGE_MAGIC
 PAGES_PER_CHUNK: Final = CHUNK_BYTES // TARGET_PAGE_BYTES
 
-_KEPT_CHUNKS: Final = 64  # 4 MiB: whoever reads page by page unpacks each chunk once
+_KEPT_CHUNKS: Final = 64  # 4 MiB: a reader that goes page by page unpacks each chunk once
 
 
 class _NoPages:
@@ -60,7 +59,7 @@ class _Chunks:
         return self._addresses[at : at + ADDRESS_BYTES]
 
     def length(self, chunk: int) -> int:
-        """Its bytes: the last chunk of a block may be shorter."""
+        """The bytes of a chunk: the last one of a block may be shorter."""
         return min(CHUNK_BYTES, self.block.size_bytes - chunk * CHUNK_BYTES)
 
 
@@ -68,8 +67,8 @@ class ChunkImage(Image):
     """An image of chunks.
 
     :raises ImageError: there is no manifest, or it does not belong to this file.
-    :raises StreamError: the file makes no sense.
-    :raises Incomplete: it ends too early.
+    :raises StreamError: the file is not valid.
+    :raises Incomplete: the file is truncated.
     """
 
     def __init__(self, path: Path, file: ImageFile, reader: FileBuffer) -> None:
@@ -85,7 +84,7 @@ class ChunkImage(Image):
             block.name: _Chunks(block, stored.blocks[block.name]) for block in self.blocks
         }
         self._lock = threading.Lock()
-        self._unpacked: OrderedDict[bytes, bytes] = OrderedDict()  # the last ones, under the lock
+        self._unpacked: OrderedDict[bytes, bytes] = OrderedDict()  # those used last, under the lock
 
     def has_data(self, block_name: str) -> Mask:
         """See :meth:`Image.has_data`; pages come in chunks, so a page with data may be all zero."""

@@ -1,4 +1,4 @@
-"""Where two images differ."""
+"""The differences of two images."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +16,8 @@ _BATCH_PAGES: Final = 1024
 class BlockDifference:
     """One block of two images.
 
-    :ivar pages: how many pages differ; ``runs`` where: first page and end page (not included).
+    :ivar pages: the number of pages that differ.
+    :ivar runs: where they are: first page and end page (not included).
     :ivar only_in: ``a`` or ``b`` for a block that the other image lacks, or has in another size.
     """
 
@@ -39,7 +40,7 @@ class Difference:
 
     @property
     def pages(self) -> int:
-        """How many pages differ, of all blocks."""
+        """The number of pages that differ, of all blocks."""
         return sum(block.pages for block in self.blocks)
 
     @property
@@ -50,7 +51,7 @@ class Difference:
 
 
 def compare(a: Image, b: Image) -> Difference:
-    """Compare two images, whatever their formats.
+    """Compare two images of any formats.
 
     :raises ImageError: one of them cannot be read.
     """

@@ -1,4 +1,4 @@
-"""Write an image anew in another form; what it says of the machine stays as it is."""
+"""Convert an image to another format; machine and devices stay as they are."""
 
 import struct
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Final
 from postcopy.channel.whole_file import WholeFile
 from postcopy.image.chunked import MAGIC
 from postcopy.image.formats import Image
-from postcopy.image.last_moment import go_on
+from postcopy.image.publish import never_cancelled
 from postcopy.memory.runs import runs
 from postcopy.stream.configuration import encode_name
 from postcopy.stream.encoder import (
@@ -40,7 +40,7 @@ _BATCH_PAGES: Final = 1024
 
 
 def skeleton(image: Image) -> bytes:
-    """The file of an image of chunks: all of an image but its memory."""
+    """Encode the file of an image of chunks: an image without its memory."""
     entries = tuple(BlockEntry(block.name, block.size_bytes) for block in image.blocks)
     return b"".join(
         (
@@ -52,10 +52,12 @@ def skeleton(image: Image) -> bytes:
     )
 
 
-def write_mapped(image: Image, file: WholeFile, check: Callable[[], None] = go_on) -> None:
+def write_mapped(
+    image: Image, file: WholeFile, check: Callable[[], None] = never_cancelled
+) -> None:
     """Write an image as a mapped-ram file, sparse.
 
-    :param check: called now and then; what it raises ends the work.
+    :param check: called now and then; an exception of it ends the work.
     :raises OSError: the disk is full, or broken; the file is half-written.
     :raises ImageError: the image cannot be read.
     """

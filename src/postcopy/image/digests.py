@@ -1,11 +1,10 @@
-"""Digests of a file by chunks of 64 KiB: what finds a flipped bit, and says where it is.
+"""Digests of a file by chunks of 64 KiB: they find a flipped bit, and locate it.
 
-Every byte of the file counts.  A chunk of nothing but zeros has no digest, since that it holds zeros
-is all there is to check; so the holes of a sparse file cost nothing, neither here nor in a manifest.
+They cover every byte of the file.  A chunk of zeros has no digest, since a check for zeros is enough; so
+the holes of a sparse file take no time here and no space in a manifest.
 
-The digest is BLAKE3, cut to 128 bits: four times as fast as SHA-256 on processors that have
-instructions for it (6 against 1.5 GB/s, measured), which is what a fault that waits for its chunk
-to be checked has to pay.
+The digest is BLAKE3, truncated to 128 bits.  It is four times as fast as SHA-256 on processors that have
+instructions for SHA-256 (6 against 1.5 GB/s, measured); a fault waits for the check of its chunk.
 """
 
 import binascii
@@ -18,9 +17,8 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from postcopy.errors import ImageError
-from postcopy.image.damage import WRONG_DIGEST
-from postcopy.image.file import ImageFile
-from postcopy.image.last_moment import go_on
+from postcopy.image.file import WRONG_DIGEST, ImageFile
+from postcopy.image.publish import never_cancelled
 from postcopy.kernel import memfd
 from postcopy.memory.runs import Mask, runs
 
@@ -31,40 +29,40 @@ CHUNK_BYTES: Final = 64 << 10
 DIGEST_BYTES: Final = 16
 ALGORITHM: Final = "blake3-128"
 
-_GROUP: Final = 3  # digests whose base64 begins and ends with them
+_GROUP: Final = 3  # so many digests are a whole number of base64 groups
 _GROUP_CHARACTERS: Final = _GROUP * DIGEST_BYTES * 4 // 3
 _THREADS: Final = min(4, os.cpu_count() or 1)
 _FEW_TASKS: Final = 4
-_TASK_CHUNKS: Final = 256  # 16 MiB: long enough to be worth a task, short enough to share out
+_TASK_CHUNKS: Final = 256  # 16 MiB: large enough for a task, small enough to balance threads
 
 Bytes = bytes | memoryview | npt.NDArray[np.uint8]
 
 
 def digest(data: Bytes) -> bytes:
-    """The digest of a piece of data, 16 bytes."""
+    """Compute the digest of some data, 16 bytes."""
     return blake3(np.frombuffer(data, np.uint8).data).digest(DIGEST_BYTES)
 
 
 def is_zero(data: Bytes) -> bool:
-    """Tell whether there is nothing but zeros."""
+    """Return whether the data are all zero."""
     return not np.frombuffer(data, np.uint8).any()
 
 
 def chunk_count(size_bytes: int) -> int:
-    """How many chunks a file has; the last may be shorter."""
+    """Return the number of chunks of a file; the last may be shorter."""
     return -(-size_bytes // CHUNK_BYTES)
 
 
 class ChunkDigests:
-    """What each chunk of a file must be.
+    """The digests of the chunks of a file.
 
-    The digests stay in base64, as a manifest has them: a restore that begins to serve at once asks for
-    few of them at first, and decodes those.
+    They stay in base64, as a manifest has them: a lazy restore needs few of them at first, and decodes
+    only those.
 
     :param size_bytes: of the file.
-    :param present: which chunks are not all zero, shape ``(chunks,)``.
-    :param text: the digests of those, in order, 16 bytes each, in base64.
-    :param identity: what :meth:`identity_with` would find without anything more, if that is known.
+    :param present: the chunks that are not all zero, shape ``(chunks,)``.
+    :param text: their digests, in order, 16 bytes each, in base64.
+    :param identity: the result of :meth:`identity_with` without parts, if it is known.
     """
 
     def __init__(
@@ -78,21 +76,21 @@ class ChunkDigests:
 
     @classmethod
     def of(cls, size_bytes: int, present: Mask, digests: bytes) -> "ChunkDigests":
-        """From digests as they are."""
+        """Make it of digests that are not in base64."""
         return cls(size_bytes, present, binascii.b2a_base64(digests, newline=False).decode())
 
     @property
     def digests(self) -> bytes:
-        """All digests, one behind the other.
+        """All digests, concatenated.
 
         :raises ValueError: they are no base64.
         """
         return binascii.a2b_base64(self.text, strict_mode=True)
 
     def expected(self, chunk: int) -> bytes | None:
-        """The digest of a chunk; ``None``: it is all zero.
+        """Return the digest of a chunk; ``None``: it is all zero.
 
-        :raises ValueError: it is no base64.
+        :raises ValueError: the digest is no base64.
         """
         if not self.present[chunk]:
             return None
@@ -102,7 +100,7 @@ class ChunkDigests:
         return raw[within * DIGEST_BYTES : (within + 1) * DIGEST_BYTES]
 
     def check(self, chunk: int, data: Bytes) -> bool:
-        """Tell whether ``data`` is what the chunk must be; any thread may ask."""
+        """Return whether ``data`` agrees with the digest of the chunk; for any thread."""
         try:
             expected = self.expected(chunk)
         except ValueError:
@@ -111,7 +109,7 @@ class ChunkDigests:
 
     @property
     def identity(self) -> str:
-        """What tells this file from any other, in hexadecimal.
+        """The digest of all digests, in hexadecimal: no two files share it.
 
         :raises ValueError: the digests are no base64.
         """
@@ -120,7 +118,7 @@ class ChunkDigests:
         return self._identity
 
     def identity_with(self, parts: Iterable[Mask | bytes]) -> str:
-        """What tells this file, and other parts of the image, from any other, in hexadecimal."""
+        """Return :attr:`identity` with other parts of the image included."""
         whole = blake3(self.size_bytes.to_bytes(8, "little"))
         for part in (self.present, self.digests, *parts):
             data = part if isinstance(part, bytes) else np.packbits(part).tobytes()
@@ -129,11 +127,11 @@ class ChunkDigests:
         return whole.hexdigest()
 
 
-def take_digests(file: ImageFile, check: Callable[[], None] = go_on) -> ChunkDigests:
+def take_digests(file: ImageFile, check: Callable[[], None] = never_cancelled) -> ChunkDigests:
     """Read a file and take its digests, on several threads.
 
-    :param check: called now and then on each of them; what it raises ends the work.
-    :raises ImageError: it cannot be read.
+    :param check: called now and then on each of them; an exception of it ends the work.
+    :raises ImageError: the file cannot be read.
     """
     count = chunk_count(file.size_bytes)
     suspects = _with_data(file, np.ones(count, np.bool_))
@@ -157,11 +155,11 @@ def take_digests(file: ImageFile, check: Callable[[], None] = go_on) -> ChunkDig
 def damaged_chunks(
     file: ImageFile, digests: ChunkDigests, only: Mask | None = None
 ) -> Iterator[tuple[int, str]]:
-    """Find the chunks that are not what they must be, ascending, and what is wrong with each.
+    """Find the damaged chunks, ascending, and what is wrong with each.
 
     Holes that must be zero are not read.
 
-    :param only: the chunks to look at; ``None``: all of them.
+    :param only: the chunks to check; ``None``: all of them.
     """
     wanted = np.ones(len(digests.present), np.bool_) if only is None else only
     suspects = (digests.present & wanted) | _with_data(file, wanted)
@@ -171,7 +169,7 @@ def damaged_chunks(
         return [(chunk, reason) for chunk, reason in complaints if reason is not None]
 
     tasks = list(_tasks(suspects))
-    if len(tasks) <= _FEW_TASKS:  # threads would only keep a restore waiting
+    if len(tasks) <= _FEW_TASKS:  # starting threads would take longer than the work
         for task in tasks:
             yield from bad(task)
         return
@@ -181,15 +179,17 @@ def damaged_chunks(
 
 
 def _pool() -> "ThreadPoolExecutor":
-    from concurrent.futures import ThreadPoolExecutor  # a restore uses none, and waits for it
+    from concurrent.futures import (
+        ThreadPoolExecutor,
+    )  # imported late: a lazy restore does not need it
 
     return ThreadPoolExecutor(_THREADS, "digests")
 
 
 def complaint(file: ImageFile, digests: ChunkDigests, chunk: int) -> str | None:
-    """Read one chunk of a file and check it; any thread may ask.
+    """Read one chunk of a file and check it; for any thread.
 
-    :return: what is wrong with it, see :attr:`Damage.reason`; ``None``: nothing.
+    :return: what is wrong with the chunk, see :attr:`Damage.reason`; ``None``: nothing.
     """
     try:
         data = file.read(chunk * CHUNK_BYTES, CHUNK_BYTES)
@@ -199,7 +199,7 @@ def complaint(file: ImageFile, digests: ChunkDigests, chunk: int) -> str | None:
 
 
 def _with_data(file: ImageFile, wanted: Mask) -> Mask:
-    """Tell which of the chunks that are wanted are no holes."""
+    """Return which of the wanted chunks are no holes."""
     found = np.zeros(len(wanted), np.bool_)
     for first, end in runs(wanted).tolist():
         last = min(end * CHUNK_BYTES, file.size_bytes)

@@ -1,4 +1,4 @@
-"""The memory of one block of an image as a plain file, byte for byte; zeros become holes."""
+"""Write the memory of one block of an image to a plain file, byte for byte; zeros become holes."""
 
 import os
 from collections.abc import Iterator
@@ -34,11 +34,11 @@ def choose_block(image: Image, name: str | None) -> ImageBlock:
 
 
 def extract(image: Image, block: ImageBlock, path: Path) -> int:
-    """Write a block to a file, in the place of one that is there, or into a FIFO or a device.
+    """Write a block to a file, which replaces an existing one, or into a FIFO or a device.
 
-    :return: how many bytes of data were written; the rest are holes, or zeros where there can be none.
-    :raises Refused: what is there must stay, or another process is writing there.
-    :raises OSError: the disk is full, or broken; nothing stands under the name then.
+    :return: the bytes of data; the rest are holes, or zeros where there can be no holes.
+    :raises Refused: the existing file must not be replaced, or another process writes there.
+    :raises OSError: the disk is full, or broken; no file has got the name.
     :raises ImageError: the image cannot be read.
     """
     try:
@@ -51,7 +51,7 @@ def extract(image: Image, block: ImageBlock, path: Path) -> int:
             data = _write(file, image, block)
             file.publish()
         return data
-    except OSError as failure:  # which may name the lock beside it, or nothing
+    except OSError as failure:  # it may name the lock file, or no file
         raise OSError(failure.errno, failure.strerror, str(path)) from failure
 
 
@@ -66,7 +66,7 @@ def _write(file: WholeFile, image: Image, block: ImageBlock) -> int:
 
 
 def _pour(image: Image, block: ImageBlock, path: Path) -> int:
-    """Write a block from its first byte to its last, zeros and all."""
+    """Write a block from its first byte to its last, zeros included."""
     data = 0
     with path.open("wb", buffering=0) as file:
         for _, rows in _batches(image, block, np.ones(block.pages, np.bool_)):
@@ -78,7 +78,7 @@ def _pour(image: Image, block: ImageBlock, path: Path) -> int:
 
 
 def _batches(image: Image, block: ImageBlock, wanted: Mask) -> Iterator[tuple[int, PageRows]]:
-    """The first page of each piece of the pages that are wanted, and what they hold."""
+    """Yield the wanted pages in batches: the first page of each, and the bytes."""
     for first, end in runs(wanted).tolist():
         for start in range(first, end, _BATCH_PAGES):
             yield start, image.read(block.name, start, min(_BATCH_PAGES, end - start))

@@ -1,15 +1,16 @@
-"""The file of an image: read by system calls, and mapped only for the kernel to copy from.
+"""The file of an image, and damaged parts of it.
 
-A page of a mapping that the disk cannot give, or that lies behind the end of a file that has been cut
-off, ends the process that touches it by SIGBUS.  A system call fails instead, and an error can be told.
-So no code of this process touches the mapping; the kernel may be given addresses in it (``UFFDIO_COPY``),
-and answers ``EFAULT``.
+The file is read by system calls, and mapped only for the kernel to copy from.  A process that touches a
+mapped page gets SIGBUS if the disk cannot read it, or if the file has been truncated before it.  A system
+call fails instead, and the error can be reported.  So no code of this process touches the mapping; the
+kernel may get addresses in it (``UFFDIO_COPY``), and answers ``EFAULT``.
 """
 
 import errno
 import os
 import stat
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, ParamSpec, Self, TypeVar
 
@@ -28,14 +29,46 @@ Result = TypeVar("Result")
 _DAMAGES: Final = frozenset(
     {errno.EIO, errno.EREMOTEIO, errno.EBADMSG, errno.EUCLEAN, errno.EILSEQ, errno.ENODATA}
 )
-"""What a read fails with where the disk, or the file system, has lost the bytes."""
+"""Errors of a read where the disk, or the file system, has lost the bytes."""
+
+WRONG_DIGEST: Final = "do not agree with their digest"
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Bytes of a file that do not agree with their digest, or cannot be read.
+
+    :ivar offset, length_bytes: where in the file.
+    :ivar block, block_offset: the RAM block, and the offset in it, to which they belong; ``None`` for
+        bytes that are no memory: the list of blocks, the bitmaps, the devices.
+    :ivar reason: what is wrong with them, as a predicate.
+    """
+
+    path: Path
+    offset: int
+    length_bytes: int
+    block: str | None = None
+    block_offset: int | None = None
+    reason: str = WRONG_DIGEST
+
+    def error(self) -> ImageError:
+        """Make the error that reports it."""
+        if self.block is None or self.block_offset is None:
+            what = "no memory of the guest, but what describes it"
+        else:
+            what = f"block {self.block} from offset {self.block_offset:#x} on"
+        return ImageError(
+            self.path,
+            f"{self.length_bytes} bytes {self.reason}: {what}",
+            self.offset,
+        )
 
 
 class ImageFile:
     """A file that is read at any place, by any thread.
 
     :ivar size_bytes: its length when it was opened.
-    :raises ImageError: there is no such file, it may not be read, or it is no file.
+    :raises ImageError: there is no such file, it may not be read, or it is no regular file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,8 +83,8 @@ class ImageFile:
     def read(self, start: int, count: int) -> npt.NDArray[np.uint8]:
         """Read bytes; fewer than ``count`` where the file ended when it was opened.
 
-        :raises ImageError: the disk cannot give them, or the file has been cut off since.
-        :raises KernelError: they cannot be read now, which says nothing of the file.
+        :raises ImageError: the disk cannot read them, or the file has been truncated since.
+        :raises KernelError: they cannot be read now; the file may be intact.
         """
         count = max(0, min(count, self.size_bytes - start))
         if count <= _PIECE_BYTES:
@@ -66,10 +99,10 @@ class ImageFile:
         return data
 
     def read_into(self, start: int, into: npt.NDArray[np.uint8]) -> None:
-        """Fill an array, contiguous and of any shape, with the bytes from ``start`` on.
+        """Fill a contiguous array of any shape with the bytes from ``start`` on.
 
-        :raises ImageError: the disk cannot give them, or the file has been cut off since.
-        :raises KernelError: they cannot be read now, which says nothing of the file.
+        :raises ImageError: the disk cannot read them, or the file has been truncated since.
+        :raises KernelError: they cannot be read now; the file may be intact.
         """
         left = into.data.cast("B")
         while len(left):
@@ -85,12 +118,12 @@ class ImageFile:
 
     @property
     def current_bytes(self) -> int:
-        """Its length now: it is less than :attr:`size_bytes` if somebody has cut it off."""
+        """Its length now: less than :attr:`size_bytes` if the file has been truncated since."""
         return os.lseek(self.fd, 0, os.SEEK_END)
 
     @property
     def address(self) -> int:
-        """Where the file is mapped in this process, for the kernel to copy from.
+        """The address at which the file is mapped in this process, for the kernel to copy from.
 
         :raises KernelError: it cannot be mapped.
         """
@@ -113,7 +146,7 @@ class ImageFile:
         self.close()
 
     def _failed(self, call: str, failure: OSError, start: int) -> PostcopyError:
-        """Tell a disk that cannot give the bytes from a host that cannot read now."""
+        """Distinguish a disk that cannot read the bytes from a host that cannot read now."""
         if failure.errno in _DAMAGES:
             return self._unreadable(failure.strerror, start)
         return KernelError(call, failure.errno or 0, f"of {self.path} (at byte {start:#x})")
@@ -125,7 +158,7 @@ class ImageFile:
 def _twice(
     call: Callable[Parameters, Result], *arguments: Parameters.args, **named: Parameters.kwargs
 ) -> Result:
-    """Read; and once more where the disk says that it cannot: pages of a guest may be given up for it."""
+    """Read, and read once more after an error of the disk: pages of a guest may be declared lost for it."""
     try:
         return persist(call, *arguments, **named)
     except OSError as failure:
@@ -135,7 +168,7 @@ def _twice(
 
 
 def open_regular(path: Path) -> int:
-    """Open a file for reading, but nothing that could keep us waiting (a FIFO, a device).
+    """Open a regular file for reading; a FIFO or a device, which could block, is refused.
 
     :raises ImageError: there is no such file, it may not be read, or it is no file.
     :raises KernelError: no file can be opened now.

@@ -1,4 +1,4 @@
-"""How the files of an image are told from others: by what they begin with, and by their names."""
+"""Recognises the files of an image by their magic and by their names."""
 
 import os
 from pathlib import Path
@@ -11,9 +11,9 @@ MANIFEST_SUFFIX: Final = ".manifest.json"
 WORKING_SET_SUFFIX: Final = ".working-set"
 
 STREAM_MAGIC: Final = b"QEVM"
-"""What a stream, and a mapped-ram file, begins with, as QEMU has it."""
+"""QEMU's magic of a stream and of a mapped-ram file."""
 CHUNK_IMAGE_MAGIC: Final = b"PCCHUNKS"
-"""What the file of an image of chunks begins with."""
+"""The magic of the file of an image of chunks."""
 PACK_MAGIC: Final = b"PCPACK01"
 PAGE_COPIES_MAGIC: Final = b"PCPAGES1"
 
@@ -33,8 +33,8 @@ _BY_MAGIC: Final = {
 def look_at_target(path: Path) -> Place:
     """As :func:`postcopy.channel.whole_file.look_at`, for a name at which guest memory is to be written.
 
-    :raises Refused: also a file that belongs to an image.
-    :raises OSError: it cannot be looked into.
+    :raises Refused: also for a file that belongs to an image.
+    :raises OSError: the file cannot be read.
     """
     place = look_at(path)
     check_no_image(path)
@@ -44,8 +44,8 @@ def look_at_target(path: Path) -> Place:
 def check_no_image(path: Path) -> None:
     """Refuse to write over a file that belongs to an image: a guest may be running from it.
 
-    :raises Refused: it does.
-    :raises OSError: it cannot be looked into.
+    :raises Refused: the file belongs to an image.
+    :raises OSError: the file cannot be read.
     """
     kind = _kind_of(path) if path.is_file() else None
     if kind is not None:

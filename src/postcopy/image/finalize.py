@@ -1,6 +1,7 @@
-"""From the file that a machine has written to an image under its name, with its manifest."""
+"""Make an image, with its manifest and under its name, of the file that a machine has written."""
 
 import contextlib
+import datetime as dt
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,27 +11,26 @@ from typing import Final
 from postcopy.channel.whole_file import WholeFile, kept, publish
 from postcopy.errors import ImageError, Refused
 from postcopy.image.convert import skeleton, write_mapped
-from postcopy.image.describe import describe, now
 from postcopy.image.digests import take_digests
 from postcopy.image.file import ImageFile
 from postcopy.image.formats import Image, open_image
-from postcopy.image.last_moment import LastMoment
 from postcopy.image.manifest import Manifest, Parent, Stored, Times, beside
-from postcopy.image.options import Cost, Wanted
+from postcopy.image.options import ImageOptions, SnapshotTimings
+from postcopy.image.publish import CommitPoint, never_cancelled
 from postcopy.image.store.pack import Packed, pack, store_of
-from postcopy.image.store.prune import remember
+from postcopy.image.store.prune import note_folder
 from postcopy.image.store.store import ChunkStore
 
-_NO_TIMES: Final = Times("")  # until all has been done that takes time
+_NO_TIMES: Final = Times("")  # filled in after all work that takes time
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
+class FinalizedImage:
     """An image that has been published.
 
     :ivar data_bytes, zero_bytes: of the guest's memory, counted in pages.
-    :ivar file_bytes: what the image's file takes on the disk.
-    :ivar packed: what went into the store, if there is one.
+    :ivar file_bytes: the disk space of the image's file.
+    :ivar packed: the figures of the store, if there is one.
     """
 
     manifest: Manifest
@@ -41,58 +41,76 @@ class Finished:
     packed: Packed | None = None
 
 
-def check_parent(parent: Path) -> None:
-    """Refuse a parent that has nothing to share.
+def make_manifest(
+    image: Image, times: Times, check: Callable[[], None] = never_cancelled
+) -> Manifest:
+    """Read all of an image, and make its manifest.
 
-    :raises Refused: its memory is in its file.
+    :param check: called now and then; an exception of it ends the work.
+    :raises ImageError: the file has gone.
+    """
+    with ImageFile(image.path) as file:
+        digests = take_digests(file, check)
+    return Manifest(image.format, image.machine_name, tuple(image.blocks), digests, times)
+
+
+def utc_now() -> str:
+    """Return the time of day in UTC, as manifests have it."""
+    return dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds")
+
+
+def check_parent(parent: Path) -> None:
+    """Refuse a parent that has no chunks to share.
+
+    :raises Refused: its memory is in its own file.
     :raises ImageError: it is damaged.
     """
     if Manifest.load(parent).stored is None:
         raise Refused(f"{parent} has no store of chunks to share; take it with --compress zstd")
 
 
-def finish(
+def finalize(
     path: Path,
     written: Path,
-    wanted: Wanted,
-    cost: Cost,
-    last_moment: LastMoment | None = None,
-) -> Finished:
+    options: ImageOptions,
+    timings: SnapshotTimings,
+    commit_point: CommitPoint | None = None,
+) -> FinalizedImage:
     """Make an image of the file that a machine has written.
 
     :param written: that file, beside ``path``; it may have gone afterwards.
-    :param last_moment: until when it may be given up.
-    :raises MigrationCancelled: it was.
-    :raises ImageError: the machine has written something that is no image.
-    :raises Refused: something has got the name meanwhile.
-    :raises OSError: the disk is full, or broken.  Nothing stands under the name then.
+    :param commit_point: until there the work may be cancelled.
+    :raises MigrationCancelled: it was cancelled.
+    :raises ImageError: the file that the machine has written is no image.
+    :raises Refused: a file of that name has been made meanwhile.
+    :raises OSError: the disk is full, or broken; no file has got the name.
     """
     packed = None
-    last_moment = last_moment or LastMoment()
-    check = last_moment.check
+    commit_point = commit_point or CommitPoint()
+    check = commit_point.check
     with contextlib.ExitStack() as held:
         with open_image(written) as image, kept(written):
             data = sum(int(image.has_data(block.name).sum()) for block in image.blocks) * 4096
             ram = image.ram_bytes
             file = None  # in another form than the machine has written
-            if wanted.chunked:
-                store, parent = _store(path, wanted)
+            if options.chunked:
+                store, parent = _store(path, options)
                 held.enter_context(store)
-                held.enter_context(store.held())  # until a manifest names what is in it
+                held.enter_context(store.held())  # until a manifest names the chunks
                 file = held.enter_context(WholeFile(path))
                 manifest, packed = _to_chunks(image, file, store, parent, check)
-            elif image.format != wanted.form:  # a stream: pages at fixed places are wanted
+            elif image.format != options.form:  # a stream is to become mapped-ram
                 file = held.enter_context(WholeFile(path))
                 write_mapped(image, file, check)
                 with open_image(file.partial) as mapped:
-                    manifest = describe(mapped, _NO_TIMES, check)
+                    manifest = make_manifest(mapped, _NO_TIMES, check)
             else:
-                manifest = describe(image, _NO_TIMES, check)
-        last_moment.decide()
-        times = Times(now(), cost.pause_us, cost.longest_stall_us, cost.total_ms)
+                manifest = make_manifest(image, _NO_TIMES, check)
+        commit_point.commit()
+        times = Times(utc_now(), timings.pause_us, timings.longest_stall_us, timings.total_ms)
         _publish(path, written if file is None else file.partial, replace(manifest, times=times))
     on_disk = path.stat().st_blocks * 512
-    return Finished(Manifest.load(path), ram, data, ram - data, on_disk, packed)
+    return FinalizedImage(Manifest.load(path), ram, data, ram - data, on_disk, packed)
 
 
 def _publish(path: Path, written: Path, manifest: Manifest) -> None:
@@ -104,14 +122,14 @@ def _publish(path: Path, written: Path, manifest: Manifest) -> None:
         raise
 
 
-def _store(path: Path, wanted: Wanted) -> tuple[ChunkStore, Parent | None]:
-    if wanted.parent is None:
+def _store(path: Path, options: ImageOptions) -> tuple[ChunkStore, Parent | None]:
+    if options.parent is None:
         return ChunkStore(store_of(path)), None
-    older = Manifest.load(wanted.parent)
+    older = Manifest.load(options.parent)
     if older.stored is None:
-        raise ImageError(wanted.parent, "it has no store of chunks any more")
-    parent = Parent(os.path.relpath(wanted.parent, path.parent), older.identity)
-    return ChunkStore(wanted.parent.parent / older.stored.store), parent
+        raise ImageError(options.parent, "it has no store of chunks any more")
+    parent = Parent(os.path.relpath(options.parent, path.parent), older.identity)
+    return ChunkStore(options.parent.parent / older.stored.store), parent
 
 
 def _to_chunks(
@@ -122,7 +140,7 @@ def _to_chunks(
     check: Callable[[], None],
 ) -> tuple[Manifest, Packed]:
     folder = file.path.parent
-    remember(store.folder, folder)
+    note_folder(store.folder, folder)
     blocks, packed = pack(image, store, check)
     file.write_at(0, skeleton(image))
     with ImageFile(file.partial) as written:

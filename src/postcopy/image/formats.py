@@ -1,4 +1,4 @@
-"""Open an image, whatever its format."""
+"""Open an image of any format."""
 
 from pathlib import Path
 
@@ -17,9 +17,9 @@ __all__ = ("Image", "ImageBlock", "open_image")
 def open_image(path: str | Path) -> Image:
     """Open an image that our machine, or QEMU, has written.
 
-    Opening checks all but the contents of pages; a manifest beside the file knows those.
+    Opening checks all but the contents of pages, which a manifest beside the file covers.
 
-    :raises ImageError: there is none, or it is not what an image must be; says where.
+    :raises ImageError: there is no such file, or it is no valid image; the error has the offset.
     """
     path = Path(path)
     file = ImageFile(path)

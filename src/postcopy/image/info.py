@@ -1,4 +1,4 @@
-"""What is in an image, in figures."""
+"""What is in an image, as ``postcopy inspect`` shows it (compare ``qemu-img info``)."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from postcopy.image.manifest import Manifest, beside
 
 
 @dataclass(frozen=True, slots=True)
-class BlockSurvey:
+class BlockInfo:
     """One block; pages are of 4 KiB."""
 
     name: str
@@ -22,7 +22,7 @@ class BlockSurvey:
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceSurvey:
+class DeviceInfo:
     """One device."""
 
     name: str
@@ -32,13 +32,13 @@ class DeviceSurvey:
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
-    """All that can be told of an image without reading its pages.
+class ImageInfo:
+    """An image without the contents of its pages.
 
-    :ivar file_bytes, disk_bytes: the file's length, and what it takes on the disk.
+    :ivar file_bytes, disk_bytes: the file's length, and its space on the disk.
     :ivar store: the folder of its chunks, of which it uses ``stored_chunks``.
-    :ivar working_set: the file of the one that has been recorded, if there is one.
-    :ivar manifest: what the manifest says beside that; ``None`` without one.
+    :ivar working_set: the file of the recorded working set, if there is one.
+    :ivar manifest: further members of the manifest; ``None`` without a manifest.
     """
 
     path: str
@@ -47,8 +47,8 @@ class Survey:
     uuid: str | None
     file_bytes: int
     disk_bytes: int
-    blocks: tuple[BlockSurvey, ...]
-    devices: tuple[DeviceSurvey, ...]
+    blocks: tuple[BlockInfo, ...]
+    devices: tuple[DeviceInfo, ...]
     store: str | None
     stored_chunks: int | None
     working_set: str | None
@@ -59,8 +59,8 @@ class Survey:
         return asdict(self)
 
 
-def survey(image: Image) -> Survey:
-    """Look an image over.
+def image_info(image: Image) -> ImageInfo:
+    """Read all of an image but its pages.
 
     :raises ImageError: its manifest is damaged.
     """
@@ -68,7 +68,7 @@ def survey(image: Image) -> Survey:
     manifest = Manifest.load(image.path) if beside(image.path).exists() else None
     recorded = working_set.beside(image.path)
     chunked = isinstance(image, ChunkImage)
-    return Survey(
+    return ImageInfo(
         path=str(image.path),
         format=image.format,
         machine=image.machine_name,
@@ -77,7 +77,7 @@ def survey(image: Image) -> Survey:
         disk_bytes=status.st_blocks * 512,
         blocks=tuple(_blocks(image)),
         devices=tuple(
-            DeviceSurvey(each.name, each.instance, each.version, len(each.payload))
+            DeviceInfo(each.name, each.instance, each.version, len(each.payload))
             for each in image.devices
         ),
         store=str(_folder(image)) if chunked else None,
@@ -87,11 +87,11 @@ def survey(image: Image) -> Survey:
     )
 
 
-def _blocks(image: Image) -> list[BlockSurvey]:
+def _blocks(image: Image) -> list[BlockInfo]:
     found = []
     for block in image.blocks:
         data = int(image.has_data(block.name).sum())
-        found.append(BlockSurvey(block.name, block.size_bytes, data, block.pages - data))
+        found.append(BlockInfo(block.name, block.size_bytes, data, block.pages - data))
     return found
 
 

@@ -1,8 +1,7 @@
-"""The manifest beside an image, ``PATH.manifest.json``: what the image must be, bit by bit.
+"""The manifest beside an image, ``PATH.manifest.json``: digests of the image, its origin and its times.
 
-It is written when the image is whole and before it is published, and names what it was taken from,
-when, and what that cost the guest.  An image without one can be read; nobody can say that it is
-still what it was.
+It is written when the image is complete and before the image is published.  An image without a manifest
+can be read, but changed bits in its pages cannot be detected.
 """
 
 import os
@@ -29,20 +28,20 @@ from postcopy.memory.runs import Mask
 VERSION: Final = 1
 SUFFIX: Final = MANIFEST_SUFFIX
 _NAME_BYTES: Final = 255
-_PATH_BYTES: Final = 4096  # with the zero at its end
+_PATH_BYTES: Final = 4096  # with the zero byte at its end
 _IDENTITY: Final = re.compile("[0-9a-f]{64}")
 ADDRESS_BYTES: Final = 32
-"""Of a chunk in a store; whole digests, since guests that trust no other may share a store."""
+"""Of the address of a chunk: a whole digest, since guests that distrust each other may share a store."""
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """When the image was taken, and what it cost; ``None`` where nobody measured.
+    """When the image was taken, and how long it took; ``None`` where the machine has not measured.
 
     :ivar created: UTC, ISO 8601.
-    :ivar pause_us: how long the guest stood still.
-    :ivar longest_stall_us: the longest that one write of the guest waited afterwards.
-    :ivar total_ms: from the command to the whole image.
+    :ivar pause_us: how long the guest was stopped.
+    :ivar longest_stall_us: the longest wait of one write of the guest afterwards.
+    :ivar total_ms: from the command to the complete image.
     """
 
     created: str
@@ -53,7 +52,7 @@ class Times:
 
 @dataclass(frozen=True, slots=True)
 class Parent:
-    """The image from which this one could reuse chunks: its name beside this one, its identity."""
+    """The image whose store of chunks this one shares: its path relative to this one, its identity."""
 
     path: str
     identity: str
@@ -63,8 +62,8 @@ class Parent:
 class StoredBlock:
     """The memory of one block, chunk by chunk, in a store.
 
-    :param present: which chunks are not all zero.
-    :param addresses: theirs, in order, 32 bytes each.
+    :param present: the chunks that are not all zero.
+    :param addresses: their addresses, in order, 32 bytes each.
     """
 
     present: Mask
@@ -73,9 +72,9 @@ class StoredBlock:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Stored:
-    """Where the memory is that is not in the image's file.
+    """The memory of an image of chunks.
 
-    :param store: the store's folder, as seen from the folder of the image.
+    :param store: the store's folder, relative to the folder of the image.
     """
 
     store: str
@@ -84,11 +83,11 @@ class Stored:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Manifest:
-    """All that a manifest says.
+    """The contents of a manifest.
 
     :param form: the image's format.
     :param digests: of the image's file.
-    :param stored: for the format ``chunks`` alone.
+    :param stored: for the format ``chunks`` only.
     """
 
     form: str
@@ -101,7 +100,7 @@ class Manifest:
 
     @property
     def identity(self) -> str:
-        """What tells this image from any other; working sets and children are bound to it."""
+        """The identity of the image, to which working sets and children are bound."""
         if self.stored is None:
             return self.digests.identity
         return self.digests.identity_with(
@@ -111,14 +110,14 @@ class Manifest:
     def save(self, image: Path, *, replacing: bool = True) -> None:
         """Write it beside the image.
 
-        :param replacing: in the place of another manifest.
-        :raises OSError: it cannot be written; what was there is still there.
-        :raises Refused: something else is there.
+        :param replacing: replace an existing manifest.
+        :raises OSError: it cannot be written; an existing file is unchanged.
+        :raises Refused: another file is there.
         """
         write_whole(beside(image), self.encode(), replacing=replacing)
 
     def encode(self) -> bytes:
-        """Its file, byte by byte."""
+        """Return the bytes of its file."""
         return encode(self._body())
 
     def _body(self) -> dict[str, Any]:
@@ -143,7 +142,7 @@ class Manifest:
     def load(cls, image: Path) -> "Manifest":
         """Read the manifest beside an image.
 
-        :raises ImageError: there is none, a bit of it is wrong, or it makes no sense.
+        :raises ImageError: there is none, or it is damaged or invalid.
         """
         fields = decode(beside(image))
         _check_version(fields)
@@ -162,9 +161,9 @@ class Manifest:
 
 
 def beside(image: Path) -> Path:
-    """Where the manifest of an image is.
+    """Return the path of the manifest of an image.
 
-    :raises ImageError: there can be none, and no image, by that name.
+    :raises ImageError: no image can have that name.
     """
     if not image.name:
         raise ImageError(image, "a folder; give the path of an image")
@@ -207,7 +206,7 @@ def _digests(fields: Fields) -> ChunkDigests:
     length = 4 * -(-int(present.sum()) * DIGEST_BYTES // 3)
     if len(text) != length or not text.isascii():
         raise fields.wrong(f"{len(text)} characters of digests for {int(present.sum())} chunks")
-    # Whatever it was when it was computed: the manifest's own digest has been looked at.
+    # Not computed again: the manifest's own digest has been checked.
     identity = fields.get("identity", str) if fields.optional("stored", dict) is None else None
     return ChunkDigests(size, present, text, identity)
 

@@ -1,7 +1,7 @@
-"""The bytes of a manifest: JSON that ends with its own digest, and fields that are looked at twice.
+"""The bytes of a manifest: JSON that ends with its own digest, and fields with checked types.
 
-The digest counts every byte before it, and stands in a tail that has one right form only: so there is
-no bit in the file that could be another one unnoticed.
+The digest covers every byte before it, and its tail has only one valid form: so each flipped bit of the
+file is found.
 """
 
 import base64
@@ -35,7 +35,7 @@ def encode(body: Mapping[str, Any]) -> bytes:
 def decode(path: Path) -> "Fields":
     """Read a manifest.
 
-    :raises ImageError: there is none, or a bit of it is wrong.
+    :raises ImageError: there is none, or it is damaged.
     """
     with ImageFile(path) as file:
         if file.size_bytes > LARGEST_BYTES:
@@ -51,9 +51,9 @@ def decode(path: Path) -> "Fields":
 
 
 class Fields:
-    """The members of one JSON object of a manifest, each of the type that it must be.
+    """The members of one JSON object of a manifest, with checked types.
 
-    :raises ImageError: it is no object.
+    :raises ImageError: the value is no object.
     """
 
     def __init__(self, path: Path, value: Any) -> None:
@@ -67,9 +67,9 @@ class Fields:
         return ImageError(self._path, f"the manifest makes no sense: {what}")
 
     def get(self, name: str, kind: type[T]) -> T:
-        """A member that must be there.
+        """Return a member that must be there.
 
-        :raises ImageError: it is not, or is of another type.
+        :raises ImageError: it is missing, or has another type.
         """
         value = self._members.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
@@ -77,32 +77,32 @@ class Fields:
         return value
 
     def count(self, name: str) -> int:
-        """A number of 0 or more."""
+        """Return a number of 0 or more."""
         if (value := self.get(name, int)) < 0:
             raise self.wrong(f"'{name}' is {value}")
         return value
 
     def optional(self, name: str, kind: type[T]) -> T | None:
-        """A member that may be left out or null."""
+        """Return a member that may be missing or null."""
         return None if self._members.get(name) is None else self.get(name, kind)
 
     def object(self, name: str) -> "Fields":
-        """A member that is an object."""
+        """Return a member that is an object."""
         return Fields(self._path, self.get(name, dict))
 
     def objects(self, name: str) -> list["Fields"]:
-        """A member that is a list of objects."""
+        """Return a member that is a list of objects."""
         return [Fields(self._path, each) for each in self.get(name, list)]
 
     def raw(self, name: str) -> bytes:
-        """Bytes, in base64."""
+        """Return bytes that are in base64."""
         try:
             return binascii.a2b_base64(self.get(name, str), strict_mode=True)
         except (binascii.Error, ValueError) as error:
             raise self.wrong(f"'{name}' is no base64") from error
 
     def mask(self, name: str, count: int) -> Mask:
-        """A bitmap of ``count`` bits."""
+        """Return a bitmap of ``count`` bits."""
         packed = np.frombuffer(self.raw(name), np.uint8)
         if len(packed) != -(-count // 8):
             raise self.wrong(f"'{name}' has {len(packed)} bytes for {count} bits")
@@ -113,10 +113,10 @@ class Fields:
 
 
 def text_of(data: bytes) -> str:
-    """The counterpart of :meth:`Fields.raw`."""
+    """Encode for :meth:`Fields.raw`."""
     return base64.b64encode(data).decode()
 
 
 def text_of_mask(mask: Mask) -> str:
-    """The counterpart of :meth:`Fields.mask`."""
+    """Encode for :meth:`Fields.mask`."""
     return text_of(np.packbits(mask, bitorder="little").tobytes())

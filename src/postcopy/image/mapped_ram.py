@@ -1,7 +1,7 @@
-"""A mapped-ram file as an image: pages lie at fixed places, so nothing has to be looked for.
+"""A mapped-ram file as an image: pages lie at fixed offsets, so the file need not be searched.
 
-Opening reads the head, the list of blocks and the devices behind the memory: as much work for 8 GiB
-as for 256 MiB.  Which pages there are is read when somebody asks, block by block.
+Opening reads the head, the list of blocks and the devices behind the memory: the same work for 8 GiB as
+for 256 MiB.  The bitmap of a block is read at its first use.
 """
 
 from pathlib import Path
@@ -45,8 +45,8 @@ class _MappedRam:
 class MappedImage(Image):
     """A mapped-ram file.
 
-    :raises StreamError: it makes no sense.
-    :raises Incomplete: the file ends too early.
+    :raises StreamError: the file is not valid.
+    :raises Incomplete: the file is truncated.
     """
 
     def __init__(self, path: Path, file: ImageFile, reader: FileBuffer) -> None:
@@ -69,7 +69,7 @@ class MappedImage(Image):
         return self._file
 
     def place(self, block_name: str) -> MappedBlock:
-        """Tell where in the file a block lies.
+        """Return where in the file a block lies.
 
         :raises KeyError: there is no such block.
         """
@@ -86,7 +86,7 @@ class MappedImage(Image):
             raise self.fail(error.message, error.offset) from error
 
     def bits(self, block_name: str) -> npt.NDArray[np.uint8]:
-        """See :meth:`Image.bits`; they are read once, so they are there when the file is not."""
+        """See :meth:`Image.bits`; they are read once, and stay valid when the file has gone."""
         bitmap = self._bitmaps.get(block_name)
         if bitmap is None:
             block = self._places[block_name]
@@ -99,15 +99,15 @@ class MappedImage(Image):
         return self._file.address + self._places[block_name].pages_offset
 
     def whole_pages(self, block_name: str) -> int:
-        """How many pages of a block are in the file still, if it has been cut off since."""
+        """Return how many pages of a block the file still has, if it has been truncated since."""
         block = self._places[block_name]
         there = (self._file.current_bytes - block.pages_offset) // TARGET_PAGE_BYTES
         return max(0, min(there, block.page_count))
 
     def read_into(self, block_name: str, first: int, rows: PageRows) -> None:
-        """Read pages as they lie in the file, whether they count or not.
+        """Read pages as they lie in the file, whether they have data or not.
 
-        :param rows: where to, contiguous, shape ``(pages, 4096)``.
+        :param rows: the destination, contiguous, shape ``(pages, 4096)``.
         :raises ImageError: one of them cannot be read.
         """
         start = self._places[block_name].pages_offset + first * TARGET_PAGE_BYTES

@@ -1,4 +1,4 @@
-"""What kind of snapshot is wanted, and what it has cost: for those who do not read images themselves."""
+"""Options and timings of a snapshot, for modules that do not read images themselves."""
 
 import time
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ Form = Literal["mapped-ram", "stream"]
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """What kind of image is to come of it.
+class ImageOptions:
+    """The kind of image that a snapshot makes.
 
     :ivar form: the format, unless the memory goes into a store of chunks.
     :ivar compressed: put the memory into a store beside the image.
-    :ivar parent: put it into the store of this image.
+    :ivar parent: put the memory into the store of this image.
     """
 
     form: Form = "mapped-ram"
@@ -28,10 +28,10 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
-    """What it has cost the guest so far; ``None`` where nobody measured.
+class SnapshotTimings:
+    """Times of a snapshot so far; ``None`` where the machine has not measured.
 
-    :ivar started: ``time.monotonic()`` when it was asked for.
+    :ivar started: ``time.monotonic()`` at the order.
     """
 
     started: float

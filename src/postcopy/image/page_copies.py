@@ -1,9 +1,9 @@
-"""Copies of the pages of a working set, in one file and one piece, in the order in which they are wanted.
+"""Copies of the pages of a working set, contiguous in one file, in the order of their first use.
 
-In an image the pages that a guest touches first may lie anywhere, and each is checked with its whole
-chunk: scattered pages are read with eight times as many bytes around them.  So a recording puts a
-copy of each beside the image.  The copies are bound to the image by its identity and have digests of
-their own: none is used unchecked.  They can be lost or damaged without harm, since the image has all.
+In an image the pages of a working set are scattered, and each is checked with its whole chunk: eight times
+as many bytes are read.  So a recording puts a copy of each page beside the image.  The copies are bound to
+the image by its identity and have digests of their own: none is used unchecked.  They may be lost or
+damaged without harm, since the image has all pages.
 """
 
 import json
@@ -28,10 +28,10 @@ from postcopy.memory.runs import Indices, index_runs
 
 SUFFIX: Final = ".pages"
 MOST_PAGES: Final = (256 << 20) // TARGET_PAGE_BYTES
-"""What is kept at most: who wants more gets the first of it from here."""
+"""The limit of the copies: of a larger working set they are the first pages."""
 
 PIECE_PAGES: Final = 64
-"""How many pages have a digest together: 256 KiB, which take 50 µs."""
+"""Pages that share a digest: 256 KiB, checked in 50 µs."""
 
 _LENGTH_BYTES: Final = 8
 _DIGEST_BYTES: Final = 32
@@ -41,7 +41,7 @@ _UNKNOWN, _GOOD, _BAD = 0, 1, 2
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Part:
-    """Pages of one block that are wanted one after the other.
+    """Pages of one block that follow one another in the file.
 
     :ivar pages: their numbers, ascending.
     """
@@ -51,11 +51,11 @@ class Part:
 
 
 Read = Callable[[str, int, int], PageRows]
-"""Gives so many pages of a block, from the first on."""
+"""``read(block, first, count)`` returns pages of a block."""
 
 
 def beside(working_set: Path) -> Path:
-    """Say where the copies for a working set are."""
+    """Return the path of the copies for a working set."""
     return working_set.with_name(working_set.name + SUFFIX)
 
 
@@ -63,8 +63,8 @@ def save(path: Path, identity: str, parts: Sequence[Part], read: Read) -> None:
     """Write copies of these pages, whole or not at all, for their owner only.
 
     :param identity: of the image.
-    :raises OSError: they cannot be written; what was there is still there.
-    :raises Refused: what is there is no regular file.
+    :raises OSError: they cannot be written; an existing file is unchanged.
+    :raises Refused: there is something that is no regular file.
     """
     parts = _limited(parts)
     total = sum(len(part.pages) for part in parts)
@@ -90,7 +90,7 @@ def _limited(parts: Sequence[Part]) -> list[Part]:
 
 
 def _pieces(parts: Sequence[Part], read: Read) -> Iterator[PageRows]:
-    """All pages in order, in pieces that have a digest each."""
+    """Yield all pages in order, in pieces that have a digest each."""
     piece = np.empty((PIECE_PAGES, TARGET_PAGE_BYTES), np.uint8)
     filled = 0
     for part in parts:
@@ -130,9 +130,9 @@ def _encode(part: Part) -> dict[str, Any]:
 
 
 class PageCopies:
-    """Copies that a recording has kept.  Any thread may ask whether they are what they were.
+    """Copies that a recording has written.  Any thread may check them.
 
-    :param blocks: how many pages each block of the image has.
+    :param blocks: the number of pages of each block of the image.
     :raises ImageError: there are none, or they are damaged, or of another image.
     """
 
@@ -145,11 +145,11 @@ class PageCopies:
             raise
         self._start = start
         self.address = self._file.address + start
-        """Where the first page lies in this process, for the kernel to copy from; the others follow."""
+        """The address of the first page in this process, for the kernel to copy from; the others follow."""
         self._verdicts = bytearray(len(self._digests) // DIGEST_BYTES)
 
     def _read(self, path: Path, identity: str, blocks: Mapping[str, int]) -> int:
-        """Read what the copies are of; return where they begin in the file, in bytes."""
+        """Read the head; return the offset of the first copy in the file, in bytes."""
         fields, start = self._read_head(path)
         if fields.get("image", str) != identity:
             raise ImageError(path, "these are pages of another image")
@@ -184,22 +184,22 @@ class PageCopies:
         return fields, end + -end % TARGET_PAGE_BYTES
 
     def good(self, first: int, count: int) -> int:
-        """Check copies that are to be used; return how many from ``first`` on are good."""
+        """Check copies before their use; return how many from ``first`` on are good."""
         if self._file.current_bytes < self._file.size_bytes:
-            return 0  # cut off since: what is left of the last page reads as if zeros followed
+            return 0  # truncated since: the rest of its last page would read as zeros
         for piece in range(first // PIECE_PAGES, -(-(first + count) // PIECE_PAGES)):
             if not self._is_good(piece):
                 return max(0, piece * PIECE_PAGES - first)
         return count
 
     def after(self, first: int) -> int:
-        """The first copy that does not share its digest with this one."""
+        """Return the first copy behind those that share the digest of this one."""
         return (first // PIECE_PAGES + 1) * PIECE_PAGES
 
     def look_ahead(self, ended: Callable[[], bool]) -> None:
-        """Check copies before they are asked for.
+        """Check copies ahead of :meth:`good`.
 
-        :param ended: whether to leave the rest to those who ask.
+        :param ended: whether to stop.
         """
         for piece in range(len(self._verdicts)):
             if ended():
@@ -207,7 +207,7 @@ class PageCopies:
             self._is_good(piece)
 
     def _is_good(self, piece: int) -> bool:
-        # Two that ask at once both check, and come to the same result: verdicts need no lock.
+        # Two threads may check a piece at once, with the same result: verdicts need no lock.
         if self._verdicts[piece] == _UNKNOWN:
             self._verdicts[piece] = _GOOD if self._is_whole(piece) else _BAD
         return self._verdicts[piece] == _GOOD
@@ -217,11 +217,11 @@ class PageCopies:
         try:
             found = digest(self._file.read(self._start + piece * size, size))
         except PostcopyError:
-            return False  # the image has these pages, too
+            return False  # the pages are read from the image then
         return found == self._digests[piece * DIGEST_BYTES : (piece + 1) * DIGEST_BYTES]
 
     def close(self) -> None:
-        """Let go of the file.  Harmless when closed."""
+        """Close the file.  Harmless when closed."""
         self._file.close()
 
 
@@ -229,7 +229,7 @@ def _part(fields: Fields, blocks: Mapping[str, int]) -> Part:
     name, count = fields.get("block", str), fields.count("count")
     if name not in blocks or count > blocks[name]:
         raise fields.wrong(f"{count} pages of '{name}'")
-    # Never more than there may be, whatever the bytes would unpack to.
+    # Bounded: the bytes are hostile input.
     try:
         raw = zlib.decompressobj().decompress(fields.raw("steps"), count * 4 + 1)
     except zlib.error as error:

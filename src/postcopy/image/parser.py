@@ -1,7 +1,7 @@
-"""The elements of an image, read from start to end: all but where pages lie is the same everywhere.
+"""Reads the elements of an image from start to end; formats differ only in the place of the pages.
 
-FULL sections do not say how long they are.  The description at the end of the file does, so it is
-looked for first, from the end; sections that it does not name are those of our own machine.
+FULL sections have no length.  The description at the end of the file has it, so it is read first, from the
+end; sections that it does not name are those of our own machine.
 """
 
 from collections.abc import Mapping
@@ -28,8 +28,8 @@ from postcopy.stream.reader import FileBuffer
 from postcopy.stream.sections import check_ram_head, read_device, read_footer, read_head
 
 _LIMITS = Limits()
-# The commands that an image may have, and how long they are: all others need a module that a restore
-# would wait for.
+# The commands that an image may have, and their lengths.  All others need a module that takes long to
+# import.
 _HARMLESS: dict[int, int] = {
     Command.OPEN_RETURN_PATH: 0,
     Command.PING: 4,
@@ -40,18 +40,18 @@ _TAILS = (64 << 10, 1 << 20, _LIMITS.description_bytes + _HEAD_BYTES)
 
 
 class RamReader(Protocol):
-    """What a format makes of the memory's sections."""
+    """The part of a format that reads the sections of the memory."""
 
     def read_blocks(self, reader: FileBuffer, total_bytes: int) -> list[ImageBlock]:
         """Read the list of blocks behind the total, up to its EOS.
 
-        :raises StreamError: it makes no sense.
+        :raises StreamError: the list is not valid.
         """
 
     def read_body(self, reader: FileBuffer) -> None:
         """Read the body of a PART or END section with its EOS.
 
-        :raises StreamError: it makes no sense.
+        :raises StreamError: the body is not valid.
         """
 
 
@@ -64,7 +64,7 @@ class _Found:
 
 
 class ImageFormats:
-    """How long sections are: as the description says, or else as our own machine writes them."""
+    """Lengths of sections: from the description, or else as our own machine writes them."""
 
     def __init__(self, description: Mapping[str, Any] | None) -> None:
         self._described = None if description is None else DescribedFormats(description)
@@ -83,7 +83,7 @@ class ImageFormats:
 def read_start(reader: FileBuffer) -> Configuration:
     """Read header and configuration.
 
-    :raises StreamError: it is no stream, or one whose memory is not in the file.
+    :raises StreamError: the file is no stream, or its memory is not in the file.
     """
     read_header(reader)
     configuration = read_any_configuration(reader)
@@ -95,8 +95,8 @@ def read_start(reader: FileBuffer) -> Configuration:
 def read_elements(reader: FileBuffer, configuration: Configuration, ram: RamReader) -> Contents:
     """Read everything behind the configuration, to the end of the file.
 
-    :raises StreamError: it makes no sense.
-    :raises Incomplete: the file ends too early.
+    :raises StreamError: the file is not valid.
+    :raises Incomplete: the file is truncated.
     """
     text, end = find_description(reader)
     formats = ImageFormats(_parsed(text))
@@ -133,14 +133,14 @@ def read_elements(reader: FileBuffer, configuration: Configuration, ram: RamRead
 
 
 def _next_type(reader: FileBuffer) -> int:
-    reader.commit()  # what is behind need not be kept
+    reader.commit()  # bytes before this need not be kept
     return reader.u8()
 
 
 def find_description(reader: FileBuffer) -> tuple[str | None, int]:
     """Find the description from the end of the file.
 
-    :return: its text, and where the stream itself ends; ``None`` and the file's end without one.
+    :return: its text, and the offset of its start; ``None`` and the file's end without one.
     :raises StreamError: it is not UTF-8.
     """
     for tail_bytes in _TAILS:
@@ -153,7 +153,7 @@ def find_description(reader: FileBuffer) -> tuple[str | None, int]:
 
 
 def _description_at_end(tail: bytes, file_bytes: int) -> str | None:
-    # JSON holds no such byte; its length might, and then the one before is the right one.
+    # JSON has no such byte; its length may have one, and then the byte before is the right one.
     at = len(tail)
     for _ in range(_HEAD_BYTES):
         at = tail.rfind(SectionType.DESCRIPTION, 0, at)
@@ -170,7 +170,7 @@ def _description_at_end(tail: bytes, file_bytes: int) -> str | None:
 
 
 def _parsed(text: str | None) -> Mapping[str, Any] | None:
-    if text is None or text.strip() == "{}":  # some writers have nothing to say
+    if text is None or text.strip() == "{}":  # of writers that describe nothing
         return None
     return parse_description(text)
 
@@ -194,9 +194,9 @@ def _read_setup(reader: FileBuffer, ram: RamReader, found: _Found) -> None:
 
 
 def read_plain_blocks(reader: FileBuffer, total_bytes: int) -> list[ImageBlock]:
-    """Read the entries of a list of blocks that say no more than name and size.
+    """Read a list of blocks whose entries are name and size.
 
-    :raises StreamError: they do not add up, or are no blocks.
+    :raises StreamError: the sizes do not add up, or an entry is not valid.
     """
     blocks: dict[str, ImageBlock] = {}
     left = total_bytes

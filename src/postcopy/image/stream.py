@@ -1,7 +1,7 @@
-"""A plain stream as an image: pages lie one behind the other, as they were sent.
+"""A plain stream as an image: pages lie in the order in which they were sent.
 
-Where each of them lies is found by one pass over the file, run by run.  A page that was sent again
-counts as it was sent last, also when it had become zero.
+One pass over the file finds the offset of each page.  Of a page that was sent more than once the last copy
+is valid, also if that is a zero page.
 """
 
 import struct
@@ -29,9 +29,9 @@ from postcopy.stream.reader import FileBuffer
 from postcopy.stream.records import Pages, ZeroPages
 
 _SPARSE_BYTES = 64 << 30
-"""So much RAM may have left no trace in the file.  Writers say of each page at least that it is zero; it
-is only of memory that a guest has given back that they say nothing.  So a mask of all pages never takes
-much more memory than the file takes on the disk."""
+"""RAM for which the file may have no record.  Writers send at least a zero record for each page, except for
+memory that the guest has discarded.  So a mask of all pages takes little more memory than the file takes on
+the disk."""
 
 _WORD = struct.Struct(">Q")
 _PAGE = int(RamFlag.PAGE | RamFlag.CONTINUE)
@@ -43,7 +43,7 @@ _ZERO = 0  # no page lies at the start of the file
 
 
 class _BlockIndex:
-    """Where the pages of one block lie; grows with what the file has, not with what it claims."""
+    """Offsets of the pages of one block; grows with the records of the file, not with its claims."""
 
     def __init__(self) -> None:
         self._pages: list[Indices] = []
@@ -54,7 +54,7 @@ class _BlockIndex:
         self._places.append(places)
 
     def finish(self) -> tuple[Indices, Indices]:
-        """Give the pages with data, ascending, and where in the file each of them lies."""
+        """Return the pages with data, ascending, and the file offset of each."""
         if not self._pages:
             return np.empty(0, np.int64), np.empty(0, np.int64)
         pages, places = np.concatenate(self._pages), np.concatenate(self._places)
@@ -86,16 +86,16 @@ class _StreamRam:
 
     def read_body(self, reader: FileBuffer) -> None:
         assert self._records is not None
-        reader.commit()  # it goes back to the last commit where a run begins
+        reader.commit()  # the reader goes back to the last commit at the start of a run
         while (record := self._records.read(reader)) is not None:
             self._note(record, reader.position)
             if len(record.offsets) < _SHORT_RUN:
                 self._read_short_runs(reader, record.block)
 
     def _read_short_runs(self, reader: FileBuffer, block: str) -> None:
-        """Read records one by one for as long as pages and zero pages alternate.
+        """Read records one by one while pages and zero pages alternate.
 
-        Looking at many at once pays for long runs only.  What is not plain is left to the others.
+        A vectorised read pays only for long runs.  Other records are left to :class:`RamRecords`.
         """
         view, last, base = reader.rest(), self._last[block], reader.position
         pages: list[int] = []
@@ -131,8 +131,8 @@ class _StreamRam:
 class StreamImage(Image):
     """A plain stream.
 
-    :raises StreamError: it makes no sense.
-    :raises Incomplete: the file ends too early.
+    :raises StreamError: the file is not valid.
+    :raises Incomplete: the file is truncated.
     """
 
     def __init__(self, path: Path, file: ImageFile, reader: FileBuffer) -> None:
@@ -176,7 +176,7 @@ class StreamImage(Image):
 
 def _runs(pages: Indices, places: Indices) -> npt.NDArray[np.int64]:
     """Find the runs of pages that follow one another both in memory and in the file."""
-    # Where a page's number and its place go on at their own pace, this does not change.
+    # Constant while page number and file offset both advance by one record.
     pace = PAGE_RECORD_BYTES + 1
     steps = np.cumsum(np.append(0, (np.diff(pages) != 1) | (np.diff(places) != PAGE_RECORD_BYTES)))
     return index_runs(np.arange(len(pages)) + steps * pace)

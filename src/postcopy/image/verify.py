@@ -1,7 +1,7 @@
-"""Whether an image is still what it was when it was taken; if not, where.
+"""Compares an image with its manifest, and locates damage.
 
-Two users: ``postcopy verify`` reads everything; a restore reads what it needs before the guest runs,
-and has each chunk of memory checked before it serves a page from it.
+``postcopy verify`` checks everything.  A restore checks all but memory before the guest runs, and each
+chunk of memory before it serves a page of it.
 """
 
 import contextlib
@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from postcopy.errors import ImageError
-from postcopy.image.damage import Damage
 from postcopy.image.digests import CHUNK_BYTES, chunk_count, damaged_chunks
-from postcopy.image.file import ImageFile
+from postcopy.image.file import Damage, ImageFile
 from postcopy.image.formats import Image, open_image
 from postcopy.image.manifest import Manifest, beside
 from postcopy.memory.runs import Mask
@@ -22,7 +21,7 @@ from postcopy.memory.runs import Mask
 def find_damages(path: Path, manifest: Manifest) -> Iterator[Damage]:
     """Compare all of an image with its manifest.
 
-    :raises ImageError: there is none, it has another size, or makes no sense.
+    :raises ImageError: there is no image, it has another size, or it is not valid.
     """
     with ImageFile(path) as file, contextlib.ExitStack() as opened:
         check_size(file, manifest)
@@ -32,19 +31,19 @@ def find_damages(path: Path, manifest: Manifest) -> Iterator[Damage]:
             whole = False
             yield _damage(file, image, chunk, reason)
         if image is None and whole:
-            open_image(path).close()  # which says what is wrong with it, though it is as it was
+            open_image(path).close()  # raises: the image is unchanged, and not valid
         if image is not None:
             yield from image.damages()
 
 
 def open_for_restore(path: Path) -> tuple[Image, Manifest | None]:
-    """Open an image whose guest is to run: with a manifest, all but its memory is checked.
+    """Open an image for a restore; with a manifest, all but its memory is checked.
 
-    The memory of a mapped image is for :class:`postcopy.image.chunk_verifier.ChunkVerifier` to check, page
-    by page; that of an image of chunks checks itself when it is read; that of a plain stream is
-    checked here, since pages that lie anywhere are found by reading it all.
+    :class:`postcopy.image.chunk_verifier.ChunkVerifier` checks the memory of a mapped image, chunk by
+    chunk; reads from a store check the memory of an image of chunks; the memory of a plain stream is
+    checked here, since all of the stream has to be read.
 
-    :raises ImageError: there is none, or it is damaged.
+    :raises ImageError: there is no image, or it is damaged.
     """
     if not beside(path).exists():
         return open_image(path), None
@@ -60,9 +59,9 @@ def open_for_restore(path: Path) -> tuple[Image, Manifest | None]:
 
 
 def check_size(file: ImageFile, manifest: Manifest) -> None:
-    """Compare the length of a file with what it was.
+    """Compare the length of a file with its manifest.
 
-    :raises ImageError: it has been cut off, or something has been added.
+    :raises ImageError: the file has been truncated or extended.
     """
     size = manifest.digests.size_bytes
     if file.size_bytes < size:
@@ -74,7 +73,7 @@ def check_size(file: ImageFile, manifest: Manifest) -> None:
 
 
 def memory_chunks(image: Image, file_bytes: int) -> Mask:
-    """Tell which chunks of the image's file hold pages and nothing else, and are checked later."""
+    """Return the chunks of the image's file that are pages and nothing else; they are checked later."""
     mask = np.zeros(chunk_count(file_bytes), np.bool_)
     for start, end in image.fixed_pages():
         mask[-(-start // CHUNK_BYTES) : end // CHUNK_BYTES] = True
@@ -82,7 +81,7 @@ def memory_chunks(image: Image, file_bytes: int) -> Mask:
 
 
 def _try_to_open(path: Path, opened: contextlib.ExitStack) -> Image | None:
-    # The digests say it better, if it is for damage that it cannot be opened.
+    # If damage is the reason, the digests locate it more exactly.
     try:
         return opened.enter_context(open_image(path))
     except ImageError:

@@ -1,9 +1,8 @@
-"""The pages that a guest touches first after it has woken, as earlier restores have seen it.
+"""The working set: the pages that a guest touched first in earlier restores of an image.
 
-What is kept is a set and no order: which pages a guest touches is the same from one restore to the
-next, in which order is not (copies of them, :mod:`postcopy.image.page_copies`, know at least which
-were among the first).  The file lies beside the image and is bound to it: pages that some other
-image's guest wanted would be brought for nothing.
+It is a set without an order: the pages are the same from one restore to the next, their order is not
+(:mod:`postcopy.image.page_copies` keeps which pages were among the first).  The file lies beside the image
+and is bound to its identity: the working set of another image would be useless.
 """
 
 import base64
@@ -36,14 +35,14 @@ _NONSENSE: Final = (
     LookupError,
     TypeError,
     AttributeError,
-    ArithmeticError,  # JSON may say that it has been recorded infinitely often
+    ArithmeticError,  # JSON may have an infinite number of restores
     RecursionError,
     zlib.error,
 )
 
 
 class BadWorkingSet(Refused):
-    """The file is no working set, or one of another image; it is left aside."""
+    """The file is no working set, or one of another image; it is not used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,7 @@ class WorkingSet:
     """Pages of 4 KiB by block, of one image.
 
     :ivar identity: of the image: see :func:`identity_of`.
-    :ivar restores: how many restores have been seen.
+    :ivar restores: the number of restores that were recorded.
     """
 
     identity: str
@@ -60,21 +59,21 @@ class WorkingSet:
 
     @property
     def count(self) -> int:
-        """How many pages there are."""
+        """The number of its pages."""
         return sum(int(mask.sum()) for mask in self.pages.values())
 
     def united(self, other: "WorkingSet") -> "WorkingSet":
-        """Put together what two or more restores have touched.
+        """Return the union with the working set of other restores.
 
         :raises BadWorkingSet: they are of different images.
         """
         if other.identity != self.identity:
-            raise BadWorkingSet("the working sets are of different images; record it anew")
+            raise BadWorkingSet("the working sets are of different images; record it again")
         pages = {name: mask | other.pages[name] for name, mask in self.pages.items()}
         return WorkingSet(self.identity, pages, self.restores + other.restores)
 
     def save(self, path: Path) -> None:
-        """Write it whole or not at all, for its owner only.
+        """Write the file whole or not at all, for its owner only.
 
         :raises Refused: it cannot be written.
         """
@@ -99,7 +98,7 @@ def load(path: Path, identity: str, blocks: Mapping[str, int]) -> WorkingSet | N
     """Read the working set of an image; None if none has been recorded.
 
     :param blocks: name and number of pages of each block of the image.
-    :raises BadWorkingSet: the file cannot be read, is none, or of another image.
+    :raises BadWorkingSet: the file cannot be read, is no working set, or of another image.
     """
     try:
         if not path.exists():
@@ -111,24 +110,24 @@ def load(path: Path, identity: str, blocks: Mapping[str, int]) -> WorkingSet | N
     except KernelError as error:
         raise BadWorkingSet(f"working set {path} cannot be read: {error}") from error
     except ImageError as error:
-        raise BadWorkingSet(f"working set {error}; remove it, and record it anew") from error
+        raise BadWorkingSet(f"working set {error}; remove it, and record it again") from error
     try:
         return _parse(raw, identity, blocks)
     except _NONSENSE as error:
-        raise BadWorkingSet(f"{path} is no working set: {error}; record it anew") from error
+        raise BadWorkingSet(f"{path} is no working set: {error}; record it again") from error
     except BadWorkingSet as error:
-        raise BadWorkingSet(f"working set {path} {error}; record it anew") from error
+        raise BadWorkingSet(f"working set {path} {error}; record it again") from error
 
 
 def identity_of(path: Path) -> str:
-    """Tell images apart, at the same cost whatever their size.
+    """Compute an identity of an image without a manifest, in the same time for any size.
 
-    The devices' state lies at the file's end: the clock and the registers of one point in time, which
-    no other image has.  A copy of the file is the same image.
+    It covers the end of the file, where the devices' state lies: the clock and the registers of one point
+    in time, which no other image has.  A copy of the file has the same identity.
 
-    :raises Refused: it cannot be read.
+    :raises Refused: the file cannot be read.
     """
-    import hashlib  # a restore with a manifest needs none of it, and waits for it
+    import hashlib  # imported late: not needed with a manifest
 
     digest = hashlib.blake2b(digest_size=32)
     try:
@@ -144,16 +143,16 @@ def identity_of(path: Path) -> str:
 
 
 def beside(image: Path) -> Path:
-    """Say where the working set of an image is kept."""
+    """Return the path of the working set of an image."""
     return image.with_name(image.name + SUFFIX)
 
 
 def record(path: Path, seen: WorkingSet) -> WorkingSet:
-    """Add what one restore has touched to what is on file, and return it all.
+    """Add the pages of one restore to the file, and return the union.
 
     A file of another image, or one that cannot be read, is replaced.
 
-    :raises PostcopyError: it cannot be written.
+    :raises PostcopyError: the file cannot be written.
     """
     blocks = {name: len(mask) for name, mask in seen.pages.items()}
     with _one_at_a_time(path.with_name(path.name.removesuffix(SUFFIX))):
@@ -168,9 +167,9 @@ def record(path: Path, seen: WorkingSet) -> WorkingSet:
 
 @contextlib.contextmanager
 def _one_at_a_time(image: Path) -> Iterator[None]:
-    """Let recordings of one image follow one another, so that none loses what another has seen.
+    """Serialise recordings of one image, so that none loses the pages of another.
 
-    One that hangs is not waited for: then the file is whole all the same, and knows less.
+    A recording does not wait for one that hangs: then the file is valid, and lacks some pages.
     """
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError, PostcopyError):
@@ -206,7 +205,7 @@ def _decode(text: str, pages: int) -> Mask:
         packed = base64.b64decode(text, validate=True)
     except binascii.Error as error:
         raise BadWorkingSet("has a bitmap that is no base64") from error
-    # Never more than the bitmap may have, whatever the bytes would unpack to.
+    # Bounded: the bytes are hostile input.
     bits = zlib.decompressobj().decompress(packed, length + 1)
     if len(bits) != length:
         raise BadWorkingSet(f"has a bitmap of another size than {length} bytes")

@@ -1,1 +1,1 @@
-"""Images of guests: what they consist of, how they are taken, checked and woken again."""
+"""Background snapshots: images of guests that go on running."""

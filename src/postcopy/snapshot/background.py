@@ -1,7 +1,7 @@
-"""A picture of a guest that goes on: QEMU's background snapshot.
+"""A snapshot of a guest that goes on running: QEMU's ``background-snapshot``.
 
-Threads: ``source`` runs :meth:`BackgroundSnapshot.run` and writes; ``snapshot-faults`` keeps what the
-guest overwrites meanwhile (:mod:`postcopy.snapshot.write_protect`).  The guest stands still only while its
+Threads: ``source`` runs :meth:`BackgroundSnapshot.run` and writes; ``snapshot-faults`` copies pages before
+the guest overwrites them (:mod:`postcopy.snapshot.write_protect`).  The guest is stopped only while its
 devices are saved.
 """
 
@@ -17,13 +17,13 @@ from postcopy.channel.partial_file import PartialFile
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.errors import HostCannot, MigrationCancelled, PostcopyError
 from postcopy.guest import DeviceState, Guest
-from postcopy.image.last_moment import LastMoment
+from postcopy.image.publish import CommitPoint
 from postcopy.kernel.cpu_latency import CpusAwake
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.memory.ram_block import RamBlock
 from postcopy.parameters import Capabilities, Capability, Parameters
-from postcopy.snapshot.bitmap import Copies, UnsavedPages
-from postcopy.snapshot.cow_buffer import Aside
+from postcopy.snapshot.bitmap import PageBatch, SnapshotBitmap
+from postcopy.snapshot.cow_buffer import CowBuffer
 from postcopy.snapshot.write_protect import WriteProtectHandler
 from postcopy.source.connection import connect_unless_cancelled
 from postcopy.source.counters import Clock, Counters, Rate, describe
@@ -37,11 +37,11 @@ from postcopy.stream import encoder
 from postcopy.trace import trace
 
 UNLIMITED = 0
-"""As QEMU does it: ``max-bandwidth`` is for migrations."""
+"""As in QEMU: ``max-bandwidth`` is for migrations."""
 
 
 class BackgroundSnapshot:
-    """One background snapshot; the guest stays here, whatever happens."""
+    """One background snapshot; the guest stays here in any case."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class BackgroundSnapshot:
         self._guest = guest
         self._address = parse(uri)
         self._file = PartialFile(self._address)
-        self._last_moment = LastMoment()
+        self._commit_point = CommitPoint()
         self._capabilities = capabilities
         self._parameters = parameters
         self._progress = progress
@@ -64,21 +64,21 @@ class BackgroundSnapshot:
         self.error: PostcopyError | None = None
         self._counters = Counters()
         self._clock = Clock()
-        self._aside = Aside()
+        self._cow_buffer = CowBuffer()
         self._device_bytes = 0
-        # Made by the steps of it, in this order.
+        # Set by the steps below, in this order.
         self._channel: Channel | None = None
         self._sender: PageSink | None = None
         self._blocks: list[RamBlock] = []
-        self._unsaved: UnsavedPages | None = None
-        self._guard: WriteProtectHandler | None = None
+        self._bitmap: SnapshotBitmap | None = None
+        self._handler: WriteProtectHandler | None = None
         self._cause: PostcopyError | None = None
 
     # --- called by the monitor, from other threads
 
     def cancel(self) -> None:
-        """Give up; without effect once the file gets its name, or the end has come."""
-        if self._last_moment.give_up(self._begin_cancel):
+        """Cancel; without effect once the file is being published, or the snapshot has ended."""
+        if self._commit_point.cancel(self._begin_cancel):
             self._break_off()
 
     def _begin_cancel(self) -> None:
@@ -90,18 +90,18 @@ class BackgroundSnapshot:
         """Nothing: only a postcopy can be paused."""
 
     def set_parameters(self, parameters: Parameters) -> None:
-        """Nothing: those that mean something here count from the beginning."""
+        """Nothing: a snapshot keeps the parameters that it began with."""
 
     def leave(self) -> None:
-        """The engine ends, and with it a command that writes the image: no half of one stays."""
-        channel = self._channel  # its own thread may let go of it meanwhile
+        """End a command that writes the image, and remove the partial file: the engine ends."""
+        channel = self._channel  # its own thread may close it meanwhile
         if channel is not None:
             channel.leave()
         self._file.end()
 
     def info(self) -> MigrationInfo:
-        """The figures as they are now."""
-        remaining = self._unsaved.remaining_bytes if self._unsaved is not None else 0
+        """Return the current figures."""
+        remaining = self._bitmap.remaining_bytes if self._bitmap is not None else 0
         rate = self._sender.rate if self._sender is not None else Rate()
         info = describe(self._counters, rate, self._clock, self._progress.status, remaining)
         return replace(info, measured=self._measured())
@@ -109,7 +109,7 @@ class BackgroundSnapshot:
     # --- the thread of the snapshot
 
     def run(self) -> None:
-        """Take the picture; whatever happens, the guest runs on, and nothing holds up its writes."""
+        """Take the snapshot; in any case the guest runs on afterwards, and no page is protected."""
         try:
             channel, sender = self._open()
             states = self._save(sender)
@@ -120,26 +120,26 @@ class BackgroundSnapshot:
         except PostcopyError as error:
             self._fail(error)
         finally:
-            self._let_go()
+            self._release()
 
     def _open(self) -> tuple[Channel, PageSink]:
-        """Reach the sink, and say what is to come."""
+        """Connect, and send the start of the stream."""
         address = self._file.begin()
         self._channel = channel = (
-            connect(address)  # on return it is there
+            connect(address)  # returns when the file is open
             if self._file.ordinary
             else connect_unless_cancelled(address, self.requests)
         )
-        channel.description = str(self._address)  # what was asked for, in each error
-        # A host that is gone must not make the guest wait for what it will never take.
+        channel.description = str(self._address)  # the URI of the order, for errors
+        # The guest must not wait for a peer that has died.
         channel.watch(self._parameters.x_link_timeout / 1000)
         trace("snapshot.connected")
         self._sender = sender = page_sink_for(
             channel, self._capabilities, RateLimiter(UNLIMITED), self._counters
         )
         self._blocks = blocks = [RamBlock(region) for region in self._guest.regions()]
-        self._unsaved = UnsavedPages(blocks)
-        self._counters.total_bytes = self._unsaved.remaining_bytes
+        self._bitmap = SnapshotBitmap(blocks)
+        self._counters.total_bytes = self._bitmap.remaining_bytes
         self._check_cancelled()
         channel.send(
             stream_header(self._guest.machine_name, blocks, self._capabilities, answered=False)
@@ -151,7 +151,7 @@ class BackgroundSnapshot:
         return channel, sender
 
     def _save(self, sender: PageSink) -> Sequence[DeviceState]:
-        """Write all pages as they are at one moment; return what the devices were then."""
+        """Write all pages as they are at one moment; return the device states of that moment."""
         try:
             (space,) = self._guest.watch_snapshot()
         except PostcopyError as error:
@@ -159,17 +159,17 @@ class BackgroundSnapshot:
             if isinstance(error, HostCannot):
                 return self._save_still(sender, error)
             raise
-        with self._watched(Userfaultfd.from_fd(space.userfaultfd)) as guard:
-            guard.arm()
+        with self._watched(Userfaultfd.from_fd(space.userfaultfd)) as handler:
+            handler.arm()
             trace("snapshot.armed")
-            states = self._freeze(guard)
-            self._write_pages(sender, guard.let_go)
+            states = self._freeze(handler)
+            self._write_pages(sender, handler.unprotect)
         return states
 
     def _save_still(self, sender: PageSink, lacking: HostCannot) -> Sequence[DeviceState]:
-        """Write all pages of a guest that its user has stopped, and that does not run meanwhile.
+        """Write all pages of a guest that its user has stopped, and keep it stopped meanwhile.
 
-        :param lacking: why the writes of a guest that runs cannot be watched: raised if this one does.
+        :param lacking: why this host cannot protect a running guest; raised if the guest runs.
         """
         self._check_cancelled()
         self._clock.stopped = time.monotonic()
@@ -187,32 +187,32 @@ class BackgroundSnapshot:
 
     @contextmanager
     def _watched(self, userfaultfd: Userfaultfd) -> Iterator[WriteProtectHandler]:
-        """Have the guest's memory watched for writes; in every case it is not any more afterwards."""
-        assert self._unsaved is not None
+        """Handle write faults of the guest's memory; at the end none of it is protected."""
+        assert self._bitmap is not None
         try:
-            self._guard = guard = WriteProtectHandler(
-                userfaultfd, self._unsaved, self._aside, self._stop_because
+            self._handler = handler = WriteProtectHandler(
+                userfaultfd, self._bitmap, self._cow_buffer, self._stop_because
             )
-            guard.start()
+            handler.start()
             try:
-                yield guard
+                yield handler
             finally:
-                guard.stop()
+                handler.stop()
         finally:
-            self._guest.unwatch_snapshot()  # who still waits to write goes on
+            self._guest.unwatch_snapshot()  # vCPUs that still wait to write go on
         trace("snapshot.unwatched")
 
-    def _freeze(self, guard: WriteProtectHandler) -> Sequence[DeviceState]:
-        """The moment of the picture; return what the devices were then."""
+    def _freeze(self, handler: WriteProtectHandler) -> Sequence[DeviceState]:
+        """Stop the guest, freeze memory and devices, resume it; return the device states."""
         self._check_cancelled()
         with closing(CpusAwake()) as awake:
             awake.a_while()
             self._clock.stopped = time.monotonic()
             try:
-                # The devices before the memory is frozen: one may write to it while it is being saved.
+                # Devices first: one may write to memory while it is being saved.
                 states = self._guest.pause_and_save()
                 trace("snapshot.guest-stopped")
-                guard.freeze()
+                handler.freeze()
                 trace("snapshot.frozen")
             finally:
                 self._guest.resume()
@@ -220,27 +220,29 @@ class BackgroundSnapshot:
         trace("snapshot.guest-resumed")
         return states
 
-    def _write_pages(self, sender: PageSink, let_go: Callable[[RamBlock, int, int], None]) -> None:
-        """Write all pages: first those that the guest has overwritten, for they take memory.
+    def _write_pages(
+        self, sender: PageSink, unprotect: Callable[[RamBlock, int, int], None]
+    ) -> None:
+        """Write all pages; copies that the fault handler has made go first, since they take memory.
 
-        :param let_go: told which have been copied, and may be written to.
+        :param unprotect: called with pages that have been copied, and may be written to.
         """
-        assert self._unsaved is not None
-        for copies in self._unsaved.sweep():
-            let_go(copies.block, copies.first, copies.end)
+        assert self._bitmap is not None
+        for copies in self._bitmap.copy_rest():
+            unprotect(copies.block, copies.first, copies.end)
             self._write(sender, copies)
-            self._write_aside(sender, self._aside.take)
+            self._write_copies(sender, self._cow_buffer.take)
             trace("snapshot.writing")
         trace("snapshot.all-saved")
-        self._write_aside(sender, self._aside.take_rest)
+        self._write_copies(sender, self._cow_buffer.take_rest)
         self._check_complete()
 
-    def _write_aside(self, sender: PageSink, take: Callable[[], Copies | None]) -> None:
+    def _write_copies(self, sender: PageSink, take: Callable[[], PageBatch | None]) -> None:
         while (copies := take()) is not None:
             self._write(sender, copies)
-            self._aside.written(copies)
+            self._cow_buffer.written(copies)
 
-    def _write(self, sender: PageSink, copies: Copies) -> None:
+    def _write(self, sender: PageSink, copies: PageBatch) -> None:
         self._check_cancelled()
         if len(copies.data):
             sender.send_copies(copies.block.name, copies.data, copies.contents)
@@ -249,8 +251,8 @@ class BackgroundSnapshot:
         sender.count()
 
     def _finish(self, channel: Channel, sender: PageSink, states: Sequence[DeviceState]) -> None:
-        """Write the devices and the end, and see that all of it has arrived."""
-        # As QEMU has it: a stream of a background snapshot has no last section of RAM.
+        """Write the devices and the end of the stream, and wait until the sink has it all."""
+        # As in QEMU, the stream of a background snapshot has no END section of RAM.
         mapped = self._capabilities.enabled(Capability.MAPPED_RAM)
         end_of_ram = sender.end_of_ram() if mapped else b""
         sections = device_sections(states)
@@ -261,25 +263,25 @@ class BackgroundSnapshot:
         trace("snapshot.all-sent")
         self._check_cancelled()
         self._file.sync(channel.fileno())
-        channel.close()  # for a command this is when it proves to have worked
+        channel.close()  # waits for the exit code of a command
         trace("snapshot.synced")
 
     def _publish(self) -> None:
-        """Let the file be seen; from here on a cancel is too late."""
+        """Publish the file; from here on a cancel is too late."""
         self._check_cancelled()
-        self._last_moment.decide()
+        self._commit_point.commit()
         self._file.publish()
         trace("snapshot.published")
 
     def _check_complete(self) -> None:
-        """Each page has been written once: an image that lacks one must not get its name."""
+        """Check that each page has been written once: an image that lacks one is not published."""
         self._check_cancelled()
         pages = self._counters.normal_pages + self._counters.zero_pages
         expected = self._counters.total_bytes // self._counters.page_bytes
         if pages != expected:
             raise PostcopyError(f"the snapshot has {pages} pages in place of {expected}")
 
-    # --- when something went wrong
+    # --- errors and the end
 
     def _check_cancelled(self) -> None:
         if self._cause is not None:
@@ -288,14 +290,14 @@ class BackgroundSnapshot:
             raise MigrationCancelled("cancelled by the user")
 
     def _stop_because(self, cause: PostcopyError) -> None:
-        """Faults cannot be served any more: the writer is to stop."""
+        """End the snapshot: its write faults cannot be served any more."""
         self._cause = cause
         self._break_off()
 
     def _break_off(self) -> None:
-        """Wake whoever waits for the sink, from any thread."""
-        self._aside.close()
-        channel = self._channel  # its own thread may let go of it meanwhile
+        """End every wait for the sink; callable from any thread."""
+        self._cow_buffer.close()
+        channel = self._channel  # its own thread may close it meanwhile
         if channel is not None:
             channel.shutdown()
 
@@ -303,23 +305,23 @@ class BackgroundSnapshot:
         cancelled = self._progress.status is Status.CANCELLING
         self.error = None if cancelled else self._cause or error
         self._clock.ended = time.monotonic()
-        self._let_go()  # before anybody hears of the end
+        self._release()  # before the status tells of the end
         self._progress.move(Status.CANCELLED if cancelled else Status.FAILED)
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         if self._channel is not None:
             self._channel.shutdown()
             try:
                 self._channel.close()
             except PostcopyError:
-                pass  # it was over already
+                pass  # it has failed already
             self._channel = None
         self._file.end()
         while self._blocks:
             self._blocks.pop().close()
 
     def _measured(self) -> Measured:
-        stalls = self._guard.stalls.figures() if self._guard is not None else None
+        stalls = self._handler.stalls.figures() if self._handler is not None else None
         clock = self._clock
         stopped = clock.stopped and clock.handed_over
         return Measured(
@@ -328,7 +330,7 @@ class BackgroundSnapshot:
             write_stall_p50_us=stalls.p50_us if stalls is not None else None,
             write_stall_p99_us=stalls.p99_us if stalls is not None else None,
             write_stall_max_us=stalls.max_us if stalls is not None else None,
-            aside_bytes=self._aside.total_bytes,
-            aside_most_bytes=self._aside.most_bytes,
+            aside_bytes=self._cow_buffer.total_bytes,
+            aside_most_bytes=self._cow_buffer.most_bytes,
             device_bytes=self._device_bytes or None,
         )

@@ -1,6 +1,7 @@
-"""The pages that are not in the picture yet, and how they get there: copied, once each."""
+"""The pages that a snapshot has not saved yet, and their copies: each page is copied once."""
 
 import itertools
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,21 +9,21 @@ import numpy as np
 
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
 from postcopy.memory.runs import Indices, Mask
-from postcopy.snapshot.fair_lock import Turns
 from postcopy.stream.records import PageRows
 
 PIECE_BYTES = 1 << 20
-"""How much of the memory is copied, and then written, in one go."""
+"""Memory that is copied, and then written, at a time."""
 
-_LOCKED_BYTES = 256 << 10  # in one go under the lock: a vCPU may have to wait for it
-_WINDOW_BYTES = 16 << 20  # how much of a block is asked for its holes at a time
+_LOCKED_BYTES = 256 << 10  # copied while the lock is held, for which a vCPU may wait
+_WINDOW_BYTES = 16 << 20  # of a block, scanned for holes in one call
 
 
 @dataclass(frozen=True, slots=True)
-class Copies:
-    """Pages ``first`` to ``end`` of a block, as far as they were unsaved, as pages of the wire.
+class PageBatch:
+    """Copies of those pages of ``first`` to ``end`` of a block that were unsaved, as pages of the wire.
 
-    ``data`` have the bytes ``contents``; ``zeros`` have no memory behind them.
+    :ivar data: the pages with the bytes ``contents``.
+    :ivar zeros: the pages that are holes.
     """
 
     block: RamBlock
@@ -33,20 +34,40 @@ class Copies:
     zeros: Indices
 
 
-class UnsavedPages:
-    """Which pages of the blocks are still to be copied.
+class FairLock:
+    """As ``threading.Lock`` in a ``with``, but first come, first served.
 
-    Invariant, under the lock: a page is unsaved, and then protected against writes, or its bytes have
-    been copied.  So whoever finds a page that is not unsaved may let it be written to.
+    A thread that releases an ordinary lock and takes it again at once gets it, since a waiting thread
+    has to be scheduled first; so a thread that copies page after page would lock out the one on which a
+    vCPU waits.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._next = threading.Lock()  # held by the thread that is next
+
+    def __enter__(self) -> None:
+        with self._next:
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+class SnapshotBitmap:
+    """The pages of the blocks that are still to be copied.
+
+    Invariant, under the lock: an unsaved page is protected against writes; of every other page the bytes
+    have been copied.  So a page that is not unsaved may be written to.
     """
 
     def __init__(self, blocks: list[RamBlock]) -> None:
         self.blocks = blocks
-        self.lock = Turns()
+        self.lock = FairLock()
         self._masks: dict[str, Mask] = {
             block.name: np.ones(block.page_count, np.bool_) for block in blocks
         }
-        # Pages known to have memory behind them; the others were holes when last looked at.
+        # Pages that have data; the others were holes at the last scan.
         self._has_data: dict[str, Mask] = {
             block.name: np.zeros(block.page_count, np.bool_) for block in blocks
         }
@@ -64,32 +85,32 @@ class UnsavedPages:
         raise KeyError(hex(host_address))
 
     def is_unsaved(self, block: RamBlock, page: int) -> bool:
-        """Whether a page is still to be copied; it may be no more when you look at the answer."""
+        """Whether a page is still to be copied; without the lock it may be copied at any time."""
         return bool(self._masks[block.name][page])
 
     @property
     def remaining_bytes(self) -> int:
-        """How much is still to be copied."""
+        """Memory that is still to be copied."""
         return sum(
             int(np.count_nonzero(self._masks[block.name])) * block.page_size_bytes
             for block in self.blocks
         )
 
-    def look_for_data(self) -> None:
-        """Look now, while nobody waits, for what will not have to be looked for later."""
+    def scan_for_data(self) -> None:
+        """Find the pages with data now, while no vCPU waits, so that later calls need not."""
         for block, start, end in self._windows():
             self._has_data[block.name][start:end] = block.has_data(start, end)
 
-    def save(self, block: RamBlock, first: int, end: int) -> Copies:
-        """Copy what is unsaved of the pages ``first`` to ``end``; the copies are the caller's."""
+    def save(self, block: RamBlock, first: int, end: int) -> PageBatch:
+        """Copy the unsaved pages of ``first`` to ``end``; the caller owns the copies."""
         has_data = self._has_data[block.name][first:end]
         if not has_data.all():
             has_data = block.has_data(first, end)
         room = np.empty(((end - first) * block.target_pages_per_page, TARGET_PAGE_BYTES), np.uint8)
         return self._save(block, first, has_data, room)
 
-    def sweep(self) -> Iterator[Copies]:
-        """Copy all that is still unsaved, piece by piece; each holds until the next is asked for."""
+    def copy_rest(self) -> Iterator[PageBatch]:
+        """Copy all pages that are still unsaved, in batches; a batch is valid until the next one."""
         for block, start, stop in self._windows():
             has_data = self._has_data[block.name][start:stop]
             if not has_data.all():
@@ -106,11 +127,11 @@ class UnsavedPages:
             for start in range(0, block.page_count, window):
                 yield block, start, min(start + window, block.page_count)
 
-    def _save(self, block: RamBlock, first: int, has_data: Mask, room: PageRows) -> Copies:
-        """Copy into ``room``, a few pages at a time: somebody may be waiting for the lock.
+    def _save(self, block: RamBlock, first: int, has_data: Mask, room: PageRows) -> PageBatch:
+        """Copy into ``room``, a few pages at a time, since a vCPU may wait for the lock.
 
-        :param has_data: of the pages from ``first`` on: whether they had memory behind them when they
-            were protected already.
+        :param has_data: of the pages from ``first`` on: whether they had data when they were protected
+            already.
         """
         data: list[Indices] = []
         zeros: list[Indices] = []
@@ -128,7 +149,7 @@ class UnsavedPages:
             filled += len(present)
             data.append(present)
             zeros.append(absent)
-        return Copies(block, first, end, _joined(data), room[:filled], _joined(zeros))
+        return PageBatch(block, first, end, _joined(data), room[:filled], _joined(zeros))
 
 
 def _joined(parts: list[Indices]) -> Indices:
@@ -141,7 +162,7 @@ def _piece_rows(blocks: list[RamBlock]) -> int:
 
 
 def _pieces(has_data: Mask, page_size_bytes: int) -> list[tuple[int, int]]:
-    """Cut a window so that no part has more data than a piece."""
+    """Cut a window into parts of at most :data:`PIECE_BYTES` of data."""
     most = max(1, PIECE_BYTES // page_size_bytes)
     cuts = np.flatnonzero(has_data)[most::most].tolist()
     edges = [0, *cuts, len(has_data)]

@@ -1,31 +1,31 @@
-"""Copies that wait for the sink: a bounded store, so that a slow sink costs no more memory than it."""
+"""Copies of pages that wait for the sink, in a bounded buffer."""
 
 import threading
 from collections import deque
 
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
-from postcopy.snapshot.bitmap import Copies
+from postcopy.snapshot.bitmap import PageBatch
 
-ASIDE_BYTES = 32 << 20
-"""The most that copies put aside may take.  When it is full, who writes to memory waits for the sink."""
+COW_BUFFER_BYTES = 32 << 20
+"""Its limit.  When it is full, a vCPU that writes to unsaved memory waits for the sink."""
 
 
-class Aside:
-    """What the fault handler has copied and the writer has not written yet.
+class CowBuffer:
+    """Pages that the fault handler has copied before a write, and that are not written out yet.
 
-    Invariant, under the lock: ``_bytes`` is what was reserved and not given back.
+    Invariant, under the lock: ``_bytes`` is what has been reserved and not released.
     """
 
-    def __init__(self, limit_bytes: int = ASIDE_BYTES) -> None:
+    def __init__(self, limit_bytes: int = COW_BUFFER_BYTES) -> None:
         self._limit_bytes = limit_bytes
         self._changed = threading.Condition()
-        self._waiting: deque[Copies] = deque()
+        self._waiting: deque[PageBatch] = deque()
         self._bytes = 0
         self._closed = False
         self.most_bytes = 0
-        """The most that it ever held."""
+        """The most bytes that it has held."""
         self.total_bytes = 0
-        """All that ever went through it."""
+        """All bytes that have been put into it."""
 
     @property
     def is_roomy(self) -> bool:
@@ -33,9 +33,9 @@ class Aside:
         return self._bytes * 2 < self._limit_bytes
 
     def reserve(self, n_bytes: int) -> bool:
-        """Wait for room; an empty store takes anything.
+        """Wait until there is room; an empty buffer takes any number of bytes.
 
-        :return: whether there is; False = closed.
+        :return: False if the buffer is closed.
         """
         with self._changed:
             self._changed.wait_for(
@@ -49,8 +49,8 @@ class Aside:
             self.most_bytes = max(self.most_bytes, self._bytes)
             return True
 
-    def put(self, copies: Copies, reserved_bytes: int) -> None:
-        """Leave copies; what was reserved for them and is not needed is given back."""
+    def put(self, copies: PageBatch, reserved_bytes: int) -> None:
+        """Append copies; bytes that were reserved for them and are not needed are released."""
         with self._changed:
             self._bytes -= reserved_bytes - _size(copies)
             self.total_bytes += _size(copies)
@@ -58,31 +58,31 @@ class Aside:
                 self._waiting.append(copies)
             self._changed.notify_all()
 
-    def take(self) -> Copies | None:
-        """The oldest copies, or none; :meth:`written` gives their room back."""
+    def take(self) -> PageBatch | None:
+        """Return the oldest copies, or None; :meth:`written` releases their bytes."""
         return self._waiting.popleft() if self._waiting else None
 
-    def take_rest(self) -> Copies | None:
-        """As :meth:`take`, once every page is saved: waits for what is being copied at this moment.
+    def take_rest(self) -> PageBatch | None:
+        """As :meth:`take`, once every page is saved: waits for copies that are being made.
 
-        :return: None when nothing more will come, or nobody takes it any more.
+        :return: None when there are no more copies, or the buffer is closed.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or not self._bytes or self._closed)
             return self.take()
 
-    def written(self, copies: Copies) -> None:
-        """They are on their way, and take no more room here."""
+    def written(self, copies: PageBatch) -> None:
+        """Release the bytes of copies that have been written."""
         with self._changed:
             self._bytes -= _size(copies)
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Nobody writes any more: who waits for room goes on without."""
+        """Close it: each :meth:`reserve` that waits returns False."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
 
-def _size(copies: Copies) -> int:
+def _size(copies: PageBatch) -> int:
     return len(copies.data) * TARGET_PAGE_BYTES

@@ -1,1 +1,1 @@
-"""Chunks that several compressed images share."""
+"""A store of chunks that compressed images share."""

@@ -1,4 +1,4 @@
-"""Make an image of chunks of any other image: what is zero costs nothing, what is known nothing more."""
+"""Put the memory of an image into a store: neither zeros nor chunks that the store has take space."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,13 +11,13 @@ import numpy as np
 from postcopy.image.chunked import PAGES_PER_CHUNK
 from postcopy.image.digests import CHUNK_BYTES, chunk_count
 from postcopy.image.formats import Image, ImageBlock
-from postcopy.image.last_moment import go_on
 from postcopy.image.manifest import StoredBlock
+from postcopy.image.publish import never_cancelled
 from postcopy.image.store.store import ChunkStore, Intake
 from postcopy.memory.runs import Indices
 
 STORE_NAME: Final = "postcopy-chunks"
-"""The folder beside an image where its chunks go, unless a parent has one."""
+"""The folder of chunks beside an image, unless its parent has one."""
 
 _THREADS: Final = 2
 _BATCH_CHUNKS: Final = 64
@@ -25,10 +25,10 @@ _BATCH_CHUNKS: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """What became of the memory, in bytes.
+    """Bytes of memory by what was done with them.
 
-    :ivar zero_bytes: chunks of zeros, which are nowhere.
-    :ivar reused_bytes: chunks that the store had, or that came twice.
+    :ivar zero_bytes: chunks of zeros, which are not stored.
+    :ivar reused_bytes: chunks that the store had already, or that occurred twice.
     :ivar new_bytes: chunks that it had not; they take ``stored_bytes`` there.
     """
 
@@ -39,12 +39,12 @@ class Packed:
 
 
 def pack(
-    image: Image, store: ChunkStore, check: Callable[[], None] = go_on
+    image: Image, store: ChunkStore, check: Callable[[], None] = never_cancelled
 ) -> tuple[dict[str, StoredBlock], Packed]:
     """Put an image's memory into a store.
 
-    :param check: called now and then; what it raises ends the work.
-    :return: the blocks as a manifest has them, and what that took.
+    :param check: called now and then; an exception of it ends the work.
+    :return: the blocks as a manifest has them, and the figures.
     :raises OSError: the disk is full, or broken.
     """
     blocks, taken = {}, Packed()
@@ -100,5 +100,5 @@ def _pack_block(
 
 
 def store_of(path: Path) -> Path:
-    """Where the chunks of an image without a parent go."""
+    """Return the store of an image without a parent."""
     return path.parent / STORE_NAME

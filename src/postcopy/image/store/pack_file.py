@@ -1,11 +1,11 @@
-"""A file of many chunks: a *pack*.  One snapshot writes one, whole or not at all, and nobody changes it.
+"""A file of many chunks: a *pack*.  One snapshot writes one, whole or not at all; it is never changed.
 
     PCPACK01   frame frame ...   index   tail
 
-A frame is one chunk, compressed by zstd, with a digest of the frame behind it, since some of its bits mean
-nothing to a decompressor and none may flip unnoticed.  The index has all addresses, ascending, then all
-offsets, then all lengths; the tail says how many there are and where that begins, and has a digest of
-index and tail.  Numbers are little-endian.
+A frame is one chunk, compressed by zstd, with a digest of the frame behind it: a decompressor ignores some
+bits of a frame, and every flipped bit must be found.  The index has all addresses, ascending, then all
+offsets, then all lengths; the tail has their number, the offset of the index, and a digest of index and
+tail.  Numbers are little-endian.
 """
 
 import os
@@ -28,25 +28,25 @@ from postcopy.memory.runs import Mask
 
 SUFFIX: Final = ".pack"
 LONGEST_FRAME_BYTES: Final = CHUNK_BYTES + 1024
-"""What cannot be compressed gets a head, a digest, and no more."""
+"""A chunk that cannot be compressed grows by a head and a digest."""
 
 _TAIL: Final = struct.Struct("<QQ")
 _TAIL_BYTES: Final = _TAIL.size + DIGEST_BYTES
 _ENTRY_BYTES: Final = ADDRESS_BYTES + 8 + 4
 
 Addresses = npt.NDArray[np.bytes_]
-"""Addresses of chunks, as numpy compares and sorts them; all are of the same length."""
+"""Addresses of chunks as an array that numpy can compare and sort; all have the same length."""
 
 
 def as_addresses(raw: bytes) -> Addresses:
-    """Addresses that stand one behind the other."""
+    """Make an array of concatenated addresses."""
     return np.frombuffer(raw, f"S{ADDRESS_BYTES}")
 
 
 class PackFile:
     """A pack, open for reading; it may be removed meanwhile.  For any thread.
 
-    :raises ImageError: it is none, or its index is damaged.
+    :raises ImageError: the file is no pack, or its index is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -75,10 +75,10 @@ class PackFile:
         self.addresses: Addresses = as_addresses(index[:offsets])
         self._offsets = np.frombuffer(index[offsets:lengths], "<u8")
         self.lengths = np.frombuffer(index[lengths:], "<u4")
-        """How many bytes each frame takes, in the order of the addresses."""
+        """Bytes of each frame, in the order of the addresses."""
 
     def find(self, address: bytes) -> tuple[int, int] | None:
-        """Where a chunk's frame begins, and how many bytes it has; None: it is not here."""
+        """Return offset and length of a chunk's frame; None: the pack does not have it."""
         wanted = as_addresses(address)
         at = int(np.searchsorted(self.addresses, wanted)[0])
         if at == len(self.addresses) or self.addresses[at] != wanted[0]:
@@ -109,7 +109,7 @@ class PackFile:
         return found
 
     def copy(self, chosen: Mask, writer: "PackWriter") -> None:
-        """Put some of the frames into another pack, as they are."""
+        """Copy some of the frames into another pack, unchanged."""
         for number in np.flatnonzero(chosen).tolist():
             framed = self.raw(int(self._offsets[number]), int(self.lengths[number]))
             writer.append([(self.addresses[number].ljust(ADDRESS_BYTES, b"\0"), framed)])
@@ -119,15 +119,15 @@ class PackFile:
         return ImageError(self.path, message, offset)
 
     def close(self) -> None:
-        """Let go of it; harmless when closed."""
+        """Close the file; harmless when closed."""
         self._file.close()
 
 
 class PackWriter:
-    """A pack in the making; any thread may append to it.
+    """Writes a pack; any thread may append to it.
 
-    :param path: its name, once it is sealed.
-    :raises OSError: it cannot be made.
+    :param path: the name of the pack, once it is sealed.
+    :raises OSError: the file cannot be made.
     """
 
     def __init__(self, path: Path) -> None:
@@ -135,7 +135,7 @@ class PackWriter:
         self._whole = WholeFile(path)
         self._file = os.fdopen(self._whole.fd, "wb", closefd=False)
         self._lock = threading.Lock()
-        # Under the lock: where the next frame goes, and offset and length of those that are there.
+        # Under the lock: the offset of the next frame, and offset and length of each frame so far.
         self._end = self._file.write(_MAGIC)
         self._frames: dict[bytes, tuple[int, int]] = {}
 
@@ -143,10 +143,10 @@ class PackWriter:
         return address in self._frames
 
     def append(self, framed: Sequence[tuple[bytes, bytes]]) -> list[int]:
-        """Add chunks, but none a second time.
+        """Append chunks that the pack does not have.
 
         :param framed: address, and frame with its digest, of each.
-        :return: how many bytes were written for each: 0 if it was there.
+        :return: the bytes written for each: 0 if the pack had it.
         :raises OSError: the disk is full, or broken.
         """
         written, data = [], []
@@ -163,9 +163,9 @@ class PackWriter:
         return written
 
     def seal(self) -> None:
-        """Write the index and, once the disk has all of it, give the pack its name.
+        """Write the index, sync the file, and publish it under its name.
 
-        :raises OSError: the disk is full, or broken; nothing has got the name.
+        :raises OSError: the disk is full, or broken; no file has got the name.
         """
         addresses = sorted(self._frames)
         places = [self._frames[address] for address in addresses]
@@ -183,14 +183,14 @@ class PackWriter:
         self._whole.close()
 
     def give_up(self) -> None:
-        """Nothing of it stays."""
+        """Remove the partial file."""
         try:
             self._file.close()
         except OSError:
-            pass  # what it still had to write does not matter
+            pass  # its buffered bytes do not matter
         self._whole.close()
 
     @property
     def empty(self) -> bool:
-        """Whether nothing is in it."""
+        """Whether it has no chunks."""
         return not self._frames

@@ -1,7 +1,7 @@
-"""Give back what a store of chunks holds for nobody: what no manifest names any more.
+"""Remove from a store the chunks that no manifest names any more.
 
 An image may lie anywhere, so a store keeps the names of the folders in which images of it have been made;
-every manifest there is read.  Who cannot be asked is taken to need everything: nothing is swept then.
+every manifest there is read.  If a folder or a manifest cannot be read, nothing is removed.
 """
 
 import os
@@ -21,16 +21,16 @@ from postcopy.memory.runs import Mask
 
 _FOLDER_SUFFIX: Final = ".folder"
 _DEAD_SHARE: Final = 4
-"""A pack is written anew when at least a quarter of it is for nobody; copying more would free little."""
+"""A pack is rewritten when at least a quarter of it is unused; to rewrite more would free little."""
 
 
 @dataclass(frozen=True, slots=True)
-class Swept:
-    """What came of it.
+class PruneResult:
+    """The figures of one run.
 
     :ivar images: those that use the store.
     :ivar kept_bytes, freed_bytes: of chunks, as they lie in the store.
-    :ivar idle_bytes: for nobody, too, but too few in a pack for it to be written anew.
+    :ivar idle_bytes: unused too, but too few in a pack for it to be rewritten.
     """
 
     store: Path
@@ -40,8 +40,8 @@ class Swept:
     idle_bytes: int = 0
 
 
-def remember(store: Path, folder: Path) -> None:
-    """Note that there are images of a store in a folder.
+def note_folder(store: Path, folder: Path) -> None:
+    """Note in a store that a folder has images of it.
 
     :raises OSError: the disk is full, or broken.
     """
@@ -51,53 +51,53 @@ def remember(store: Path, folder: Path) -> None:
         write_whole(note, where)
 
 
-def store_of(path: Path) -> Path:
-    """The store that a path means: itself, or the one of the image there.
+def find_store(path: Path) -> Path:
+    """Return the store at a path, or the store of the image at the path.
 
-    :raises Refused: it is neither.
-    :raises ImageError: it is an image whose manifest is damaged.
+    :raises Refused: the image has no store.
+    :raises ImageError: the manifest of the image is missing or damaged.
     """
     if path.is_dir():
         return path
     stored = Manifest.load(path).stored
     if stored is None:
-        raise Refused(f"{path} has all of its memory in its own file, and no store to sweep")
+        raise Refused(f"{path} has all of its memory in its own file, and no store to prune")
     return (path.parent / stored.store).resolve()
 
 
-def sweep(folder: Path, *, without: Sequence[Path] = (), dry_run: bool = False) -> Swept:
+def prune(folder: Path, *, without: Sequence[Path] = (), dry_run: bool = False) -> PruneResult:
     """Remove every chunk of a store that no image needs.
 
-    Whoever is reading an image may go on, and whoever opens one need not wait.
+    Images can be read and opened meanwhile.
 
     :param without: folders in which there are no images any more.
-    :param dry_run: only say what would come of it.
-    :raises Refused: it is no store, somebody is putting chunks into it, or a folder is not there.
+    :param dry_run: remove nothing, only return the figures.
+    :raises Refused: it is no store, a snapshot writes into it, or a folder is not there.
     :raises ImageError: a manifest, or a pack, is damaged; nothing has been removed.
     """
     store = ChunkStore(folder)
     if not store.exists:
         raise Refused(f"{folder} is no store of chunks; give one, or an image of one")
-    with store, store.held(alone=True):
+    with store, store.held(exclusive=True):
         images, used = _used(folder, {each.absolute().resolve() for each in without})
-        store.learn()
+        store.open_new_packs()
         for error in store.damaged:
             raise error
         if not dry_run:
             remove_all_leftovers(folder)
-        found = Swept(folder, tuple(images))
+        found = PruneResult(folder, tuple(images))
         kept = np.array([], f"S{ADDRESS_BYTES}")
         for pack in store.packs:
             live = np.isin(pack.addresses, used) & ~np.isin(pack.addresses, kept)
             kept = np.concatenate((kept, pack.addresses[live]))
-            found = _sweep_pack(store, pack, live, found, dry_run=dry_run)
+            found = _prune_pack(store, pack, live, found, dry_run=dry_run)
     return found
 
 
-def _sweep_pack(
-    store: ChunkStore, pack: PackFile, live: Mask, found: Swept, *, dry_run: bool
-) -> Swept:
-    """Deal with one pack; return all that has come of it so far."""
+def _prune_pack(
+    store: ChunkStore, pack: PackFile, live: Mask, found: PruneResult, *, dry_run: bool
+) -> PruneResult:
+    """Remove the unused chunks of one pack; return the figures so far."""
     total = int(pack.lengths.sum(dtype=np.int64))
     kept = int(pack.lengths[live].sum(dtype=np.int64))
     dead = total - kept
@@ -107,7 +107,7 @@ def _sweep_pack(
     if not dry_run:
         with store.new_pack() as writer:
             pack.copy(live, writer)
-        pack.path.unlink()  # only now: one of the two is always there
+        pack.path.unlink()  # last, so that one of the two is always there
     return replace(found, freed_bytes=found.freed_bytes + dead)
 
 
@@ -137,7 +137,8 @@ def _addresses(image: Path, store: Path) -> bytes | None:
         stored = Manifest.load(image).stored
     except ImageError as error:
         raise ImageError(
-            error.path, f"{error.message}; mend it, or remove the image, before the store is swept"
+            error.path,
+            f"{error.message}; repair it, or remove the image, before you prune the store",
         ) from error
     if stored is None or (image.parent / stored.store).resolve() != store.resolve():
         return None

@@ -1,11 +1,11 @@
-"""Chunks of guest memory in a folder, each under the digest of what it holds, and each only once.
+"""Chunks of guest memory in a folder, each stored once and addressed by its digest.
 
-A chunk is 64 KiB of memory, and its address the BLAKE3 digest, all 256 bits, of what it holds.  They lie in
-packs (:mod:`postcopy.image.store.pack_file`), one for each snapshot that brought anything new: a file for
-each chunk takes most of its time in the file system.
+A chunk is 64 KiB of memory, and its address is the BLAKE3 digest (256 bits) of that memory.  Chunks lie in
+packs (:mod:`postcopy.image.store.pack_file`), one for each snapshot that had new chunks: with one file a
+chunk most of the time would go to the file system.
 
-Any number of images share a folder: that is how a chain of snapshots costs only what has changed.  No
-image needs another one to be read.
+Any number of images share a folder, so a chain of snapshots takes only the space of what has changed.
+To read an image no other image is needed.
 """
 
 import contextlib
@@ -38,16 +38,16 @@ def address_of(data: bytes) -> bytes:
 
 
 class ChunkStore:
-    """A folder of chunks.  Any thread, and any process, may read and write at the same time.
+    """A folder of chunks.  Any threads and processes may read and write at the same time.
 
-    Each pack that has been looked into stays open until it is closed: use it in a ``with``.
+    Packs stay open until :meth:`close`: use the store in a ``with``.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._of_thread = threading.local()
         self._lock = threading.Lock()
-        # Under the lock, by name: those that can be read, and what is wrong with the others.
+        # Under the lock, by name: packs that can be read, and the errors of the others.
         self._packs: dict[str, PackFile] = {}
         self._damaged: dict[str, ImageError] = {}
 
@@ -57,32 +57,32 @@ class ChunkStore:
         return (self.folder / _LOCK).exists() or any(self.folder.glob(f"*{SUFFIX}"))
 
     @contextlib.contextmanager
-    def held(self, *, alone: bool = False) -> Iterator[None]:
-        """Keep the store from being swept: from the first chunk to the manifest that names it.
+    def held(self, *, exclusive: bool = False) -> Iterator[None]:
+        """Lock the store against pruning, from the first new chunk to the manifest that names it.
 
-        :param alone: sweep it.
-        :raises Refused: ``alone``, and somebody is putting chunks into it.
+        :param exclusive: lock it for pruning.
+        :raises Refused: ``exclusive``, and a snapshot writes into the store.
         :raises OSError: the folder cannot be made.
         """
         self.folder.mkdir(0o700, parents=True, exist_ok=True)
         fd = os.open(self.folder / _LOCK, _OPEN_LOCK, MODE)
         try:
-            self._flock(fd, alone=alone)
+            self._flock(fd, exclusive=exclusive)
             yield
         finally:
             os.close(fd)
 
-    def _flock(self, fd: int, *, alone: bool) -> None:
+    def _flock(self, fd: int, *, exclusive: bool) -> None:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
         except BlockingIOError as error:
             raise Refused(
-                f"a snapshot is being put into {self.folder}; sweep it when that is done"
+                f"a snapshot writes into {self.folder}; prune it when the snapshot has ended"
             ) from error
 
     @contextlib.contextmanager
     def intake(self) -> Iterator["Intake"]:
-        """Take chunks; they are there, on the disk, at the end of the ``with``, or none of them.
+        """Add chunks; at the end of the ``with`` either all of them are on the disk, or none.
 
         :raises OSError: the disk is full, or broken.
         """
@@ -91,7 +91,7 @@ class ChunkStore:
 
     @contextlib.contextmanager
     def new_pack(self) -> Iterator[PackWriter]:
-        """A pack for chunks that are compressed already; see :meth:`intake`."""
+        """Write a pack of chunks that are compressed already; see :meth:`intake`."""
         self.folder.mkdir(0o700, parents=True, exist_ok=True)
         writer = PackWriter(self.folder / f"{secrets.token_hex(8)}{SUFFIX}")
         try:
@@ -105,27 +105,27 @@ class ChunkStore:
             raise
 
     def find(self, address: bytes) -> tuple[PackFile, int, int] | None:
-        """The pack that has a chunk, and offset and length of its frame there; None: it is nowhere."""
+        """Return the pack that has a chunk, and offset and length of its frame; None: no pack has it."""
         found = self.look(address)
         if found is None:
-            self.learn()
+            self.open_new_packs()
             found = self.look(address)
         return found
 
     def get(self, address: bytes, length_bytes: int) -> bytes:
-        """Read a chunk, and see that it is what its address says.
+        """Read a chunk, and check it against its address.
 
-        :raises ImageError: it is not there, or damaged; names its file.
+        :raises ImageError: it is missing or damaged; the error names its file.
         """
         found = self.find(address)
         if found is None:
             for error in self.damaged:
-                raise error  # it may have been there
+                raise error  # the chunk may be in that pack
             raise ImageError(self.folder, f"the chunk {address.hex()} is not there any more")
         pack, offset, length = found
         frame = pack.frame(offset, length)
         try:
-            # The decompressor believes what a frame says of its size: look at that first.
+            # The decompressor trusts the size in the frame, so that is checked first.
             if zstandard.frame_content_size(frame) != length_bytes:
                 raise pack.fail("a chunk is damaged: it has another length", offset)
             data = self._decompressor.decompress(frame)
@@ -136,12 +136,12 @@ class ChunkStore:
         return data
 
     def frame_of(self, data: bytes) -> bytes:
-        """A chunk as it stands in a pack: compressed, with a digest behind."""
+        """Encode a chunk for a pack: compressed, with a digest behind."""
         frame = self._compressor.compress(data)
         return frame + digest(frame)
 
     def close(self) -> None:
-        """Let go of the packs."""
+        """Close the packs."""
         with self._lock:
             while self._packs:
                 self._packs.popitem()[1].close()
@@ -154,23 +154,23 @@ class ChunkStore:
 
     @property
     def packs(self) -> tuple[PackFile, ...]:
-        """Those that are known by now and can be read."""
+        """The packs that are open."""
         return tuple(self._packs.values())
 
     @property
     def damaged(self) -> tuple[ImageError, ...]:
-        """What is wrong with packs that cannot be read."""
+        """The errors of packs that cannot be read."""
         return tuple(self._damaged.values())
 
     def look(self, address: bytes) -> tuple[PackFile, int, int] | None:
-        """As :meth:`find`, in the packs that are known by now."""
+        """As :meth:`find`, in the packs that are open."""
         for pack in self.packs:
             if (place := pack.find(address)) is not None:
                 return pack, *place
         return None
 
-    def learn(self) -> None:
-        """Open the packs that have come since."""
+    def open_new_packs(self) -> None:
+        """Open the packs that have been added since."""
         with self._lock:
             for path in sorted(self.folder.glob(f"*{SUFFIX}")):
                 if path.name in self._packs:
@@ -178,13 +178,13 @@ class ChunkStore:
                 try:
                     self._packs[path.name] = PackFile(path)
                 except ImageError as error:
-                    # Or swept meanwhile: then what is used of it is in another by now.
+                    # Or pruned meanwhile: then the chunks that are used are in another pack.
                     if path.exists():
                         self._damaged[path.name] = error
 
     @property
     def _compressor(self) -> zstandard.ZstdCompressor:
-        # One for each thread: they cannot be shared, and are dear to make.
+        # One for each thread: they cannot be shared, and take long to make.
         made: zstandard.ZstdCompressor | None = getattr(self._of_thread, "compressor", None)
         if made is None:
             made = self._of_thread.compressor = zstandard.ZstdCompressor(LEVEL)
@@ -199,18 +199,18 @@ class ChunkStore:
 
 
 class Intake:
-    """Takes chunks into a store; any thread may call."""
+    """Adds chunks to a store; any thread may call."""
 
     def __init__(self, store: ChunkStore, writer: PackWriter) -> None:
-        store.learn()
+        store.open_new_packs()
         self._store = store
         self._writer = writer
 
     def put(self, chunks: Sequence[bytes]) -> list[tuple[bytes, int]]:
-        """Take chunks.
+        """Add chunks.
 
         :param chunks: at most 64 KiB each.
-        :return: of each, the address, and how many bytes were written: 0 if it was there already.
+        :return: for each the address, and the bytes written: 0 if the store had it already.
         :raises OSError: the disk is full, or broken.
         """
         addresses = [address_of(data) for data in chunks]
