@@ -72,8 +72,9 @@ def test_a_name_of_any_bytes(tmp_path):
 
 @pytest.mark.kvm
 @pytest.mark.parametrize("order", [("snapshot",), ("reset", "--point")])
-def test_a_path_that_qmp_cannot_carry_is_named(guest, order):
-    outcome = postcopy(*order, "--from", guest.qmp, IMAGE)
+def test_a_path_that_qmp_cannot_carry_is_named(guest, order, tmp_path):
+    (tmp_path / "p").mkdir()
+    outcome = postcopy(*order, "--from", guest.qmp, f"{tmp_path}/p/\udcff\udcfe")
     assert outcome.returncode == 3
     assert "not UTF-8" in one_line(outcome)
     assert r"p/\udcff\udcfe" in one_line(outcome)
