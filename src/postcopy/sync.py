@@ -10,16 +10,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar, Unpack
 
+from postcopy.client.awaitable import AwaitableContext, Closable
 from postcopy.client.machine import Machine as AsyncMachine
 from postcopy.client.machine import RunOptions
 from postcopy.client.migration import Migration as AsyncMigration
 from postcopy.client.migration_order import MigrateOptions
-from postcopy.client.opening import Closable, Opening
 from postcopy.client.progress import Progress
-from postcopy.client.resetting import ResetPoint as AsyncResetPoint
-from postcopy.client.restoring import RestoredMachine as AsyncRestoredMachine
-from postcopy.client.restoring import RestoreOptions
-from postcopy.client.restoring import restore as restore_asynchronously
+from postcopy.client.reset_point import ResetPoint as AsyncResetPoint
+from postcopy.client.restored_machine import RestoredMachine as AsyncRestoredMachine
+from postcopy.client.restored_machine import RestoreOptions
+from postcopy.client.restored_machine import restore as restore_asynchronously
 from postcopy.client.snapshot import SnapshotJob as AsyncSnapshotJob
 from postcopy.client.snapshot import SnapshotOptions
 from postcopy.status import Status
@@ -235,7 +235,7 @@ def restore(path: str | Path, **options: Unpack[RestoreOptions]) -> RestoredMach
     return RestoredMachine(_wait(_opened(restore_asynchronously(path, **options))))
 
 
-async def _opened(opening: Opening[C]) -> C:
+async def _opened(opening: AwaitableContext[C]) -> C:
     return await opening
 
 

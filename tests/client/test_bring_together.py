@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from postcopy.client.recovery import bring_together
+from postcopy.client.reconnect import bring_together
 from postcopy.errors import Refused
 
 PAUSED, ACTIVE, RECOVER = "postcopy-paused", "postcopy-active", "postcopy-recover"

@@ -58,7 +58,7 @@ def test_what_was_left_on_does_not_count(tmp_path, left):
             "migrate", "--from", source.qmp, "--to", target.qmp, f"unix:{tmp_path}/way"
         )
         assert outcome.returncode == 0, outcome.stderr
-        assert f"{left} is on at {source.qmp}, and does not count for this order" in outcome.stdout
+        assert f"{left} is on at {source.qmp}, and does not apply to this order" in outcome.stdout
         assert source.ask("query-status")["return"]["running"] is False
         assert target.ask("query-status")["return"]["running"] is True
 

@@ -9,7 +9,7 @@ from postcopy.cli.status import as_object, lines, side_of, what_next
 from postcopy.client import migration
 from postcopy.client.migration import Migration
 from postcopy.client.progress import Phase, ProgressTracker
-from postcopy.client.recovery import address_of, bring_together
+from postcopy.client.reconnect import address_of, bring_together
 from postcopy.errors import MigrationFailed, Refused
 from postcopy.status import Status
 

@@ -13,7 +13,7 @@ from postcopy import Machine, MigrationFailed
 def test_it_is_no_end_and_no_word_that_is_not_known(tmp_path, uri, request):
     async def move():
         async with Machine.connect(f"unix:{tmp_path}/qmp") as machine:
-            with pytest.raises(MigrationFailed, match="the guest is where it was"):
+            with pytest.raises(MigrationFailed, match="the guest is at the source"):
                 await (await machine.migrate(uri.format(tmp_path))).result()
 
     line = ["-accel", "tcg", "-M", MICROVM, "-m", "64M", *bios(tmp_path)]

@@ -89,7 +89,7 @@ def test_what_another_changes_in_between_is_seen(tmp_path):
                 return await execute(command, arguments)
 
             machine._connection.execute = interfered
-            with pytest.raises(Refused, match="somebody else has changed background-snapshot"):
+            with pytest.raises(Refused, match="another client has changed background-snapshot"):
                 await machine.snapshot(tmp_path / "image")
 
     with Qemu(tmp_path / "a") as source:

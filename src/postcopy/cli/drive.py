@@ -11,9 +11,8 @@ from postcopy.cli.failures import CommandFailed
 from postcopy.cli.leaving import SILENT_S, LastResort, on_interrupt
 from postcopy.cli.progress_view import View
 from postcopy.client.migration import Migration
-from postcopy.client.progress import Phase
+from postcopy.client.progress import Phase, name_of
 from postcopy.client.result import Result
-from postcopy.client.told import name_of
 from postcopy.errors import MigrationFailed, NeedsRecovery, PostcopyError, Refused
 
 _AFTER_SWITCHOVER: Final = frozenset(

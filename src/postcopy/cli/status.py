@@ -10,7 +10,7 @@ import click
 from postcopy.errors import CannotConnect, ChannelBroken
 
 if TYPE_CHECKING:
-    from postcopy.client.standing import Standing
+    from postcopy.client.status_help import StatusHelp
 
 _MIB = 1 << 20
 _UNKNOWN = "QMP-ADDRESS"
@@ -34,7 +34,7 @@ class Side:
     run_state: str
     why: str | None
     remaining_bytes: int | None
-    standing: "Standing"
+    standing: "StatusHelp"
     last_order: str | None = None
     tells_owner: bool = True
 
@@ -88,7 +88,7 @@ async def _ask(source: str | None, destination: str | None) -> list[Side]:
 
 def unreachable(name: str, address: str, why: str) -> Side:
     """A side that says nothing: what is known of the other is told all the same."""
-    from postcopy.client.standing import UNREACHABLE
+    from postcopy.client.status_help import UNREACHABLE
 
     return Side(name, address, _UNREACHABLE, _UNREACHABLE, why, None, UNREACHABLE)
 
@@ -98,8 +98,8 @@ def side_of(name: str, address: str, info: Mapping[str, Any], state: Mapping[str
 
     :param state: to ``query-status``; which side it is, the machine says.
     """
-    from postcopy.client.told import name_of, status_of
-    from postcopy.client.whose import last_order, whose
+    from postcopy.client.explain import explain, last_order
+    from postcopy.client.progress import name_of, status_of
 
     found = status_of(info)
     return Side(
@@ -109,7 +109,7 @@ def side_of(name: str, address: str, info: Mapping[str, Any], state: Mapping[str
         run_state=str(state["status"]),
         why=info.get("error-desc"),
         remaining_bytes=info.get("ram", {}).get("remaining"),
-        standing=whose(state, info),
+        standing=explain(state, info),
         last_order=last_order(state),
         tells_owner="x-owner" in state,
     )

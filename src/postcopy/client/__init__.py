@@ -7,8 +7,8 @@ from postcopy.client.machine import Machine, RunOptions
 from postcopy.client.migration import Migration, Postcopy
 from postcopy.client.migration_order import MigrateOptions
 from postcopy.client.progress import Phase, Progress
-from postcopy.client.resetting import Reset, ResetPoint
-from postcopy.client.restoring import Restored, RestoredMachine, RestoreOptions, restore
+from postcopy.client.reset_point import Reset, ResetPoint
+from postcopy.client.restored_machine import Restored, RestoredMachine, RestoreOptions, restore
 from postcopy.client.result import FaultLatency, Result
 from postcopy.client.snapshot import Snapshot, SnapshotJob, SnapshotOptions
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from postcopy.client.connection import Connection
+from postcopy.client.qmp import QmpConnection
 from postcopy.errors import CannotConnect, PostcopyError, Refused
 
 _START_TIMEOUT_S: Final = 30.0
@@ -34,7 +34,7 @@ class MachineProcess:
     @classmethod
     async def start(
         cls, options: Mapping[str, object], command: str = "run", *arguments: str
-    ) -> tuple["MachineProcess", Connection]:
+    ) -> tuple["MachineProcess", QmpConnection]:
         """Start one with these options of ``postcopy run`` and wait until its QMP answers.
 
         :param command: ``restore`` in its place, with its arguments.
@@ -55,12 +55,12 @@ class MachineProcess:
             await started.end()
             raise
 
-    async def _connect(self, qmp: str) -> Connection:
+    async def _connect(self, qmp: str) -> QmpConnection:
         deadline = asyncio.get_running_loop().time() + _START_TIMEOUT_S
         while self._process.poll() is None:
             if (self.folder / "qmp").exists():
                 with contextlib.suppress(CannotConnect):
-                    return await Connection.connect(qmp)
+                    return await QmpConnection.connect(qmp)
             if asyncio.get_running_loop().time() > deadline:
                 raise CannotConnect(
                     f"'postcopy {self._command}' did not answer within {_START_TIMEOUT_S:g} s"

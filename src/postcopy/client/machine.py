@@ -1,4 +1,4 @@
-"""A machine that somebody runs, or that we have started, driven over QMP."""
+"""A machine that is driven over QMP: one that runs already, or one that the client starts."""
 
 import asyncio
 import contextlib
@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, Self, TypedDict, Unpack
 
-from postcopy.client.capabilities import set_capabilities
-from postcopy.client.connection import Connection
+from postcopy.client.awaitable import AwaitableContext
 from postcopy.client.launch import MachineProcess
+from postcopy.client.machine_settings import set_capabilities
 from postcopy.client.migration import Migration
 from postcopy.client.migration_order import MigrateOptions, MigrationOrder, listen, listens
-from postcopy.client.opening import Opening
-from postcopy.client.recovery import address_of, bring_together
-from postcopy.client.resetting import Reset, ResetPoint
+from postcopy.client.qmp import QmpConnection
+from postcopy.client.reconnect import address_of, bring_together
+from postcopy.client.reset_point import Reset, ResetPoint
 from postcopy.client.snapshot import Snapshot, SnapshotJob, SnapshotOptions, wanted
 from postcopy.errors import PostcopyError, Refused
 
@@ -44,38 +44,38 @@ class RunOptions(TypedDict, total=False):
 class Machine:
     """One machine with a QMP monitor: ours or a real QEMU.
 
-    Use it in ``async with``: at the end a machine that we started ends, and one that we only
+    Use it in ``async with``: at the end a machine that the client started ends, and one that was only
     connected to goes on.  All methods belong to the event loop that it was made in, and raise
     :class:`~postcopy.errors.ChannelBroken` when the machine is gone.
     """
 
-    def __init__(self, connection: Connection, process: MachineProcess | None = None) -> None:
+    def __init__(self, connection: QmpConnection, process: MachineProcess | None = None) -> None:
         self._connection = connection
         self._process = process
 
     @classmethod
-    def connect(cls, address: str) -> Opening[Self]:
+    def connect(cls, address: str) -> AwaitableContext[Self]:
         """Connect to the QMP monitor at ``unix:PATH`` or ``tcp:HOST:PORT``.
 
         :return: to be awaited, or used in ``async with``.
         :raises Refused: not such an address.
-        :raises CannotConnect: nobody is there, or it does not speak QMP.
+        :raises CannotConnect: no server listens there, or it does not speak QMP.
         """
-        return Opening(cls._connect(address))
+        return AwaitableContext(cls._connect(address))
 
     @classmethod
     async def _connect(cls, address: str) -> Self:
-        return cls(await Connection.connect(address))
+        return cls(await QmpConnection.connect(address))
 
     @classmethod
-    def start(cls, **options: Unpack[RunOptions]) -> Opening[Self]:
+    def start(cls, **options: Unpack[RunOptions]) -> AwaitableContext[Self]:
         """Start ``postcopy run`` with these options, and connect to it.
 
         :return: to be awaited, or used in ``async with``.
         :raises Refused: the options cannot work.
         :raises CannotConnect: it ended at once; the text says why.
         """
-        return Opening(cls._start(options))
+        return AwaitableContext(cls._start(options))
 
     @classmethod
     async def _start(cls, options: RunOptions) -> Self:
@@ -88,7 +88,7 @@ class Machine:
         return self._connection.address
 
     async def close(self) -> None:
-        """Hang up, and end the machine if we started it; harmless when done."""
+        """Disconnect, and end the machine if the client started it; harmless when done."""
         await self._connection.close()
         if self._process is not None:
             await self._process.end()
@@ -100,7 +100,7 @@ class Machine:
         await self.close()
 
     async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
-        """Do one QMP command.
+        """Execute one QMP command.
 
         :raises Refused: the machine refuses it; the text is the machine's own.
         """
@@ -116,17 +116,17 @@ class Machine:
         await self.execute("stop")
 
     async def cont(self) -> None:
-        """Let them run."""
+        """Start the vCPUs."""
         await self.execute("cont")
 
     async def quit(self) -> None:
         """End the machine's process."""
-        with contextlib.suppress(PostcopyError):  # it may hang up before it answers
+        with contextlib.suppress(PostcopyError):  # it may disconnect before it answers
             await self.execute("quit")
         await self.close()
 
     async def migration_info(self) -> Mapping[str, Any]:
-        """What ``query-migrate`` answers."""
+        """Return the answer to ``query-migrate``."""
         answer: Mapping[str, Any] = await self.execute("query-migrate")
         return answer
 
@@ -141,14 +141,14 @@ class Machine:
     async def incoming(self, uri: str = ANY_PORT) -> str:
         """Listen for a guest, if the machine does not already; return the URI to migrate to.
 
-        :raises Refused: it was not started to wait for a guest.
+        :raises Refused: the machine was not started with ``--incoming``.
         """
         if not await listens(self._connection):
             await listen(self._connection, uri)
         return address_of(await self.migration_info(), uri)
 
     async def read_memory(self, address: int, length_bytes: int) -> bytes:
-        """Guest memory from a physical address on; the machine must be on this host."""
+        """Read guest memory from a physical address on; the machine must be on this host."""
         with tempfile.TemporaryDirectory(prefix="postcopy-") as folder:
             file = Path(folder) / "memory"
             await self.save_memory(file, address, length_bytes)
@@ -166,14 +166,14 @@ class Machine:
         to: "Machine | None" = None,
         **options: Unpack[MigrateOptions],
     ) -> Migration:
-        """Begin to move the guest away, and watch it go.
+        """Begin to migrate the guest, and watch the migration.
 
-        :param uri: where to; may be left out with ``to``, and then ``to`` says where it listens.
-        :param to: the destination, if we may drive it as well: it is told the capabilities and to
-            listen, and asked at the end for what only it knows.
+        :param uri: of the destination; optional with ``to``, which then tells where it listens.
+        :param to: the destination machine, if the client is to drive it: capabilities are set there, it
+            listens, and the result has its figures.
         :param options: ``postcopy`` is when to switch over (see :data:`Postcopy`), ``bandwidth`` the
-            most bytes a second before that, ``downtime_limit_ms`` the longest stop to aim at.  They count
-            for this migration alone, as do ``capabilities`` and ``parameters`` for both sides.
+            limit in bytes a second before that, ``downtime_limit_ms`` the longest stop to aim at.  They
+            apply to this migration only, as do ``capabilities`` and ``parameters``, on both sides.
         :raises Refused: one of the machines refuses; nothing has moved.
         """
         postcopy = options.get("postcopy")
@@ -198,49 +198,49 @@ class Machine:
     async def start_snapshot(
         self, path: str | Path, **options: Unpack[SnapshotOptions]
     ) -> SnapshotJob:
-        """Begin to take a snapshot of the guest, which goes on, and watch it go.
+        """Begin to take a snapshot of the guest, which goes on running, and watch it.
 
-        :param path: of the image to be; a path of this host, as the machine's.
-        :param options: ``form`` is ``mapped-ram`` (pages at fixed places: for restores) or ``stream``
-            (which a QEMU of any age reads); with ``compress`` = ``zstd`` or a ``parent``, an image whose
-            memory goes, as far as it is new, into a store of chunks beside it, or into the parent's.
+        :param path: of the new image; a path of this host, on which the machine must run too.
+        :param options: ``form`` is ``mapped-ram`` (pages at fixed offsets: for restores) or ``stream``
+            (which a QEMU of any version reads).  With ``compress`` = ``zstd`` or a ``parent`` the memory
+            goes into a store of chunks beside the image, or into the parent's.
         """
         return SnapshotJob(self._connection, Path(path), wanted(options))
 
     async def snapshot(self, path: str | Path, **options: Unpack[SnapshotOptions]) -> Snapshot:
-        """Take a snapshot of the guest, which goes on; see :meth:`start_snapshot`.
+        """Take a snapshot of the guest, which goes on running; see :meth:`start_snapshot`.
 
-        :raises Refused: it cannot work so, or not now; nothing has happened.
+        :raises Refused: not with these options, or not now; nothing has been changed.
         :raises MigrationFailed: it failed; the guest runs on, and there is no image.
         """
         job = await self.start_snapshot(path, **options)
         try:
             return await job.result()
         except asyncio.CancelledError:
-            await job.give_up()  # nobody could see what becomes of it
+            await job.give_up()  # the caller has lost the job
             raise
 
-    def reset_point(self, path: str | Path | None = None) -> Opening[ResetPoint]:
-        """Make this moment, or an image, the point to which the guest goes back.
+    def reset_point(self, path: str | Path | None = None) -> AwaitableContext[ResetPoint]:
+        """Make this moment, or an image, the point to which the guest is reset.
 
-        The guest goes on.  While there is a point, it can be neither migrated nor saved.
+        The guest runs on.  While there is a point, it can be neither migrated nor saved.
 
         :param path: of an image, as the machine's host sees it; None: now.
         :return: to be awaited, or used in ``async with``, whose end gives the point up.
-        :raises Refused: it cannot be, or not now; the text says why.
+        :raises Refused: not possible, or not now; the text says why.
         """
         arguments = {} if path is None else {"path": str(Path(path).absolute())}
-        return Opening(ResetPoint.set(self._connection, arguments))
+        return AwaitableContext(ResetPoint.set(self._connection, arguments))
 
     async def reset(self) -> Reset:
-        """Take the guest back to its point, whichever client has set it.
+        """Reset the guest to its point, which any client may have set.
 
         :raises Refused: there is no point, or an engine cannot finish it; the text says which.
         """
         return Reset.of(await self.execute("x-reset"))
 
     async def reset_end(self) -> None:
-        """Give the point up, whichever client has set it; the guest runs on as it is.
+        """Remove the point, which any client may have set; the guest runs on as it is.
 
         :raises Refused: there is none.
         """
@@ -249,12 +249,12 @@ class Machine:
     async def recover(
         self, uri: str | None = None, *, to: "Machine", auto_recover: float | None = None
     ) -> Migration:
-        """Go on with a postcopy from here that broke, whoever began it, and watch it go.
+        """Recover a broken postcopy from this machine, which any client may have begun, and watch it.
 
-        :param uri: where both sides meet; None: at a free TCP port of the destination's host.
-        :param to: where the guest runs.
+        :param uri: where the destination listens; None: at a free TCP port of its host.
+        :param to: the destination, where the guest runs.
         :param auto_recover: see :class:`MigrateOptions`.
-        :raises Refused: nothing is to be recovered, or one side refuses; nothing has changed.
+        :raises Refused: there is nothing to recover, or one side refuses; nothing has changed.
         """
         theirs = to._connection  # noqa: SLF001 - one of our own class
         await bring_together(self._connection, theirs, uri)

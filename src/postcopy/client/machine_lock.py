@@ -1,4 +1,4 @@
-"""One command at a time gives orders to a machine whose settings stay: a lock on this host."""
+"""A lock on this host: one command at a time drives a machine whose settings are persistent."""
 
 import asyncio
 import contextlib
@@ -21,21 +21,21 @@ _HELD: Final = frozenset({errno.EWOULDBLOCK, errno.EAGAIN})
 
 
 class MachineLock:
-    """Held from the look at a machine's settings until they are put back; it dies with its holder."""
+    """Held while a machine's settings are changed; the kernel releases it when its process dies."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
     @classmethod
     async def take(cls, address: str) -> Self:
-        """Take the lock of the machine at this QMP address; where files cannot be locked, nothing is held.
+        """Take the lock of the machine at this QMP address; without file locks nothing is held.
 
         :raises Refused: another command has held it for seconds.
         """
         try:
             fd = os.open(_file_of(address), _FLAGS, 0o600)
         except OSError:
-            return cls(-1)  # the file of another user, or no room for one
+            return cls(-1)  # a file of another user, or the disk is full
         try:
             await _lock(fd, address)
         except BaseException:
@@ -44,28 +44,28 @@ class MachineLock:
         return cls(fd)
 
     def read(self) -> bytes:
-        """What its last holder has written and not taken back; nothing of another user."""
+        """Return the text that its last holder has left; nothing of another user."""
         if self._fd < 0 or os.fstat(self._fd).st_uid != os.geteuid():
             return b""
         return os.pread(self._fd, _MOST_BYTES, 0)
 
     def write(self, text: bytes) -> None:
-        """Write something for the next holder, in place of what is there, should this one be killed."""
+        """Replace the text, which the next holder reads if this process is killed."""
         if self._fd >= 0:
-            # Never half of one text and half of another: what is cut off is no JSON.
-            with contextlib.suppress(OSError):  # no room: then it is as if it had not been written
+            # A text that is cut off is no JSON, and so is ignored.
+            with contextlib.suppress(OSError):  # disk full: as if it had not been written
                 os.ftruncate(self._fd, 0)
                 os.pwrite(self._fd, text, 0)
 
     def release(self) -> None:
-        """Let others give orders; any number of times."""
+        """Release the lock; harmless when done."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
 
 
 def _file_of(address: str) -> Path:
-    """The same for each name of one socket."""
+    """Return the lock's file, the same for each name of one socket."""
     where = parse_socket(address, "QMP").endpoint
     name = str(Path(where).resolve()) if isinstance(where, str) else f"{where[0]}:{where[1]}"
     digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
@@ -85,7 +85,7 @@ async def _lock(fd: int, address: str) -> None:
             return
         if loop.time() > until:
             raise Refused(
-                f"another command has a migration or snapshot of the machine at {address} in hand; wait "
-                "until that has ended"
+                f"another command runs a migration or snapshot of the machine at {address}; wait until it "
+                "has ended"
             )
         await asyncio.sleep(_POLL_S)

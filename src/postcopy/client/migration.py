@@ -1,17 +1,16 @@
-"""One outgoing migration as its user sees it."""
+"""A client's view of one outgoing migration."""
 
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, Literal
 
-from postcopy.client.connection import Connection
-from postcopy.client.progress import STOPPED, Phase, Progress, ProgressTracker
-from postcopy.client.recovery import Retries, bring_together, settle_if_arrived
+from postcopy.client.explain import explain
+from postcopy.client.progress import STOPPED, Phase, Progress, ProgressTracker, status_of
+from postcopy.client.qmp import QmpConnection
+from postcopy.client.reconnect import Retries, bring_together, settle_if_arrived
 from postcopy.client.result import Result
-from postcopy.client.standing import UNCERTAIN, how_to_recover
-from postcopy.client.told import status_of
-from postcopy.client.whose import whose
+from postcopy.client.status_help import UNCERTAIN, how_to_recover
 from postcopy.errors import (
     ChannelBroken,
     MigrationCancelled,
@@ -36,14 +35,13 @@ _DESTINATION_ENDS: Final = frozenset({"completed", "failed", "postcopy-paused"})
 class Migration:
     """A migration that has begun; :meth:`postcopy.client.Machine.migrate` makes it.
 
-    It is watched from its beginning to its end, whether anybody asks or not, by one task of the
-    running event loop; all methods belong to that loop.
+    One task of the running event loop watches it from beginning to end; all methods belong to that loop.
     """
 
     def __init__(
         self,
-        source: Connection,
-        destination: Connection | None,
+        source: QmpConnection,
+        destination: QmpConnection | None,
         postcopy: Postcopy,
         *,
         uri: str | None = None,
@@ -52,7 +50,7 @@ class Migration:
         at_the_end: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.notes = tuple(notes)
-        """What the user should know of the order: settings that were found and do not count."""
+        """Notes for the user: settings of the machine that do not apply to this migration."""
         self._at_the_end = at_the_end
         self._destination_is_gone = False
         self._source = source
@@ -68,7 +66,7 @@ class Migration:
 
     def _begin(self) -> asyncio.Task[Result]:
         task = asyncio.create_task(self._watch(), name="migration")
-        # Whoever does not ask for the result does not want to hear that nobody did.
+        # Without this asyncio logs an exception that no caller has retrieved.
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         return task
 
@@ -79,22 +77,22 @@ class Migration:
 
     @property
     def status(self) -> Status | str:
-        """As the source said when it was last asked, at most a tenth of a second ago.
+        """The status in the source's last answer, at most a tenth of a second old.
 
-        A ``str`` if it is a status that this client does not know.
+        A ``str`` for a status that this client does not know.
         """
         return self._last.status
 
     @property
     def progress(self) -> Progress:
-        """The last look at it."""
+        """The last progress."""
         return self._last
 
     async def events(self) -> AsyncGenerator[Progress, None]:
-        """Yield each look at the migration, about ten a second and one at each change of status.
+        """Yield the progress, about ten times a second and at each change of status.
 
-        Ends when it ends, whichever way; :meth:`result` tells which.  Any number of tasks may
-        listen; one that comes late begins with what is now.
+        Ends with the migration; :meth:`result` tells how.  Any number of tasks may iterate; each begins
+        with the present state.
         """
         queue: asyncio.Queue[Progress | None] = asyncio.Queue()
         queue.put_nowait(self._last)
@@ -110,10 +108,10 @@ class Migration:
     async def result(self) -> Result:
         """Wait for the end.
 
-        :raises MigrationCancelled: somebody cancelled it; the guest is where it was.
+        :raises MigrationCancelled: it was cancelled; the guest is at the source.
         :raises NeedsRecovery: it broke after the switchover; both sides wait.
-        :raises MigrationFailed: it failed; the guest is where it was.
-        :raises ChannelBroken: the source's monitor is gone; what became of the guest is unknown.
+        :raises MigrationFailed: it failed; the guest is at the source.
+        :raises ChannelBroken: the source's monitor is gone; the state of the guest is unknown.
         """
         return await asyncio.shield(self._task)
 
@@ -127,19 +125,19 @@ class Migration:
         self._wake.set()
 
     async def cancel(self) -> None:
-        """Ask for its end; :meth:`result` says whether it came to that.
+        """Cancel the migration; :meth:`result` tells whether it was cancelled.
 
-        :raises Refused: after the switchover there is no way back.
+        :raises Refused: after the switchover it cannot be cancelled.
         """
         await self._source.execute("migrate_cancel")
         self._wake.set()
 
     async def recover(self, uri: str | None = None) -> None:
-        """Go on with a postcopy that broke; :meth:`events` and :meth:`result` begin anew.
+        """Recover a broken postcopy; :meth:`events` and :meth:`result` then start again.
 
-        :param uri: where both sides meet; None: at a free TCP port of the destination's host.
-        :raises WrongState: it has not come to an end, or is none that broke.
-        :raises Refused: it has no destination to drive (``to=``), or one side refuses.
+        :param uri: where the destination listens; None: at a free TCP port of its host.
+        :raises WrongState: the migration is not paused.
+        :raises Refused: the destination's machine is not known (``to=``), or one side refuses.
         """
         if not self._task.done() or self.progress.phase is not Phase.PAUSED:
             raise WrongState("the migration is not paused: there is nothing to recover")
@@ -147,7 +145,7 @@ class Migration:
         self._uri = uri
         self._task = self._begin()
 
-    def _driven(self) -> Connection:
+    def _driven(self) -> QmpConnection:
         if self._destination is None:
             raise Refused("the destination's monitor is not known; give it as to=")
         return self._destination
@@ -174,7 +172,7 @@ class Migration:
                 queue.put_nowait(None)
 
     async def _pump(self) -> None:
-        """Look at once when the source tells of a change."""
+        """Query at once after an event of the source."""
         with self._source.listen() as events:
             async for event in events:
                 if event["event"].startswith("MIGRATION"):
@@ -185,7 +183,9 @@ class Migration:
             self._wake.clear()
             answer: Mapping[str, Any] = await self._source.execute("query-migrate")
             progress = self._tracker.take(answer)
-            if progress.status is not Status.NONE:  # else it was asked before it had begun
+            if (
+                progress.status is not Status.NONE
+            ):  # NONE: the query came before the migration began
                 self._publish(progress)
                 if progress.phase is Phase.POSTCOPY:
                     self._retries.succeeded()
@@ -214,7 +214,7 @@ class Migration:
         return False
 
     async def _ask_destination(self, answer: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What the destination says when it has ended too; empty if it cannot be asked."""
+        """Return the destination's last answer, once it has ended too; empty if it cannot be queried."""
         theirs: Mapping[str, Any] = {}
         if self._destination is None:
             return theirs
@@ -226,7 +226,7 @@ class Migration:
                     await asyncio.sleep(_INTERVAL_S / 10)
         return theirs
 
-    async def _ask_it(self, destination: Connection) -> Mapping[str, Any]:
+    async def _ask_it(self, destination: QmpConnection) -> Mapping[str, Any]:
         try:
             answer: Mapping[str, Any] = await destination.execute("query-migrate")
         except ChannelBroken:
@@ -235,7 +235,7 @@ class Migration:
         return answer
 
     async def _has_arrived(self) -> bool:
-        """Whether it broke when the last page had come, and only the source could not know."""
+        """Whether the link broke after the last page, so that only the source has not completed."""
         if self._destination is None:
             return False
         try:
@@ -244,7 +244,7 @@ class Migration:
             return False
 
     async def _recover_unasked(self, broken: NeedsRecovery) -> None:
-        """Return when both sides have been brought together, or say what is in the way."""
+        """Return when both sides are connected again, or raise the reason why they are not."""
         while self._destination is not None and await self._retries.wait():
             try:
                 await bring_together(self._source, self._destination, self._uri)
@@ -258,10 +258,10 @@ class Migration:
     async def _check_that_it_is_here(
         self, source: Mapping[str, Any], destination: Mapping[str, Any]
     ) -> None:
-        """Of a source that has failed it may be unknown whether the destination runs the guest."""
+        """Raise if the source has failed, and the destination may run the guest."""
         if status_of(source) is not Status.FAILED:
             return
-        found = whose(await self._source.execute("query-status"), source)
+        found = explain(await self._source.execute("query-status"), source)
         if found is UNCERTAIN:
             why = _reason(source, destination)
             raise NeedsRecovery(f"the migration failed: {why}; {found.meaning}: {found.next}")
@@ -272,14 +272,14 @@ class Migration:
         if status is Status.COMPLETED and _may_have_arrived(destination):
             return Result.of(source, destination)
         if status is Status.CANCELLED:
-            raise MigrationCancelled("the migration was cancelled; the guest runs on where it was")
+            raise MigrationCancelled("the migration was cancelled; the guest runs on at the source")
         if status is Status.FAILED:
-            raise MigrationFailed(f"the migration failed: {why}; the guest is where it was")
+            raise MigrationFailed(f"the migration failed: {why}; the guest is at the source")
         there = None if self._destination is None else self._destination.address
         if self._destination_is_gone:
             raise NeedsRecovery(
                 f"the migration broke after the switchover: {why}; the destination's monitor at {there} is "
-                "gone: if its process has ended, the guest is lost with it; else recover it ("
+                "gone: if its process has ended, the guest is lost; else recover it ("
                 f"'{how_to_recover(self._source.address, there)}')"
             )
         raise NeedsRecovery(
@@ -289,7 +289,7 @@ class Migration:
 
 
 def _may_have_arrived(destination: Mapping[str, Any]) -> bool:
-    """Unless it tells otherwise, in words that we know."""
+    """False only for a status that this client knows and that is not compatible."""
     status = status_of(destination)
     return not isinstance(status, Status) or status in _NOT_AGAINST_IT
 

@@ -1,4 +1,4 @@
-"""The order to migrate, to both sides, with all that it needs."""
+"""Orders a migration at both sides, with its settings."""
 
 import asyncio
 import contextlib
@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final, TypedDict
 
-from postcopy.client.capabilities import capabilities_of
-from postcopy.client.connection import Connection
+from postcopy.client.machine_settings import capabilities_of
 from postcopy.client.migration import Postcopy
-from postcopy.client.orders import Borrowed, Needs, of_a_migration
-from postcopy.client.recovery import address_of
+from postcopy.client.order_settings import BorrowedSettings, OrderSettings, of_a_migration
+from postcopy.client.qmp import QmpConnection
+from postcopy.client.reconnect import address_of
 from postcopy.errors import PostcopyError, Refused
 
 _LISTENING: Final = frozenset({"setup", "active"})
@@ -19,8 +19,8 @@ _LISTENING: Final = frozenset({"setup", "active"})
 class MigrateOptions(TypedDict, total=False):
     """How to migrate; see :meth:`postcopy.client.Machine.migrate`.
 
-    ``auto_recover``: recover a postcopy that breaks unasked, for so many seconds after each break.
-    ``capabilities``, ``parameters``: by QEMU's names, over what this migration needs otherwise.
+    ``auto_recover``: recover a broken postcopy automatically, for so many seconds after each break.
+    ``capabilities``, ``parameters``: by QEMU's names, in addition to those that the migration needs.
     """
 
     auto_recover: float | None
@@ -31,16 +31,16 @@ class MigrateOptions(TypedDict, total=False):
     parameters: Mapping[str, Any]
 
 
-async def listens(machine: Connection) -> bool:
-    """Whether it has been told where to listen for a guest."""
+async def listens(machine: QmpConnection) -> bool:
+    """Whether the machine listens for a guest."""
     info: Mapping[str, Any] = await machine.execute("query-migrate")
     return info.get("status", "none") in _LISTENING
 
 
-async def listen(machine: Connection, uri: str, **more: Any) -> None:
-    """Have it listen, and stay when the migration fails, so that it can be asked why.
+async def listen(machine: QmpConnection, uri: str, **more: Any) -> None:
+    """Make the machine listen, and stay alive if the migration fails, so that it can tell why.
 
-    :raises Refused: it does not wait for a guest, or cannot listen there.
+    :raises Refused: the machine does not wait for a guest, or cannot listen there.
     """
     try:
         await machine.execute("migrate-incoming", {"uri": uri, "exit-on-error": False, **more})
@@ -51,26 +51,30 @@ async def listen(machine: Connection, uri: str, **more: Any) -> None:
 
 
 class MigrationOrder:
-    """One order; :meth:`give` it, and :meth:`put_back` what a QEMU had set before when it has ended.
+    """One order: :meth:`give` it; when the migration has ended, :meth:`put_back` a QEMU's settings.
 
-    :ivar uri: where the guest goes, once the order has been given.
-    :ivar notes: what the user should know of it.
+    :ivar uri: of the destination, once the order has been given.
+    :ivar notes: for the user.
     """
 
     def __init__(
-        self, source: Connection, destination: Connection | None, uri: str, options: MigrateOptions
+        self,
+        source: QmpConnection,
+        destination: QmpConnection | None,
+        uri: str,
+        options: MigrateOptions,
     ) -> None:
         self._source = source
         self._destination = destination
         self._options = options
-        self._borrowed: list[Borrowed] = []
+        self._borrowed: list[BorrowedSettings] = []
         self.uri = uri
         self.notes: list[str] = []
 
     async def give(self) -> None:
-        """Tell both sides what they must know, and begin.
+        """Order both sides, the destination first.
 
-        :raises Refused: one of them refuses; nothing has moved.
+        :raises Refused: one of them refuses; the guest has not moved.
         """
         try:
             if self._destination is not None:
@@ -81,11 +85,11 @@ class MigrationOrder:
             raise
 
     async def put_back(self) -> None:
-        """Nothing of it stays; harmless when done."""
+        """Restore the settings of both sides; harmless when done."""
         for borrowed in self._borrowed:
             await borrowed.put_back()
 
-    async def _needs(self, machine: Connection) -> Needs:
+    async def _needs(self, machine: QmpConnection) -> OrderSettings:
         destination = machine is self._destination
         postcopy = self._options.get("postcopy") is not None
         needs = of_a_migration(self.uri, postcopy=postcopy, destination=destination)
@@ -106,17 +110,19 @@ class MigrationOrder:
             self.notes += needs.counting(on, limits, machine.address)
         return needs
 
-    async def _borrow(self, machine: Connection, needs: Needs) -> Borrowed:
-        borrowed = await Borrowed.take(machine, needs)
+    async def _borrow(self, machine: QmpConnection, needs: OrderSettings) -> BorrowedSettings:
+        borrowed = await BorrowedSettings.take(machine, needs)
         self._borrowed.append(borrowed)
         self.notes += borrowed.notes
         return borrowed
 
-    async def _expect(self, destination: Connection) -> None:
+    async def _expect(self, destination: QmpConnection) -> None:
         needs = await self._needs(destination)
         listening = await listens(destination)
         ours = await destination.is_ours()
-        if listening or not ours:  # ours takes it with the order to listen, if there is one to give
+        if (
+            listening or not ours
+        ):  # ours takes the settings with the order to listen, if that is still to be given
             await self._borrow(destination, needs)
         if not listening:
             await listen(destination, self.uri, **(needs.to_qapi() if ours else {}))
@@ -140,7 +146,7 @@ class MigrationOrder:
         try:
             await self._source.execute("migrate", arguments)
         except asyncio.CancelledError:
-            # It may have been taken, and nobody would see what becomes of it.
+            # The machine may have taken the order, and the caller has lost it.
             with contextlib.suppress(PostcopyError):
                 await self._source.execute("migrate_cancel")
             raise

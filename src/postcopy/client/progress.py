@@ -1,4 +1,4 @@
-"""How a migration goes, told so that it never runs backwards."""
+"""Status and progress of a migration; the progress never decreases."""
 
 import enum
 from collections import deque
@@ -6,14 +6,27 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from postcopy.client.told import name_of, status_of
 from postcopy.status import Status
 
 _WINDOW_MS: Final = 1000
 
 
+def status_of(answer: Mapping[str, Any]) -> Status | str:
+    """Return the status in an answer to ``query-migrate``; a ``str`` if this client does not know it."""
+    name = answer.get("status", Status.NONE.value)
+    try:
+        return Status(name)
+    except ValueError:
+        return str(name)
+
+
+def name_of(status: Status | str) -> str:
+    """Return QEMU's name of a status."""
+    return status.value if isinstance(status, Status) else status
+
+
 class Phase(enum.StrEnum):
-    """What a user would say is going on."""
+    """The phases of a migration, or of a snapshot, for a user."""
 
     SETUP = "setup"
     PRECOPY = "precopy"
@@ -51,23 +64,23 @@ PHASES: Final = {
 }
 
 STOPPED: Final = frozenset({Phase.COMPLETED, Phase.CANCELLED, Phase.FAILED, Phase.PAUSED})
-"""The migration does not go on from here by itself."""
+"""Phases that the migration does not leave by itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One look at a migration.
+    """The progress of a migration at one moment.
 
-    From one to the next ``fraction``, ``transferred_bytes``, ``round`` and ``elapsed_ms`` never get
-    smaller.  ``remaining_bytes`` does in precopy, since the guest goes on writing.
+    ``fraction``, ``transferred_bytes``, ``round`` and ``elapsed_ms`` never decrease.
+    ``remaining_bytes`` may grow in precopy, since the guest goes on writing.
 
-    :ivar status: a ``str`` if it is one that this client does not know; ``phase`` is then what it was
-        before, or what that leads to if the migration had stopped.
+    :ivar status: a ``str`` for a status that this client does not know; ``phase`` is then the one before,
+        or its successor if the migration had stopped.
     :ivar fraction: 0 to 1; 1 only when it has completed.
     :ivar round: the precopy pass under way, from 1 on; 0 before the first.
     :ivar rate_bytes: sent per second, over the last second.
-    :ivar dirty_rate_bytes: what the guest writes per second, as the last round's end showed.
-    :ivar faults_per_s: pages that the destination asks for, over the last second.
+    :ivar dirty_rate_bytes: what the guest wrote per second in the last round.
+    :ivar faults_per_s: pages that the destination requested, over the last second.
     """
 
     phase: Phase
@@ -93,9 +106,9 @@ class Progress:
 
 
 class ProgressTracker:
-    """Makes :class:`Progress` of the answers to ``query-migrate``, one after the other.
+    """Makes :class:`Progress` of successive answers to ``query-migrate``.
 
-    :param postcopy_planned: precopy is then only the first half of the way.
+    :param postcopy_planned: precopy is then the first half of the progress.
     """
 
     def __init__(self, *, postcopy_planned: bool = False) -> None:
@@ -109,7 +122,7 @@ class ProgressTracker:
         self._phase = Phase.SETUP
 
     def take(self, answer: Mapping[str, Any]) -> Progress:
-        """Fold in one answer; what it leaves out stays as it was."""
+        """Process one answer; a member that is missing keeps its value."""
         status = status_of(answer)
         phase = self._phase = self._phase_of(status)
         ram = answer.get("ram", {})
@@ -154,7 +167,7 @@ class ProgressTracker:
         return (last[1] - first[1]) * 1000 // span_ms, max(0, last[2] - first[2]) * 1000 // span_ms
 
     def _advance(self, phase: Phase, remaining: int, total: int) -> None:
-        """Estimate the way gone; the first round and postcopy can be foretold, rounds between not."""
+        """Estimate the fraction; only the first round and postcopy can be estimated."""
         if phase is Phase.COMPLETED:
             self._fraction = 1.0
         elif total and phase is Phase.PRECOPY and self._round <= 1:

@@ -1,4 +1,4 @@
-"""What a finished migration was like."""
+"""The figures of a completed migration."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -7,7 +7,7 @@ from typing import Any, Self
 
 @dataclass(frozen=True, slots=True)
 class FaultLatency:
-    """How long a vCPU waited for a page it had touched, in microseconds."""
+    """How long a vCPU waited for a missing page, in microseconds."""
 
     p50_us: int
     p99_us: int
@@ -18,11 +18,11 @@ class FaultLatency:
 class Result:
     """The figures of a migration that has completed.
 
-    What only the destination knows (from ``blocktime_ms`` on) is empty or None when it was not asked,
-    or when the migration did without postcopy.
+    The destination's figures (from ``blocktime_ms`` on) are empty or None if its machine is not known, or
+    if the migration had no postcopy.
 
     :ivar downtime_ms: how long no vCPU ran, as measured by the source.
-    :ivar rounds: precopy passes that were begun.
+    :ivar rounds: precopy rounds that were begun.
     :ivar blocktime_ms: for each vCPU, how long it waited for pages.
     :ivar overlapped_blocktime_ms: how long all of them waited at once.
     :ivar source, destination: the last answers to ``query-migrate``, whole.
@@ -46,7 +46,7 @@ class Result:
 
     @classmethod
     def of(cls, source: Mapping[str, Any], destination: Mapping[str, Any]) -> Self:
-        """Put together from both sides' answers; ``destination`` may be empty."""
+        """Make it of the answers of both sides; ``destination`` may be empty."""
         ram = source.get("ram", {})
         measured = destination.get("x-postcopy", {})
         downtime_us = source.get("x-postcopy", {}).get("guest-downtime-us")
@@ -76,7 +76,7 @@ class Result:
 
 
 def _blocktime_ms(destination: Mapping[str, Any], measured: Mapping[str, Any]) -> tuple[float, ...]:
-    # Ours are finer than QEMU's, which are whole milliseconds.
+    # Ours are in microseconds, QEMU's in whole milliseconds.
     if "blocktime-us" in measured:
         return tuple(us / 1000 for us in measured["blocktime-us"])
     return tuple(float(ms) for ms in destination.get("postcopy-vcpu-blocktime", ()))
@@ -89,7 +89,7 @@ def _overlapped_ms(destination: Mapping[str, Any], measured: Mapping[str, Any]) 
 
 
 def fault_latency(measured: Mapping[str, Any]) -> FaultLatency | None:
-    """What ``query-migrate`` says of it, if anything."""
+    """Make it of the members of ``x-postcopy``; None if they are missing."""
     names = [f"fault-latency-{part}-us" for part in ("p50", "p99", "max")]
     if not all(name in measured for name in names):
         return None

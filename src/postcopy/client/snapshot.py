@@ -1,18 +1,17 @@
-"""A snapshot of a guest that goes on, driven over QMP: ours or a real QEMU's."""
+"""A snapshot of a guest that goes on running, driven over QMP: ours or a real QEMU's."""
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
 
-from postcopy.client.connection import Connection
-from postcopy.client.orders import Borrowed
-from postcopy.client.progress import STOPPED, Phase, Progress, ProgressTracker
-from postcopy.client.told import status_of
-from postcopy.client.writing import writing_to
+from postcopy.client.order_settings import BorrowedSettings
+from postcopy.client.progress import STOPPED, Phase, Progress, ProgressTracker, status_of
+from postcopy.client.qmp import QmpConnection
 from postcopy.errors import MigrationCancelled, MigrationFailed, PostcopyError, Refused
 from postcopy.image.options import Form, ImageOptions, SnapshotTimings
 from postcopy.image.publish import CommitPoint, reserved
@@ -24,6 +23,9 @@ if TYPE_CHECKING:
 _INTERVAL_S: Final = 0.02
 _CANCEL_TIMEOUT_S: Final = 30.0
 _STATES_OF_QEMU: Final = frozenset({"running", "paused"})
+_KNOWS_FILES: Final = (8, 2)
+_FD_NAME: Final = "postcopy"
+_MODE: Final = 0o600  # guest memory holds keys and passwords
 
 
 class SnapshotOptions(TypedDict, total=False):
@@ -35,7 +37,7 @@ class SnapshotOptions(TypedDict, total=False):
 
 
 def wanted(options: SnapshotOptions) -> ImageOptions:
-    """What the options ask for."""
+    """Convert the options."""
     parent = options.get("parent")
     return ImageOptions(
         options.get("form", "mapped-ram"),
@@ -46,17 +48,18 @@ def wanted(options: SnapshotOptions) -> ImageOptions:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A snapshot that has been taken, and what it cost.  Times that nobody measured are ``None``.
+    """The figures of a snapshot.  Times that the machine has not measured are ``None``.
 
-    :ivar pause_us: how long the guest stood still.
-    :ivar longest_stall_us, stall_p99_us: how long single writes of the guest waited afterwards, of
-        which there were ``write_faults``.
-    :ivar saving_ms: until the machine had written its memory; ``total_ms``: until all was published.
+    :ivar pause_us: how long the guest was stopped.
+    :ivar longest_stall_us, stall_p99_us: how long single writes of the guest waited afterwards;
+        ``write_faults`` is their number.
+    :ivar saving_ms: until the machine had written its memory.
+    :ivar total_ms: until the image was published.
     :ivar data_bytes, zero_bytes: of the ``ram_bytes``, counted in pages.
-    :ivar device_bytes: what the devices' state took.
-    :ivar file_bytes: what the file takes on the disk.
-    :ivar new_bytes, reused_bytes, stored_bytes: of a store of chunks: memory that was new to it, that
-        it had, and what the new one takes.
+    :ivar device_bytes: the size of the devices' state.
+    :ivar file_bytes: the space of the file on the disk.
+    :ivar new_bytes, reused_bytes, stored_bytes: of a store of chunks: memory that was new to it, memory
+        that it had, and the space of the new chunks.
     :ivar source: the last answer to ``query-migrate``, whole.
     """
 
@@ -96,13 +99,13 @@ def _finalize() -> Any:
 class SnapshotJob:
     """A snapshot that is being taken; :meth:`postcopy.client.Machine.start_snapshot` makes it.
 
-    One task of the running event loop sees it through, whether anybody asks or not.
+    One task of the running event loop carries it out.
     """
 
-    def __init__(self, machine: Connection, path: Path, wanted: ImageOptions) -> None:
+    def __init__(self, machine: QmpConnection, path: Path, wanted: ImageOptions) -> None:
         self._machine = machine
         self._path = path.absolute()
-        self._written = self._path  # until there is a name for what the machine is to write
+        self._written = self._path  # until the name of the partial file is known
         self._wanted = wanted
         self._tracker = ProgressTracker()
         self._last = self._tracker.take({})
@@ -110,26 +113,26 @@ class SnapshotJob:
         self._started = time.monotonic()
         self._commit_point = CommitPoint()
         self._task = asyncio.create_task(self._run(), name="snapshot")
-        # Whoever does not ask for the result does not want to hear that nobody did.
+        # Without this asyncio logs an exception that no caller has retrieved.
         self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     @property
     def path(self) -> Path:
-        """Of the image to be, from the root on."""
+        """The absolute path of the new image."""
         return self._path
 
     @property
     def written(self) -> Path:
-        """Where the machine writes; the file goes when the snapshot has ended."""
+        """The partial file that the machine writes; it is removed when the snapshot has ended."""
         return self._written
 
     @property
     def progress(self) -> Progress:
-        """The last look at it."""
+        """The last progress."""
         return self._last
 
     async def events(self) -> AsyncGenerator[Progress, None]:
-        """Yield looks at the snapshot until it ends, whichever way; :meth:`result` tells which."""
+        """Yield the progress until the snapshot ends; :meth:`result` tells how."""
         seen: Progress | None = None
         while seen is None or not self._task.done():
             if self._last is not seen:
@@ -144,26 +147,24 @@ class SnapshotJob:
     async def result(self) -> Snapshot:
         """Wait for the end.
 
-        :raises MigrationCancelled: somebody cancelled it.
+        :raises MigrationCancelled: it was cancelled.
         :raises MigrationFailed: it failed.  In either case the guest runs on, and no file is left.
-        :raises Refused: the machine cannot take snapshots so, or not now; nothing has happened.
+        :raises Refused: not with these options, or not now; nothing has been changed.
         :raises ChannelBroken: the machine is gone.
         """
         return await asyncio.shield(self._task)
 
     async def cancel(self) -> None:
-        """Give it up: it will not be published; :meth:`result` says when it has ended.
+        """Cancel the snapshot: it is not published; :meth:`result` returns when it has ended.
 
         :raises Refused: it is being published, or has been.
         """
         if not self._commit_point.cancel():
-            raise Refused(
-                f"the snapshot is complete; remove {self._path} if it is not wanted any more"
-            )
+            raise Refused(f"the snapshot is complete; remove {self._path} if you do not need it")
         await self._machine.execute("migrate_cancel")
 
     async def give_up(self) -> None:
-        """Cancel it, and wait until nothing of it goes on; what is not published yet never will be."""
+        """Cancel the task, and wait for its end; an image that is not published yet never will be."""
         self._commit_point.cancel()
         self._task.cancel()
         await asyncio.wait({self._task})
@@ -175,8 +176,8 @@ class SnapshotJob:
             ours = await self._machine.is_ours()
             if not ours:
                 await self._check_state()
-            # A background snapshot of QEMU 10 never writes the bitmaps of mapped-ram: of such a
-            # machine we take a stream, and put the pages at their places ourselves.
+            # A background snapshot of QEMU 10 never writes the bitmaps of mapped-ram: such a machine
+            # writes a stream, which is converted here.
             mapped = ours and (self._wanted.chunked or self._wanted.form == "mapped-ram")
             answer = await self._save_ours(mapped=mapped) if ours else await self._save_qemus()
             finished = await self._finish(answer)
@@ -188,7 +189,7 @@ class SnapshotJob:
         state = (await self._machine.execute("query-status"))["status"]
         if state not in _STATES_OF_QEMU:
             raise Refused(
-                f"the machine is {state}, and a QEMU may end itself when it takes a snapshot then; "
+                f"the machine is {state}, in which a snapshot may end a QEMU's process; "
                 "let it run first ('cont')"
             )
 
@@ -196,43 +197,43 @@ class SnapshotJob:
         return await self._save("x-snapshot", {"mapped-ram": mapped})
 
     async def _save_qemus(self) -> Mapping[str, Any]:
-        borrowed = await Borrowed.take(self._machine, mapped=False)
+        borrowed = await BorrowedSettings.take(self._machine, mapped=False)
         try:
             return await self._save("migrate", {}, borrowed)
         finally:
             await borrowed.put_back()
 
     async def _save(
-        self, order: str, more: Mapping[str, Any], borrowed: Borrowed | None = None
+        self, order: str, more: Mapping[str, Any], borrowed: BorrowedSettings | None = None
     ) -> Mapping[str, Any]:
         loading = asyncio.create_task(asyncio.to_thread(_finalize))  # while the machine writes
         loading.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
-            uri = await writing_to(self._machine, self._written)
+            uri = await _file_uri(self._machine, self._written)
             await self._machine.execute(order, {"uri": uri, **more})
             if borrowed is not None:
                 await self._check(borrowed)
             answer = await self._until_stopped()
         except asyncio.CancelledError:
-            await self._abandon()
+            await self._cancel_quietly()
             raise
         status = status_of(answer)
         if status is Status.COMPLETED:
             return answer
         if status is Status.CANCELLED:
             raise MigrationCancelled("the snapshot was cancelled; the guest runs on")
-        why = answer.get("error-desc", "the machine does not say why")
-        why = why.replace(str(self._written), str(self._path))  # the name that was asked for
+        why = answer.get("error-desc", "the machine gives no reason")
+        why = why.replace(str(self._written), str(self._path))  # the name of the order
         raise MigrationFailed(f"the snapshot failed: {why}; the guest runs on")
 
-    async def _check(self, borrowed: Borrowed) -> None:
-        """Without ``background-snapshot`` it would be a migration, and take the guest away."""
+    async def _check(self, borrowed: BorrowedSettings) -> None:
+        """Check that it is a snapshot: without ``background-snapshot`` it would be a migration."""
         try:
             await borrowed.check()
         except Refused:
-            await self._abandon()
+            await self._cancel_quietly()
             state = (await self._machine.execute("query-status"))["status"]
-            if state == "postmigrate":  # it was quicker; nobody has what it wrote
+            if state == "postmigrate":  # it has completed already; its file is removed
                 await self._machine.execute("cont")
             raise
 
@@ -240,14 +241,14 @@ class SnapshotJob:
         while True:
             answer: Mapping[str, Any] = await self._machine.execute("query-migrate")
             look = self._tracker.take(answer)
-            # The end comes when the image is there, not when the machine has done its part.
+            # The snapshot ends when the image is published, not when the machine has written it.
             if look.phase is Phase.PRECOPY:
                 await self._publish(replace(look, phase=Phase.SAVING))
             if look.phase in STOPPED:
                 return answer
             await asyncio.sleep(_INTERVAL_S)
 
-    async def _abandon(self) -> None:
+    async def _cancel_quietly(self) -> None:
         with contextlib.suppress(PostcopyError, TimeoutError):
             async with asyncio.timeout(_CANCEL_TIMEOUT_S):
                 await self.cancel()
@@ -256,8 +257,8 @@ class SnapshotJob:
     async def _finish(self, answer: Mapping[str, Any]) -> "FinalizedImage":
         last = self._tracker.take(answer)
         await self._publish(replace(last, phase=Phase.DIGESTS, fraction=0.95))
-        told = _Told.of(answer)
-        timings = SnapshotTimings(self._started, told.pause_us, told.longest_stall_us)
+        measured = _Measured.of(answer)
+        timings = SnapshotTimings(self._started, measured.pause_us, measured.longest_stall_us)
         finishing = asyncio.create_task(
             asyncio.to_thread(
                 lambda: _finalize().finalize(
@@ -283,21 +284,21 @@ class SnapshotJob:
         return SnapshotTimings(self._started).total_ms
 
     def _outcome(self, answer: Mapping[str, Any], finished: "FinalizedImage") -> Snapshot:
-        told, manifest, packed = _Told.of(answer), finished.manifest, finished.packed
+        measured, manifest, packed = _Measured.of(answer), finished.manifest, finished.packed
         return Snapshot(
             path=self._path,
             format=manifest.form,
             identity=manifest.identity,
-            pause_us=told.pause_us,
-            longest_stall_us=told.longest_stall_us,
-            stall_p99_us=told.stall_p99_us,
-            write_faults=told.write_faults,
+            pause_us=measured.pause_us,
+            longest_stall_us=measured.longest_stall_us,
+            stall_p99_us=measured.stall_p99_us,
+            write_faults=measured.write_faults,
             saving_ms=answer.get("total-time", 0),
             total_ms=self._elapsed_ms(),
             ram_bytes=finished.ram_bytes,
             data_bytes=finished.data_bytes,
             zero_bytes=finished.zero_bytes,
-            device_bytes=told.device_bytes,
+            device_bytes=measured.device_bytes,
             file_bytes=finished.file_bytes,
             new_bytes=None if packed is None else packed.new_bytes,
             reused_bytes=None if packed is None else packed.reused_bytes,
@@ -307,9 +308,30 @@ class SnapshotJob:
         )
 
 
+async def _file_uri(machine: QmpConnection, path: Path) -> str:
+    """Return the URI by which a machine writes to a file.
+
+    A QEMU before 8.2 has no ``file:``: this process opens the file and passes the descriptor.
+
+    :raises Refused: the file cannot be made, or its descriptor not be passed.
+    """
+    version = (await machine.version())["qemu"]
+    if await machine.is_ours() or (version["major"], version["minor"]) >= _KNOWS_FILES:
+        return f"file:{path}"
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, _MODE)
+    except OSError as error:
+        raise Refused(f"Failed to open {path}: {error.strerror}; give another path") from error
+    try:
+        await machine.give(_FD_NAME, fd)
+    finally:
+        os.close(fd)
+    return f"fd:{_FD_NAME}"
+
+
 @dataclass(frozen=True, slots=True)
-class _Told:
-    """What the machine says of the guest's troubles."""
+class _Measured:
+    """The machine's own measurements of a snapshot."""
 
     pause_us: int | None
     longest_stall_us: int | None
@@ -318,13 +340,15 @@ class _Told:
     device_bytes: int | None
 
     @classmethod
-    def of(cls, answer: Mapping[str, Any]) -> "_Told":
-        measured = answer.get("x-postcopy", {})
-        downtime_ms = answer.get("downtime")  # all that a real QEMU tells, in whole milliseconds
+    def of(cls, answer: Mapping[str, Any]) -> "_Measured":
+        figures = answer.get("x-postcopy", {})
+        downtime_ms = answer.get(
+            "downtime"
+        )  # the only figure of a real QEMU, in whole milliseconds
         return cls(
-            measured.get("pause-us", None if downtime_ms is None else downtime_ms * 1000),
-            measured.get("write-stall-max-us"),
-            measured.get("write-stall-p99-us"),
-            measured.get("write-faults"),
-            measured.get("device-bytes"),
+            figures.get("pause-us", None if downtime_ms is None else downtime_ms * 1000),
+            figures.get("write-stall-max-us"),
+            figures.get("write-stall-p99-us"),
+            figures.get("write-faults"),
+            figures.get("device-bytes"),
         )

@@ -1,9 +1,8 @@
-"""What one order needs, set for this order alone.
+"""Settings of one order, which apply to this order only.
 
-A machine of ours takes it with the order, in one message.  A QEMU has only settings that stay, so of
-such a machine they are looked at, changed, checked once the order runs (they cannot be changed then), and
-put back.  A lock keeps other commands of this host out meanwhile; what a killed one has left, the next puts
-back.
+A machine of ours takes them with the order, in one command.  A QEMU has only persistent settings, so they
+are read, changed, checked once the order runs (they cannot be changed then), and restored afterwards.  A
+lock excludes other commands of this host meanwhile; changes of a killed command are undone by the next.
 """
 
 import asyncio
@@ -12,10 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
-from postcopy.client.capabilities import capabilities_of, is_busy, set_capabilities
-from postcopy.client.connection import Connection
-from postcopy.client.left_over import Changes, identity
 from postcopy.client.machine_lock import MachineLock
+from postcopy.client.machine_settings import (
+    SettingsChanges,
+    capabilities_of,
+    is_busy,
+    machine_identity,
+    set_capabilities,
+)
+from postcopy.client.qmp import QmpConnection
 from postcopy.errors import PostcopyError, Refused
 from postcopy.parameters import Capability
 
@@ -23,50 +27,50 @@ C = Capability
 SNAPSHOT: Final = C.BACKGROUND_SNAPSHOT.value
 _TRIES: Final = 100
 _PAUSE_S: Final = 0.1
-_WHAT_IT_IS: Final = frozenset(
+_KIND_OF_ORDER: Final = frozenset(
     {C.BACKGROUND_SNAPSHOT, C.POSTCOPY_RAM, C.MAPPED_RAM, C.PAUSE_BEFORE_SWITCHOVER}
 )
-"""Capabilities that make another order of an order; the others say how it is done."""
+"""Capabilities that change the kind of an order; all others change how it is carried out."""
 _LIMITS: Final = {"max-bandwidth": 128 << 20, "downtime-limit": 300, "max-postcopy-bandwidth": 0}
-"""What a QEMU begins with."""
+"""The defaults of a QEMU."""
 
 
 @dataclass(frozen=True, slots=True)
-class Needs:
-    """What an order needs to be on, off and set, by QEMU's names; all else stays as it is set."""
+class OrderSettings:
+    """Capabilities and parameters of an order, by QEMU's names; all others stay as they are set."""
 
     capabilities: Mapping[str, bool] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def to_qapi(self) -> dict[str, Any]:
-        """As members of an order to a machine of ours."""
+        """Return them as arguments of a command to a machine of ours."""
         states = [{"capability": name, "state": on} for name, on in self.capabilities.items()]
         return {"x-capabilities": states, "x-parameters": dict(self.parameters)}
 
     def notes(self, before: Mapping[str, bool], address: str) -> list[str]:
-        """What a user should know who has switched something on that does not count now."""
+        """Notes on capabilities that are on and do not apply to this order."""
         return [
-            f"{name} is on at {address}, and does not count for this order"
-            for name in sorted(_WHAT_IT_IS)
+            f"{name} is on at {address}, and does not apply to this order"
+            for name in sorted(_KIND_OF_ORDER)
             if before.get(name) and self.capabilities.get(name) is False
         ]
 
     def counting(
         self, on: Mapping[str, bool], parameters: Mapping[str, Any], address: str
     ) -> list[str]:
-        """What else is set and counts: by a user, or by a command that was killed; nothing tells which."""
+        """Notes on other settings that apply, whether a user or a killed command has set them."""
         names = [name for name, is_on in on.items() if is_on and name not in self.capabilities]
         told = [f"{name} is on at {address}" for name in sorted(names)]
         told += [
-            f"{name} is {parameters[name]} at {address} (a QEMU begins with {usual})"
+            f"{name} is {parameters[name]} at {address} (QEMU's default is {usual})"
             for name, usual in _LIMITS.items()
             if name not in self.parameters and parameters.get(name, usual) != usual
         ]
-        return [f"{each}, and counts for this order" for each in told]
+        return [f"{each}, and applies to this order" for each in told]
 
 
-def of_a_migration(uri: str, *, postcopy: bool, destination: bool = False) -> Needs:
-    """What each side of a migration must have on and off."""
+def of_a_migration(uri: str, *, postcopy: bool, destination: bool = False) -> OrderSettings:
+    """Settings of one side of a migration."""
     wanted = {C.EVENTS: True, C.BACKGROUND_SNAPSHOT: False, C.POSTCOPY_RAM: postcopy}
     if not uri.startswith("file:"):
         wanted[C.MAPPED_RAM] = False
@@ -76,42 +80,44 @@ def of_a_migration(uri: str, *, postcopy: bool, destination: bool = False) -> Ne
         wanted[C.POSTCOPY_BLOCKTIME] = True
     if not destination:
         wanted[C.PAUSE_BEFORE_SWITCHOVER] = False
-    return Needs({name.value: on for name, on in wanted.items()})
+    return OrderSettings({name.value: on for name, on in wanted.items()})
 
 
-def of_a_snapshot(before: Mapping[str, bool], *, mapped: bool) -> Needs:
-    """What a QEMU must have on and off for a background snapshot: most capabilities exclude it."""
+def of_a_snapshot(before: Mapping[str, bool], *, mapped: bool) -> OrderSettings:
+    """Settings of a QEMU for a background snapshot: most capabilities exclude it."""
     wanted = dict.fromkeys(before, False)
     wanted.pop(C.EVENTS.value, None)
-    return Needs(wanted | {C.BACKGROUND_SNAPSHOT.value: True, C.MAPPED_RAM.value: mapped})
+    return OrderSettings(wanted | {C.BACKGROUND_SNAPSHOT.value: True, C.MAPPED_RAM.value: mapped})
 
 
-class Borrowed:
-    """Settings of a machine that have been changed for one order; made by :meth:`take`.
+class BorrowedSettings:
+    """Settings of a QEMU that have been changed for one order; made by :meth:`take`.
 
-    :ivar notes: what a user should know of what a command before has left.
+    :ivar notes: for the user: changes of a killed command that have been undone.
     """
 
-    def __init__(self, machine: Connection, lock: MachineLock) -> None:
+    def __init__(self, machine: QmpConnection, lock: MachineLock) -> None:
         self._machine = machine
         self._lock = lock
         self._needed: dict[str, bool] = {}
-        self._changes = Changes(identity(machine.address))
+        self._changes = SettingsChanges(machine_identity(machine.address))
         self.notes: list[str] = []
 
     @classmethod
-    async def take(cls, machine: Connection, needs: Needs | None = None, **snapshot: bool) -> Self:
-        """Look, and change what is not as the order needs it.
+    async def take(
+        cls, machine: QmpConnection, needs: OrderSettings | None = None, **snapshot: bool
+    ) -> Self:
+        """Read the settings, and change those that the order needs otherwise.
 
         :param needs: None: those of a snapshot (``mapped``).
-        :raises Refused: another command has the machine in hand, or it refuses.
+        :raises Refused: another command drives the machine, or the machine refuses.
         """
         lock = await MachineLock.take(machine.address)
         taken = cls(machine, lock)
         try:
-            await taken._mend()
+            await taken._undo_left_over()
         except BaseException:
-            lock.release()  # what was left is still noted
+            lock.release()  # the changes stay in its file
             raise
         try:
             before = await capabilities_of(machine)
@@ -122,18 +128,18 @@ class Borrowed:
             raise
         return taken
 
-    async def _mend(self) -> None:
-        """Undo what a command that was killed has left."""
-        self._changes = Changes.decode(self._lock.read(), self._changes.machine)
+    async def _undo_left_over(self) -> None:
+        """Undo the changes of a command that was killed."""
+        self._changes = SettingsChanges.decode(self._lock.read(), self._changes.machine)
         names = await self._changes.undo(self._machine)
         self._note()
         if names:
             self.notes.append(
-                f"a command that was killed had left {', '.join(sorted(names))} changed at "
-                f"{self._machine.address}; it is as it was before"
+                f"a killed command had changed {', '.join(sorted(names))} at {self._machine.address}; the "
+                "old values are restored"
             )
 
-    async def _change(self, before: Mapping[str, bool], needs: Needs) -> None:
+    async def _change(self, before: Mapping[str, bool], needs: OrderSettings) -> None:
         self._needed = {name: on for name, on in needs.capabilities.items() if on or name in before}
         changes = {name: on for name, on in self._needed.items() if before.get(name) != on}
         capabilities = self._changes.capabilities
@@ -144,7 +150,7 @@ class Borrowed:
             }
         if self._needed.get(SNAPSHOT):
             capabilities[SNAPSHOT] = False, True  # never left on
-        # Noted first: a command that ends while the machine obeys has it put back as well.
+        # Written first, so that a command that is killed in between is undone as well.
         self._note()
         if changes:
             try:
@@ -166,34 +172,34 @@ class Borrowed:
         self._lock.write(self._changes.encode())
 
     async def check(self) -> None:
-        """Find out whether the order runs with what was set for it; nothing can change it any more.
+        """Check that the order runs with its settings; they cannot be changed any more.
 
-        :raises Refused: somebody has changed it in between.
+        :raises Refused: another client has changed them in between.
         """
         found = await capabilities_of(self._machine)
         wrong = [name for name, on in self._needed.items() if found.get(name, False) != on]
         if wrong:
             raise Refused(
-                f"somebody else has changed {', '.join(wrong)} at {self._machine.address} while this "
-                "was being ordered; it has been given up: try again"
+                f"another client has changed {', '.join(wrong)} at {self._machine.address} in the "
+                "meantime; the order is cancelled: try again"
             )
 
     async def put_back(self) -> None:
-        """Have everything as it was, but for what somebody has set since; harmless when done.
+        """Restore the old values, except where another client has set new ones; harmless when done.
 
-        ``background-snapshot`` stays off: nothing but a command that was killed leaves it on, and with
-        it the next migration would leave two guests that run.
+        ``background-snapshot`` stays off: only a killed command leaves it on, and the next migration
+        would then leave the guest running at both sides.
         """
         try:
             with contextlib.suppress(
                 PostcopyError
-            ):  # gone, or paused: what went wrong matters more
+            ):  # the machine is gone, or paused: the first error is reported
                 await self._put_back_when_idle()
         finally:
             self._lock.release()
 
     async def _put_back_when_idle(self) -> None:
-        """Another monitor of the machine may have ordered something in the very moment."""
+        """Retry while an order of another client is under way."""
         for _ in range(_TRIES):
             try:
                 await self._put_back()

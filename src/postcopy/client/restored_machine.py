@@ -1,4 +1,4 @@
-"""Wake a guest from its image, in a process that we start."""
+"""Runs a guest from its image, in a new process."""
 
 import asyncio
 from collections.abc import Mapping
@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, TypedDict, Unpack
 
-from postcopy.client.connection import Connection
+from postcopy.client.awaitable import AwaitableContext
 from postcopy.client.launch import MachineProcess
 from postcopy.client.machine import Machine
-from postcopy.client.opening import Opening
+from postcopy.client.qmp import QmpConnection
 from postcopy.client.result import FaultLatency, fault_latency
 from postcopy.errors import MigrationFailed, NeedsRecovery
 from postcopy.status import Status
@@ -37,10 +37,10 @@ class Restored:
     """A restore that has completed.  Times are from the start of the guest's process.
 
     :ivar running_ms: until the guest ran.
-    :ivar ready_ms: until it had its working set, or all, where none was recorded.
+    :ivar ready_ms: until it had its working set, or all memory if no working set was recorded.
     :ivar complete_ms: until it had all of its memory.
-    :ivar demand_faults: pages that somebody waited for.
-    :ivar working_set_pages: how many were brought first; None: no working set was known.
+    :ivar demand_faults: pages for which a thread waited.
+    :ivar working_set_pages: pages of the working set; None: no working set was recorded.
     :ivar source: the last answer to ``query-migrate``, whole.
     """
 
@@ -54,10 +54,10 @@ class Restored:
 
 
 class RestoredMachine(Machine):
-    """A machine whose guest is waking, or has woken, from an image."""
+    """A machine whose guest runs from an image."""
 
     async def restored(self) -> Restored:
-        """Wait until the guest has all of its memory, whatever else has been ordered meanwhile.
+        """Wait until the guest has all of its memory, also while a migration is ordered.
 
         :raises MigrationFailed: pages are lost; the text names file, block and offset, and the guest
             runs on without them.
@@ -72,24 +72,26 @@ class RestoredMachine(Machine):
         return _restored(info)
 
 
-def restore(path: str | Path, **options: Unpack[RestoreOptions]) -> Opening[RestoredMachine]:
+def restore(
+    path: str | Path, **options: Unpack[RestoreOptions]
+) -> AwaitableContext[RestoredMachine]:
     """Start ``postcopy restore`` on the image at ``path``, and connect to it.
 
     :return: to be awaited, or used in ``async with``.
-    :raises Refused: the image is damaged, or none that a machine of ours can run.
+    :raises Refused: the image is damaged, or of a machine that postcopy cannot run.
     :raises CannotConnect: it ended at once; the text says why.
     """
-    return Opening(_restore(path, options))
+    return AwaitableContext(_restore(path, options))
 
 
 async def _restore(path: str | Path, options: RestoreOptions) -> RestoredMachine:
-    connection: Connection
+    connection: QmpConnection
     process, connection = await MachineProcess.start(options, "restore", str(path))
     return RestoredMachine(connection, process)
 
 
 def _is_whole(info: Mapping[str, Any]) -> bool:
-    """Whether it has completed: as its status says, or while a migration ordered since shows its own."""
+    """Whether the restore has completed; the status may be that of a later migration."""
     status = info.get("status")
     complete = "restore-complete-us" in info.get("x-postcopy", {})
     return status == Status.COMPLETED.value or (complete and status not in _OF_A_RESTORE)

@@ -1,25 +1,25 @@
-"""Whose the guest of a machine is, and what was ordered of it last: as the machine says it.
+"""Explains the state of a machine: the owner of its guest, and its last order.
 
-A machine of ours tells both (``x-owner`` and ``x-last-order`` of ``query-status``).  A QEMU tells only its
-run state and the status of its last migration, in whichever direction that went; what can be known from
-these is said, and that the rest cannot.
+A machine of ours has both in its answer (``x-owner`` and ``x-last-order`` of ``query-status``).  A QEMU has
+only its run state and the status of its last migration, of either direction, so some answers are not
+certain; the text says so.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from postcopy.client.standing import (
+from postcopy.client.progress import status_of
+from postcopy.client.status_help import (
     HERE,
     LOST,
-    NOBODY,
+    NEITHER,
     THERE,
     UNCERTAIN,
-    Standing,
+    StatusHelp,
     is_restoring,
-    standing,
+    status_help,
 )
-from postcopy.client.told import status_of
 from postcopy.ownership import MEANINGS, Owner
 from postcopy.status import Status
 
@@ -32,7 +32,7 @@ OWNERS: Final[Mapping[Owner, str]] = {
     Owner.MOVING: HERE,
     Owner.STOPPED: "here, stopped for the switchover",
     Owner.GIVEN_UP: "handed over; it is not known yet whether it has arrived",
-    Owner.UNKNOWN: NOBODY,
+    Owner.UNKNOWN: NEITHER,
     Owner.TAKEN: THERE,
     Owner.MOVED: THERE,
     Owner.SAVED: "where it has been written to, and stopped here",
@@ -40,36 +40,38 @@ OWNERS: Final[Mapping[Owner, str]] = {
     Owner.ARRIVING: "about to run here",
     Owner.ABANDONED: _NOT_HERE,
 }
-"""In words that follow "the guest is"."""
+"""Texts that follow "the guest is"."""
 
-SNAPSHOT: Final[Mapping[Status, Standing]] = {
-    S.SETUP: Standing("a snapshot is about to be taken", HERE, "its file to be opened"),
-    S.ACTIVE: Standing("a snapshot is being written, and the guest goes on", HERE, "the last page"),
-    S.CANCELLING: Standing("the snapshot is being cancelled", HERE, "it to end"),
-    S.COMPLETED: Standing("a snapshot has been taken, and the guest goes on", HERE),
-    S.CANCELLED: Standing("the snapshot was cancelled, and the guest goes on", HERE),
-    S.FAILED: Standing("the snapshot failed, and the guest goes on", HERE),
+SNAPSHOT: Final[Mapping[Status, StatusHelp]] = {
+    S.SETUP: StatusHelp("a snapshot is being set up", HERE, "its file to be opened"),
+    S.ACTIVE: StatusHelp(
+        "a snapshot is being written, and the guest runs on", HERE, "the last page"
+    ),
+    S.CANCELLING: StatusHelp("the snapshot is being cancelled", HERE, "its end"),
+    S.COMPLETED: StatusHelp("a snapshot has been taken, and the guest runs on", HERE),
+    S.CANCELLED: StatusHelp("the snapshot was cancelled, and the guest runs on", HERE),
+    S.FAILED: StatusHelp("the snapshot failed, and the guest runs on", HERE),
 }
-"""What a status means of a background snapshot; a machine of ours tells it from a migration."""
+"""The meaning of a status of a background snapshot, which a machine of ours distinguishes."""
 
-SAVED: Final = Standing(
+SAVED: Final = StatusHelp(
     MEANINGS[Owner.SAVED].text, OWNERS[Owner.SAVED], "",
     "cont   (at its monitor, if no other machine has been started from what was written)",
 )  # fmt: skip
-RESTORED: Final = Standing("the guest has been restored, whole", HERE)
-ARRIVED: Final = Standing("the guest has arrived, whole", HERE)
-TAKEN_BACK: Final = Standing(
+RESTORED: Final = StatusHelp("the guest has been restored, whole", HERE)
+ARRIVED: Final = StatusHelp("the guest has arrived, whole", HERE)
+TAKEN_BACK: Final = StatusHelp(
     "the migration is over, and 'cont' has taken the guest back", HERE, "", _MIGRATE
 )
-NOTHING: Final = Standing("nothing has been ordered of the guest", HERE, "", _MIGRATE)
-FAILED_HERE: Final = Standing(
+NOTHING: Final = StatusHelp("nothing has been ordered of the guest", HERE, "", _MIGRATE)
+FAILED_HERE: Final = StatusHelp(
     "the last migration failed, and the guest is here", HERE, "", _MIGRATE
 )
-ENDED_HERE: Final = Standing(
+ENDED_HERE: Final = StatusHelp(
     "the last migration, or snapshot, has ended, and the guest is here (a QEMU does not tell which it was)",
     HERE,
 )
-LEFT: Final = Standing(
+LEFT: Final = StatusHelp(
     "the guest has moved away, or has been written to a file (a QEMU does not tell which)",
     "at the other side, or in the file", "",
     "quit   (at its monitor), or 'cont' if nothing has been started from what was written",
@@ -77,8 +79,8 @@ LEFT: Final = Standing(
 _QEMU_AWAY: Final = frozenset({"postmigrate", "finish-migrate", "colo"})
 
 
-def whose(state: Mapping[str, Any], info: Mapping[str, Any]) -> Standing:
-    """Where the guest of one machine stands.
+def explain(state: Mapping[str, Any], info: Mapping[str, Any]) -> StatusHelp:
+    """Explain the state of one machine.
 
     :param state: the machine's answer to ``query-status``.
     :param info: its answer to ``query-migrate``.
@@ -89,21 +91,21 @@ def whose(state: Mapping[str, Any], info: Mapping[str, Any]) -> Standing:
     try:
         owner = Owner(told)
     except ValueError:
-        return Standing(
-            f"'{told}': a word that this client does not know", "where its machine says"
+        return StatusHelp(
+            f"'{told}', an owner that this client does not know", "where its machine says"
         )
     return _of_ours(owner, state, info)
 
 
 def last_order(state: Mapping[str, Any]) -> str | None:
-    """What was ordered last, in one line; None where nothing was, or the machine does not tell."""
+    """Return the last order in one line; None if there is none, or the machine is a QEMU."""
     order = state.get("x-last-order")
     if order is None:
         return None
     return " ".join(filter(None, (order["name"], f"({order['direction']})", order.get("uri"))))
 
 
-def _of_ours(owner: Owner, state: Mapping[str, Any], info: Mapping[str, Any]) -> Standing:
+def _of_ours(owner: Owner, state: Mapping[str, Any], info: Mapping[str, Any]) -> StatusHelp:
     order = state.get("x-last-order") or {"name": "", "direction": ""}
     status = status_of(info)
     if owner is Owner.SAVED:
@@ -124,7 +126,7 @@ def _row(
     info: Mapping[str, Any],
     *,
     incoming: bool,
-) -> Standing:
+) -> StatusHelp:
     here = owner is Owner.OURS
     if not order and here:
         return NOTHING
@@ -137,18 +139,18 @@ def _row(
         return arrived if incoming else TAKEN_BACK
     if here and not incoming and status is S.POSTCOPY_PAUSED:
         return TAKEN_BACK
-    return standing(status, run_state, incoming=incoming, restoring=is_restoring(info))
+    return status_help(status, run_state, incoming=incoming, restoring=is_restoring(info))
 
 
-def _of_a_qemu(status: Status | str, run_state: str, info: Mapping[str, Any]) -> Standing:
+def _of_a_qemu(status: Status | str, run_state: str, info: Mapping[str, Any]) -> StatusHelp:
     if run_state == "inmigrate":
-        return standing(status, run_state, incoming=True)
+        return status_help(status, run_state, incoming=True)
     if run_state in _QEMU_AWAY:
-        return LEFT if status is S.COMPLETED else standing(status, run_state, incoming=False)
+        return LEFT if status is S.COMPLETED else status_help(status, run_state, incoming=False)
     if status is S.FAILED:
         return FAILED_HERE
     if status is S.COMPLETED:
         return ENDED_HERE
-    # The guest may run here: of a postcopy under way this is the destination.
+    # The guest may run here, so of a postcopy under way this is the destination.
     postcopy = isinstance(status, Status) and status.value.startswith("postcopy-")
-    return standing(status, run_state, incoming=postcopy, restoring=is_restoring(info))
+    return status_help(status, run_state, incoming=postcopy, restoring=is_restoring(info))

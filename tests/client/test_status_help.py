@@ -3,8 +3,8 @@
 import pytest
 
 from postcopy.cli.status import as_object, lines, side_of, what_next
-from postcopy.client.standing import DESTINATION, LOST, SOURCE, UNCERTAIN, standing
-from postcopy.client.whose import whose
+from postcopy.client.explain import explain
+from postcopy.client.status_help import DESTINATION, LOST, SOURCE, UNCERTAIN, status_help
 from postcopy.ownership import Owner
 from postcopy.status import Status
 
@@ -43,7 +43,7 @@ def test_a_paused_side_says_how_to_recover():
     ],
 )
 def test_what_has_failed_depends_on_who_has_the_guest(status, run_state, incoming, row):
-    assert standing(status, run_state, incoming=incoming) is row
+    assert status_help(status, run_state, incoming=incoming) is row
 
 
 @pytest.mark.parametrize("side", ["source", "destination"])
@@ -113,11 +113,11 @@ def test_each_owner_is_told(owner):
                 "x-owner": owner.value,
                 "x-last-order": {"name": order, "direction": direction, "uri": "file:/a"},
             }
-            told = whose(state, {"status": status.value})
+            told = explain(state, {"status": status.value})
             assert told.meaning
             assert told.owner
 
 
 def test_an_owner_of_a_newer_machine_is_told_as_it_is():
-    told = whose({"status": "running", "x-owner": "shared"}, {})
+    told = explain({"status": "running", "x-owner": "shared"}, {})
     assert "'shared'" in told.meaning

@@ -1,4 +1,4 @@
-"""One QMP connection: ``qemu.qmp`` with this package's errors."""
+"""A QMP connection: ``qemu.qmp`` with this package's errors."""
 
 import asyncio
 import contextlib
@@ -25,11 +25,11 @@ _MOST_BYTES: Final = 1 << 20
 _CONTEXT: Final = 40
 _MOST_DIGITS: Final = 300  # a machine makes a float of a number that is too large, and 308 fit
 
-# The client logs each lost connection with a traceback, and then raises it as well.
+# The library logs each lost connection with a traceback, and raises it as well.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 
 
-class Connection:
+class QmpConnection:
     """A negotiated QMP connection; made by :meth:`connect`.
 
     :ivar address: as the user gave it.
@@ -41,11 +41,11 @@ class Connection:
         self._version: Mapping[str, Any] = {}
 
     @classmethod
-    async def connect(cls, address: str, *, timeout_s: float = 10.0) -> "Connection":
+    async def connect(cls, address: str, *, timeout_s: float = 10.0) -> "QmpConnection":
         """Connect once and negotiate.
 
         :raises Refused: not an address.
-        :raises CannotConnect: nobody is there, or it does not speak QMP.
+        :raises CannotConnect: no server listens there, or it does not speak QMP.
         """
         where = parse_socket(address, "QMP").endpoint
         client = QMPClient(address)
@@ -64,10 +64,10 @@ class Connection:
         return cls(address, client)
 
     async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
-        """Do one command and return what it returns.
+        """Execute one command and return its result.
 
-        :raises Refused: the machine refuses it, in the machine's words; or JSON cannot carry the
-            arguments, and nothing has been sent.
+        :raises Refused: the machine refuses it, with the machine's text; or the arguments cannot be
+            encoded in JSON, and nothing has been sent.
         :raises ChannelBroken: the connection ended before the answer came.
         """
         _check_json(command, arguments)
@@ -80,16 +80,16 @@ class Connection:
             raise ChannelBroken(text) from error
 
     async def is_ours(self) -> bool:
-        """Whether it is a machine of ours, whose orders carry their own options."""
+        """Whether the machine is postcopy's, whose commands carry their own options."""
         return "postcopy" in (await self.version()).get("package", "")
 
     async def version(self) -> Mapping[str, Any]:
-        """What ``query-version`` returns; asked once."""
+        """Return the result of ``query-version``, which is executed once."""
         self._version = self._version or await self.execute("query-version")
         return self._version
 
     async def give(self, name: str, fd: int) -> None:
-        """Give the machine a descriptor under a name (QMP's ``getfd``); the caller closes its own.
+        """Pass a descriptor to the machine under a name (QMP's ``getfd``); the caller closes its own.
 
         :raises Refused: the machine takes no descriptor, or the connection is not a Unix socket.
         :raises ChannelBroken: the machine is gone.
@@ -105,11 +105,11 @@ class Connection:
         await self.execute("getfd", {"fdname": name})
 
     def listen(self) -> contextlib.AbstractContextManager[AsyncIterable[Mapping[str, Any]]]:
-        """Every event while the context lasts; iterate over what it gives."""
+        """Return a context whose value iterates over all events."""
         return self._client.listener()
 
     async def close(self) -> None:
-        """Hang up; harmless when the other side was quicker."""
+        """Disconnect; harmless when the other side has done so before."""
         await _hang_up(self._client)
 
 
@@ -117,7 +117,7 @@ def _reason(error: ExecuteError) -> Reason:
     if error.error_class == "CommandNotFound":
         return Reason.COMMAND
     said = error.received["error"]
-    assert isinstance(said, Mapping)  # the client library has looked
+    assert isinstance(said, Mapping)  # the client library has checked it
     known = {reason.value: reason for reason in Reason}  # a newer machine may have more
     return known.get(said.get("x-reason", ""), Reason.UNKNOWN)
 
@@ -125,12 +125,12 @@ def _reason(error: ExecuteError) -> Reason:
 async def _hang_up(client: QMPClient) -> None:
     gone = (QMPError, OSError, EOFError, asyncio.IncompleteReadError, TimeoutError)
     with contextlib.suppress(*gone):
-        async with asyncio.timeout(_HANG_UP_S):  # what is to be sent waits for a machine to read it
+        async with asyncio.timeout(_HANG_UP_S):  # unsent bytes wait until the machine reads them
             await client.disconnect()
 
 
 def _check_json(command: str, arguments: Mapping[str, Any] | None) -> None:
-    """A machine answers what is no JSON without saying whose it is, and the connection is lost."""
+    """Refuse what is no JSON: a machine answers it without an id, and the connection is lost."""
     try:
         text = json.dumps([command, arguments], ensure_ascii=False, allow_nan=False)
         size = len(text.encode())
@@ -142,7 +142,7 @@ def _check_json(command: str, arguments: Mapping[str, Any] | None) -> None:
             "another name"
         ) from error
     except (TypeError, ValueError, RecursionError) as error:
-        raise Refused(f"the arguments of {command} are nothing that JSON has: {error}") from error
+        raise Refused(f"the arguments of {command} cannot be encoded in JSON: {error}") from error
     if size > _MOST_BYTES:
         raise Refused(f"the arguments of {command} are {size} bytes; a machine takes {_MOST_BYTES}")
 
@@ -158,9 +158,9 @@ def _why_not(address: str, error: ConnectError) -> str:
     while isinstance(getattr(cause, "exc", None), BaseException):
         cause = cause.exc  # type: ignore[attr-defined]
     if isinstance(cause, OSError) and cause.errno:
-        reason = os.strerror(cause.errno)  # asyncio puts words of its own into strerror
+        reason = os.strerror(cause.errno)  # asyncio writes its own text into strerror
     elif isinstance(cause, EOFError):
-        reason = "it hung up"
+        reason = "the machine closed the connection"
     else:
         reason = str(cause) or type(cause).__name__
     return (

@@ -1,20 +1,20 @@
-"""Both sides of a postcopy that broke are brought together again."""
+"""Connects both sides of a broken postcopy again."""
 
 import asyncio
 from collections.abc import Mapping
 from typing import Any, Final
 
 from postcopy.channel.address import UnixAddress, parse_socket, tcp_uri
-from postcopy.client.connection import Connection
-from postcopy.client.standing import standing
-from postcopy.client.told import name_of, status_of
+from postcopy.client.progress import name_of, status_of
+from postcopy.client.qmp import QmpConnection
+from postcopy.client.status_help import status_help
 from postcopy.errors import Refused
 from postcopy.status import Status
 
 _PAUSE_TIMEOUT_S: Final = 10.0
 _LISTEN_TIMEOUT_S: Final = 60.0
 _POLL_S: Final = 0.01
-_LISTENS_ALREADY: Final = "triggered already"  # QEMU's words
+_LISTENS_ALREADY: Final = "triggered already"  # in QEMU's text
 _LATE_CONNECTIONS: Final = 3
 _FIRST_PAUSE_S: Final = 0.1
 _LONGEST_PAUSE_S: Final = 5.0
@@ -23,7 +23,7 @@ _BREAKABLE: Final = frozenset({Status.POSTCOPY_ACTIVE, Status.POSTCOPY_RECOVER})
 
 
 class Retries:
-    """How often and how long recovery is tried unasked.
+    """The times at which recovery is tried automatically.
 
     :param for_s: seconds after each break; 0: not at all.
     """
@@ -34,11 +34,11 @@ class Retries:
         self._pause_s = _FIRST_PAUSE_S
 
     def succeeded(self) -> None:
-        """Pages flow: the next break has all its time before it."""
+        """Start again for the next break: pages arrive."""
         self._until, self._pause_s = None, _FIRST_PAUSE_S
 
     async def wait(self) -> bool:
-        """Wait before another attempt, each time longer; return whether there is one to make."""
+        """Wait before another attempt, each time longer; return False when the time is over."""
         now = asyncio.get_running_loop().time()
         if self._until is None:
             self._until = now + self._for_s
@@ -50,39 +50,37 @@ class Retries:
         return True
 
 
-async def settle_if_arrived(source: Connection, destination: Connection) -> bool:
-    """Tell a paused source that its destination has completed, if it has; return whether so.
+async def settle_if_arrived(source: QmpConnection, destination: QmpConnection) -> bool:
+    """Complete a paused source whose destination has completed; return whether that is so.
 
-    The link broke when the last page had come, so the destination could not say it itself.
+    The link broke after the last page, so the source has not got the destination's answer.
 
-    :raises Refused: the source is a QEMU, which cannot be told.
+    :raises Refused: the source is a QEMU, which has no such command.
     """
     if (await _status(source), await _status(destination)) != _ARRIVED:
         return False
     try:
         await source.execute("x-migrate-arrived")
     except Refused as error:
-        text = (
-            "the destination has completed, whole, and the source need not wait: end it by 'quit'"
-        )
+        text = "the destination has completed, and the source need not wait: end it by 'quit'"
         raise Refused(f"{text} ({error})") from error
     return True
 
 
 async def bring_together(
-    source: Connection, destination: Connection, uri: str | None = None
+    source: QmpConnection, destination: QmpConnection, uri: str | None = None
 ) -> None:
-    """Have the destination listen and the source go on; returns when the source has begun to.
+    """Make the destination listen and the source connect; returns when the source has begun.
 
-    A side that has not noticed the break yet is told to.  Where only the source does not know that
-    all is well, it is told so, and that is all.
+    A side that has not noticed the break is paused.  A source whose destination has completed is only
+    completed too.
 
-    :param uri: where to meet; None: at a free TCP port of the destination's host.
-    :raises Refused: nothing is to be recovered here, or one side refuses; nothing has changed.
+    :param uri: where the destination listens; None: at a free TCP port of its host.
+    :raises Refused: there is nothing to recover, or one side refuses; nothing has changed.
     :raises ChannelBroken: a monitor is gone.
     """
     if uri is not None and uri.partition(":")[0] not in {"tcp", "unix"}:
-        raise Refused(f"cannot meet at '{uri}'; give tcp:HOST:PORT or unix:PATH")
+        raise Refused(f"a recovery cannot use '{uri}'; give tcp:HOST:PORT or unix:PATH")
     if await settle_if_arrived(source, destination):
         return
     await _check_broken(source, destination)
@@ -97,7 +95,7 @@ async def bring_together(
 
 
 def address_of(info: Mapping[str, Any], asked: str) -> str:
-    """Where a destination listens: the port is the kernel's choice if 0 was asked for."""
+    """Return where a destination listens: the kernel has chosen the port if 0 was requested."""
     found = next(iter(info.get("socket-address", ())), None)
     if found is None or "port" not in found or not asked.endswith(":0"):
         return asked
@@ -105,21 +103,21 @@ def address_of(info: Mapping[str, Any], asked: str) -> str:
     return f"tcp:{host}:{found['port']}"
 
 
-async def _check_broken(source: Connection, destination: Connection) -> None:
-    """At least one side must be paused, and the other be in the same migration."""
+async def _check_broken(source: QmpConnection, destination: QmpConnection) -> None:
+    """Check that at least one side is paused, and the other in the same migration."""
     found = [await _status(source), await _status(destination)]
-    # A source that has sent the package and hears nothing can be paused; its destination cannot, yet.
+    # A source that waits for an answer to the package can be paused; its destination cannot, yet.
     breakable = (_BREAKABLE | {Status.POSTCOPY_DEVICE}, _BREAKABLE)
     if Status.POSTCOPY_PAUSED in found and all(
         status in allowed or status is Status.POSTCOPY_PAUSED
         for status, allowed in zip(found, breakable, strict=True)
     ):
         return
-    whose = zip(("source", "destination"), found, (source, destination), strict=True)
+    sides = zip(("source", "destination"), found, (source, destination), strict=True)
     told = []
-    for name, status, side in whose:
+    for name, status, side in sides:
         state = (await side.execute("query-status"))["status"]
-        meaning = standing(status, state, incoming=name == "destination").meaning
+        meaning = status_help(status, state, incoming=name == "destination").meaning
         told.append(f"the {name} is {name_of(status)}: {meaning}")
     advice = ""
     if found == [Status.POSTCOPY_PAUSED, Status.FAILED]:
@@ -127,8 +125,8 @@ async def _check_broken(source: Connection, destination: Connection) -> None:
     raise Refused(f"there is no broken postcopy to recover; {'; '.join(told)}{advice}")
 
 
-async def _listen(destination: Connection, where: str) -> None:
-    """Have it listen anew; a connection from before may come as late as that, and is broken then."""
+async def _listen(destination: QmpConnection, where: str) -> None:
+    """Make the destination listen again; a late connection of before is broken."""
     for _ in range(_LATE_CONNECTIONS):
         await _pause(destination)
         try:
@@ -140,11 +138,11 @@ async def _listen(destination: Connection, where: str) -> None:
                 raise
         else:
             return
-    raise Refused(f"{destination.address} is called again and again; try once more")
+    raise Refused(f"{destination.address} gets connections again and again; try once more")
 
 
-async def _until_it_listens(destination: Connection) -> None:
-    """Its order may have been answered before it was carried out: then it says no address."""
+async def _until_it_listens(destination: QmpConnection) -> None:
+    """Wait until the answer has an address: the command may return before it is carried out."""
     until = asyncio.get_running_loop().time() + _LISTEN_TIMEOUT_S
     while True:
         info = await destination.execute("query-migrate")
@@ -156,14 +154,14 @@ async def _until_it_listens(destination: Connection) -> None:
         await asyncio.sleep(_POLL_S)
 
 
-async def _pause(side: Connection) -> None:
+async def _pause(side: QmpConnection) -> None:
     if await _status(side) is Status.POSTCOPY_PAUSED:
         return
     try:
         await side.execute("migrate-pause")
     except Refused:
         if await _status(side) is not Status.POSTCOPY_PAUSED:
-            raise  # else it has broken by itself, in that very moment
+            raise  # else the link broke at the same moment
     try:
         async with asyncio.timeout(_PAUSE_TIMEOUT_S):
             while await _status(side) is not Status.POSTCOPY_PAUSED:
@@ -173,7 +171,7 @@ async def _pause(side: Connection) -> None:
         raise Refused(text) from None
 
 
-async def _status(side: Connection) -> Status | str:
+async def _status(side: QmpConnection) -> Status | str:
     return status_of(await side.execute("query-migrate"))
 
 

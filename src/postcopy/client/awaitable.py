@@ -1,21 +1,21 @@
-"""What is to be opened: ``await`` gives it, and ``async with`` gives it and closes it."""
+"""Results that can be awaited, or used in ``async with``, which closes them at the end."""
 
 from collections.abc import Awaitable, Generator
 from typing import Any, Generic, Protocol, TypeVar
 
 
 class Closable(Protocol):
-    """What can be closed."""
+    """An object that can be closed."""
 
     async def close(self) -> None:
-        """Let go of everything; harmless when done."""
+        """Release all resources; harmless when done."""
 
 
 T = TypeVar("T", bound=Closable)
 
 
-class Opening(Awaitable[T], Generic[T]):
-    """``async with opening as it:``, or ``it = await opening``; once, either way."""
+class AwaitableContext(Awaitable[T], Generic[T]):
+    """``async with opened as it:``, or ``it = await opened``; only once."""
 
     def __init__(self, opened: Awaitable[T]) -> None:
         self._opened = opened
