@@ -6,7 +6,7 @@ import sys
 import click
 
 from postcopy.cli import COMMANDS
-from postcopy.cli.commands import cli
+from postcopy.cli.command_line import cli
 
 PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 HEAD = """\

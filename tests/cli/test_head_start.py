@@ -15,7 +15,7 @@ from fakes.commands import need_kvm
 from fakes.pair import DEADLINE_S
 from fakes.waiting import wait_until
 from postcopy import sync
-from postcopy.cli.head_start import engines_for
+from postcopy.cli.prefork import engines_for
 from postcopy.kernel import patience
 
 TOLD = """

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 
 from fakes.commands import DEADLINE_S, POSTCOPY, Running, need_kvm, one_line, postcopy
-from postcopy.cli.types import Number, PostcopyTime, Seconds, Size
+from postcopy.cli.command_line import Number, PostcopyTime, Seconds, Size
 
 MANY = "9" * 5000
 RUN = ("run", "--workload", "idle", "--memory", "4M", "--accel", "unicorn")

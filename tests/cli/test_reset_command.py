@@ -42,4 +42,4 @@ def test_a_snapshot_and_back(guest, tmp_path):
 def test_options_that_make_no_sense(guest):
     outcome = reset(guest, "--end", "--point")
     assert outcome.returncode == 2
-    assert "--end goes with neither" in outcome.stderr
+    assert "--end excludes" in outcome.stderr

@@ -96,7 +96,7 @@ def test_ctrl_c_leaves_a_snapshot(tmp_path):
             with stopped(machine):
                 said = end_by_ctrl_c(command)
                 assert f"interrupted: {machine.qmp} does not answer" in said
-                assert re.search(r"/image\.[0-9a-f]{16}\.partial may stay", said)
+                assert re.search(r"/image\.[0-9a-f]{16}\.partial may remain", said)
         wait_until(lambda: machine.migration_status() == "cancelled", DEADLINE_S, "cancelled")
         assert not (tmp_path / "image").exists()
         assert machine.ask("query-status")["return"]["running"]

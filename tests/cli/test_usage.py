@@ -9,7 +9,7 @@ import pytest
 
 from fakes.commands import DEADLINE_S, POSTCOPY, Running, need_kvm, one_line, postcopy
 from postcopy.cli import COMMANDS, failures
-from postcopy.cli.types import Size
+from postcopy.cli.command_line import Size
 from postcopy.errors import ChannelBroken, HostCannot, NeedsRecovery, Refused
 
 
@@ -167,13 +167,13 @@ postcopy.cli.main()
 @pytest.mark.parametrize(
     ("module", "arguments"),
     [
-        ("postcopy.cli.head_start", ["doctor"]),
+        ("postcopy.cli.prefork", ["doctor"]),
         ("postcopy.link.guest.engine_process", ["restore", "x"]),
         ("postcopy.cli.failures", ["doctor"]),
         ("click", ["doctor"]),
-        ("postcopy.cli.commands", ["doctor"]),
+        ("postcopy.cli.command_line", ["doctor"]),
         ("postcopy.cli.doctor", ["doctor"]),
-        ("postcopy.cli.drive", ["status", "--from", "unix:/none"]),
+        ("postcopy.cli.interrupts", ["status", "--from", "unix:/none"]),
         ("postcopy.client", ["status", "--from", "unix:/none"]),
     ],
 )

@@ -90,7 +90,7 @@ def test_two_sides_in_words():
         ("setup", "inmigrate", "it listens for a guest", "at the other side"),
         ("postcopy-active", "running", "the guest runs here", "here"),
         ("postcopy-active", "finish-migrate", "runs at the destination", "at the other side"),
-        ("failed", "postmigrate", "the destination may be running it", "nowhere"),
+        ("failed", "postmigrate", "the destination may be running it", "at neither side"),
     ],
 )
 def test_of_a_qemu_what_its_run_state_shows(status, run_state, says, owner):
@@ -100,7 +100,7 @@ def test_of_a_qemu_what_its_run_state_shows(status, run_state, says, owner):
         told = side_of(side, "unix:/a", info, {"status": run_state})
         assert says in told.standing.meaning
         assert owner in told.standing.owner
-        assert "does not say so itself" in "\n".join(lines(told))
+        assert "does not tell the owner" in "\n".join(lines(told))
 
 
 @pytest.mark.parametrize("owner", Owner)

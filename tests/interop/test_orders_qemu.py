@@ -109,7 +109,7 @@ def test_status_says_that_a_qemu_does_not_tell(tmp_path):
         told = postcopy("status", *sides).stdout
         assert "moved away, or has been written to a file" in told
         assert "the guest  is here" in told.partition("destination")[2]
-        assert told.count("does not say so itself") == 2
+        assert told.count("does not tell the owner") == 2
 
 
 @pytest.mark.qemu(OLDEST)

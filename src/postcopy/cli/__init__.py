@@ -1,7 +1,6 @@
-"""The command line: one file a subcommand, and the one table of them.
+"""The command line: the table of its subcommands, and its entry point.
 
-Whoever is going to need an engine at once has it begin before anything else: see
-:mod:`postcopy.cli.head_start`.
+A command that needs an engine at once forks it before all other work: see :mod:`postcopy.cli.prefork`.
 """
 
 import sys
@@ -11,43 +10,43 @@ from typing import Final
 COMMANDS: Final = {
     "run": "postcopy.cli.run",
     "migrate": "postcopy.cli.migrate",
-    "recover": "postcopy.cli.recover",
+    "recover": "postcopy.cli.migrate",
     "snapshot": "postcopy.cli.snapshot",
-    "restore": "postcopy.cli.restore",
+    "restore": "postcopy.cli.run",
     "reset": "postcopy.cli.reset",
-    "verify": "postcopy.cli.verify",
-    "inspect": "postcopy.cli.inspect",
-    "diff": "postcopy.cli.diff",
-    "extract": "postcopy.cli.extract",
-    "prune": "postcopy.cli.prune",
+    "verify": "postcopy.cli.image_commands",
+    "inspect": "postcopy.cli.image_commands",
+    "diff": "postcopy.cli.image_commands",
+    "extract": "postcopy.cli.image_commands",
+    "prune": "postcopy.cli.image_commands",
     "status": "postcopy.cli.status",
     "doctor": "postcopy.cli.doctor",
     "demo": "postcopy.cli.demo",
 }
-"""Subcommand: the module that has a click command of that name."""
+"""For each subcommand the module with a click command of that name."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and leave with its exit code; an error is one line on stderr."""
+    """Run the command line and exit with its exit code; an error is one line on stderr."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     shared = {}
-    if arguments is None:  # this process is ours alone
+    if arguments is None:  # the process runs this command only
         from postcopy.cli import process
 
         process.use_utf8()
-        process.leave_when_interrupted()
+        process.exit_when_interrupted()
         process.have_standard_streams()
-        from postcopy.cli.head_start import engines_for
+        from postcopy.cli.prefork import engines_for
 
         shared["engines"] = engines_for(given)
     from postcopy.cli import failures, process
-    from postcopy.cli.commands import cli
+    from postcopy.cli.command_line import cli
 
     try:
         process.raise_when_interrupted()
         code = cli.main(given, prog_name="postcopy", standalone_mode=False, obj=shared)
         failures.check_output()
-    except BaseException as error:  # the last resort: no traceback reaches a user
-        process.leave_when_interrupted()
+    except BaseException as error:  # of any kind: a user sees no traceback
+        process.exit_when_interrupted()
         code = failures.report(error, debug="--debug" in given)
     sys.exit(code if isinstance(code, int) else failures.DONE)

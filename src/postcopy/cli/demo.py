@@ -1,4 +1,4 @@
-"""``postcopy demo``: a running guest moves, and you watch."""
+"""``postcopy demo``: migrates a busy guest, and checks its memory."""
 
 import contextlib
 from collections.abc import AsyncIterator
@@ -15,21 +15,20 @@ if TYPE_CHECKING:
     from postcopy.client import Machine, Migration, Result
 
 _ROUNDS = 2
-_DOWNTIME_LIMIT_MS = 30  # on a host so busy that the guest hardly writes, 300 ms let precopy win
-_SOFTWARE_BANDWIDTH = 16 << 20  # a software CPU writes so slowly that precopy would win
+_DOWNTIME_LIMIT_MS = 30  # with 300 ms precopy would converge on a busy host
+_SOFTWARE_BANDWIDTH = 16 << 20  # a software CPU writes slowly: precopy would converge
 _SOFTWARE = "no KVM here: a software CPU runs a smaller guest (see 'postcopy doctor')"
 
 
-@click.command(short_help="Watch a busy guest move, and its memory be checked.")
+@click.command(short_help="Migrate a busy guest, and check its memory.")
 def demo() -> None:
-    """Move a guest that never stops writing from one process to another.
+    """Migrate a guest that never stops writing from one process to another.
 
-    Precopy cannot win against its writes, so after two rounds postcopy takes over.  In the end every
-    page is checked.
+    Precopy cannot converge, so after two rounds postcopy begins.  At the end every page is checked.
     """
-    from postcopy.cli import drive
+    from postcopy.cli import interrupts
 
-    drive.run(_demo())
+    interrupts.run(_demo())
 
 
 async def _demo() -> None:
@@ -96,7 +95,7 @@ async def _move(source: "Machine", destination: "Machine", bandwidth: int | None
     import asyncio
 
     from postcopy.cli import progress_view
-    from postcopy.cli.drive import Watch
+    from postcopy.cli.watch import MigrationWatch
 
     migration = await source.migrate(
         to=destination, postcopy="manual", bandwidth=bandwidth, downtime_limit_ms=_DOWNTIME_LIMIT_MS
@@ -104,14 +103,14 @@ async def _move(source: "Machine", destination: "Machine", bandwidth: int | None
     view = progress_view.choose(as_json=False)
     switch = asyncio.create_task(_switch_after_rounds(migration))
     with view:
-        result = await Watch(migration, view).until_end()
+        result = await MigrationWatch(migration, view).until_end()
     if not await switch:
-        click.echo("precopy was quick enough on this host: postcopy had nothing to do")
+        click.echo("precopy converged on this host: postcopy was not needed")
     return result
 
 
 async def _switch_after_rounds(migration: "Migration") -> bool:
-    """Switch to postcopy when two rounds are over; return whether it came to that."""
+    """Switch to postcopy after two rounds; return whether that was necessary."""
     from postcopy.client import Phase
 
     async for progress in migration.events():
@@ -122,16 +121,16 @@ async def _switch_after_rounds(migration: "Migration") -> bool:
 
 
 def _report(result: "Result", stops: tuple[float, float]) -> None:
-    from postcopy.cli import report
+    from postcopy.cli.progress_view import as_table, result_rows
 
-    rows = list(report.lines(result))
+    rows = list(result_rows(result))
     before, since = stops
     longest = f"{since:.1f} ms: the longest stop of any vCPU"
     if since <= before:
         longest = f"less than {before:.1f} ms, its longest stop of all, before the migration"
     rows.insert(1, ("downtime, by the guest", longest))
     click.echo()
-    click.echo(report.text(rows))
+    click.echo(as_table(rows))
 
 
 async def _check(

@@ -1,6 +1,6 @@
-"""What a workload's guest says about its own migration, and whether its memory is whole.
+"""The guest of a demonstration: its own measurements of a migration, and a check of its memory.
 
-All of it is read over QMP, as any user could.
+All of it is read over QMP.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ _CALIBRATION_S: Final = 0.5
 
 
 class DemoGuest:
-    """The guest of a demonstration, wherever it is."""
+    """The guest of a demonstration, at either machine."""
 
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
@@ -37,12 +37,12 @@ class DemoGuest:
         self._before: list[Record] = []
 
     async def wait_until_running(self, machine: Machine) -> None:
-        """Wait until all vCPUs have filled their memory and work."""
+        """Wait until all vCPUs have filled their memory and run the workload."""
         while not is_running(await self._read_low(machine), self.workload):
             await asyncio.sleep(_POLL_S)
 
     async def calibrate(self, machine: Machine) -> None:
-        """Learn how fast the guest's clock runs, and what its stops have been so far."""
+        """Measure the rate of the guest's clock, and its stops so far."""
         first, began = await self._records(machine), time.monotonic()
         await asyncio.sleep(_CALIBRATION_S)
         self._before, ended = await self._records(machine), time.monotonic()
@@ -50,7 +50,7 @@ class DemoGuest:
         self._tsc_hz = cycles / (ended - began)
 
     async def longest_stops_ms(self, machine: Machine) -> tuple[float, float]:
-        """The longest time in which a vCPU did nothing: before the migration, and until now."""
+        """The longest time in which a vCPU did not run: before the migration, and until now."""
         after = await self._records(machine)
         return self._longest_ms(self._before), self._longest_ms(after)
 
@@ -71,9 +71,9 @@ class DemoGuest:
         return read
 
     async def check(self, machine: Machine, origin: Machine, folder: Path) -> "Check":
-        """Compare all memory of the stopped ``machine`` with what it must be.
+        """Compare all memory of the stopped ``machine`` with its expected contents.
 
-        :param origin: where the guest came from; pages that it never writes must be the same there.
+        :param origin: the source; pages that the guest never writes must be the same there.
         :param folder: has room for the memory.
         """
         size = self.workload.memory_bytes
@@ -87,12 +87,12 @@ class DemoGuest:
                 for address in fixed
                 if memory[address : address + PAGE_BYTES] != before[address : address + PAGE_BYTES]
             ]
-        # The records have been read, and what they say agrees with the memory.
+        # The records have been read, and agree with the memory.
         records = self.workload.vcpus * RECORD_BYTES // PAGE_BYTES
         return Check(found, len(fixed) + records, differing)
 
     def _fixed_pages(self) -> Iterator[int]:
-        """Pages below the workload's slices that nobody writes while it runs."""
+        """Pages below the workload's slices that are not written while it runs."""
         records = range(RECORDS_ADDRESS, RECORDS_ADDRESS + self.workload.vcpus * RECORD_BYTES)
         image = range(LOAD_ADDRESS, LOAD_ADDRESS + len(self.workload.image()))
         for address in range(0, BASE_ADDRESS, PAGE_BYTES):
@@ -101,7 +101,7 @@ class DemoGuest:
 
 
 class Check:
-    """What was found in the memory of a guest that has moved."""
+    """The result of the check of a guest's memory."""
 
     def __init__(self, oracle: Verification, other_pages: int, differing: list[int]) -> None:
         self._oracle = oracle
@@ -110,11 +110,11 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """Whether every page is as it must be."""
+        """Whether every page has its expected contents."""
         return self._oracle.ok and not self._differing
 
     def fault(self) -> str:
-        """What is wrong."""
+        """Describe the bad pages."""
         bad = [*self._oracle.bad_pages, *self._differing][:4]
         where = ", ".join(f"{address:#x}" for address in bad)
         count = self._oracle.bad_page_count + len(self._differing)

@@ -1,4 +1,4 @@
-"""``postcopy doctor``: what this host can do, and the cure for what it cannot."""
+"""``postcopy doctor``: the features of this host, and cures for missing ones."""
 
 import json
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from postcopy.cli.failures import REFUSED
 if TYPE_CHECKING:
     from postcopy.kernel.probe import Finding
 
-_DOORS = ("userfaultfd: by device", "userfaultfd: by system call")
+_WAYS_TO_OPEN = ("userfaultfd: by device", "userfaultfd: by system call")
 _PLACING = "userfaultfd: MISSING_SHMEM"
 _TRACKING = (("PAGEMAP_SCAN", "userfaultfd: WP_HUGETLBFS_SHMEM"), ("KVM",))
 
 
-@click.command(short_help="What this host can do, and cures for what it cannot.")
+@click.command(short_help="Check the features of this host, with cures for missing ones.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 @click.pass_context
 def doctor(context: click.Context, /, as_json: bool) -> None:
-    """Try everything that migration needs of this host.
+    """Check every feature of this host that migration needs.
 
     Exits with 0 when migration with postcopy can work here, else with 3.
     """
@@ -37,10 +37,10 @@ def doctor(context: click.Context, /, as_json: bool) -> None:
 
 
 def lacking(findings: Sequence["Finding"]) -> list[str]:
-    """What migration cannot do without, and is not there."""
+    """Return the missing features without which migration cannot work."""
     there = {finding.name for finding in findings if finding.available}
     missing = []
-    if not there.intersection(_DOORS):
+    if not there.intersection(_WAYS_TO_OPEN):
         missing.append("userfaultfd")
     elif _PLACING not in there:
         missing.append(_PLACING)
@@ -72,5 +72,5 @@ def _print_table(findings: Sequence["Finding"]) -> None:
         mark = click.style("yes", "green") if finding.available else click.style("no ", "red")
         click.echo(f"{mark}  {finding.name:<{width}}  {finding.detail}")
         if finding.cure:
-            # On a line of its own, to be copied whole.
+            # On a line of its own, so that it can be copied.
             click.echo(f"     {'to cure:':>{width}}  {click.style(finding.cure, bold=True)}")

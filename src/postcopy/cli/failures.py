@@ -1,12 +1,11 @@
-"""What a failed command says, and the exit code with which it says it."""
+"""Error messages and exit codes of failed commands."""
 
 import traceback
 from typing import Final
 
 import click
 
-from postcopy.cli.notices import notice
-from postcopy.cli.process import flush_output
+from postcopy.cli.process import flush_output, notice
 from postcopy.errors import NeedsRecovery, PostcopyError, Refused
 
 DONE: Final = 0
@@ -16,11 +15,11 @@ REFUSED: Final = 3
 NEEDS_RECOVERY: Final = 4
 
 _PATIENCE_S: Final = 10.0
-"""So long standard error may be held until the last line is given up."""
+"""If standard error blocks for longer, the last line is dropped."""
 
 
 class CommandFailed(Exception):
-    """A command has done its work, and the outcome is not good; the message says all."""
+    """A command has failed; the message is complete."""
 
     def __init__(self, message: str, exit_code: int = FAILED) -> None:
         super().__init__(message)
@@ -28,9 +27,9 @@ class CommandFailed(Exception):
 
 
 def check_output() -> None:
-    """Whether all that has been printed has gone out.
+    """Flush standard output.
 
-    :raises CommandFailed: it has not, such as for a full disk.
+    :raises CommandFailed: not all could be written, as to a full disk.
     """
     why = flush_output()
     if why is not None:
@@ -38,7 +37,7 @@ def check_output() -> None:
 
 
 def report(error: BaseException, *, debug: bool = False) -> int:
-    """Print ``error`` as one line on stderr, with its traceback before it if asked for.
+    """Print ``error`` as one line on stderr, after its traceback if ``debug``.
 
     :return: the exit code.
     """
@@ -69,11 +68,11 @@ def _verdict(error: BaseException) -> tuple[str, int]:
                 about = "standard output: "
             return f"{about}{error.strerror}; look at it and try again", FAILED
     what = f"unexpected {type(error).__name__}: {error}"
-    return f"{what}; a mistake in postcopy; 'postcopy --debug ...' shows the traceback", FAILED
+    return f"{what}; a bug in postcopy; 'postcopy --debug ...' shows the traceback", FAILED
 
 
 def _printed(error: BaseException) -> bool:
-    """Whether it came of printing; such an error names no file."""
+    """Whether the error is one of output; such an error names no file."""
     frames = traceback.walk_tb(error.__traceback__)
     return any(frame.f_globals.get("__name__") == click.echo.__module__ for frame, _ in frames)
 

@@ -1,27 +1,29 @@
-"""A guest's process: machine, migration and monitors, put together and taken apart again."""
+"""The process of a guest: starts and ends machine, migration and monitors."""
 
 import contextlib
 import os
 import signal
 import sys
+import termios
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from postcopy.cli import terminal
 from postcopy.cli.failures import DONE, FAILED
-from postcopy.cli.notices import notice
-from postcopy.cli.run_settings import DEFER, STDIO, RestoreOrder, RunSettings
+from postcopy.cli.process import notice
+from postcopy.cli.run_settings import DEFER, NONE, STDIO, RestoreOrder, RunSettings
 from postcopy.errors import ImageError, Refused
 from postcopy.events import EventBus
+from postcopy.image.file_kinds import check_no_image
 from postcopy.kernel import threads
 from postcopy.link.guest.control import MigrationControl
 from postcopy.link.guest.engine_process import EnginePool
 from postcopy.machine.config import MachineConfig
 from postcopy.machine.machine import Machine
 from postcopy.machine.run_state import RunState
+from postcopy.machine.serial_output import SerialOutput
 from postcopy.machine.signals import install_kick_handler
 from postcopy.stacks import tell_when_asked
 from postcopy.status import Status
@@ -31,27 +33,28 @@ if TYPE_CHECKING:
     from postcopy.monitor.hmp_console import HmpConsole
 
 _CLOSE_S: Final = 2.0
+_STDOUT: Final = 1
 
 
 class _OperatedMachine(Machine):
-    """A machine whose operator can end its process."""
+    """A machine whose monitors can end its process."""
 
     def __init__(self, config: MachineConfig, process: "GuestProcess") -> None:
         super().__init__(config, on_event=process.tell, on_serial=process.serial_output())
         self._process = process
 
     def quit(self) -> None:
-        """Ask the process to end; returns at once, so that the answer can be sent."""
+        """Request the end of the process; returns at once, so that the answer can be sent."""
         self._process.end(DONE)
 
 
 class GuestProcess:
     """One guest's process from its command line to its exit code.
 
-    The main thread waits at a pipe; any thread may end the wait by :meth:`end`.  A pipe and not a lock,
-    because the kernel may give a signal to a vCPU's thread: then only the pipe wakes the main one.
+    The main thread reads a pipe; any thread may end that wait by :meth:`end`.  A pipe and not a lock,
+    because the kernel may deliver a signal to a vCPU's thread: then only the pipe ends the wait.
 
-    :param engines: where one has been started ahead.
+    :param engines: with one that has been forked already.
     """
 
     def __init__(self, settings: RunSettings, engines: EnginePool | None = None) -> None:
@@ -66,10 +69,10 @@ class GuestProcess:
         self._failure: BaseException | None = None
 
     def run(self) -> int:
-        """Serve until told to end.
+        """Serve until :meth:`end`.
 
-        Does not return when threads may still be waiting in calls that nothing will end, such as
-        the console on standard input: the process is left at once then.
+        Exits the process in place of a return, since threads may wait in calls that never return, such as
+        the console on standard input.
 
         :return: the exit code.
         """
@@ -77,13 +80,13 @@ class GuestProcess:
         tell_when_asked()
         install_kick_handler()
         self._catch_signals()
-        # Not in this thread: an image, a name server or an engine may be waited for.
+        # In another thread: it may wait for an image, a name server or an engine.
         starting = threading.Thread(target=self._start_or_fail, name="start", daemon=True)
         threads.start(starting)
         while not self._over:
             os.read(self._wake_reader, 1)
         self._cleanup.close()
-        starting.join(_CLOSE_S)  # what it waited for has failed by now
+        starting.join(_CLOSE_S)  # its wait has failed by now
         self._cleanup.close()
         if self._failure is not None:
             raise self._failure
@@ -91,25 +94,25 @@ class GuestProcess:
         os._exit(self._exit_code)
 
     def end(self, exit_code: int) -> None:
-        """Ask the process to end; the first exit code that is not 0 counts."""
+        """Request the end of the process, with the first exit code that is not 0."""
         self._exit_code = self._exit_code or exit_code
         self._over = True
-        with contextlib.suppress(BlockingIOError):  # full: then it wakes anyway
+        with contextlib.suppress(BlockingIOError):  # full: the main thread reads it anyway
             os.write(self._wake_writer, b"\0")
 
     def tell(self, name: str, data: Mapping[str, Any]) -> None:
-        """Hand an event of the machine to whoever listens."""
+        """Emit an event of the machine to all monitors."""
         self.events.emit(name, data)
 
     def serial_output(self) -> Callable[[bytes], None]:
-        """Where the guest's serial port goes."""
-        return terminal.serial_output(self._settings.serial, self._cleanup)
+        """Return the function that writes the guest's serial output."""
+        return _serial_output(self._settings.serial, self._cleanup)
 
     def _start_or_fail(self) -> None:
         try:
             self._start()
         except BaseException as failure:
-            if not self._over:  # else it has failed because the process was told to end
+            if not self._over:  # else it has failed because the process ends
                 self._failure = failure
                 self.end(FAILED)
 
@@ -135,12 +138,16 @@ class GuestProcess:
             control.prepare()
         else:
             thread = threading.Thread(target=control.prepare, name="prepare", daemon=True)
-            threads.start_if_possible(thread)  # else an engine is made when it is needed
-        from postcopy.monitor.backend import Backend  # a guest that wakes does not wait for it
+            threads.start_if_possible(thread)  # else an engine is started when it is needed
+        from postcopy.monitor.backend import (
+            Backend,
+        )  # imported late: the guest of a restore runs first
 
         backend = Backend(machine, control, self.events)
         if settings.incoming not in {None, DEFER}:
-            control.incoming(str(settings.incoming))  # before QMP: who finds that finds this too
+            control.incoming(
+                str(settings.incoming)
+            )  # before QMP: a client of QMP finds the listener
         self._serve(backend)
         if STDIO in settings.monitors:
             self._open_console(backend)
@@ -163,10 +170,10 @@ class GuestProcess:
                 self._cleanup.callback(_try, serve_hmp(address, backend).close)
 
     def _open_console(self, backend: "Backend") -> None:
-        """The console has a thread of its own: the main thread must stay free for signals."""
+        """Start a thread for the console: the main thread must handle signals."""
         from postcopy.monitor.hmp_console import HmpConsole
 
-        self._cleanup.callback(terminal.restorer())
+        self._cleanup.callback(_terminal_restorer())
         console = HmpConsole(backend, sys.stdin, sys.stdout)
         threads.start(
             threading.Thread(target=self._converse, args=(console,), name="console", daemon=True)
@@ -199,7 +206,7 @@ class GuestProcess:
 
 
 def _tell_times(control: MigrationControl) -> None:
-    """Say how long the restore took, when it is over."""
+    """Print the times of the restore when it has ended."""
     control.progress.wait(Status.COMPLETED, Status.FAILED)
     info = control.info()
     if info.error_desc is not None:
@@ -213,16 +220,57 @@ def _tell_times(control: MigrationControl) -> None:
     notice(f"{', '.join(parts)}; {times.demand_faults} demand faults")
 
 
+def _serial_output(place: str, cleanup: contextlib.ExitStack) -> Callable[[bytes], None]:
+    """Return the function that writes the guest's serial output.
+
+    :param place: ``stdio``, ``none`` or ``file:PATH``.
+    :param cleanup: flushes the output, and reports lost bytes.
+    :raises OSError: the file cannot be opened.
+    :raises Refused: it belongs to an image.
+    """
+    if place == NONE:
+        return lambda _data: None
+    fd, name = _STDOUT, "standard output"
+    if place != STDIO:
+        name = place.removeprefix("file:")
+        check_no_image(Path(name))
+        # Never closed: a blocked write may be under way until the process ends.
+        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+
+    def tell(reason: str) -> None:
+        notice(f"{name}: {reason}; the guest goes on, and its serial output is lost meanwhile")
+
+    output = SerialOutput(fd, tell)
+
+    def close() -> None:
+        output.close()
+        if output.dropped_bytes:
+            notice(f"{name}: {output.dropped_bytes} bytes of the guest's serial output were lost")
+
+    cleanup.callback(close)
+    return output.write
+
+
+def _terminal_restorer() -> Callable[[], None]:
+    """Return a function that restores the present mode of the terminal.
+
+    The console's thread may be reading a line, in raw mode, when the process exits.
+    """
+    if not sys.stdin.isatty():
+        return lambda: None
+    settings = termios.tcgetattr(sys.stdin)
+    return lambda: termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
+
+
 def _flush() -> None:
-    with contextlib.suppress(OSError, ValueError):  # closed, or full: what was said there is lost
+    with contextlib.suppress(OSError, ValueError):  # closed, or a full disk: the output is lost
         sys.stdout.flush()
 
 
 def _try(close: Callable[[], None]) -> None:
-    """Close within a moment, or not.
+    """Call ``close``, and return after :data:`_CLOSE_S` at the latest.
 
-    A vCPU that waits for a page may be unstoppable (Linux 6.18), and standard output may be a pipe that
-    nothing reads.
+    A vCPU that waits for a page may be unstoppable (Linux 6.18), and standard output may be a blocked pipe.
     """
     thread = threading.Thread(target=close, name="close", daemon=True)
     if threads.start_if_possible(thread):

@@ -1,37 +1,39 @@
-"""``postcopy migrate``: move a running machine, and watch it go."""
+"""``postcopy migrate`` and ``postcopy recover``: migrate a running guest, and watch the migration."""
 
 from typing import Any
 
 import click
 
+from postcopy.cli.command_line import PostcopyTime, Seconds, Size
 from postcopy.cli.failures import CommandFailed
-from postcopy.cli.types import PostcopyTime, Seconds, Size
 
 
-@click.command(short_help="Move a running guest over QMP, ours or QEMU's.")
+@click.command(short_help="Migrate a running guest over QMP, ours or QEMU's.")
 @click.argument("uri")
-@click.option("--from", "source", required=True, metavar="QMP-ADDRESS", help="Whose guest moves.")
-@click.option("--to", "destination", metavar="QMP-ADDRESS", help="Drive the destination as well.")
+@click.option("--from", "source", required=True, metavar="QMP-ADDRESS", help="The source.")
+@click.option(
+    "--to", "destination", metavar="QMP-ADDRESS", help="The destination, to be driven as well."
+)
 @click.option("--postcopy", type=PostcopyTime(), metavar="after=first-round|after=5s|now")
-@click.option("--bandwidth", type=Size("M"), metavar="SIZE", help="Most a second, such as 1G.")
+@click.option("--bandwidth", type=Size("M"), metavar="SIZE", help="Limit a second, such as 1G.")
 @click.option("--downtime-limit", type=click.IntRange(0), metavar="MS")
 @click.option("--timeout", type=Seconds(), metavar="S")
 @click.option(
     "--auto-recover",
     type=Seconds(),
     metavar="SECONDS",
-    help="After a break, recover unasked for so long; needs --to.",
+    help="After a break, try to recover for so long; needs --to.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def migrate(**options: Any) -> None:
-    """Move the guest of one machine to URI, such as tcp:HOST:PORT or unix:PATH.
+    """Migrate the guest of one machine to URI, such as tcp:HOST:PORT or unix:PATH.
 
-    Ctrl-C cancels as long as the guest has not moved.  With --to the destination is told what it
-    must know, and asked at the end how long its vCPUs waited for pages.
+    Ctrl-C cancels before the switchover.  With --to the command sets the destination's capabilities, makes
+    it listen, and reports how long its vCPUs waited for pages.
     """
-    from postcopy.cli import drive
+    from postcopy.cli import interrupts
 
-    drive.run(_migrate(**options))
+    interrupts.run(_migrate(**options))
 
 
 async def _migrate(
@@ -46,12 +48,12 @@ async def _migrate(
     import asyncio
     import contextlib
 
-    from postcopy.cli.drive import show_to_the_end
+    from postcopy.cli.watch import show_to_the_end
     from postcopy.client import Machine
     from postcopy.errors import Refused
 
     if options["auto_recover"] and destination is None:
-        raise Refused("--auto-recover must drive the destination too; give --to QMP-ADDRESS")
+        raise Refused("--auto-recover needs the destination; give --to QMP-ADDRESS")
     clock = asyncio.get_running_loop().time
     until = None if timeout is None else clock() + timeout
     async with contextlib.AsyncExitStack() as machines:
@@ -71,9 +73,60 @@ async def _migrate(
                 )
         except TimeoutError:
             raise CommandFailed(
-                f"not finished within {timeout:g} s: a machine does not answer, and may do still what "
-                f"it was told; 'postcopy status --from {source}' tells whether it has begun"
+                f"not finished within {timeout:g} s: a machine does not answer, and may carry out the "
+                f"order later; 'postcopy status --from {source}' shows its state"
             ) from None
         await show_to_the_end(
             migration, as_json=as_json, timeout_s=timeout, left_s=until and until - clock()
         )
+
+
+@click.command(short_help="Recover a postcopy that broke.")
+@click.argument("uri", required=False)
+@click.option(
+    "--from",
+    "source",
+    required=True,
+    metavar="QMP-ADDRESS",
+    help="The source, which has the pages.",
+)
+@click.option(
+    "--to",
+    "destination",
+    required=True,
+    metavar="QMP-ADDRESS",
+    help="The destination, which runs the guest.",
+)
+@click.option(
+    "--auto-recover",
+    type=Seconds(),
+    metavar="SECONDS",
+    help="After another break, try again for so long.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def recover(
+    uri: str | None,
+    source: str,
+    destination: str,
+    auto_recover: float | None,
+    as_json: bool,
+) -> None:
+    """Connect both sides of a broken postcopy again, and watch the migration to its end.
+
+    The destination listens at URI, such as tcp:HOST:PORT or unix:PATH; the default is a free TCP port of
+    its host.  Exit code 4: it still needs recovery, and nothing is lost.
+    """
+    from postcopy.cli import interrupts
+
+    interrupts.run(_recover(uri, source, destination, auto_recover, as_json=as_json))
+
+
+async def _recover(
+    uri: str | None, source: str, destination: str, auto_recover: float | None, *, as_json: bool
+) -> None:
+    from postcopy.cli.watch import show_to_the_end
+    from postcopy.client import Machine
+
+    async with await Machine.connect(source) as ours, await Machine.connect(destination) as theirs:
+        migration = await ours.recover(uri, to=theirs, auto_recover=auto_recover)
+        await show_to_the_end(migration, as_json=as_json)

@@ -1,6 +1,8 @@
-"""What a process of ours needs before it does anything: UTF-8, standard streams, an answer to Ctrl-C."""
+"""Set-up of a process: UTF-8, standard streams, Ctrl-C; and notices on standard error."""
 
+import contextlib
 import os
+import select
 import signal
 import sys
 from typing import Final
@@ -10,10 +12,10 @@ _INTERRUPTED: Final = b"postcopy: interrupted\n"
 
 
 def use_utf8() -> None:
-    """Begin again with names of files in UTF-8, whatever the locale; return where they are already.
+    """Execute the interpreter again in UTF-8 mode, unless file names are in UTF-8 already.
 
-    QMP, HMP and streams carry names in UTF-8.  A process in another locale opens a file of other bytes
-    than its peer means, or none.  What is printed remains in the locale's encoding.
+    QMP, HMP and streams carry names in UTF-8; in another locale the bytes of a file's name would differ.
+    Output stays in the locale's encoding.
     """
     if sys.getfilesystemencoding() == "utf-8":
         return
@@ -22,28 +24,28 @@ def use_utf8() -> None:
 
     os.environ.setdefault("PYTHONIOENCODING", locale.getencoding())
     _, *rest = Path("/proc/self/cmdline").read_bytes().split(b"\0")[:-1]
-    os.execv(  # noqa: S606 - there is nothing for a shell to do
+    os.execv(  # noqa: S606 - no shell is needed
         sys.executable, [os.fsencode(sys.executable), b"-X", b"utf8", *rest]
     )
 
 
-def leave_when_interrupted() -> None:
-    """Until :func:`raise_when_interrupted`, Ctrl-C ends the process with a line, and no traceback."""
+def exit_when_interrupted() -> None:
+    """Until :func:`raise_when_interrupted`, Ctrl-C ends the process with one line and no traceback."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _leave)
+        signal.signal(signal.SIGINT, _exit)
 
 
 def raise_when_interrupted() -> None:
     """From now on Ctrl-C is a ``KeyboardInterrupt``."""
-    if signal.getsignal(signal.SIGINT) is _leave:
+    if signal.getsignal(signal.SIGINT) is _exit:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def have_standard_streams() -> None:
-    """Open those that are closed, and make none of them fail for the bytes that go through it.
+    """Open closed standard streams on ``/dev/null``, and let none of them fail for its encoding.
 
-    A file opened later, such as a guest's memory, would get the number of a closed one, and what is
-    printed would be written into it.
+    A file that is opened later, such as a guest's memory, would get the descriptor of a closed stream,
+    and output would be written into it.
     """
     if not _is_open(_INPUT):
         _open_null(_INPUT, os.O_RDONLY)
@@ -59,16 +61,30 @@ def have_standard_streams() -> None:
 
 
 def flush_output() -> str | None:
-    """Write what has been printed; return why that cannot be, and forget it then."""
+    """Flush standard output; on an error discard its buffer, and return the reason."""
     try:
         sys.stdout.flush()
     except OSError as error:
-        _open_null(_OUTPUT, os.O_WRONLY)  # the interpreter would complain once more, at its end
+        _open_null(_OUTPUT, os.O_WRONLY)  # the interpreter would report the error again at its end
         return error.strerror or str(error)
     return None
 
 
-def _leave(_number: int, _frame: object) -> None:
+def notice(text: str, *, within_s: float = 1.0) -> None:
+    """Print one line on standard error, unless it is closed, or blocks for the time.
+
+    :param text: ``postcopy:`` is put before it.
+    """
+    line = f"postcopy: {' '.join(text.split())}\n".encode(sys.stderr.encoding, "backslashreplace")
+    poll = select.poll()
+    poll.register(_ERRORS, select.POLLOUT)
+    # A pipe that is ready takes a page, and a line is shorter.
+    if poll.poll(within_s * 1000):
+        with contextlib.suppress(OSError):
+            os.write(_ERRORS, line)
+
+
+def _exit(_number: int, _frame: object) -> None:
     os.write(_ERRORS, _INTERRUPTED)
     os._exit(1)
 

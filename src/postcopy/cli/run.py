@@ -1,34 +1,40 @@
-"""``postcopy run``: one guest with its monitors, until it is told to end."""
+"""``postcopy run`` and ``postcopy restore``: one guest with its monitors."""
 
 from typing import Any
 
 import click
 
-from postcopy.cli.run_options import ACCELERATION, MONITORS, options
-from postcopy.cli.types import Number, Size
+from postcopy.cli.command_line import ACCELERATION, MONITORS, Number, Size, options
 
-_WORKLOADS = ("hammer", "idle", "sweep")  # those of machine/workload.py, which takes long to import
+_WORKLOADS = ("hammer", "idle", "sweep")  # of machine/workload.py, which takes long to import
 _LOAD_ADDRESS = 0x10000
 
 
-@click.command(short_help="Run a guest, or wait for one to come.")
+@click.command(short_help="Run a guest, or wait for an incoming one.")
 @click.option("--image", type=click.Path(exists=True, dir_okay=False), help="Raw 64-bit code.")
 @click.option("--load-address", type=Number(), default=_LOAD_ADDRESS, metavar="ADDRESS")
-@click.option("--entry", type=Number(), metavar="ADDRESS", help="Where it begins: load address.")
+@click.option(
+    "--entry",
+    type=Number(),
+    metavar="ADDRESS",
+    help="First instruction; default: the load address.",
+)
 @click.option("--privilege", type=click.Choice(["0", "3"]), default="3", show_default=True)
-@click.option("--workload", type=click.Choice(_WORKLOADS), help="A guest that comes with us.")
+@click.option(
+    "--workload", type=click.Choice(_WORKLOADS), help="A guest that postcopy has built in."
+)
 @click.option(
     "--machine",
     "-M",
     type=click.Choice(["microvm", "none"]),
     default="microvm",
     show_default=True,
-    help="Which of QEMU's machines it is; both sides alike.",
+    help="QEMU's machine type; the same at both sides.",
 )
 @click.option("--memory", "-m", type=Size("M"), default="512M", show_default=True)
 @click.option("--smp", type=click.IntRange(1), default=1, show_default=True, help="vCPUs.")
 @options(ACCELERATION)
-@click.option("--incoming", metavar="URI|defer", help="Wait for a guest to come over there.")
+@click.option("--incoming", metavar="URI|defer", help="Wait for a guest at this URI.")
 @options(MONITORS)
 @click.pass_context
 def run(context: click.Context, /, **given: Any) -> None:
@@ -43,3 +49,40 @@ def run(context: click.Context, /, **given: Any) -> None:
     from postcopy.cli.run_settings import RunSettings
 
     context.exit(GuestProcess(RunSettings.of(given), context.obj.get("engines")).run())
+
+
+@click.command(short_help="Run a guest from its image.")
+@click.argument("path", type=click.Path(dir_okay=False))
+@click.option("--lazy", is_flag=True, help="Run at once; memory is read as the guest touches it.")
+@click.option(
+    "--prefetch",
+    type=click.Choice(["auto", "off"]),
+    default="auto",
+    show_default=True,
+    help="Read the recorded working set first.",
+)
+@click.option("--record-working-set", "record", is_flag=True, help="Record the first page faults.")
+@options(ACCELERATION)
+@options(MONITORS)
+@click.pass_context
+def restore(context: click.Context, /, **given: Any) -> None:
+    """Run the guest that is saved in PATH until 'quit', a signal or the end of the input.
+
+    Memory, vCPUs and machine are those of the image.  With --lazy the guest runs at once.  Three times are
+    printed on standard error: until it ran, until it had its working set, until it had all memory.
+    """
+    from postcopy.link.guest.engine_process import EnginePool
+
+    engines = context.obj.get("engines") or EnginePool()
+    engines.prepare()  # an engine starts while this process imports its modules
+    try:
+        context.exit(_restore(given, engines))
+    finally:
+        engines.close()
+
+
+def _restore(options: dict[str, Any], engines: Any) -> int:
+    from postcopy.cli.guest_process import GuestProcess
+    from postcopy.cli.run_settings import restore_settings
+
+    return GuestProcess(restore_settings(options, engines), engines).run()

@@ -1,24 +1,31 @@
-"""The options of ``postcopy run``, checked against each other."""
+"""The options of ``postcopy run`` and ``postcopy restore``, checked against each other."""
 
+import os
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, Final, Self, get_args
 
-from postcopy.errors import Refused
+from postcopy.cli.prefork import import_ahead
+from postcopy.errors import ImageError, Refused
+from postcopy.link.guest.engine_process import EnginePool
+from postcopy.link.protocol import RestoreCommands
 from postcopy.machine import workload
-from postcopy.machine.config import MachineConfig, read_image
+from postcopy.machine.config import RAM_NAMES, MachineConfig, MachineType, read_image
 
 DEFER = "defer"
 STDIO = "stdio"
 NONE = "none"
+_START_TIME_FIELD: Final = 21  # of /proc/PID/stat, in clock ticks since the host has started
 
 
 @dataclass(frozen=True)
 class RestoreOrder:
-    """What ``x-restore`` is asked for.
+    """The arguments of ``x-restore``.
 
-    :param began_ns: when the process has started, on the monotonic clock.
+    :param began_ns: start of the process, on the monotonic clock.
     """
 
     path: str
@@ -36,7 +43,7 @@ class RunSettings:
     :param monitors: addresses of HMP monitors; ``stdio`` at most once.
     :param qmps: addresses of QMP monitors.
     :param serial: ``stdio``, ``none`` or ``file:PATH``.
-    :param restore: the image that the guest wakes from, in place of ``incoming``.
+    :param restore: the image from which the guest runs, in place of ``incoming``.
     """
 
     machine: MachineConfig
@@ -50,9 +57,9 @@ class RunSettings:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Self:
-        """The settings that the options mean.
+        """Make them of the options of ``postcopy run``.
 
-        :raises Refused: they do not go together.
+        :raises Refused: the options exclude each other.
         """
         return cls(
             machine=_machine(options),
@@ -66,9 +73,9 @@ class RunSettings:
 
 
 def monitors_of(options: Mapping[str, Any]) -> tuple[str, ...]:
-    """Where the HMP monitors are.
+    """Return the addresses of the HMP monitors.
 
-    :raises Refused: two cannot share the standard input; or there is no such serial port.
+    :raises Refused: two would share the standard input; or there is no such serial port.
     """
     monitors = tuple(options["monitors"])
     if not monitors and not options["qmps"] and sys.stdin.isatty():
@@ -100,9 +107,88 @@ def _machine(options: Mapping[str, Any]) -> MachineConfig:
 def _image(options: Mapping[str, Any]) -> bytes | None:
     image, name = options["image"], options["workload"]
     if options["incoming"] is not None:
-        return None  # as with QEMU, a kernel may be named; what comes replaces it
+        return None  # as in QEMU, a kernel may be given; the incoming guest replaces it
     if bool(image) == bool(name):
         raise Refused("a guest needs just one of --image, --workload and --incoming; give one")
     if image:
         return read_image(image)
     return workload.load(name, options["memory"], options["smp"]).image()
+
+
+def restore_settings(options: Mapping[str, Any], engines: EnginePool) -> RunSettings:
+    """Make the settings of the options of ``postcopy restore`` and of the image.
+
+    :param engines: the next of these opens the image, and restores it.
+    :raises Refused: the options exclude each other, or postcopy cannot run the image's machine.
+    """
+    path = Path(options["path"]).absolute()  # the engine gets the same path later
+    if options["record"] and not options["lazy"]:
+        raise Refused("--record-working-set records the first page faults; give --lazy too")
+    return RunSettings(
+        machine=_machine_of_image(path, options, engines),
+        incoming=None,
+        paused=options["paused"],
+        monitors=monitors_of(options),
+        qmps=tuple(place for place in options["qmps"] if place != NONE),
+        name=options["name"],
+        serial=options["serial"],
+        restore=RestoreOrder(
+            path=str(path),
+            lazy=options["lazy"],
+            prefetch=options["prefetch"],
+            record=options["record"],
+            began_ns=process_start_ns(),
+        ),
+    )
+
+
+def process_start_ns() -> int:
+    """Return the start of this process, on the monotonic clock, to a hundredth of a second."""
+    text = Path("/proc/self/stat").read_text()
+    ticks = int(text.rpartition(")")[2].split()[_START_TIME_FIELD - 2])
+    age_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - ticks * 10**9 // os.sysconf("SC_CLK_TCK")
+    return time.monotonic_ns() - max(0, age_ns)
+
+
+def _machine_of_image(path: Path, options: Mapping[str, Any], engines: EnginePool) -> MachineConfig:
+    """Return the machine of an image, which the engine opens, and keeps open for the restore."""
+    answer = engines.ask(RestoreCommands.look_at_image, str(path))
+    import_ahead(lambda: answer.has_come)
+    try:
+        image = answer.wait()
+    except ImageError as error:
+        raise Refused(str(error)) from error
+    machine = _machine_type(path, image.machine)
+    config = MachineConfig(
+        memory_bytes=_memory_bytes(path, machine, image.blocks),
+        vcpus=_vcpus(path, image.vcpus),
+        accel=options["accel"],
+        huge_pages=options["huge_pages"],
+        transparent_huge_pages=not options["lazy"],
+        machine_type=machine,
+    )
+    config.check()
+    return config
+
+
+def _machine_type(path: Path, name: str) -> MachineType:
+    for known in get_args(MachineType):
+        if known == name:
+            machine: MachineType = known
+            return machine
+    raise Refused(
+        f"{path}: it is of a machine '{name}'; ours are {', '.join(get_args(MachineType))}"
+    )
+
+
+def _memory_bytes(path: Path, machine: MachineType, blocks: Mapping[str, int]) -> int:
+    name = RAM_NAMES[machine]
+    if name not in blocks:
+        raise Refused(f"{path}: it has no RAM block '{name}'")
+    return blocks[name]
+
+
+def _vcpus(path: Path, count: int) -> int:
+    if not count:
+        raise Refused(f"{path}: it has no vCPU")
+    return count

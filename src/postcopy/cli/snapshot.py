@@ -1,4 +1,4 @@
-"""``postcopy snapshot``: an image of a guest that goes on."""
+"""``postcopy snapshot``: takes an image of a guest that goes on running."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,37 +14,39 @@ _MIB = 1 << 20
 
 @click.command(short_help="Take an image of a running guest, ours or QEMU's, over QMP.")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--from", "source", required=True, metavar="QMP-ADDRESS", help="Whose guest it is.")
+@click.option("--from", "source", required=True, metavar="QMP-ADDRESS", help="The machine.")
 @click.option(
     "--format",
     "form",
     type=click.Choice(["mapped-ram", "stream"]),
     default="mapped-ram",
     show_default=True,
-    help="Pages at fixed places, for restores; or a plain stream.",
+    help="Pages at fixed offsets, for restores; or a plain stream.",
 )
-@click.option("--compress", type=click.Choice(["zstd"]), help="Memory goes into a store of chunks.")
+@click.option(
+    "--compress", type=click.Choice(["zstd"]), help="Put the memory into a store of chunks."
+)
 @click.option(
     "--parent",
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="An image whose store of chunks is shared: only what has changed takes room.",
+    help="An image whose store of chunks is shared: only changed memory takes space.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def snapshot(**options: Any) -> None:
-    """Take an image of a guest, which goes on, and say what that cost it.
+    """Take an image of a guest, which goes on running, and show its figures.
 
-    PATH is a path of this host, where the machine must run too.  Ctrl-C gives up; the guest goes on
-    in any case.
+    PATH is a path of this host, on which the machine must run too.  Ctrl-C cancels the snapshot; the guest
+    runs on in any case.
     """
-    from postcopy.cli import drive
+    from postcopy.cli import interrupts
 
-    drive.run(_snapshot(**options))
+    interrupts.run(_snapshot(**options))
 
 
 async def _snapshot(*, path: Path, source: str, as_json: bool, **options: Any) -> None:
-    from postcopy.cli import progress_view, report
-    from postcopy.cli.snapshot_watch import SnapshotWatch
+    from postcopy.cli import progress_view
+    from postcopy.cli.watch import SnapshotWatch
     from postcopy.client import Machine
     from postcopy.errors import PostcopyError
 
@@ -59,11 +61,11 @@ async def _snapshot(*, path: Path, source: str, as_json: bool, **options: Any) -
             raise
     view.finish({"status": "completed"} | taken.to_json())
     if not as_json:
-        click.echo(report.text(list(lines(taken))))
+        click.echo(progress_view.as_table(list(lines(taken))))
 
 
 def lines(taken: "Snapshot") -> Iterator[tuple[str, str]]:
-    """What it cost, for a person."""
+    """The figures for a user."""
     yield "image", f"{taken.path} ({taken.format})"
     yield "pause of the guest", _ms(taken.pause_us)
     faults = "" if taken.write_faults is None else f", {taken.write_faults} writes had to wait"
@@ -85,7 +87,7 @@ def lines(taken: "Snapshot") -> Iterator[tuple[str, str]]:
         yield (
             "store",
             f"{taken.new_bytes / _MIB:.1f} MiB new, which take {taken.stored_bytes / _MIB:.1f}; "
-            f"{(taken.reused_bytes or 0) / _MIB:.1f} MiB were there",
+            f"{(taken.reused_bytes or 0) / _MIB:.1f} MiB reused",
         )
     yield "identity", taken.identity
 

@@ -1,4 +1,4 @@
-"""``postcopy status``: in plain words, where a migration stands and what to type next."""
+"""``postcopy status``: the state of a migration, and the command to type next."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -17,8 +17,8 @@ _UNKNOWN = "QMP-ADDRESS"
 _UNREACHABLE = "unreachable"
 _NEEDS_THE_OTHER = frozenset({"postcopy-active", "postcopy-paused", "postcopy-recover"})
 _IS_IT_ALIVE = (
-    "find out whether the process at {destination} has ended: then the guest is lost with it, and has to "
-    "be started anew; else recover it when it can be reached, and do not end this one"
+    "check whether the process at {destination} has ended: then the guest is lost, and has to be started "
+    "again; else recover it when it can be reached, and do not end the source"
 )
 _ARRIVED = "x_migrate_arrived   (at the source's monitor: the destination has every page)"
 _TAKE_BACK = "cont   (at the source's monitor: the destination never ran the guest)"
@@ -26,7 +26,7 @@ _TAKE_BACK = "cont   (at the source's monitor: the destination never ran the gue
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """What one side says of itself, and what that means."""
+    """The answers of one side, and their meaning."""
 
     name: str
     address: str
@@ -39,17 +39,17 @@ class Side:
     tells_owner: bool = True
 
 
-@click.command(short_help="Where a migration stands, and what to type next.")
-@click.option("--from", "source", metavar="QMP-ADDRESS", help="The side that the guest leaves.")
-@click.option("--to", "destination", metavar="QMP-ADDRESS", help="The side that it goes to.")
+@click.command(short_help="Show the state of a migration, and what to type next.")
+@click.option("--from", "source", metavar="QMP-ADDRESS", help="The source.")
+@click.option("--to", "destination", metavar="QMP-ADDRESS", help="The destination.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def status(source: str | None, destination: str | None, *, as_json: bool) -> None:
-    """Tell where a migration stands, who owns the guest, what is waited for and what to type next."""
-    from postcopy.cli import drive
+    """Show the state of a migration, the owner of the guest, and what to type next."""
+    from postcopy.cli import interrupts
 
     if source is None and destination is None:
         raise click.UsageError("give --from or --to, or both")
-    sides = drive.run(_ask(source, destination))
+    sides = interrupts.run(_ask(source, destination))
     following = what_next(sides, source, destination)
     if as_json:
         click.echo(json.dumps(as_object(sides, following)))
@@ -87,16 +87,16 @@ async def _ask(source: str | None, destination: str | None) -> list[Side]:
 
 
 def unreachable(name: str, address: str, why: str) -> Side:
-    """A side that says nothing: what is known of the other is told all the same."""
+    """Make a side that does not answer; the other side is shown all the same."""
     from postcopy.client.status_help import UNREACHABLE
 
     return Side(name, address, _UNREACHABLE, _UNREACHABLE, why, None, UNREACHABLE)
 
 
 def side_of(name: str, address: str, info: Mapping[str, Any], state: Mapping[str, Any]) -> Side:
-    """Put one side's answers into words.
+    """Explain the answers of one side.
 
-    :param state: to ``query-status``; which side it is, the machine says.
+    :param state: the answer to ``query-status``, which tells the side.
     """
     from postcopy.client.explain import explain, last_order
     from postcopy.client.progress import name_of, status_of
@@ -116,7 +116,7 @@ def side_of(name: str, address: str, info: Mapping[str, Any], state: Mapping[str
 
 
 def what_next(sides: list[Side], source: str | None, destination: str | None) -> str:
-    """What to type next: the source's row comes first, if it has something to say."""
+    """Return the command to type next: the source's, if it has one."""
     found = {side.name: (side.status, side.run_state) for side in sides}
     there = found.get("destination", ("", ""))
     if found.get("source", ("", ""))[0] in _NEEDS_THE_OTHER and there[0] == _UNREACHABLE:
@@ -131,7 +131,7 @@ def what_next(sides: list[Side], source: str | None, destination: str | None) ->
 
 
 def lines(side: Side) -> Iterator[str]:
-    """One side, for a person."""
+    """One side for a user."""
     yield f"{side.name:<12} {side.standing.meaning}"
     left = "" if not side.remaining_bytes else f", {side.remaining_bytes / _MIB:.1f} MiB remaining"
     yield f"  status     {side.status}; the machine is {side.run_state}{left}"
@@ -141,11 +141,11 @@ def lines(side: Side) -> Iterator[str]:
         yield f"  last order {side.last_order}"
     yield f"  the guest  is {side.standing.owner}"
     if not side.tells_owner:
-        yield "             (the machine is a QEMU, which does not say so itself: by its run state)"
+        yield "             (derived from the run state: a QEMU does not tell the owner)"
     if side.standing.waits_for:
         yield f"  waits for  {side.standing.waits_for}"
 
 
 def as_object(sides: list[Side], following: str) -> dict[str, Any]:
-    """The same for programs."""
+    """All sides for programs."""
     return {side.name: asdict(side) for side in sides} | {"next": following}

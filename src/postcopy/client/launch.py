@@ -95,7 +95,7 @@ def _run(line: list[str], errors: Path) -> "subprocess.Popen[bytes]":
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
-                start_new_session=True,  # a Ctrl-C is for whoever drives it
+                start_new_session=True,  # a Ctrl-C of the terminal must not reach it
             )
     except OSError as failure:
         why = failure.strerror or failure

@@ -1,36 +1,37 @@
-"""Watches a migration to its end, with an eye on Ctrl-C and the clock."""
+"""Shows a migration or a snapshot until it ends, and handles Ctrl-C and the time limit."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any, Final, TypeVar
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any, Final
 
 import click
 
-from postcopy.cli import progress_view, report
+from postcopy.cli import progress_view
 from postcopy.cli.failures import CommandFailed
-from postcopy.cli.leaving import SILENT_S, LastResort, on_interrupt
+from postcopy.cli.interrupts import SILENT_S, on_interrupt
 from postcopy.cli.progress_view import View
 from postcopy.client.migration import Migration
 from postcopy.client.progress import Phase, name_of
 from postcopy.client.result import Result
+from postcopy.client.snapshot import Snapshot, SnapshotJob
 from postcopy.errors import MigrationFailed, NeedsRecovery, PostcopyError, Refused
 
 _AFTER_SWITCHOVER: Final = frozenset(
     {Phase.POSTCOPY, Phase.PAUSED, Phase.RECOVERY, Phase.COMPLETED}
 )
-_GOES_ON: Final = (
-    "the guest has moved and runs at the destination; its last pages follow by themselves"
-)
+_GOES_ON: Final = "the guest runs at the destination, and its last pages are being sent"
 
-_INTERRUPTED: Final = "interrupted"
 _CANCELLING_S: Final = 10.0
-"""So long a machine that answers may take to cancel, after which it is left to do so alone."""
+"""A machine that answers must cancel within this time, or the command exits."""
 
-T = TypeVar("T")
+_CANCELLING_SNAPSHOT_S: Final = 10.0
+"""A machine that answers must cancel a snapshot within this time, or the command exits."""
 
 
-class Watch:
-    """One migration under the eyes of a command."""
+class MigrationWatch:
+    """Shows one migration; Ctrl-C cancels it before the switchover."""
 
     def __init__(self, migration: Migration, view: View) -> None:
         self._migration = migration
@@ -46,9 +47,9 @@ class Watch:
     ) -> Result:
         """Show it until it ends.
 
-        :param timeout_s: cancel it then, if that is still possible.
-        :param left_s: what is left of that time, where some has passed already.
-        :raises CommandFailed: the user has left, or the time is over.
+        :param timeout_s: cancel the migration after this time, if that is still possible.
+        :param left_s: the rest of that time, if some has passed already.
+        :raises CommandFailed: the user has ended the command, or the time is over.
         :raises MigrationFailed: as :meth:`Migration.result`.
         """
         if timeout_s is not None:
@@ -87,9 +88,9 @@ class Watch:
     def _interrupted(self) -> None:
         self._interrupts += 1
         if self._interrupts > 1:
-            self._leave(f"left alone by the second Ctrl-C; {self._what_goes_on()}")
+            self._leave(f"ended by the second Ctrl-C; {self._what_goes_on()}")
         elif self._migration.progress.phase in _AFTER_SWITCHOVER:
-            self._view.note(f"no way back: {_GOES_ON}; Ctrl-C again leaves them to it")
+            self._view.note(f"too late to cancel: {_GOES_ON}; Ctrl-C again ends this command only")
         else:
             self._cancel("interrupted")
 
@@ -109,17 +110,17 @@ class Watch:
         self._why_cancelled = why
         self._view.note(f"{why}: cancelling; the guest stays at the source")
         task = asyncio.create_task(self._ask_to_cancel(why, or_leave=or_leave))
-        self._pending.add(task)  # the loop itself holds tasks only weakly
+        self._pending.add(task)  # the event loop has only weak references
         task.add_done_callback(self._pending.discard)
 
     async def _ask_to_cancel(self, why: str, *, or_leave: bool) -> None:
         source = self._migration.source_address
-        look = f"'postcopy status --from {source}' tells what has become of it"
+        look = f"'postcopy status --from {source}' shows its state"
         try:
             async with asyncio.timeout(SILENT_S):
                 await self._migration.cancel()
         except TimeoutError:
-            self._leave(f"{why}: {source} does not answer; it is to cancel when it does; {look}")
+            self._leave(f"{why}: {source} does not answer; it cancels when it does; {look}")
         except Refused:
             self._view.note(f"too late: {_GOES_ON}")
             if or_leave:
@@ -142,51 +143,94 @@ async def show_to_the_end(
     timeout_s: float | None = None,
     left_s: float | None = None,
 ) -> None:
-    """Show a migration as it goes, and its figures in the end.
+    """Show the progress of a migration, and its figures at the end.
 
-    :raises CommandFailed: see :meth:`Watch.until_end`, as for all the rest.
+    :raises CommandFailed: see :meth:`MigrationWatch.until_end`, as for all other errors.
     """
     view = progress_view.choose(as_json=as_json)
     try:
         with view:
             for note in migration.notes:
                 view.note(note)
-            result = await Watch(migration, view).until_end(timeout_s, left_s)
+            result = await MigrationWatch(migration, view).until_end(timeout_s, left_s)
     except PostcopyError as error:
         view.finish({"status": name_of(migration.status), "error": str(error)})
         raise
     view.finish({"status": "completed"} | result.to_json())
     if not as_json:
-        click.echo(report.text(list(report.lines(result))))
+        click.echo(progress_view.as_table(list(progress_view.result_rows(result))))
 
 
-def run(work: Coroutine[Any, Any, T]) -> T:
-    """Run a command's coroutine.
-
-    Ctrl-C, where the command does not handle it itself, ends it; what is still to be tidied up gets a
-    moment for that, and no more.
-
-    :raises CommandFailed: it was ended by Ctrl-C.
-    """
-    last_resort = LastResort()
+@contextlib.contextmanager
+def _on_end(callback: Callable[[], None]) -> Iterator[None]:
+    """Make SIGTERM and SIGHUP call ``callback``: the snapshot needs this process to be published."""
+    loop = asyncio.get_running_loop()
+    numbers = [
+        number
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN  # as under nohup
+    ]
+    for number in numbers:
+        loop.add_signal_handler(number, callback)
     try:
-        return asyncio.run(_until_interrupted(work, last_resort))
-    except asyncio.CancelledError:
-        raise CommandFailed(_INTERRUPTED) from None
+        yield
     finally:
-        last_resort.call_off()
+        for number in numbers:
+            loop.remove_signal_handler(number)
 
 
-async def _until_interrupted(work: Coroutine[Any, Any, T], last_resort: LastResort) -> T:
-    task = asyncio.create_task(work)
+class SnapshotWatch:
+    """Shows one snapshot; Ctrl-C cancels it, and ends the command in any case."""
 
-    def interrupted() -> None:
-        last_resort.arm(_INTERRUPTED)
-        task.cancel()
+    def __init__(self, job: SnapshotJob, view: View, source: str) -> None:
+        self._job = job
+        self._view = view
+        self._source = source
+        self._shown = asyncio.create_task(self._show())
+        self._cancelling: asyncio.Task[None] | None = None
+        self._left = asyncio.Event()
+        self._words = ""
 
-    with on_interrupt(interrupted):
+    async def until_end(self) -> Snapshot:
+        """Show it until it ends.
+
+        :raises CommandFailed: the user has ended the command.
+        """
+        left = asyncio.create_task(self._left.wait())
+        ends: set[asyncio.Task[Any]] = {self._shown, left}
+        with on_interrupt(self._interrupted), _on_end(self._interrupted):
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        left.cancel()
+        if not self._shown.done():
+            self._shown.cancel()
+            raise CommandFailed(self._words)
+        return await self._shown
+
+    async def _show(self) -> Snapshot:
+        async for look in self._job.events():
+            self._view.show(look)
+        return await self._job.result()
+
+    def _interrupted(self) -> None:
+        if self._cancelling is not None:
+            self._leave("ended by the second Ctrl-C: the snapshot may go on")
+            return
+        self._view.note("interrupted: cancelling the snapshot; the guest runs on")
+        self._cancelling = asyncio.create_task(self._cancel())
+
+    async def _cancel(self) -> None:
+        silent = f"{self._source} does not answer; it cancels the snapshot when it does"
         try:
-            return await task
-        except CommandFailed as failure:
-            last_resort.arm(str(failure))  # tasks that are left may wait for a machine
-            raise
+            async with asyncio.timeout(SILENT_S):
+                await self._job.cancel()
+        except TimeoutError:
+            self._leave(f"interrupted: {silent}")
+        except PostcopyError as error:
+            self._view.note(f"cannot cancel: {error}")
+        else:
+            await asyncio.wait({self._shown}, timeout=_CANCELLING_SNAPSHOT_S)
+            self._leave("interrupted: the snapshot has not been cancelled yet")
+
+    def _leave(self, words: str) -> None:
+        self._words = f"{words}; the guest runs on, and {self._job.written} may remain"
+        self._left.set()

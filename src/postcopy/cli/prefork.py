@@ -1,14 +1,15 @@
-"""An engine that begins before its guest's process has imported anything that it does not need too.
+"""Forks an engine before its guest's process imports modules that the engine does not need.
 
-Starting an interpreter takes 10 ms and importing numpy 50, for which a guest that is to wake would
-wait.  So the engine branches off (``fork``) from a process that is a few milliseconds old, has one thread,
-and has opened nothing; and imports on one processor what it needs, while the guest's process does on
-another.  Every later engine is a new interpreter: then there are threads and a KVM machine.
+To start an interpreter takes 10 ms, and to import numpy 50 ms, which would delay the guest of a restore.
+So the engine is forked from a process that is a few milliseconds old, has one thread and no open files; it
+imports its modules on one processor while the guest's process imports others on another.  Every later
+engine is a new interpreter, since the guest's process then has threads and a KVM machine.
 """
 
+import importlib
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final
 
 from postcopy.trace import FILE_VARIABLE
 
@@ -16,12 +17,22 @@ if TYPE_CHECKING:
     from postcopy.link.guest.engine_process import EnginePool
 
 _HELP = {"-h", "--help"}
+_MODULES: Final = (
+    "postcopy.monitor.backend",
+    "postcopy.monitor.json_stream",
+    "postcopy.monitor.schema",
+    "postcopy.monitor.hmp_values",
+    "postcopy.monitor.hmp",
+    "postcopy.monitor.qmp_session",
+    "postcopy.monitor.server",
+)
+"""Modules of the monitors: 20 ms, imported while the engine reads the image."""
 
 
 def engines_for(arguments: Sequence[str]) -> "EnginePool | None":
-    """The engines for a command, one of which is on its way.
+    """Return the engines for a command, with one that has been forked.
 
-    :return: None: it needs none, or not at once, or this host has no room for one now.
+    :return: None: the command needs no engine at once, or this host cannot fork one now.
     """
     kind = _kind(arguments)
     if not kind or _HELP.intersection(arguments):
@@ -38,7 +49,7 @@ def engines_for(arguments: Sequence[str]) -> "EnginePool | None":
     try:
         return EnginePool(EngineProcess.fork(lambda link: serve(link, orders)))
     except HostCannot:
-        return None  # the order that needs one tries again, and says so
+        return None  # the order that needs an engine tries again, and reports the error
 
 
 def _value_of(option: str, arguments: Sequence[str]) -> str | None:
@@ -50,10 +61,18 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
 
 
 def _kind(arguments: Sequence[str]) -> str | None:
-    """What the engine is to be ready for."""
+    """Return the job for which the engine is to be prepared."""
     match [each for each in arguments if each != "--debug"]:
         case ["restore", *_]:
             return "RestoreCommands"
         case ["run", *rest] if any(each.startswith("--incoming") for each in rest):
             return "IncomingCommands"
     return None
+
+
+def import_ahead(enough: Callable[[], bool]) -> None:
+    """Import modules of later use, one at a time, until ``enough()``."""
+    for name in _MODULES:
+        if enough():
+            return
+        importlib.import_module(name)
