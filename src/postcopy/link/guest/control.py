@@ -180,8 +180,7 @@ class MigrationControl:
                 after = self._restoring.job
                 self._current.uri = uri
                 job = Job(self._tell, incoming=False, settings=settings, after=after)
-                name = "snapshot" if job.is_snapshot else "migrate"
-                self._ownership.ordered(name, "outgoing", uri)
+                self._ownership.ordered(job.order, "outgoing", uri)
                 self._current.shown = job
                 if after is not None:
                     self._queued.take(job, uri, fds)
@@ -322,10 +321,9 @@ class MigrationControl:
         try:
             self._ownership.move(Move.CANCEL)
         except WrongState:
-            # A command that goes on would keep the guest stopped; what it has done is not known.
-            if not self._engines.call(OutgoingCommands.end_command):
-                raise
-            return
+            if self._engines.call(OutgoingCommands.end_command):
+                return  # what the command has done is not known: the guest waits for 'cont'
+            raise
         self._engines.tell(OutgoingCommands.cancel)
 
     def continue_(self, state: Status) -> None:

@@ -58,6 +58,11 @@ class Job:
         """Whether the guest stays, and only an image of it leaves."""
         return not self.incoming and self.settings.enabled(Capability.BACKGROUND_SNAPSHOT)
 
+    @property
+    def order(self) -> str:
+        """What the user has ordered of a guest that leaves."""
+        return "snapshot" if self.is_snapshot else "migrate"
+
     def note(self, figures: MigrationInfo, error: str | None) -> None:
         """Keep what its engine says with a change of the status."""
         self._last, self.error = figures, error
