@@ -116,6 +116,7 @@ class BackgroundSnapshot:
             self._finish(channel, sender, states)
             self._publish()
             self._clock.ended = time.monotonic()
+            self._file.end()  # before the status tells of the end: the next may write there at once
             self._progress.move(Status.COMPLETED)
         except PostcopyError as error:
             self._fail(error)
