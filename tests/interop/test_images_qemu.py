@@ -9,6 +9,7 @@ from fakes.commands import postcopy
 from fakes.peers import Feature, Way
 from fakes.qemu_versions import ALL
 from fakes.real_qemu import MICROVM, QemuProcess, RealQemu, bios
+from postcopy.channel.whole_file import WholeFile
 from postcopy.image.convert import write_mapped
 from postcopy.image.formats import open_image
 from postcopy.image.manifest import Manifest
@@ -106,8 +107,9 @@ def test_a_qemu_that_has_not_run_yet_is_left_alone(tmp_path):
 def test_qemu_reads_an_image_that_was_written_anew(tmp_path, ram):
     with RealQemu("microvm", ram, tmp_path / "qemu") as qemu:
         qemu.save(tmp_path / "stream")
-    with open_image(tmp_path / "stream") as image:
-        write_mapped(image, tmp_path / "mapped")
+    with open_image(tmp_path / "stream") as image, WholeFile(tmp_path / "mapped") as file:
+        write_mapped(image, file)
+        file.publish()
     empty = tmp_path / "empty"
     with empty.open("wb") as file:
         file.truncate(RAM_BYTES)
