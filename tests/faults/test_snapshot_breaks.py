@@ -1,6 +1,5 @@
 """A snapshot that breaks at any step: the guest goes on, no write waits for ever, no half of it stays."""
 
-import contextlib
 import os
 import resource
 import signal
@@ -12,7 +11,6 @@ from fakes.pair import MIB, engines, hammer
 from fakes.sink import Sink
 from fakes.snapshots import Portrait
 from fakes.waiting import wait_until
-from faults.orders import Stall
 from postcopy import trace
 from postcopy.channel.claim import claimed
 from postcopy.channel.whole_file import partial_name
@@ -43,19 +41,6 @@ def check_survived(portrait, folder, status=Status.FAILED):
 def portrait():
     with Portrait(hammer()) as made:
         yield made
-
-
-@pytest.fixture
-def stall_at(tmp_path):
-    """``stall = stall_at(point)``: the next engine that comes there stands still."""
-    with contextlib.ExitStack() as cleanup:
-
-        def arm(point):
-            stall = Stall(point, tmp_path / "stall")
-            cleanup.callback(stall.close)
-            return stall
-
-        yield arm
 
 
 @pytest.fixture
@@ -201,8 +186,8 @@ class TestCancelled:
             portrait.side.control.cancel()
             check_survived(portrait, tmp_path, Status.CANCELLED)
 
-    def test_when_the_disk_has_all_of_it(self, tmp_path, image, stall_at):
-        stall = stall_at("snapshot.synced")
+    def test_when_the_disk_has_all_of_it(self, tmp_path, image, stalled):
+        stall = stalled("snapshot.synced")
         with Portrait(hammer(fill_kib=2048)) as portrait:
             portrait.begin(f"file:{image}")
             stall.wait()
@@ -213,9 +198,9 @@ class TestCancelled:
             assert image.read_bytes() == OLD
             assert names_in(image.parent) == ["image"]
 
-    def test_once_the_file_has_its_name(self, image, stall_at):
+    def test_once_the_file_has_its_name(self, image, stalled):
         """Too late: it completes, and does not say that it was cancelled."""
-        stall = stall_at("snapshot.published")
+        stall = stalled("snapshot.published")
         with Portrait(hammer(fill_kib=2048)) as portrait:
             portrait.begin(f"file:{image}")
             stall.wait()
