@@ -100,8 +100,8 @@ def test_a_migration_after_a_migration(tmp_path, source, target, step):
 
 
 def after_it_goes_on(folder, source, before):
-    """The order of the killed command waits in ``pre-switchover``."""
-    source.wait_migration("pre-switchover")
+    """The migration that was ordered goes on: at this bandwidth it may never come to its end."""
+    assert source("query-migrate")["status"] in {"setup", "active", "pre-switchover"}
     with Qemu(folder / "c", "-incoming", "defer") as other:
         refused = migrate(source, other, folder / "another-way")
         assert refused.returncode
