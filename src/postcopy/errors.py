@@ -15,6 +15,8 @@
     ├── StreamError          the peer's (or a file's) bytes are wrong; ``offset`` says where
     │   └── StreamCut        they end too early
     ├── ImageError           a file of a snapshot is not what it must be: which file, what, and where
+    ├── RingError            what a driver wrote into a virtqueue is wrong: which, and where
+    ├── VhostUserError       a vhost-user peer's message is wrong: which, and where
     ├── GuestError           the guest itself cannot go on: a vCPU failed, a device refused its state
     ├── EngineDied           the engine process is gone; the guest's process decides what that means
     └── MigrationFailed      what a caller of the Python API gets for a migration that did not happen
@@ -143,17 +145,25 @@ class ChannelBroken(ChannelError):
     """The channel worked and then broke, or the peer closed it too early."""
 
 
-class StreamError(PostcopyError):
-    """The bytes of a peer or a file are not a migration stream that we can take.
+class _WrongBytes(PostcopyError):
+    """What others have written is wrong, and where.
 
-    :param message: what is wrong, in QEMU's words where QEMU has any.
-    :param offset: bytes from the start of the stream (or package) to the element at fault.
+    :param message: what is wrong.
+    :param offset: bytes from the beginning, where there is such a place.
     """
 
     def __init__(self, message: str, offset: int | None = None) -> None:
         super().__init__(message if offset is None else f"{message} (at byte {offset:#x})")
         self.message = message
         self.offset = offset
+
+
+class StreamError(_WrongBytes):
+    """The bytes of a peer or a file are not a migration stream that we can take.
+
+    ``message`` is in QEMU's words where QEMU has any; ``offset`` counts from the start of the stream (or
+    package) to the element at fault.
+    """
 
 
 class StreamCut(StreamError):
@@ -176,6 +186,20 @@ class ImageError(PostcopyError):
         self.path = os.fspath(path)
         self.message = message
         self.offset = offset
+
+
+class RingError(_WrongBytes):
+    """What a driver wrote into a virtqueue, or a request in it, is not what it must be.
+
+    ``offset`` counts from the start of the ring, or of its descriptor table.
+    """
+
+
+class VhostUserError(_WrongBytes):
+    """A vhost-user peer's message cannot be, or not at this moment.
+
+    ``message`` begins with the name of the peer's; ``offset`` counts from its start, the header included.
+    """
 
 
 class GuestError(PostcopyError):

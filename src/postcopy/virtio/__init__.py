@@ -1,0 +1,1 @@
+"""What a virtio device and its driver share: rings, feature bits, requests; no transport and no socket."""
