@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from postcopy.abi.ioctl import PlainIoctl
-from postcopy.abi.mman import MAP_SHARED, PROT_READ
+from postcopy.abi.linux import MAP_SHARED, PROT_READ
 from postcopy.abi.userfaultfd import UFFDIO_WAKE, uffdio_range
 from postcopy.errors import KernelError
 from postcopy.kernel import calls, patience

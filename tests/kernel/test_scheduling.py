@@ -6,7 +6,7 @@ import pytest
 
 from postcopy.errors import KernelError
 from postcopy.kernel import calls
-from postcopy.kernel.scheduling import run_soon, slice_ns
+from postcopy.kernel.threads import run_soon, slice_ns
 
 
 def test_only_the_thread_that_asks_gets_shorter_turns():

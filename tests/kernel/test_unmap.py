@@ -9,8 +9,7 @@ from postcopy.abi.pagemap import PageCategory
 from postcopy.errors import KernelError
 from postcopy.kernel import calls, memfd
 from postcopy.kernel.mapping import Mapping
-from postcopy.kernel.pagemap import PagemapScanner
-from postcopy.kernel.unmap import unmap
+from postcopy.kernel.pagemap import PagemapScanner, unmap
 
 PAGES = 3000
 

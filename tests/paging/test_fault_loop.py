@@ -9,7 +9,7 @@ import pytest
 from fakes.cpus import CpusNoted
 from fakes.guest import RAM, AskedPages, need_missing_pages
 from fakes.waiting import wait_until
-from postcopy.abi import mman
+from postcopy.abi import linux
 from postcopy.abi.userfaultfd import EventCode, Feature
 from postcopy.errors import GuestError
 from postcopy.guest import Region
@@ -70,7 +70,7 @@ class Told:
 
     def remove(self, page, count=1):
         at = self.memory.address + page * PAGE
-        self.do(calls.madvise, at, count * PAGE, mman.MADV_REMOVE)
+        self.do(calls.madvise, at, count * PAGE, linux.MADV_REMOVE)
 
     def place(self, pages, value):
         offsets = np.array(pages, np.uint64) * np.uint64(PAGE)
@@ -118,7 +118,7 @@ def test_nothing_is_placed_where_memory_was_unmapped(told):
     told.do(calls.munmap, told.memory.address + 5 * PAGE, 2 * PAGE)
     told.place([4, 5, 6, 7], 8)
     assert [told.memory.read(page * PAGE, 1)[0] for page in (4, 7)] == [8, 8]
-    told.do(calls.mmap, 2 * PAGE, mman.PROT_READ, mman.MAP_PRIVATE | mman.MAP_ANONYMOUS)
+    told.do(calls.mmap, 2 * PAGE, linux.PROT_READ, linux.MAP_PRIVATE | linux.MAP_ANONYMOUS)
     assert told.ram.missing_pages == PAGES - 4
 
 

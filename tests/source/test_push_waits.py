@@ -115,7 +115,7 @@ def test_the_destinations_verdict_ends_every_wait(push, here):
     with pytest.raises(StreamError, match="could not take the guest"):
         push.answers.wait_shut()
     push.waits.read(here=True)  # nobody is there any more to pass it
-    assert not push.answers.turn.is_borrowed
+    assert not push.answers.reader.is_borrowed
 
 
 @pytest.mark.parametrize("here", [True, False])

@@ -11,7 +11,7 @@ from postcopy.channel.channel import Channel
 from postcopy.destination.door import Door
 from postcopy.errors import ChannelBroken, PostcopyError
 from postcopy.kernel import threads
-from postcopy.kernel.scheduling import run_soon
+from postcopy.kernel.threads import run_soon
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.paging.fault_table import FaultTable
 from postcopy.paging.placement import Placement

@@ -1,6 +1,6 @@
 """Make a kernel call, and turn its failure into a :class:`~postcopy.errors.KernelError`.
 
-Failures that pass are outlived here, as :mod:`postcopy.kernel.patience` has it.
+A call that fails for a reason that may pass is made again, see :mod:`postcopy.kernel.patience`.
 
 Every call here lets go of the interpreter lock.  That is not a matter of speed: a call may touch
 guest memory, and if the page is missing, the thread that brings it must be able to run meanwhile.
@@ -10,12 +10,13 @@ guest memory, and if the page is missing, the thread that brings it must be able
 import ctypes
 import errno
 import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 from postcopy.abi.ioctl import Argument, Ioctl, PlainIoctl
-from postcopy.errors import KernelError
+from postcopy.errors import HostCannot, KernelError
 from postcopy.kernel import patience
 from postcopy.kernel.patience import PASSES, Patience
 
@@ -70,7 +71,7 @@ def ioctl(
 ) -> int:
     """Make a request; what the kernel answers is left in ``argument``, also when it fails.
 
-    :param passes: the errnos to be outlived here.
+    :param passes: the errnos at which the call is made again.
     :return: the call's result, which is 0 for most requests.
     :raises KernelError: named by the request.
     """
@@ -115,9 +116,9 @@ def mmap(
     *,
     passes: frozenset[int] = PASSES,
 ) -> int:
-    """Map memory wherever the kernel likes, and return its address.
+    """Map memory at an address of the kernel's choice, and return it.
 
-    :param passes: the errnos to be outlived here.
+    :param passes: the errnos at which the call is made again.
     """
 
     def call() -> int:
@@ -128,7 +129,7 @@ def mmap(
 
 
 def munmap(address: int, length_bytes: int) -> None:
-    """Take a mapping away."""
+    """Unmap a range."""
     where = partial(_range, address, length_bytes)
     _made("munmap", PASSES, where, lambda: _munmap(address, length_bytes))
 
@@ -136,9 +137,9 @@ def munmap(address: int, length_bytes: int) -> None:
 def madvise(
     address: int, length_bytes: int, advice: int, *, passes: frozenset[int] = PASSES
 ) -> None:
-    """Tell the kernel about a range; interrupted advice is given again.
+    """``madvise(2)`` for a range; made again when a signal interrupts it.
 
-    :param passes: the errnos to be outlived here.
+    :param passes: the errnos at which the call is made again.
     """
 
     def where() -> str:
@@ -178,7 +179,7 @@ def write_pieces(fd: int, pieces: int, count: int, position: int | None = None) 
 
     :param pieces: the address of ``count`` addresses and lengths (``struct iovec``).
     :param position: the byte of the file to write from on; None: where the descriptor stands.
-    :raises OSError: as :func:`os.writev`, for the caller knows what a channel's failures mean.
+    :raises OSError: as :func:`os.writev`; the caller knows what a channel's failures mean.
     """
     while True:
         if position is None:
@@ -246,11 +247,11 @@ def _made(
 def _outlive(
     name: str, passes: frozenset[int], where: Callable[[], str], call: Callable[[], int]
 ) -> int:
-    """A call has just failed: make it again while that may pass.
+    """Repeat a call that has just failed, as long as the failure may pass.
 
-    :param where: says what it is about.
+    :param where: returns what the call is about.
     :param call: returns a negative number when it has failed, with errno as ctypes has it.
-    :raises KernelError: it has lasted, or does not pass.
+    :raises KernelError: the failure has lasted, or is of another kind.
     """
     waits = Patience(passes)
     while waits.outlives(error := ctypes.get_errno()):
@@ -258,3 +259,35 @@ def _outlive(
         if result >= 0:
             return result
     raise KernelError(name, error, where())
+
+
+_T = TypeVar("_T")
+
+
+def open_all(open_one: Callable[[_T], int], items: Iterable[_T]) -> list[int]:
+    """Open one file for each item; when one cannot be opened, none stays open."""
+    fds: list[int] = []
+    try:
+        for item in items:
+            fds.append(open_one(item))  # noqa: PERF401 - those that are open are to be known
+    except BaseException:
+        close_all(fds)
+        raise
+    return fds
+
+
+def close_all(fds: Iterable[int]) -> None:
+    """Close these descriptors."""
+    for fd in fds:
+        os.close(fd)
+
+
+def descriptors_lost(what: str, arrived: int, sent: int) -> HostCannot:
+    """The error when descriptors were sent to this process and not all of them arrived."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    pid = os.getpid()
+    return HostCannot(
+        f"{what}: {arrived} of {sent} file descriptors arrived, since process {pid} may have {limit} "
+        "files open",
+        f"raise that limit ('prlimit --nofile=1024 --pid {pid}', 'ulimit -n') and try again",
+    )

@@ -1,11 +1,11 @@
-"""Keep idle CPUs awake while a thread waits for one that sleeps.
+"""Keep idle CPUs out of idle states while threads wait for pages.
 
-A page that comes over the network wakes four threads, one after the other.  A CPU that has nothing to
-do goes to sleep, and it takes tens of microseconds to wake one: on a virtual machine, more than all the
-rest of the work.  PM QoS says how long that may take; at 0 an idle CPU waits without sleeping.
+A page that comes over the network wakes four threads, one after the other.  An idle CPU enters an idle
+state, and to leave it takes tens of microseconds: on a virtual machine, more than all the rest of the
+work.  A PM QoS request bounds that latency; at 0 an idle CPU polls.
 
-It costs power, and at times a sibling's or a neighbour's speed.  So it is asked for only while pages
-are asked for, and a little longer.  The kernel ends what a process that dies has asked for.
+It costs power, and the sibling hyper-thread or another guest on the CPU may get slower.  So the request is
+held only while pages are requested, and a little longer.  The kernel drops it when its process dies.
 
 Source: the kernel's ``Documentation/power/pm_qos_interface.rst``.
 """
@@ -25,25 +25,25 @@ _LOOK_S: Final = 0.05
 
 
 class CpusAwake:
-    """Asks for CPUs that are awake, while :meth:`a_while` is called now and then.
+    """Holds a PM QoS request for zero CPU latency, as long as :meth:`a_while` is called now and then.
 
-    Nothing here raises: a process that may not ask goes without, and does not try again.
+    Nothing here raises: a process without the permission goes on without, and does not try again.
     """
 
     def __init__(self, device: Path = DEVICE) -> None:
         self._device = device
         self._until_ns = 0
         self._closing = threading.Event()
-        # Invariant, under the lock: while nothing is settled, no request is held; it is settled
-        # when there is one, when it was refused, and for good when this is closed.
+        # Invariant, under the lock: while `_settled` is false, no request is held; it is true while there
+        # is one, after a refusal, and for good once this is closed.
         self._lock = threading.Lock()
         self._settled = False
         self._ender: threading.Thread | None = None
 
     def a_while(self) -> None:
-        """Keep CPUs awake for the next tenth of a second; any thread may call this, and often."""
+        """Hold the request for the next tenth of a second; any thread may call this, and often."""
         self._until_ns = time.monotonic_ns() + _WHILE_NS
-        # First the time, then this look: the ender does it the other way round.
+        # First the time, then this check: the thread that ends the request does it the other way round.
         if not self._settled:
             with self._lock:
                 if not self._settled:
@@ -51,7 +51,7 @@ class CpusAwake:
                     self._ask()
 
     def close(self) -> None:
-        """Let them sleep, now and for good; any thread may call this, and more than once."""
+        """Drop the request, for good; any thread may call this, and more than once."""
         with self._lock:
             self._settled = True
             self._closing.set()
@@ -78,7 +78,7 @@ class CpusAwake:
         while held:
             self._closing.wait(_LOOK_S)
             with self._lock:
-                # A call from here on asks anew; one before has said until when.
+                # A later call of `a_while` makes a new request; an earlier one has set the time.
                 closing = self._settled = self._closing.is_set()
                 held = not closing and self._until_ns > time.monotonic_ns()
                 if held:

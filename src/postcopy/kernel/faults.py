@@ -1,4 +1,4 @@
-"""What a userfaultfd tells: its events, and how they are read out of the kernel's bytes."""
+"""The events of a userfaultfd, decoded from the kernel's messages."""
 
 import struct
 from collections.abc import Callable

@@ -12,7 +12,7 @@ import ctypes
 import os
 from typing import Final
 
-from postcopy.abi import mount
+from postcopy.abi import linux
 from postcopy.errors import KernelError
 from postcopy.kernel import calls
 
@@ -46,14 +46,14 @@ def create(size_bytes: int) -> int:
 
 def _mount() -> int:
     with _Text("tmpfs") as name:
-        context = calls.syscall("fsopen", _FSOPEN, name, mount.FSOPEN_CLOEXEC)
+        context = calls.syscall("fsopen", _FSOPEN, name, linux.FSOPEN_CLOEXEC)
     try:
         for key, value in _OPTIONS.items():
             with _Text(key) as at, _Text(value) as to:
-                command = mount.FSCONFIG_SET_STRING
+                command = linux.FSCONFIG_SET_STRING
                 calls.syscall("fsconfig", _FSCONFIG, context, command, at, to, 0)
-        calls.syscall("fsconfig", _FSCONFIG, context, mount.FSCONFIG_CMD_CREATE, 0, 0, 0)
-        return calls.syscall("fsmount", _FSMOUNT, context, mount.FSMOUNT_CLOEXEC, 0)
+        calls.syscall("fsconfig", _FSCONFIG, context, linux.FSCONFIG_CMD_CREATE, 0, 0, 0)
+        return calls.syscall("fsmount", _FSMOUNT, context, linux.FSMOUNT_CLOEXEC, 0)
     finally:
         os.close(context)
 

@@ -3,7 +3,7 @@
 :class:`Kvm` is ``/dev/kvm``, :class:`KvmVm` a virtual machine (a guest's physical address space),
 :class:`KvmVcpu` a virtual processor.  Source: ``Documentation/virt/kvm/api.rst``.
 
-Two facts rule everything that stops a vCPU:
+Two facts matter wherever a vCPU is stopped:
 
 * ``KVM_RUN`` comes back when a signal arrives, but a signal just *before* the call is lost.  So a
   kick first sets ``immediate_exit`` in the shared page and then sends the signal.
@@ -62,7 +62,7 @@ class Kvm:
     def __init__(self, path: str = "/dev/kvm") -> None:
         """Open it.
 
-        :raises HostCannot: it is not there, not ours to open, or not the version that all know.
+        :raises HostCannot: there is none, it may not be opened, or its API version is not 12.
         """
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)

@@ -10,12 +10,12 @@ import ctypes
 import weakref
 from typing import TYPE_CHECKING, Self, TypeAlias, Union
 
-from postcopy.abi import mman
+from postcopy.abi import linux
 from postcopy.kernel import calls, patience
 
 _PAGE_BYTES = 4096  # mincore's unit on x86, whatever the mapping's own page size is
 
-if TYPE_CHECKING:  # a guest that wakes does not wait until numpy has been imported
+if TYPE_CHECKING:  # numpy takes long to import, and a restored guest does not run before that
     import numpy as np
     import numpy.typing as npt
 
@@ -43,14 +43,16 @@ class Mapping:
         :param offset: in the file, a multiple of its page size.
         :raises KernelError: ``ENOMEM`` if huge pages are short.
         """
-        protection = mman.PROT_READ | (mman.PROT_WRITE if writable else 0)
-        return cls(calls.mmap(length_bytes, protection, mman.MAP_SHARED, fd, offset), length_bytes)
+        protection = linux.PROT_READ | (linux.PROT_WRITE if writable else 0)
+        return cls(calls.mmap(length_bytes, protection, linux.MAP_SHARED, fd, offset), length_bytes)
 
     @classmethod
     def anonymous(cls, length_bytes: int) -> "Mapping":
         """Map private memory that is all zeros and takes no room until it is touched."""
-        flags = mman.MAP_PRIVATE | mman.MAP_ANONYMOUS | mman.MAP_NORESERVE
-        return cls(calls.mmap(length_bytes, mman.PROT_READ | mman.PROT_WRITE, flags), length_bytes)
+        flags = linux.MAP_PRIVATE | linux.MAP_ANONYMOUS | linux.MAP_NORESERVE
+        return cls(
+            calls.mmap(length_bytes, linux.PROT_READ | linux.PROT_WRITE, flags), length_bytes
+        )
 
     @property
     def address(self) -> int:
@@ -134,7 +136,7 @@ class Mapping:
         """
         address = self._checked(offset, length_bytes)
         # Whether there is so much memory is the question.
-        calls.madvise(address, length_bytes, mman.MADV_POPULATE_WRITE, passes=patience.SIGNALS)
+        calls.madvise(address, length_bytes, linux.MADV_POPULATE_WRITE, passes=patience.SIGNALS)
 
     def discard(self, offset: int, length_bytes: int) -> None:
         """Forget pages (``MADV_DONTNEED``).
@@ -143,7 +145,7 @@ class Mapping:
         their contents: :func:`postcopy.kernel.memfd.punch_hole` is what empties them.
         """
         address = self._checked(offset, length_bytes)
-        calls.madvise(address, length_bytes, mman.MADV_DONTNEED)
+        calls.madvise(address, length_bytes, linux.MADV_DONTNEED)
 
     def close(self) -> None:
         """Unmap, now or when the last :meth:`view` is gone.  Harmless when closed."""

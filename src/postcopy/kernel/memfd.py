@@ -4,7 +4,7 @@ import errno
 import os
 from collections.abc import Iterator
 
-from postcopy.abi import mman
+from postcopy.abi import linux
 from postcopy.errors import HostCannot, KernelError
 from postcopy.kernel import calls, huge_tmpfs, patience
 
@@ -18,9 +18,9 @@ def create(name: str, size_bytes: int, *, huge_page_size: int | None = None) -> 
     :raises HostCannot: there are not enough huge pages; the cure says how many to ask for.
     :raises KernelError: otherwise.
     """
-    flags = mman.MFD_CLOEXEC
+    flags = linux.MFD_CLOEXEC
     if huge_page_size is not None:
-        flags |= mman.MFD_HUGETLB | (huge_page_size.bit_length() - 1) << mman.MFD_HUGE_SHIFT
+        flags |= linux.MFD_HUGETLB | (huge_page_size.bit_length() - 1) << linux.MFD_HUGE_SHIFT
     fd = calls.of_python("memfd_create", f"for {name}", os.memfd_create, name, flags)
     try:
         calls.of_python("ftruncate", f"{size_bytes} bytes", os.ftruncate, fd, size_bytes)
@@ -33,7 +33,7 @@ def create(name: str, size_bytes: int, *, huge_page_size: int | None = None) -> 
 
 
 def create_transparent(name: str, size_bytes: int) -> int:
-    """As :func:`create`, of 2 MiB pages wherever the kernel has one free and lets us have it.
+    """As :func:`create`, of 2 MiB pages wherever the kernel has one free and this process may use it.
 
     A guest on those takes far fewer faults.  Without the right to them (``CAP_SYS_ADMIN``) this is a
     plain memfd.
@@ -48,8 +48,8 @@ def _check_huge_pages(fd: int, size_bytes: int, huge_page_size: int) -> None:
     # Mapping reserves the pages and fails if there are too few.  Without it a shortage would be a
     # SIGBUS later, while a guest runs.
     try:
-        protection, passes = mman.PROT_READ | mman.PROT_WRITE, patience.SIGNALS
-        address = calls.mmap(size_bytes, protection, mman.MAP_SHARED, fd, passes=passes)
+        protection, passes = linux.PROT_READ | linux.PROT_WRITE, patience.SIGNALS
+        address = calls.mmap(size_bytes, protection, linux.MAP_SHARED, fd, passes=passes)
     except KernelError as error:
         if error.errno != errno.ENOMEM:
             raise
@@ -73,12 +73,12 @@ def punch_hole(fd: int, offset: int, length_bytes: int) -> None:
 
     :raises KernelError: ``EINVAL`` if the range is empty, ``EPERM`` if the memfd is sealed.
     """
-    mode = mman.FALLOC_FL_PUNCH_HOLE | mman.FALLOC_FL_KEEP_SIZE
+    mode = linux.FALLOC_FL_PUNCH_HOLE | linux.FALLOC_FL_KEEP_SIZE
     calls.fallocate(fd, mode, offset, length_bytes)
 
 
 def empty(fd: int, offset: int, length_bytes: int) -> None:
-    """As :func:`punch_hole`, of memory that may well be new: then nothing is done.
+    """As :func:`punch_hole`, but does nothing if the file has no pages yet.
 
     Even where there is no page to take back KVM looks for each through its own tables: 2 ms of 8 GiB.
     """
@@ -91,7 +91,7 @@ def allocate(fd: int, offset: int, length_bytes: int) -> None:
 
     :raises KernelError: ``ENOSPC`` or ``ENOMEM`` if the host has not so much memory.
     """
-    calls.fallocate(fd, mman.FALLOC_FL_KEEP_SIZE, offset, length_bytes)
+    calls.fallocate(fd, linux.FALLOC_FL_KEEP_SIZE, offset, length_bytes)
 
 
 def data_ranges(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:

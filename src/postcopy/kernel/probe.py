@@ -84,7 +84,7 @@ def _safely(name: str, probe: Callable[[], Iterable[Finding]]) -> list[Finding]:
         cure = error.detail.rpartition("; ")[2] or "report it: this is unforeseen"
         return [Finding(name, available=False, detail=str(error), cure=cure)]
     except Exception as error:
-        # Whatever a strange host does is a finding, not a reason to keep quiet about the rest.
+        # A failure that was not foreseen is a finding as well, and the other probes still run.
         detail = f"{type(error).__name__}: {error}"
         return [Finding(name, available=False, detail=detail, cure="report it: this is unforeseen")]
 

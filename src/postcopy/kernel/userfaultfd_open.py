@@ -1,4 +1,4 @@
-"""Getting a userfaultfd: two doors, and for each refusal the least privilege that opens one."""
+"""Opens a userfaultfd, by the device or the system call; an error names the least privilege that helps."""
 
 import errno
 import os
@@ -25,13 +25,13 @@ SINCE = {
     Feature.WP_ASYNC: "6.7",
     Feature.MOVE: "6.8",
 }
-"""The Linux that brought a feature, for those that a living kernel may lack."""
+"""The version of Linux that brought a feature, where a kernel in use may lack it."""
 
 
 def open_with(features: Feature, *, user_mode_only: bool = False) -> int:
-    """Open a userfaultfd and shake hands about ``features``.
+    """Open a userfaultfd and request ``features`` (``UFFDIO_API``).
 
-    :raises HostCannot: no door opens, or a feature is missing.
+    :raises HostCannot: it cannot be opened, or a feature is missing.
     :raises KernelError: otherwise.
     """
     fd = open_raw(user_mode_only=user_mode_only)
@@ -46,7 +46,7 @@ def open_with(features: Feature, *, user_mode_only: bool = False) -> int:
 
 
 def supported_features(*, user_mode_only: bool = True) -> Feature:
-    """All that this kernel has, whether we know its name or not.
+    """All features of this kernel, those without a name here included.
 
     :raises HostCannot: there is no userfaultfd for us.
     """
@@ -58,7 +58,7 @@ def supported_features(*, user_mode_only: bool = True) -> Feature:
 
 
 def handshake(fd: int, features: Feature) -> Feature:
-    """Ask for features; a descriptor can do this once.
+    """Request features (``UFFDIO_API``); once for each descriptor.
 
     :return: all that the kernel has.
     :raises KernelError: ``EINVAL`` if one is missing; ``EPERM`` if ``EVENT_FORK`` is not allowed.
@@ -69,15 +69,15 @@ def handshake(fd: int, features: Feature) -> Feature:
 
 
 def open_raw(*, user_mode_only: bool = False) -> int:
-    """Open a userfaultfd that has not yet shaken hands, by the first door that opens.
+    """Open a userfaultfd before its handshake, by the device or else by the system call.
 
-    :raises HostCannot: none does.
+    :raises HostCannot: neither is allowed.
     """
     refusals: list[KernelError] = []
-    doors: tuple[Callable[[int], int], ...] = (by_device, by_syscall)
-    for door in doors:
+    ways: tuple[Callable[[int], int], ...] = (by_device, by_syscall)
+    for open_by in ways:
         try:
-            return door(flags_for(user_mode_only=user_mode_only))
+            return open_by(flags_for(user_mode_only=user_mode_only))
         except KernelError as error:
             refusals.append(error)
     what = f"no userfaultfd for this user ({'; '.join(map(str, refusals))})"
@@ -85,7 +85,7 @@ def open_raw(*, user_mode_only: bool = False) -> int:
 
 
 def flags_for(*, user_mode_only: bool) -> int:
-    """The flags of both doors.  ``O_NONBLOCK``: without it ``poll`` only ever says ``POLLERR``."""
+    """The flags of both ways.  Without ``O_NONBLOCK`` ``poll`` always reports ``POLLERR``."""
     return os.O_CLOEXEC | os.O_NONBLOCK | (abi.UFFD_USER_MODE_ONLY if user_mode_only else 0)
 
 

@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from postcopy.abi import mman
+from postcopy.abi import linux
 from postcopy.errors import ImageError, KernelError
 from postcopy.kernel import calls, patience
 from postcopy.kernel.pagemap import PagemapScanner
@@ -192,7 +192,7 @@ class BlockRestorer:
         length = min(_AHEAD_BYTES, self.block.size_bytes - start)
         self._ahead = start + length // 2
         try:
-            advice = mman.MADV_WILLNEED
+            advice = linux.MADV_WILLNEED
             calls.madvise(self._fixed + start, length, advice, passes=patience.NONE)
         except KernelError:
             self._reads_ahead = False  # it was only advice

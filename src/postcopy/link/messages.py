@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, Final, TypeVar
 
 from postcopy.errors import EngineDied, KernelError
-from postcopy.kernel.descriptors import close_all
+from postcopy.kernel.calls import close_all
 from postcopy.kernel.patience import PASSES, Patience
 
 MOST_DESCRIPTORS: Final = 128

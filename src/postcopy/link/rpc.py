@@ -16,7 +16,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from postcopy import errors
 from postcopy.errors import EngineDied, HostCannot, PostcopyError
-from postcopy.kernel import descriptors, threads
+from postcopy.kernel import calls, threads
 from postcopy.link.messages import Messages, Received
 from postcopy.link.protocol import CODEC, is_note, messages
 from postcopy.link.workers import Workers
@@ -252,14 +252,14 @@ class Link:
     def _begin_answer(self, message: Received) -> None:
         name, fds = message.body["call"], message.fds
         if not message.is_whole:
-            lost = descriptors.lost(name, message.arrived, message.body["fds"])
+            lost = calls.descriptors_lost(name, message.arrived, message.body["fds"])
             self._refuse(message, lost)
             return
         done = threading.Event()
         try:
             self._workers.give(name, partial(self._answer, message.body, fds, done))
         except HostCannot as error:
-            descriptors.close_all(fds)
+            calls.close_all(fds)
             self._refuse(message, error.because(name))
             return
         if name in self._completed:
@@ -289,11 +289,11 @@ class Link:
         body, fds = message.body, message.fds
         answer = self._forget(body["id"])
         if answer is None:
-            descriptors.close_all(fds)  # the caller gave up waiting
+            calls.close_all(fds)  # the caller gave up waiting
         elif "error" in body:
             answer.give(None, _revive(body["error"]))
         elif not message.is_whole:
-            answer.give(None, descriptors.lost("an answer", message.arrived, body["fds"]))
+            answer.give(None, calls.descriptors_lost("an answer", message.arrived, body["fds"]))
         else:
             answer.give(CODEC.decode(body["result"], fds))
 

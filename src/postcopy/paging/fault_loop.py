@@ -23,7 +23,7 @@ from typing import Final, Protocol
 from postcopy.abi.userfaultfd import EventCode
 from postcopy.kernel import calls
 from postcopy.kernel.faults import MESSAGE
-from postcopy.kernel.scheduling import run_soon
+from postcopy.kernel.threads import run_soon
 from postcopy.kernel.userfaultfd import Userfaultfd
 
 Fault = tuple[int, int, int, int]

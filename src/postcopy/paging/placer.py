@@ -9,8 +9,7 @@ import errno
 from typing import Final
 
 from postcopy.errors import KernelError, PageExists
-from postcopy.kernel.page_copier import PageCopier
-from postcopy.kernel.userfaultfd import Userfaultfd
+from postcopy.kernel.userfaultfd import PageCopier, Userfaultfd
 from postcopy.memory.ram_block import RamBlock
 
 _GONE: Final = frozenset({errno.EFAULT, errno.ENOENT})

@@ -41,11 +41,11 @@ class PushWaits:
         """Choose whether this thread reads the return path from now on, or the return path's own."""
         if self._answers is None:
             return
-        turn = self._answers.turn
-        if here and not turn.is_borrowed:
-            turn.borrow()
-        elif not here and turn.is_borrowed:
-            turn.give_back()
+        reader = self._answers.reader
+        if here and not reader.is_borrowed:
+            reader.borrow()
+        elif not here and reader.is_borrowed:
+            reader.give_back()
 
     def read_now(self) -> None:
         """Handle the messages that have come, if this thread reads them."""
@@ -54,7 +54,7 @@ class PushWaits:
 
     def wait(self, timeout: float) -> bool:
         """Wait so many seconds, or until a message comes; return whether the push is over."""
-        if self._answers is None or not self._answers.turn.is_borrowed:
+        if self._answers is None or not self._answers.reader.is_borrowed:
             return self._over.wait(timeout)
         self._answers.read_messages(timeout)
         return self._over.is_set()

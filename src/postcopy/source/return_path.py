@@ -11,8 +11,8 @@ from collections.abc import Callable
 from postcopy.channel.channel import Channel
 from postcopy.errors import ChannelBroken, PostcopyError, StreamError
 from postcopy.kernel import threads
-from postcopy.kernel.reading import ReadingTurn
-from postcopy.kernel.scheduling import run_soon
+from postcopy.kernel.borrowed_reader import BorrowedReader
+from postcopy.kernel.threads import run_soon
 from postcopy.memory.runs import Mask
 from postcopy.stream.pings import is_ours
 from postcopy.stream.records import Pong, RecvBitmapReply, RequestPages, ResumeAck, Shut
@@ -50,7 +50,7 @@ class ReturnPath:
         self._end: PostcopyError | None = None
         self._bitmaps: dict[str, Mask] = {}
         self._resumed = False
-        self.turn = ReadingTurn(*channel.input_fds)
+        self.reader = BorrowedReader(*channel.input_fds)
         self._failure: PostcopyError | None = None  # of the thread that had borrowed the turn
         self._thread = threading.Thread(target=self.run, name="return-path", daemon=True)
         self.peer_is_ours = False
@@ -68,9 +68,9 @@ class ReturnPath:
         """Handle messages until the destination has closed the return path, or the channel breaks."""
         run_soon()  # a vCPU may wait for a page
         try:
-            self.turn.wait()
+            self.reader.wait()
             while self._receive():
-                self.turn.wait()
+                self.reader.wait()
             end: PostcopyError = ChannelBroken(
                 f"{self._channel.description}: the destination closed the connection; {_ITS_ERROR}"
             )
@@ -78,7 +78,7 @@ class ReturnPath:
             end = error
             if isinstance(error.__cause__, ConnectionError):  # not ended by ourselves
                 end = ChannelBroken(f"{error}: the destination is gone; {_ITS_ERROR}")
-        self.turn.end()
+        self.reader.end()
         with self._changed:
             self._end = end
             self._changed.notify_all()
@@ -94,7 +94,7 @@ class ReturnPath:
         :param timeout_s: how long to wait for a message; None: without a bound.
         :return: whether a message has come; False as well if the thread reads itself.
         """
-        if not self.turn.is_borrowed or not self.turn.is_readable(timeout_s):
+        if not self.reader.is_borrowed or not self.reader.is_readable(timeout_s):
             return False
         try:
             goes_on = self._receive()
@@ -102,7 +102,7 @@ class ReturnPath:
             self._failure = error
             goes_on = False
         if not goes_on:
-            self.turn.give_back(at_once=True)
+            self.reader.give_back(at_once=True)
         return True
 
     def wait_pong(self, *values: int) -> int:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from postcopy import ownership
-from postcopy.abi import mman
+from postcopy.abi import linux
 from postcopy.abi.userfaultfd import Feature, RegisterMode
 from postcopy.errors import KernelError, WrongState
 from postcopy.guest import (
@@ -27,7 +27,7 @@ from postcopy.guest import (
     VcpuThread,
 )
 from postcopy.kernel import calls, memfd, patience
-from postcopy.kernel.descriptors import close_all, open_all
+from postcopy.kernel.calls import close_all, open_all
 from postcopy.kernel.userfaultfd import (
     MISSING_FEATURES,
     MISSING_MODE,
@@ -248,7 +248,7 @@ class GuestKeeper:
     def populate(self, block: str, offset: int, length_bytes: int) -> None:
         for region in self._guest.regions():
             if region.name == block:
-                advice = mman.MADV_POPULATE_WRITE
+                advice = linux.MADV_POPULATE_WRITE
                 address = region.host_address + offset
                 calls.madvise(address, length_bytes, advice, passes=patience.SIGNALS)
 

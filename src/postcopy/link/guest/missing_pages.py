@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from postcopy.errors import PageExists
 from postcopy.guest import Region
-from postcopy.kernel.unmap import unmap
+from postcopy.kernel.pagemap import unmap
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.memory import page_map
 from postcopy.memory.runs import Mask, runs

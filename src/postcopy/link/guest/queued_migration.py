@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from postcopy.errors import HostCannot, PostcopyError
 from postcopy.kernel import threads
-from postcopy.kernel.descriptors import close_all, open_all
+from postcopy.kernel.calls import close_all, open_all
 from postcopy.link.guest.engine_slot import EngineSlot
 from postcopy.link.guest.job import Job
 from postcopy.link.guest.restoring import Restoring

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from postcopy.errors import EngineDied, GuestError, ImageError, PostcopyError, WrongState
 from postcopy.kernel import memfd
-from postcopy.kernel.descriptors import close_all, open_all
+from postcopy.kernel.calls import close_all, open_all
 from postcopy.link.guest.engine_process import EnginePool, EngineProcess
 from postcopy.link.guest.engine_slot import EngineSlot
 from postcopy.link.guest.keeper import GuestKeeper, OwnedGuest

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from postcopy.kernel.descriptors import close_all, open_all
+from postcopy.kernel.calls import close_all, open_all
 
 
 def open_files():

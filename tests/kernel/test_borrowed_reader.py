@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from postcopy.kernel.reading import ReadingTurn
+from postcopy.kernel.borrowed_reader import BorrowedReader
 
 
 class Owner:
@@ -15,7 +15,7 @@ class Owner:
 
     def __init__(self):
         self.ours, self.peer = socket.socketpair()
-        self.turn = ReadingTurn(self.ours.fileno())
+        self.reader = BorrowedReader(self.ours.fileno())
         self.read = []
         self.came = threading.Condition()
         self.thread = threading.Thread(target=self.run, daemon=True)
@@ -23,21 +23,21 @@ class Owner:
 
     def run(self):
         while True:
-            self.turn.wait()
+            self.reader.wait()
             byte = self.ours.recv(1, socket.MSG_DONTWAIT)
             with self.came:
                 self.read.append(byte)
                 self.came.notify_all()
             if not byte:
                 break
-        self.turn.end()
+        self.reader.end()
 
     def has_read(self, *expected):
         with self.came:
             return self.came.wait_for(lambda: self.read == list(expected), 10)
 
     def close(self):
-        self.turn.give_back()
+        self.reader.give_back()
         self.peer.close()
         self.thread.join(10)
         assert not self.thread.is_alive()
@@ -54,81 +54,81 @@ def owner():
 def test_the_owner_reads_as_long_as_nobody_borrows(owner):
     owner.peer.send(b"a")
     assert owner.has_read(b"a")
-    assert not owner.turn.is_borrowed
-    owner.turn.give_back()  # without the turn: no harm
+    assert not owner.reader.is_borrowed
+    owner.reader.give_back()  # without the turn: no harm
     owner.peer.send(b"b")
     assert owner.has_read(b"a", b"b")
 
 
 def test_what_comes_while_it_is_borrowed_is_the_borrowers(owner):
-    owner.turn.borrow()
-    assert owner.turn.is_borrowed
-    assert not owner.turn.is_readable()
+    owner.reader.borrow()
+    assert owner.reader.is_borrowed
+    assert not owner.reader.is_readable()
     owner.peer.send(b"ab")
-    assert owner.turn.is_readable(None)
+    assert owner.reader.is_readable(None)
     assert owner.ours.recv(1) == b"a"
     assert owner.read == []
-    owner.turn.give_back()
-    assert not owner.turn.is_borrowed
+    owner.reader.give_back()
+    assert not owner.reader.is_borrowed
     assert owner.has_read(b"b")
 
 
 def test_it_goes_to_and_fro(owner):
     for number in range(200):
-        owner.turn.borrow()
-        assert owner.turn.is_borrowed
+        owner.reader.borrow()
+        assert owner.reader.is_borrowed
         owner.peer.send(b"x")
-        assert owner.turn.is_readable(10)
+        assert owner.reader.is_readable(10)
         if number % 2:
             assert owner.ours.recv(1) == b"x"
-        owner.turn.give_back()
+        owner.reader.give_back()
     assert owner.has_read(*[b"x"] * 100)
 
 
 def test_an_owner_that_is_to_find_an_end_gets_the_turn_although_nothing_comes():
     ours, peer = socket.socketpair()
     with ours, peer:
-        turn = ReadingTurn(ours.fileno())
-        thread = threading.Thread(target=turn.wait, daemon=True)
+        reader = BorrowedReader(ours.fileno())
+        thread = threading.Thread(target=reader.wait, daemon=True)
         thread.start()
-        turn.borrow()
-        turn.give_back(at_once=True)
+        reader.borrow()
+        reader.give_back(at_once=True)
         thread.join(10)
         assert not thread.is_alive()
-        turn.end()
+        reader.end()
 
 
 def test_and_nobody_takes_it_away_before():
     ours, peer = socket.socketpair()
     with ours, peer:
-        turn = ReadingTurn(ours.fileno())
-        turn.give_back(at_once=True)
-        turn.borrow()
-        assert not turn.is_borrowed
-        turn.wait()
-        turn.end()
+        reader = BorrowedReader(ours.fileno())
+        reader.give_back(at_once=True)
+        reader.borrow()
+        assert not reader.is_borrowed
+        reader.wait()
+        reader.end()
 
 
 def test_an_owner_that_has_gone_passes_nothing(owner):
     owner.peer.shutdown(socket.SHUT_WR)
     assert owner.has_read(b"")
     owner.thread.join(10)
-    owner.turn.borrow()
-    assert not owner.turn.is_borrowed
+    owner.reader.borrow()
+    assert not owner.reader.is_borrowed
 
 
 def test_the_end_of_a_socket_is_noticed_although_it_has_been_closed():
     ours, peer = socket.socketpair()
-    turn = ReadingTurn(ours.fileno())
+    reader = BorrowedReader(ours.fileno())
     ours.shutdown(socket.SHUT_RDWR)
     number = ours.fileno()
     ours.close()
     other = os.open("/dev/null", os.O_RDONLY)  # most likely under the same number
     try:
         assert other == number
-        turn.wait()
+        reader.wait()
     finally:
-        turn.end()
+        reader.end()
         os.close(other)
         peer.close()
 
@@ -137,5 +137,5 @@ def test_nothing_is_left_open():
     ours, peer = socket.socketpair()
     with ours, peer:
         before = set(Path("/proc/self/fd").iterdir())
-        ReadingTurn(ours.fileno()).end()
+        BorrowedReader(ours.fileno()).end()
         assert set(Path("/proc/self/fd").iterdir()) == before

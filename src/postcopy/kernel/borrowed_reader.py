@@ -1,8 +1,8 @@
-"""Which thread reads a descriptor: its own, or for a while another one that is awake anyway.
+"""Lets one thread read a descriptor in place of the thread that owns it, for a while.
 
-A message that a vCPU waits for should not also have to wait until a second thread has been woken, has
-got a CPU and has got the interpreter, when a first one has all of these.  So that one may borrow the
-turn to read, and looks by itself between two pieces of its own work.
+To wake the owner takes a CPU and the interpreter lock, which the thread that runs already has.  So a busy
+thread may borrow the right to read, and checks for a message between two pieces of its own work: a vCPU
+may wait for what the message asks for.
 """
 
 import os
@@ -10,14 +10,14 @@ import select
 import threading
 
 from postcopy.kernel import calls
-from postcopy.kernel.descriptors import close_all, open_all
+from postcopy.kernel.calls import close_all, open_all
 
 
-class ReadingTurn:
-    """Passes the turn to read between the thread that owns it and one that borrows it.
+class BorrowedReader:
+    """Passes the right to read between the thread that owns it and one that borrows it.
 
-    :param fds: what is read, and what else is a reason to read: any of them readable.  They are only
-        looked at here, through duplicates: they may be closed meanwhile.
+    :param fds: descriptors of which each, once readable, is a reason to read.  They are only polled here,
+        through duplicates, so the caller may close its own meanwhile.
     """
 
     def __init__(self, *fds: int) -> None:
@@ -35,8 +35,8 @@ class ReadingTurn:
             self._sleep.register(fd, select.POLLIN)
             self._glance.register(fd, select.POLLIN)
         self._changed = threading.Condition()
-        # Under `_changed`: whether the borrower wants the turn, whether it has it, whether the owner is
-        # to read even if nothing has come, and whether it has gone.
+        # Under `_changed`: whether the borrower wants to read, whether it may, whether the owner is to
+        # read even if nothing has come, and whether the owner has ended.
         self._wanted = False
         self._borrowed = False
         self._at_once = False
@@ -45,7 +45,7 @@ class ReadingTurn:
     # --- the owner
 
     def wait(self) -> None:
-        """Sleep until there is something to read, and it is the owner's turn to do so."""
+        """Wait until there is something to read, and the owner has the right to read it."""
         while not self._lend():
             ready = calls.of_python("poll", "", self._sleep.poll)
             if all(fd != self._call for fd, _ in ready):
@@ -63,7 +63,7 @@ class ReadingTurn:
         return at_once
 
     def end(self) -> None:
-        """Read no more: no thread gets the turn from here on."""
+        """Read no more: from here on no thread can borrow."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
@@ -73,7 +73,7 @@ class ReadingTurn:
     # --- the borrower
 
     def borrow(self) -> None:
-        """Take the turn, unless the owner has gone or is about to; see :attr:`is_borrowed`."""
+        """Borrow the right to read, unless the owner has ended or is about to; see :attr:`is_borrowed`."""
         with self._changed:
             if self._ended or self._wanted or self._at_once:
                 return
@@ -82,9 +82,9 @@ class ReadingTurn:
             self._changed.wait_for(lambda: self._borrowed or self._ended)
 
     def give_back(self, *, at_once: bool = False) -> None:
-        """Let the owner go on.  Harmless without the turn.
+        """Let the owner read again.  Harmless if nothing was borrowed.
 
-        :param at_once: it is to read even if nothing comes any more: there is an end to be found.
+        :param at_once: the owner is to read even if nothing more comes: it will find the end.
         """
         with self._changed:
             self._wanted = False
@@ -93,11 +93,11 @@ class ReadingTurn:
 
     @property
     def is_borrowed(self) -> bool:
-        """Whether the borrower has it: only the borrower itself changes that."""
+        """Whether the borrower has the right to read; only the borrower itself changes that."""
         return self._borrowed and self._wanted
 
     def is_readable(self, timeout_s: float | None = 0) -> bool:
-        """Whether there is something to read, or comes within the time; for the thread that has the turn.
+        """Whether there is something to read, or comes within the time; for the thread that may read.
 
         :param timeout_s: None: for as long as it takes.
         """

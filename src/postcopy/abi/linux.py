@@ -1,0 +1,66 @@
+"""What Linux's headers say about memory, files in memory, mounts and scheduling, as far as we use it.
+
+Nothing here makes a call: that is :mod:`postcopy.kernel`.
+"""
+
+import ctypes
+
+HEADER = """
+    <sys/mman.h> <linux/mman.h> <linux/memfd.h> <linux/falloc.h> <linux/mount.h> <linux/sched/types.h>
+"""
+
+PROT_NONE = 0x0
+PROT_READ = 0x1
+PROT_WRITE = 0x2
+
+MAP_SHARED = 0x01
+MAP_PRIVATE = 0x02
+MAP_ANONYMOUS = 0x20
+MAP_NORESERVE = 0x4000
+MAP_POPULATE = 0x8000
+MAP_HUGETLB = 0x40000
+
+MADV_WILLNEED = 3  # a file: begin to read it
+MADV_DONTNEED = 4  # anonymous: the page is gone; shared: only unmapped
+MADV_REMOVE = 9  # shared: punch a hole
+MADV_HUGEPAGE = 14
+MADV_NOHUGEPAGE = 15
+MADV_PAGEOUT = 21
+MADV_POPULATE_READ = 22  # 5.14
+MADV_POPULATE_WRITE = 23  # 5.14
+
+MFD_CLOEXEC = 0x1
+MFD_ALLOW_SEALING = 0x2
+MFD_HUGETLB = 0x4
+MFD_HUGE_SHIFT = 26
+MFD_HUGE_2MB = 21 << MFD_HUGE_SHIFT  # the page size's logarithm, shifted
+MFD_HUGE_1GB = 30 << MFD_HUGE_SHIFT
+
+FALLOC_FL_KEEP_SIZE = 0x1
+FALLOC_FL_PUNCH_HOLE = 0x2
+
+FSOPEN_CLOEXEC = 0x1
+FSMOUNT_CLOEXEC = 0x1
+FSCONFIG_SET_STRING = 1
+FSCONFIG_CMD_CREATE = 6
+
+
+class sched_attr(ctypes.Structure):
+    """``struct sched_attr``
+
+    For an ordinary thread ``sched_runtime`` is, since Linux 6.12, the slice that it asks for, in
+    nanoseconds: a thread with a short slice gets a CPU sooner.
+    """
+
+    _fields_ = [
+        ("size", ctypes.c_uint32),
+        ("sched_policy", ctypes.c_uint32),
+        ("sched_flags", ctypes.c_uint64),
+        ("sched_nice", ctypes.c_int32),
+        ("sched_priority", ctypes.c_uint32),
+        ("sched_runtime", ctypes.c_uint64),
+        ("sched_deadline", ctypes.c_uint64),
+        ("sched_period", ctypes.c_uint64),
+        ("sched_util_min", ctypes.c_uint32),
+        ("sched_util_max", ctypes.c_uint32),
+    ]
