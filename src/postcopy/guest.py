@@ -144,7 +144,7 @@ class Keeper(Protocol):
     """
 
     def regions(self) -> Sequence[Region]:
-        """The RAM blocks, largest first; the same for the guest's whole life."""
+        """The RAM blocks, in the order of their guest addresses; the same for the guest's whole life."""
 
     def address_spaces(self) -> Sequence[AddressSpace]:
         """Where they are mapped."""

@@ -18,7 +18,6 @@ class FakeMachine:
     """64 MiB of RAM; ``hold`` makes a reader of memory wait, as a missing page does."""
 
     memory_bytes = 64 << 20
-    ram_name = "ram"
     vcpus = ()
 
     def __init__(self, events):
@@ -52,6 +51,9 @@ class FakeMachine:
         if guest_address >= self.memory_bytes:
             raise Refused("no RAM there")
         return 0x7F0000000000 + guest_address
+
+    def block_at(self, guest_address):
+        return "ram"
 
     def read_physical(self, address, length):
         if address + length > self.memory_bytes:

@@ -21,6 +21,7 @@ from postcopy.link.guest.watchdog import HANG_LOOKS
 from postcopy.machine import oracle
 from postcopy.machine.config import MachineConfig
 from postcopy.machine.machine import Machine
+from postcopy.machine.memory_blocks import MemoryBlock
 from postcopy.machine.workload import PAGE_BYTES, Workload, load
 from postcopy.memory.page_map import PageMap
 from postcopy.parameters import Capability
@@ -199,6 +200,7 @@ class Journey:
     paused: bool = False
     kind: type[Machine] = Machine
     huge_pages: bool = False
+    blocks: Sequence[MemoryBlock] = ()
     transparent: Sequence[bool] = (True, True)
     hang_looks: int = HANG_LOOKS
 
@@ -210,6 +212,7 @@ class Journey:
             self.workload,
             self.accelerators[0],
             huge_pages=self.huge_pages,
+            blocks=self.blocks,
             transparent_huge_pages=self.transparent[0],
         )
         self.source = self._add(Side(config, hang_looks=self.hang_looks))
@@ -237,6 +240,7 @@ class Journey:
                 "vcpus": self.workload.vcpus,
                 "accel": self.accelerators[-1],
                 "huge_pages": self.huge_pages,
+                "blocks": self.blocks,
                 "transparent_huge_pages": self.transparent[-1],
             }
             | changes
@@ -271,10 +275,12 @@ class Journey:
             machine.stop()
         self.check_memory(machine.read_memory)
         end = self.workload.slice_address(self.workload.vcpus)
-        assert not any(
-            os.pread(machine.regions()[0].fd, stop - start, start).strip(b"\0")
-            for start, stop in _data_extents(machine.regions()[0].fd, machine.memory_bytes, end)
-        ), "memory that the guest never touched is not zero"
+        for region in machine.regions():
+            assert not any(
+                os.pread(region.fd, stop - start, start).strip(b"\0")
+                for start, stop in _data_extents(region.fd, region.size_bytes, max(end, 0))
+            ), "memory that the guest never touched is not zero"
+            end -= region.size_bytes
         if not self.paused:
             machine.cont()
 
@@ -306,11 +312,17 @@ class Journey:
 
 def ram_of(machine: Machine) -> np.ndarray:
     """As :meth:`Side.ram`."""
-    fd, size = machine.regions()[0].fd, machine.memory_bytes
-    memory = np.zeros(size, np.uint8)
-    for start, end in _data_extents(fd, size):
-        memory[start:end] = np.frombuffer(os.pread(fd, end - start, start), np.uint8)
-    return memory.reshape(-1, PAGE_BYTES)
+    blocks = []
+    for region in machine.regions():
+        fd, size = region.fd, region.size_bytes
+        blocks.append(memory := np.zeros(size, np.uint8))
+        for start, end in _data_extents(fd, size):
+            memory[start:end] = np.frombuffer(os.pread(fd, end - start, start), np.uint8)
+    return (
+        np.concatenate(blocks).reshape(-1, PAGE_BYTES)
+        if blocks[1:]
+        else memory.reshape(-1, PAGE_BYTES)
+    )
 
 
 def engines(of: int | None = None) -> list[int]:

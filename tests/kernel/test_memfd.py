@@ -7,15 +7,18 @@ from pathlib import Path
 import pytest
 
 from postcopy.errors import HostCannot, KernelError
-from postcopy.kernel import calls, memfd
+from postcopy.kernel import calls, huge_pages, memfd
 from postcopy.kernel.mapping import Mapping
 
 PAGE = 4096
 HUGE = 2 << 20
 
 
-def free_huge_pages() -> int:
-    path = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+
+
+def huge_pages_of_the_host(kind: str) -> int:
+    path = POOL / f"{kind}_hugepages"
     return int(path.read_text()) if path.exists() else 0
 
 
@@ -63,23 +66,33 @@ def test_an_empty_hole_is_refused():
 
 
 def test_too_few_huge_pages_are_refused_with_the_number_that_would_do():
-    wanted = free_huge_pages() + 1000
+    free = huge_pages_of_the_host("free") - huge_pages_of_the_host("resv")
+    wanted, total = free + 1000, huge_pages_of_the_host("nr")
     before = open_descriptors()
     with pytest.raises(HostCannot, match="not enough free huge pages") as refused:
         memfd.create("huge", wanted * HUGE, huge_page_size=HUGE)
-    assert f"vm.nr_hugepages={wanted}" in refused.value.cure
+    assert f"{wanted} are needed" in str(refused.value)
+    assert "1000 are missing" in str(refused.value)
+    assert refused.value.cure == f"echo {total + 1000} > {POOL}/nr_hugepages"
     assert open_descriptors() == before
 
 
-def test_huge_pages_of_another_size_have_a_cure_of_their_own(monkeypatch):
+def test_huge_pages_of_another_size_have_a_cure_of_their_own(monkeypatch, tmp_path):
     def full(*_, **__):
         raise KernelError("mmap", errno.ENOMEM)
 
     monkeypatch.setattr(calls, "mmap", full)
     monkeypatch.setattr(os, "memfd_create", lambda *_: os.open("/dev/zero", os.O_RDONLY))
     monkeypatch.setattr(os, "ftruncate", lambda *_: None)
-    with pytest.raises(HostCannot, match="hugepages-1048576kB"):
+    monkeypatch.setattr(huge_pages, "POOLS", tmp_path)
+    pool = tmp_path / "hugepages-1048576kB"
+    pool.mkdir()
+    for kind in ("nr", "free", "resv", "surplus"):
+        (pool / f"{kind}_hugepages").write_text("0\n")
+    with pytest.raises(HostCannot, match=f"1 are missing; echo 1 > {pool}/nr_hugepages"):
         memfd.create("huge", 1, huge_page_size=1 << 30)
+    with pytest.raises(HostCannot, match="no huge pages of 16 KiB; give another page size"):
+        memfd.create("huge", 1, huge_page_size=16 << 10)
 
 
 def test_a_huge_memfd_holds_what_is_written(huge_pages):

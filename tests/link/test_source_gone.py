@@ -66,7 +66,7 @@ def test_the_error_says_how_much_is_lost(broken):
     declare_lost(broken, "poison")
     error = broken.destination.error
     assert error.startswith("the source is gone for good: ")
-    name = broken.destination.machine.ram_name
+    name = broken.destination.machine.config.ram_name
     assert f" pages of block '{name}' are lost; a vCPU that touches one of them fails" in error
     lost = int(error.removeprefix("the source is gone for good: ").split()[0])
     # A page may have come between our look and the break's end.

@@ -63,6 +63,22 @@ class TestAddressMap:
         with pytest.raises(Refused, match=where):
             AddressMap.with_hole(5 * GIB).offset_of(address, length)
 
+    @pytest.mark.parametrize("make", [AddressMap.flat, AddressMap.with_hole])
+    def test_blocks_follow_one_another(self, make):
+        """Each part is of one block; a range may reach through several."""
+        sizes = (2 * MIB, 3 * GIB, 2 * MIB, 4 * MIB)
+        found, whole = make(*sizes), make(sum(sizes))
+        ends = np.cumsum(sizes).tolist()
+        for end in ends:
+            assert any(part.end_offset == end for part in found.parts)
+        assert sum(part.size_bytes for part in found.parts) == sum(sizes)
+        for offset in (0, 2 * MIB, 3 * GIB, *ends[:-1]):
+            address = whole.address_of(offset)
+            assert found.address_of(offset) == address
+            assert found.offset_of(address, 8) == offset
+        assert found.offset_of(2 * MIB - 4, 8) == 2 * MIB - 4
+        assert found.end_address == whole.end_address
+
 
 class TestPageTables:
     @pytest.mark.parametrize("size", [2 * MIB, 3 * GIB, 3 * GIB + 2 * MIB, 4 * GIB])

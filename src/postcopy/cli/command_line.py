@@ -124,6 +124,28 @@ class PostcopyTime(click.ParamType[str | float]):
         return seconds
 
 
+class MemoryBlockOption(click.ParamType[dict[str, Any]]):
+    """A RAM block: ``name=NAME,size=SIZE,page-size=SIZE,path=DIR``; all but the name may be left out."""
+
+    name = "block"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> dict[str, Any]:
+        """Its keys and values; sizes in bytes."""
+        sizes = {"size": Size("M"), "page-size": Size()}
+        found: dict[str, Any] = {}
+        for part in str(value).split(","):
+            key, equals, text = part.partition("=")
+            if not equals or key not in {"name", "path", *sizes} or key in found:
+                hint = "write name=NAME,size=SIZE,page-size=SIZE,path=DIR, each at most once"
+                self.fail(f"{_short(part)} is no property of a RAM block; {hint}", param, ctx)
+            found[key] = sizes[key].convert(text, param, ctx) if key in sizes else text
+        if not found.get("name"):
+            self.fail(f"{_short(value)} gives the RAM block no name; add name=NAME", param, ctx)
+        return found
+
+
 def _seconds(value: Any) -> float:
     """A finite number of seconds; -1 for all else."""
     try:
@@ -158,6 +180,17 @@ ACCELERATION: Final = (
         "--accel", type=click.Choice(["auto", "kvm", "unicorn"]), default="auto", show_default=True
     ),
     click.option("--huge-pages", is_flag=True, help="Use 2 MiB pages for the guest's memory."),
+    click.option(
+        "--memory-block",
+        "memory_blocks",
+        multiple=True,
+        type=MemoryBlockOption(),
+        metavar="name=NAME,size=SIZE[,page-size=4K|2M|1G][,path=DIR]",
+        help="A RAM block; several follow one another in the guest's addresses.",
+    ),
+    click.option(
+        "--mem-path", metavar="DIR", help="A tmpfs or hugetlbfs for the files of the memory."
+    ),
 )
 MONITORS: Final = (
     click.option("--paused", "-S", is_flag=True, help="Do not run before 'cont'."),

@@ -31,7 +31,9 @@ _LOAD_ADDRESS = 0x10000
     show_default=True,
     help="QEMU's machine type; the same at both sides.",
 )
-@click.option("--memory", "-m", type=Size("M"), default="512M", show_default=True)
+@click.option(
+    "--memory", "-m", type=Size("M"), show_default="512M", help="Size of the only RAM block."
+)
 @click.option("--smp", type=click.IntRange(1), default=1, show_default=True, help="vCPUs.")
 @options(ACCELERATION)
 @click.option("--incoming", metavar="URI|defer", help="Wait for a guest at this URI.")

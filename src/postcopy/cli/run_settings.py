@@ -3,17 +3,20 @@
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self, get_args
 
+from postcopy.cli.memory_settings import blocks_of, blocks_of_image
 from postcopy.cli.prefork import import_ahead
+from postcopy.cli.process import notice
 from postcopy.errors import ImageError, Refused
 from postcopy.link.guest.engine_process import EnginePool
 from postcopy.link.protocol import RestoreCommands
 from postcopy.machine import workload
 from postcopy.machine.config import RAM_NAMES, MachineConfig, MachineType, read_image
+from postcopy.machine.memory_blocks import MemoryBlock
 
 DEFER = "defer"
 STDIO = "stdio"
@@ -89,22 +92,31 @@ def monitors_of(options: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _machine(options: Mapping[str, Any]) -> MachineConfig:
     load_address = options["load_address"]
+    blocks = blocks_of(options, RAM_NAMES[options["machine"]])
     config = MachineConfig(
-        memory_bytes=options["memory"],
+        memory_bytes=sum(block.size_bytes for block in blocks),
         vcpus=options["smp"],
         accel=options["accel"],
-        image=_image(options),
+        image=_image(options, blocks),
         load_address=load_address,
         entry=load_address if options["entry"] is None else options["entry"],
         privilege=int(options["privilege"]),
-        huge_pages=options["huge_pages"],
         machine_type=options["machine"],
+        blocks=blocks,
     )
-    config.check()
+    _check(config)
     return config
 
 
-def _image(options: Mapping[str, Any]) -> bytes | None:
+def _check(config: MachineConfig) -> None:
+    """Refuse what cannot be, and tell the user what will be slow."""
+    config.check()
+    for block in config.memory_blocks:
+        if block.warning is not None:
+            notice(block.warning)
+
+
+def _image(options: Mapping[str, Any], blocks: Sequence[MemoryBlock]) -> bytes | None:
     image, name = options["image"], options["workload"]
     if options["incoming"] is not None:
         return None  # as in QEMU, a kernel may be given; the incoming guest replaces it
@@ -112,7 +124,10 @@ def _image(options: Mapping[str, Any]) -> bytes | None:
         raise Refused("a guest needs just one of --image, --workload and --incoming; give one")
     if image:
         return read_image(image)
-    return workload.load(name, options["memory"], options["smp"]).image()
+    memory_bytes = sum(block.size_bytes for block in blocks)
+    # Half of the memory would leave blocks out.
+    hot_bytes = memory_bytes - workload.BASE_ADDRESS if len(blocks) > 1 else None
+    return workload.load(name, memory_bytes, options["smp"], hot_bytes=hot_bytes).image()
 
 
 def restore_settings(options: Mapping[str, Any], engines: EnginePool) -> RunSettings:
@@ -159,15 +174,16 @@ def _machine_of_image(path: Path, options: Mapping[str, Any], engines: EnginePoo
     except ImageError as error:
         raise Refused(str(error)) from error
     machine = _machine_type(path, image.machine)
+    blocks = blocks_of_image(options, path, image.blocks, RAM_NAMES[machine])
     config = MachineConfig(
-        memory_bytes=_memory_bytes(path, machine, image.blocks),
+        memory_bytes=sum(block.size_bytes for block in blocks),
         vcpus=_vcpus(path, image.vcpus),
         accel=options["accel"],
-        huge_pages=options["huge_pages"],
         transparent_huge_pages=not options["lazy"],
         machine_type=machine,
+        blocks=blocks,
     )
-    config.check()
+    _check(config)
     return config
 
 
@@ -179,13 +195,6 @@ def _machine_type(path: Path, name: str) -> MachineType:
     raise Refused(
         f"{path}: it is of a machine '{name}'; ours are {', '.join(get_args(MachineType))}"
     )
-
-
-def _memory_bytes(path: Path, machine: MachineType, blocks: Mapping[str, int]) -> int:
-    name = RAM_NAMES[machine]
-    if name not in blocks:
-        raise Refused(f"{path}: it has no RAM block '{name}'")
-    return blocks[name]
 
 
 def _vcpus(path: Path, count: int) -> int:

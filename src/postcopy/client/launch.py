@@ -108,6 +108,8 @@ def _command_line(options: Mapping[str, object]) -> list[str]:
         option = f"--{name.replace('_', '-')}"
         if value is True:
             line.append(option)
+        elif isinstance(value, list | tuple):  # an option that may be given several times
+            line += [part for each in value for part in (option, str(each))]
         elif value is not None and value is not False:
             line += [option, str(value)]
     return line

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, Self, TypedDict, Unpack
 
@@ -34,6 +34,8 @@ class RunOptions(TypedDict, total=False):
     smp: int
     accel: Literal["auto", "kvm", "unicorn"]
     huge_pages: bool
+    memory_block: Sequence[str]
+    mem_path: str
     incoming: str
     paused: bool
     name: str

@@ -1,7 +1,7 @@
 """Runs a guest from its image, in a new process."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, TypedDict, Unpack
@@ -26,6 +26,8 @@ class RestoreOptions(TypedDict, total=False):
     record_working_set: bool
     accel: Literal["auto", "kvm", "unicorn"]
     huge_pages: bool
+    memory_block: Sequence[str]
+    mem_path: str
     paused: bool
     name: str
     serial: str

@@ -114,15 +114,17 @@ def mmap(
     fd: int = -1,
     offset: int = 0,
     *,
+    at: int | None = None,
     passes: frozenset[int] = PASSES,
 ) -> int:
-    """Map memory at an address of the kernel's choice, and return it.
+    """Map memory, and return its address.
 
+    :param at: where, with ``MAP_FIXED``; None: at an address of the kernel's choice.
     :param passes: the errnos at which the call is made again.
     """
 
     def call() -> int:
-        address: int | None = _mmap(None, length_bytes, protection, flags, fd, offset)
+        address: int | None = _mmap(at, length_bytes, protection, flags, fd, offset)
         return -1 if address is None or address == _MAP_FAILED else address
 
     return _made("mmap", passes, lambda: f"{length_bytes} bytes of descriptor {fd}", call)

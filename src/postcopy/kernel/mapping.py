@@ -8,6 +8,7 @@ and is for memory that no userfaultfd watches in this process.
 
 import ctypes
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self, TypeAlias, Union
 
 from postcopy.abi import linux
@@ -45,6 +46,32 @@ class Mapping:
         """
         protection = linux.PROT_READ | (linux.PROT_WRITE if writable else 0)
         return cls(calls.mmap(length_bytes, protection, linux.MAP_SHARED, fd, offset), length_bytes)
+
+    @classmethod
+    def joined(cls, files: Sequence[tuple[int, int]], alignment_bytes: int) -> "Mapping":
+        """Map whole files one behind the other; writes go to the files, which may be closed afterwards.
+
+        :param files: descriptor and length in bytes of each, in whole pages of the file's own size.
+        :param alignment_bytes: of the address: the largest of those page sizes, or more.
+        :raises KernelError: ``ENOMEM`` if huge pages are short.
+        """
+        length = sum(size for _, size in files)
+        flags = linux.MAP_PRIVATE | linux.MAP_ANONYMOUS | linux.MAP_NORESERVE
+        room = calls.mmap(length + alignment_bytes, linux.PROT_NONE, flags)
+        address = -(-room // alignment_bytes) * alignment_bytes
+        if address > room:
+            calls.munmap(room, address - room)
+        calls.munmap(address + length, room + alignment_bytes - address)
+        made, at = cls(address, length), address
+        try:
+            for fd, size in files:
+                protection = linux.PROT_READ | linux.PROT_WRITE
+                calls.mmap(size, protection, linux.MAP_SHARED | linux.MAP_FIXED, fd, at=at)
+                at += size
+        except BaseException:
+            made.close()
+            raise
+        return made
 
     @classmethod
     def anonymous(cls, length_bytes: int) -> "Mapping":

@@ -5,8 +5,10 @@ import os
 from collections.abc import Iterator
 
 from postcopy.abi import linux
-from postcopy.errors import HostCannot, KernelError
-from postcopy.kernel import calls, huge_tmpfs, patience
+from postcopy.errors import KernelError
+from postcopy.kernel import calls, huge_pages, huge_tmpfs, patience
+
+_SMALL_PAGE_BYTES = 4096
 
 
 def create(name: str, size_bytes: int, *, huge_page_size: int | None = None) -> int:
@@ -24,12 +26,10 @@ def create(name: str, size_bytes: int, *, huge_page_size: int | None = None) -> 
     fd = calls.of_python("memfd_create", f"for {name}", os.memfd_create, name, flags)
     try:
         calls.of_python("ftruncate", f"{size_bytes} bytes", os.ftruncate, fd, size_bytes)
-        if huge_page_size is not None:
-            _check_huge_pages(fd, size_bytes, huge_page_size)
     except BaseException:
         os.close(fd)
         raise
-    return fd
+    return fd if huge_page_size is None else reserved(fd, size_bytes, huge_page_size)
 
 
 def create_transparent(name: str, size_bytes: int) -> int:
@@ -44,28 +44,29 @@ def create_transparent(name: str, size_bytes: int) -> int:
         return create(name, size_bytes)
 
 
-def _check_huge_pages(fd: int, size_bytes: int, huge_page_size: int) -> None:
-    # Mapping reserves the pages and fails if there are too few.  Without it a shortage would be a
-    # SIGBUS later, while a guest runs.
+def reserved(fd: int, size_bytes: int, page_size_bytes: int) -> int:
+    """Reserve all huge pages of a file now; of small pages nothing is reserved.
+
+    Without that a shortage would be a SIGBUS later, while a guest runs.
+
+    :param fd: is closed if that fails.
+    :return: ``fd``.
+    :raises HostCannot: there are not enough; the cure adds what is missing.
+    """
+    if page_size_bytes <= _SMALL_PAGE_BYTES:
+        return fd
     try:
         protection, passes = linux.PROT_READ | linux.PROT_WRITE, patience.SIGNALS
+        # The reservation is the file's, and outlives the mapping.
         address = calls.mmap(size_bytes, protection, linux.MAP_SHARED, fd, passes=passes)
+        calls.munmap(address, size_bytes)
     except KernelError as error:
+        os.close(fd)
         if error.errno != errno.ENOMEM:
             raise
-        needed = -(-size_bytes // huge_page_size)
-        raise HostCannot(
-            f"not enough free huge pages of {huge_page_size >> 10} KiB for {size_bytes} bytes",
-            _huge_page_cure(needed, huge_page_size),
-        ) from error
-    calls.munmap(address, size_bytes)
-
-
-def _huge_page_cure(needed: int, huge_page_size: int) -> str:
-    if huge_page_size == 2 << 20:
-        return f"sysctl vm.nr_hugepages={needed} (or more, if others use them too)"
-    kibibytes = huge_page_size >> 10
-    return f"echo {needed} > /sys/kernel/mm/hugepages/hugepages-{kibibytes}kB/nr_hugepages"
+        pages = -(-size_bytes // page_size_bytes)
+        raise huge_pages.lacking(pages, page_size_bytes) from error
+    return fd
 
 
 def punch_hole(fd: int, offset: int, length_bytes: int) -> None:

@@ -34,8 +34,11 @@ class Accelerator(Protocol):
     def stop_dirty_log(self) -> None:
         """Stop noting; harmless when not started."""
 
-    def fetch_dirty_log(self) -> "npt.NDArray[np.uint8]":
-        """One bit for each 4 KiB page written since the last call, lowest bit first."""
+    def fetch_dirty_log(self, start: int, end: int) -> "npt.NDArray[np.uint8]":
+        """One bit for each 4 KiB page written since the last call, lowest bit first.
+
+        :param start: offsets in RAM of whole blocks: first and end.
+        """
 
     def close(self) -> None:
         """After the vCPUs have been closed."""

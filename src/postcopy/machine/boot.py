@@ -8,7 +8,7 @@ What the machine puts into guest memory before the image runs::
     0x10000 the image, unless told otherwise
     0x100000 the other page directories, one for each GiB, where there is more memory than 4 GiB
 
-A guest finds its RAM in one piece from address 0 on, offset by offset of the RAM block.  That is the
+A guest finds its RAM in one piece from address 0 on, block behind block.  That is the
 identity but on ``microvm`` from 3 GiB on, whose RAM goes on at physical 4 GiB.  Pages of 1 GiB would
 need no further directories, but not every KVM has them (one without hardware's second level of page
 tables need not), and a guest that moves would be lost there.
@@ -72,7 +72,7 @@ def prepare_memory(
 
 
 def page_tables(addresses: AddressMap) -> Iterator[tuple[int, bytes]]:
-    """The tables that map the block in one piece from 0 on, each with the address it belongs at."""
+    """The tables that map all RAM in one piece from 0 on, each with the address it belongs at."""
     entries = array("Q")
     for part in addresses.parts:
         entries.extend(range(part.guest_address | _PAGE, part.end_address, _LARGE_PAGE_BYTES))

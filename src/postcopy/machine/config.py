@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Literal
 
 from postcopy.errors import Refused
-from postcopy.machine import boot
+from postcopy.machine import boot, memory_blocks
 from postcopy.machine.address_map import AddressMap
+from postcopy.machine.memory_blocks import HUGE_PAGE_BYTES, SMALL_PAGE_BYTES, MemoryBlock
 
 MOST_VCPUS = 64
 MOST_MEMORY_BYTES = 64 << 30
 MOST_IMAGE_BYTES = 3 << 30
 
-HUGE_PAGE_BYTES = 2 << 20
 LOAD_ADDRESS = 0x10000
 
 Accelerator = Literal["auto", "kvm", "unicorn"]
@@ -44,6 +44,8 @@ class MachineConfig:
     :param machine_type: what the machine is called on the wire, and with it its RAM block: only a
         machine of the same type takes its guest, be it ours or QEMU's ``-M``.  The guest sees no
         difference; the monitor does, by physical addresses from 3 GiB on.
+    :param blocks: the RAM blocks, in the order of their guest addresses, which have ``memory_bytes``
+        together; without any there is one, with QEMU's name for it.
     """
 
     memory_bytes: int
@@ -56,23 +58,26 @@ class MachineConfig:
     huge_pages: bool = False
     transparent_huge_pages: bool = True
     machine_type: MachineType = "microvm"
+    blocks: tuple[MemoryBlock, ...] = ()
 
     @property
     def ram_name(self) -> str:
-        """The name of the one RAM block."""
+        """The name of the RAM block where there is one."""
         return RAM_NAMES[self.machine_type]
 
     @property
-    def address_map(self) -> AddressMap:
-        """Where the RAM block stands among the physical addresses."""
-        if self.machine_type == "none":
-            return AddressMap.flat(self.memory_bytes)
-        return AddressMap.with_hole(self.memory_bytes)
+    def memory_blocks(self) -> tuple[MemoryBlock, ...]:
+        """All RAM blocks, in the order of their guest addresses."""
+        if self.blocks:
+            return self.blocks
+        page_size = HUGE_PAGE_BYTES if self.huge_pages else SMALL_PAGE_BYTES
+        return (MemoryBlock(self.ram_name, self.memory_bytes, page_size),)
 
     @property
-    def page_size_bytes(self) -> int:
-        """The unit in which the memory is missing, placed and discarded."""
-        return HUGE_PAGE_BYTES if self.huge_pages else 4096
+    def address_map(self) -> AddressMap:
+        """Where the RAM blocks stand among the physical addresses."""
+        make = AddressMap.flat if self.machine_type == "none" else AddressMap.with_hole
+        return make(*(block.size_bytes for block in self.memory_blocks))
 
     def check(self) -> None:
         """Refuse what cannot be.
@@ -98,6 +103,12 @@ class MachineConfig:
             raise Refused(f"no accelerator is called {self.accel!r}; give auto, kvm or unicorn")
         if self.machine_type not in RAM_NAMES:
             raise Refused(f"no machine is called {self.machine_type!r}; give microvm or none")
+        total = sum(block.size_bytes for block in self.memory_blocks)
+        if total != memory:
+            raise Refused(
+                f"the RAM blocks have {total} bytes together, and the memory {memory}; give their sum"
+            )
+        memory_blocks.check(self.memory_blocks)
 
     def _check_image(self, image: bytes) -> None:
         first, end = self.load_address, self.load_address + len(image)

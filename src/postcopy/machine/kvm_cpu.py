@@ -60,13 +60,17 @@ class KvmAccelerator:
         """KVM forgets what it has noted."""
         self._set_memory(log_dirty=False)
 
-    def fetch_dirty_log(self) -> "npt.NDArray[np.uint8]":
-        """See :meth:`postcopy.kernel.kvm.KvmVm.dirty_log`; of the whole block, in order of offsets."""
+    def fetch_dirty_log(self, start: int, end: int) -> "npt.NDArray[np.uint8]":
+        """See :meth:`postcopy.kernel.kvm.KvmVm.dirty_log`; of whole blocks, in order of offsets."""
         import numpy as np
 
         # Parts are whole units of 2 MiB, which is whole words of the log.
         return np.concatenate(
-            [self._vm.dirty_log(slot, part.size_bytes) for slot, part in enumerate(self._parts)]
+            [
+                self._vm.dirty_log(slot, part.size_bytes)
+                for slot, part in enumerate(self._parts)
+                if start <= part.offset < end
+            ]
         )
 
     def close(self) -> None:

@@ -4,17 +4,16 @@ On the wire it is QEMU's ``microvm`` at its smallest, or ``none`` if told so.  I
 migration but what :class:`postcopy.guest.Guest` asks of any guest.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Self
 
 from postcopy.errors import GuestError, KernelError, Refused, StreamError, WrongState
 from postcopy.guest import DeviceState, Region, VcpuThread
-from postcopy.kernel import memfd
-from postcopy.kernel.mapping import Buffer, Mapping
+from postcopy.kernel.mapping import Buffer
 from postcopy.machine import accelerator, boot, sections
 from postcopy.machine.config import MachineConfig
 from postcopy.machine.ports import PortBus
+from postcopy.machine.ram import Ram
 from postcopy.machine.run_control import OnEvent, RunControl
 from postcopy.machine.run_state import RunState
 from postcopy.machine.serial_port import SerialPort
@@ -50,13 +49,14 @@ class Machine:
         install_kick_handler()
         self.config = config
         self._addresses = config.address_map
-        self._ram_fd = _make_ram(config)
-        self._ram = Mapping.shared(self._ram_fd, config.memory_bytes)
+        self._ram = Ram(
+            config.memory_blocks, self._addresses, transparent=config.transparent_huge_pages
+        )
         self._vcpus: list[Vcpu] = []
         try:
-            self._accelerator = accelerator.choose(config, self._ram)
+            self._accelerator = accelerator.choose(config, self._ram.mapping)
         except BaseException:
-            self._free_ram()
+            self._ram.close()
             raise
         self.run_control = RunControl(self._vcpus, on_event)
         self._serial = SerialPort(on_serial)
@@ -114,11 +114,6 @@ class Machine:
         return self.config.memory_bytes
 
     @property
-    def ram_name(self) -> str:
-        """The name of the one RAM block."""
-        return self.config.ram_name
-
-    @property
     def vcpus(self) -> Sequence[VcpuThread]:
         """As :meth:`vcpu_threads`, for the monitor."""
         return self.vcpu_threads()
@@ -165,16 +160,8 @@ class Machine:
     # What an engine asks: postcopy.guest.Guest.
 
     def regions(self) -> Sequence[Region]:
-        """The one RAM block, whatever the size, and wherever its parts stand."""
-        region = Region(
-            name=self.config.ram_name,
-            size_bytes=self.config.memory_bytes,
-            page_size_bytes=self.config.page_size_bytes,
-            guest_address=0,
-            host_address=self._ram.address,
-            fd=self._ram_fd,
-        )
-        return (region,)
+        """The RAM blocks, in the order of their guest addresses."""
+        return self._ram.regions
 
     def vcpu_threads(self) -> Sequence[VcpuThread]:
         """The threads that run vCPUs; they are the same for the machine's whole life."""
@@ -243,7 +230,7 @@ class Machine:
         if self.running:
             raise WrongState("a running guest cannot be given another's state; stop it first")
 
-    # Memory, by the guest's own addresses: offsets in the RAM block.
+    # Memory, by the guest's own addresses: offsets in all RAM.
 
     def read_memory(self, address: int, length: int) -> bytes:
         """Copy guest memory out; waits for missing pages without the interpreter lock.
@@ -253,7 +240,7 @@ class Machine:
         """
         self._check_ram(address, length)
         try:
-            return self._ram.read(address, length)
+            return self._ram.mapping.read(address, length)
         except KernelError as error:
             where = f"[{address:#x}, {address + length:#x})"
             raise GuestError(f"a page of {where} is lost (poisoned): {error}") from error
@@ -261,7 +248,7 @@ class Machine:
     def write_memory(self, address: int, data: Buffer) -> None:
         """Copy into guest memory; see :meth:`read_memory`."""
         self._check_ram(address, len(data))
-        self._ram.write(address, data)
+        self._ram.mapping.write(address, data)
 
     # Memory, by physical addresses, which are others on a microvm of more than 3 GiB.
 
@@ -277,7 +264,14 @@ class Machine:
 
         :raises Refused: there is no RAM.
         """
-        return self._ram.address + self._addresses.offset_of(guest_address, 1)
+        return self._ram.mapping.address + self._addresses.offset_of(guest_address, 1)
+
+    def block_at(self, guest_address: int) -> str:
+        """The name of the RAM block that has a physical address.
+
+        :raises Refused: there is no RAM.
+        """
+        return self._ram.name_at(self._addresses.offset_of(guest_address, 1))
 
     def start_dirty_log(self) -> None:
         """Begin to note which pages the vCPUs write.
@@ -297,9 +291,7 @@ class Machine:
 
         :raises Refused: there is no such block.
         """
-        if block != self.config.ram_name:
-            raise Refused(f"there is no RAM block '{block}'; there is '{self.config.ram_name}'")
-        return self._accelerator.fetch_dirty_log()
+        return self._accelerator.fetch_dirty_log(*self._ram.range_of(block))
 
     def close(self) -> None:
         """Stop for good and give everything back; harmless when done."""
@@ -310,7 +302,7 @@ class Machine:
         for vcpu in self._vcpus:
             vcpu.close()
         self._accelerator.close()
-        self._free_ram()
+        self._ram.close()
 
     def __enter__(self) -> Self:
         return self
@@ -325,7 +317,7 @@ class Machine:
         config = self.config
         if config.image is None:
             raise Refused("a machine without an image has nothing to boot; give an image")
-        boot.prepare_memory(self._ram, self._addresses, config.image, config.load_address)
+        boot.prepare_memory(self._ram.mapping, self._addresses, config.image, config.load_address)
         for vcpu in self._vcpus:
             vcpu.set_state(
                 boot.boot_state(
@@ -341,19 +333,6 @@ class Machine:
         if address < 0 or length < 0 or address + length > end:
             what = f"no RAM at [{address:#x}, {address + length:#x})"
             raise Refused(f"{what}; it is at [0x0, {end:#x})")
-
-    def _free_ram(self) -> None:
-        self._ram.close()
-        os.close(self._ram_fd)
-
-
-def _make_ram(config: MachineConfig) -> int:
-    if config.huge_pages:
-        size = config.page_size_bytes
-        return memfd.create(config.ram_name, config.memory_bytes, huge_page_size=size)
-    if config.transparent_huge_pages:
-        return memfd.create_transparent(config.ram_name, config.memory_bytes)
-    return memfd.create(config.ram_name, config.memory_bytes)
 
 
 def _known_run_state(name: str) -> RunState:

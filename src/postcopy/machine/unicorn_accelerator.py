@@ -43,7 +43,7 @@ class UnicornAccelerator:
     def stop_dirty_log(self) -> None:
         """Nothing was started."""
 
-    def fetch_dirty_log(self) -> npt.NDArray[np.uint8]:
+    def fetch_dirty_log(self, start: int, end: int) -> npt.NDArray[np.uint8]:  # noqa: ARG002
         """See :meth:`start_dirty_log`.
 
         :raises HostCannot: always.

@@ -37,10 +37,6 @@ class MachineControl(Protocol):
         """How much RAM the guest has."""
 
     @property
-    def ram_name(self) -> str:
-        """The name of its (first) RAM block, such as ``microvm.ram``."""
-
-    @property
     def vcpus(self) -> Sequence[VcpuThread]:
         """The vCPUs and their threads, in order of their numbers."""
 
@@ -58,6 +54,12 @@ class MachineControl(Protocol):
 
     def host_address(self, guest_address: int) -> int:
         """Where this process has that byte of guest RAM, by its physical address.
+
+        :raises Refused: there is no RAM at ``guest_address``.
+        """
+
+    def block_at(self, guest_address: int) -> str:
+        """The name of the RAM block that has that byte, such as ``microvm.ram``.
 
         :raises Refused: there is no RAM at ``guest_address``.
         """

@@ -165,7 +165,7 @@ def _gpa2hva(context: Context, _: object, arguments: Arguments) -> Lines:
     except Refused:
         yield f"No memory is mapped at address {address:#x}"
         return
-    name = machine.ram_name
+    name = machine.block_at(address)
     yield f"Host virtual address for {address:#x} ({name}) is {host_address:#x}"
 
 

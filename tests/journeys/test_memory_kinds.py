@@ -1,0 +1,132 @@
+"""Each journey with each kind of memory, and the oracle over all of it."""
+
+import contextlib
+
+import numpy as np
+import pytest
+
+from fakes.awakening import FORMS, measured, put_to_sleep, wake, woken
+from fakes.huge_pages import reserved
+from fakes.pair import NEVER_ENDS, POSTCOPY, QUICK, TRICKLE
+from fakes.snapshots import Portrait
+from fakes.waiting import wait_until
+from machine.machines import MIB, need, wait_for_progress
+from postcopy.channel.address import TcpAddress
+from postcopy.machine.memory_blocks import MemoryBlock
+from postcopy.machine.workload import BASE_ADDRESS, load
+from postcopy.parameters import Capability
+from postcopy.status import Status
+
+MEMORY_BYTES = 24 * MIB
+FAST_BYTES = 8 * MIB
+HUGE = 2 * MIB
+SHARED_MEMORY = "/dev/shm"
+SLOW = NEVER_ENDS | {"max-postcopy-bandwidth": 0}
+
+KINDS = {
+    "memfd": {},
+    "tmpfs": {"blocks": (MemoryBlock("microvm.ram", MEMORY_BYTES, directory=SHARED_MEMORY),)},
+    "hugetlb": {"huge_pages": True},
+    "mixed": {
+        "blocks": (
+            MemoryBlock("fast", FAST_BYTES, HUGE),
+            MemoryBlock("big", MEMORY_BYTES - FAST_BYTES),
+        )
+    },
+}
+HUGE_PAGES = {"hugetlb": MEMORY_BYTES // HUGE, "mixed": FAST_BYTES // HUGE}
+
+
+def writer(vcpus=2):
+    """Writes to all of the memory that it has filled, which is all that there is."""
+    fill = MEMORY_BYTES - BASE_ADDRESS
+    return load("hammer", MEMORY_BYTES, vcpus, fill_bytes=fill, hot_bytes=fill)
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    """The settings of a machine with such memory; there are huge pages for two of them."""
+    need("kvm")
+    with contextlib.ExitStack() as stack:
+        if pages := HUGE_PAGES.get(request.param):
+            stack.enter_context(reserved(2 * pages))
+        yield KINDS[request.param]
+
+
+@pytest.mark.parametrize("tracking", ["pagemap", "kvm"])
+def test_precopy(journey, kind, tracking):
+    trip = journey(writer(), parameters={**QUICK, "x-dirty-tracking": tracking}, **kind)
+    trip.migrate()
+    trip.finish()
+
+
+@pytest.mark.parametrize("tracking", ["pagemap", "kvm"])
+def test_postcopy(journey, kind, tracking):
+    parameters = SLOW | {"x-dirty-tracking": tracking}
+    trip = journey(writer(), capabilities=POSTCOPY, parameters=parameters, **kind)
+    trip.migrate()
+    trip.source.wait_rounds(1)
+    trip.source.control.start_postcopy()
+    trip.finish()
+    assert "postcopy-active" in trip.destination.story()
+
+
+def test_preempt(journey, kind):
+    capabilities = (*POSTCOPY, Capability.POSTCOPY_PREEMPT)
+    trip = journey(writer(), capabilities=capabilities, parameters=SLOW, **kind)
+    trip.migrate()
+    trip.source.control.start_postcopy()
+    trip.finish()
+    assert trip.source.control.info().ram.postcopy_requests > 0
+
+
+@pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])
+def test_recovery(journey, kind, preempt):
+    capabilities = (*POSTCOPY, *([Capability.POSTCOPY_PREEMPT] if preempt else []))
+    trip = journey(writer(), capabilities=capabilities, parameters=TRICKLE, **kind)
+    trip.migrate()
+    trip.source.control.start_postcopy()
+    trip.source.wait(Status.POSTCOPY_ACTIVE)
+    wait_until(lambda: trip.source.control.info().ram.postcopy_requests, 20, "a request")
+    trip.source.control.pause()
+    for side in (trip.source, trip.destination):
+        side.until(Status.POSTCOPY_PAUSED)
+    trip.source.set(parameters={"max-postcopy-bandwidth": 0})
+    trip.destination.control.recover("tcp:127.0.0.1:0")
+    (found,) = trip.destination.control.info().socket_address
+    where = str(TcpAddress(found["host"], int(found["port"])))
+    trip.source.control.migrate(where, resume=True)
+    trip.finish()
+
+
+def test_background_snapshot(kind, tmp_path):
+    with Portrait(writer(), **kind) as portrait:
+        portrait.take(f"file:{tmp_path}/image")
+        portrait.check_goes_on()
+        portrait.check_image(f"file:{tmp_path}/image")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_lazy_restore_with_its_working_set(journey, kind, tmp_path, form):
+    trip = journey(writer(), **kind)
+    path = put_to_sleep(trip, tmp_path / "image", form)
+    trip.source.close()
+    for record in (True, False):
+        wake(trip.destination, path, record=record)
+        side = woken(trip)
+        assert record or measured(side).working_set_pages
+        side.close()
+        trip.new_destination()
+
+
+def test_reset(kind):
+    with Portrait(writer(), **kind) as portrait:
+        side = portrait.side
+        side.control.resetting.set_point()
+        for _ in range(3):
+            wait_for_progress(side.machine, portrait.workload)
+            side.machine.stop()
+            side.control.resetting.reset()
+            assert np.array_equal(side.ram(), side.machine.then)
+            side.machine.cont()
+        portrait.check_memory()
