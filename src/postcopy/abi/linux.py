@@ -1,4 +1,4 @@
-"""What Linux's headers say about memory, files in memory, mounts and scheduling, as far as we use it.
+"""What Linux's headers say about memory, files in memory, mounts, processes and scheduling: what we use.
 
 Nothing here makes a call: that is :mod:`postcopy.kernel`.
 """
@@ -7,6 +7,7 @@ import ctypes
 
 HEADER = """
     <sys/mman.h> <linux/mman.h> <linux/memfd.h> <linux/falloc.h> <linux/mount.h> <linux/sched/types.h>
+    <linux/futex.h> <linux/prctl.h>
 """
 
 PROT_NONE = 0x0
@@ -44,6 +45,14 @@ FSOPEN_CLOEXEC = 0x1
 FSMOUNT_CLOEXEC = 0x1
 FSCONFIG_SET_STRING = 1
 FSCONFIG_CMD_CREATE = 6
+
+FUTEX_WAKE_OP = 5
+FUTEX_PRIVATE_FLAG = 128
+FUTEX_OP_OR = 2
+FUTEX_OP_OPARG_SHIFT = 8  # the argument is 1 << argument
+FUTEX_OP_CMP_EQ = 0
+
+PR_SET_PDEATHSIG = 1
 
 
 class sched_attr(ctypes.Structure):

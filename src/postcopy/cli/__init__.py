@@ -20,10 +20,11 @@ COMMANDS: Final = {
     "extract": "postcopy.cli.image_commands",
     "prune": "postcopy.cli.image_commands",
     "status": "postcopy.cli.status",
+    "vhost-user-blk": "postcopy.cli.vhost_user",
     "doctor": "postcopy.cli.doctor",
     "demo": "postcopy.cli.demo",
 }
-"""For each subcommand the module with a click command of that name."""
+"""For each subcommand the module with a click command of that name, ``_`` in place of ``-``."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

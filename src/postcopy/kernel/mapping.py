@@ -122,22 +122,26 @@ class Mapping:
         calls.write_memory(address, array.ctypes.data, array.size)
 
     def view(self) -> "npt.NDArray[np.uint8]":
-        """The whole mapping as an array of bytes.
+        """The whole mapping as an array of bytes; see :meth:`buffer`."""
+        import numpy as np
 
-        Only for memory that no userfaultfd watches in this process: touching a missing page through
-        it stops every Python thread.  The memory stays mapped until the last view is gone, even if
-        :meth:`close` is called before.
+        return np.frombuffer(self.buffer(), np.uint8)
+
+    def buffer(self) -> memoryview:
+        """The whole mapping as bytes.
+
+        Only for memory that no userfaultfd watches in this process, or where no other Python thread is
+        needed: touching a missing page through it stops every Python thread.  The memory stays mapped
+        until the last view is gone, even if :meth:`close` is called before.
 
         :raises ValueError: the mapping is closed.
         """
-        import numpy as np
-
         address = self._checked(0, self._length)
         exported = self._viewed() if self._viewed is not None else None
         if exported is None:
             exported = (ctypes.c_uint8 * self._length).from_address(address)
             self._viewed = weakref.ref(exported)
-        return np.frombuffer(memoryview(exported).cast("B"), np.uint8)
+        return memoryview(exported).cast("B")
 
     def resident(self, offset: int = 0, length_bytes: int | None = None) -> "npt.NDArray[np.bool_]":
         """Which pages are in memory: one element per 4 KiB, of all or of a part.

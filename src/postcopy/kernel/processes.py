@@ -1,0 +1,78 @@
+"""Processes forked by this one: seen to end, killed, and not outliving it."""
+
+import os
+import select
+import signal
+import traceback
+from collections.abc import Callable
+from typing import Final, NoReturn, Self
+
+from postcopy.abi import linux
+from postcopy.kernel import calls
+
+_PRCTL: Final = {"x86_64": 157, "aarch64": 167, "riscv64": 167}
+
+
+class Child:
+    """A forked process, by a descriptor that becomes readable when it has ended.
+
+    :param work: what it does; its end is the end of the process, with exit code 0, or 1 if it raised.
+    """
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        parent = os.getpid()
+        self.pid = calls.of_python("fork", "", os.fork)
+        if not self.pid:
+            _live(work, parent)
+        self._pidfd = calls.of_python("pidfd_open", "", os.pidfd_open, self.pid)
+
+    def fileno(self) -> int:
+        """For ``poll``."""
+        return self._pidfd
+
+    def ended_within(self, timeout_s: float) -> bool:
+        """Wait for its end; return whether it has come."""
+        poll = select.poll()
+        poll.register(self, select.POLLIN)
+        return bool(calls.of_python("poll", "", poll.poll, timeout_s * 1000))
+
+    def kill(self) -> None:
+        """End it by ``SIGKILL``, which also ends a wait for a page of memory; harmless if it has ended."""
+        signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def wait(self) -> int:
+        """Wait for its end and let go of it; return its exit code, or minus the signal that ended it."""
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self._pidfd)
+        self._pidfd = -1
+        return os.waitstatus_to_exitcode(status)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pidfd >= 0:
+            self.kill()
+            self.wait()
+
+
+def _live(work: Callable[[], None], parent: int) -> NoReturn:
+    code = 1
+    try:
+        end_with_parent(parent)
+        work()
+        code = 0
+    except BaseException:  # no caller of this process's parent must see it
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def end_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when the thread that forked it ends.
+
+    :param parent: the process that has forked this one; it may have ended before the call.
+    """
+    calls.syscall("prctl", _PRCTL[os.uname().machine], linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
