@@ -1,9 +1,10 @@
 """What an engine asks of a guest, whatever the guest is.
 
 A guest is its regions, the address spaces that have them mapped, and a keeper: what holds descriptors and
-page maps past an engine's death.  It is our own small machine, and one day a process with arrays or a
-foreign monitor; engines know no more of it than this file says.  The guest lives in a process of its own:
-:mod:`postcopy.link` makes both ends of the link from the protocols here.
+page maps past an engine's death.  Its own process has all of its memory mapped; others, such as back ends
+of its devices, may have parts of it (:class:`SharingProcess`).  It is our own small machine, and one day a
+process with arrays or a foreign monitor; engines know no more of it than this file says.  The guest lives
+in a process of its own: :mod:`postcopy.link` makes both ends of the link from the protocols here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,17 +49,59 @@ class VcpuThread:
 
 
 @dataclass(frozen=True, slots=True)
+class MappedRange:
+    """A part of a RAM block, as a process has it mapped; of whole pages of the block.
+
+    :ivar block: the block's name.
+    :ivar offset: where the part begins in the block.
+    :ivar address: where it begins in the process.
+    """
+
+    block: str
+    offset: int
+    length_bytes: int
+    address: int
+
+
+@dataclass(frozen=True, slots=True)
 class AddressSpace:
     """A process that has a guest's memory mapped.
 
-    :ivar addresses: where it has each block, by name.
+    :ivar ranges: what of it, and where.
     :ivar userfaultfd: a descriptor of our own, which we close, of the userfaultfd that its memory is
         registered with; -1: with none.
     """
 
     process_id: int
-    addresses: Mapping[str, int]
+    ranges: Sequence[MappedRange]
     userfaultfd: int = -1
+
+
+class SharingProcess(Protocol):
+    """Another process that has a guest's memory mapped, such as a vhost-user back end.
+
+    The guest's process has the list of them (``OwnedGuest.shared_with``).  Each call returns within a
+    bounded time, whatever the process does.
+    """
+
+    @property
+    def name(self) -> str:
+        """What it is, for messages: ``vhost-user back end /run/disk.sock (process 4711)``."""
+
+    def watch_missing(self) -> AddressSpace:
+        """Have the process register its mappings, for missing pages, with a userfaultfd of its own.
+
+        It must have touched nothing of them, and its userfaultfd must not tell of changes of the address
+        space (``UFFD_FEATURE_EVENT_*``).  From the return on its faults are served.
+
+        :raises PostcopyError: it cannot do that, or does not answer.
+        """
+
+    def unwatch_missing(self) -> None:
+        """Every page is in place, and its mappings have been unregistered.
+
+        :raises PostcopyError: it does not answer; it is left alone then.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +190,7 @@ class Keeper(Protocol):
         """The RAM blocks, in the order of their guest addresses; the same for the guest's whole life."""
 
     def address_spaces(self) -> Sequence[AddressSpace]:
-        """Where they are mapped."""
+        """Where they are mapped: by the guest's own process."""
 
     def page_maps(self) -> Sequence[int]:
         """Descriptors of the page maps, one a region."""
@@ -186,11 +229,13 @@ class Keeper(Protocol):
         """Register all RAM for faults.
 
         :param only_still: for an engine that takes over from another.
+        :return: the guest's own process, and then each other one that has its memory mapped.
         :raises WrongState: ``only_still``, and nothing is missing any more.
+        :raises GuestError: another process cannot be served so; the message names it.
         """
 
     def unwatch_missing(self) -> None:
-        """All pages are in place: take the registration off, and with it every waiting fault."""
+        """All pages are in place: take the registrations off, and with them every waiting fault."""
 
     def start_dirty_log(self) -> None:
         """Have KVM note the writes of the vCPUs."""

@@ -8,7 +8,7 @@ import pytest
 from postcopy.abi.userfaultfd import RegisterMode
 from postcopy.dirty.pagemap import PagemapTracker
 from postcopy.errors import HostCannot
-from postcopy.guest import AddressSpace, Region
+from postcopy.guest import AddressSpace, MappedRange, Region
 from postcopy.kernel import memfd
 from postcopy.kernel.mapping import Mapping
 from postcopy.kernel.userfaultfd import WRITE_FEATURES, Userfaultfd
@@ -28,7 +28,10 @@ class Shared:
         self._watches = []
 
     def address_spaces(self):
-        return [AddressSpace(os.getpid(), {"ram": each.address}) for each in self.mappings]
+        return [
+            AddressSpace(os.getpid(), [MappedRange("ram", 0, SIZE, each.address)])
+            for each in self.mappings
+        ]
 
     def watch_writes(self):
         for each in self.mappings:

@@ -1,6 +1,8 @@
 """A guest for a destination that runs in the test's own process: memory, and notes of what was asked."""
 
 import os
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -9,7 +11,7 @@ from postcopy.channel.listen import Listener
 from postcopy.destination.destination import Destination
 from postcopy.destination.incoming_ram import Populating
 from postcopy.errors import HostCannot
-from postcopy.guest import AddressSpace, Region, VcpuThread
+from postcopy.guest import AddressSpace, MappedRange, Region, SharingProcess, VcpuThread
 from postcopy.kernel import memfd
 from postcopy.kernel.mapping import Mapping
 from postcopy.kernel.userfaultfd import MISSING_FEATURES, MISSING_MODE, Userfaultfd
@@ -44,12 +46,16 @@ class FakeGuest:
 
     machine_name = "microvm"
 
-    def __init__(self, memory_bytes: int, page_size_bytes: int = 4096) -> None:
+    def __init__(
+        self, memory_bytes: int, page_size_bytes: int = 4096, *, in_pool: bool = False
+    ) -> None:
         self._size = memory_bytes
         self._page_size = page_size_bytes
-        self._fd = memfd.create(RAM, memory_bytes)
+        huge = {"huge_page_size": page_size_bytes} if in_pool else {}
+        self._fd = memfd.create(RAM, memory_bytes, **huge)
         self._mapping = Mapping.shared(self._fd, memory_bytes)
         self._missing: Userfaultfd | None = None
+        self.sharing: list[SharingProcess] = []
         self.calls: list[str] = []
         self.devices: list[str] = []
 
@@ -61,10 +67,19 @@ class FakeGuest:
     def memory(self) -> bytes:
         return os.pread(self._fd, self._size, 0)
 
+    def regions(self) -> list[Region]:
+        return [Region(RAM, self._size, self._page_size, 0, self._mapping.address, self._fd)]
+
+    def shared_with(self) -> list[SharingProcess]:
+        return self.sharing
+
+    def tell_of_sharing(self, joined: Callable[[SharingProcess], None]) -> None:
+        self.joined = joined
+
     def incoming_ram(self) -> IncomingRam:
-        address, fd = self._mapping.address, os.dup(self._fd)
-        region = Region(RAM, self._size, self._page_size, 0, address, fd)
-        self._ram = IncomingRam([region], [page_map_file.create(self._size // self._page_size)])
+        (region,) = self.regions()
+        regions = [replace(region, fd=os.dup(self._fd))]
+        self._ram = IncomingRam(regions, [page_map_file.create(self._size // self._page_size)])
         return self._ram
 
     def touch(self, page: int) -> bytes:
@@ -85,8 +100,8 @@ class FakeGuest:
     def watch_missing(self):
         self._missing = Userfaultfd.open(MISSING_FEATURES)
         self._missing.register(self._mapping.address, self._size, MISSING_MODE)
-        addresses = {RAM: self._mapping.address}
-        return [AddressSpace(os.getpid(), addresses, os.dup(self._missing.fd))]
+        ranges = [MappedRange(RAM, 0, self._size, self._mapping.address)]
+        return [AddressSpace(os.getpid(), ranges, os.dup(self._missing.fd))]
 
     def open_userfaultfd(self) -> Userfaultfd:
         """What an engine makes of it."""

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postcopy.engine.service import COMMANDS, EngineService
-from postcopy.guest import AddressSpace, DeviceState, Region
+from postcopy.guest import AddressSpace, DeviceState, MappedRange, Region
 from postcopy.link.protocol import (
     CODEC,
     EngineReports,
@@ -47,7 +47,7 @@ def over(value):
         Capabilities.of(["postcopy-ram", "events"]),
         Parameters(max_bandwidth=7, x_on_loss="poison"),
         [DeviceState("cpu", 0, 12, bytes(range(256)))],
-        AddressSpace(7, {"ram": 1 << 46}, 9),
+        AddressSpace(7, [MappedRange("ram", 4096, 8192, 1 << 46)], 9),
         *Status,
     ],
 )

@@ -12,8 +12,8 @@ from fakes.waiting import wait_until
 from postcopy.guest import Region
 from postcopy.kernel import memfd
 from postcopy.kernel.userfaultfd import SNAPSHOT_FEATURES, Userfaultfd
-from postcopy.link.guest import keeper
 from postcopy.link.guest.keeper import GuestKeeper
+from postcopy.link.guest.sharing import STEP_BYTES
 
 pytestmark = pytest.mark.userfaultfd
 
@@ -29,7 +29,7 @@ def guest():
         memory.append(mmap.mmap(fd, size))
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory[-1]))
         regions.append(Region(f"ram{number}", size, 4096, 0, address, fd))
-    yield SimpleNamespace(regions=lambda: regions, memory=memory)
+    yield SimpleNamespace(regions=lambda: regions, memory=memory, tell_of_sharing=id)
     for region in regions:
         os.close(region.fd)
 
@@ -46,7 +46,7 @@ def test_no_call_lets_go_of_more_than_a_step(guest, monkeypatch):
     service = GuestKeeper(guest)
     service.watch_snapshot()
     service.unwatch_snapshot()
-    assert max(length for _, length in calls) == keeper._STEP_BYTES == STEP
+    assert max(length for _, length in calls) == STEP_BYTES == STEP
     assert sum(length for _, length in calls) == sum(SIZES)
     calls.clear()
     service.watch_snapshot()  # nothing is watched any more: else this would be refused

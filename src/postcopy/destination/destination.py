@@ -20,7 +20,7 @@ from postcopy.destination.postcopy import Postcopy
 from postcopy.destination.preempt_channel import PreemptChannel
 from postcopy.destination.return_path import ReturnPath
 from postcopy.errors import ChannelBroken, PostcopyError, StreamError
-from postcopy.guest import Guest
+from postcopy.guest import AddressSpace, Guest
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.fault_table import FaultTable
 from postcopy.paging.placement import Placement
@@ -108,6 +108,10 @@ class Destination:
     def set_parameters(self, parameters: Parameters) -> None:
         """Take over parameters that the user has changed meanwhile."""
         self._parameters = parameters
+
+    def share(self, space: AddressSpace) -> None:
+        """Serve the faults of one more process that has the guest's memory mapped."""
+        self._postcopy.shared.add(space)
 
     def _preempt(self) -> bool:
         return self._capabilities.enabled(Capability.POSTCOPY_PREEMPT)

@@ -7,14 +7,14 @@ reading: a device that touches a missing page waits for that very thread.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
 from postcopy.destination.incoming_ram import empty_missing
 from postcopy.destination.return_path import ReturnPath
 from postcopy.errors import ChannelBroken, HostCannot, PostcopyError, StreamError
-from postcopy.guest import DeviceState, Guest
+from postcopy.guest import AddressSpace, DeviceState, Guest
 from postcopy.kernel import threads
 from postcopy.kernel.cpu_latency import CpusAwake
 from postcopy.kernel.pagemap import PagemapScanner
@@ -24,6 +24,7 @@ from postcopy.paging.mapped import mapped_pages
 from postcopy.paging.minor_faults import BackgroundMapper
 from postcopy.paging.pager import Pager
 from postcopy.paging.ram import IncomingRam
+from postcopy.paging.shared_space import SharedSpaces
 from postcopy.parameters import Capabilities, Capability
 from postcopy.statistics import Measured, MigrationInfo
 from postcopy.status import Progress, Status
@@ -54,6 +55,8 @@ class Postcopy:
         self._return_path = return_path
         self._progress = progress
         self._userfaultfd: Userfaultfd | None = None
+        self.shared = SharedSpaces(ram)
+        """The other processes whose faults are served."""
         self._pager: Pager | None = None
         self._pager_thread: threading.Thread | None = None
         self._serves = True  # no pager has failed since the last was started
@@ -74,9 +77,16 @@ class Postcopy:
         Nothing has been received, so nothing stays mapped in the guest; that takes time which would
         be the guest's at the switch.
         """
-        (space,) = self._guest.watch_missing()
-        self._userfaultfd = Userfaultfd.from_fd(space.userfaultfd)
+        self._watch(self._guest.watch_missing())
         self._guest.unmap_missing()
+
+    def _watch(self, spaces: Sequence[AddressSpace]) -> tuple[Userfaultfd, int]:
+        """Take the address spaces whose faults are to be served; return the guest's own and its process."""
+        own, *others = spaces
+        self._userfaultfd = Userfaultfd.from_fd(own.userfaultfd)
+        for space in others:
+            self.shared.add(space)
+        return self._userfaultfd, own.process_id
 
     def expect_guest(self) -> None:
         """It is about to stop at the source: who works on that is not to wait until a CPU has woken."""
@@ -138,10 +148,9 @@ class Postcopy:
         Whatever it had asked for is asked for again: every thread that waits is woken, and faults
         once more.
         """
-        (space,) = self._guest.watch_missing(only_still=True)
-        self._userfaultfd = userfaultfd = Userfaultfd.from_fd(space.userfaultfd)
+        userfaultfd, process_id = self._watch(self._guest.watch_missing(only_still=True))
         self.listening = True
-        with PagemapScanner(space.process_id) as scanner:
+        with PagemapScanner(process_id) as scanner:
             for paged in self._ram:
                 paged.adopt(mapped_pages(scanner, paged.block))
         self._start_pager(userfaultfd)
@@ -164,6 +173,7 @@ class Postcopy:
         """Have every thread that waits for a page fault once more."""
         for paged in self._ram:
             userfaultfd.wake(paged.block.host_address, paged.block.size_bytes)
+        self.shared.wake_all()
 
     def ask_again(self) -> None:
         """Ask once more for every page asked for and not received: the recovery is done."""
@@ -190,11 +200,12 @@ class Postcopy:
         self.finished = True
 
     def close(self) -> None:
-        """Stop the pager and let go of the userfaultfd."""
+        """Stop the pager and let go of the userfaultfds."""
         self._stop_serving()
         if self._userfaultfd is not None:
             self._userfaultfd.close()
             self._userfaultfd = None
+        self.shared.close()
 
     def _stop_serving(self) -> None:
         if self._mapper is not None:
@@ -234,7 +245,7 @@ class Postcopy:
 
     def _start_pager(self, userfaultfd: Userfaultfd) -> None:
         source = self._return_path
-        pager = Pager(userfaultfd, self._ram, self._faults, source, self._awake)
+        pager = Pager(userfaultfd, self._ram, self._faults, source, self._awake, self.shared)
         self._serves = True
         try:
             self._pager_thread = _start("pager", lambda: self._serve(pager))

@@ -44,9 +44,14 @@ class PagemapTracker:
         """
         size, found = block.page_size_bytes, []
         for space, scanner in self._scanners:
-            base = space.addresses[block.name]
-            written = scanner.scan(base + start * size, base + end * size, protect=protect)
-            found.append(((written - np.uint64(base)) // np.uint64(size)).astype(np.int64))
+            for part in space.ranges:
+                if part.block != block.name:
+                    continue
+                base = part.address - part.offset
+                first = max(start, part.offset // size)
+                last = min(end, (part.offset + part.length_bytes) // size)
+                written = scanner.scan(base + first * size, base + last * size, protect=protect)
+                found.append(((written - np.uint64(base)) // np.uint64(size)).astype(np.int64))
         if len(found) == 1:
             return found[0]
         masks = [_mask(ranges - start, end - start) for ranges in found]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from postcopy.errors import PostcopyError, WrongState
-from postcopy.guest import Guest
+from postcopy.guest import AddressSpace, Guest
 from postcopy.kernel import threads
 from postcopy.link.engine.guest_proxy import guest_over
 from postcopy.link.protocol import EngineReports
@@ -42,6 +42,7 @@ class EngineContext:
     """One engine's guest, job and status.
 
     :ivar take_capabilities: called when the user has changed them meanwhile; only a destination cares.
+    :ivar take_space: called when one more process has the guest's memory mapped.
     :ivar on_exit: called when the guest's process has closed the link, before this one ends.
     :ivar end_commands: called after that, as the last thing: no command outlives this process.
     :ivar ram: of a guest that is to arrive, or to wake.
@@ -52,6 +53,7 @@ class EngineContext:
         self.job: Job | None = None
         self.on_exit: Callable[[], None] = lambda: None
         self.end_commands: Callable[[], None] = lambda: None
+        self.take_space: Callable[[AddressSpace], None] = lambda space: os.close(space.userfaultfd)
         self.take_capabilities: Callable[[Capabilities], None] = lambda _: None
         self.ram: IncomingRam | None = None
         self.populating: Populating | None = None
@@ -141,6 +143,9 @@ class EngineContext:
 
     def set_capabilities(self, capabilities: Capabilities) -> None:
         self.take_capabilities(capabilities)
+
+    def share(self, space: AddressSpace) -> None:
+        self.take_space(space)
 
     def pause(self) -> None:
         if self.job is not None:

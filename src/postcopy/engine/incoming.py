@@ -55,6 +55,7 @@ class Incoming(IncomingCommands):
         )
         context.set_job(destination)
         context.take_capabilities = destination.set_capabilities
+        context.take_space = destination.share
         context.on_exit = destination.stop_waiting  # a Unix socket's file would stay
         context.end_commands = destination.leave
         return listener.described()

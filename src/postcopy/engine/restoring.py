@@ -53,6 +53,7 @@ class Restoring(RestoreCommands):
             opened=self._take_opened(Path(options.path)),
         )
         context.set_job(restore)
+        context.take_space = restore.share
         return restore.identity
 
     def _take_opened(self, path: Path) -> RestoreImage | None:

@@ -105,6 +105,17 @@ class PagemapScanner:
             at = argument.walk_end
         return np.concatenate(found) if found else np.empty((0, 2), np.uint64)
 
+    def mapped(self, address: int, pages: int, page_size_bytes: int) -> npt.NDArray[np.bool_]:
+        """Tell which of the pages from an address on the process has mapped."""
+        found = np.zeros(pages, np.bool_)
+        end = address + pages * page_size_bytes
+        for first, last in self.scan(
+            address, end, protect=False, categories=PageCategory.PRESENT
+        ).tolist():
+            start, stop = first - address, last - address
+            found[start // page_size_bytes : stop // page_size_bytes] = True
+        return found
+
     def _ask(self, argument: pm_scan_arg) -> tuple[int, bool]:
         """Return how many ranges were found, and whether it has failed before."""
         waits: Patience | None = None

@@ -17,6 +17,7 @@ import fcntl
 import os
 import struct
 import threading
+import time
 from collections.abc import Callable
 from typing import Final, Self
 
@@ -107,6 +108,23 @@ class Userfaultfd:
         """Watch a range no more: waiting threads go on, and what is missing reads as zeros."""
         argument = abi.uffdio_range(address, length_bytes)
         self._request(abi.UFFDIO_UNREGISTER, argument, address, length_bytes)
+
+    def unregister_in_steps(
+        self, address: int, length_bytes: int, step_bytes: int, rest_s: float = 0.0
+    ) -> None:
+        """As :meth:`unregister`, and threads that wait to write go on, too.
+
+        :param step_bytes: what is let go of in one call, of whole pages: meanwhile the process can
+            handle no fault.
+        :param rest_s: between two calls.
+        """
+        for at in range(address, address + length_bytes, step_bytes):
+            length = min(step_bytes, address + length_bytes - at)
+            self.unregister(at, length)
+            # That wakes threads that wait for a page, but not those that wait to write to one.
+            self.wake(at, length)
+            if rest_s:
+                time.sleep(rest_s)
 
     def copy(
         self,

@@ -12,6 +12,8 @@ from postcopy.kernel import calls
 from postcopy.kernel.calls import ioctl, ioctl_plain, syscall
 
 DEVICE = Path("/dev/userfaultfd")
+_SHAKEN = 1 << 31
+"""What the kernel notes beside the features when a userfaultfd has shaken hands."""
 _SYSCALL_NUMBERS = {"x86_64": 323, "aarch64": 282, "riscv64": 282, "ppc64le": 364, "s390x": 355}
 
 SINCE = {
@@ -66,6 +68,21 @@ def handshake(fd: int, features: Feature) -> Feature:
     argument = abi.uffdio_api(abi.UFFD_API, features)
     ioctl(fd, abi.UFFDIO_API, argument)
     return Feature(argument.features)
+
+
+def features_of(fd: int) -> Feature:
+    """The features that a userfaultfd, of whichever process, was opened with (``/proc/self/fdinfo``).
+
+    :raises KernelError: ``EBADF``: it is no userfaultfd, or has not shaken hands.
+    """
+    path = Path(f"/proc/self/fdinfo/{fd}")
+    for line in calls.of_python("read", str(path), path.read_text).splitlines():
+        name, _, value = line.partition(":")
+        if name == "API":  # API:features:all that the kernel has
+            features = int(value.split(":")[1], 16)
+            if features & _SHAKEN:
+                return Feature(features & ~_SHAKEN)
+    raise KernelError("read", errno.EBADF, f"{path}; this is no userfaultfd that is ready for use")
 
 
 def open_raw(*, user_mode_only: bool = False) -> int:

@@ -22,9 +22,11 @@ from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.lazy_restore.block import BlockRestorer
 from postcopy.lazy_restore.prefetch import PrefetchWork, from_copies, from_image
 from postcopy.lazy_restore.prefetch_budget import HeadStart
+from postcopy.memory.page_map import RECEIVED
 from postcopy.memory.runs import Mask
 from postcopy.paging.fault_loop import Fault, FaultLoop
 from postcopy.paging.latencies import LatencyHistogram
+from postcopy.paging.shared_space import SharedSpace, SharedSpaces
 from postcopy.trace import trace
 
 _SHORT_STEP_BYTES: Final = 128 << 10
@@ -55,6 +57,7 @@ class RestorePager:
 
     :param working_set: what to bring first, in pages of each block's own size.
     :param on_progress: called once, when anything has been placed.
+    :param shared: the other processes that have the guest's memory mapped.
     """
 
     def __init__(
@@ -64,13 +67,15 @@ class RestorePager:
         working_set: Mapping[str, Mask],
         pace: Pace,
         on_progress: Callable[[], None] = lambda: None,
+        shared: SharedSpaces | None = None,
     ) -> None:
         self._userfaultfd = userfaultfd
         self._restorers = restorers
+        self._restorer_of = {each.block.name: each for each in restorers}
         self._working_set = working_set
         self._limiter = pace.limiter
         self._on_progress: Callable[[], None] | None = on_progress
-        self._loop = FaultLoop(userfaultfd, self, self)
+        self._loop = FaultLoop(userfaultfd, self, self, shared)
         self._hurry = False
         self._runs_ns: int | None = None  # since when the guest runs
         self._may_end = False
@@ -165,20 +170,41 @@ class RestorePager:
 
     # --- as postcopy.paging.fault_loop.FaultHandler
 
-    def serve(self, faults: Sequence[Fault], since_ns: int) -> None:
+    def serve(
+        self, faults: Sequence[Fault], since_ns: int, space: SharedSpace | None = None
+    ) -> None:
         """See :class:`postcopy.paging.fault_loop.FaultHandler`."""
         since_ns = time.monotonic_ns()
         self._awake.a_while()
         for _, flags, address, _ in faults:
-            restorer = self._find(address)
-            page = (address - restorer.block.host_address) >> restorer.shift
-            if flags & _MINOR:
-                restorer.placer.map(page)
+            if space is not None:
+                self._serve_shared(space, address)
             else:
-                restorer.bring(page)
+                restorer = self._find(address)
+                page = (address - restorer.block.host_address) >> restorer.shift
+                if flags & _MINOR:
+                    restorer.placer.map(page)
+                else:
+                    restorer.bring(page)
             self._last_fault_ns = now_ns = time.monotonic_ns()
             self.latencies.add(now_ns - since_ns)
         self._note_progress()
+
+    def _serve_shared(self, space: SharedSpace, address: int) -> None:
+        """Bring a page that a thread of another process waits for: to the guest, and then to it."""
+        found = space.find(address)
+        if found is None:
+            return
+        paged, page = found
+        states = paged.pages.states
+        if states[page] != RECEIVED:
+            self._restorer_of[paged.block.name].bring(page)
+        if space.map(paged, page):
+            return
+        if states[page] == RECEIVED:
+            space.poison(paged, page)  # it is lost
+        else:
+            space.wake(paged, page)  # the guest's address space was changing
 
     def removed(self, start: int, end: int) -> None:
         """See :class:`postcopy.paging.fault_loop.FaultHandler`."""

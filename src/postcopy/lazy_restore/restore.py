@@ -18,7 +18,7 @@ from typing import Final
 
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.errors import GuestError, HostCannot, PostcopyError
-from postcopy.guest import Guest
+from postcopy.guest import AddressSpace, Guest
 from postcopy.kernel import threads
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.lazy_restore import plain
@@ -27,6 +27,7 @@ from postcopy.lazy_restore.pager import Pace, RestorePager
 from postcopy.lazy_restore.restore_image import RestoreImage
 from postcopy.lazy_restore.statistics import RestoreStatistics
 from postcopy.paging.ram import IncomingRam
+from postcopy.paging.shared_space import SharedSpaces
 from postcopy.parameters import Parameters
 from postcopy.restore_options import RestoreOptions
 from postcopy.statistics import MigrationInfo
@@ -65,6 +66,7 @@ class Restore:
         self._lost: list[Lost] = []
         self._failure: PostcopyError | None = None
         self._userfaultfd: Userfaultfd | None = None
+        self._shared = SharedSpaces(ram)
         self._pager: RestorePager | None = None
         self._hurried = False
         self.statistics = RestoreStatistics(options.began_ns, lazy=options.lazy)
@@ -102,6 +104,10 @@ class Restore:
             self._pager.new_rate(rate)
         else:
             self._limiter.set_rate(rate)
+
+    def share(self, space: AddressSpace) -> None:
+        """Serve the faults of one more process that has the guest's memory mapped."""
+        self._shared.add(space)
 
     def hurry(self, *, wanted: bool) -> None:
         """Somebody waits for the end, so go on at full speed; or nobody does any more."""
@@ -162,8 +168,10 @@ class Restore:
         return self._watch(adopt=True)
 
     def _watch(self, *, adopt: bool) -> RestorePager:
-        (space,) = self._guest.watch_missing()
-        self._userfaultfd = userfaultfd = Userfaultfd.from_fd(space.userfaultfd)
+        own, *others = self._guest.watch_missing()
+        self._userfaultfd = userfaultfd = Userfaultfd.from_fd(own.userfaultfd)
+        for space in others:
+            self._shared.add(space)
         trace("restore.watching")
         restorers = [
             BlockRestorer(userfaultfd, paged, self._opened.source(paged), self._on_lost)
@@ -173,15 +181,18 @@ class Restore:
         working_set = self._opened.working_set(self._ram) if prefetch else {}
         copies = self._opened.copies(self._ram) if working_set else None
         pace = Pace(self._limiter, holds_for_recording=self._options.record, copies=copies)
-        self._pager = RestorePager(userfaultfd, restorers, working_set, pace, self._on_progress)
+        self._pager = RestorePager(
+            userfaultfd, restorers, working_set, pace, self._on_progress, self._shared
+        )
         self.statistics.watch(restorers, self._pager, working_set)
         if self._hurried:
             self._pager.hurry()
         if adopt:
             for restorer in restorers:
-                restorer.adopt(space.process_id)
+                restorer.adopt(own.process_id)
             for paged in self._ram:  # who waited for the dead one faults once more
                 userfaultfd.wake(paged.block.host_address, paged.block.size_bytes)
+            self._shared.wake_all()
         return self._pager
 
     # --- lazy
@@ -303,6 +314,7 @@ class Restore:
     def _let_go(self) -> None:
         if self._userfaultfd is not None:
             self._userfaultfd.close()
+        self._shared.close()
         if self._pager is not None:
             self._pager.close()
         self._opened.close()

@@ -14,6 +14,7 @@ from postcopy.guest import (
     Description,
     DeviceState,
     Keeper,
+    MappedRange,
     Ownership,
     Region,
     RunControl,
@@ -101,6 +102,9 @@ class JobCommands(Protocol):
     @note
     def set_capabilities(self, capabilities: Capabilities) -> None:
         """Take over what the user has switched meanwhile."""
+
+    def share(self, space: AddressSpace) -> None:
+        """Serve the faults of one more process that has the guest's memory mapped."""
 
     @note
     def pause(self) -> None:
@@ -259,6 +263,7 @@ CODEC: Final = Codec(
         DeviceState,
         ImageMachine,
         ImagePoint,
+        MappedRange,
         Measured,
         MigrationInfo,
         Parameters,

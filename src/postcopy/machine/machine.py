@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Self
 
 from postcopy.errors import GuestError, KernelError, Refused, StreamError, WrongState
-from postcopy.guest import DeviceState, Region, VcpuThread
+from postcopy.guest import DeviceState, Region, SharingProcess, VcpuThread
 from postcopy.kernel.mapping import Buffer
 from postcopy.machine import accelerator, boot, sections
 from postcopy.machine.config import MachineConfig
@@ -60,6 +60,8 @@ class Machine:
             raise
         self.run_control = RunControl(self._vcpus, on_event)
         self._serial = SerialPort(on_serial)
+        self._sharing: list[SharingProcess] = []
+        self._tell_of_sharing: Callable[[SharingProcess], None] = lambda _: None
         self._closed = False
         self._make_vcpus()
 
@@ -162,6 +164,30 @@ class Machine:
     def regions(self) -> Sequence[Region]:
         """The RAM blocks, in the order of their guest addresses."""
         return self._ram.regions
+
+    def shared_with(self) -> Sequence[SharingProcess]:
+        """The other processes that have its memory mapped now."""
+        return tuple(self._sharing)
+
+    def tell_of_sharing(self, joined: Callable[[SharingProcess], None]) -> None:
+        """Call this with each process that its memory is shared with from now on."""
+        self._tell_of_sharing = joined
+
+    def share(self, process: SharingProcess) -> None:
+        """Another process has its memory mapped, and is about to touch it.
+
+        :raises PostcopyError: pages are missing, and it cannot be served with them; it is not shared.
+        """
+        self._sharing.append(process)
+        try:
+            self._tell_of_sharing(process)
+        except BaseException:
+            self._sharing.remove(process)
+            raise
+
+    def unshare(self, process: SharingProcess) -> None:
+        """That process has ended, or has let go of the memory."""
+        self._sharing.remove(process)
 
     def vcpu_threads(self) -> Sequence[VcpuThread]:
         """The threads that run vCPUs; they are the same for the machine's whole life."""

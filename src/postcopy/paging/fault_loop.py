@@ -1,5 +1,8 @@
 """The loop that every userfaultfd is read in: wait, read, hand on, stop.
 
+It reads the userfaultfd of the guest's process, and those of other processes that have the guest's memory
+mapped; these tell of faults alone (:mod:`postcopy.link.guest.sharing`).
+
 The pagers of a postcopy and of a restore and the write-fault handler of a snapshot run it, each on a
 thread of the engine's process: a process that can fault on guest memory must not serve the faults.
 
@@ -25,6 +28,7 @@ from postcopy.kernel import calls
 from postcopy.kernel.faults import MESSAGE
 from postcopy.kernel.threads import run_soon
 from postcopy.kernel.userfaultfd import Userfaultfd
+from postcopy.paging.shared_space import SharedSpace, SharedSpaces
 
 Fault = tuple[int, int, int, int]
 """A message of a fault, as the kernel writes it: the event, ``PagefaultFlag``, the address, and in the
@@ -38,10 +42,13 @@ _PAGEFAULT: Final = int(EventCode.PAGEFAULT)
 class FaultHandler(Protocol):
     """Serves faults, and is told of changes of the watched address space."""
 
-    def serve(self, faults: Sequence[Fault], since_ns: int) -> None:
+    def serve(
+        self, faults: Sequence[Fault], since_ns: int, space: SharedSpace | None = None
+    ) -> None:
         """Serve all that one look has found.
 
         :param since_ns: no thread has waited for longer than since this moment (monotonic clock).
+        :param space: of which other process; None: of the guest's.
         """
 
     def removed(self, start: int, end: int) -> None:
@@ -68,10 +75,13 @@ class Background(Protocol):
 
 
 class FaultLoop:
-    """Reads one userfaultfd until :meth:`stop`.
+    """Reads userfaultfds until :meth:`stop`.
 
     A child of the guest's process has a userfaultfd of its own.  It is held open up to the end, so that
     what touches a missing page in the child waits until then, and does not read zeros in place of data.
+
+    :param userfaultfd: of the guest's process.
+    :param shared: other processes that have its memory mapped; one may be added at any time.
     """
 
     def __init__(
@@ -79,10 +89,13 @@ class FaultLoop:
         userfaultfd: Userfaultfd,
         handler: FaultHandler,
         background: Background | None = None,
+        shared: SharedSpaces | None = None,
     ) -> None:
         self._userfaultfd = userfaultfd
         self._handler = handler
         self._background = background
+        self._shared = shared
+        self._spaces: dict[int, SharedSpace] = {}  # by descriptor; the thread's alone
         self._children: list[int] = []
         ends = calls.of_python("pipe2", "", os.pipe2, os.O_CLOEXEC | os.O_NONBLOCK)
         self._wake_reader, self._wake_writer = ends
@@ -128,6 +141,9 @@ class FaultLoop:
         poll = select.poll()
         poll.register(self._userfaultfd.fd, select.POLLIN)
         poll.register(self._wake_reader, select.POLLIN)
+        if self._shared is not None:
+            self._shared.on_added = self.wake
+        self._take_added(poll)
         looked_ns = time.monotonic_ns()
         while not self._stopped:
             since_ns = looked_ns
@@ -141,8 +157,11 @@ class FaultLoop:
             for fd, _ in ready:
                 if fd == self._wake_reader:
                     os.read(fd, 64)
-                else:
+                    self._take_added(poll)
+                elif (space := self._spaces.get(fd)) is None:
                     self._read(since_ns)
+                else:
+                    self._read_shared(space, since_ns)
             if not ready and self._background is not None:
                 self._background.step()
 
@@ -155,6 +174,18 @@ class FaultLoop:
                 self._change(*message)
         if faults:
             self._handler.serve(faults, since_ns)
+
+    def _take_added(self, poll: select.poll) -> None:
+        """Read the userfaultfds of all other processes that there are by now."""
+        for space in self._shared.all() if self._shared is not None else ():
+            self._spaces[space.userfaultfd.fd] = space
+            poll.register(space.userfaultfd.fd, select.POLLIN)
+
+    def _read_shared(self, space: SharedSpace, since_ns: int) -> None:
+        messages = space.userfaultfd.read_messages(_MOST_MESSAGES)
+        faults = [each for each in MESSAGE.iter_unpack(messages) if each[0] == _PAGEFAULT]
+        if faults:
+            self._handler.serve(faults, since_ns, space)
 
     def _change(self, event: int, first: int, second: int, third: int) -> None:
         if event in {EventCode.REMOVE, EventCode.UNMAP}:

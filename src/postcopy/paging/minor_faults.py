@@ -93,14 +93,19 @@ class BackgroundMapper:
             placer.map(start + first, last - first)
 
 
-def resolve_minor_fault(placer: BlockPlacer, paged: IncomingBlock, page: int) -> None:
-    """Map a page that has come and that a thread waits for, with its next neighbours."""
-    placer.resolve(page, _received_from(paged, page))
+def resolve_minor_fault(
+    placer: BlockPlacer, paged: IncomingBlock, page: int, most: int = _NEIGHBOURS
+) -> None:
+    """Map a page that has come and that a thread waits for, with its next neighbours.
+
+    :param most: pages there are from this one on.
+    """
+    placer.resolve(page, _received_from(paged, page, min(most, _NEIGHBOURS)))
 
 
-def _received_from(paged: IncomingBlock, page: int) -> int:
+def _received_from(paged: IncomingBlock, page: int, most: int) -> int:
     """How many pages from this one on have been received without a gap: at least this one."""
     if paged.block.target_pages_per_page > 1:
         return 1
-    received = paged.pages.states[page : page + _NEIGHBOURS] == RECEIVED
+    received = paged.pages.states[page : page + most] == RECEIVED
     return len(received) if received.all() else max(1, int(received.argmin()))

@@ -1,9 +1,10 @@
 """Read faults, ask for the pages, and keep the time.
 
-One thread, ``pager``, runs :meth:`Pager.run`.
+One thread, ``pager``, runs :meth:`Pager.run`.  It serves the guest's own process, and every other that has
+the guest's memory mapped.
 
-A page is asked for once, however many threads fault on it.  A fault that is read although its page
-has just been placed (the message was queued before) only wakes its thread again.
+A page is asked for once, however many threads of however many processes fault on it.  A fault that is read
+although its page has just been placed (the message was queued before) only wakes its thread again.
 """
 
 import time
@@ -18,6 +19,7 @@ from postcopy.paging.fault_table import FaultTable
 from postcopy.paging.minor_faults import resolve_minor_fault
 from postcopy.paging.placer import BlockPlacer
 from postcopy.paging.ram import IncomingRam
+from postcopy.paging.shared_space import SharedSpace, SharedSpaces
 
 Request = tuple[RamBlock, int]
 """A block, and the number of the page that is wanted."""
@@ -31,9 +33,11 @@ class PageSource(Protocol):
 
 
 class Pager:
-    """Serves one userfaultfd until :meth:`stop`.
+    """Serves the userfaultfds of all address spaces until :meth:`stop`.
 
+    :param userfaultfd: the guest's own.
     :param awake: keeps CPUs awake while there are faults; the caller closes it.
+    :param shared: the other processes that have the guest's memory mapped.
     """
 
     def __init__(
@@ -43,13 +47,14 @@ class Pager:
         faults: FaultTable,
         source: PageSource,
         awake: CpusAwake,
+        shared: SharedSpaces | None = None,
     ) -> None:
         self._ram = ram
         self._placers = {p.block.name: BlockPlacer(userfaultfd, p.block) for p in ram}
         self._table = faults
         self._source = source
         self._awake = awake
-        self._loop = FaultLoop(userfaultfd, self)
+        self._loop = FaultLoop(userfaultfd, self, shared=shared)
         self.faults = 0
 
     def run(self) -> None:
@@ -78,11 +83,13 @@ class Pager:
             if len(pages):
                 self._source.request([(paged.block, int(page)) for page in pages])
 
-    def serve(self, faults: Sequence[Fault], since_ns: int) -> None:
+    def serve(
+        self, faults: Sequence[Fault], since_ns: int, space: SharedSpace | None = None
+    ) -> None:
         """See :class:`postcopy.paging.fault_loop.FaultHandler`."""
         del since_ns
         self._awake.a_while()
-        wanted = [request for fault in faults if (request := self._note(fault)) is not None]
+        wanted = [request for fault in faults if (request := self._note(fault, space)) is not None]
         if wanted:
             self._source.request(wanted)
 
@@ -94,6 +101,8 @@ class Pager:
             paged.remove(first, last)
             name = paged.block.name
             waits = [page for page in self._table.waiting(name) if first <= page < last]
+            for space, page in self._table.waiting_elsewhere(name, waits):
+                space.wake(paged, page)
             self._table.end(name, waits, now_ns)  # their threads fault again
 
     def moved(self, source: int, destination: int, length_bytes: int) -> None:
@@ -101,21 +110,24 @@ class Pager:
         for paged in self._ram:
             paged.block.move(source, destination, length_bytes)
 
-    def _note(self, fault: Fault) -> Request | None:
+    def _note(self, fault: Fault, space: SharedSpace | None) -> Request | None:
         """Note one fault; return the page to ask for, if it has not been asked for yet."""
         now_ns = time.monotonic_ns()
         self.faults += 1
         _, _, address, thread = fault
-        found = self._ram.find(address)
+        found = self._ram.find(address) if space is None else space.find(address)
         if found is None:
             return None
         paged, page = found
         block, thread_id = paged.block, thread & LOW_WORD
-        self._table.begin(block.name, page, thread_id, now_ns)
+        self._table.begin(block.name, page, thread_id, now_ns, space)
         if paged.pages.request(page):
             return block, page
         if paged.pages.is_settled(page):
             # It was received before the guest ran here, or between the fault and our reading of it.
-            self._table.withdraw(block.name, page, thread_id, now_ns)
-            resolve_minor_fault(self._placers[block.name], paged, page)
+            self._table.withdraw(block.name, page, thread_id, now_ns, space)
+            if space is None:
+                resolve_minor_fault(self._placers[block.name], paged, page)
+            else:
+                space.show(paged, page)
         return None

@@ -11,7 +11,7 @@ share is the page map, where a page is claimed before it is written, and the fau
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -168,6 +168,7 @@ class Placement:
         self._placers[name].map(first, end - first)
         if waiting := self._faults.waiting(name):
             arrived = [page for page in waiting if first <= page < end]
+            self._show_elsewhere(paged, arrived)
             self._faults.end(name, arrived, time.monotonic_ns())
         return True
 
@@ -202,7 +203,13 @@ class Placement:
         for page in self._faults.waiting(name):
             if (target == page).any():
                 resolve_minor_fault(self._placers[name], paged, page)
+                self._show_elsewhere(paged, [page])
                 self._faults.end(name, [page], time.monotonic_ns())
+
+    def _show_elsewhere(self, paged: IncomingBlock, pages: Sequence[int]) -> None:
+        """Let threads of other processes go on that wait for these pages."""
+        for space, page in self._faults.waiting_elsewhere(paged.block.name, pages):
+            space.show(paged, page)
 
 
 def _has_data(paged: IncomingBlock, target: Indices) -> Mask:

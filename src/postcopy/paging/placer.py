@@ -6,11 +6,13 @@ woken too: they fault again, and by then the event of that change has been read.
 """
 
 import errno
-from typing import Final
+from typing import Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from postcopy.errors import KernelError, PageExists
 from postcopy.kernel.userfaultfd import PageCopier, Userfaultfd
-from postcopy.memory.ram_block import RamBlock
 
 _GONE: Final = frozenset({errno.EFAULT, errno.ENOENT})
 """A page that has been removed, or a range that has been unmapped, since it was decided to map it."""
@@ -22,13 +24,33 @@ _NOT_IN_A_FILE: Final = frozenset({errno.EFAULT, errno.EINVAL})
 """A hole of a file; or anonymous memory, which has no pages but those that are mapped."""
 
 
+class PlacedBlock(Protocol):
+    """A block as one process has it mapped: see :class:`postcopy.memory.ram_block.RamBlock`."""
+
+    @property
+    def host_address(self) -> int:
+        """Where its first byte is in that process."""
+
+    @property
+    def page_size_bytes(self) -> int:
+        """The block's own page size."""
+
+    @property
+    def target_pages_per_page(self) -> int:
+        """How many pages of 4 KiB that is."""
+
+    @property
+    def pages(self) -> npt.NDArray[np.uint8]:
+        """The engine's own mapping of it, shape ``(n, 4096)``."""
+
+
 class BlockPlacer:
     """Places pages of one block, numbered in its own page size; for one thread.
 
     :ivar placed_pages: how many pages have been copied or filled with zeros.
     """
 
-    def __init__(self, userfaultfd: Userfaultfd, block: RamBlock) -> None:
+    def __init__(self, userfaultfd: Userfaultfd, block: PlacedBlock) -> None:
         self._userfaultfd = userfaultfd
         self._block = block
         self._size = block.page_size_bytes

@@ -128,8 +128,9 @@ class WriteProtectHandler:
             traceback.print_exc()
             self._on_error(PostcopyError(f"the snapshot's fault handler failed: {error!r}"))
 
-    def serve(self, faults: Sequence[Fault], since_ns: int) -> None:
-        """See :class:`postcopy.paging.fault_loop.FaultHandler`."""
+    def serve(self, faults: Sequence[Fault], since_ns: int, space: object = None) -> None:
+        """See :class:`postcopy.paging.fault_loop.FaultHandler`; of the guest's process alone."""
+        del space
         for _, _, address, _ in faults:
             if not self._fault(address, since_ns):
                 self._loop.stop()

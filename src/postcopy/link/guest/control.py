@@ -71,7 +71,7 @@ class MigrationControl:
             self._handlers, self._engine_ended, pool, hang_looks, self._may_call_engine
         )
         self.settings = Settings()  # of jobs that are still to come
-        self._keeper = GuestKeeper(guest)
+        self._keeper = GuestKeeper(guest, self._engines.share)
         self._current = Current(Job(self._tell, incoming=incoming), incoming)
         self._outcome = Outcome(
             guest,

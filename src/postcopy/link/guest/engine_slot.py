@@ -4,13 +4,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from postcopy.errors import EngineDied, HostCannot, PostcopyError, WrongState
+from postcopy.guest import AddressSpace
 from postcopy.kernel import threads
 from postcopy.link.guest.engine_process import EnginePool, EngineProcess
 from postcopy.link.guest.watchdog import HANG_LOOKS
+from postcopy.link.protocol import JobCommands
 from postcopy.link.rpc import Handler, Link
 from postcopy.trace import trace
 
@@ -148,6 +151,11 @@ class EngineSlot:
         link = self.link
         if link is not None:
             link.note(order, *args, **kwargs)
+
+    def share(self, space: AddressSpace) -> None:
+        """One more process has the guest's memory mapped, while pages of it are missing."""
+        with suppress(EngineDied):  # the next one is told when it begins
+            self.call(JobCommands.share, space)
 
     def end(self) -> None:
         """Let go of the engine at work: what it may still say counts no more."""

@@ -6,7 +6,6 @@ missing, the descriptor kept here is what makes a thread that touches it wait in
 
 import os
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -21,6 +20,7 @@ from postcopy.guest import (
     Description,
     DeviceState,
     Keeper,
+    MappedRange,
     Ownership,
     Region,
     RunControl,
@@ -35,6 +35,7 @@ from postcopy.kernel.userfaultfd import (
     WRITE_FEATURES,
     Userfaultfd,
 )
+from postcopy.link.guest.sharing import STEP_BYTES, SharingGuest, WatchedProcesses
 from postcopy.link.rpc import Handler, handlers
 from postcopy.link.values import Fd, sent
 from postcopy.memory import page_map_file
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
-class OwnedGuest(Protocol):
+class OwnedGuest(SharingGuest, Protocol):
     """A guest in this process, which knows whether it may run here; any thread may call any method."""
 
     @property
@@ -67,9 +68,6 @@ class OwnedGuest(Protocol):
     @property
     def running(self) -> bool:
         """Whether the vCPUs run."""
-
-    def regions(self) -> Sequence[Region]:
-        """See :meth:`postcopy.guest.Keeper.regions`."""
 
     def vcpu_threads(self) -> Sequence[VcpuThread]:
         """The threads that run vCPUs, in order of the vCPUs' numbers."""
@@ -105,9 +103,6 @@ class OwnedGuest(Protocol):
         """Fetch and clear the log of one RAM block: packed bits, one a 4 KiB page."""
 
 
-_STEP_BYTES = 16 << 20
-"""What is let go of in one call: meanwhile no vCPU can fault, and 4 GiB take 20 ms."""
-
 _REST_S = 50e-6
 """Between two such calls, for a guest that runs on as before: KVM begins a fault anew when anything has
 been let go of meanwhile, wherever that was."""
@@ -121,17 +116,23 @@ class GuestKeeper:
 
     Its methods without a docstring are those of :class:`postcopy.guest.Keeper`.
 
+    :param joined: see :class:`postcopy.link.guest.sharing.WatchedProcesses`.
+
     Invariant: ``_missing`` is open exactly while some page may be missing; it is closed only
-    when none is.
+    when none is.  So are the userfaultfds of ``shared``.
     """
 
-    def __init__(self, guest: OwnedGuest) -> None:
+    def __init__(
+        self, guest: OwnedGuest, joined: Callable[[AddressSpace], None] = lambda _: None
+    ) -> None:
         self._guest = guest
         self._lock = threading.Lock()
         self._writes: Userfaultfd | None = None
         self._missing: Userfaultfd | None = None
         self._snapshot: Userfaultfd | None = None
         self._page_maps: list[int] = []
+        self.shared = WatchedProcesses(guest, lambda: self._page_maps, joined)
+        """Other processes that wait for missing pages."""
         self.waking = threading.Lock()
         """Held while a guest is loaded and let run."""
         self._kept_stream: tuple[int, Mapping[str, int]] = (0, {})
@@ -165,8 +166,11 @@ class GuestKeeper:
         return self._spaces(None)
 
     def _spaces(self, watch: Userfaultfd | None) -> Sequence[AddressSpace]:
-        addresses = {region.name: region.host_address for region in self._guest.regions()}
-        return [AddressSpace(os.getpid(), addresses, -1 if watch is None else Fd(watch.fd))]
+        ranges = [
+            MappedRange(region.name, 0, region.size_bytes, region.host_address)
+            for region in self._guest.regions()
+        ]
+        return [AddressSpace(os.getpid(), ranges, -1 if watch is None else Fd(watch.fd))]
 
     def keep_stream(self, section: int, sizes_bytes: Mapping[str, int]) -> None:
         self._kept_stream = section, sizes_bytes
@@ -272,15 +276,17 @@ class GuestKeeper:
                 )
             if self._missing is None:
                 self._missing = self._watch(MISSING_FEATURES, MISSING_MODE)
-            return self._spaces(self._missing)
+            own = self._spaces(self._missing)
+        return [*own, *self.shared.watch()]
 
     def unwatch_missing(self) -> None:
-        """Every page is in place: let go of the userfaultfd and of the page maps."""
+        """Every page is in place: let go of the userfaultfds and of the page maps."""
         with self._lock:
             self._unwatch(self._missing)
             self._missing = None
-            close_all(self._page_maps)
-            self._page_maps = []
+            page_maps, self._page_maps = self._page_maps, []
+        self.shared.unwatch()
+        close_all(page_maps)
 
     def poison_missing(self) -> Mapping[str, int]:
         """Nothing more will come: make each touch of a missing page fail, and stop watching.
@@ -297,6 +303,7 @@ class GuestKeeper:
 
         self._poisoned = lost = self._poisoned or {}
         missing_pages.poison(watch, self._guest.regions(), page_maps, lost)
+        self.shared.poison(page_maps)
         self.lost, self._poisoned = lost, None
         self.unwatch_missing()
         return lost
@@ -321,18 +328,9 @@ class GuestKeeper:
         if watch is not None:
             with watch, suppress(KernelError):
                 for region in self._guest.regions():
-                    self._unwatch_region(watch, region, rest_s)
-
-    def _unwatch_region(self, watch: Userfaultfd, region: Region, rest_s: float) -> None:
-        step = max(_STEP_BYTES, region.page_size_bytes)
-        for offset in range(0, region.size_bytes, step):
-            address = region.host_address + offset
-            length = min(step, region.size_bytes - offset)
-            watch.unregister(address, length)
-            # That wakes threads that wait for a page, but not those that wait to write to one.
-            watch.wake(address, length)
-            if rest_s:
-                time.sleep(rest_s)
+                    step = max(STEP_BYTES, region.page_size_bytes)
+                    address, length = region.host_address, region.size_bytes
+                    watch.unregister_in_steps(address, length, step, rest_s)
 
 
 class _EngineCalls(RunControl, Ownership):

@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from postcopy.errors import PageExists
-from postcopy.guest import Region
-from postcopy.kernel.pagemap import unmap
+from postcopy.guest import AddressSpace, MappedRange, Region
+from postcopy.kernel.pagemap import PagemapScanner, unmap
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.memory import page_map
 from postcopy.memory.runs import Mask, runs
@@ -39,6 +40,48 @@ def poison(
         for first, end in runs(pages.missing()).tolist():
             for done in _poison(watch, region, first, end):
                 counts[region.name] += done
+
+
+def mapped(space: AddressSpace, regions: Sequence[Region], page_maps: Sequence[int]) -> int:
+    """How many pages a process has mapped that have not been received.
+
+    :raises KernelError: it has ended, or is not ours to look at.
+    """
+    found = 0
+    with PagemapScanner(space.process_id) as scanner:
+        for region, pages in _opened(regions, page_maps):
+            size = region.page_size_bytes
+            for part, first, last in _parts(space.ranges, region):
+                there = scanner.mapped(part.address, last - first, size)
+                found += int((there & pages.missing()[first:last]).sum())
+    return found
+
+
+def poison_ranges(
+    watch: Userfaultfd,
+    ranges: Sequence[MappedRange],
+    regions: Sequence[Region],
+    page_maps: Sequence[int],
+) -> None:
+    """Make each touch of a missing page fail in a process that has these ranges mapped.
+
+    :param watch: the userfaultfd of that process.
+    :raises KernelError: the process has ended.
+    """
+    for region, pages in _opened(regions, page_maps):
+        for part, first, last in _parts(ranges, region):
+            there = replace(region, host_address=part.address - part.offset)
+            for start, end in (first + runs(pages.missing()[first:last])).tolist():
+                for _ in _poison(watch, there, start, end):
+                    pass
+
+
+def _parts(ranges: Sequence[MappedRange], region: Region) -> Iterator[tuple[MappedRange, int, int]]:
+    """Those of a block, with their first page and end page."""
+    for part in ranges:
+        if part.block == region.name:
+            first = part.offset // region.page_size_bytes
+            yield part, first, first + part.length_bytes // region.page_size_bytes
 
 
 def _opened(

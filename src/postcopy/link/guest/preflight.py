@@ -44,6 +44,12 @@ def check_movable(guest: OwnedGuest, keeper: GuestKeeper) -> None:
     guest.ownership.check(Move.ORDER)
     if any(keeper.lost.values()):
         raise WrongState("pages of this guest are lost, so it cannot move; start it anew")
+    if sharing := guest.shared_with():
+        names = ", ".join(process.name for process in sharing)
+        raise WrongState(
+            f"the guest's memory is shared with {names}, whose writes are not tracked, so it can neither "
+            "be sent nor saved, nor have a reset point; detach that first"
+        )
     if keeper.reset_point:
         raise WrongState(
             "the guest has a reset point, whose tracking of writes excludes migrations and snapshots; "
