@@ -1,0 +1,104 @@
+"""A real QEMU as front end of ``postcopy vhost-user-blk``: its guest moves, with its disk."""
+
+import shutil
+import subprocess
+
+import pytest
+
+from fakes.vhost_back_end import BackEnd
+from fakes.waiting import wait_until
+from interop.disk_guest import DISK_BYTES, FOLDER, TIMEOUT_S, DiskGuest
+
+pytestmark = [pytest.mark.qemu("10.0", "11.1"), pytest.mark.userfaultfd]
+
+ACCELERATORS = pytest.mark.parametrize("accelerator", ["tcg", "kvm"])
+
+
+@pytest.fixture
+def disk(tmp_path):
+    path = tmp_path / "disk.raw"
+    path.write_bytes(b"")
+    with path.open("r+b") as file:
+        file.truncate(DISK_BYTES)
+    return path
+
+
+@pytest.fixture
+def sides(tmp_path, disk):
+    """Two back ends on one file."""
+    with BackEnd(tmp_path / "source", disk) as source, BackEnd(tmp_path / "target", disk) as target:
+        yield source, target
+
+
+def move(source, target, tmp_path):
+    """Begin to move the guest."""
+    for qemu in (source, target):
+        qemu.capabilities("events", "postcopy-ram")
+    uri = f"unix:{tmp_path / 'migration'}"
+    target("migrate-incoming", uri=uri)
+    source("migrate", uri=uri)
+
+
+def sent(qemu):
+    """Bytes of its migration so far."""
+    return qemu("query-migrate").get("ram", {}).get("transferred", 0)
+
+
+@ACCELERATORS
+def test_a_guest_writes_and_reads_its_disk(tmp_path, sides, disk, accelerator):
+    back_end, _ = sides
+    with DiskGuest(tmp_path / "qemu", back_end.path, accelerator) as qemu:
+        assert qemu.wait_writes(500) >= 500
+        qemu("stop")
+        qemu("cont")
+        qemu.wait_writes(100)
+        assert qemu.check_disk(disk) >= 600
+    assert back_end.said == ""
+
+
+@ACCELERATORS
+def test_a_guest_moves_by_precopy(tmp_path, sides, disk, accelerator):
+    ours, theirs = sides
+    with (
+        DiskGuest(tmp_path / "a", ours.path, accelerator) as source,
+        DiskGuest(tmp_path / "b", theirs.path, accelerator, incoming=True) as target,
+    ):
+        source.wait_writes(200)
+        move(source, target, tmp_path)
+        source.wait_migration("completed")
+        before = source.writes()
+        assert target.wait_writes(200) >= before + 200
+        assert target.check_disk(disk) >= 400
+    assert ours.said == theirs.said == ""
+
+
+@ACCELERATORS
+def test_a_guest_moves_by_postcopy(tmp_path, sides, disk, accelerator):
+    ours, theirs = sides
+    with (
+        DiskGuest(tmp_path / "a", ours.path, accelerator) as source,
+        DiskGuest(tmp_path / "b", theirs.path, accelerator, incoming=True) as target,
+    ):
+        source.wait_writes(600)
+        # Pages come so slowly that the back end must ask for some.
+        bandwidths = {"max-bandwidth": 1 << 20, "max-postcopy-bandwidth": 1 << 20}
+        source("migrate-set-parameters", **bandwidths)
+        move(source, target, tmp_path)
+        wait_until(lambda: sent(source) > 1 << 19, TIMEOUT_S, "512 KiB sent")
+        source("migrate-start-postcopy")
+        source.wait_migration("completed")
+        before = source.writes()
+        assert target.wait_writes(200) >= before + 200
+        assert target.back_end_faults() > 0
+        assert target.check_disk(disk) >= 800
+    assert ours.said == theirs.said == ""
+
+
+def test_the_guest_is_built_from_its_source(tmp_path):
+    for tool in ("make", "as", "ld"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"needs {tool}: install binutils and make")
+    for name in ("disk.S", "Makefile"):
+        shutil.copy(FOLDER / name, tmp_path)
+    subprocess.run(["make", "-s", "-C", str(tmp_path)], check=True, timeout=60)
+    assert (tmp_path / "disk.bin").read_bytes() == (FOLDER / "disk.bin").read_bytes()
