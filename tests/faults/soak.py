@@ -1,4 +1,4 @@
-"""``make soak MINUTES=10``: random cuts, kills, orders and failing calls, one line a minute.
+"""``make soak MINUTES=10``: random cuts, kills, orders, messages and failing calls, one line a minute.
 
 It ends with the first failure, and says the seed that repeats it.
 """
@@ -19,8 +19,10 @@ from faults.failing_journeys import JOURNEYS
 from faults.failing_matrix import Runner, draw, host_pages
 from faults.failing_scene import Case
 from journeys.conftest import _begin
+from vhost_user import hostile
 
 LINE_EVERY_S = 60.0
+MESSAGES = 100_000
 
 
 def _orders(_journey, folder, seed, _variant):
@@ -36,7 +38,14 @@ def _maker(stack):
     return lambda *arguments, **more: stack.enter_context(_begin(*arguments, **more))
 
 
-STORMS = {"cuts": storm.cuts, "kills": storm.kills, "orders": _orders}
+def _messages(_journey, folder, seed, _variant):
+    """Front ends that send what cannot be to a back end of ours."""
+    disk = folder / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    hostile.flood(disk, seed, MESSAGES)
+
+
+STORMS = {"cuts": storm.cuts, "kills": storm.kills, "orders": _orders, "messages": _messages}
 FAILING = "failing calls"
 KINDS = (*STORMS, FAILING)
 
@@ -78,6 +87,9 @@ def how_to_repeat(kind, seed):
     if kind == "orders":
         count = f"POSTCOPY_SEED={seed} POSTCOPY_ORDERS={storm.PER_TEST}"
         return f"orders failed: {count} python -m pytest tests/faults/test_orders.py"
+    if kind == "messages":
+        count = f"POSTCOPY_SEED={seed} POSTCOPY_MESSAGES={MESSAGES}"
+        return f"messages failed: {count} python -m pytest tests/vhost_user/test_hostile.py"
     faults = f"POSTCOPY_SEED={seed} POSTCOPY_FAULTS={storm.PER_TEST}"
     return f"{kind} failed: {faults} python -m pytest tests/faults/test_random_{kind}.py"
 

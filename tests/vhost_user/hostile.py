@@ -10,7 +10,9 @@ from pathlib import Path
 from fakes import vhost_front_end as wire
 from fakes.vhost_front_end import Ram, Ring
 from postcopy.errors import VhostUserError
+from postcopy.vhost_user.device import BlockDevice
 from postcopy.vhost_user.session import Session
+from postcopy.virtio.disk import Disk
 
 _POWERS = (3, 6, 8, 12, 16, 20, 31, 32, 47, 63, 64)
 EDGES = (
@@ -27,7 +29,7 @@ _U32 = (1 << 32) - 1
 class Hostile:
     """Sessions in this process, one after another, with one device.
 
-    :ivar messages: how many have been sent.
+    :ivar messages: how many have been sent; about a third of them were changed.
     :ivar refused: how many sessions ended with a refusal.
     :ivar said: the words of the refusals.
     """
@@ -163,6 +165,19 @@ class Hostile:
         available = struct.pack(f"<HH{ring.size}H", 0, index, *heads)
         memory[ring.available : ring.available + len(available)] = available
         memory[0x8000:0x8010] = struct.pack("<IIQ", self._random.randrange(3), 0, 0)
+
+
+def flood(disk, seed, count):
+    """Send so many messages to back ends of a disk; none may leave a descriptor or a mapping behind."""
+    with contextlib.closing(Disk(disk)) as opened:
+        hostile = Hostile(BlockDevice(opened), seed)
+        with contextlib.closing(hostile):
+            hostile.one()
+            before = open_files(), mappings()
+            while hostile.messages < count:
+                hostile.one()
+            assert (open_files(), mappings()) == before
+    return hostile
 
 
 def open_files():

@@ -10,9 +10,7 @@ from fakes import vhost_front_end as wire
 from fakes.vhost_back_end import Guest
 from fakes.vhost_front_end import Closed, FrontEnd, Ram, Ring
 from fakes.waiting import wait_until
-from postcopy.vhost_user.device import BlockDevice
-from postcopy.virtio.disk import Disk
-from vhost_user.hostile import Hostile, mappings, open_files
+from vhost_user.hostile import flood
 
 MESSAGES = int(os.environ.get("POSTCOPY_MESSAGES", "25000"))
 SEED = int(os.environ.get("POSTCOPY_SEED", "0"))
@@ -20,17 +18,10 @@ SEED = int(os.environ.get("POSTCOPY_SEED", "0"))
 
 @pytest.mark.parametrize("seed", range(4))
 def test_no_message_does_anything_but_be_done_or_refused(disk, seed):
-    device = BlockDevice(Disk(disk))
-    hostile = Hostile(device, SEED or seed)
-    hostile.one()
-    before = open_files(), mappings()
-    while hostile.messages < MESSAGES:
-        hostile.one()
-    assert (open_files(), mappings()) == before
+    hostile = flood(disk, SEED or seed, MESSAGES)
     assert hostile.refused > MESSAGES // 100
     names = [name for name in vars(wire) if name.startswith(("GET_", "SET_", "POSTCOPY_"))]
     assert sum(any(name in text for text in hostile.said) for name in names) > 15
-    hostile.close()
 
 
 def region(guest=0, size=1 << 20, user=0, offset=0):
