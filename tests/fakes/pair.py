@@ -5,6 +5,7 @@ The engines are processes of their own, as always.  Everything waits with a dead
 """
 
 import os
+import signal
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,6 +157,17 @@ class Side:
         engine = self.control._engine
         assert engine is not None
         return engine.process_id
+
+    def stop_engine(self) -> int:
+        """As a debugger does; return its process.
+
+        The signal alone stops one thread at some time, and that one then stops the others: until all have,
+        some may still answer.
+        """
+        process_id = self.engine_process_id()
+        os.kill(process_id, signal.SIGSTOP)
+        os.waitid(os.P_PID, process_id, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        return process_id
 
     def received(self) -> np.ndarray:
         """Which pages a destination has, as its page map says."""

@@ -16,11 +16,6 @@ from postcopy.status import Status
 LOOKS = 4
 
 
-def stop(side):
-    """As a debugger does; a thread that never lets go of the interpreter looks the same."""
-    os.kill(side.engine_process_id(), signal.SIGSTOP)
-
-
 @pytest.mark.parametrize("which", ["source", "destination"])
 def test_in_precopy(journey, which):
     trip = journey(hammer(), parameters=NEVER_ENDS, hang_looks=LOOKS)
@@ -28,7 +23,7 @@ def test_in_precopy(journey, which):
     trip.source.wait(Status.ACTIVE)
     trip.destination.wait(Status.ACTIVE)
     side = getattr(trip, which)
-    stop(side)
+    side.stop_engine()
     trip.source.wait(Status.FAILED)
     trip.destination.wait(Status.FAILED)
     assert "the engine process hung for 4 s, and was killed; start the migration" in side.error
@@ -42,7 +37,7 @@ def test_in_postcopy(journey, tmp_path, which):
         moving.start()
         moving.until_postcopy()
         side = getattr(trip, which)
-        stop(side)
+        side.stop_engine()
         side.wait(Status.POSTCOPY_PAUSED)
         assert "the engine process hung for 4 s, and was killed; no page is lost" in side.error
         moving.recover()
@@ -59,7 +54,7 @@ def test_a_recovery_that_is_ordered_of_one_is_not_waited_for(journey, tmp_path):
         moving.source.control.pause()
         moving.until_settled()
         side = moving.destination
-        stop(side)
+        side.stop_engine()
         side.control.recover(uri := f"unix:{tmp_path}/again")
         assert side.status is Status.POSTCOPY_PAUSED
         assert side.control.info().socket_address == ()
@@ -76,7 +71,7 @@ def test_in_a_restore(journey, tmp_path):
     trip = journey(hammer(), hang_looks=LOOKS)
     side = half_awake(trip, tmp_path / "image")
     before = side.engine_process_id()
-    stop(side)
+    side.stop_engine()
     wait_until(
         lambda: (engine := side.control._engine) is not None and engine.process_id != before,
         20,

@@ -42,8 +42,7 @@ def test_an_engine_that_does_nothing(trip):
     """Its kernel takes what there is room for, and answers nothing."""
     trip.start()
     trip.source.wait(Status.PRE_SWITCHOVER)
-    engine = trip.destination.engine_process_id()
-    os.kill(engine, signal.SIGSTOP)
+    engine = trip.destination.stop_engine()
     try:
         trip.source.control.continue_(Status.PRE_SWITCHOVER)
         stays(trip)

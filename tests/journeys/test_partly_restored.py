@@ -23,7 +23,7 @@ from postcopy.status import Status
 def held(side: Side):
     """Its engine stands still, and so does the restore."""
     engine = side.control._engine
-    os.kill(engine.process_id, signal.SIGSTOP)
+    side.stop_engine()
     try:
         yield engine
     finally:

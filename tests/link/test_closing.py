@@ -21,8 +21,7 @@ pytestmark = pytest.mark.kvm
 def test_while_a_reset_point_waits_for_a_restore(journey, tmp_path):
     trip = journey(hammer())
     side = half_awake(trip, tmp_path / "image")
-    engine = side.engine_process_id()
-    os.kill(engine, signal.SIGSTOP)
+    engine = side.stop_engine()
     refused = []
 
     def set_point():

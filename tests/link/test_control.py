@@ -128,8 +128,7 @@ def test_an_order_for_which_there_is_no_engine_has_failed():
 def test_an_engine_that_takes_its_time_to_listen_holds_up_nothing():
     """It may look a name up; here it stands still."""
     side = Side(MachineConfig(8 << 20, accel="kvm"), incoming=True)
-    engine = side.engine_process_id()
-    os.kill(engine, signal.SIGSTOP)
+    engine = side.stop_engine()
     listening = threading.Thread(target=side.listen, daemon=True)
     try:
         listening.start()
@@ -163,8 +162,7 @@ def test_an_engine_that_takes_its_time_to_listen_holds_up_nothing():
 def test_an_engine_that_dies_while_it_is_told_to_listen_leaves_room_for_another():
     side = Side(MachineConfig(8 << 20, accel="kvm"), incoming=True)
     try:
-        engine = side.engine_process_id()
-        os.kill(engine, signal.SIGSTOP)
+        engine = side.stop_engine()
         refused = []
 
         def listen():
