@@ -1,6 +1,9 @@
 """What is said of one migration holds together, whenever it is asked."""
 
+from types import SimpleNamespace
+
 from postcopy.link.guest.job import Job
+from postcopy.link.guest.settings import Settings
 from postcopy.statistics import Measured, MigrationInfo
 from postcopy.status import Status
 
@@ -19,7 +22,7 @@ class Ending:
 
 
 def test_the_figures_belong_to_the_status():
-    job = Job(lambda *_: None, incoming=True)
+    job = Job(SimpleNamespace(tell=lambda *_: None), Settings())
     job.note(MigrationInfo(status=Status.ACTIVE, measured=Measured(restore_complete_us=9)), None)
     job.progress = Ending(job)
     info = job.info()

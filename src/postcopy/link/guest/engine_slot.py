@@ -20,7 +20,7 @@ from postcopy.trace import trace
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-_AHEAD_S: Final = 5.0
+AHEAD_S: Final = 5.0
 """When a successor is started: most migrations are over by then, and need the CPUs until then."""
 
 _MOST_STARTS: Final = 3
@@ -208,7 +208,7 @@ class EngineSupervisor:
     def worked(self) -> None:
         """The engine at work has got somewhere: count anew, and have a successor ready in a while."""
         self._replacements = 0
-        self._ahead(_AHEAD_S)
+        self._ahead(AHEAD_S)
 
     def count_anew(self) -> None:
         """A user has ordered one: those that have died before are of no account."""

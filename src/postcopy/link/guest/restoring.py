@@ -1,4 +1,4 @@
-"""A restore as the guest's process sees it: what every engine of it must know, and what takes over.
+"""A guest that wakes from its image: what every engine of it must know, and what takes over.
 
 An engine that dies loses nothing: the pages that are in place are in memory, and the others in the
 image.  So the next one is started unasked, and goes on.
@@ -6,17 +6,18 @@ image.  So the next one is started unasked, and goes on.
 
 import os
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 
-from postcopy.errors import EngineDied, PostcopyError, Reason, WrongState
-from postcopy.link.guest.engine_slot import EngineSlot, EngineSupervisor
-from postcopy.link.guest.job import Job
-from postcopy.link.guest.keeper import OwnedGuest
-from postcopy.link.protocol import JobCommands, RestoreCommands
+from postcopy.errors import EngineDied, PostcopyError, WrongState
+from postcopy.link.guest.engine_process import EngineProcess
+from postcopy.link.guest.incoming import Incoming
+from postcopy.link.guest.job import MigrationState, refuse_busy
+from postcopy.link.guest.settings import Settings
+from postcopy.link.protocol import RestoreCommands
 from postcopy.link.rpc import Link
+from postcopy.ownership import Owner
 from postcopy.restore_options import RestoreOptions
 from postcopy.status import ENDED, Status
 
@@ -24,147 +25,127 @@ _FILE: Final = "file:"
 _LOOK_S: Final = 0.2
 
 
-class Restoring:
-    """The restore of one guest, from the order to its end.
+class Restore(Incoming):
+    """A guest that comes from an image.
 
-    :param given_up: told the reason when one engine after the other has died, or none can go on.
+    :param path: of the image.
+    :param options: the others of :class:`postcopy.restore_options.RestoreOptions`.
     """
 
     def __init__(
-        self,
-        engines: EngineSlot,
-        guest: OwnedGuest,
-        given_up: Callable[[str], None],
+        self, state: MigrationState, settings: Settings, path: str, **options: Any
     ) -> None:
-        self._engines = engines
-        self._guest = guest
-        self._given_up = given_up
-        self._options = RestoreOptions("", began_ns=0)
-        self._hurried = False
-        self._closed = False
-        self.job: Job | None = None
-        """The restore that is under way, running guest or not."""
-        self._supervisor = EngineSupervisor(
-            self._is_orphaned, self._adopt, self._no_successor, engines.prepare
-        )
-
-    @staticmethod
-    def open(job: Job, link: Link, path: str, **options: Any) -> RestoreOptions:
-        """Have an engine open the image; nothing of the guest is touched yet.
-
-        :return: what :meth:`begin` takes.
-        :raises PostcopyError: it is no image, or none for this guest.
-        """
+        super().__init__(state, settings)
         options.setdefault("began_ns", time.monotonic_ns())
-        asked = RestoreOptions(os.path.abspath(path), **options)  # noqa: PTH100 - keeps a link's name
-        identity = link.call(RestoreCommands.start_restore, asked, job.settings.parameters)
-        return replace(asked, identity=identity)
-
-    def begin(self, job: Job, opened: RestoreOptions) -> None:
-        """An engine is about to restore what it has opened."""
-        self._options = opened
+        self._options = RestoreOptions(_absolute(path), **options)
         self._hurried = False
-        self.job = job
 
-    def end(self) -> None:
-        """It has completed or failed."""
-        self.job = None
+    def prepare(self, link: Link) -> None:
+        order, parameters = RestoreCommands.start_restore, self.settings.parameters
+        identity = link.call(order, self._options, parameters)
+        self._options = replace(self._options, identity=identity)
 
-    def engine_died(self) -> None:
-        """Put another engine in its place."""
-        self._engines.end()
-        self._supervisor.begin()
+    def begin(self, link: Link) -> None:
+        super().begin(link)
+        self.state.restore = self
 
-    def engine_works(self) -> None:
-        """An engine has placed a page: should it die, that is no reason to give up."""
-        self._supervisor.worked()
+    def start(self, link: Link) -> None:
+        link.note(RestoreCommands.restore)
+
+    # --- what waits for the end of it
 
     def hurry(self, *, wanted: bool = True) -> None:
         """Something waits for the end of it, or no longer does."""
         self._hurried = wanted
-        self._engines.tell(RestoreCommands.hurry, wanted=wanted)
+        self.state.engines.tell(RestoreCommands.hurry, wanted=wanted)
 
     def complete_first(self) -> None:
-        """Wait until the guest is whole, while it is completed at full speed."""
-        job = self.job
-        if job is None or not self._guest.owned:
+        """Wait until the guest, if it runs, is whole, while it is completed at full speed.
+
+        :raises WrongState: the process is leaving.
+        """
+        if not self.state.guest.owned:
             return
         self.hurry()
-        while not self._closed:
+        while not self.state.closed:
             with suppress(TimeoutError):
-                job.progress.wait(*ENDED, Status.POSTCOPY_PAUSED, timeout=_LOOK_S)
+                self.progress.wait(*ENDED, Status.POSTCOPY_PAUSED, timeout=_LOOK_S)
                 return
         raise WrongState("this process is leaving")
 
-    def close(self) -> None:
-        """Let go of those that wait for the end of it."""
-        self._closed = True
-
-    def refuse_to_leave(self) -> None:
+    def check_leaves(self) -> None:
         """Refuse to move a guest that may never be whole.
 
         :raises WrongState: it does not run yet, or its restore is paused.
         """
-        if self.job is None:
+        if not self.busy:
             return
-        if not self._guest.owned:
-            raise WrongState("There's a migration process in progress", Reason.BUSY)
-        if self.job.status is Status.POSTCOPY_PAUSED:
+        if not self.state.guest.owned:
+            refuse_busy()
+        if self.status is Status.POSTCOPY_PAUSED:
             raise WrongState(
-                f"pages of this guest are missing, and its restore is paused ({self.job.error}): recover "
+                f"pages of this guest are missing, and its restore is paused ({self.error}): recover "
                 "it first ('migrate_recover file:PATH')"
             )
 
-    def refuse_pause(self) -> None:
-        """Refuse to break what cannot be broken.
+    def pause(self) -> None:
+        raise WrongState("a restore has no connection that could be broken; use 'stop'")
 
-        :raises WrongState: a restore is under way.
-        """
-        if self.job is not None:
-            raise WrongState("a restore has no connection that could be broken; use 'stop'")
+    # --- the end of an engine
 
-    def recover(self, uri: str) -> None:
-        """Go on with a restore that no engine could go on with.
+    def outlives_failure(self) -> bool:
+        # With no page missing any more those that are lost are the result.
+        if not (self.state.guest.owned and self.state.keeper.watches_missing):
+            return False
+        self._replace_engine()  # it goes on with the guest's pages
+        return True
 
-        :param uri: ``file:PATH``, where the image is now.
-        :raises PostcopyError: it is not there, or is not the same.
-        """
+    def engine_lost(self, engine: EngineProcess) -> None:
+        if self.state.ownership.owner is Owner.ABANDONED:
+            super().engine_lost(engine)
+        else:
+            self._replace_engine()
+
+    def _replace_engine(self) -> None:
+        self.state.engines.end()
+        self.supervisor.begin()
+
+    def needs_successor(self) -> bool:
+        return self.busy and self.state.engines.current is None
+
+    def adopt(self) -> None:
+        engines = self.state.engines
+        order, parameters = RestoreCommands.adopt_restore, self.settings.parameters
+        engines.adopt(order, self.status, self._options, parameters)
+        self.tell_parameters()
+        if self._hurried:
+            engines.tell(RestoreCommands.hurry, wanted=True)
+
+    def no_successor(self, error: PostcopyError) -> None:
+        if isinstance(error, EngineDied) and self.supervisor.tries_left:
+            self.supervisor.begin()
+            return
+        self.error = f"the engine process died, and no other could take its place: {error}"
+        if self.state.keeper.abandon():
+            self.settle(Status.FAILED)
+        elif self.state.guest.owned and self.status is not Status.POSTCOPY_PAUSED:
+            self.progress.move(Status.POSTCOPY_ACTIVE, only_from=frozenset({Status.ACTIVE}))
+            self.progress.move(Status.POSTCOPY_PAUSED)
+
+    def recover_at(self, uri: str) -> None:
         if not uri.startswith(_FILE):
             raise WrongState(f"a restore is recovered from its image; give {_FILE}PATH, not {uri}")
-        with self._supervisor.lock:
+        with self.supervisor.lock:
             before = self._options
-            path = os.path.abspath(uri.removeprefix(_FILE))  # noqa: PTH100
-            self._options = replace(before, path=path)
+            self._options = replace(before, path=_absolute(uri.removeprefix(_FILE)))
             try:
-                self._engines.end()
-                self._adopt()
+                self.state.engines.end()
+                self.adopt()
             except PostcopyError:
                 self._options = before
                 raise
-            self._supervisor.count_anew()
+            self.supervisor.count_anew()
 
-    def _is_orphaned(self) -> bool:
-        return self.job is not None and self.job.busy and self._engines.current is None
 
-    def _adopt(self) -> None:
-        job = self.job
-        assert job is not None
-        parameters = job.settings.parameters
-        self._engines.adopt(RestoreCommands.adopt_restore, job.status, self._options, parameters)
-        # What the user has said meanwhile may have reached no engine.
-        self._engines.tell(JobCommands.set_parameters, job.settings.parameters)
-        if self._hurried:
-            self._engines.tell(RestoreCommands.hurry, wanted=True)
-
-    def _no_successor(self, error: PostcopyError) -> None:
-        if isinstance(error, EngineDied) and self._supervisor.tries_left:
-            self._supervisor.begin()
-        else:
-            self._give_up(f"the engine process died, and no other could take its place: {error}")
-
-    def _give_up(self, reason: str) -> None:
-        job = self.job
-        self._given_up(reason)
-        if job is not None and self._guest.owned and job.status is not Status.POSTCOPY_PAUSED:
-            job.progress.move(Status.POSTCOPY_ACTIVE, only_from=frozenset({Status.ACTIVE}))
-            job.progress.move(Status.POSTCOPY_PAUSED)
+def _absolute(path: str) -> str:
+    return os.path.abspath(path)  # noqa: PTH100 - keeps what a link is called

@@ -1,0 +1,311 @@
+"""A guest that leaves: by migration, or into an image while it runs on.
+
+A guest that is still being restored leaves when it is whole.  Its order is taken at once, and can be
+watched and cancelled like every other; the restore goes on behind it at full speed, and at its own pace
+again when the order is given up.
+"""
+
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import fields, replace
+
+from postcopy.channel.address import parse
+from postcopy.channel.descriptor_check import Use, descriptors_for
+from postcopy.channel.partial_file import remove_partial
+from postcopy.errors import EngineDied, HostCannot, PostcopyError, Refused, WrongState
+from postcopy.kernel import threads
+from postcopy.kernel.calls import close_all, open_all
+from postcopy.link.guest.engine_process import EngineProcess
+from postcopy.link.guest.job import Job, MigrationState
+from postcopy.link.guest.preflight import check_movable, check_transport
+from postcopy.link.guest.restoring import Restore
+from postcopy.link.guest.settings import Settings
+from postcopy.link.protocol import JobCommands, OutgoingCommands
+from postcopy.link.rpc import Link
+from postcopy.link.values import sent
+from postcopy.ownership import Move, Owner
+from postcopy.parameters import Capability, Overrides
+from postcopy.statistics import Measured, MigrationInfo
+from postcopy.status import ENDED, GIVEN_UP, Status
+
+_WOKEN = frozenset({*ENDED, Status.POSTCOPY_PAUSED})
+
+
+class Outgoing(Job):
+    """What a migration and a snapshot have in common.
+
+    Invariant, under the lock: while it waits for a restore, its status is ``setup``.
+
+    :param uri: where the guest, or the image, goes.
+    """
+
+    order = "migrate"
+    """What the user has ordered."""
+
+    def __init__(self, state: MigrationState, settings: Settings, uri: str = "") -> None:
+        super().__init__(state, settings)
+        self._uri = uri
+        self._restore = state.restore
+        # Under the lock: whether it waits for that, and whether a user has asked for postcopy meanwhile.
+        self._is_queued = False
+        self._postcopy_wanted = False
+
+    def prepare(self, fds: Sequence[int]) -> Link | None:
+        """Take the guest, and an engine to send it, or wait for the guest to be whole; under the lock.
+
+        :param fds: the descriptor that the address means, if it means one.
+        :return: the engine to :meth:`start` with; None: that is left to a thread.
+        :raises PostcopyError: the order has failed.
+        """
+        if self._restore is not None:
+            self._queue(self._restore, open_all(os.dup, fds))
+            return None
+        self.take_guest()
+        self.progress.move(Status.SETUP)
+        try:
+            return self.state.engines.start()
+        except PostcopyError as error:
+            self._not_begun(error)
+            raise
+
+    def take_guest(self) -> None:
+        """It begins; under the lock.
+
+        :raises WrongState: the guest is not here, not whole, or has a reset point.
+        """
+        check_movable(self.state.guest, self.state.keeper)
+
+    def start(self, link: Link, fds: Sequence[int]) -> None:
+        """Have the engine begin.
+
+        :raises PostcopyError: it cannot, and the job has failed; silently nothing when it has died:
+            the end of the link has been dealt with, as the status says.
+        """
+        settings, order = self.settings, OutgoingCommands.start_source
+        try:
+            link.call(order, self._uri, settings.capabilities, settings.parameters, sent(fds))
+        except EngineDied:
+            link.wait_over()
+        except PostcopyError as error:
+            self._not_begun(error)
+            raise
+
+    def _not_begun(self, error: PostcopyError) -> None:
+        """It has failed before anything of it was done to the guest."""
+        with self.state.lock:
+            if self.state.work is self and self.busy:
+                self.error = str(error)
+                self.settle(Status.FAILED)
+
+    def info(self) -> MigrationInfo:
+        found = super().info()
+        if self._restore is None:
+            return found
+        return replace(found, measured=_merged(found.measured, self._restore.info().measured))
+
+    # --- while the guest is not whole
+
+    def _queue(self, restore: Restore, fds: Sequence[int]) -> None:
+        """Wait for it; a thread of its own does.
+
+        :raises HostCannot: there can be no more threads, and the order has failed.
+        """
+        arguments = (restore, fds)
+        thread = threading.Thread(target=self._start_when_whole, args=arguments, name="departing")
+        thread.daemon = True
+        self._is_queued = True
+        self.progress.move(Status.SETUP)
+        restore.hurry()
+        try:
+            threads.start(thread)
+        except HostCannot as error:
+            close_all(fds)
+            self.refuse_queued(str(error))
+            raise
+
+    def _start_when_whole(self, restore: Restore, fds: Sequence[int]) -> None:
+        try:
+            restore.progress.wait(*_WOKEN)
+            with self.state.lock:
+                if not self._is_queued:
+                    return
+                restore.check_leaves()
+                link = self.state.engines.start()
+                self.take_guest()
+                self._is_queued = False
+            self.start(link, fds)
+            if self._postcopy_wanted:
+                link.note(OutgoingCommands.start_postcopy)
+        except PostcopyError as error:
+            self.refuse_queued(str(error))  # nothing more to say of a job that has begun
+        finally:
+            close_all(fds)
+
+    def refuse_queued(self, reason: str) -> None:
+        with self.state.lock:
+            if self._is_queued:
+                self.error = reason
+                self._leave_queue(Status.FAILED)
+
+    def _leave_queue(self, status: Status) -> None:
+        self._is_queued = False
+        self.progress.move(status)
+        assert self._restore is not None
+        self._restore.hurry(wanted=False)
+
+    # --- orders
+
+    def start_postcopy(self) -> None:
+        with self.state.lock:
+            self._postcopy_wanted = True
+            if self._is_queued:
+                return
+        if self.busy:
+            self.state.engines.tell(OutgoingCommands.start_postcopy)
+
+    def cancel(self) -> None:
+        state = self.state
+        with state.lock:
+            if self._is_queued:
+                self.progress.move(Status.CANCELLING)
+                self._leave_queue(Status.CANCELLED)
+        if not self.busy:
+            return
+        if self.status in GIVEN_UP:
+            raise WrongState("Postcopy migration in progress, cannot cancel.")
+        # From here on no engine can hand the guest over; if one was quicker, this is refused.
+        try:
+            state.ownership.move(Move.CANCEL)
+        except WrongState:
+            if state.engines.call(OutgoingCommands.end_command):
+                return  # what the command has done is not known: the guest waits for 'cont'
+            raise
+        state.engines.tell(OutgoingCommands.cancel)
+
+
+class Snapshot(Outgoing):
+    """The guest stays, and an image of it leaves."""
+
+    order = "snapshot"
+
+    def let_go(self, engine: EngineProcess) -> None:
+        self.state.keeper.unwatch_snapshot()
+        engine.kill()  # its link goes first, and then the claim on what it was writing
+        remove_partial(parse(self._uri))  # no half image is left behind
+        self.resume_guest()
+
+
+class Migration(Outgoing):
+    """The guest leaves, and may come back only as the table of owners says."""
+
+    def __init__(self, state: MigrationState, settings: Settings, uri: str = "") -> None:
+        super().__init__(state, settings, uri)
+        self._resuming = threading.Lock()  # held while its engine is told to go on
+
+    def take_guest(self) -> None:
+        super().take_guest()
+        self.state.ownership.move(Move.ORDER)
+
+    # --- what its engine says, and its end
+
+    def completed(self) -> None:
+        self.state.ownership.try_move(Move.MOVED)  # what was saved stays saved
+        self.state.on_moved()
+
+    def has_arrived(self) -> bool:
+        return self.status in GIVEN_UP and self.state.ownership.owner is Owner.MOVED
+
+    def engine_lost(self, engine: EngineProcess) -> None:
+        if self.status in GIVEN_UP:
+            self.pause_for(engine)
+        else:
+            super().engine_lost(engine)
+
+    def let_go(self, engine: EngineProcess) -> None:
+        self.state.keeper.unwatch_writes()
+        if self.state.guest.owned:
+            self.state.ownership.try_move(Move.END)
+            self.resume_guest()
+        else:
+            self.state.ownership.try_move(Move.LOSE_TOUCH)
+            self.error = (
+                f"the engine process {engine.fate} while handing the guest over; the destination may be "
+                "running it, so it stays stopped here: 'cont' takes it back"
+            )
+
+    # --- orders about a broken postcopy
+
+    def pause(self) -> None:
+        # One whose destination does not answer waits for it in `postcopy-device`, perhaps for ever, and one
+        # that cannot connect again in `postcopy-recover-setup`.
+        if self.status in {Status.POSTCOPY_DEVICE, Status.POSTCOPY_RECOVER_SETUP}:
+            self.state.engines.tell(JobCommands.pause)
+        else:
+            super().pause()
+
+    def resume(self, uri: str, overrides: Overrides) -> None:
+        if overrides:
+            raise Refused(
+                "'resume' goes on with what the migration began with; leave x-capabilities and "
+                "x-parameters out ('migrate-set-parameters' reaches a paused migration)"
+            )
+        check_transport(parse(uri), self.settings.capabilities, Use.SEND)
+        ownership = self.state.ownership
+        with self._resuming:
+            if self.status is not Status.POSTCOPY_PAUSED:
+                super().resume(uri, overrides)
+            ownership.check(Move.RESUME)
+            ownership.ordered("migrate-resume", "outgoing", uri)
+            try:
+                self._go_on(uri)
+            except PostcopyError:
+                ownership.try_move(Move.LOSE_TOUCH)
+                raise
+
+    def _go_on(self, uri: str) -> None:
+        """By the engine that has paused, or by one in place of a dead one, which may still look alive."""
+        engines = self.state.engines
+        with descriptors_for(parse(uri), Use.SEND) as fds:
+            try:
+                self._begin_recovery(uri, fds)
+            except EngineDied:
+                # Nothing has been said to the destination: that comes with the order below.
+                self.check_paused()
+                settings, order = self.settings, OutgoingCommands.adopt_source
+                engines.adopt(order, settings.capabilities, settings.parameters)
+                self._begin_recovery(uri, fds)
+        engines.tell(OutgoingCommands.go_on)
+
+    def _begin_recovery(self, uri: str, fds: Sequence[int]) -> None:
+        # From here until it has failed again 'cont' cannot take it back.
+        self.state.ownership.move(Move.RESUME)
+        self.state.engines.call(OutgoingCommands.resume_source, uri, sent(fds))
+
+    def arrived(self) -> None:
+        state, ownership = self.state, self.state.ownership
+        with self._resuming, state.lock:
+            if ownership.owner not in {Owner.UNKNOWN, Owner.TAKEN} or self.status not in {
+                Status.POSTCOPY_PAUSED,
+                Status.FAILED,
+            }:
+                super().arrived()
+            ownership.move(Move.MOVED)
+            state.keeper.unwatch_writes()
+            if not self.settle_if_arrived():
+                state.on_moved()
+
+
+def outgoing(state: MigrationState, settings: Settings, uri: str) -> Outgoing:
+    """What an order to send the guest begins with these settings."""
+    is_snapshot = settings.enabled(Capability.BACKGROUND_SNAPSHOT)
+    return (Snapshot if is_snapshot else Migration)(state, settings, uri)
+
+
+def _merged(measured: Measured | None, before: Measured | None) -> Measured | None:
+    """What was measured, and where nothing was, what had been before."""
+    if measured is None or before is None:
+        return measured or before
+    names = [each.name for each in fields(Measured)]
+    empty = {name: getattr(before, name) for name in names if getattr(measured, name) in {None, ()}}
+    return replace(measured, **empty)
