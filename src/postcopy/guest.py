@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from postcopy.ownership import Move
+
 
 @dataclass(frozen=True, slots=True)
 class Region:
@@ -152,31 +154,12 @@ class RunControl(Protocol):
 class Ownership(Protocol):
     """What an engine knows of where the guest runs: see :mod:`postcopy.ownership`."""
 
-    def give_up(self) -> None:
-        """The other side may run the guest from now on; this one never does by itself again.
+    def move(self, move: Move) -> None:
+        """Say what is so, or is about to be: one of :data:`postcopy.ownership.MOVES_OF_ENGINES`.
 
-        :raises WrongState: the migration has been cancelled; the guest stays ours.
-        """
+        ``ABANDON`` also lets go of what waits for the guest's pages; it does nothing if the guest runs.
 
-    def save(self) -> None:
-        """The guest is written to where nothing answers; it runs here only if a user says so.
-
-        :raises WrongState: the migration has been cancelled; the guest stays ours.
-        """
-
-    def runs_there(self) -> None:
-        """The destination is known to have taken it: nothing gives it back any more."""
-
-    def arrived_there(self) -> None:
-        """The destination has every page: nothing of the guest is needed here any more."""
-
-    def take_back(self) -> None:
-        """The other side has said that it does not run the guest: it is ours again."""
-
-    def abandon(self) -> bool:
-        """Give the arriving guest up, and let go of what waits for its pages.
-
-        :return: whether it never runs here from now on; False: it runs already.
+        :raises WrongState: the table has no such move now, as ``GIVE_UP`` after a cancel.
         """
 
 

@@ -59,7 +59,7 @@ def test_it_is_noticed_whether_or_not_the_kernel_takes_all_of_it(more_bytes):
         answered=True,
     )
     switchover = Switchover(
-        SimpleNamespace(pause_to_save=lambda: saved(states), give_up=given_up.set),
+        SimpleNamespace(pause_to_save=lambda: saved(states), move=lambda _: given_up.set()),
         connection,
         dirty,
         requests,

@@ -26,6 +26,7 @@ from postcopy.lazy_restore.block import BlockRestorer, Lost
 from postcopy.lazy_restore.pager import Pace, RestorePager
 from postcopy.lazy_restore.restore_image import RestoreImage
 from postcopy.lazy_restore.statistics import RestoreStatistics
+from postcopy.ownership import Move
 from postcopy.paging.ram import IncomingRam
 from postcopy.paging.shared_space import SharedSpaces
 from postcopy.parameters import Parameters
@@ -211,7 +212,7 @@ class Restore:
             # nobody holds the descriptor but the guest's process.
             assert self._userfaultfd is not None
             self._userfaultfd.close()
-            self._guest.abandon()
+            self._guest.move(Move.ABANDON)
             self._failure = error
         finally:
             if checking.is_alive():

@@ -21,6 +21,7 @@ from postcopy.guest import (
     VcpuThread,
 )
 from postcopy.link.values import Codec, Fd
+from postcopy.ownership import Move
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.restore_options import RestoreOptions
 from postcopy.statistics import Measured, MigrationInfo, RamStatistics
@@ -266,6 +267,7 @@ CODEC: Final = Codec(
         MappedRange,
         Measured,
         MigrationInfo,
+        Move,
         Parameters,
         RamStatistics,
         Region,

@@ -17,6 +17,7 @@ from postcopy.dirty.tracker import choose
 from postcopy.errors import ChannelBroken, MigrationCancelled, PostcopyError, Refused, WrongState
 from postcopy.guest import DeviceState, Guest
 from postcopy.memory.ram_block import RamBlock
+from postcopy.ownership import Move
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.source.connection import Connection, connect_unless_cancelled
 from postcopy.source.counters import Clock, Counters, Rate, describe
@@ -185,7 +186,7 @@ class Source:
             # All that was sent has been read then: a reset cannot discard its report of a failure.
             connection.answers.wait_pong(PACKAGE_PING)
             self._ran_there = True
-            self._guest.runs_there()
+            self._guest.move(Move.TAKEN)
             self._progress.move(Status.POSTCOPY_ACTIVE)
             if self._paused_by_user:
                 self._break()
@@ -196,7 +197,7 @@ class Source:
         dirty.stop()
         connection.finish()
         if connection.return_path is None:
-            self._guest.save()
+            self._guest.move(Move.SAVE)
 
     def _set_up(self) -> tuple[Connection, DirtyPages]:
         address = parse(self._options.uri)
@@ -291,7 +292,7 @@ class Source:
         connection.push.run(connection.answers)
         arrived = connection.wait_until_taken()
         if arrived:
-            self._guest.arrived_there()
+            self._guest.move(Move.MOVED)
         trace("source.all-pushed")
         last = [connection.sender.end_of_ram(), encoder.end_of_stream()]
         try:
@@ -324,7 +325,7 @@ class Source:
         )  # before the watch: a destination may be silent for that
         connection.begin_watch()
         connection.resume(self._dirty, lambda: self._open_preempt(connection, uri))
-        self._guest.runs_there()
+        self._guest.move(Move.TAKEN)
         self._progress.move(Status.POSTCOPY_ACTIVE)
         self._complete_postcopy(connection)
         connection.sender.count()
@@ -354,7 +355,7 @@ class Source:
         if switchover is not None and switchover.stopped:
             if not switchover.committed or self._runs_nowhere_else():
                 switchover.settle()
-                self._guest.take_back()
+                self._guest.move(Move.TAKE_BACK)
                 self._guest.resume()
             else:
                 self.error = PostcopyError(

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from postcopy.errors import ChannelBroken, MigrationCancelled, WrongState
 from postcopy.guest import DeviceState, Guest, Saving
 from postcopy.memory.runs import Mask, runs
+from postcopy.ownership import Move
 from postcopy.parameters import Capabilities, Capability
 from postcopy.source.connection import Connection
 from postcopy.source.counters import Clock, Counters
@@ -210,7 +211,7 @@ class Switchover:
         :raises MigrationCancelled: it was.
         """
         try:
-            self._guest.give_up()
+            self._guest.move(Move.GIVE_UP)
         except WrongState as error:
             raise MigrationCancelled("cancelled by the user") from error
         self.committed = True

@@ -39,7 +39,7 @@ from postcopy.link.guest.sharing import STEP_BYTES, SharingGuest, WatchedProcess
 from postcopy.link.rpc import Handler, handlers
 from postcopy.link.values import Fd, sent
 from postcopy.memory import page_map_file
-from postcopy.ownership import Move, Owner
+from postcopy.ownership import MOVES_OF_ENGINES, Move, Owner
 
 if TYPE_CHECKING:
     import numpy as np
@@ -367,20 +367,10 @@ class _EngineCalls(RunControl, Ownership):
                 self._guest.load_devices(states)
                 self._guest.resume(self._arrival)
 
-    def give_up(self) -> None:
-        self._ownership.move(Move.GIVE_UP)
-
-    def save(self) -> None:
-        self._ownership.move(Move.SAVE)
-
-    def runs_there(self) -> None:
-        self._ownership.move(Move.TAKEN)
-
-    def arrived_there(self) -> None:
-        self._ownership.move(Move.MOVED)
-
-    def take_back(self) -> None:
-        self._ownership.move(Move.TAKE_BACK)
-
-    def abandon(self) -> bool:
-        return self._keeper.abandon()
+    def move(self, move: Move) -> None:
+        if move not in MOVES_OF_ENGINES:
+            raise WrongState(f"an engine cannot order the move '{move.value}'")
+        if move is Move.ABANDON:
+            self._keeper.abandon()
+        else:
+            self._ownership.move(move)
