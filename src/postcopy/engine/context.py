@@ -1,8 +1,6 @@
 """What an engine's orders share: the guest, and the one job that this process is for."""
 
-import os
 import threading
-import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
@@ -98,7 +96,7 @@ class EngineContext:
 
     def start(self, name: str, run: Callable[[], None]) -> None:
         """Run the job, or go on with it, on a thread of its own."""
-        thread = threading.Thread(target=self._guarded, args=(run,), name=name, daemon=True)
+        thread = threading.Thread(target=run, name=name, daemon=True)
         with self._starting:  # or others could take the one before for it
             self._thread = threads.start(thread)
 
@@ -110,20 +108,6 @@ class EngineContext:
             return True
         thread.join(timeout_s)
         return not thread.is_alive()
-
-    def _guarded(self, run: Callable[[], None]) -> None:
-        """Run a job; a fault of ours ends the process, and the guest's process decides what it means."""
-        try:
-            run()
-        except BaseException as fault:
-            traceback.print_exc()
-            self.tell_fault(fault)
-            os._exit(1)
-
-    def tell_fault(self, fault: BaseException) -> None:
-        """Say what this process is about to end of, where a user can do something about it."""
-        if isinstance(fault, PostcopyError | OSError):
-            self.link.note(EngineReports.fault, str(fault))
 
     def check_paused(self) -> None:
         """Refuse to recover what is not paused.

@@ -12,10 +12,12 @@ from functools import partial
 from typing import Any, Final
 
 from postcopy.engine.context import EngineContext
+from postcopy.errors import PostcopyError
 from postcopy.kernel import threads
 from postcopy.link.protocol import (
     BEAT_S,
     Beats,
+    EngineReports,
     IncomingCommands,
     JobCommands,
     OutgoingCommands,
@@ -89,8 +91,9 @@ class EngineService(WatchCommands):
             self._implementation(kind)
 
     def tell_fault(self, fault: BaseException) -> None:
-        """See :meth:`postcopy.engine.context.EngineContext.tell_fault`."""
-        self._context.tell_fault(fault)
+        """Say what this process is about to end of, where a user can do something about it."""
+        if isinstance(fault, PostcopyError | OSError):
+            self._link.note(EngineReports.fault, str(fault))
 
     def say_alive(self) -> None:
         thread = threading.Thread(target=self._beat, name="alive", daemon=True)
