@@ -9,7 +9,7 @@ from postcopy import events
 from postcopy.errors import Reason
 from postcopy.monitor.command import Command
 from postcopy.monitor.hmp import COMMANDS as HMP
-from postcopy.monitor.qmp_commands import COMMANDS as QMP
+from postcopy.monitor.qmp_session import COMMANDS as QMP
 from postcopy.ownership import Owner
 from postcopy.parameter_rules import Kind, Rule
 from postcopy.parameters import MEANINGS, SUPPORTED, Capability, Parameters, rules

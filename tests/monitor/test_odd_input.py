@@ -12,8 +12,8 @@ from postcopy.errors import CannotListen, PostcopyError, Refused
 from postcopy.monitor.hmp import COMMANDS as HMP
 from postcopy.monitor.hmp import Hmp
 from postcopy.monitor.json_stream import JsonError, JsonStream
-from postcopy.monitor.qmp_commands import COMMANDS as QMP
-from postcopy.monitor.qmp_messages import QmpError, parse
+from postcopy.monitor.qmp_session import COMMANDS as QMP
+from postcopy.monitor.qmp_session import QmpError, parse
 from postcopy.monitor.server import serve_qmp
 from postcopy.parameters import Parameters
 

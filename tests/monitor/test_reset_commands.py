@@ -5,7 +5,7 @@ import pytest
 from fakes.monitor_backend import make_backend
 from postcopy.errors import Refused, WrongState
 from postcopy.monitor.hmp import Hmp
-from postcopy.monitor.qmp_commands import COMMANDS
+from postcopy.monitor.qmp_session import COMMANDS
 
 
 def qmp(name, **arguments):

@@ -13,7 +13,22 @@ from postcopy.errors import Refused
 from postcopy.monitor import hmp_info, memory_dump, version
 from postcopy.monitor.addresses import CHANNELS, uri_of_call
 from postcopy.monitor.backend import Backend
-from postcopy.monitor.command import Arguments, Command, Context, Flag, Human, Lines
+from postcopy.monitor.command import (
+    Arguments,
+    Check,
+    Command,
+    Context,
+    Flag,
+    Human,
+    Lines,
+    Struct,
+    anything,
+    array,
+    boolean,
+    enumeration,
+    size,
+    string,
+)
 from postcopy.monitor.hmp_arguments import (
     Argument,
     DumpFormat,
@@ -25,16 +40,6 @@ from postcopy.monitor.hmp_arguments import (
     words,
 )
 from postcopy.monitor.hmp_values import parse_value
-from postcopy.monitor.schema import (
-    Check,
-    Struct,
-    anything,
-    array,
-    boolean,
-    enumeration,
-    size,
-    string,
-)
 from postcopy.parameters import Capability, Overrides, rules
 from postcopy.status import Status
 

@@ -5,6 +5,9 @@ may take a moment gets a thread of its own); the *worker* runs the others one af
 waits for a missing page holds up neither ``migrate-recover`` nor other clients; the *writer* sends answers
 and events in the order in which they were made.  What the reader finds wrong with a request is the
 worker's to answer, in its turn.
+
+Here are also QMP's messages, and the commands that are about QMP itself; the others are in one table with
+those of HMP.
 """
 
 import json
@@ -12,16 +15,18 @@ import logging
 import queue
 import socket
 import threading
+from dataclasses import dataclass
 from typing import Any
 
-from postcopy.errors import HostCannot, PostcopyError
+from postcopy.errors import HostCannot, PostcopyError, Reason, Refused
 from postcopy.events import Event
 from postcopy.kernel import threads
-from postcopy.monitor import qmp_messages
+from postcopy.monitor import version
 from postcopy.monitor.backend import Backend
+from postcopy.monitor.command import Arguments, Command, Struct, array, enumeration, integer, string
+from postcopy.monitor.commands import TABLE
+from postcopy.monitor.hmp import Hmp
 from postcopy.monitor.json_stream import JsonError, JsonStream
-from postcopy.monitor.qmp_commands import COMMANDS
-from postcopy.monitor.qmp_messages import QmpError, Request
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +35,107 @@ _MAX_UNSENT_MESSAGES = 4096
 _FLUSH_SECONDS = 1.0
 
 _NEGOTIATE = "qmp_capabilities"
+_NO_ID = object()
+
+
+class QmpError(Exception):
+    """What the client gets instead of an answer."""
+
+    def __init__(
+        self, description: str, error_class: str = "GenericError", reason: Reason | None = None
+    ) -> None:
+        super().__init__(description)
+        self.error_class = error_class
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A client's request; ``id`` comes back with the answer."""
+
+    command: str
+    arguments: dict[str, Any]
+    out_of_band: bool
+
+
+def greeting() -> dict[str, Any]:
+    """The first message to a client."""
+    return {"QMP": {"version": version.query_version(), "capabilities": ["oob"]}}
+
+
+def parse(message: object, *, out_of_band_allowed: bool) -> Request:
+    """What a client's ``message`` asks for.
+
+    :raises QmpError: in QEMU's words.
+    """
+    if not isinstance(message, dict):
+        raise QmpError("QMP input must be a JSON object")
+    execute = ("execute", "exec-oob") if out_of_band_allowed else ("execute",)
+    asked: list[str] = []
+    for name, value in message.items():
+        if name in execute:
+            if not isinstance(value, str):
+                raise QmpError(f"QMP input member '{name}' must be a string")
+            asked.append(name)
+        elif name == "arguments":
+            if not isinstance(value, dict):
+                raise QmpError("QMP input member 'arguments' must be an object")
+        elif name != "id":
+            raise QmpError(f"QMP input member '{name}' is unexpected")
+    if not asked:
+        raise QmpError("QMP input lacks member 'execute'")
+    if len(asked) > 1:
+        raise QmpError(f"QMP input member '{asked[1]}' clashes with '{asked[0]}'")
+    arguments = message.get("arguments", {})
+    return Request(message[asked[0]], arguments, out_of_band=asked[0] == "exec-oob")
+
+
+def answered(message: object, result: object) -> dict[str, Any]:
+    """The answer to ``message``; a command that returns nothing returns ``{}``."""
+    return {"return": {} if result is None else result} | _id_of(message)
+
+
+def failed(message: object, error: QmpError) -> dict[str, Any]:
+    """The complaint about ``message``."""
+    said = {"class": error.error_class, "desc": str(error)}
+    if error.reason is not None:
+        said["x-reason"] = error.reason.value
+    return {"error": said} | _id_of(message)
+
+
+def _id_of(message: object) -> dict[str, Any]:
+    identity = message.get("id", _NO_ID) if isinstance(message, dict) else _NO_ID
+    return {} if identity is _NO_ID else {"id": identity}
+
+
+def _human_monitor_command(backend: Backend, arguments: Arguments) -> str:
+    if arguments.get("cpu-index", 0) not in range(max(1, len(backend.machine.vcpus))):
+        raise Refused("Parameter 'cpu-index' expects a CPU number")
+    return Hmp(backend, interactive=False).run(arguments["command-line"]).replace("\n", "\r\n")
+
+
+_OWN = (
+    # The session itself does it, but clients expect to see it listed.
+    Command(
+        _NEGOTIATE,
+        "begin the session; with `oob`, commands may be executed out of band",
+        arguments=Struct(optional={"enable": array(enumeration("oob"))}),
+    ),
+    Command(
+        "human-monitor-command",
+        "what HMP prints for a line",
+        _human_monitor_command,
+        Struct({"command-line": string}, {"cpu-index": integer}),
+    ),
+    Command(
+        "query-commands", "the QMP commands", lambda _b, _a: [{"name": name} for name in COMMANDS]
+    ),
+)
+
+COMMANDS: dict[str, Command] = {
+    command.name: command for command in (*_OWN, *TABLE) if command.name
+}
+"""Every QMP command by its name."""
 
 
 class QmpSession:
@@ -51,7 +157,7 @@ class QmpSession:
 
     def run(self) -> None:
         """Serve until the client goes or :meth:`close` is called; the caller is the reader."""
-        self._unsent.put(qmp_messages.greeting())
+        self._unsent.put(greeting())
         unsubscribe = self._backend.events.subscribe(self._on_event)
         try:
             threads.start(self._writer)
@@ -117,7 +223,7 @@ class QmpSession:
             self._requests.put((None, QmpError(str(message))))
             return
         try:
-            request = qmp_messages.parse(message, out_of_band_allowed=self._out_of_band)
+            request = parse(message, out_of_band_allowed=self._out_of_band)
         except QmpError as error:
             self._requests.put((message, error))
             return
@@ -188,9 +294,9 @@ class QmpSession:
         try:
             if isinstance(request, QmpError):
                 raise request
-            return qmp_messages.answered(message, self._execute(request))
+            return answered(message, self._execute(request))
         except QmpError as error:
-            return qmp_messages.failed(message, error)
+            return failed(message, error)
 
     def _execute(self, request: Request) -> object:
         if request.command == _NEGOTIATE:
