@@ -4,8 +4,9 @@ import contextlib
 import json
 import select
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import click
 
@@ -31,23 +32,25 @@ _COLOURS = {
 }
 
 
-class View(Protocol):
+class View(ABC):
     """Shows progress; used in ``with``."""
 
     def __enter__(self) -> Self:
-        """Begin."""
+        return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:  # noqa: B027 - most have nothing to restore
         """Restore the terminal."""
 
+    @abstractmethod
     def show(self, progress: Progress) -> None:
         """Show one progress."""
 
+    @abstractmethod
     def note(self, text: str) -> None:
         """Show one line."""
 
-    def finish(self, outcome: dict[str, Any]) -> None:
-        """Show the result, for programs; for a user a report follows."""
+    def finish(self, outcome: dict[str, Any]) -> None:  # noqa: B027 - for a user a report follows
+        """Show the result, for programs."""
 
 
 def choose(*, as_json: bool) -> View:
@@ -59,7 +62,7 @@ def choose(*, as_json: bool) -> View:
     return PatientView(PlainView())
 
 
-class PatientView:
+class PatientView(View):
     """Wraps a view whose output may block or be closed, so that the command goes on.
 
     A progress for which the output has no room is not shown.  At the end of a command output errors are
@@ -116,14 +119,8 @@ def figures(progress: Progress) -> str:
     return ", ".join(parts)
 
 
-class JsonView:
+class JsonView(View):
     """One JSON object a line on stdout."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Do nothing."""
 
     def show(self, progress: Progress) -> None:
         """Print it with ``event`` = ``progress``."""
@@ -142,18 +139,12 @@ class JsonView:
         click.echo(json.dumps(message))
 
 
-class PlainView:
+class PlainView(View):
     """A line for each phase and round, and one a second."""
 
     def __init__(self) -> None:
         self._phase = ""
         self._shown_at_ms = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Do nothing."""
 
     def show(self, progress: Progress) -> None:
         """Print a line if it is a new phase, or a second has passed."""
@@ -170,11 +161,8 @@ class PlainView:
         """Print it."""
         click.echo(text)
 
-    def finish(self, outcome: dict[str, Any]) -> None:
-        """Do nothing: the report follows."""
 
-
-class LiveView:
+class LiveView(View):
     """A moving bar with phase and figures, and above it a line for each phase and round that is over."""
 
     def __init__(self) -> None:
@@ -220,9 +208,6 @@ class LiveView:
     def note(self, text: str) -> None:
         """Print it above the bar."""
         self._bars.console.print(text, highlight=False, markup=False)
-
-    def finish(self, outcome: dict[str, Any]) -> None:
-        """Do nothing: the report follows."""
 
 
 def result_rows(result: "Result") -> Iterator[tuple[str, str]]:

@@ -26,9 +26,6 @@ _GOES_ON: Final = "the guest runs at the destination, and its last pages are bei
 _CANCELLING_S: Final = 10.0
 """A machine that answers must cancel within this time, or the command exits."""
 
-_CANCELLING_SNAPSHOT_S: Final = 10.0
-"""A machine that answers must cancel a snapshot within this time, or the command exits."""
-
 
 class MigrationWatch:
     """Shows one migration; Ctrl-C cancels it before the switchover."""
@@ -228,7 +225,7 @@ class SnapshotWatch:
         except PostcopyError as error:
             self._view.note(f"cannot cancel: {error}")
         else:
-            await asyncio.wait({self._shown}, timeout=_CANCELLING_SNAPSHOT_S)
+            await asyncio.wait({self._shown}, timeout=_CANCELLING_S)
             self._leave("interrupted: the snapshot has not been cancelled yet")
 
     def _leave(self, words: str) -> None:
