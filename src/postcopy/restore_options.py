@@ -1,6 +1,7 @@
 """What a user wants of a restore, and what its successor must know when an engine has died."""
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import Literal
 
 from postcopy.errors import Refused
@@ -12,7 +13,7 @@ Prefetch = Literal["auto", "off"]
 class RestoreOptions:
     """How to restore.
 
-    :ivar path: the image, as an absolute path.
+    :ivar path: the image.
     :ivar lazy: run the guest first.
     :ivar prefetch: ``auto``: bring the recorded working set first, if there is one.
     :ivar record: add what the guest touches to the working set beside the image.
@@ -22,7 +23,7 @@ class RestoreOptions:
     """
 
     path: str
-    began_ns: int
+    began_ns: int = field(default_factory=time.monotonic_ns)
     lazy: bool = False
     prefetch: Prefetch = "auto"
     record: bool = False

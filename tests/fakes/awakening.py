@@ -1,6 +1,5 @@
 """Guests that sleep in an image, and wake from it."""
 
-import time
 from pathlib import Path
 
 from fakes.pair import DEADLINE_S, Journey, Side
@@ -9,6 +8,7 @@ from postcopy.image.finalize import make_manifest
 from postcopy.image.formats import open_image
 from postcopy.image.manifest import Times
 from postcopy.parameters import Capability
+from postcopy.restore_options import RestoreOptions
 from postcopy.status import Status
 
 FORMS = ("mapped-ram", "stream")
@@ -28,8 +28,7 @@ def put_to_sleep(trip: Journey, path: Path, form: str = "mapped-ram") -> Path:
 
 def wake(side: Side, path: Path, *, lazy: bool = True, **wishes: object) -> None:
     """Begin to wake it there."""
-    wishes.setdefault("began_ns", time.monotonic_ns())
-    side.control.restore(str(path), lazy=lazy, exit_on_error=False, **wishes)
+    side.control.restore(RestoreOptions(str(path), lazy=lazy, **wishes), exit_on_error=False)
 
 
 def half_awake(trip: Journey, path: Path, form: str = "mapped-ram") -> Side:

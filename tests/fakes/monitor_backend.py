@@ -93,8 +93,8 @@ class FakeMigration:
     def incoming(self, uri, *, exit_on_error=True, overrides=NO_OVERRIDES):
         raise WrongState("'-incoming' was not specified on the command line")
 
-    def restore(self, path, *, exit_on_error=True, **wishes):
-        self.calls.append(("restore", path, wishes))
+    def restore(self, options, *, exit_on_error=True):
+        self.calls.append(("restore", options))
 
     @property
     def resetting(self):

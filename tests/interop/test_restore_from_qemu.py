@@ -9,6 +9,7 @@ from interop.our_guest import TIMEOUT_S, OurGuest
 from interop.qemu_guest import QemuGuest
 from machine.machines import MIB, need
 from postcopy.machine import workload as workloads
+from postcopy.restore_options import RestoreOptions
 from postcopy.status import Status
 
 pytestmark = [pytest.mark.qemu(*ALL), pytest.mark.proves(Way.FROM, Feature.LAZY)]
@@ -34,7 +35,7 @@ def test_an_image_of_qemu_wakes_lazily(tmp_path, accelerator, vcpus, form):
         slept_at = iterations(qemu.read_memory, workload)
     with OurGuest.waiting(workload, "kvm") as ours:
         ours.migration.set_parameters({"max-postcopy-bandwidth": 64 << 10})
-        ours.migration.restore(str(image), lazy=True, exit_on_error=False)
+        ours.migration.restore(RestoreOptions(str(image), lazy=True), exit_on_error=False)
         ours.migration.progress.wait(
             Status.POSTCOPY_ACTIVE, Status.COMPLETED, Status.FAILED, timeout=TIMEOUT_S
         )

@@ -7,13 +7,12 @@ import sys
 import termios
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from postcopy.cli.failures import DONE, FAILED
 from postcopy.cli.process import notice
-from postcopy.cli.run_settings import DEFER, NONE, STDIO, RestoreOrder, RunSettings
+from postcopy.cli.run_settings import DEFER, NONE, STDIO, RunSettings
 from postcopy.errors import ImageError, Refused
 from postcopy.events import EventBus
 from postcopy.image.file_kinds import check_no_image
@@ -25,6 +24,7 @@ from postcopy.machine.machine import Machine
 from postcopy.machine.run_state import RunState
 from postcopy.machine.serial_output import SerialOutput
 from postcopy.machine.signals import install_kick_handler
+from postcopy.restore_options import RestoreOptions
 from postcopy.stacks import tell_when_asked
 from postcopy.status import Status
 
@@ -152,9 +152,9 @@ class GuestProcess:
         if STDIO in settings.monitors:
             self._open_console(backend)
 
-    def _restore(self, control: MigrationControl, order: RestoreOrder) -> None:
+    def _restore(self, control: MigrationControl, options: RestoreOptions) -> None:
         try:
-            control.restore(**asdict(order))
+            control.restore(options)
         except ImageError as error:
             raise Refused(str(error)) from error
         told = threading.Thread(target=_tell_times, args=(control,), name="times", daemon=True)

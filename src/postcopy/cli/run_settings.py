@@ -17,25 +17,12 @@ from postcopy.link.protocol import RestoreCommands
 from postcopy.machine import workload
 from postcopy.machine.config import RAM_NAMES, MachineConfig, MachineType, read_image
 from postcopy.machine.memory_blocks import MemoryBlock
+from postcopy.restore_options import RestoreOptions
 
 DEFER = "defer"
 STDIO = "stdio"
 NONE = "none"
 _START_TIME_FIELD: Final = 21  # of /proc/PID/stat, in clock ticks since the host has started
-
-
-@dataclass(frozen=True)
-class RestoreOrder:
-    """The arguments of ``x-restore``.
-
-    :param began_ns: start of the process, on the monotonic clock.
-    """
-
-    path: str
-    lazy: bool
-    prefetch: str
-    record: bool
-    began_ns: int
 
 
 @dataclass(frozen=True)
@@ -56,7 +43,7 @@ class RunSettings:
     qmps: tuple[str, ...]
     name: str | None
     serial: str
-    restore: RestoreOrder | None = None
+    restore: RestoreOptions | None = None
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Self:
@@ -147,7 +134,7 @@ def restore_settings(options: Mapping[str, Any], engines: EnginePool) -> RunSett
         qmps=tuple(place for place in options["qmps"] if place != NONE),
         name=options["name"],
         serial=options["serial"],
-        restore=RestoreOrder(
+        restore=RestoreOptions(
             path=str(path),
             lazy=options["lazy"],
             prefetch=options["prefetch"],

@@ -13,6 +13,7 @@ from postcopy.events import EventBus
 from postcopy.guest import VcpuThread
 from postcopy.ownership import Ownership
 from postcopy.parameters import NO_OVERRIDES, Capabilities, Capability, Overrides, Parameters
+from postcopy.restore_options import RestoreOptions
 from postcopy.statistics import MigrationInfo
 from postcopy.status import Status
 
@@ -144,11 +145,9 @@ class MigrationControl(Protocol):
         :raises WrongState: not started to wait for one, or already listening.
         """
 
-    def restore(self, path: str, *, exit_on_error: bool = True, **options: Any) -> None:
+    def restore(self, options: RestoreOptions, *, exit_on_error: bool = True) -> None:
         """Wake the guest of an image, here.  Returns when the image is known to be one for us.
 
-        :param options: ``lazy``: run the guest first; ``prefetch``: ``auto`` or ``off``; ``record``: add
-            what it touches to the working set.
         :raises ImageError: the image is damaged, none, or of another machine; nothing has changed.
         :raises WrongState: not started to wait for a guest, or one has come.
         """

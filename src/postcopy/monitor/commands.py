@@ -41,6 +41,7 @@ from postcopy.monitor.hmp_arguments import (
 )
 from postcopy.monitor.hmp_values import parse_value
 from postcopy.parameters import Capability, Overrides, rules
+from postcopy.restore_options import RestoreOptions
 from postcopy.status import Status
 
 _POLL_SECONDS = 0.1
@@ -92,13 +93,13 @@ def _migrate_incoming(backend: Backend, arguments: Arguments) -> None:
 
 
 def _restore(backend: Backend, arguments: Arguments) -> None:
-    backend.migration.restore(
+    options = RestoreOptions(
         arguments["path"],
         lazy=arguments.get("lazy", False),
         prefetch=arguments.get("prefetch", "auto"),
         record=arguments.get("record-working-set", False),
-        exit_on_error=arguments.get("exit-on-error", True),
     )
+    backend.migration.restore(options, exit_on_error=arguments.get("exit-on-error", True))
 
 
 def _show_reset_point(_context: Context, done: Mapping[str, Any], _: Arguments) -> Lines:

@@ -6,7 +6,6 @@ It checks what may be asked when, and hands each order to the job that it is abo
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
 
 from postcopy.channel.address import parse
 from postcopy.channel.descriptor_check import Use, descriptors_for
@@ -27,6 +26,7 @@ from postcopy.link.protocol import EngineReports, IncomingCommands, JobCommands,
 from postcopy.link.rpc import Handler, Link, handlers
 from postcopy.ownership import Move
 from postcopy.parameters import NO_OVERRIDES, Capabilities, Capability, Overrides, Parameters
+from postcopy.restore_options import RestoreOptions
 from postcopy.statistics import MigrationInfo
 from postcopy.status import Progress, Status
 from postcopy.trace import trace
@@ -212,9 +212,9 @@ class MigrationControl:
             settings = self.settings.for_incoming(overrides, address)
             self._begin(IncomingMigration(self._state, settings, uri), link)
 
-    def restore(self, path: str, *, exit_on_error: bool = True, **options: Any) -> None:
-        with self._expecting(exit_on_error, "restore", path) as link:
-            self._begin(Restore(self._state, self.settings, path, **options), link)
+    def restore(self, options: RestoreOptions, *, exit_on_error: bool = True) -> None:
+        with self._expecting(exit_on_error, "restore", options.path) as link:
+            self._begin(Restore(self._state, self.settings, options), link)
 
     @contextmanager
     def _expecting(self, exit_on_error: bool, name: str, uri: str) -> Iterator[Link]:  # noqa: FBT001 - as QMP names it

@@ -5,10 +5,9 @@ image.  So the next one is started unasked, and goes on.
 """
 
 import os
-import time
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 from postcopy.errors import EngineDied, PostcopyError, WrongState
 from postcopy.link.guest.engine_process import EngineProcess
@@ -26,18 +25,11 @@ _LOOK_S: Final = 0.2
 
 
 class Restore(Incoming):
-    """A guest that comes from an image.
+    """A guest that comes from an image."""
 
-    :param path: of the image.
-    :param options: the others of :class:`postcopy.restore_options.RestoreOptions`.
-    """
-
-    def __init__(
-        self, state: MigrationState, settings: Settings, path: str, **options: Any
-    ) -> None:
+    def __init__(self, state: MigrationState, settings: Settings, options: RestoreOptions) -> None:
         super().__init__(state, settings)
-        options.setdefault("began_ns", time.monotonic_ns())
-        self._options = RestoreOptions(_absolute(path), **options)
+        self._options = replace(options, path=_absolute(options.path))
         self._hurried = False
 
     def prepare(self, link: Link) -> None:
