@@ -12,7 +12,7 @@ from fakes.waiting import wait_until
 from faults.recovering import DEADLINE_S, Recovering, broken_journey
 from postcopy import trace
 from postcopy.errors import PostcopyError
-from postcopy.link.guest.incoming import Incoming
+from postcopy.link.guest.incoming import IncomingJob
 from postcopy.ownership import Owner
 from postcopy.parameters import Capability
 from postcopy.status import Status
@@ -154,9 +154,9 @@ def test_dead_while_its_last_call_is_answered(journey, tmp_path, kill_at, monkey
     """The guest's process finds that every page is there only when it looks again."""
     waits = kill_at("destination.nothing-missing")
     with Recovering(broken_journey(journey), tmp_path) as broken:
-        first, has_arrived = iter([False]), Incoming.has_arrived
+        first, has_arrived = iter([False]), IncomingJob.has_arrived
         monkeypatch.setattr(
-            Incoming, "has_arrived", lambda job: next(first, True) and has_arrived(job)
+            IncomingJob, "has_arrived", lambda job: next(first, True) and has_arrived(job)
         )
         broken.source.control.migrate(broken.destination.listen())
         broken.until_postcopy()

@@ -13,13 +13,13 @@ from postcopy.errors import EngineDied, WrongState
 from postcopy.events import EventBus
 from postcopy.link.guest.engine_process import EnginePool, EngineProcess
 from postcopy.link.guest.engine_slot import EngineSlot
-from postcopy.link.guest.incoming import Incoming, IncomingMigration
+from postcopy.link.guest.incoming import IncomingJob, IncomingMigration
 from postcopy.link.guest.job import Job, MigrationState, refuse_busy
 from postcopy.link.guest.keeper import GuestKeeper, OwnedGuest
-from postcopy.link.guest.outgoing import Migration, outgoing
+from postcopy.link.guest.outgoing import OutgoingMigration, outgoing
 from postcopy.link.guest.preflight import check_movable
 from postcopy.link.guest.resetting import Resetting
-from postcopy.link.guest.restoring import Restore
+from postcopy.link.guest.restoring import IncomingRestore
 from postcopy.link.guest.settings import Settings, change_all
 from postcopy.link.guest.watchdog import HANG_LOOKS
 from postcopy.link.protocol import EngineReports, IncomingCommands, JobCommands, OutgoingCommands
@@ -75,7 +75,7 @@ class MigrationControl:
             incoming,
         )
         self._lock = state.lock
-        state.shown = (IncomingMigration if incoming else Migration)(state, self.settings)
+        state.shown = (IncomingMigration if incoming else OutgoingMigration)(state, self.settings)
         check, complete = self._check_can_start, self._complete_restore
         self.resetting = Resetting(guest, self._keeper, pool, self._lock, check, complete)
 
@@ -214,7 +214,7 @@ class MigrationControl:
 
     def restore(self, options: RestoreOptions, *, exit_on_error: bool = True) -> None:
         with self._expecting(exit_on_error, "restore", options.path) as link:
-            self._begin(Restore(self._state, self.settings, options), link)
+            self._begin(IncomingRestore(self._state, self.settings, options), link)
 
     @contextmanager
     def _expecting(self, exit_on_error: bool, name: str, uri: str) -> Iterator[Link]:  # noqa: FBT001 - as QMP names it
@@ -247,7 +247,7 @@ class MigrationControl:
             with self._lock:
                 state.expecting = False
 
-    def _begin(self, job: Incoming, link: Link) -> None:
+    def _begin(self, job: IncomingJob, link: Link) -> None:
         job.prepare(link)
         with self._lock:
             job.begin(link)

@@ -86,9 +86,9 @@ class EngineSlot:
                 trace("guest.engine-started", engine=engine.process_id)
                 return link
             except EngineDied:
-                self._drop(engine)
+                self.drop(engine)
             except HostCannot:
-                self._drop(engine)
+                self.drop(engine)
                 raise
         raise EngineDied("engine processes die before they get anything to do")
 
@@ -100,10 +100,12 @@ class EngineSlot:
         engine.end()
         raise WrongState("this process is leaving: no engine is started any more")
 
-    def _drop(self, engine: EngineProcess) -> None:
+    def drop(self, engine: EngineProcess) -> None:
+        """Let go of an engine that has died, unless another is at work by now."""
         with self._lock:
-            if self.current is engine:
-                self.current = None
+            if self.current is not engine:
+                return
+            self.current = None
         engine.end()
 
     def call(

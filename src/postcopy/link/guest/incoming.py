@@ -28,7 +28,7 @@ from postcopy.status import AFTER_SWITCHOVER, Status
 _GONE = "the source is gone for good"
 
 
-class Incoming(Job, ABC):
+class IncomingJob(Job, ABC):
     """A guest that is to run here, from wherever its pages come."""
 
     incoming = True
@@ -161,7 +161,7 @@ class Incoming(Job, ABC):
         )
 
 
-class IncomingMigration(Incoming):
+class IncomingMigration(IncomingJob):
     """A guest that comes over a channel.
 
     :param uri: where it is waited for.

@@ -23,7 +23,7 @@ from postcopy.statistics import MigrationInfo
 from postcopy.status import ENDED, GIVEN_UP, Progress, Status
 
 if TYPE_CHECKING:
-    from postcopy.link.guest.restoring import Restore
+    from postcopy.link.guest.restoring import IncomingRestore
 
 _INFO_TIMEOUT_S = 5
 _LAST_WORDS = ENDED - {Status.NONE}
@@ -83,7 +83,7 @@ class MigrationState:
     on_incoming_failed: Callable[[str], None]
     awaits: bool
     shown: "Job" = field(init=False)
-    restore: "Restore | None" = None
+    restore: "IncomingRestore | None" = None
     expecting: bool = False
     listening: bool = False
     exit_on_error: bool = False

@@ -19,7 +19,7 @@ from postcopy.kernel.calls import close_all, open_all
 from postcopy.link.guest.engine_process import EngineProcess
 from postcopy.link.guest.job import Job, MigrationState
 from postcopy.link.guest.preflight import check_movable, check_transport
-from postcopy.link.guest.restoring import Restore
+from postcopy.link.guest.restoring import IncomingRestore
 from postcopy.link.guest.settings import Settings
 from postcopy.link.protocol import JobCommands, OutgoingCommands
 from postcopy.link.rpc import Link
@@ -32,7 +32,7 @@ from postcopy.status import ENDED, GIVEN_UP, Status
 _WOKEN = frozenset({*ENDED, Status.POSTCOPY_PAUSED})
 
 
-class Outgoing(Job):
+class OutgoingJob(Job):
     """What a migration and a snapshot have in common.
 
     Invariant, under the lock: while it waits for a restore, its status is ``setup``.
@@ -106,7 +106,7 @@ class Outgoing(Job):
 
     # --- while the guest is not whole
 
-    def _queue(self, restore: Restore, fds: Sequence[int]) -> None:
+    def _queue(self, restore: IncomingRestore, fds: Sequence[int]) -> None:
         """Wait for it; a thread of its own does.
 
         :raises HostCannot: there can be no more threads, and the order has failed.
@@ -124,7 +124,7 @@ class Outgoing(Job):
             self.refuse_queued(str(error))
             raise
 
-    def _start_when_whole(self, restore: Restore, fds: Sequence[int]) -> None:
+    def _start_when_whole(self, restore: IncomingRestore, fds: Sequence[int]) -> None:
         try:
             restore.progress.wait(*_WOKEN)
             with self.state.lock:
@@ -184,7 +184,7 @@ class Outgoing(Job):
         state.engines.tell(OutgoingCommands.cancel)
 
 
-class Snapshot(Outgoing):
+class OutgoingSnapshot(OutgoingJob):
     """The guest stays, and an image of it leaves."""
 
     order = "snapshot"
@@ -196,7 +196,7 @@ class Snapshot(Outgoing):
         self.resume_guest()
 
 
-class Migration(Outgoing):
+class OutgoingMigration(OutgoingJob):
     """The guest leaves, and may come back only as the table of owners says."""
 
     def __init__(self, state: MigrationState, settings: Settings, uri: str = "") -> None:
@@ -296,10 +296,10 @@ class Migration(Outgoing):
                 state.on_moved()
 
 
-def outgoing(state: MigrationState, settings: Settings, uri: str) -> Outgoing:
+def outgoing(state: MigrationState, settings: Settings, uri: str) -> OutgoingJob:
     """What an order to send the guest begins with these settings."""
     is_snapshot = settings.enabled(Capability.BACKGROUND_SNAPSHOT)
-    return (Snapshot if is_snapshot else Migration)(state, settings, uri)
+    return (OutgoingSnapshot if is_snapshot else OutgoingMigration)(state, settings, uri)
 
 
 def _merged(measured: Measured | None, before: Measured | None) -> Measured | None:

@@ -80,7 +80,6 @@ class Resetting:
         self._complete = complete
         self._lock = threading.Lock()  # of all below; one order at a time
         self._point: _Point | None = None
-        self._dead: EngineProcess | None = None
 
     # --- orders
 
@@ -219,9 +218,8 @@ class Resetting:
 
     def _engine(self, point: _Point) -> Link:
         link = self._engines.link
-        if link is not None and self._engines.current is not self._dead:
+        if link is not None:
             return link
-        self._engines.end()
         copies, order = sent(point.copies), ResetCommands.adopt_reset
         link, _ = self._engines.adopt(order, copies, point.path, point.identity)
         self._engines.prepare()
@@ -237,7 +235,7 @@ class Resetting:
         self._keeper.reset_point = False
 
     def _engine_ended(self, engine: EngineProcess) -> None:
-        self._dead = engine  # the next order puts another in its place
+        self._engines.drop(engine)  # the next order puts another in its place
 
 
 def _identify(path: str | None) -> tuple[Any, ...] | None:

@@ -11,7 +11,7 @@ from typing import Final
 
 from postcopy.errors import EngineDied, PostcopyError, WrongState
 from postcopy.link.guest.engine_process import EngineProcess
-from postcopy.link.guest.incoming import Incoming
+from postcopy.link.guest.incoming import IncomingJob
 from postcopy.link.guest.job import MigrationState, refuse_busy
 from postcopy.link.guest.settings import Settings
 from postcopy.link.protocol import RestoreCommands
@@ -24,7 +24,7 @@ _FILE: Final = "file:"
 _LOOK_S: Final = 0.2
 
 
-class Restore(Incoming):
+class IncomingRestore(IncomingJob):
     """A guest that comes from an image."""
 
     def __init__(self, state: MigrationState, settings: Settings, options: RestoreOptions) -> None:
