@@ -138,6 +138,8 @@ def test_what_makes_no_sense_is_refused(journey, tmp_path):
         side.control.pause()
     side.set(parameters=AT_ONCE)
     woken(trip)
+    with pytest.raises(WrongState, match="only supported during postcopy-active"):
+        side.control.pause()
     with pytest.raises(WrongState, match="not specified"):
         wake(side, path)
     with pytest.raises(WrongState, match="not specified"):

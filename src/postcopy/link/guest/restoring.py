@@ -81,7 +81,9 @@ class IncomingRestore(IncomingJob):
             )
 
     def pause(self) -> None:
-        raise WrongState("a restore has no connection that could be broken; use 'stop'")
+        if self.busy:
+            raise WrongState("a restore has no connection that could be broken; use 'stop'")
+        super().pause()
 
     # --- the end of an engine
 
