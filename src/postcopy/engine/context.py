@@ -1,5 +1,6 @@
 """What an engine's orders share: the guest, and the one job that this process is for."""
 
+import os
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
