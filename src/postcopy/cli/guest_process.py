@@ -1,6 +1,7 @@
 """The process of a guest: starts and ends machine, migration and monitors."""
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -151,6 +152,7 @@ class GuestProcess:
         self._serve(backend)
         if STDIO in settings.monitors:
             self._open_console(backend)
+        gc.freeze()  # what the start has made lives as long as the process
 
     def _restore(self, control: MigrationControl, options: RestoreOptions) -> None:
         try:

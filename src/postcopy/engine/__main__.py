@@ -14,6 +14,9 @@ from postcopy.stacks import tell_when_asked
 _SWITCH_INTERVAL_S = 0.0001
 """How long one thread of the engine may keep the others from running: a page may be waited for."""
 
+_COLLECTIONS = (700, 10, 10)
+"""Python's own thresholds: each collection is so short that a thread may wait for a page meanwhile."""
+
 
 def end_on_fault(tell: Callable[[BaseException], None]) -> None:
     """Let a fault of ours in any thread end this process: its successor knows what to do.
@@ -44,6 +47,7 @@ def serve(link: int, commands: Iterable[type[Any]]) -> None:
     end_on_fault(service.tell_fault)
     service.preload(commands)
     gc.freeze()  # what importing has made lives as long as the process
+    gc.set_threshold(*_COLLECTIONS)
     service.run()
 
 
