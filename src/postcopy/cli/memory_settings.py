@@ -21,7 +21,8 @@ def blocks_of(options: Mapping[str, Any], ram_name: str) -> tuple[MemoryBlock, .
     """
     given: list[Given] = options["memory_blocks"]
     if not given:
-        return (_only(ram_name, options["memory"] or _MEMORY_BYTES, options),)
+        memory = options["memory"]
+        return (_only(ram_name, _MEMORY_BYTES if memory is None else memory, options),)
     for block in given:
         if "size" not in block:
             raise Refused(f"--memory-block name={block['name']} has no size; give size=SIZE")
