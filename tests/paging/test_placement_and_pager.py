@@ -1,5 +1,6 @@
 """Pages are placed whole and once, and a page is asked for once, whoever faults on it."""
 
+import os
 import select
 import threading
 import time
@@ -11,12 +12,12 @@ from fakes.cpus import CpusNoted
 from fakes.guest import RAM, AskedPages, FakeGuest
 from fakes.waiting import wait_until
 from postcopy.destination.incoming_ram import discard
-from postcopy.errors import StreamError
 from postcopy.kernel.faults import MESSAGE
+from postcopy.kernel.pagemap import PagemapScanner
 from postcopy.memory.page_map import RECEIVED
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.fault_table import FaultTable
-from postcopy.paging.host_pages import MOST_PARTIAL
+from postcopy.paging.mapped import mapped_pages
 from postcopy.paging.pager import Pager
 from postcopy.paging.placement import Placement
 
@@ -47,6 +48,11 @@ class Arriving:
 
     def place(self, pages, value):
         self.placement.pages(RAM, offsets(pages), filled(pages, value))
+
+    def mapped(self):
+        """Which pages the guest can see."""
+        with PagemapScanner(os.getpid()) as scanner:
+            return np.flatnonzero(mapped_pages(scanner, self.paged.block)).tolist()
 
     def received(self):
         return np.flatnonzero(~self.paged.pages.missing()).tolist()
@@ -179,9 +185,9 @@ def test_a_huge_page_is_placed_with_its_last_piece(huge):
     huge.placement.zeros(RAM, offsets(pieces[300:310]))
     huge.place(pieces[310:511], 7)
     assert huge.received() == []
-    assert not any(huge.guest.memory())
+    assert huge.mapped() == []
     huge.place(pieces[511:], 7)
-    assert huge.received() == [1]
+    assert huge.received() == huge.mapped() == [1]
     assert [huge.page(n)[0] for n in (511, 512, 811, 812, 821, 822, 1023)] == [
         0, 7, 7, 0, 0, 7, 7,
     ]  # fmt: skip
@@ -206,17 +212,42 @@ def test_pieces_of_huge_pages_may_come_in_any_order_and_twice(huge, seed):
     assert [huge.page(n)[99] for n in range(1024)] == [n % 251 for n in range(1024)]
 
 
-def test_a_source_takes_no_memory_with_huge_pages_that_never_come_whole():
-    many = Arriving((MOST_PARTIAL + 1) * HUGE, HUGE)
-    many.listen()
-    pieces = np.arange(MOST_PARTIAL + 1) * 512
-    many.place(pieces[:-1], 1)
-    with pytest.raises(StreamError, match="pieces of more than 16 huge pages at once"):
-        many.place(pieces[-1:], 1)
-    many.placement.forget_halves()
-    many.place(pieces[-1:], 1)
-    assert many.received() == []
-    many.close()
+def test_a_huge_page_is_the_channels_that_it_has_begun_to_come_over(huge):
+    """Its pieces on another channel are dropped: neither may map what the other has not written yet."""
+    huge.listen()
+    other = Placement(huge.ram, huge.faults)
+    other.listen(huge.userfaultfd)
+    pieces = list(range(512))
+    huge.place(pieces[:100], 1)
+    other.pages(RAM, offsets(pieces), filled(pieces, 2))
+    assert huge.received() == huge.mapped() == []
+    huge.place(pieces[100:], 1)
+    assert huge.received() == huge.mapped() == [0]
+    assert {huge.page(n)[0] for n in pieces} == {1}
+
+
+def test_half_a_huge_page_comes_again_after_a_break(huge):
+    huge.listen()
+    pieces = list(range(512))
+    huge.place(pieces[:100], 1)
+    huge.placement.forget_halves()
+    huge.ram.forget_claims()
+    huge.place(pieces[100:], 2)
+    assert huge.received() == huge.mapped() == []
+    huge.place(pieces[:100], 2)
+    assert huge.received() == huge.mapped() == [0]
+    assert {huge.page(n)[0] for n in pieces} == {2}
+
+
+@pytest.mark.parametrize("length", [1, 7, 256, 700])
+def test_neighbours_may_reach_through_several_huge_pages(huge, length):
+    huge.listen()
+    for first in range(0, 1536, length):
+        pieces = list(range(first, min(first + length, 1536)))
+        content = np.repeat((np.array(pieces) % 256).astype(np.uint8), 4096).reshape(-1, 4096)
+        huge.placement.pages(RAM, offsets(pieces), content, neighbours=True)
+    assert huge.received() == huge.mapped() == [0, 1, 2]
+    assert [huge.page(n)[17] for n in range(1536)] == [n % 256 for n in range(1536)]
 
 
 def test_zero_pages_without_memory_take_none(arriving):

@@ -1,50 +1,40 @@
-"""Huge pages are put together from pages of the wire: a page of 2 MiB comes in 512 pieces."""
+"""Huge pages come in pieces of 4 KiB, which go to their places in memory; the whole page is mapped then.
+
+Nothing is put together elsewhere: a page that is missing is not mapped in the guest's process, so it can be
+written piece by piece (``docs/decisions``, 0028).
+"""
 
 import itertools
-from collections.abc import Iterator
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from postcopy.errors import StreamError
-from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
 from postcopy.memory.runs import Indices, Mask
+from postcopy.paging.ram import IncomingBlock
 
 PageRows = npt.NDArray[np.uint8]
 
-MOST_PARTIAL: Final = 16
-"""How many pages may be incomplete at once: a source takes no more memory than that for them."""
-
-
-class _Partial:
-    """A page of which some pieces have come."""
-
-    def __init__(self, pieces: int) -> None:
-        self.rows: PageRows = np.empty((pieces, TARGET_PAGE_BYTES), np.uint8)
-        self.come: Mask = np.zeros(pieces, np.bool_)
-
 
 class HostPageAssembler:
-    """Runs of target pages go in, in any order; whole pages of one block come out.
+    """Runs of target pages of one block go in, in any order; the numbers of whole pages come out.
 
-    For one channel and one thread.  When a piece comes twice, the later one counts.
+    For one channel and one thread.  A page is claimed with its first piece, and is this channel's until it
+    is whole: pieces that come over another channel meanwhile are dropped, as are those of a page that has
+    been received.  When a piece comes twice, the later one counts.
     """
 
-    def __init__(self, block: RamBlock) -> None:
-        self._block = block
-        self._per_page = block.target_pages_per_page
-        self._partial: dict[int, _Partial] = {}
-        self._spare: list[_Partial] = []
+    def __init__(self, paged: IncomingBlock) -> None:
+        self._paged = paged
+        self._per_page = paged.block.target_pages_per_page
+        self._come: dict[
+            int, Mask
+        ] = {}  # of the pages that are being written: which pieces have come
 
-    def add(self, target: Indices, data: PageRows | None) -> Iterator[tuple[int, PageRows]]:
-        """Take pieces; yield each page that they complete.
+    def add(self, target: Indices, data: PageRows | None) -> list[int]:
+        """Write pieces; return the pages that they complete, which are claimed still.
 
         :param target: numbers of target pages.
         :param data: their contents, shape ``(n, 4096)``; None: zeros.
-        :return: the number of a page, in the block's own size, and what is in it, shape
-            ``(target pages a page, 4096)``, which holds until the next one is asked for.
-        :raises StreamError: too many pages are incomplete.
         """
         host = target // self._per_page
         if (host[1:] < host[:-1]).any():
@@ -52,35 +42,45 @@ class HostPageAssembler:
             target, host = target[order], host[order]
             data = None if data is None else data[order]
         cuts = [0, *(np.flatnonzero(np.diff(host)) + 1).tolist(), len(host)]
+        whole = []
         for start, end in itertools.pairwise(cuts):
-            page = int(host[start])
-            pieces = target[start:end] - page * self._per_page
-            partial = self._take(page, pieces, None if data is None else data[start:end])
-            if partial is not None:
-                yield page, partial.rows
-                self._spare.append(partial)
+            page, pieces = int(host[start]), target[start:end]
+            first, last = int(pieces[0]), int(pieces[-1])
+            run = last - first + 1 == len(pieces) and (np.diff(pieces) == 1).all()
+            where = slice(first, last + 1) if run else pieces
+            if self._write(page, where, None if data is None else data[start:end]):
+                whole.append(page)
+        return whole
+
+    def add_run(self, first: int, end: int, data: PageRows) -> list[int]:
+        """As :meth:`add`, of neighbours: the usual case."""
+        whole, at = [], first
+        while at < end:
+            page = at // self._per_page
+            stop = min(end, (page + 1) * self._per_page)
+            if self._write(page, slice(at, stop), data[at - first : stop - first]):
+                whole.append(page)
+            at = stop
+        return whole
 
     def clear(self) -> None:
-        """Drop the pages that have not come whole."""
-        self._partial.clear()
+        """Forget the pages that have not come whole: all claims have been taken back."""
+        self._come.clear()
 
-    def _take(self, page: int, pieces: Indices, data: PageRows | None) -> _Partial | None:
-        partial = self._partial.get(page) or self._begin(page)
-        first, end = int(pieces[0]), int(pieces[-1]) + 1
-        run = end - first == len(pieces) and (len(pieces) == 1 or (np.diff(pieces) == 1).all())
-        where = slice(first, end) if run else pieces
-        partial.rows[where] = 0 if data is None else data
-        partial.come[where] = True
-        return self._partial.pop(page) if partial.come.all() else None
-
-    def _begin(self, page: int) -> _Partial:
-        if len(self._partial) == MOST_PARTIAL:
-            raise StreamError(
-                f"block {self._block.name}: pieces of more than {MOST_PARTIAL} huge pages at once, "
-                f"before any of them is whole; the last one is of page {page}"
-            )
-        self._partial[page] = partial = (
-            self._spare.pop() if self._spare else _Partial(self._per_page)
-        )
-        partial.come[:] = False
-        return partial
+    def _write(self, page: int, where: slice | Indices, data: PageRows | None) -> bool:
+        """Write pieces of one page; return whether it is whole."""
+        come = self._come.get(page)
+        if come is None:
+            if not self._paged.pages.claim_run(page, page + 1):
+                return False
+            come = self._come[page] = np.zeros(self._per_page, np.bool_)
+        self._paged.block.pages[where] = 0 if data is None else data
+        start = page * self._per_page
+        if isinstance(where, slice):
+            come[where.start - start : where.stop - start] = True
+        else:
+            come[where - start] = True
+        if not come.all():
+            return False
+        del self._come[page]
+        return True

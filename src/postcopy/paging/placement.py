@@ -38,7 +38,7 @@ class Placement:
         self._placers: dict[str, BlockPlacer] | None = None  # while the guest runs
         self._later: Callable[[str, Indices], None] | None = None
         self._assemblers = {
-            paged.block.name: HostPageAssembler(paged.block)
+            paged.block.name: HostPageAssembler(paged)
             for paged in ram
             if paged.block.target_pages_per_page > 1
         }
@@ -73,7 +73,7 @@ class Placement:
         :param neighbours: they are known to follow one another.
         """
         paged = self._ram[name]
-        if neighbours and paged.block.target_pages_per_page == 1:
+        if neighbours:
             first = int(offsets[0]) // TARGET_PAGE_BYTES
             if self._take_run(paged, first, first + len(data), data):
                 return
@@ -98,7 +98,13 @@ class Placement:
         """Take neighbouring pages on the shortest way; return whether that was possible."""
         if self._placers is None:
             paged.block.pages[first:end] = data
-            paged.pages.receive(slice(first, end))
+            per_page = paged.block.target_pages_per_page
+            paged.pages.receive(slice(first // per_page, -(-end // per_page)))
+            return True
+        assembler = self._assemblers.get(paged.block.name)
+        if assembler is not None:
+            for page in assembler.add_run(first, end, data):
+                self._map_written(paged, page, page + 1)
             return True
         return self._write_and_map(paged, first, end, data)
 
@@ -128,8 +134,8 @@ class Placement:
     ) -> None:
         assembler = self._assemblers.get(paged.block.name)
         if assembler is not None:
-            for page, rows in assembler.add(target, data):
-                self._write_and_map(paged, page, page + 1, rows)
+            for page in assembler.add(target, data):
+                self._map_written(paged, page, page + 1)
             return
         claimed = paged.pages.claim(target)
         if not claimed.all():
@@ -151,16 +157,20 @@ class Placement:
     def _write_and_map(
         self, paged: IncomingBlock, first: int, end: int, rows: npt.NDArray[np.uint8]
     ) -> bool:
-        """Write neighbouring pages and map them; return False if one of them has come before.
+        """Write neighbouring pages of 4 KiB and map them; return False if one of them has come before."""
+        if not paged.pages.claim_run(first, end):
+            return False
+        paged.block.pages[first:end] = rows
+        self._map_written(paged, first, end)
+        return True
+
+    def _map_written(self, paged: IncomingBlock, first: int, end: int) -> None:
+        """Map neighbouring pages that have been claimed and written.
 
         They are noted as received, and then mapped: what the guest may have written to is never taken
         for missing, whenever this engine dies.
         """
         assert self._placers is not None
-        if not paged.pages.claim_run(first, end):
-            return False
-        per_page = paged.block.target_pages_per_page
-        paged.block.pages[first * per_page : end * per_page] = rows
         removed = paged.pages.complete_run(first, end)
         if len(removed):
             self._finish_removal(paged, removed)
@@ -170,7 +180,6 @@ class Placement:
             arrived = [page for page in waiting if first <= page < end]
             self._show_elsewhere(paged, arrived)
             self._faults.end(name, arrived, time.monotonic_ns())
-        return True
 
     def _finish_removal(self, paged: IncomingBlock, removed: Indices) -> None:
         """Pages were removed while they were written: drop them, and let threads fault again."""
