@@ -11,6 +11,10 @@ from benchmarks import campaign
 from benchmarks.clock import Clock
 from benchmarks.runner import Settings, started
 from benchmarks.scenario import CONTENDERS, USUAL_CASES, Case, Contender, cases
+from benchmarks.workload import MIB
+from postcopy.errors import HostCannot
+from postcopy.kernel.huge_pages import check_pool
+from postcopy.machine.memory_blocks import HUGE_PAGE_BYTES
 
 _QUICK_CASES: Final = ("precopy", "postcopy")
 _QUICK_SCALE: Final = 0.5
@@ -30,6 +34,12 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     everything = cases(_QUICK_SCALE if options.quick else 1.0)
     wanted = [everything[name] for name in options.cases]
+    try:
+        if any(case.huge_pages for case in wanted):
+            check_pool(2 * options.ram * MIB // HUGE_PAGE_BYTES, HUGE_PAGE_BYTES)
+    except HostCannot as error:
+        print(error, file=sys.stderr)
+        return 3
     clock = Clock.measured()
     settings = Settings(clock, options.accel, options.ram, options.warm, options.timeout)
     return campaign.Campaign(

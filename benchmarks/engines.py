@@ -43,13 +43,17 @@ class GuestMemory:
 
 @dataclass(frozen=True)
 class Setup:
-    """What every process of one run has in common; ``directory`` has its sockets and logs."""
+    """What every process of one run has in common; ``directory`` has its sockets and logs.
+
+    :param huge_pages: the guest's memory is of 2 MiB pages from the host's pool.
+    """
 
     directory: Path
     accelerator: str
     memory_mib: int
     workload: Workload
     clock: Clock
+    huge_pages: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,13 +163,22 @@ class Qemu(Engine):
         if not incoming:
             disk.write_bytes(setup.workload.disk(setup.clock.hz))
         return [
-            *(cls.executable, "-display", "none", "-nodefaults", "-machine", "pc"),
+            *(cls.executable, "-display", "none", "-nodefaults", *cls._machine(setup)),
             *("-accel", setup.accelerator, "-m", str(setup.memory_mib), "-smp", "1"),
             *("-qmp", f"unix:{qmp_path},server=on,wait=off"),
             *("-drive", f"file={disk},format=raw,if=none,id=boot,readonly=on"),
             *("-device", "virtio-blk-pci,drive=boot"),
             *(("-incoming", "defer") if incoming else ()),
         ]
+
+    @classmethod
+    def _machine(cls, setup: Setup) -> list[str]:
+        if not setup.huge_pages:
+            return ["-machine", "pc"]
+        memory = (
+            f"memory-backend-memfd,id=pc.ram,size={setup.memory_mib}M,hugetlb=on,hugetlbsize=2M"
+        )
+        return ["-object", memory, "-machine", "pc,memory-backend=pc.ram"]
 
     @classmethod
     def waking_command(cls, setup: Setup, qmp_path: Path, awakening: Awakening) -> list[str]:
@@ -199,6 +212,7 @@ class Postcopy(Engine):
             *(sys.executable, "-m", "postcopy", "run", "--accel", setup.accelerator),
             *("--memory", f"{setup.memory_mib}M", "--smp", "1", "--monitor", "none"),
             *("--qmp", f"unix:{qmp_path}"),
+            *(("--huge-pages",) if setup.huge_pages else ()),
             *(("--incoming", "defer") if incoming else ("--image", str(image))),
         ]
 

@@ -220,6 +220,7 @@ def started(case: Case, contender: Contender, settings: Settings) -> Iterator[Ru
             memory_mib=settings.memory_mib,
             workload=case.workload,
             clock=settings.clock.anchored(),
+            huge_pages=case.huge_pages,
         )
         run = Run(case, contender, setup, settings)
         try:

@@ -73,6 +73,7 @@ class Case:
     :param compared: names of contenders: ratios are of each of them by the last.
     :param push_limit: ``max-postcopy-bandwidth``, bytes a second, for :data:`CAPPED_S` of postcopy;
         figures are of that time alone, and then the cap is lifted so that the run ends; 0: no cap.
+    :param huge_pages: the guest's memory is of 2 MiB pages from the host's pool.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Case:
     memory_mib: int | None = None
     compared: tuple[str, ...] = (OURS.name, QEMU.name)
     push_limit: int = 0
+    huge_pages: bool = False
 
     @property
     def is_postcopy(self) -> bool:
@@ -159,6 +161,11 @@ _UNCAPPED_PREEMPT_TARGETS: Final = {
     "fault_p99_us": Target(1 / 3),
     "postcopy_ms": Target(1.2),
 }
+_HUGE_TARGETS: Final = {
+    "fault_p50_us": Target(1.0),
+    "fault_p99_us": Target(1.0),
+    "total_ms": Target(1.0),
+}
 _TWO: Final = (QEMU, OURS)
 _ONE_CHANNEL: Final = (QEMU, OURS, QEMU_PREEMPT)
 _TWO_CHANNELS: Final = (QEMU_PREEMPT, OURS_PREEMPT)
@@ -193,6 +200,14 @@ def cases(scale: float = 1.0) -> dict[str, Case]:
         *(_capped(mb_s, hammer) for mb_s in (20, 50)),
         Case("uncapped-preempt", "postcopy at once, hot set written at random, both with preempt",
              hammer, _POSTCOPY, _TWO_CHANNELS, _UNCAPPED_PREEMPT_TARGETS, switch_after_passes=0,
+             compared=(OURS_PREEMPT.name, QEMU_PREEMPT.name)),
+        Case("huge-precopy", "precopy, 2 MiB pages, guest stopped before: the stream alone", walker,
+             (*_STREAM, *_LOAD), _TWO, {"mib_s": Target(1.0, at_least=True)}, stop_first=True,
+             huge_pages=True),
+        Case("huge", "postcopy at once, 2 MiB pages, hot set written at random", hammer, _POSTCOPY,
+             (QEMU, OURS), _HUGE_TARGETS, switch_after_passes=0, huge_pages=True),
+        Case("huge-preempt", "as huge, both with preempt", hammer, _POSTCOPY, _TWO_CHANNELS,
+             _HUGE_TARGETS, switch_after_passes=0, huge_pages=True,
              compared=(OURS_PREEMPT.name, QEMU_PREEMPT.name)),
     )  # fmt: skip
     return {case.name: case for case in found}
