@@ -4,17 +4,12 @@ import contextlib
 
 import pytest
 
-from fakes.commands import Running, one_line, postcopy
+from fakes.commands import one_line, postcopy
 from fakes.huge_pages import reserved
+from fakes.memory_blocks import RunningBlocks
+from fakes.waiting import wait_until
 
 FAST, BIG = "name=fast,size=8M,page-size=2M", "name=big,size=24M"
-
-
-class RunningBlocks(Running):
-    """A ``postcopy run`` without ``--memory``."""
-
-    def _run_line(self):
-        return [*self.command, "run", "--qmp", self.qmp, *self._options]
 
 
 @pytest.fixture
@@ -23,9 +18,9 @@ def fast_and_big(tmp_path):
     with contextlib.ExitStack() as stack:
         stack.enter_context(reserved(8))
 
-        def start(name, *options, blocks=(FAST, BIG)):
-            given = [part for block in blocks for part in ("--memory-block", block)]
-            return stack.enter_context(RunningBlocks(tmp_path, name, *given, *options))
+        def start(name, *options, blocks=(FAST, BIG), image=None):
+            made = RunningBlocks(tmp_path, name, *options, blocks=blocks, image=image)
+            return stack.enter_context(made)
 
         yield start
 
@@ -38,6 +33,31 @@ def test_a_guest_with_two_blocks_moves(fast_and_big, tmp_path):
     moved = postcopy("migrate", "--from", source.qmp, "--to", target.qmp, "--postcopy", "now", uri)
     assert moved.returncode == 0, moved.stderr
     assert target.ask("query-status")["return"]["running"] is True
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("lazy", [["--lazy"], []], ids=["lazy", "eager"])
+def test_a_restore_takes_blocks_and_their_order_from_the_image(fast_and_big, tmp_path, lazy):
+    image = tmp_path / "image"
+    source = fast_and_big("source", "--workload", "hammer")
+    assert "return" in source.ask("migrate", uri=f"file:{image}")
+    wait_until(lambda: source.migration_status() == "completed", 30, "the image")
+    restored = fast_and_big("restored", *lazy, blocks=["name=fast,page-size=2M"], image=image)
+    wait_until(lambda: restored.migration_status() == "completed", 30, "the restore")
+    assert restored.ask("query-status")["return"]["running"] is True
+    text = restored.ask("x-query-ramblock")["return"]["human-readable-text"]
+    told = [line.split()[:3] for line in text.splitlines()[1:]]
+    assert told == [["fast", "2", "MiB"], ["big", "4", "KiB"]]
+    for block, why in (
+        ("name=other", "it has no RAM block 'other'; it has 'fast', 'big'"),
+        (
+            "name=big,size=8M",
+            "its RAM block 'big' has 24 MiB, and --memory-block says 8 MiB; leave",
+        ),
+    ):
+        outcome = postcopy("restore", str(image), "--memory-block", block)
+        assert outcome.returncode == 3
+        assert why in one_line(outcome)
 
 
 @pytest.mark.parametrize(

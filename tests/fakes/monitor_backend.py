@@ -7,6 +7,7 @@ import threading
 
 from postcopy.errors import Refused, WrongState
 from postcopy.events import EventBus
+from postcopy.guest import Region
 from postcopy.monitor.backend import Backend
 from postcopy.ownership import Ownership
 from postcopy.parameters import NO_OVERRIDES, Capabilities, Capability, Parameters
@@ -54,6 +55,9 @@ class FakeMachine:
 
     def block_at(self, guest_address):
         return "ram"
+
+    def regions(self):
+        return (Region("ram", self.memory_bytes, 4096, 0, 0x7F0000000000, -1),)
 
     def read_physical(self, address, length):
         if address + length > self.memory_bytes:

@@ -130,3 +130,19 @@ def test_reset(kind):
             assert np.array_equal(side.ram(), side.machine.then)
             side.machine.cont()
         portrait.check_memory()
+
+
+def test_blocks_in_another_order_are_refused(journey):
+    """As QEMU does not: its guest would find its memory at other addresses."""
+    blocks = (MemoryBlock("a", 16 * MIB), MemoryBlock("b", 8 * MIB))
+    trip = journey(writer(), blocks=blocks)
+    trip.new_destination(blocks=blocks[::-1])
+    trip.migrate()
+    trip.destination.wait(Status.FAILED)
+    assert "the source has its RAM blocks in the order a, b, and this side b, a" in (
+        trip.destination.error
+    )
+    trip.source.wait(Status.FAILED)
+    trip.new_destination()
+    trip.migrate()
+    trip.finish()

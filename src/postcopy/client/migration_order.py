@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, Final, TypedDict
 
 from postcopy.client.machine_settings import capabilities_of
+from postcopy.client.memory_check import check_same_memory
 from postcopy.client.migration import Postcopy
 from postcopy.client.order_settings import BorrowedSettings, OrderSettings, of_a_migration
 from postcopy.client.qmp import QmpConnection
@@ -78,6 +79,8 @@ class MigrationOrder:
         """
         try:
             if self._destination is not None:
+                postcopy = self._options.get("postcopy") is not None
+                await check_same_memory(self._source, self._destination, postcopy=postcopy)
                 await self._expect(self._destination)
             await self._begin()
         except BaseException:

@@ -126,6 +126,12 @@ class Elements:
             if paged.block.name not in theirs:
                 # QEMU does not notice: its guest would run with what happened to be in memory.
                 raise StreamError(f"the source has no RAM block '{paged.block.name}'")
+        if list(ours) != (order := [name for name in theirs if name in ours]):
+            # QEMU does not notice: its guest would find its memory at other addresses.
+            raise StreamError(
+                f"the source has its RAM blocks in the order {', '.join(order)}, and this side "
+                f"{', '.join(ours)}; give --memory-block in the source's order"
+            )
 
     def _mapped_block(self, block: records.MappedBlock) -> None:
         channel = self.channel
@@ -177,7 +183,8 @@ class Elements:
             ours |= paged.block.page_size_bytes
         if advise.page_sizes != ours:
             raise StreamError(
-                f"Postcopy needs matching RAM page sizes (s={advise.page_sizes:x} d={ours:x})"
+                f"Postcopy needs matching RAM page sizes (s={advise.page_sizes:x} d={ours:x}); give the "
+                "destination's --memory-block the source's page-size"
             )
         if advise.target_page_bytes != TARGET_PAGE_BYTES:
             raise StreamError(

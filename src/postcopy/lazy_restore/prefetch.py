@@ -83,10 +83,11 @@ def from_image(
 
 
 def from_copies(restorers: Sequence[BlockRestorer], copies: PageCopies) -> Iterator[PrefetchWork]:
-    """All copies, in their order."""
+    """All copies of pages of 4 KiB, in their order; larger ones are put together from the image."""
+    small = [each for each in restorers if each.block.target_pages_per_page == 1]
     first = 0
     for part in copies.parts:
-        for restorer in restorers:
+        for restorer in small:
             if restorer.paged.block.name == part.block:
                 yield _FromCopies(restorer, copies, part, first)
         first += len(part.pages)

@@ -61,6 +61,11 @@ class RestoreImage:
                 raise self._unfit(f"its block '{name}' has {found[name]} bytes, ours {size}")
         for name in found.keys() - blocks.keys():
             raise self._unfit(f"it has a block '{name}' that our machine lacks")
+        if list(found) != list(blocks):
+            raise self._unfit(
+                f"its blocks are in the order {', '.join(found)}, ours {', '.join(blocks)}; give "
+                "--memory-block in the image's order"
+            )
 
     def check_same(self, identity: str) -> None:
         """Refuse an image that another has taken the place of.
@@ -102,7 +107,7 @@ class RestoreImage:
 
     def copies(self, ram: IncomingRam) -> PageCopies | None:
         """Give the copies of pages of the working set, if a recording has kept some."""
-        if any(paged.block.target_pages_per_page > 1 for paged in ram):
+        if all(paged.block.target_pages_per_page > 1 for paged in ram):
             return None  # pages of 2 MiB are put together from the image
         if self._copies is None and self._has_digests:
             path = page_copies.beside(working_set.beside(self.path))

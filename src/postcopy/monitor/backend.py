@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from postcopy.events import EventBus
-from postcopy.guest import VcpuThread
+from postcopy.guest import Region, VcpuThread
 from postcopy.ownership import Ownership
 from postcopy.parameters import NO_OVERRIDES, Capabilities, Capability, Overrides, Parameters
 from postcopy.restore_options import RestoreOptions
@@ -58,6 +58,9 @@ class MachineControl(Protocol):
 
         :raises Refused: there is no RAM at ``guest_address``.
         """
+
+    def regions(self) -> Sequence[Region]:
+        """The RAM blocks, in the order of their guest addresses."""
 
     def block_at(self, guest_address: int) -> str:
         """The name of the RAM block that has that byte, such as ``microvm.ram``.

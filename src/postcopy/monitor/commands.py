@@ -164,6 +164,11 @@ def _pmemsave(backend: Backend, arguments: Arguments) -> None:
     memory_dump.save(backend.machine, arguments["val"], arguments["size"], arguments["filename"])
 
 
+def _query_ramblock(backend: Backend, _: Arguments) -> dict[str, Any]:
+    lines = hmp_info.ram_blocks(backend.machine.regions())
+    return {"human-readable-text": "".join(f"{line}\n" for line in lines)}
+
+
 def _gpa2hva(context: Context, _: object, arguments: Arguments) -> Lines:
     address, machine = arguments["addr"], context.backend.machine
     try:
@@ -349,6 +354,13 @@ TABLE = (
     Command(
         "query-cpus-fast", "the vCPUs and their threads", _query_cpus_fast,
         human=Human("info cpus", show=hmp_info.cpus),
+    ),
+    Command(
+        "x-query-ramblock", "the RAM blocks, in the order of their guest addresses", _query_ramblock,
+        human=Human(
+            "info ramblock",
+            show=lambda _context, answer, _line: answer["human-readable-text"].splitlines(),
+        ),
     ),
     Command(
         "", "tell where this process has a guest physical address",

@@ -1,8 +1,9 @@
 """What HMP's ``info`` prints of the answers of QMP's queries; the lines and their order are QEMU's."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from postcopy.guest import Region
 from postcopy.monitor.addresses import uri_of_socket_address
 from postcopy.monitor.command import Arguments, Context, Lines
 from postcopy.parameters import rules
@@ -45,6 +46,18 @@ def size(n_bytes: int) -> str:
     while n_bytes >= 1000 << 10 * power and power + 1 < len(_UNITS):
         power += 1
     return f"{n_bytes / (1 << 10 * power):.3g} {_UNITS[power]}B"
+
+
+def ram_blocks(regions: Sequence[Region]) -> Iterator[str]:
+    """The lines of ``info ramblock``."""
+    form = "{:>24} {:>8}  {:>18} {:>18} {:>18} {:>18} {:>3}".format
+    yield form("Block Name", "PSize", "Offset", "Used", "Total", "HVA", "RO")
+    offset = 0
+    for region in regions:
+        numbers = (offset, region.size_bytes, region.size_bytes, region.host_address)
+        page_size = size(region.page_size_bytes)
+        yield form(region.name, page_size, *(f"{number:#018x}" for number in numbers), "rw")
+        offset += region.size_bytes
 
 
 def migrate(_context: Context, info: Mapping[str, Any], arguments: Arguments) -> Lines:

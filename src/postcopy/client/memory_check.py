@@ -1,0 +1,81 @@
+"""Compare the RAM blocks of two machines before the guest is ordered to move.
+
+Both tell of them by ``x-query-ramblock``, whose text is that of HMP's ``info ramblock`` (QEMU 6.2).  A
+block that the destination lacks, or has otherwise, would end the migration at the beginning of the stream.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from postcopy.client.qmp import QmpConnection
+from postcopy.errors import Refused
+from postcopy.stream.numbers import IGNORED_BLOCKS
+
+_ROW: Final = re.compile(
+    r"^\s*(\S+)\s+(\d+) ([KMG])iB\s+0x[0-9a-f]+\s+0x([0-9a-f]+)\s", re.MULTILINE
+)
+_SHIFTS: Final = {"K": 10, "M": 20, "G": 30}
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    size_bytes: int
+    page_size_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.size_bytes >> 20} MiB in pages of {self.page_size_bytes >> 10} KiB"
+
+
+async def check_same_memory(
+    source: QmpConnection, destination: QmpConnection, *, postcopy: bool
+) -> None:
+    """Refuse a migration whose ends have different RAM blocks; nothing is sent.
+
+    Between two QEMUs nothing is compared: they tell of blocks that change their sizes.
+
+    :param postcopy: page sizes must be the same, too.
+    :raises Refused: which block is different, how, and the options that the destination needs.
+    """
+    both_ours = await source.is_ours() and await destination.is_ours()
+    if not both_ours and not (await source.is_ours() or await destination.is_ours()):
+        return
+    theirs, ours = await _blocks_of(source), await _blocks_of(destination)
+    if not theirs or not ours:
+        return  # a machine that does not tell
+    for name, block in theirs.items():
+        other = ours.get(name)
+        if other is None:
+            raise _refused(f"the destination has no RAM block '{name}'", theirs)
+        if other.size_bytes != block.size_bytes or (
+            postcopy and other.page_size_bytes != block.page_size_bytes
+        ):
+            what = f"RAM block '{name}' has {block} at the source, and {other} at the destination"
+            raise _refused(what, theirs)
+    for name in ours.keys() - theirs.keys():
+        raise _refused(f"the source has no RAM block '{name}'", theirs)
+    if both_ours and list(theirs) != list(ours):
+        raise _refused("the RAM blocks have another order at the destination", theirs)
+
+
+async def _blocks_of(machine: QmpConnection) -> dict[str, _Block]:
+    """Its blocks in their order; none if it does not tell."""
+    try:
+        answer = await machine.execute("x-query-ramblock")
+    except Refused:
+        return {}
+    return {
+        name: _Block(int(used, 16), int(number) << _SHIFTS[unit])
+        for name, number, unit, used in _ROW.findall(answer.get("human-readable-text", ""))
+        if name not in IGNORED_BLOCKS
+    }
+
+
+def _refused(what: str, blocks: Mapping[str, _Block]) -> Refused:
+    options = " ".join(
+        f"--memory-block name={name},size={block.size_bytes >> 20}M,"
+        f"page-size={block.page_size_bytes >> 10}K"
+        for name, block in blocks.items()
+    )
+    return Refused(f"{what}; start the destination with {options}")
