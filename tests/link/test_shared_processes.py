@@ -12,7 +12,7 @@ from postcopy.abi.userfaultfd import Feature, PagefaultFlag
 from postcopy.errors import GuestError, WrongState
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.link.guest.keeper import GuestKeeper
-from postcopy.link.guest.preflight import check_movable
+from postcopy.link.guest.outgoing import check_movable
 from postcopy.machine.config import MachineConfig
 from postcopy.machine.machine import Machine
 from postcopy.memory.page_map import PageMap

@@ -16,8 +16,7 @@ from postcopy.link.guest.engine_slot import EngineSlot
 from postcopy.link.guest.incoming import IncomingJob, IncomingMigration
 from postcopy.link.guest.job import Job, MigrationState, refuse_busy
 from postcopy.link.guest.keeper import GuestKeeper, OwnedGuest
-from postcopy.link.guest.outgoing import OutgoingMigration, outgoing
-from postcopy.link.guest.preflight import check_movable
+from postcopy.link.guest.outgoing import OutgoingMigration, check_movable, outgoing
 from postcopy.link.guest.resetting import Resetting
 from postcopy.link.guest.restoring import IncomingRestore
 from postcopy.link.guest.settings import Settings, change_all

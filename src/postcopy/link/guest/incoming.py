@@ -10,14 +10,16 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from postcopy.abi.userfaultfd import Feature
 from postcopy.channel.address import bound_uri, parse
 from postcopy.channel.descriptor_check import Use, descriptors_for
-from postcopy.errors import EngineDied, PostcopyError, WrongState
+from postcopy.errors import EngineDied, HostCannot, PostcopyError, WrongState
+from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.link.guest.engine_process import EngineProcess
 from postcopy.link.guest.engine_slot import EngineSupervisor
 from postcopy.link.guest.job import Job, MigrationState
-from postcopy.link.guest.preflight import check_poison, check_transport
-from postcopy.link.guest.settings import Settings
+from postcopy.link.guest.keeper import OwnedGuest
+from postcopy.link.guest.settings import Settings, check_transport
 from postcopy.link.protocol import IncomingCommands, JobCommands
 from postcopy.link.rpc import Link
 from postcopy.link.values import sent
@@ -141,7 +143,7 @@ class IncomingJob(Job, ABC):
         """
         match how:
             case "poison":
-                check_poison(self.state.guest)
+                _check_poison(self.state.guest)
                 self.state.engines.end()
                 # The guest goes on without the pages that will never come, and never reads zeros instead.
                 lost = self.state.keeper.poison_missing()
@@ -152,7 +154,7 @@ class IncomingJob(Job, ABC):
             case "quit":
                 self.state.engines.end()
                 with suppress(PostcopyError):  # a vCPU that waits for a page may be unstoppable
-                    check_poison(self.state.guest)
+                    _check_poison(self.state.guest)
                     self.state.keeper.poison_missing()
                 return f"{_GONE}, and the guest cannot go on without its pages"
         raise WrongState(
@@ -242,3 +244,14 @@ class IncomingMigration(IncomingJob):
     def lost(self) -> None:
         with self.supervisor.lock:  # no engine is just being put in place of a dead one
             super().lost()
+
+
+def _check_poison(guest: OwnedGuest) -> None:
+    """Refuse what would leave the guest half-way."""
+    cure = "set x-on-loss to 'quit', or wait for the source with 'hold'"
+    if guest.accelerator_name != "kvm":
+        raise HostCannot("a software CPU cannot be stopped at a page that is lost", cure)
+    try:
+        Userfaultfd.open(Feature.POISON).close()
+    except HostCannot as error:
+        raise HostCannot(f"pages cannot be poisoned: {error.what}", cure) from error

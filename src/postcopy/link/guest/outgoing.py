@@ -18,9 +18,9 @@ from postcopy.kernel import threads
 from postcopy.kernel.calls import close_all, open_all
 from postcopy.link.guest.engine_process import EngineProcess
 from postcopy.link.guest.job import Job, MigrationState
-from postcopy.link.guest.preflight import check_movable, check_transport
+from postcopy.link.guest.keeper import GuestKeeper, OwnedGuest
 from postcopy.link.guest.restoring import IncomingRestore
-from postcopy.link.guest.settings import Settings
+from postcopy.link.guest.settings import Settings, check_transport
 from postcopy.link.protocol import JobCommands, OutgoingCommands
 from postcopy.link.rpc import Link
 from postcopy.link.values import sent
@@ -294,6 +294,27 @@ class OutgoingMigration(OutgoingJob):
             state.keeper.unwatch_writes()
             if not self.settle_if_arrived():
                 state.on_moved()
+
+
+def check_movable(guest: OwnedGuest, keeper: GuestKeeper) -> None:
+    """Refuse to send, or to save, what is not here, not whole, or is to be reset some day.
+
+    :raises WrongState: it is so.
+    """
+    guest.ownership.check(Move.ORDER)
+    if any(keeper.lost.values()):
+        raise WrongState("pages of this guest are lost, so it cannot move; start it anew")
+    if sharing := guest.shared_with():
+        names = ", ".join(process.name for process in sharing)
+        raise WrongState(
+            f"the guest's memory is shared with {names}, whose writes are not tracked, so it can neither "
+            "be sent nor saved, nor have a reset point; detach that first"
+        )
+    if keeper.reset_point:
+        raise WrongState(
+            "the guest has a reset point, whose tracking of writes excludes migrations and snapshots; "
+            "end it first (x-reset-end, or 'postcopy reset --end')"
+        )
 
 
 def outgoing(state: MigrationState, settings: Settings, uri: str) -> OutgoingJob:

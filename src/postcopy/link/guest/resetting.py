@@ -17,13 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from postcopy.errors import EngineDied, GuestError, ImageError, PostcopyError, WrongState
+from postcopy.errors import (
+    EngineDied,
+    GuestError,
+    HostCannot,
+    ImageError,
+    PostcopyError,
+    WrongState,
+)
 from postcopy.kernel import memfd
 from postcopy.kernel.calls import close_all, open_all
+from postcopy.kernel.userfaultfd import WRITE_FEATURES, Userfaultfd
 from postcopy.link.guest.engine_process import EnginePool, EngineProcess
 from postcopy.link.guest.engine_slot import EngineSlot
 from postcopy.link.guest.keeper import GuestKeeper, OwnedGuest
-from postcopy.link.guest.preflight import check_reset
 from postcopy.link.protocol import ResetCommands
 from postcopy.link.rpc import Link
 from postcopy.link.values import sent
@@ -101,7 +108,7 @@ class Resetting:
                 return {"pause-us": 0, "copied-bytes": 0}
             if point is not None and point.torn:
                 raise WrongState("the last reset was not finished: 'x-reset' tries again")
-            check_reset()
+            _check_reset()
             self._complete()
             self._end()
             return self._begin(file)
@@ -248,3 +255,11 @@ def _identify(path: str | None) -> tuple[Any, ...] | None:
     except OSError as error:
         raise ImageError(absolute, f"cannot be opened: {error.strerror}") from error
     return absolute, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _check_reset() -> None:
+    """Refuse a reset point on a host that cannot track writes."""
+    try:
+        Userfaultfd.open(WRITE_FEATURES, user_mode_only=True).close()
+    except HostCannot as error:
+        raise error.because("the writes of a guest cannot be tracked") from error
