@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import Final
 
 SIGNAL: Final = signal.SIGUSR2
-"""``SIGUSR1`` makes vCPUs leave the guest: see :mod:`postcopy.machine.signals`."""
+"""``SIGUSR1`` makes vCPUs leave the guest: see :mod:`postcopy.machine.vcpu`."""
 
 _STDERR: Final = 2
 

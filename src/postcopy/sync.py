@@ -10,9 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar, Unpack
 
-from postcopy.client.awaitable import AwaitableContext, Closable
+from postcopy.client.machine import AwaitableContext, Closable, RunOptions
 from postcopy.client.machine import Machine as AsyncMachine
-from postcopy.client.machine import RunOptions
 from postcopy.client.migration import Migration as AsyncMigration
 from postcopy.client.migration_order import MigrateOptions
 from postcopy.client.progress import Progress

@@ -8,7 +8,7 @@ import pytest
 from fakes.guest import RAM, FakeGuest
 from postcopy.channel.address import FileAddress
 from postcopy.channel.listen import Listener
-from postcopy.destination.mapped_pages import read_pages
+from postcopy.destination.incoming_ram import read_pages
 from postcopy.errors import StreamCut, StreamError
 from postcopy.stream.mapped_ram import encode_bitmap, lay_out
 

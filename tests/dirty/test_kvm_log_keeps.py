@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postcopy.dirty.kvm_log import KvmLogTracker
+from postcopy.dirty.tracker import KvmLogTracker
 
 CHUNK = 8
 

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from machine.machines import MIB, config_for, need, wait_for_work
-from postcopy.dirty.kvm_log import KvmLogTracker
 from postcopy.dirty.pagemap import PagemapTracker
-from postcopy.dirty.tracker import choose
+from postcopy.dirty.tracker import KvmLogTracker, choose
 from postcopy.errors import Refused
 from postcopy.link.guest.keeper import GuestKeeper
 from postcopy.machine.machine import Machine

@@ -7,7 +7,7 @@ import numpy as np
 
 from postcopy.errors import StreamError
 from postcopy.stream.commands import encode_command
-from postcopy.stream.decoder import Decoder
+from postcopy.stream.decoder import Decoder, PreemptDecoder
 from postcopy.stream.encoder import (
     RamPart,
     description,
@@ -18,7 +18,6 @@ from postcopy.stream.encoder import (
 )
 from postcopy.stream.layout import BlockLayout
 from postcopy.stream.numbers import SectionType
-from postcopy.stream.preempt_decoder import PreemptDecoder
 from postcopy.stream.ram_encoder import PageEncoder
 from postcopy.stream.records import (
     BlockEntry,

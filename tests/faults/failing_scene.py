@@ -14,7 +14,7 @@ from faults.recovering import SETTLED, Recovering
 from postcopy.errors import PostcopyError, WrongState
 from postcopy.kernel.patience import PASSES
 from postcopy.machine.machine import Machine
-from postcopy.machine.run_state import RunState
+from postcopy.machine.run_control import RunState
 from postcopy.machine.workload import Workload
 from postcopy.status import ENDED, Status
 

@@ -16,7 +16,7 @@ from faults.conftest import subscribe, unsubscribe
 from machine.machines import wait_for_progress
 from postcopy import trace
 from postcopy.errors import EngineDied, GuestError, WrongState
-from postcopy.machine.run_state import RunState
+from postcopy.machine.run_control import RunState
 
 SEED = 20261122
 

@@ -10,6 +10,7 @@ import pytest
 from house.project import ROOT, files, modules, text
 
 MAX_LINES = {"src": 400, "benchmarks": 400, "scripts": 400, "tests": 500}
+SMALL_LINES, MOST_SMALL = 60, 15
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
@@ -34,6 +35,13 @@ def test_there_is_something_to_look_at():
 def test_no_file_is_too_long():
     lengths = {path: len(text(path).splitlines()) for path in modules(*MAX_LINES)}
     assert {path: n for path, n in lengths.items() if n > MAX_LINES[path.parts[0]]} == {}
+
+
+def test_few_files_are_small():
+    """A subject that fits a screen stands in the file that uses it."""
+    kept = [path for path in modules("src") if path.name != "__init__.py"]
+    small = [path for path in kept if len(text(path).splitlines()) < SMALL_LINES]
+    assert len(small) <= MOST_SMALL, small
 
 
 def test_no_file_names_a_registry_or_a_path_of_one_machine():

@@ -18,7 +18,7 @@ from fakes.pair import hammer, idle, tiny
 from fakes.snapshots import Portrait
 from machine.machines import MIB, iterations, wait_for_progress
 from postcopy.errors import ImageError, WrongState
-from postcopy.machine.run_state import RunState
+from postcopy.machine.run_control import RunState
 from postcopy.machine.workload import load
 from postcopy.parameters import Capability
 from postcopy.status import Status

@@ -23,7 +23,7 @@ from postcopy.errors import GuestError, ImageError, PostcopyError, WrongState
 from postcopy.image.digests import CHUNK_BYTES
 from postcopy.image.formats import open_image
 from postcopy.machine.config import MachineConfig
-from postcopy.machine.run_state import RunState
+from postcopy.machine.run_control import RunState
 from postcopy.machine.workload import PAGE_BYTES
 from postcopy.status import ENDED, Status
 

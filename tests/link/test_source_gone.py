@@ -13,7 +13,7 @@ from fakes.pair import NEVER_ENDS, POSTCOPY, Journey, hammer
 from fakes.waiting import wait_until
 from postcopy.errors import GuestError, HostCannot, KernelError, WrongState
 from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.machine.run_state import RunState
+from postcopy.machine.run_control import RunState
 from postcopy.machine.workload import PAGE_BYTES
 from postcopy.status import Status
 

@@ -18,8 +18,8 @@ from postcopy.machine.cpu_section import (
     state_from_values,
 )
 from postcopy.machine.device_formats import FORMATS, SERIAL
+from postcopy.machine.ports import SerialState
 from postcopy.machine.sections import decode_devices, descriptions, encode_devices
-from postcopy.machine.serial_state import SerialState
 from postcopy.stream.vmstate import Structure
 
 pytestmark = pytest.mark.qemu(*ALL)

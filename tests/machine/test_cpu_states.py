@@ -17,10 +17,10 @@ from postcopy.machine.cpu_section import hflags
 from postcopy.machine.cpu_state import CpuState, Events, Fpu, Segment, flat_long_mode
 from postcopy.machine.kvm_cpu import KvmAccelerator
 from postcopy.machine.kvm_state import read_kvm_state, with_lost_iopl, write_kvm_state
+from postcopy.machine.ports import SerialState
 from postcopy.machine.sections import Clock, decode_devices, encode_devices
-from postcopy.machine.serial_state import SerialState
-from postcopy.machine.signals import install_kick_handler
-from postcopy.machine.unicorn_accelerator import UnicornAccelerator
+from postcopy.machine.unicorn_cpu import UnicornAccelerator
+from postcopy.machine.vcpu import install_kick_handler
 
 MEMORY_BYTES = 4 << 20
 ST = tuple(0x3FFF << 64 | 1 << 63 | number for number in range(8))

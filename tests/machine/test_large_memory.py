@@ -14,7 +14,7 @@ from postcopy.errors import Refused
 from postcopy.machine import boot, oracle, workload
 from postcopy.machine.address_map import AddressMap
 from postcopy.machine.config import MOST_MEMORY_BYTES, MachineConfig
-from postcopy.machine.run_state import RunState
+from postcopy.machine.run_control import RunState
 
 GIB = 1 << 30
 PAGE = 4096

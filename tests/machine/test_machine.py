@@ -9,7 +9,7 @@ from postcopy.errors import Refused, WrongState
 from postcopy.machine import oracle, workload
 from postcopy.machine.config import MachineConfig
 from postcopy.machine.machine import Machine
-from postcopy.machine.run_state import RunState
+from postcopy.machine.run_control import RunState
 from postcopy.ownership import Move
 
 # mov dx,0x3f8; mov al,'H'; out dx,al; mov al,'i'; out dx,al; mov al,5; out 0xf4,al; jmp $

@@ -12,7 +12,7 @@ from postcopy.kernel.mapping import Mapping
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.machine import oracle, workload
 from postcopy.machine.boot import PML4_ADDRESS
-from postcopy.machine.run_state import RunState
+from postcopy.machine.run_control import RunState
 
 HOT = workload.BASE_ADDRESS
 ADDRESS = HOT + 3 * PAGE

@@ -16,7 +16,7 @@ from postcopy.kernel.mapping import Mapping
 from postcopy.machine.address_map import AddressMap
 from postcopy.machine.cpu import ExitReason
 from postcopy.machine.kvm_cpu import KvmAccelerator
-from postcopy.machine.signals import install_kick_handler
+from postcopy.machine.vcpu import install_kick_handler
 
 MEMORY_BYTES = 4 << 20
 HALT = bytes.fromhex("f4")

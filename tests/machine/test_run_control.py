@@ -8,7 +8,7 @@ from postcopy.errors import GuestError, WrongState
 from postcopy.machine.cpu import Exit, ExitReason
 from postcopy.machine.cpu_state import CpuState
 from postcopy.machine.run_control import RunControl
-from postcopy.machine.run_state import RunState as R
+from postcopy.machine.run_control import RunState as R
 from postcopy.machine.vcpu import Vcpu
 
 

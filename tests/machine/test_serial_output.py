@@ -8,7 +8,7 @@ from fakes.waiting import wait_until
 from machine.machines import MIB, Watched, need
 from postcopy.machine.config import MachineConfig
 from postcopy.machine.machine import Machine
-from postcopy.machine.run_state import RunState
+from postcopy.machine.run_control import RunState
 from postcopy.machine.serial_output import SerialOutput
 
 

@@ -1,7 +1,6 @@
 """The serial port's registers, as far as a guest that only speaks can see them."""
 
-from postcopy.machine.ports import PortBus
-from postcopy.machine.serial_port import LINE_STATUS, SCRATCH, SerialPort
+from postcopy.machine.ports import LINE_STATUS, SCRATCH, PortBus, SerialPort
 
 
 def test_what_is_written_comes_out():

@@ -5,7 +5,7 @@ import pytest
 from fakes.waiting import wait_until
 from machine.machines import MIB, Watched, need
 from postcopy.machine.config import MachineConfig
-from postcopy.machine.run_state import RunState
+from postcopy.machine.run_control import RunState
 from postcopy.machine.sections import decode_devices
 
 COUNTER, FLAG = 0x20000, 0x20010

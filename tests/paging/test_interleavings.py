@@ -22,10 +22,9 @@ from postcopy.memory.page_map import RECEIVED, PageMap
 from postcopy.memory.ram_block import RamBlock
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.fault_table import FaultTable
-from postcopy.paging.mapped import mapped_pages
 from postcopy.paging.pager import Pager
 from postcopy.paging.placement import Placement
-from postcopy.paging.ram import IncomingBlock, IncomingRam
+from postcopy.paging.ram import IncomingBlock, IncomingRam, mapped_pages
 
 SEED = int(os.environ.get("POSTCOPY_SEED", "14"))
 TIMES = int(os.environ.get("POSTCOPY_INTERLEAVINGS", "1"))

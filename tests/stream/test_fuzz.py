@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from fakes.streams import LAYOUT, PAGE, SETUP, SOURCES, Writer, decode, device, new_decoder, offsets
 from postcopy.errors import StreamError
+from postcopy.stream.decoder import PreemptDecoder
 from postcopy.stream.layout import Limits
 from postcopy.stream.numbers import SectionType
-from postcopy.stream.preempt_decoder import PreemptDecoder
 from postcopy.stream.reader import CAPACITY_BYTES
 from postcopy.stream.records import (
     Configuration,

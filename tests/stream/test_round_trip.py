@@ -22,10 +22,10 @@ from fakes.streams import (
     part,
 )
 from postcopy.errors import StreamCut
+from postcopy.stream.decoder import PreemptDecoder
 from postcopy.stream.encoder import end_of_stream, ram_setup, stream_start
 from postcopy.stream.layout import BlockLayout, Expected, Limits
 from postcopy.stream.numbers import SectionType
-from postcopy.stream.preempt_decoder import PreemptDecoder
 from postcopy.stream.ram_encoder import PageEncoder
 from postcopy.stream.records import (
     BlockEntry,

@@ -9,9 +9,15 @@ The forms and the error texts are QEMU 10's (``qapi/migration.json``, ``docs/dev
     exec:COMMAND     run by /bin/sh -c
 """
 
+import contextlib
+import errno
+import os
 import re
+import socket
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from postcopy.errors import Refused
 from postcopy.sizes import OutOfRange, parse_size
@@ -216,3 +222,40 @@ def bound_uri(uri: str, addresses: Sequence[Mapping[str, object]]) -> str:
     if addresses and addresses[0].get("type") == "inet":
         return f"tcp:{addresses[0]['host']}:{addresses[0]['port']}"
     return uri
+
+
+class SocketPath:
+    """Takes a path away again only while it is still the socket that was bound there.
+
+    :raises OSError: there is no such path.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._bound = self._path.lstat()
+
+    def remove(self) -> None:
+        """Take it away, unless it is another process's by now, or gone."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(self._path.lstat(), self._bound):
+                self._path.unlink()
+
+
+def remove_stale(path: Path) -> None:
+    """Take away a stream socket whose listener has ended; anything else at the path stays.
+
+    :raises OSError: it cannot be taken away.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return
+    if stat.S_ISSOCK(mode) and _is_refused(path):
+        path.unlink()
+
+
+def _is_refused(path: Path) -> bool:
+    """Whether no process listens; a full queue, missing rights, another kind of socket do not say so."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(0)
+        return probe.connect_ex(str(path)) == errno.ECONNREFUSED

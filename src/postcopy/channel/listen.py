@@ -10,7 +10,14 @@ import threading
 from pathlib import Path
 from typing import Self
 
-from postcopy.channel.address import Address, FdAddress, FileAddress, TcpAddress, UnixAddress
+from postcopy.channel.address import (
+    Address,
+    FdAddress,
+    FileAddress,
+    SocketPath,
+    TcpAddress,
+    UnixAddress,
+)
 from postcopy.channel.channel import Channel
 from postcopy.channel.connect import (
     SocketName,
@@ -19,7 +26,6 @@ from postcopy.channel.connect import (
     resolve,
     start_command,
 )
-from postcopy.channel.socket_path import SocketPath
 from postcopy.channel.sockets import SocketChannel
 from postcopy.errors import CannotConnect, CannotListen, ChannelBroken, KernelError
 from postcopy.kernel import calls

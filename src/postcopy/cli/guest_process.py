@@ -22,9 +22,9 @@ from postcopy.link.guest.control import MigrationControl
 from postcopy.link.guest.engine_process import EnginePool
 from postcopy.machine.config import MachineConfig
 from postcopy.machine.machine import Machine
-from postcopy.machine.run_state import RunState
+from postcopy.machine.run_control import RunState
 from postcopy.machine.serial_output import SerialOutput
-from postcopy.machine.signals import install_kick_handler
+from postcopy.machine.vcpu import install_kick_handler
 from postcopy.restore_options import RestoreOptions
 from postcopy.stacks import tell_when_asked
 from postcopy.status import Status

@@ -3,11 +3,10 @@
 import asyncio
 import contextlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, Self, TypedDict, Unpack
+from typing import Any, Final, Generic, Literal, Protocol, Self, TypedDict, TypeVar, Unpack
 
-from postcopy.client.awaitable import AwaitableContext
 from postcopy.client.launch import MachineProcess
 from postcopy.client.machine_settings import set_capabilities
 from postcopy.client.migration import Migration
@@ -17,6 +16,36 @@ from postcopy.client.reconnect import address_of, bring_together
 from postcopy.client.reset_point import Reset, ResetPoint
 from postcopy.client.snapshot import Snapshot, SnapshotJob, SnapshotOptions, wanted
 from postcopy.errors import PostcopyError, Refused
+
+
+class Closable(Protocol):
+    """An object that can be closed."""
+
+    async def close(self) -> None:
+        """Release all resources; harmless when done."""
+
+
+T = TypeVar("T", bound=Closable)
+
+
+class AwaitableContext(Awaitable[T], Generic[T]):
+    """``async with opened as it:``, or ``it = await opened``; only once."""
+
+    def __init__(self, opened: Awaitable[T]) -> None:
+        self._opened = opened
+        self._it: T | None = None
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return self._opened.__await__()
+
+    async def __aenter__(self) -> T:
+        self._it = await self._opened
+        return self._it
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._it is not None
+        await self._it.close()
+
 
 ANY_PORT: Final = "tcp:127.0.0.1:0"
 

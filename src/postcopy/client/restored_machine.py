@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, TypedDict, Unpack
 
-from postcopy.client.awaitable import AwaitableContext
 from postcopy.client.launch import MachineProcess
-from postcopy.client.machine import Machine
+from postcopy.client.machine import AwaitableContext, Machine
 from postcopy.client.qmp import QmpConnection
 from postcopy.client.result import FaultLatency, fault_latency
 from postcopy.errors import MigrationFailed, NeedsRecovery

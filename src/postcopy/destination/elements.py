@@ -10,8 +10,7 @@ import numpy as np
 
 from postcopy.channel.channel import Channel
 from postcopy.channel.files import FileChannel
-from postcopy.destination.incoming_ram import discard
-from postcopy.destination.mapped_pages import read_pages
+from postcopy.destination.incoming_ram import discard, read_pages
 from postcopy.destination.postcopy import Postcopy
 from postcopy.destination.preempt_channel import PreemptChannel
 from postcopy.destination.return_path import ReturnPath

@@ -20,10 +20,9 @@ from postcopy.kernel.cpu_latency import CpusAwake
 from postcopy.kernel.pagemap import PagemapScanner
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.paging.fault_table import FaultTable
-from postcopy.paging.mapped import mapped_pages
 from postcopy.paging.minor_faults import BackgroundMapper
 from postcopy.paging.pager import Pager
-from postcopy.paging.ram import IncomingRam
+from postcopy.paging.ram import IncomingRam, mapped_pages
 from postcopy.paging.shared_space import SharedSpaces
 from postcopy.parameters import Capabilities, Capability
 from postcopy.statistics import Measured, MigrationInfo

@@ -16,8 +16,8 @@ from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.paging.fault_table import FaultTable
 from postcopy.paging.placement import Placement
 from postcopy.paging.ram import IncomingRam
+from postcopy.stream.decoder import PreemptDecoder
 from postcopy.stream.layout import Layout
-from postcopy.stream.preempt_decoder import PreemptDecoder
 from postcopy.stream.records import Pages
 
 _PATIENCE_S = 30.0

@@ -12,9 +12,9 @@ from postcopy.machine import sections
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.snapshot.background import BackgroundSnapshot
 from postcopy.source.source import MigrationOptions, Source
-from postcopy.source.stream_header import configuration
 from postcopy.status import Status
 from postcopy.stream.description import build_description
+from postcopy.stream.encoder import configuration
 
 
 class Outgoing(OutgoingCommands):

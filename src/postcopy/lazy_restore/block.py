@@ -16,11 +16,11 @@ from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.lazy_restore.image_source import ImagePageSource
 from postcopy.memory.page_map import EARLY, LATE, MISSING, RECEIVED, REMOVED
 from postcopy.memory.runs import Indices, Mask, runs
-from postcopy.paging.mapped import mapped_pages
 from postcopy.paging.placer import BlockPlacer
-from postcopy.paging.ram import IncomingBlock
+from postcopy.paging.ram import IncomingBlock, mapped_pages
 
 _WINDOW_PAGES: Final = 1 << 14
+_PIECE_BYTES: Final = 4 << 20
 _AHEAD_BYTES: Final = 8 << 20
 _EARLY_FAULTS: Final = 256
 _NEIGHBOURS_APART: Final = 2  # sums of two numbers of which both go up by one
@@ -283,3 +283,39 @@ class BlockRestorer:
         self._note_run(first, end)
         self._states[first:end][removed] = REMOVED
         return max(1, end - page)
+
+
+def fill_block(paged: IncomingBlock, source: ImagePageSource) -> Lost | None:
+    """Copy all pages with data that have not been copied before, by this engine or another.
+
+    For a guest that does not run yet: no thread can wait for a page, so no userfaultfd is needed.
+
+    :return: the first pages that cannot be had; the others are left alone then.
+    """
+    states = paged.pages.states
+    for start in range(0, len(states), _WINDOW_PAGES):
+        end = min(start + _WINDOW_PAGES, len(states))
+        todo = source.has_data(start, end) & (states[start:end] < RECEIVED)
+        for first, last in runs(todo).tolist():
+            lost = _fill_run(paged, source, start + first, start + last)
+            if lost is not None:
+                return lost
+    return None
+
+
+def _fill_run(paged: IncomingBlock, source: ImagePageSource, first: int, end: int) -> Lost | None:
+    block, page = paged.block, first
+    piece, rows = max(1, _PIECE_BYTES // block.page_size_bytes), block.target_pages_per_page
+    while page < end:
+        count = source.good(page, min(piece, end - page))
+        try:
+            contents = source.read(page, count) if count else None
+        except ImageError:
+            contents = None
+        if contents is None:
+            bad, after = source.bad(page)
+            return Lost(block.name, after - bad, source.reason(page))
+        block.pages[page * rows : (page + count) * rows] = np.asarray(contents)
+        paged.pages.states[page : page + count] = RECEIVED  # not before it is whole
+        page += count
+    return None

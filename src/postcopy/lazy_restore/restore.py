@@ -21,8 +21,7 @@ from postcopy.errors import GuestError, HostCannot, PostcopyError
 from postcopy.guest import AddressSpace, Guest
 from postcopy.kernel import threads
 from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.lazy_restore import plain
-from postcopy.lazy_restore.block import BlockRestorer, Lost
+from postcopy.lazy_restore.block import BlockRestorer, Lost, fill_block
 from postcopy.lazy_restore.pager import Pace, RestorePager
 from postcopy.lazy_restore.restore_image import RestoreImage
 from postcopy.lazy_restore.statistics import RestoreStatistics
@@ -270,7 +269,7 @@ class Restore:
 
     def _fill_unwatched(self) -> None:
         for paged in self._ram:
-            lost = plain.fill(paged, self._opened.source(paged))
+            lost = fill_block(paged, self._opened.source(paged))
             if lost is not None:
                 self._on_lost(lost)
         self._wake_whole()

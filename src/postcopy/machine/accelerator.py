@@ -63,6 +63,6 @@ def choose(config: MachineConfig, ram: Mapping) -> Accelerator:
 def _unicorn(ram: Mapping, addresses: AddressMap) -> Accelerator:
     if importlib.util.find_spec("unicorn") is None:
         raise HostCannot("the software CPU is not installed", "pip install 'postcopy[unicorn]'")
-    from postcopy.machine.unicorn_accelerator import UnicornAccelerator
+    from postcopy.machine.unicorn_cpu import UnicornAccelerator
 
     return UnicornAccelerator(ram, addresses)

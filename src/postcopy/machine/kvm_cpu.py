@@ -13,7 +13,7 @@ from postcopy.machine.address_map import AddressMap
 from postcopy.machine.cpu import Exit, ExitReason, Ports
 from postcopy.machine.cpu_state import CpuState
 from postcopy.machine.kvm_state import read_kvm_state, with_lost_iopl, write_kvm_state
-from postcopy.machine.signals import KICK
+from postcopy.machine.vcpu import KICK
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,13 +12,10 @@ from postcopy.guest import DeviceState, Region, SharingProcess, VcpuThread
 from postcopy.kernel.mapping import Buffer
 from postcopy.machine import accelerator, boot, sections
 from postcopy.machine.config import MachineConfig
-from postcopy.machine.ports import PortBus
+from postcopy.machine.ports import PortBus, SerialPort
 from postcopy.machine.ram import Ram
-from postcopy.machine.run_control import OnEvent, RunControl
-from postcopy.machine.run_state import RunState
-from postcopy.machine.serial_port import SerialPort
-from postcopy.machine.signals import install_kick_handler
-from postcopy.machine.vcpu import Vcpu
+from postcopy.machine.run_control import OnEvent, RunControl, RunState
+from postcopy.machine.vcpu import Vcpu, install_kick_handler
 from postcopy.ownership import Ownership
 
 if TYPE_CHECKING:

@@ -5,15 +5,37 @@ Two parties stop and start a machine: its user (``stop``, ``cont``) and an engin
 Whether the guest may run here at all is decided by its :class:`~postcopy.ownership.Ownership`.
 """
 
+import enum
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from postcopy.errors import GuestError, WrongState
 from postcopy.machine.cpu import Exit, ExitReason
-from postcopy.machine.run_state import RunState
 from postcopy.machine.vcpu import Vcpu, park_all
 from postcopy.ownership import Move, Owner, Ownership
+
+
+class RunState(enum.StrEnum):
+    """QEMU's ``RunState`` (``qapi/run-state.json``), as far as a machine here has it.
+
+    The values are what QMP, HMP and the stream's ``globalstate`` section say.
+    """
+
+    PRELAUNCH = "prelaunch"  # made, never started
+    RUNNING = "running"
+    PAUSED = "paused"  # by the user
+    INMIGRATE = "inmigrate"  # waits for a guest to come
+    FINISH_MIGRATE = "finish-migrate"  # stopped by a migration that is about to end
+    POSTMIGRATE = "postmigrate"  # its guest has gone elsewhere
+    INTERNAL_ERROR = "internal-error"  # a vCPU cannot go on
+    SHUTDOWN = "shutdown"  # the guest has switched itself off
+
+    @property
+    def needs_reset(self) -> bool:
+        """Whether the guest has ended: nothing to let run."""
+        return self in {RunState.INTERNAL_ERROR, RunState.SHUTDOWN}
+
 
 OnEvent = Callable[[str, Mapping[str, Any]], None]
 

@@ -15,7 +15,7 @@ from postcopy.machine.cpu_formats import CPU, CPU_COMMON
 from postcopy.machine.cpu_section import cpu_common_values, cpu_values, state_from_values
 from postcopy.machine.cpu_state import CpuState
 from postcopy.machine.device_formats import FORMATS, GLOBALSTATE, SERIAL, TIMER
-from postcopy.machine.serial_state import SerialState
+from postcopy.machine.ports import SerialState
 from postcopy.stream.vmstate import Format, Values
 
 RUN_STATES: Final = frozenset(

@@ -1,16 +1,49 @@
 """One vCPU and the thread that runs it, for the machine's whole life."""
 
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from postcopy.errors import GuestError
+from postcopy.errors import GuestError, WrongState
 from postcopy.guest import VcpuThread
 from postcopy.kernel import threads
 from postcopy.machine.cpu import Cpu, Exit, ExitReason
 from postcopy.machine.cpu_state import CpuState
+
+KICK = signal.SIGUSR1
+"""Makes ``KVM_RUN`` return."""
+
+
+def _ignore(_number: int, _frame: object) -> None:
+    """The kernel call has been interrupted, which is all that is wanted."""
+
+
+def install_kick_handler() -> None:
+    """Handle ``SIGUSR1`` and ``SIGBUS``.  Call it in the main thread, before any machine is made.
+
+    The kernel sends ``SIGBUS`` to a vCPU that touches a poisoned page.  A handler in Python keeps either
+    signal from ending the process, and makes the interrupted kernel call return; it does nothing itself.
+    For a plain thread that touches such a page it is of no use: the access is tried again, for ever.  So
+    only vCPUs and engines read guest memory that may be poisoned.
+
+    Machines made in the main thread call this themselves; a second call has no effect.
+
+    :raises WrongState: this is another thread, where Python installs no handlers, and the main
+        thread has not called it.
+    """
+    if signal.getsignal(KICK) is _ignore and signal.getsignal(signal.SIGBUS) is _ignore:
+        return
+    if threading.current_thread() is not threading.main_thread():
+        raise WrongState(
+            "signal handlers can only be installed in the main thread; "
+            "call postcopy.machine.vcpu.install_kick_handler() there first"
+        )
+    signal.signal(KICK, _ignore)
+    signal.signal(signal.SIGBUS, _ignore)
+
 
 _log = logging.getLogger(__name__)
 

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from postcopy.channel.address import UnixAddress, parse_socket, tcp_uri
-from postcopy.channel.socket_path import SocketPath, remove_stale
+from postcopy.channel.address import SocketPath, UnixAddress, parse_socket, remove_stale, tcp_uri
 from postcopy.errors import CannotListen, HostCannot
 from postcopy.kernel import threads
 from postcopy.monitor.backend import Backend

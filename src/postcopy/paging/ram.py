@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from postcopy.guest import Region
+from postcopy.kernel.pagemap import PagemapScanner
 from postcopy.memory.page_map import PageMap
 from postcopy.memory.ram_block import RamBlock
 from postcopy.memory.runs import Indices, Mask, index_runs, runs
@@ -88,3 +89,8 @@ class IncomingRam:
         for paged in self:
             paged.pages.close()
             paged.block.close()
+
+
+def mapped_pages(scanner: PagemapScanner, block: RamBlock) -> Mask:
+    """Tell which pages of a block, of its own size, the guest's process has mapped."""
+    return scanner.mapped(block.host_address, block.page_count, block.page_size_bytes)

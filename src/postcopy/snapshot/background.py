@@ -28,12 +28,12 @@ from postcopy.snapshot.write_protect import WriteProtectHandler
 from postcopy.source.connection import connect_unless_cancelled
 from postcopy.source.counters import Clock, Counters, Rate, describe
 from postcopy.source.page_sink import PageSink, page_sink_for
-from postcopy.source.stream_header import stream_header
 from postcopy.source.switchover import device_sections
 from postcopy.source.user_requests import UserRequests
 from postcopy.statistics import Measured, MigrationInfo
 from postcopy.status import Progress, Status
 from postcopy.stream import encoder
+from postcopy.stream.encoder import stream_header
 from postcopy.trace import trace
 
 UNLIMITED = 0
@@ -143,7 +143,12 @@ class BackgroundSnapshot:
         self._counters.total_bytes = self._bitmap.remaining_bytes
         self._check_cancelled()
         channel.send(
-            stream_header(self._guest.machine_name, blocks, self._capabilities, answered=False)
+            stream_header(
+                self._guest.machine_name,
+                [block.page_size_bytes for block in blocks],
+                self._capabilities,
+                answered=False,
+            )
         )
         sender.begin(blocks, postcopy=False)
         self._clock.set_up = time.monotonic()

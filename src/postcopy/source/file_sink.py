@@ -21,8 +21,8 @@ from postcopy.stream.block_list import encode_list_end, encode_list_start
 from postcopy.stream.encoder import RamPart
 from postcopy.stream.mapped_ram import MappedBlock, encode_bitmap, encode_entry, lay_out
 from postcopy.stream.numbers import RAM_SECTION_ID, SectionType
+from postcopy.stream.ram_encoder import are_zero
 from postcopy.stream.records import PageRows
-from postcopy.stream.zero_pages import are_zero
 
 
 class FileSink(PacedChannel):

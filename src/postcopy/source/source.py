@@ -25,12 +25,12 @@ from postcopy.source.dirty_pages import DirtyPages
 from postcopy.source.flow_control import PushPolicy
 from postcopy.source.page_sink import page_sink_for
 from postcopy.source.precopy import Outcome, Precopy
-from postcopy.source.stream_header import stream_header
 from postcopy.source.switchover import Switchover
 from postcopy.source.user_requests import UserRequests
 from postcopy.statistics import MigrationInfo
 from postcopy.status import GIVEN_UP, Progress, Status
 from postcopy.stream import encoder
+from postcopy.stream.encoder import stream_header
 from postcopy.stream.pings import HEADER_PING, PACKAGE_PING
 from postcopy.trace import trace
 
@@ -217,8 +217,9 @@ class Source:
         connection = self._connect(channel, dirty, answered=self._is_answered(channel))
         answered = connection.return_path is not None
         capabilities = self._options.capabilities
+        page_sizes = [block.page_size_bytes for block in blocks]
         channel.send(
-            stream_header(self._guest.machine_name, blocks, capabilities, answered=answered)
+            stream_header(self._guest.machine_name, page_sizes, capabilities, answered=answered)
         )
         self._open_preempt_if_awaited(connection, self._options.uri)
         connection.sender.begin(blocks, postcopy=postcopy)

@@ -12,9 +12,8 @@ from postcopy.memory.runs import Indices
 from postcopy.source.counters import Counters, Rate
 from postcopy.source.dirty_pages import BlockPages
 from postcopy.stream.encoder import RamPart, ram_setup
-from postcopy.stream.iovecs import Iovecs, Part, joined
 from postcopy.stream.numbers import RAM_SECTION_ID, SectionType
-from postcopy.stream.ram_encoder import PageEncoder
+from postcopy.stream.ram_encoder import Iovecs, PageEncoder, Part, joined
 from postcopy.stream.records import BlockEntry, Offsets, PageRows, RamSetup
 
 BATCH_PAGES = 4096

@@ -19,7 +19,7 @@ from postcopy.stream.numbers import (
     RamFlag,
     SectionType,
 )
-from postcopy.stream.ram_flags import refuse_flags
+from postcopy.stream.ram_records import refuse_flags
 from postcopy.stream.reader import StreamBuffer
 from postcopy.stream.records import BlockEntry, RamSetup
 

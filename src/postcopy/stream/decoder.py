@@ -20,12 +20,11 @@ from postcopy.errors import Refused, StreamError
 from postcopy.stream.block_list import EntryForm, read_block_list
 from postcopy.stream.commands import CommandContext, name_command, read_command
 from postcopy.stream.configuration import read_configuration, read_header
-from postcopy.stream.decoder_input import DecoderInput
 from postcopy.stream.layout import DeviceFormats, Expected, Layout, Limits, Receiver
 from postcopy.stream.mapped_ram import CAPABILITY
 from postcopy.stream.numbers import RAM_SECTION_NAME, SectionType
 from postcopy.stream.ram_records import RamRecords
-from postcopy.stream.reader import Incomplete
+from postcopy.stream.reader import DecoderInput, Incomplete
 from postcopy.stream.records import (
     Description,
     DeviceSection,
@@ -261,3 +260,49 @@ class Decoder(DecoderInput):
         head = read_head(self._reader)
         self._element = f"section {head.name}"
         return read_device(self._reader, head, self._devices, self._limits.device_bytes)
+
+
+class PreemptDecoder(DecoderInput):
+    """Decodes the preempt channel: urgent pages and nothing else.
+
+    Its CONTINUE refers to blocks named on this channel.  Use it as
+    :class:`postcopy.stream.decoder.Decoder`.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        limits: Limits | None = None,
+        ignored_blocks: Collection[str] = (),
+    ) -> None:
+        super().__init__()
+        receiver = Receiver(layout, frozenset(ignored_blocks))
+        self._ram = RamRecords(receiver, limits or Limits())
+
+    def next_record(self) -> Pages | ZeroPages | None:
+        """Decode the next pages; ``None``: it needs more bytes.
+
+        :raises StreamError: the stream is wrong.
+        """
+        try:
+            # An EOS ends nothing here, but is tolerated.
+            while (record := self._ram.read(self._reader)) is None:
+                pass
+        except Incomplete:
+            self._reader.rollback()
+            return None
+        return record
+
+    def finish(self) -> None:
+        """Say that no more bytes will come.
+
+        :raises StreamCut: they end in the middle of a page.
+        """
+        if self._reader.pending:
+            raise self._cut("an urgent page")
+
+    def resume(self) -> None:
+        """Go on with a new connection: block names and half a page are forgotten."""
+        self._reader.drop_all()
+        self._ram.forget()

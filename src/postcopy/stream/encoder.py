@@ -4,13 +4,24 @@ Pages are in :mod:`postcopy.stream.ram_encoder`, commands in :mod:`postcopy.stre
 """
 
 import struct
+from collections.abc import Iterable
 from typing import Literal
 
+from postcopy.parameters import Capabilities, Capability
 from postcopy.stream.block_list import EntryForm, encode_block_list
 from postcopy.stream.commands import encode_command
 from postcopy.stream.configuration import encode_configuration, encode_header, encode_name
-from postcopy.stream.numbers import RamFlag, SectionType
-from postcopy.stream.records import Configuration, DeviceSection, RamSetup
+from postcopy.stream.numbers import TARGET_PAGE_BYTES, VALIDATED_CAPABILITIES, RamFlag, SectionType
+from postcopy.stream.pings import HEADER_PING, IDENTITY_PING
+from postcopy.stream.records import (
+    CommandRecord,
+    Configuration,
+    DeviceSection,
+    OpenReturnPath,
+    Ping,
+    PostcopyAdvise,
+    RamSetup,
+)
 
 __all__ = (
     "RamPart",
@@ -89,3 +100,30 @@ class RamPart:
     def around(self, *records: bytes | memoryview) -> bytes:
         """Write the section whole; for few pages."""
         return b"".join((self.head, *records, self.tail))
+
+
+def configuration(machine: str, capabilities: Capabilities) -> Configuration:
+    """The configuration section; it names those capabilities which a reader must have on, too."""
+    names = tuple(name for name in VALIDATED_CAPABILITIES if Capability(name) in capabilities.on)
+    return Configuration(machine, capabilities=names)
+
+
+def stream_header(
+    machine: str, page_sizes: Iterable[int], capabilities: Capabilities, *, answered: bool
+) -> bytes:
+    """Encode everything before the list of blocks.
+
+    :param page_sizes: of the RAM blocks, in bytes.
+    :param answered: there is a return path to open.
+    """
+    parts = [stream_start(configuration(machine, capabilities))]
+    if answered:
+        greeting: list[CommandRecord] = [OpenReturnPath(), Ping(HEADER_PING), Ping(IDENTITY_PING)]
+        parts += map(encode_command, greeting)
+    if capabilities.enabled(Capability.POSTCOPY_RAM):
+        # Sent now, so that a destination without postcopy refuses now.
+        sizes = 0
+        for page_size in page_sizes:
+            sizes |= page_size
+        parts.append(encode_command(PostcopyAdvise(sizes, TARGET_PAGE_BYTES)))
+    return b"".join(parts)

@@ -9,13 +9,16 @@ that only the addresses of the pages are written anew::
 The first record of another block bears its name: it has a word of its own, with the name behind it.
 """
 
+import ctypes
 import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from postcopy.stream.configuration import encode_name
-from postcopy.stream.iovecs import Iovecs, address_of
 from postcopy.stream.numbers import (
     HEADER_BYTES,
     PAGE_RECORD_BYTES,
@@ -25,7 +28,65 @@ from postcopy.stream.numbers import (
     RamFlag,
 )
 from postcopy.stream.records import Offsets, PageRows
-from postcopy.stream.zero_pages import are_zero
+
+IovecTable: TypeAlias = npt.NDArray[np.uint64]
+"""Address and length in bytes of each piece (``struct iovec``, see ``readv(2)``), shape ``(n, 2)``."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Iovecs:
+    """Pieces of memory, as the kernel's gathering calls want them.
+
+    :ivar n_bytes: what they come to.
+    :ivar keeps: what the memory belongs to, which is there as long as this is.
+    """
+
+    table: IovecTable
+    n_bytes: int
+    keeps: tuple[object, ...]
+
+    def __len__(self) -> int:
+        return self.n_bytes
+
+    def __bytes__(self) -> bytes:
+        """Copy them together, as they are now."""
+        return b"".join(ctypes.string_at(at, length) for at, length in self.table.tolist())
+
+
+Part: TypeAlias = bytes | memoryview | Iovecs
+
+
+def joined(parts: Sequence[Part]) -> IovecTable:
+    """One table for all of them; it holds as long as the parts are there."""
+    return np.concatenate([_table(part) for part in parts])
+
+
+def _table(part: Part) -> IovecTable:
+    if isinstance(part, Iovecs):
+        return part.table
+    data = np.frombuffer(part, np.uint8)
+    return np.array(((address_of(data), len(data)),), np.uint64)
+
+
+def address_of(data: npt.NDArray[Any]) -> int:
+    """Where an array begins."""
+    address: int = data.__array_interface__["data"][0]
+    return address
+
+
+def are_zero(rows: PageRows, numbers: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
+    """Tell which of these pages are all zero; a bit in the first word settles it for most.
+
+    :param rows: pages, shape ``(n, 4096)``, each contiguous.
+    :param numbers: of the rows to look at.
+    """
+    words = rows.view(np.uint64)
+    zero: npt.NDArray[np.bool_] = words[numbers, 0] == 0
+    if zero.any():
+        candidates = np.flatnonzero(zero)
+        zero[candidates] = np.bitwise_or.reduce(words[numbers[candidates]], axis=1) == 0
+    return zero
+
 
 _WORD = struct.Struct(">Q")
 _PAGE, _CONTINUE = int(RamFlag.PAGE), int(RamFlag.CONTINUE)

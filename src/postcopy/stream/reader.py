@@ -15,7 +15,7 @@ from typing import NoReturn, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from postcopy.errors import StreamError
+from postcopy.errors import StreamCut, StreamError
 
 CAPACITY_BYTES = (1 << 20) + (64 << 10)
 
@@ -278,3 +278,31 @@ class FileBuffer(StreamBuffer):
         at = self._cursor
         self._cursor = at + count
         return at
+
+
+class DecoderInput:
+    """The receiving half of a decoder.  One thread only."""
+
+    def __init__(self) -> None:
+        self._reader = StreamBuffer()
+
+    def buffer(self) -> memoryview:
+        """Give the free space to receive into; ends the life of :class:`Pages` given out."""
+        return self._reader.buffer()
+
+    def received(self, count: int) -> None:
+        """Say that ``count`` bytes of what :meth:`buffer` gave have been filled."""
+        self._reader.received(count)
+
+    def feed(self, data: BytesLike) -> None:
+        """Take a copy of ``data``; better hand :meth:`buffer` to the socket."""
+        self._reader.feed(data)
+
+    @property
+    def position(self) -> int:
+        """Bytes consumed, from the start of the stream or package."""
+        return self._reader.consumed
+
+    def _cut(self, element: str) -> StreamCut:
+        reader = self._reader
+        return StreamCut(f"The stream ends in {element}", reader.consumed + reader.pending)

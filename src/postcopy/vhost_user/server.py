@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from postcopy.channel.socket_path import SocketPath, remove_stale
+from postcopy.channel.address import SocketPath, remove_stale
 from postcopy.errors import CannotListen, PostcopyError
 from postcopy.kernel import calls, processes
 from postcopy.vhost_user.device import Device
