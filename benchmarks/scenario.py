@@ -171,7 +171,7 @@ _ONE_CHANNEL: Final = (QEMU, OURS, QEMU_PREEMPT)
 _TWO_CHANNELS: Final = (QEMU_PREEMPT, OURS_PREEMPT)
 
 USUAL_CASES: Final = ("precopy", "idle", "stopped", "postcopy", "now")
-"""Those that are run when none are named; the others are about the urgent pages alone."""
+"""Those that are run when none are named; the others are about the requested pages alone."""
 
 
 def cases(scale: float = 1.0) -> dict[str, Case]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fakes.waiting import wait_until
+from fakes.waiting import is_inside, wait_until
 from postcopy.channel.address import (
     ExecAddress,
     FdAddress,
@@ -135,7 +135,7 @@ def test_what_is_not_taken_is_pending(pair):
 def test_a_waiting_receive_is_woken(pair, how):
     near, _ = pair
     thread, outcome = in_thread(lambda: near.receive_into(memoryview(bytearray(1))))
-    wait_until(near._receiving.locked, 10, "the thread receives")
+    wait_until(lambda: is_inside(thread, "receive_into"), 10, "the thread receives")
     getattr(near, how)()
     thread.join(10)
     assert isinstance(outcome[0], ChannelBroken)
@@ -146,7 +146,7 @@ def test_a_waiting_send_is_woken(pair):
     near, _ = pair
     near.bound_buffers(8192)
     thread, outcome = in_thread(lambda: near.send(bytes(64 << 20)))
-    wait_until(near._sending.locked, 10, "the thread sends")
+    wait_until(lambda: is_inside(thread, "send"), 10, "the thread sends")
     near.shutdown()
     thread.join(10)
     assert isinstance(outcome[0], ChannelBroken)
@@ -177,10 +177,11 @@ def test_tcp_is_told_to_notice_a_silent_peer(pair):
     near.watch(8)
     if near.description.startswith("tcp"):
         level = socket.IPPROTO_TCP
-        assert near._socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-        assert near._socket.getsockopt(level, socket.TCP_KEEPIDLE) == 2
-        assert near._socket.getsockopt(level, socket.TCP_USER_TIMEOUT) == 8000
-        assert near._socket.getsockopt(level, socket.TCP_NODELAY)
+        with socket.socket(fileno=os.dup(near.fileno())) as same:
+            assert same.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert same.getsockopt(level, socket.TCP_KEEPIDLE) == 2
+            assert same.getsockopt(level, socket.TCP_USER_TIMEOUT) == 8000
+            assert same.getsockopt(level, socket.TCP_NODELAY)
 
 
 def test_reset_by_the_peer_is_broken_with_its_name():
@@ -262,7 +263,7 @@ def test_a_pipe_wakes_and_ends_like_a_socket():
     room = memoryview(bytearray(3))
     assert far.receive_into(room) == 3
     thread, outcome = in_thread(lambda: far.receive_into(room))
-    wait_until(far._receiving.locked, 10, "the thread receives")
+    wait_until(lambda: is_inside(thread, "receive_into"), 10, "the thread receives")
     far.shutdown()
     thread.join(10)
     assert "closed on this side" in str(outcome[0])
@@ -349,7 +350,7 @@ def test_to_close_a_command_can_be_given_up(tmp_path, prologue):
     channel, pids = command_with_children(tmp_path, prologue=prologue)
     channel.send(b"x")
     thread, outcome = in_thread(channel.close)
-    wait_until(channel._sending.locked, 10, "the thread closes")
+    wait_until(lambda: is_inside(thread, "close"), 10, "the thread closes")
     assert not any(map(is_gone, pids))
     channel.shutdown()
     thread.join(10)
@@ -472,7 +473,7 @@ def test_a_waiting_accept_is_woken(kind, tmp_path):
     with pytest.raises(TimeoutError, match=r"no peer connected within 0.01 s"):
         listener.accept(0.01)
     thread, outcome = in_thread(listener.accept)
-    wait_until(listener._accepting.locked, 10, "the thread accepts")
+    wait_until(lambda: is_inside(thread, "accept"), 10, "the thread accepts")
     listener.close()
     listener.close()
     thread.join(10)

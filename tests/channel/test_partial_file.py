@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from postcopy.channel.address import FileAddress, parse
-from postcopy.channel.claim import claimed
 from postcopy.channel.partial_file import PartialFile, remove_partial
+from postcopy.channel.path_lock import path_locked
 from postcopy.channel.whole_file import is_partial, partial_name
 from postcopy.errors import CannotConnect, ChannelBroken, Refused
 
@@ -81,7 +81,7 @@ def test_what_another_has_left_goes_when_the_next_begins(tmp_path, address):
 
 def test_what_another_is_writing_stays_as_it_is(tmp_path, address):
     half = partial_name(tmp_path / "image")
-    with claimed(address.path):
+    with path_locked(address.path):
         half.write_text("half")
         second = PartialFile(address)
         with pytest.raises(Refused, match="another process is writing"):

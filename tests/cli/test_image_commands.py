@@ -10,7 +10,7 @@ import pytest
 from fakes.bad_sectors import BadSector
 from fakes.commands import one_line, postcopy
 from image.images import PAGE, flip, memory, take_image, write_image, write_manifest
-from postcopy.channel.claim import claimed
+from postcopy.channel.path_lock import path_locked
 from postcopy.channel.whole_file import partial_name
 from postcopy.image import working_set
 from postcopy.image.manifest import beside
@@ -204,7 +204,7 @@ class TestExtract:
     def test_not_where_another_is_writing(self, path, tmp_path):
         out, half = tmp_path / "out", partial_name(tmp_path / "out")
         half.write_text("half of another's")
-        with claimed(out):
+        with path_locked(out):
             outcome = postcopy("extract", str(path), "--ram", str(out))
             assert outcome.returncode == 3
             assert one_line(outcome).startswith(f"another process is writing {out};")

@@ -6,7 +6,7 @@ import stat
 import pytest
 
 from fakes.commands import one_line, postcopy
-from postcopy.channel.claim import claimed
+from postcopy.channel.path_lock import path_locked
 from postcopy.channel.whole_file import partial_name
 from postcopy.image.formats import open_image
 from postcopy.image.manifest import Manifest
@@ -75,7 +75,7 @@ def test_a_name_that_is_taken_is_refused_beforehand(guest, tmp_path):
 
 def test_a_name_that_is_being_written_is_refused_beforehand(guest, tmp_path):
     half = partial_name(tmp_path / "image")
-    with claimed(tmp_path / "image"):
+    with path_locked(tmp_path / "image"):
         half.write_text("half of another's")
         outcome = postcopy("snapshot", "--from", guest.qmp, str(tmp_path / "image"))
         assert outcome.returncode == 3

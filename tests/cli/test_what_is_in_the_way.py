@@ -9,7 +9,7 @@ import pytest
 
 from fakes.commands import POSTCOPY, one_line, postcopy
 from image.images import memory, take_image, write_image, write_manifest
-from postcopy.channel.claim import claimed
+from postcopy.channel.path_lock import path_locked
 from postcopy.image.manifest import beside
 
 OTHERS = b"what somebody else keeps here"
@@ -196,7 +196,7 @@ class TestSnapshot:
         assert found == others | {"out", "out.manifest.json", "postcopy-chunks"}
 
     def test_two_for_one_name(self, guest, outs):
-        with claimed(outs / "out"):
+        with path_locked(outs / "out"):
             half = outs / "out.0123456789abcdef.partial"
             half.write_bytes(OTHERS)
             outcome = postcopy("snapshot", "--from", guest.qmp, str(outs / "out"))

@@ -10,8 +10,8 @@ from fakes.waiting import wait_until
 from postcopy.channel.address import parse
 from postcopy.channel.connect import connect
 from postcopy.channel.listen import Listener
-from postcopy.destination.door import Door
-from postcopy.destination.elements import layout_of
+from postcopy.destination.incoming_channels import IncomingChannels
+from postcopy.destination.loadvm import layout_of
 from postcopy.destination.preempt_channel import PreemptChannel
 from postcopy.errors import ChannelBroken, HostCannot, StreamCut, StreamError
 from postcopy.paging.blocktime import Blocktime
@@ -31,7 +31,7 @@ def page_of(number):
 
 
 class Bench:
-    """An urgent channel between a guest that never runs and whoever connects."""
+    """A preempt channel between a guest that never runs and a source."""
 
     def __init__(self, folder):
         self.wanted, self.timeout_ms = True, 0
@@ -40,7 +40,7 @@ class Bench:
         self.ram = self.guest.incoming_ram()
         (self.paged,) = self.ram
         self.address = parse(f"unix:{folder}/door")
-        self.door = Door(Listener(self.address), lambda: self.wanted)
+        self.channels = IncomingChannels(Listener(self.address), lambda: self.wanted)
         self.preempt = PreemptChannel(
             self.ram,
             FaultTable(Blocktime({})),
@@ -60,8 +60,8 @@ class Bench:
     def connected(self):
         """Both connections are there, and the second one is listened to; return the source's end."""
         main = connect(self.address)
-        self.opened += [main, self.door.main()]
-        self.preempt.expect(self.door)
+        self.opened += [main, self.channels.main()]
+        self.preempt.expect(self.channels)
         source = connect(self.address)
         self.opened.append(source)
         self.preempt.accept()
@@ -75,7 +75,7 @@ class Bench:
 
     def close(self):
         self.preempt.close()
-        self.door.close()
+        self.channels.close()
         if self.userfaultfd is not None:
             for channel in self.opened:
                 channel.close()
@@ -91,13 +91,13 @@ def bench(tmp_path):
     made.close()
 
 
-def finishing(urgent):
+def finishing(preempt):
     """Begin to finish, on a thread as the main channel's; return it and what it has raised."""
     raised = []
 
     def finish():
         try:
-            urgent.finish()
+            preempt.finish()
         except (ChannelBroken, StreamError) as error:
             raised.append(error)
 
@@ -119,7 +119,7 @@ def test_pages_are_placed_as_they_come(bench):
 
 def test_switched_off_it_does_nothing(bench):
     bench.wanted = False
-    bench.preempt.expect(bench.door)
+    bench.preempt.expect(bench.channels)
     bench.preempt.accept()
     bench.preempt.start(bench.userfaultfd)
     assert bench.preempt.received_bytes == 0
@@ -128,13 +128,13 @@ def test_switched_off_it_does_nothing(bench):
 
 def test_a_source_that_opens_none_is_not_waited_for_longer_than_the_link_may_be_silent(bench):
     bench.timeout_ms = 10
-    bench.preempt.expect(bench.door)
+    bench.preempt.expect(bench.channels)
     with pytest.raises(StreamError, match=r"no second connection within 0\.01 s"):
         bench.preempt.accept()
 
 
 def test_whoever_waits_for_it_can_be_woken(bench):
-    bench.preempt.expect(bench.door)
+    bench.preempt.expect(bench.channels)
     threading.Timer(0.01, bench.preempt.shutdown).start()
     with pytest.raises(ChannelBroken, match="no longer waiting"):
         bench.preempt.accept()
@@ -200,8 +200,8 @@ def test_the_next_connection_knows_nothing_of_the_last_ones_failure(bench):
     source.send(b"\xff" * 64)
     assert bench.failed.wait(10)
     bench.preempt.close()
-    bench.door.close()
-    bench.door = Door(Listener(bench.address), lambda: True)
+    bench.channels.close()
+    bench.channels = IncomingChannels(Listener(bench.address), lambda: True)
     again = bench.connected()
     assert bench.preempt.failure is None
     again.send(page_of(1))  # with its block's name: nothing of the other connection is remembered

@@ -12,7 +12,7 @@ from fakes.sink import Sink
 from fakes.snapshots import Portrait
 from fakes.waiting import wait_until
 from postcopy import trace
-from postcopy.channel.claim import claimed
+from postcopy.channel.path_lock import path_locked
 from postcopy.channel.whole_file import partial_name
 from postcopy.machine.workload import load
 from postcopy.snapshot.cow_buffer import COW_BUFFER_BYTES
@@ -127,7 +127,7 @@ class TestSinkThatFails:
 
     def test_another_is_being_written_there(self, tmp_path, portrait, image):
         half = partial_name(image)
-        with claimed(image):
+        with path_locked(image):
             half.write_bytes(b"half")
             portrait.begin(f"file:{image}")
             portrait.side.wait(Status.FAILED)

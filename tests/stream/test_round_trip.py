@@ -249,7 +249,7 @@ def test_ignore_shared_sends_addresses():
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(runs(), max_size=8), st.data())
-def test_urgent_channel(records, data):
+def test_preempt_channel(records, data):
     raw = Writer().write(records) + b"\0\0\0\0\0\0\0\x10"
     cuts = data.draw(st.lists(st.integers(0, len(raw)), max_size=8))
     decoder = PreemptDecoder(LAYOUT)
@@ -257,12 +257,12 @@ def test_urgent_channel(records, data):
     decoder.finish()
 
 
-def test_urgent_channel_cut_in_a_page_and_resumed():
+def test_preempt_channel_cut_in_a_page_and_resumed():
     encoder = PageEncoder()
     raw = bytes(encoder.pages("ram", offsets(5), SOURCES["ram"]))
     decoder = PreemptDecoder(LAYOUT)
     assert decode(raw[:-1], decoder) == []
-    with pytest.raises(StreamCut, match="ends in an urgent page"):
+    with pytest.raises(StreamCut, match="ends in a requested page"):
         decoder.finish()
     decoder.resume()
     assert len(decode(raw, decoder)) == 1

@@ -225,7 +225,7 @@ def bound_uri(uri: str, addresses: Sequence[Mapping[str, object]]) -> str:
 
 
 class SocketPath:
-    """Takes a path away again only while it is still the socket that was bound there.
+    """The path of a listening Unix socket, removed only while it is still the socket that was bound there.
 
     :raises OSError: there is no such path.
     """
@@ -235,16 +235,16 @@ class SocketPath:
         self._bound = self._path.lstat()
 
     def remove(self) -> None:
-        """Take it away, unless it is another process's by now, or gone."""
+        """Remove it, unless another process has bound the path meanwhile, or it is gone."""
         with contextlib.suppress(OSError):
             if os.path.samestat(self._path.lstat(), self._bound):
                 self._path.unlink()
 
 
 def remove_stale(path: Path) -> None:
-    """Take away a stream socket whose listener has ended; anything else at the path stays.
+    """Remove a stream socket whose listener has ended; anything else at the path stays.
 
-    :raises OSError: it cannot be taken away.
+    :raises OSError: it cannot be removed.
     """
     try:
         mode = path.lstat().st_mode

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ParamSpec, Self, TypeVar
 
-from postcopy.channel.gathering import IOV_MAX, Gathering
+from postcopy.channel.writev import IOV_MAX, PendingPieces
 from postcopy.errors import ChannelBroken
 from postcopy.kernel.patience import PASSES, Patience
 
@@ -91,7 +91,7 @@ class Channel(abc.ABC):
             the caller's, and stays until this returns.
         :raises ChannelBroken: as :meth:`send`; or a page cannot be read, because it is lost.
         """
-        left = Gathering(pieces)
+        left = PendingPieces(pieces)
         with self._sending:
             while left:
                 try:
@@ -143,7 +143,7 @@ class Channel(abc.ABC):
         self._stop_calls()
 
     def close(self) -> None:
-        """Let go of it; what was sent still arrives.  Any number of times.
+        """Close it; what was sent still arrives.  Any number of times.
 
         :raises ChannelBroken: what was sent is known not to have arrived (a full disk, a command
             that failed).
@@ -180,7 +180,7 @@ class Channel(abc.ABC):
         """Break by itself when a TCP peer's host is silent for ``seconds`` (0: never); else no effect."""
 
     def delivered(self) -> None:  # noqa: B027  only a command needs it
-        """The peer has said that it has everything: how a command ends is of no account any more."""
+        """The peer has reported that it has everything: the exit status of a command counts no more."""
 
     def leave(self) -> bool:
         """End what this process has started for the channel, which closes it.
@@ -194,7 +194,7 @@ class Channel(abc.ABC):
         """Send one byte or more of the pieces, in one call."""
 
     @abc.abstractmethod
-    def _gather_some(self, left: Gathering) -> int:
+    def _gather_some(self, left: PendingPieces) -> int:
         """Send one byte or more of what is left, in one call."""
 
     @abc.abstractmethod
@@ -211,7 +211,7 @@ class Channel(abc.ABC):
         *arguments: Parameters.args,
         **named: Parameters.kwargs,
     ) -> Result:
-        """Make a call of the kernel again while it fails with what passes, and is not given up."""
+        """Repeat a kernel call while its failure may pass, unless the channel is shut down."""
         waits: Patience | None = None
         while True:
             try:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from postcopy.channel.channel import Channel
 from postcopy.channel.descriptor_check import can_answer
-from postcopy.channel.gathering import Gathering
+from postcopy.channel.writev import PendingPieces
 from postcopy.errors import ChannelBroken
 from postcopy.kernel import calls
 
@@ -86,7 +86,7 @@ class DescriptorChannel(Channel):
     def _send_some(self, pieces: list[memoryview]) -> int:
         return self._write(lambda fd: os.writev(fd, pieces))
 
-    def _gather_some(self, left: Gathering) -> int:
+    def _gather_some(self, left: PendingPieces) -> int:
         return self._write(left.write)
 
     def _write(self, write: Callable[[int], int]) -> int:

@@ -3,7 +3,7 @@
 import os
 
 from postcopy.channel.channel import Buffer, Channel
-from postcopy.channel.gathering import Gathering
+from postcopy.channel.writev import PendingPieces
 from postcopy.errors import ChannelBroken, Refused
 
 PIECE_BYTES = 16 << 20
@@ -106,7 +106,7 @@ class FileChannel(Channel):
         self._position += n_written
         return n_written
 
-    def _gather_some(self, left: Gathering) -> int:
+    def _gather_some(self, left: PendingPieces) -> int:
         self._check(writing=True)
         n_written = left.write_at(self._fd, self._position)
         self._position += n_written

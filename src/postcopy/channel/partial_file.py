@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from postcopy.channel.address import Address, FileAddress
-from postcopy.channel.claim import Claim, claimed
+from postcopy.channel.path_lock import PathLock, path_locked
 from postcopy.channel.whole_file import (
     Place,
     give_name,
@@ -29,7 +29,7 @@ class PartialFile:
     def __init__(self, address: Address) -> None:
         self._address = address
         self._partial: Path | None = None
-        self._claim: Claim | None = None
+        self._claim: PathLock | None = None
 
     def begin(self) -> Address:
         """Make room for it; return where to write.
@@ -49,7 +49,7 @@ class PartialFile:
         try:
             if look_at(path) is Place.DEVICE:
                 return address
-            self._claim = Claim(path)
+            self._claim = PathLock(path)
         except OSError as failure:
             raise CannotConnect(f"Could not open '{address.path}': {failure.strerror}") from failure
         remove_leftovers(path)
@@ -110,7 +110,7 @@ def remove_partial(address: Address) -> None:
     if is_partial(path):
         _unlink(path)
         return
-    with suppress(OSError, Refused), claimed(path):
+    with suppress(OSError, Refused), path_locked(path):
         remove_leftovers(path)
 
 

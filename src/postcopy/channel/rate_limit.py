@@ -14,10 +14,10 @@ BURST_S = 0.1
 
 
 class Interrupt(Protocol):
-    """What a wait may be broken off by: a :class:`threading.Event`, or what behaves as one."""
+    """Ends a wait early: a :class:`threading.Event`, or an object like it."""
 
     def wait(self, timeout: float, /) -> bool:
-        """Sleep so many seconds, or less; return whether it is set."""
+        """Wait so many seconds, or until it is set; return whether it is."""
 
     def is_set(self) -> bool:
         """Whether it is set."""
@@ -77,11 +77,11 @@ class RateLimiter:
             return max(0.0, self._due - now)
 
     def wait(self, n_bytes: int, interrupted: Interrupt | None = None) -> bool:
-        """Spend, and sleep until more may be sent.
+        """Spend, and wait until more may be sent.
 
-        A new rate counts within a tenth of a second for a thread that already sleeps.
+        A new rate counts within a tenth of a second for a thread that waits already.
 
-        :param interrupted: when it is set, do not sleep (any longer).
+        :param interrupted: when it is set, do not wait (any longer).
         :return: whether it slept to the end; False = interrupted.
         """
         if self._rate:

@@ -7,7 +7,7 @@ import sys
 import termios
 
 from postcopy.channel.channel import Channel
-from postcopy.channel.gathering import Gathering
+from postcopy.channel.writev import PendingPieces
 
 _RTT_OFFSET = 68  # of tcpi_rtt in struct tcp_info, microseconds
 _NEAR_S = 0.001
@@ -46,8 +46,8 @@ class SocketChannel(Channel):
     def bound_buffers(self, n_bytes: int) -> None:
         """See :meth:`Channel.bound_buffers`; the kernel doubles it for its own book-keeping.
 
-        On a long way it is as much as a fast link has under way, or the bound would slow it down.  Of
-        what waits here to be sent there need be no more for that: half of the bound is let in.
+        With a long round trip the bound is what a fast link has in flight, or it would slow the link down.
+        The unsent bytes here are bounded to half of that.
         """
         if self._is_tcp:
             # What is sent now waits for that on a slow way; see tcp(7) and Linux' ip-sysctl.
@@ -100,7 +100,7 @@ class SocketChannel(Channel):
             return self._socket.send(pieces[0])
         return self._socket.sendmsg(pieces)
 
-    def _gather_some(self, left: Gathering) -> int:
+    def _gather_some(self, left: PendingPieces) -> int:
         return left.write(self._socket.fileno())
 
     def _receive_some(self, view: memoryview) -> int:

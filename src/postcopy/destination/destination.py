@@ -1,9 +1,9 @@
 """The destination of one migration.
 
 The thread ``destination`` reads the main channel and does what comes on it, in order
-(:mod:`postcopy.destination.elements`).  Precopy ends with the end of the stream; postcopy goes on, under
-the guest that runs, with the threads of :mod:`postcopy.destination.postcopy`, and may break and be
-recovered any number of times.
+(:mod:`postcopy.destination.loadvm`).  Precopy ends with the end of the stream.  Postcopy goes on while the
+guest runs, with the threads of :mod:`postcopy.destination.postcopy`, and may break and be recovered any
+number of times.
 """
 
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from collections.abc import Callable
 from postcopy.channel.channel import Channel
 from postcopy.channel.files import check_seekable
 from postcopy.channel.listen import Listener
-from postcopy.channel.silence import SilenceWatch, Taken
+from postcopy.channel.peer_timeout import AckedBytes, PeerTimeout
 from postcopy.channel.sockets import SocketChannel
-from postcopy.destination.door import Door
-from postcopy.destination.elements import RECEIVE_BUFFER_BYTES, Elements, layout_of
+from postcopy.destination.incoming_channels import IncomingChannels
 from postcopy.destination.incoming_ram import Populating
+from postcopy.destination.loadvm import RECEIVE_BUFFER_BYTES, RecordLoader, layout_of
 from postcopy.destination.postcopy import Postcopy
 from postcopy.destination.preempt_channel import PreemptChannel
 from postcopy.destination.return_path import ReturnPath
@@ -54,14 +54,14 @@ class Destination:
         parameters: Parameters | None = None,
     ) -> None:
         self._guest = guest
-        self._door = Door(listener, self._preempt)
+        self._incoming = IncomingChannels(listener, self._preempt)
         self._ram = ram
         self._populating = populating
         self._progress = progress
         self.error: PostcopyError | None = None
         self._parameters = parameters or Parameters()
         self._channel: Channel | None = None
-        self._silence: SilenceWatch | None = None
+        self._peer_timeout: PeerTimeout | None = None
         self._silent: ChannelBroken | None = None
         self._paused_by_user = False
         vcpus = {t.thread_id: t.index for t in guest.vcpu_threads()}
@@ -74,7 +74,7 @@ class Destination:
         self._preempt_channel = PreemptChannel(
             ram, faults, self._layout, self._preempt, self._link_timeout_ms, self._break
         )
-        self._elements = Elements(
+        self._loader = RecordLoader(
             guest,
             formats,
             ram,
@@ -100,7 +100,7 @@ class Destination:
         return self._postcopy.info(self._progress.status, self._capabilities)
 
     def set_capabilities(self, capabilities: Capabilities) -> None:
-        """Take over capabilities that were set while nobody had called yet."""
+        """Take over capabilities that were set before the source has connected."""
         self._capabilities = capabilities
         if capabilities.enabled(Capability.POSTCOPY_RAM):
             self._populating.hide()
@@ -125,33 +125,33 @@ class Destination:
         self._break()
 
     def stop_waiting(self) -> None:
-        """Let go of an address at which nobody has called yet."""
-        self._door.close()
+        """Stop listening for a source that has not connected yet."""
+        self._incoming.close()
 
     def leave(self) -> None:
-        """The engine ends, and with it a command that the guest comes from."""
-        channel = self._channel  # which the destination's thread may let go of meanwhile
+        """The engine ends: so does a command that the stream comes from."""
+        channel = self._channel  # the thread `destination` may close it meanwhile
         if channel is not None:
             channel.leave()
 
     def _break(self) -> None:
         self._preempt_channel.shutdown()
-        channel = self._channel  # which the destination's thread may let go of meanwhile
+        channel = self._channel  # the thread `destination` may close it meanwhile
         if channel is not None:
             channel.shutdown()
 
     # --- the thread of the destination
 
     def run(self) -> None:
-        """Take one guest in."""
+        """Receive one guest."""
         self._until_the_end(self._take_in)
 
     def begin_recovery(self, listener: Listener) -> None:
-        """From here the source is waited for there, and :meth:`stop_waiting` ends that."""
-        self._door = Door(listener, self._preempt)
+        """Wait for the source at this listener from now on; :meth:`stop_waiting` ends the wait."""
+        self._incoming = IncomingChannels(listener, self._preempt)
 
     def recover(self) -> None:
-        """Wait for the source to come back, and go on, after :meth:`begin_recovery`."""
+        """Wait until the source has connected again, and go on; after :meth:`begin_recovery`."""
         self._until_the_end(self._go_on)
 
     def adopt(self) -> None:
@@ -205,22 +205,22 @@ class Destination:
         self._receive(channel)
 
     def _meet(self) -> Channel:
-        """Wait for the source, and begin to watch whether it is still there."""
-        self._elements.channel = self._channel = channel = self._door.main()
+        """Wait for the source, and begin to watch whether it is silent."""
+        self._loader.channel = self._channel = channel = self._incoming.main()
         channel.watch(self._link_timeout_ms() / 1000)
-        self._preempt_channel.expect(self._door)
-        taken = Taken(channel)
-        self._silence = SilenceWatch(
+        self._preempt_channel.expect(self._incoming)
+        taken = AckedBytes(channel)
+        self._peer_timeout = PeerTimeout(
             self._link_timeout_ms,
             lambda: self._signs(channel, taken),
             self._is_waiting,
             self._fell_silent,
         )
-        self._silence.start()
+        self._peer_timeout.start()
         return channel
 
-    def _signs(self, channel: Channel, taken: Taken) -> tuple[int, int]:
-        """What shows that the source is alive: in a recovery, that it takes our bitmaps, too."""
+    def _signs(self, channel: Channel, taken: AckedBytes) -> tuple[int, int]:
+        """What shows that the source is alive; in a recovery it also reads our bitmaps."""
         recovering = self._progress.status is Status.POSTCOPY_RECOVER
         taken_bytes = taken.of(channel.sent_bytes) if recovering else 0
         return channel.received_bytes + self._preempt_channel.received_bytes, taken_bytes
@@ -228,7 +228,7 @@ class Destination:
     def _is_waiting(self) -> bool:
         status = self._progress.status
         if status in {Status.POSTCOPY_DEVICE, Status.POSTCOPY_ACTIVE}:
-            # With its last page in place it waits for one word: that there is nothing more.
+            # With the last page in place it waits for the end of the stream.
             return self._postcopy.finished or self._ram.any_expected()
         return status is Status.POSTCOPY_RECOVER
 
@@ -237,17 +237,17 @@ class Destination:
         self._break()
 
     def _receive(self, channel: Channel) -> None:
-        """Take elements up to the end of the stream, and bring the migration to its end."""
+        """Load records up to the end of the stream, and complete the migration."""
         decoder = self._decoder
         while not isinstance(record := decoder.next_record(), records.EndOfStream):
             if record is not None:
-                self._elements.take(record)
+                self._loader.load(record)
             elif count := channel.receive_into(decoder.buffer()):
                 decoder.received(count)
             else:
                 decoder.finish()
         if self._progress.status is Status.POSTCOPY_RECOVER:
-            # A single zero byte of a stranger would turn all that is missing to zeros.
+            # Another peer could end the stream with one zero byte, and all missing pages would be zero.
             raise StreamError("the stream ends before the recovery is done")
         if self._postcopy.listening:
             trace("destination.pages-ended")
@@ -263,7 +263,7 @@ class Destination:
         self._drain(channel)
 
     def _say_that_it_has_arrived(self) -> None:
-        """Whether the source still hears it or not: the guest is here, whole."""
+        """Report success; the guest is complete here even if the source does not get the report."""
         try:
             self._return_path.shut(failed=False)
         except ChannelBroken:
@@ -272,21 +272,20 @@ class Destination:
         trace("destination.postcopy-shut-sent" if postcopy else "destination.shut-sent")
 
     def _complete_precopy(self) -> None:
-        if not self._elements.ram_seen:
+        if not self._loader.ram_seen:
             raise StreamError("the stream ended without any RAM: nothing has arrived")
         self._check_leaves_its_source()
-        self._elements.give_postcopy_up()
-        self._elements.load_devices()
+        self._loader.give_postcopy_up()
+        self._loader.load_devices()
         trace("destination.devices-loaded")
         self._guest.resume()
 
     def _check_leaves_its_source(self) -> None:
-        """Refuse a twin of a guest that goes on elsewhere, unless that is what is wanted here.
+        """Refuse a background snapshot, whose guest runs on at the source, unless it is wanted here.
 
-        A file, a pipe and a command may bring the background snapshot of any time; over a socket a
-        migration is expected.
+        A file, a pipe or a command may bring one at any time; over a socket a migration is expected.
         """
-        if self._elements.ram_ended or not isinstance(self._channel, SocketChannel):
+        if self._loader.ram_ended or not isinstance(self._channel, SocketChannel):
             return
         if not self._capabilities.enabled(Capability.BACKGROUND_SNAPSHOT):
             raise StreamError(
@@ -295,14 +294,14 @@ class Destination:
             )
 
     def _drain(self, channel: Channel) -> None:
-        """Take what follows the end (a description), so that closing does not cut our answer off."""
+        """Read what follows the end (a description): ``close`` would reset the connection otherwise."""
         try:
             while count := channel.receive_into(self._decoder.buffer()):
                 self._decoder.received(count)
                 while self._decoder.next_record() is not None:
                     pass
         except PostcopyError:
-            pass  # the guest is here already: nothing in what follows matters
+            pass  # the guest is here already
 
     # --- the end
 
@@ -319,7 +318,7 @@ class Destination:
             if self._paused_by_user:
                 self.error = ChannelBroken("Postcopy migration is paused by the user")
             self._return_path.close()
-            # Waiting for a recovery that did not begin leaves it where it is.
+            # A wait for a recovery that did not begin leaves the status as it is.
             self._progress.move(
                 Status.POSTCOPY_PAUSED, only_from=AFTER_SWITCHOVER - {Status.POSTCOPY_PAUSED}
             )
@@ -327,28 +326,28 @@ class Destination:
         try:
             self._return_path.shut(failed=True)
         except ChannelBroken:
-            pass  # nobody is there to hear it
+            pass  # the source is gone
         if self._progress.status not in {Status.COMPLETED, Status.FAILED}:
             self._end(Status.FAILED)
 
     def _settle_package(self) -> None:
-        """A package that has come may run the guest yet: wait until it has, or cannot."""
+        """A received package may still start the guest: wait until it has, or cannot."""
         while not self._postcopy.settle(_LOOK_S):
-            self._preempt_channel.close()  # nothing brings another page from here on
+            self._preempt_channel.close()  # no other page comes
             if self._postcopy.give_up_package():
                 return
 
     def _end(self, status: Status) -> None:
-        """Say that it is over.  Whoever hears it may end this process: nothing outside may be left."""
-        self._door.close()
+        """Report the last status.  This process may be ended for it: close the listener before."""
+        self._incoming.close()
         self._progress.move(status)
 
     def _let_go(self) -> None:
         self._populating.stop()
-        if self._silence is not None:
-            self._silence.stop()
+        if self._peer_timeout is not None:
+            self._peer_timeout.stop()
         self._preempt_channel.close()
-        self._door.close()
+        self._incoming.close()
         if self._channel is not None:
             self._close(self._channel)
             self._channel = None
@@ -359,9 +358,9 @@ class Destination:
 
     def _close(self, channel: Channel) -> None:
         if self._progress.status in AFTER_SWITCHOVER:
-            channel.shutdown()  # there is no last word that a command would have to carry
+            channel.shutdown()  # a command has nothing left to carry
         channel.delivered()
         try:
             channel.close()
         except ChannelBroken:
-            pass  # all has come, or it is known that it has not
+            pass  # whether all has come is known already

@@ -1,4 +1,4 @@
-"""The destination's memory before and at switchover: taking it early, and emptying what must come again."""
+"""The destination's memory before and at switchover: allocated early, read from a file, discarded."""
 
 import threading
 
@@ -19,14 +19,14 @@ _STEP_BYTES = 32 << 20
 
 
 class Populating:
-    """Take memory from the kernel in the background while nobody has called yet.
+    """Allocates memory in the background until the source connects.
 
-    The first touch of a page costs more than carrying it (``docs/decisions``), so it is done while
-    the destination waits.  Nothing depends on it: it stops as soon as it is told to, and when memory
-    is short it does nothing.
+    The first touch of a page costs more than its transfer (``docs/decisions``), so it is done while the
+    destination waits.  Nothing depends on it: it stops as soon as it is told to, and does nothing when
+    memory is short.
 
-    It is mapped in the guest's process, too, unless postcopy may follow: that begins with nothing
-    mapped there, and taking a mapping away takes as long as making it.
+    The pages are mapped in the guest's process, too, unless postcopy may follow: that begins with nothing
+    mapped there, and to unmap a page takes as long as to map it.
     """
 
     def __init__(self, guest: Guest, ram: IncomingRam, budget_bytes: int) -> None:
@@ -34,7 +34,7 @@ class Populating:
         self._ram = ram
         self._budget_bytes = budget_bytes
         self._changed = threading.Condition()
-        # Under `_changed`: what has been asked for.
+        # Under `_changed`: which calls have been made.
         self._stopped = False
         self._hidden = False
         self._thread = threading.Thread(target=self._run, name="populate", daemon=True)
@@ -52,7 +52,7 @@ class Populating:
             self._thread.join()
 
     def hide(self) -> None:
-        """Map nothing in the guest's process, or no longer: postcopy may follow."""
+        """Postcopy may follow: map nothing in the guest's process, and unmap what was."""
         with self._changed:
             self._hidden = True
             self._changed.notify_all()
@@ -81,12 +81,12 @@ class Populating:
                     if not self._hidden:
                         self._guest.populate(paged.block.name, offset, length)
                 except PostcopyError:
-                    return  # no memory to spare: pages are taken as they come
+                    return  # no memory to spare: pages are allocated when they are received
 
 
 def memory_to_spare_bytes() -> int:
-    """How much memory may be taken early: half of what the host has left."""
-    with open("/proc/meminfo") as lines:  # noqa: PTH123 - not a file anybody edits
+    """How much memory may be allocated early: half of what the host has available."""
+    with open("/proc/meminfo") as lines:  # noqa: PTH123 - a file of the kernel
         for line in lines:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024 // 2
@@ -94,7 +94,7 @@ def memory_to_spare_bytes() -> int:
 
 
 def discard(ram: IncomingRam, name: str, ranges: npt.NDArray[np.uint64]) -> None:
-    """Forget ranges of a block: the source will send these pages again.
+    """Discard ranges of a block: the source will send these pages again.
 
     :param ranges: start and length, in bytes, of whole pages of the block, shape ``(n, 2)``.
     """
@@ -105,14 +105,14 @@ def discard(ram: IncomingRam, name: str, ranges: npt.NDArray[np.uint64]) -> None
 
 
 def empty_missing(ram: IncomingRam) -> None:
-    """Empty every page that never came: it was zero at the source, and reads as zeros from now on."""
+    """Empty every page that was never sent: it was zero at the source, and reads as zeros from now on."""
     for paged in ram:
         for first, end in runs(paged.pages.missing()).tolist():
             paged.block.discard(first, end)
 
 
 def read_pages(channel: FileChannel, paged: IncomingBlock, block: MappedBlock) -> None:
-    """Bring all pages of one block in; of a guest that does not run yet.
+    """Read all pages of one block from a mapped-ram file; of a guest that does not run yet.
 
     :raises StreamError: the bitmap is wrong.
     :raises StreamCut: the file ends too early.
@@ -122,7 +122,7 @@ def read_pages(channel: FileChannel, paged: IncomingBlock, block: MappedBlock) -
     present = decode_bitmap(block, raw[:count])
     received = np.repeat(~paged.pages.missing(), paged.block.target_pages_per_page)
     memory = paged.block.pages
-    # Memory that nothing has come to is zero; only an attempt that failed has left anything.
+    # Memory without received pages is zero, unless an earlier attempt has failed.
     for first, end in runs(received & ~present).tolist():
         memory[first:end] = 0
     paged.pages.receive(slice(None))

@@ -1,9 +1,9 @@
 """Postcopy at the destination: the memory goes under userfaultfd, the devices load, the guest runs.
 
-The package is taken apart in two steps.  What must be done before another page may be placed
-(emptying what is missing, starting the pager) happens at once, on the thread that reads the main
-channel.  Then the thread ``package`` loads the devices and runs the guest, while the first goes on
-reading: a device that touches a missing page waits for that very thread.
+The package is loaded in two steps.  What must be done before another page may be placed (emptying what is
+missing, starting the pager) happens at once, on the thread that reads the main channel.  Then the thread
+``package`` loads the devices and runs the guest, while the first thread goes on reading: it brings the
+pages that a device touches.
 """
 
 import threading
@@ -71,10 +71,10 @@ class Postcopy:
         """No page is missing, and nothing of this is left: a break changes nothing any more."""
 
     def prepare(self) -> None:
-        """Register the memory (ADVISE): if this host cannot do postcopy, it is said now.
+        """Register the memory (ADVISE): a host that cannot do postcopy fails now.
 
-        Nothing has been received, so nothing stays mapped in the guest; that takes time which would
-        be the guest's at the switch.
+        Nothing has been received yet, so all is unmapped in the guest's process now, where it costs no
+        downtime.
         """
         self._watch(self._guest.watch_missing())
         self._guest.unmap_missing()
@@ -88,13 +88,13 @@ class Postcopy:
         return self._userfaultfd, own.process_id
 
     def expect_guest(self) -> None:
-        """It is about to stop at the source: who works on that is not to wait until a CPU has woken."""
+        """The guest is about to stop at the source: keep CPUs out of idle states meanwhile."""
         self._awake.a_while()
 
     def take_package(self, decoder: Decoder, data: bytes) -> Userfaultfd:
         """Listen, and begin to load what the package holds.
 
-        :return: what pages are to be placed through from now on.
+        :return: the userfaultfd through which pages are placed from now on.
         """
         decoder.feed(data)
         if not isinstance(decoder.next_record(), records.PostcopyListen):
@@ -110,13 +110,13 @@ class Postcopy:
 
     @property
     def userfaultfd(self) -> Userfaultfd:
-        """What pages are placed through, from :meth:`take_package` or :meth:`adopt` on."""
+        """Through which pages are placed, from :meth:`take_package` or :meth:`adopt` on."""
         assert self._userfaultfd is not None
         return self._userfaultfd
 
     @property
     def mapper(self) -> BackgroundMapper:
-        """What maps pages that nobody waits for, from the same moment on."""
+        """Maps pages that no thread waits for, from the same moment on."""
         assert self._mapper is not None
         return self._mapper
 
@@ -131,10 +131,10 @@ class Postcopy:
         return True
 
     def give_up_package(self) -> bool:
-        """A device waits for a page that does not come: its guest shall not run here, if it does not yet.
+        """A device waits for a page that does not come: let the guest not run here, unless it does.
 
-        :return: whether it never will; the thread that loads is left alone until the memory is
-            watched no more.
+        :return: whether it never will.  The thread that loads the package still waits then, until the
+            memory is unregistered.
         """
         with self._deciding:
             waits = self._ram.any_expected() or not self._serves
@@ -144,7 +144,7 @@ class Postcopy:
     def adopt(self) -> Userfaultfd:
         """Take over from an engine that has died while the guest ran here.
 
-        Whatever it had asked for is asked for again: every thread that waits is woken, and faults
+        Every page that it had requested is requested again: each thread that waits is woken, and faults
         once more.
         """
         userfaultfd, process_id = self._watch(self._guest.watch_missing(only_still=True))
@@ -158,9 +158,9 @@ class Postcopy:
         return userfaultfd
 
     def serve_again(self) -> None:
-        """Another connection begins: nothing that a failed call has left undone is forgotten.
+        """Another connection begins: serve again what a failed call has left unserved.
 
-        A page may have come and not have been shown to who waited for it; and the pager may have ended.
+        A page may have been received and not been mapped for its waiters; the pager may have ended.
         """
         if not self._serves:
             self._end_pager()
@@ -175,14 +175,14 @@ class Postcopy:
         self.shared.wake_all()
 
     def ask_again(self) -> None:
-        """Ask once more for every page asked for and not received: the recovery is done."""
+        """Request again every page that was requested and not received: the recovery is done."""
         if self._pager is not None:
             self._pager.ask_again()
 
     def finish(self) -> None:
-        """All pages have been sent: take the memory from under userfaultfd.
+        """All pages have been sent: unregister the memory from the userfaultfd.
 
-        What was never sent was zero at the source; its memory has been emptied, so it reads as zeros.
+        A page that was never sent was zero at the source; its memory is emptied, so it reads as zeros.
 
         :raises PostcopyError: the package could not be loaded.
         """
@@ -192,14 +192,14 @@ class Postcopy:
         if self.failure is not None:
             raise self.failure
         empty_missing(self._ram)
-        # Nobody may map pages in memory that is not watched any more; who waits is woken by that.
+        # No thread may map pages in memory that is not registered; to unregister it wakes all waiters.
         self._stop_serving()
         self._guest.unwatch_missing()
         self.close()
         self.finished = True
 
     def close(self) -> None:
-        """Stop the pager and let go of the userfaultfds."""
+        """Stop the pager and close the userfaultfds."""
         self._stop_serving()
         if self._userfaultfd is not None:
             self._userfaultfd.close()
@@ -277,7 +277,7 @@ class Postcopy:
     def _refuse(self) -> None:
         """Tell the source that its guest will not run here, unless it has been told the contrary.
 
-        Said by this thread: to wake the reader of the channel means to break it.
+        This thread reports it: the thread that reads the channel can only be woken by a break.
         """
         if self._progress.status is Status.POSTCOPY_DEVICE:
             with suppress(ChannelBroken):
@@ -290,15 +290,15 @@ class Postcopy:
         with self._deciding:
             if self._given_up:
                 raise ChannelBroken("the link broke while a device waited for a page")
-            # Said before the pong: whoever has heard that the package was taken, and then finds this
-            # engine dead, finds a guest's process that knows what it owns.
+            # Before the pong: should this engine die after it, the guest's process knows already that it
+            # owns the guest which the source has given up.
             self._progress.move(Status.POSTCOPY_ACTIVE)
         trace("destination.owning")
         try:
             for ping in pings:
                 self._return_path.pong(ping)
         except ChannelBroken:
-            pass  # it is ours all the same; the reader of the channel pauses, and recovery tells
+            pass  # this side owns the guest all the same; the reader of the channel pauses the migration
         trace("destination.package-taken")
         self._guest.resume()
         self.mapper.start()

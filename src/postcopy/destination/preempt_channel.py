@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 
 from postcopy.channel.channel import Channel
-from postcopy.destination.door import Door
+from postcopy.destination.incoming_channels import IncomingChannels
 from postcopy.errors import ChannelBroken, PostcopyError
 from postcopy.kernel import threads
 from postcopy.kernel.threads import run_soon
@@ -21,14 +21,14 @@ from postcopy.stream.layout import Layout
 from postcopy.stream.records import Pages
 
 _PATIENCE_S = 30.0
-"""How long to wait for the second connection when the link is not watched: a guest stands still."""
+"""How long to wait for the preempt channel without ``x-link-timeout``: a stopped guest waits meanwhile."""
 
 
 class PreemptChannel:
-    """The second connection of a source, one after the other; does nothing while it is switched off.
+    """The preempt channel, one for each connection of the source; does nothing while it is switched off.
 
     :param wanted: whether it is switched on.
-    :param timeout_ms: how long the source may take to connect, 0 = it is left to us.
+    :param timeout_ms: how long the source may take to connect; 0: half a minute.
     :param on_failure: called when the channel breaks, to wake the main channel's reader.
     """
 
@@ -47,7 +47,7 @@ class PreemptChannel:
         self._wanted = wanted
         self._timeout_ms = timeout_ms
         self._on_failure = on_failure
-        self._door: Door | None = None
+        self._incoming: IncomingChannels | None = None
         self._channel: Channel | None = None
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
@@ -56,9 +56,9 @@ class PreemptChannel:
         self._closing = False
         self.failure: PostcopyError | None = None
 
-    def expect(self, door: Door) -> None:
-        """A main channel has come through this door; forget what was."""
-        self._door = door
+    def expect(self, incoming: IncomingChannels) -> None:
+        """Begin anew: the main channel of a connection has been accepted here."""
+        self._incoming = incoming
         self._ended = self._closing = False
         self.failure = None
 
@@ -69,9 +69,9 @@ class PreemptChannel:
         """
         if not self._wanted():
             return
-        assert self._door is not None
+        assert self._incoming is not None
         timeout_s = self._timeout_ms() / 1000
-        self._channel = channel = self._door.urgent(timeout_s or _PATIENCE_S)
+        self._channel = channel = self._incoming.preempt(timeout_s or _PATIENCE_S)
         channel.watch(timeout_s)
 
     def start(self, userfaultfd: Userfaultfd) -> None:
@@ -86,15 +86,15 @@ class PreemptChannel:
 
     @property
     def received_bytes(self) -> int:
-        """What has come over the present channel."""
+        """Bytes received on the present channel."""
         channel = self._channel
         return channel.received_bytes if channel is not None else 0
 
     def finish(self) -> None:
-        """The main channel has ended: take what may still be on its way, and let go of the channel.
+        """The main channel has ended: wait for the pages that were requested, and close the channel.
 
-        A page can only be on its way here if we have asked for it.  A real QEMU closes its end no
-        earlier than we say that all is well, so waiting for that alone would be waiting for ever.
+        Only requested pages can still come.  A real QEMU closes its end after the destination has reported
+        success, so this must not wait for the end of the channel.
 
         :raises PostcopyError: the channel broke before all had come.
         """
@@ -105,19 +105,19 @@ class PreemptChannel:
             if self.failure is not None:
                 raise self.failure
             if self._ram.any_expected():
-                raise ChannelBroken("the channel of urgent pages ended before all of them had come")
+                raise ChannelBroken("the preempt channel ended before all requested pages had come")
         self.close()
 
     def shutdown(self) -> None:
         """Break it, from any thread."""
-        channel, door = self._channel, self._door
-        if door is not None:
-            door.give_up()
+        channel, incoming = self._channel, self._incoming
+        if incoming is not None:
+            incoming.give_up()
         if channel is not None:
             channel.shutdown()
 
     def close(self) -> None:
-        """Let go of it; on return nothing more is placed."""
+        """Close it; on return nothing more is placed."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -152,7 +152,7 @@ class PreemptChannel:
             self._on_failure()
 
     def _early_end(self, channel: Channel) -> PostcopyError | None:
-        """Its end is in order if the main channel's comes soon; alone it would bring no page any more."""
+        """Why the end of the channel is an error, unless the main channel ends soon as well."""
         timeout_s = self._timeout_ms() / 1000
         if not timeout_s or self._changed.wait_for(lambda: self._closing, timeout_s):
             return None

@@ -1,7 +1,7 @@
-"""What the destination says back: pongs, page requests, the verdict.
+"""The messages of the destination: pongs, page requests, received-bitmaps, the result.
 
-Shared by the loader (pongs), the pager (requests) and the thread that loads the package; one lock
-keeps their messages whole and the "same block as last time" of requests true.
+Used by the thread that loads records (pongs), the pager (requests) and the thread that loads the package.
+One lock keeps their messages whole, and makes a request's "same block as before" true.
 """
 
 import threading
@@ -17,7 +17,7 @@ from postcopy.stream.records import Pong, RecvBitmapReply, RequestPages, ResumeA
 
 
 class ReturnPath:
-    """The way back to the source, over the main channel's socket; closed until it is opened."""
+    """The return path to the source, over the main channel's socket; closed until it is opened."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -26,10 +26,10 @@ class ReturnPath:
         self._requests_held = False
 
     def open(self, channel: Channel, *, hold_requests: bool = False) -> None:
-        """Use this channel from now on; block names have to be said afresh.
+        """Use this channel from now on; the next request names its block.
 
-        :param hold_requests: ask for no page before :meth:`release_requests`: a recovering source
-            cannot serve any yet.
+        :param hold_requests: request no page before :meth:`release_requests`: a source in recovery cannot
+            serve any yet.
         """
         with self._lock:
             self._channel = channel
@@ -42,7 +42,7 @@ class ReturnPath:
             self._requests_held = False
 
     def close(self) -> None:
-        """Say nothing more."""
+        """Send nothing more."""
         with self._lock:
             self._channel = None
 
@@ -52,31 +52,31 @@ class ReturnPath:
         return self._channel is not None
 
     def pong(self, value: int) -> None:
-        """Answer a ping.  The one ping by which two of us recognise each other comes back inverted."""
+        """Answer a ping; see :func:`postcopy.stream.pings.answer`."""
         self._send(wire.encode_message(Pong(answer(value))))
 
     def shut(self, *, failed: bool) -> None:
-        """Say, as the last thing, whether the guest has arrived."""
+        """Send the last message (``SHUT``): whether the guest has arrived."""
         self._send(wire.encode_message(Shut(1 if failed else 0)))
 
     def bitmap(self, block: str, received: Mask) -> None:
-        """Say which target pages of a block are in place."""
+        """Send which target pages of a block are in place."""
         self._send(wire.encode_message(RecvBitmapReply(block, received)))
 
     def resume_ack(self) -> None:
-        """Say that the recovery may go on."""
+        """Acknowledge the recovery (``RESUME_ACK``)."""
         self._send(wire.encode_message(ResumeAck(1)))
 
     def request(self, wanted: Sequence[tuple[RamBlock, int]]) -> None:
-        """Ask for pages, all in one write."""
+        """Request pages, all in one write."""
         with self._lock:
             if self._channel is None or self._requests_held:
-                return  # paused: everything requested is asked for again after recovery
+                return  # paused: all of them are requested again after the recovery
             data = b"".join(self._request(block, page) for block, page in wanted)
             try:
                 self._channel.send(data)
             except ChannelBroken:
-                # Whoever reads the channel pauses; the pager must live to ask again after recovery.
+                # The thread that reads the channel pauses the migration.  The pager must go on.
                 self._channel = None
 
     def _request(self, block: RamBlock, page: int) -> bytes:

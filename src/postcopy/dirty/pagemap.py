@@ -1,9 +1,9 @@
 """Dirty tracking by ``PAGEMAP_SCAN`` and asynchronous write-protection (Linux 6.7).
 
-The guest's process arms a userfaultfd with ``WP_ASYNC``; the kernel then lifts the protection of a
-page at its first write, by itself, and remembers.  The engine reads and renews it from outside, for
-any kind of guest.  Not seen are writes past the guest's own mapping (``pwrite`` to the memfd, another
-mapping); nothing makes such writes to a source's memory.
+The guest's process registers a userfaultfd with ``WP_ASYNC``; the kernel then lifts the protection of a
+page at its first write, and notes it.  The engine reads and renews the protection from outside, for any
+kind of guest.  Writes past the guest's own mapping (``pwrite`` to the memfd, another mapping) are not seen;
+nothing makes such writes to a source's memory.
 """
 
 import numpy as np

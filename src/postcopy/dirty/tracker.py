@@ -39,9 +39,9 @@ class DirtyTracker(Protocol):
 
 
 def choose(wish: str, guest: Guest) -> DirtyTracker:
-    """Make the tracker that the parameter ``x-dirty-tracking`` wishes for.
+    """Make the tracker that the parameter ``x-dirty-tracking`` asks for.
 
-    Where no userfaultfd can be had KVM's log does for both wishes.
+    Where there is no userfaultfd, either value means KVM's log.
 
     :raises Refused: KVM's log was asked for, and this guest does not run on KVM.
     """
@@ -53,7 +53,7 @@ def choose(wish: str, guest: Guest) -> DirtyTracker:
 
 
 def _can_protect() -> bool:
-    """Whether this host lets us have writes noted by write-protection."""
+    """Whether this host can track writes by write-protection."""
     try:
         Userfaultfd.open(WRITE_FEATURES, user_mode_only=True).close()
     except HostCannot:

@@ -23,8 +23,7 @@ from postcopy.image.manifest import ADDRESS_BYTES, Manifest, StoredBlock
 from postcopy.image.parser import read_elements, read_plain_blocks, read_start
 from postcopy.image.store.store import ChunkStore
 from postcopy.memory.runs import Mask
-from postcopy.stream.numbers import FLAGS_MASK, TARGET_PAGE_BYTES, RamFlag
-from postcopy.stream.ram_records import refuse_flags
+from postcopy.stream.numbers import FLAGS_MASK, TARGET_PAGE_BYTES, RamFlag, refuse_flags
 from postcopy.stream.reader import FileBuffer
 
 MAGIC: Final = CHUNK_IMAGE_MAGIC

@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from postcopy.channel.claim import claimed
+from postcopy.channel.path_lock import path_locked
 from postcopy.channel.whole_file import Place, WholeFile
 from postcopy.errors import Refused
 from postcopy.image.base import PageRows
@@ -46,7 +46,7 @@ def extract(image: Image, block: ImageBlock, path: Path) -> int:
             raise Refused(f"{path} is the image itself; give another path for its memory")
         if look_at_target(path) is Place.DEVICE:
             return _pour(image, block, path)
-        with claimed(path), WholeFile(path) as file:
+        with path_locked(path), WholeFile(path) as file:
             os.ftruncate(file.fd, block.size_bytes)
             data = _write(file, image, block)
             file.publish()

@@ -15,8 +15,7 @@ from postcopy.image.file import ImageFile
 from postcopy.image.parser import read_elements, read_start
 from postcopy.memory.runs import Mask, runs
 from postcopy.stream.mapped_ram import MappedBlock, decode_bitmap, read_list
-from postcopy.stream.numbers import TARGET_PAGE_BYTES, RamFlag
-from postcopy.stream.ram_records import refuse_flags
+from postcopy.stream.numbers import TARGET_PAGE_BYTES, RamFlag, refuse_flags
 from postcopy.stream.reader import FileBuffer
 
 

@@ -22,8 +22,8 @@ from postcopy.stream.numbers import (
     Command,
     RamFlag,
     SectionType,
+    refuse_flags,
 )
-from postcopy.stream.ram_records import refuse_flags
 from postcopy.stream.reader import FileBuffer
 from postcopy.stream.sections import check_ram_head, read_device, read_footer, read_head
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from postcopy.channel.claim import claimed
+from postcopy.channel.path_lock import path_locked
 from postcopy.channel.whole_file import check_replaceable, partial_name, remove_leftovers
 from postcopy.errors import MigrationCancelled, Refused
 from postcopy.image.file_kinds import MANIFEST_SUFFIX
@@ -35,7 +35,7 @@ def reserved(path: Path) -> Iterator[Path]:
     :raises OSError: nothing can be written there.
     """
     check_free(path)
-    with claimed(path):
+    with path_locked(path):
         check_free(path)  # it may have been published meanwhile
         remove_leftovers(path)
         written = partial_name(path)

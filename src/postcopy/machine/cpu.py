@@ -17,8 +17,8 @@ class ExitReason(enum.Enum):
 
     INTERRUPTED = "interrupted"  # by kick(); also by any signal: enter again unless told to stop
     SERVED = "served"  # an IN or OUT has been handed to the ports: enter again
-    HALTED = "halted"  # HLT; there are no interrupts, so nothing will ever wake it
-    SHUTDOWN = "shutdown"  # a triple fault: the guest has killed itself
+    HALTED = "halted"  # HLT; there are no interrupts, so it stays halted
+    SHUTDOWN = "shutdown"  # a triple fault: the guest has ended
     FAILED = "failed"  # the accelerator cannot go on; ``detail`` says what it said
 
 
@@ -34,10 +34,10 @@ class Ports(Protocol):
     """What the guest's IN and OUT reach.  Called on the vCPU's thread, in the middle of enter()."""
 
     def read(self, port: int, size_bytes: int) -> int:
-        """What IN finds at the port; a port where nothing is reads as all ones."""
+        """What IN reads from the port; all ones where no device is."""
 
     def write(self, port: int, size_bytes: int, value: int) -> None:
-        """What OUT does; a port where nothing is swallows it."""
+        """What OUT writes to the port; without effect where no device is."""
 
 
 class Cpu(Protocol):

@@ -218,4 +218,4 @@ SUBSECTION_MSRS: Final = {
 """Subsections of one field that is an MSR, and which."""
 
 MSR_DEFAULTS: Final = {0x4B564D05: 1, 0x1A0: 1, 0xC0000104: 1 << 32}
-"""Values at which QEMU keeps a subsection at home; all others at 0."""
+"""Values at which QEMU does not send a subsection; for all others it is 0."""

@@ -1,7 +1,7 @@
 """Between :class:`CpuState` and the values of QEMU's sections ``cpu`` and ``cpu_common``.
 
-What QEMU's section has no place for stays behind: the error code of an exception in delivery (QEMU
-forgets it, too), ``cr8`` and ``apic_base`` (see ``cpu_state``).  What our state has no place for is
+What QEMU's section has no field for is not sent: the error code of an exception in delivery (QEMU drops
+it, too), ``cr8`` and ``apic_base`` (see ``cpu_state``).  What our state has no field for is
 derived (``hflags``), constant (A20, SVM: no nested guests), or carried along unread (``opaque``).
 
 QEMU's KVM and TCG disagree over the order of the x87 registers when the stack's top is not 0: KVM

@@ -1,6 +1,6 @@
 """What CPUID tells a guest on KVM: what the host has, less what our saved state cannot carry.
 
-A guest may only use what it will find again where it wakes up.  :class:`CpuState` carries the x87,
+A guest may only use what every destination has.  :class:`CpuState` carries the x87,
 SSE and AVX registers and the MSRs it lists; so wider vectors (AVX-512, AMX), protection keys,
 control-flow enforcement, nested virtualisation, performance counters, speculation control and KVM's
 own paravirtual features are hidden, and the leaves that only describe them are emptied.

@@ -1,4 +1,4 @@
-"""Sections beside the vCPUs': clock, run state, serial port, and those let in and dropped.
+"""Sections beside the vCPUs': clock, run state, serial port, and those that are accepted and dropped.
 
 A QEMU ``microvm`` also sends its firmware configuration, interrupt controllers and paravirtual
 clock.  Our machine has none of these, but the stream must be read past them, so their formats are

@@ -2,10 +2,9 @@
 
 An engine's registers can be written one by one, with two exceptions that matter: writing CS and SS
 selectors does not change the privilege level, and there is no way to give a segment's hidden part.
-So a state enters through the front door: on a page of our own, outside the guest's memory, an
-``IRETQ`` is executed that loads both from a descriptor table made for the purpose.  Paging goes on
-behind it.  What an engine does not have (debug status, machine check, kvmclock...) is kept beside
-it and given back as it came.
+So a state is loaded as a kernel would: on a page outside the guest's memory an ``IRETQ`` is executed, which
+loads both from a descriptor table made for it.  Paging is switched on behind it.  What an engine does not
+have (debug status, machine check, kvmclock...) is kept beside it and returned as it came.
 """
 
 import struct

@@ -1,4 +1,4 @@
-"""The workloads: guests that know what they did.  ``workloads/README.md`` describes the layout."""
+"""The workloads: guests that record their own writes.  ``workloads/README.md`` describes the layout."""
 
 import struct
 from dataclasses import dataclass, replace
@@ -51,7 +51,7 @@ class Workload:
 
     def image(self) -> bytes:
         """The image, parameters patched in; load and enter it at 0x10000."""
-        from importlib import resources  # takes long, and a destination needs it not
+        from importlib import resources  # takes long to import, and a destination does not need it
 
         directory = resources.files("postcopy.machine") / "workloads"
         image = bytearray((directory / f"{self.name}.bin").read_bytes())

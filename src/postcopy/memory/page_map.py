@@ -148,7 +148,7 @@ class PageMap:
         return received
 
     def adopt(self, mapped: Mask) -> None:
-        """Take over from an engine that has died, whatever it had asked for.
+        """Take over from an engine that has died; pages that it had requested are missing again.
 
         :param mapped: which pages the guest can see: of those being placed, these had come so far
             that the guest may have written to them.

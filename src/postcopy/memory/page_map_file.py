@@ -1,4 +1,4 @@
-"""The memory of a page map, for a process that makes it and never looks into it."""
+"""The memory of a page map, for the guest's process, which makes it and does not import numpy."""
 
 from postcopy.kernel import memfd
 

@@ -18,8 +18,8 @@ TARGET_PAGE_BYTES = 4096
 class RamBlock:
     """The memory of one block, mapped into the engine.
 
-    No userfaultfd watches the engine's mapping: reading or writing :attr:`pages` never waits for a
-    fault that the engine itself would have to mend.
+    No userfaultfd watches the engine's mapping: an access to :attr:`pages` never waits for a page that the
+    engine itself would have to bring.
 
     :param region: what the guest's process says of it; ``region.fd`` becomes ours.
     """
@@ -74,11 +74,11 @@ class RamBlock:
         return pieces
 
     def has_data(self, start: int, end: int) -> npt.NDArray[np.bool_]:
-        """Tell which pages ``start`` to ``end`` have anything behind them; the others are zero.
+        """Tell which pages ``start`` to ``end`` have memory behind them; the others are zero.
 
-        Reading one of those would allocate it, which a guest of mostly unused memory would pay for.
-        What is in memory the kernel tells at once; what is not may be swapped out, or a hole, and is
-        looked up run by run.
+        To read one of the others would allocate it: costly in a guest whose memory is mostly unused.
+        The kernel tells at once which pages are in memory.  The others may be swapped out, or a hole, and
+        are looked up run by run.
 
         Of huge pages only those that are mapped here are told from holes: a hugetlb file is all data to
         ``lseek``.  The others count as if they were there.
@@ -108,7 +108,7 @@ class RamBlock:
         memfd.empty(self._fd, self._fd_offset, self.size_bytes)
 
     def populate(self, offset_bytes: int, length_bytes: int) -> None:
-        """Take memory from the kernel now, so that the first touch of a page costs nothing later."""
+        """Allocate memory now, so that the first touch of a page costs nothing later."""
         self._mapping.populate(offset_bytes, length_bytes)
 
     def close(self) -> None:

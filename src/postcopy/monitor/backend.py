@@ -1,8 +1,8 @@
-"""What a monitor needs from the rest: two protocols, and the event bus.
+"""What a monitor needs: protocols of the machine, its reset point and its migration, and the event bus.
 
 The guest's process implements them; tests use ``tests/fakes/monitor_backend.py``.  All methods may
-be called from any thread, several at a time.  What they refuse they refuse with a
-:class:`~postcopy.errors.PostcopyError`, whose text the client gets.
+be called from any thread, several at a time.  Each refusal is a :class:`~postcopy.errors.PostcopyError`,
+whose text the client gets.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from postcopy.status import Status
 
 
 class MachineControl(Protocol):
-    """The guest as its operator handles it."""
+    """The guest as a user controls it."""
 
     @property
     def run_state(self) -> str:
@@ -31,7 +31,7 @@ class MachineControl(Protocol):
 
     @property
     def ownership(self) -> Ownership:
-        """Whose the guest is, and what was ordered of it last."""
+        """Which side owns the guest, and which command was given last."""
 
     @property
     def memory_bytes(self) -> int:
@@ -149,7 +149,7 @@ class MigrationControl(Protocol):
         """
 
     def restore(self, options: RestoreOptions, *, exit_on_error: bool = True) -> None:
-        """Wake the guest of an image, here.  Returns when the image is known to be one for us.
+        """Restore the guest of an image here.  Returns when the image is known to fit this machine.
 
         :raises ImageError: the image is damaged, none, or of another machine; nothing has changed.
         :raises WrongState: not started to wait for a guest, or one has come.
@@ -189,7 +189,7 @@ class MigrationControl(Protocol):
         """
 
     def arrived(self) -> None:
-        """Somebody has seen the destination complete: nothing here is needed any more.
+        """The user reports that the destination has completed: nothing here is needed any more.
 
         :raises WrongState: no outgoing postcopy is paused.
         """

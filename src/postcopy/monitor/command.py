@@ -1,6 +1,6 @@
-"""What a command is: one entry makes it one of QMP, of HMP, of ``help`` and of ``docs/monitor.md``.
+"""The entry of a command, from which QMP, HMP, ``help`` and ``docs/monitor.md`` have it.
 
-The types of its arguments are here, too, with QEMU's complaints about what is not of its type.  A check
+The types of its arguments are here, too, with QEMU's complaints about a value of another type.  A check
 returns the value; ``path`` is the place of the value as QEMU writes it, such as ``channels[0].addr.type``.
 """
 

@@ -52,7 +52,7 @@ class HmpConsole:
             self._stdout.write(text)
             self._stdout.flush()
         except OSError:
-            # The guest ends with the console; that its output is not taken is no reason for that.
+            # The guest ends with the console; a failure to print is no reason for that.
             if not self._is_ours:
                 raise
 

@@ -72,8 +72,8 @@ def _character(code: int) -> str:
 def save(machine: MachineControl, address: int, length_bytes: int, path: str) -> None:
     """Write ``length_bytes`` of guest RAM from physical ``address`` on to ``path``.
 
-    Waits for pages that are still missing.  Unlike QEMU, which writes what it pleases for
-    addresses without RAM, this refuses them: no zeros that nobody wrote.
+    Waits for pages that are still missing.  Addresses without RAM are refused: QEMU writes bytes for them
+    that are in no memory.
 
     :raises Refused: the file cannot be written, belongs to an image, or there is no RAM at some address.
     """

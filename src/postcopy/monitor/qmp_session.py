@@ -171,7 +171,7 @@ class QmpSession:
         # A script may send all its requests, close its side, and only then read the answers.
         self.close()
         self._connection.close()
-        # Nobody sends any more; the worker may still wait for a page, and ends after that.
+        # No request comes any more; the worker may still wait for a page, and ends after that.
         self._requests.put(None)
 
     def close(self) -> None:
@@ -187,7 +187,7 @@ class QmpSession:
             self._writer.join(_FLUSH_SECONDS)
         self._hang_up()
         if self._writer.is_alive():
-            # It was stuck in a client that does not read; now it throws away what is left.
+            # The writer waited for a client that does not read; from now on it drops what is left.
             self._unsent.put(None)
 
     def _hang_up(self) -> None:
@@ -326,7 +326,7 @@ class QmpSession:
 
     def _write(self) -> None:
         client_is_there = True
-        # Goes on without a client, so that nobody waits for room in a queue that nobody empties.
+        # Goes on without a client: else the other threads would wait for room in the queue.
         while (message := self._unsent.get()) is not None:
             if client_is_there:
                 client_is_there = self._send(message)

@@ -31,12 +31,12 @@ class Session(Protocol):
 class MonitorServer:
     """Serves any number of clients at one address.
 
-    Whoever can connect can do everything, as with QEMU's monitors: give it a Unix socket in a
-    directory of your own, or a loopback address.
+    A client that can connect may do everything, as with QEMU's monitors: use a Unix socket in a private
+    directory, or a loopback address.
 
     :param address: as :func:`~postcopy.channel.address.parse_socket` reads it (port 0: the kernel chooses).
     :raises Refused: not such an address.
-    :raises CannotListen: somebody else listens there, or it is not ours.
+    :raises CannotListen: another process listens there, or the address is not of this host.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class MonitorServer:
         try:
             threads.start(thread)
         except HostCannot as error:
-            _log.warning("a monitor client is turned away: %s", error)
+            _log.warning("a monitor client is refused: %s", error)
             with self._lock:
                 self._sessions.discard(session)
             connection.close()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from postcopy.channel.address import Address
 from postcopy.channel.channel import Channel
 from postcopy.channel.connect import connect
-from postcopy.channel.silence import SilenceWatch, Taken
+from postcopy.channel.peer_timeout import AckedBytes, PeerTimeout
 from postcopy.errors import ChannelBroken, MigrationCancelled, PostcopyError
 from postcopy.kernel import threads
 from postcopy.source.counters import Counters
@@ -111,8 +111,8 @@ class Connection:
         self.channel = channel
         self._counters = counters
         self._preempt: PreemptChannel | None = None
-        self._silence: SilenceWatch | None = None
-        self._taken = Taken(channel)
+        self._peer_timeout: PeerTimeout | None = None
+        self._acked = AckedBytes(channel)
         self._timeout_ms = timeout_ms
         self._cause: PostcopyError | None = None
         self.sender = sender
@@ -213,8 +213,8 @@ class Connection:
 
         :raises ChannelBroken: the destination has been silent for too long already.
         """
-        if self._silence is not None:
-            self._silence.stop()
+        if self._peer_timeout is not None:
+            self._peer_timeout.stop()
         if self._cause is not None:
             raise self._cause
         self._watch(lambda: True)
@@ -226,16 +226,16 @@ class Connection:
         try:
             yield
         finally:
-            assert self._silence is not None
-            self._silence.stop()
+            assert self._peer_timeout is not None
+            self._peer_timeout.stop()
 
     def _watch(self, waiting: Callable[[], bool]) -> None:
-        self._silence = SilenceWatch(self._timeout_ms, self._signs, waiting, self._silent)
-        self._silence.start()
+        self._peer_timeout = PeerTimeout(self._timeout_ms, self._signs, waiting, self._silent)
+        self._peer_timeout.start()
 
     def _signs(self) -> tuple[int, int, int]:
         preempt = self._preempt.taken_bytes if self._preempt is not None else 0
-        return self.channel.received_bytes, self._taken.of(self.sender.sent_bytes), preempt
+        return self.channel.received_bytes, self._acked.of(self.sender.sent_bytes), preempt
 
     def _ask_for_life(self) -> bool:
         try:
@@ -320,8 +320,8 @@ class Connection:
         """Break it; on return no thread of it touches a page any more.  Harmless when finished."""
         self.push.stop()
         self.channel.shutdown()
-        if self._silence is not None:
-            self._silence.stop()
+        if self._peer_timeout is not None:
+            self._peer_timeout.stop()
         if self._preempt is not None:
             self._preempt.close()
         if self.return_path is not None:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 
 from postcopy.channel.channel import Channel
-from postcopy.channel.silence import Taken
+from postcopy.channel.peer_timeout import AckedBytes
 from postcopy.errors import ChannelBroken, PostcopyError
 from postcopy.kernel import threads
 from postcopy.memory.runs import Indices
@@ -39,7 +39,7 @@ class PreemptChannel:
         sends_end: bool = False,
     ) -> None:
         self._channel = channel
-        self._taken = Taken(channel)
+        self._acked = AckedBytes(channel)
         self._counters = counters
         self._on_break = on_break
         self._says_end = sends_end
@@ -65,7 +65,7 @@ class PreemptChannel:
     @property
     def taken_bytes(self) -> int:
         """What the peer has taken so far (its kernel, on TCP)."""
-        return self._taken.of(self._channel.sent_bytes)
+        return self._acked.of(self._channel.sent_bytes)
 
     def expect_end(self) -> None:
         """All pages have been sent: from now on an end of the channel is no error.

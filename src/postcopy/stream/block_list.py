@@ -18,8 +18,8 @@ from postcopy.stream.numbers import (
     TARGET_PAGE_BYTES,
     RamFlag,
     SectionType,
+    refuse_flags,
 )
-from postcopy.stream.ram_records import refuse_flags
 from postcopy.stream.reader import StreamBuffer
 from postcopy.stream.records import BlockEntry, RamSetup
 

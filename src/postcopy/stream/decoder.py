@@ -263,7 +263,7 @@ class Decoder(DecoderInput):
 
 
 class PreemptDecoder(DecoderInput):
-    """Decodes the preempt channel: urgent pages and nothing else.
+    """Decodes the preempt channel: RAM records of requested pages, without any framing around them.
 
     Its CONTINUE refers to blocks named on this channel.  Use it as
     :class:`postcopy.stream.decoder.Decoder`.
@@ -300,7 +300,7 @@ class PreemptDecoder(DecoderInput):
         :raises StreamCut: they end in the middle of a page.
         """
         if self._reader.pending:
-            raise self._cut("an urgent page")
+            raise self._cut("a requested page")
 
     def resume(self) -> None:
         """Go on with a new connection: block names and half a page are forgotten."""

@@ -11,7 +11,7 @@ class FormatTable:
     """Formats by name.
 
     :param formats: those of which a machine has one (instance 0).
-    :param per_cpu: those with one instance for each vCPU; any instance is let through, since only
+    :param per_cpu: those with one instance for each vCPU; any instance is accepted, since only
         the machine knows how many vCPUs it has.
     """
 

@@ -5,6 +5,10 @@ Everything on the wire is big endian; the bitmaps alone are little endian.
 """
 
 import enum
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from postcopy.stream.reader import StreamBuffer
 
 MAGIC = 0x5145564D  # "QEVM"
 VERSION = 3
@@ -99,3 +103,17 @@ RESUME_ACK_VALUE = 1
 
 VALIDATED_CAPABILITIES = ("x-ignore-shared", "mapped-ram")
 """The capabilities that a configuration section may name, in the order in which it does."""
+
+_REFUSED = {
+    RamFlag.XBZRLE: "xbzrle is not supported; switch the capability off at the source",
+    RamFlag.MULTIFD_FLUSH: "multifd is not supported; switch the capability off at the source",
+    RamFlag.HOOK: "RDMA is not supported; migrate over a socket or into a file",
+}
+
+
+def refuse_flags(reader: "StreamBuffer", flags: int) -> NoReturn:
+    """Refuse the record whose word has just been read, by the name of what it belongs to."""
+    for flag, message in _REFUSED.items():
+        if flags & ~RamFlag.CONTINUE == flag:
+            reader.fail(message, HEADER_BYTES)
+    reader.fail(f"Unknown combination of migration flags: {flags:#x}", HEADER_BYTES)

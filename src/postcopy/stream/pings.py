@@ -39,19 +39,19 @@ IDENTITY_PING = 0x706F7374
 """ASCII ``post``."""
 
 ALL_SENT_PING = 0x73656E74
-"""ASCII ``sent``: every page is on its way.  One of us answers when none is missing any more."""
+"""ASCII ``sent``: every page has been sent.  A destination of ours answers when no page is missing."""
 
 
 def answer(value: int) -> int:
-    """What one of us answers to a ping."""
+    """What a destination of ours answers to a ping."""
     return value ^ 0xFFFFFFFF if value in {IDENTITY_PING, ALL_SENT_PING} else value
 
 
 def needs_nothing(pong: int) -> bool:
-    """Tell whether only one of us, with its last page in place, would have answered so."""
+    """Whether the answer is that of a destination of ours that misses no page."""
     return pong == ALL_SENT_PING ^ 0xFFFFFFFF
 
 
 def is_ours(pong: int) -> bool:
-    """Tell whether only one of us would have answered so."""
+    """Whether the answer is that of a destination of ours."""
     return pong == IDENTITY_PING ^ 0xFFFFFFFF

@@ -20,6 +20,7 @@ from postcopy.stream.numbers import (
     TARGET_PAGE_BYTES,
     ZERO_RECORD_BYTES,
     RamFlag,
+    refuse_flags,
 )
 from postcopy.stream.reader import Incomplete, StreamBuffer
 from postcopy.stream.records import Offsets, Pages, ZeroPages
@@ -173,18 +174,3 @@ class RamRecords:
             first = int(values[:, 0].astype(bool).argmax())
             reader.skip(first * ZERO_RECORD_BYTES + HEADER_BYTES)
             reader.fail(f"Found a zero page with value {int(values[first, 0])}")
-
-
-_REFUSED = {
-    RamFlag.XBZRLE: "xbzrle is not supported; switch the capability off at the source",
-    RamFlag.MULTIFD_FLUSH: "multifd is not supported; switch the capability off at the source",
-    RamFlag.HOOK: "RDMA is not supported; migrate over a socket or into a file",
-}
-
-
-def refuse_flags(reader: StreamBuffer, flags: int) -> NoReturn:
-    """Raise the error for a record, whose word has just been read, that is not for us."""
-    for flag, message in _REFUSED.items():
-        if flags & ~RamFlag.CONTINUE == flag:
-            reader.fail(message, HEADER_BYTES)
-    reader.fail(f"Unknown combination of migration flags: {flags:#x}", HEADER_BYTES)

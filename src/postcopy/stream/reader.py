@@ -295,7 +295,7 @@ class DecoderInput:
         self._reader.received(count)
 
     def feed(self, data: BytesLike) -> None:
-        """Take a copy of ``data``; better hand :meth:`buffer` to the socket."""
+        """Take a copy of ``data``; to receive into :meth:`buffer` saves the copy."""
         self._reader.feed(data)
 
     @property

@@ -107,7 +107,7 @@ class PostcopyAdvise:
 
 @dataclass(frozen=True, slots=True)
 class PostcopyListen:
-    """Arm the pager, and read RAM from the main channel beside whatever else goes on."""
+    """Start the pager, and go on reading RAM from the main channel while the package is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +199,7 @@ Record: TypeAlias = (
 
 @dataclass(frozen=True, slots=True)
 class Shut:
-    """The destination's last word; 0 = all is well."""
+    """The destination's last message; 0 = the guest has arrived."""
 
     value: int
 

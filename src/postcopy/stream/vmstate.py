@@ -2,7 +2,7 @@
 
 A device's section holds its fields one after another, big endian, with no tags between them; behind
 them come the *subsections* that the device needed this time, each with a name of its own.  So a
-reader must know every field of every device it lets in.  QEMU declares them as VMState
+reader must know every field of every device that it accepts.  QEMU declares them as VMState
 (``docs/devel/migration/main.rst``); here a :class:`Format` does::
 
     CPU_COMMON = Format("cpu_common", 1, (Field("halted", U32), Field("interrupt_request", U32)))
@@ -165,7 +165,7 @@ class Format:
     :param version: what is written, and the newest that can be read.
     :param minimum_version: the oldest that can be read; all between have the same fields.
     :param needed: given the values of this subsection, whether it is worth sending.  A receiver
-        that does not know a subsection refuses the stream, so what holds defaults stays at home.
+        that does not know a subsection refuses the stream, so one that holds defaults is not sent.
     """
 
     name: str

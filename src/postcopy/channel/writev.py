@@ -1,14 +1,14 @@
-"""Sending bytes from the many places where they lie: ``writev`` by address.
+"""``writev(2)`` from many pieces of memory, given by address.
 
-:func:`os.writev` wants a Python object for each piece, which for pages and their headers costs as much
-as to copy them together.  Here the kernel reads its array of pieces as numpy has written it.
+:func:`os.writev` takes a Python object for each piece, which for pages and their headers costs as much as
+to copy them together.  Here the kernel reads the array of pieces as numpy has written it.
 """
 
 from typing import TYPE_CHECKING
 
 from postcopy.kernel.calls import write_pieces
 
-# Not when it runs: a guest that wakes has channels, and does not wait until numpy has been imported.
+# Only for types: numpy takes long to import, and a restored guest does not run before that.
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -17,8 +17,8 @@ IOV_MAX = 1024
 """Pieces the kernel takes in one gathering call, see sysconf(_SC_IOV_MAX)."""
 
 
-class Gathering:
-    """What is left of pieces of memory that go out one after the other.
+class PendingPieces:
+    """Pieces of memory that are written one after the other, and of which some are left.
 
     :param pieces: address and length in bytes of each (``struct iovec``), shape ``(n, 2)``, contiguous.
     """
@@ -47,7 +47,7 @@ class Gathering:
         return min(len(self._left), IOV_MAX)
 
     def _passed(self, n_bytes: int) -> int:
-        """Leave out what is gone now."""
+        """Drop the pieces that have been written."""
         self._gone_bytes += n_bytes
         whole = self._count
         if self._gone_bytes != int(self._ends[whole - 1]):

@@ -3,7 +3,7 @@
 import socket
 import threading
 
-from postcopy.channel.silence import SilenceWatch, Taken
+from postcopy.channel.peer_timeout import AckedBytes, PeerTimeout
 from postcopy.channel.sockets import SocketChannel
 
 SHORT_MS = 20
@@ -21,7 +21,7 @@ class Peer:
         self.silent = threading.Event()
         self.seconds = []
         self.lives = False
-        self.watch = SilenceWatch(
+        self.watch = PeerTimeout(
             lambda: self.timeout_ms, self.look, lambda: self.waiting, self.fell_silent
         )
 
@@ -68,7 +68,7 @@ def test_it_may_be_stopped_before_it_begins_and_twice_and_by_itself():
     peer.watch.stop()
     other = Peer()
     other.fell_silent = lambda seconds: None
-    other.watch = SilenceWatch(
+    other.watch = PeerTimeout(
         lambda: SHORT_MS,
         other.look,
         lambda: True,
@@ -83,7 +83,7 @@ def test_what_a_peer_does_not_take_is_no_sign_of_life():
     """A Unix socket counts more than it was given as pending: what was taken seemed to change."""
     ours, peer = socket.socketpair()
     with peer, SocketChannel(ours, "unix") as channel:
-        taken = Taken(channel)
+        taken = AckedBytes(channel)
         found = set()
         for _ in range(4):
             channel.send(bytes(5000))

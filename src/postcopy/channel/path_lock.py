@@ -16,11 +16,11 @@ _MODE: Final = 0o600
 _HELD: Final = frozenset({errno.EWOULDBLOCK, errno.EAGAIN})
 
 
-class Claim:
+class PathLock:
     """The right to write what is to become the file at ``path``, until :meth:`release`.
 
-    What a dead process has left of it is in no process's way: the kernel has let go of its lock, see
-    flock(2).  Where files cannot be locked at all, no process is kept out.
+    The lock of a dead process does not count: the kernel has released it, see flock(2).  Where files cannot
+    be locked at all, nothing is excluded.
 
     :raises Refused: another process is writing it.
     :raises OSError: nothing can be written there.
@@ -57,9 +57,9 @@ class Claim:
 
 
 @contextlib.contextmanager
-def claimed(path: str | Path) -> Iterator[None]:
-    """Hold a :class:`Claim`."""
-    claim = Claim(path)
+def path_locked(path: str | Path) -> Iterator[None]:
+    """Hold a :class:`PathLock` in a ``with``."""
+    claim = PathLock(path)
     try:
         yield
     finally:

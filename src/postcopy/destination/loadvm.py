@@ -1,4 +1,4 @@
-"""What each element of an incoming stream does, and when it may come.
+"""Loads the records of an incoming stream, as QEMU's ``loadvm`` does: what each does, and when it may come.
 
 One thread, ``destination``, calls this with the records in their order.
 """
@@ -30,21 +30,21 @@ from postcopy.stream.pings import ALL_SENT_PING
 from postcopy.trace import trace
 
 RECEIVE_BUFFER_BYTES = 4096 << 10
-"""What the kernel may hold of the main channel once pages are asked for."""
+"""How much the kernel may queue of the main channel once pages are requested."""
 
 
 def layout_of(ram: IncomingRam) -> Layout:
-    """Our blocks, as a decoder needs to know them."""
+    """The blocks of this side, as a decoder needs to know them."""
     return {
         paged.block.name: BlockLayout(paged.block.size_bytes, paged.block.page_size_bytes)
         for paged in ram
     }
 
 
-class Elements:
+class RecordLoader:
     """The state of one incoming stream, over all its connections.
 
-    :param capabilities: looked at when they matter; a user may set them while nobody has called.
+    :param capabilities: read when they matter; a user may set them until the source has connected.
     """
 
     def __init__(
@@ -91,8 +91,8 @@ class Elements:
             records.PostcopyResume: self._resume,
         }
 
-    def take(self, record: records.Record) -> None:
-        """Do what a record says; those that say nothing to us are passed over.
+    def load(self, record: records.Record) -> None:
+        """Do what a record says; a record without a meaning for this side is skipped.
 
         :raises StreamError: it must not come now, or does not fit this side.
         """
@@ -101,14 +101,14 @@ class Elements:
             handler(record)
 
     def load_devices(self) -> None:
-        """Give the guest the device states that have come: precopy has brought all else before them."""
+        """Load the device states received so far: in precopy, all memory has come before them."""
         devices, self._devices = self._devices, []
         if devices:
-            self.give_postcopy_up()  # they may touch the memory, and nobody mends a fault yet
+            self.give_postcopy_up()  # loading may touch memory, and no pager runs yet
             self._guest.load_devices(devices)
 
     def give_postcopy_up(self) -> None:
-        """There was no need for it: watch the memory no more."""
+        """The migration ends without postcopy: unregister the memory from the userfaultfd."""
         if self.advised:
             self.advised = False
             self._guest.unwatch_missing()
@@ -159,7 +159,7 @@ class Elements:
     def _ping(self, ping: records.Ping) -> None:
         if not self._return_path.is_open:
             raise StreamError(f"CMD_PING ({ping.value:#x}) received with no return path")
-        # A pong says that everything before the ping has been taken, devices included.
+        # A pong says that everything before the ping has been loaded, devices included.
         self.load_devices()
         if ping.value == ALL_SENT_PING:
             self._all_sent()
@@ -207,13 +207,13 @@ class Elements:
         decoder = Decoder(self._formats, layout_of(self._ram), package=True)
         assert self.channel is not None
         self.channel.bound_buffers(RECEIVE_BUFFER_BYTES)
-        self._preempt_channel.accept()  # before anybody can ask for a page
+        self._preempt_channel.accept()  # before any page can be requested
         userfaultfd = self._postcopy.take_package(decoder, package.data)
         self._placement.listen(userfaultfd, self._postcopy.mapper.later)
         self._preempt_channel.start(userfaultfd)
 
     def _all_sent(self) -> None:
-        """Every page is here or about to be: finish, so that a break hurts neither side any more."""
+        """The source has sent every page: finish, so that a broken connection does no harm any more."""
         if not self._postcopy.listening:
             raise StreamError(
                 "a source says that it has sent every page before its guest runs here"
@@ -221,7 +221,7 @@ class Elements:
         if self._progress.status is Status.POSTCOPY_RECOVER:
             raise StreamError("a source says that it has sent every page before it asked which")
         self._preempt_channel.finish()
-        # Each of them was pending at the source; what is missing now would turn to zeros.
+        # All pages were pending at the source: one that is missing now would read as zeros.
         if missing := self._ram.missing_pages:
             raise StreamError(f"the source has sent all, but {missing} pages have not come")
         self._postcopy.finish()
@@ -236,7 +236,7 @@ class Elements:
         trace("destination.bitmap-sent")
 
     def _received(self, name: str) -> Mask:
-        """Which target pages of a block are in place; of one that we have no use for: all."""
+        """Which target pages of a block are in place; all pages of a block that is ignored here."""
         if name not in layout_of(self._ram):
             ignored = self._their_sizes or self._guest.kept_stream()[1]
             if name in ignored:

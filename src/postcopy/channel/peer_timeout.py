@@ -1,7 +1,7 @@
-"""Notice that a peer has fallen silent, whatever kind of channel it is on.
+"""Detects a peer that does nothing any more, on any kind of channel.
 
-The kernel watches over TCP (:meth:`postcopy.channel.channel.Channel.watch`), but not over a Unix socket,
-and a peer whose host answers while its process does not is none of its business.
+The kernel does so for TCP (:meth:`postcopy.channel.channel.Channel.watch`), but not for a Unix socket, and
+not for a peer whose host still answers while its process does nothing.
 """
 
 import threading
@@ -14,11 +14,11 @@ _TICKS = 10
 _IDLE_S = 0.5
 
 
-class Taken:
-    """How much of what was sent a peer has taken; it never becomes less.
+class AckedBytes:
+    """How many of the sent bytes a peer has taken; never decreases.
 
-    What is still pending a Unix socket counts with the kernel's own overhead: taken at its word, each
-    send would look as if the peer had done something.
+    A Unix socket counts pending bytes with the kernel's own overhead.  Without the maximum kept here, each
+    send would look as if the peer had taken something.
     """
 
     def __init__(self, channel: Channel) -> None:
@@ -35,15 +35,15 @@ class Taken:
         return self._most_bytes
 
 
-class SilenceWatch:
-    """A thread that looks for signs of life ten times in each ``timeout_ms()``.
+class PeerTimeout:
+    """A thread that checks for signs of life ten times in each ``timeout_ms()``.
 
-    It counts its own looks, not the time: a process that was itself stopped for long finds no silence.
+    It counts its checks, not the time: a process that was stopped itself for long finds no silence.
 
-    :param timeout_ms: how much silence is too much; asked each time, 0 = as much as you like.
-    :param signs: anything that changes whenever the peer does something.
-    :param waiting: whether the peer is to do something; where it is not, silence is all right.
-    :param on_silence: called once, with the seconds, when there has been too much of it.
+    :param timeout_ms: how long the peer may do nothing, read before each check; 0: without a bound.
+    :param signs: any value that changes whenever the peer does something.
+    :param waiting: whether the peer has something to do; its silence counts only then.
+    :param on_silence: called once, with the seconds, when the time is over.
     """
 
     def __init__(

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fakes.waiting import wait_until
-from postcopy.channel import gathering
+from postcopy.channel import writev
 from postcopy.channel.address import FdAddress, FileAddress, TcpAddress
 from postcopy.channel.connect import connect
-from postcopy.channel.gathering import Gathering
 from postcopy.channel.listen import Listener
+from postcopy.channel.writev import PendingPieces
 from postcopy.errors import ChannelBroken
 
 WORD, PAGE = 8, 64
@@ -58,8 +58,8 @@ class Taker:
 def test_it_goes_on_where_the_kernel_stopped(cut):
     pieces = Scattered([WORD, PAGE] * 3)
     before = pieces.table.copy()
-    left, taker = Gathering(pieces.table), Taker(cut)
-    with mock.patch.object(gathering, "write_pieces", taker):
+    left, taker = PendingPieces(pieces.table), Taker(cut)
+    with mock.patch.object(writev, "write_pieces", taker):
         while left:
             left.write(3)
     assert taker.taken == pieces.bytes
@@ -73,8 +73,8 @@ def test_it_goes_on_where_the_kernel_stopped(cut):
 )
 def test_any_pieces_in_any_shares(lengths, shares, limit):
     pieces = Scattered(lengths)
-    left, taker = Gathering(pieces.table), Taker(*shares)
-    with mock.patch.multiple(gathering, write_pieces=taker, IOV_MAX=limit):
+    left, taker = PendingPieces(pieces.table), Taker(*shares)
+    with mock.patch.multiple(writev, write_pieces=taker, IOV_MAX=limit):
         position = 100
         while left:
             position += left.write_at(3, position)
@@ -124,8 +124,8 @@ def test_a_peer_that_is_gone_is_named():
     pieces = Scattered([1000] * 2000)
     with Listener(TcpAddress("127.0.0.1", 0)) as listener:
         near = connect(listener.addresses[0])
-        with listener.accept(10) as far:
-            far._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        with listener.accept(10) as far, socket.socket(fileno=os.dup(far.fileno())) as same:
+            same.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     def send_until_refused():
         while True:
@@ -182,4 +182,4 @@ def test_a_page_that_cannot_be_read_is_told_as_such():
 
 
 def test_the_limit_is_the_kernels():
-    assert os.sysconf("SC_IOV_MAX") == gathering.IOV_MAX
+    assert os.sysconf("SC_IOV_MAX") == writev.IOV_MAX

@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from postcopy.channel.claim import SUFFIX, Claim, claimed
+from postcopy.channel.path_lock import SUFFIX, PathLock, path_locked
 from postcopy.errors import Refused
 
 DIES = """
 import os, signal, sys
-from postcopy.channel.claim import Claim
-claim = Claim(sys.argv[1])
+from postcopy.channel.path_lock import PathLock
+claim = PathLock(sys.argv[1])
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -22,22 +22,22 @@ def path(tmp_path):
 
 
 def test_a_second_writer_is_refused_until_the_first_has_done(path):
-    first = Claim(path)
+    first = PathLock(path)
     for _ in range(2):
         with pytest.raises(Refused) as refused:
-            Claim(path)
+            PathLock(path)
     assert str(refused.value) == (
         f"another process is writing {path}; wait until that is done, or give another path"
     )
     first.release()
     first.release()
-    with claimed(path):
+    with path_locked(path):
         pass
     assert not list(path.parent.iterdir())
 
 
 def test_other_files_are_free(path):
-    with claimed(path), claimed(f"{path}.partial"), claimed(path.with_name("other")):
+    with path_locked(path), path_locked(f"{path}.partial"), path_locked(path.with_name("other")):
         pass
 
 
@@ -45,23 +45,23 @@ def test_a_killed_writer_is_in_nobodys_way(path):
     ended = subprocess.run([sys.executable, "-c", DIES, path], timeout=30, check=False)
     assert ended.returncode == -9
     assert path.with_name(f"image{SUFFIX}").exists()
-    with claimed(path), pytest.raises(Refused):
-        Claim(path)
+    with path_locked(path), pytest.raises(Refused):
+        PathLock(path)
     assert not list(path.parent.iterdir())
 
 
 def test_a_lock_that_is_taken_away_while_it_is_waited_for_is_taken_anew(path, monkeypatch):
     """Its holder has released it between our opening and locking it."""
-    first, take = Claim(path), Claim._is_there
+    first, take = PathLock(path), PathLock._is_there
     looks = []
 
     def gone(claim):
         looks.append(take(claim))
         return looks[-1]
 
-    monkeypatch.setattr(Claim, "_is_there", gone)
-    monkeypatch.setattr("postcopy.channel.claim._locked", lambda fd: (first.release(), True)[1])
-    second = Claim(path)
+    monkeypatch.setattr(PathLock, "_is_there", gone)
+    monkeypatch.setattr("postcopy.channel.path_lock._locked", lambda fd: (first.release(), True)[1])
+    second = PathLock(path)
     assert looks == [False, True]
     second.release()
 
@@ -69,7 +69,7 @@ def test_a_lock_that_is_taken_away_while_it_is_waited_for_is_taken_anew(path, mo
 def test_a_link_is_not_followed(path, tmp_path):
     (tmp_path / f"image{SUFFIX}").symlink_to("elsewhere")
     with pytest.raises(OSError, match="symbolic link"):
-        Claim(path)
+        PathLock(path)
     assert not (tmp_path / "elsewhere").exists()
 
 
@@ -78,5 +78,5 @@ def test_where_nothing_can_be_locked_nobody_is_kept_out(path, monkeypatch):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr("fcntl.flock", unsupported)
-    with claimed(path), claimed(path):
+    with path_locked(path), path_locked(path):
         pass
