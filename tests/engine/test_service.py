@@ -8,7 +8,10 @@ import pytest
 
 from postcopy.destination.destination import Destination
 from postcopy.engine import incoming
-from postcopy.engine.service import EngineService
+from postcopy.engine.context import EngineContext
+from postcopy.engine.incoming import Incoming
+from postcopy.engine.outgoing import Outgoing
+from postcopy.link.rpc import Link
 from postcopy.source.source import Source
 from postcopy.status import Progress, Status
 
@@ -40,27 +43,27 @@ class PausedDestination(Job, Destination):
 
 
 @pytest.fixture
-def service():
+def context():
     ours, theirs = socket.socketpair()
     with contextlib.closing(ours), contextlib.closing(theirs):
-        made = EngineService(theirs)
-        made._context.progress = Progress(begin=Status.POSTCOPY_PAUSED)
+        made = EngineContext(Link(theirs, {}))
+        made.progress = Progress(begin=Status.POSTCOPY_PAUSED)
         yield made
 
 
-def test_who_orders_a_resume_is_answered_before_anything_is_said_to_the_peer(service):
+def test_a_resume_is_answered_before_anything_is_sent_to_the_peer(context):
     """An engine that dies in a recovery must not take its answer to the order with it."""
-    service._context.job = job = PausedSource()
-    orders, here = service._link._handlers, threading.current_thread().name
-    orders["resume_source"](uri="tcp:127.0.0.1:1")
+    context.job = job = PausedSource()
+    orders, here = Outgoing(context), threading.current_thread().name
+    orders.resume_source(uri="tcp:127.0.0.1:1")
     assert job.calls == [("begin", here)]
-    orders["go_on"]()
+    orders.go_on()
     assert job.done.wait(10)
     assert job.calls == [("begin", here), ("recover", "source")]
 
 
-def test_another_address_can_be_given_as_soon_as_the_first_is_listened_on(service, monkeypatch):
-    """Who stops the waiting must find the door that is waited at, not the one of the time before."""
+def test_another_address_can_be_given_as_soon_as_the_first_is_listened_on(context, monkeypatch):
+    """An end of the wait must find the present listener, not the one of the time before."""
 
     class Listener:
         def __init__(self, _):
@@ -70,8 +73,8 @@ def test_another_address_can_be_given_as_soon_as_the_first_is_listened_on(servic
             return []
 
     monkeypatch.setattr(incoming, "Listener", Listener)
-    service._context.job = job = PausedDestination()
+    context.job = job = PausedDestination()
     here = threading.current_thread().name
-    service._link._handlers["recover_destination"](uri="tcp:127.0.0.1:0")
+    Incoming(context).recover_destination(uri="tcp:127.0.0.1:0")
     assert job.done.wait(10)
     assert job.calls == [("stop waiting", here), ("begin", here), ("recover", "destination")]

@@ -18,6 +18,8 @@ from machine.machines import MIB, config_for, need, wait_for_progress, wait_for_
 from postcopy.channel.address import TcpAddress
 from postcopy.events import Event, EventBus
 from postcopy.link.guest.control import MigrationControl
+from postcopy.link.guest.engine_process import EngineProcess
+from postcopy.link.guest.keeper import GuestKeeper
 from postcopy.link.guest.watchdog import HANG_LOOKS
 from postcopy.machine import oracle
 from postcopy.machine.config import MachineConfig
@@ -153,10 +155,24 @@ class Side:
             told.append(f"PASS {word}" if key == "pass" else word)
         return told
 
+    @property
+    def engine(self) -> EngineProcess | None:
+        """The engine that works for this side now, to be killed or stopped by a test."""
+        return self.control._engine
+
+    @property
+    def reset_engine(self) -> EngineProcess | None:
+        """The engine of the reset point."""
+        return self.control.resetting._engines.current
+
+    @property
+    def keeper(self) -> GuestKeeper:
+        """The keeper of this side's guest: descriptors and page map."""
+        return self.control._keeper
+
     def engine_process_id(self) -> int:
-        engine = self.control._engine
-        assert engine is not None
-        return engine.process_id
+        assert self.engine is not None
+        return self.engine.process_id
 
     def stop_engine(self) -> int:
         """As a debugger does; return its process.
@@ -171,7 +187,7 @@ class Side:
 
     def received(self) -> np.ndarray:
         """Which pages a destination has, as its page map says."""
-        (fd,) = self.control._keeper._page_maps
+        (fd,) = self.keeper._page_maps
         (region,) = self.machine.regions()
         pages = PageMap(os.dup(fd), region.size_bytes // region.page_size_bytes)
         have = ~pages.missing()
@@ -188,7 +204,7 @@ class Side:
     def close(self) -> None:
         self.control.close()
         # The process would end here.  A vCPU that waits for a page table cannot be parked before.
-        service = self.control._keeper
+        service = self.keeper
         with service._lock:  # the engine's last call may be at work yet
             watches, maps = (service._missing, service._writes), service._page_maps
             service._missing = service._writes = None

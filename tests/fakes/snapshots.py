@@ -91,7 +91,7 @@ class Portrait:
         """The guest is here, works, and nothing watches its writes any more."""
         assert self.machine.owned
         assert self.machine.running
-        assert self.side.control._keeper._snapshot is None
+        assert self.side.keeper._snapshot is None
         wait_for_progress(self.machine, self.workload)
 
     def check_memory(self) -> None:

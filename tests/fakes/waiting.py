@@ -1,5 +1,6 @@
 """Waiting in tests for a condition, never for a time."""
 
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -32,3 +33,11 @@ def wait_until(
     if not holds_within(timeout_s, condition):
         told = what() if callable(what) else what
         raise AssertionError(f"not within {timeout_s} s: {told or condition}\n{stacks()}")
+
+
+def is_inside(thread: threading.Thread, function: str) -> bool:
+    """Whether a thread is in a call of the function of this name."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None and frame.f_code.co_name != function:
+        frame = frame.f_back
+    return frame is not None

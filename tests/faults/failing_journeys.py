@@ -116,7 +116,7 @@ def succession(scene: Scene) -> None:
     """The engines of both sides die, and others are started in their place."""
     trip = _in_postcopy(scene)
     sides = (trip.source, trip.destination)
-    engines = [side.control._engine for side in sides]
+    engines = [side.engine for side in sides]
     scene.arm()
     for engine in engines:
         engine.kill()

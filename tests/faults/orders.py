@@ -284,10 +284,10 @@ def _harm(case: Case, broken: Recovering) -> None:
 
 def kill_engine(side: Side) -> None:
     """Kill the engine at work, if there is one."""
-    engine = side.control._engine
+    engine = side.engine
     if engine is not None and side.status not in ENDED:
         engine.kill()
-        wait_until(lambda: side.control._engine is not engine, DEADLINE_S, "nobody noticed")
+        wait_until(lambda: side.engine is not engine, DEADLINE_S, "nobody noticed")
 
 
 def _settle(broken: Recovering, said: str, case: Case) -> None:

@@ -93,8 +93,7 @@ class Recovering:
 
         def going_on():
             return all(
-                side.control._engine is not None and side.status is Status.POSTCOPY_ACTIVE
-                for side in sides
+                side.engine is not None and side.status is Status.POSTCOPY_ACTIVE for side in sides
             )
 
         wait_until(

@@ -196,14 +196,12 @@ def _kill(sides):
     """Kill their engines, where one is at work; return how many, when that has been noticed."""
     killed = []
     for side in sides:
-        engine = side.control._engine
+        engine = side.engine
         if engine is not None and side.status not in {Status.COMPLETED, Status.FAILED}:
             engine.kill()
             killed.append((side, engine))
     for side, engine in killed:
-        wait_until(
-            lambda s=side, e=engine: s.control._engine is not e, DEADLINE_S, "nobody noticed"
-        )
+        wait_until(lambda s=side, e=engine: s.engine is not e, DEADLINE_S, "nobody noticed")
     return len(killed)
 
 

@@ -125,7 +125,7 @@ def test_a_command_that_has_carried_it_and_fails(journey, tmp_path):
 
 def test_an_engine_that_dies_with_the_end_sent(journey, tmp_path, stalled):
     trip = given_up_through(journey, tmp_path, "fd: of a pipe", stalled("source.end-sent"))
-    trip.source.control._engine.kill()
+    trip.source.engine.kill()
     uncertain(trip)
     trip.destination.wait(Status.COMPLETED)
     trip.verify(trip.destination)

@@ -73,7 +73,7 @@ def test_in_a_restore(journey, tmp_path):
     before = side.engine_process_id()
     side.stop_engine()
     wait_until(
-        lambda: (engine := side.control._engine) is not None and engine.process_id != before,
+        lambda: (engine := side.engine) is not None and engine.process_id != before,
         20,
         "a successor",
     )

@@ -176,9 +176,9 @@ def test_recovery(journey, tmp_path, kill_at, point):
         channel = broken.start()
         broken.until_postcopy()
         if point == "source.adopted":
-            broken.source.control._engine.kill()
+            broken.source.engine.kill()
         elif point == "destination.adopted":
-            broken.destination.control._engine.kill()
+            broken.destination.engine.kill()
         channel.break_all()
         broken.until_settled()
         if point != "destination.adopted":

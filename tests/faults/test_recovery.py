@@ -201,7 +201,7 @@ def notice_late(monkeypatch):
                 asked.set()
 
         monkeypatch.setattr(link, "call", call_and_tell)
-        side.control._engine.kill()
+        side.engine.kill()
 
     return kill
 

@@ -56,10 +56,9 @@ def back(side):
 
 def kill_engine(side):
     """The engine of the point dies, and somebody notices."""
-    resetting = side.control.resetting
-    engine = resetting._engines.current
+    engine = side.reset_engine
     os.kill(engine.process_id, signal.SIGKILL)
-    wait_until(lambda: resetting._engines.current is None, DEADLINE_S, "the end of an engine")
+    wait_until(lambda: side.reset_engine is None, DEADLINE_S, "the end of an engine")
 
 
 @pytest.mark.parametrize("accelerator", ["kvm", "unicorn"])
@@ -124,7 +123,7 @@ def test_while_the_point_is_set(journey, kill_at, point):
     arm()
     with pytest.raises(EngineDied, match="set it again"):
         side.control.resetting.set_point()
-    assert side.control._keeper._writes is None
+    assert side.keeper._writes is None
     with pytest.raises(WrongState, match="there is no reset point"):
         side.control.resetting.reset()
     then = set_point(side)
@@ -162,12 +161,11 @@ def kill(engine):
 def test_at_any_moment(journey):
     trip = journey(hammer(vcpus=2))
     side = trip.source
-    resetting = side.control.resetting
     then = set_point(side)
     rng = random.Random(SEED)
     for _ in range(15):
         wait_for_progress(side.machine, trip.workload)
-        timer = threading.Timer(rng.uniform(0, 0.004), kill, (resetting._engines.current,))
+        timer = threading.Timer(rng.uniform(0, 0.004), kill, (side.reset_engine,))
         timer.start()
         assert (back(side)[0] == then).all()
         timer.join()

@@ -49,9 +49,9 @@ def test_into_huge_pages(huge_pages, journey, tmp_path, form):
     trip = journey(hammer(64, fill_kib=16 << 10))
     trip.new_destination(huge_pages=True)
     side = half_awake(trip, tmp_path / "image", form)
-    engine = side.control._engine
+    engine = side.engine
     engine.kill()
-    wait_until(lambda: side.control._engine not in {None, engine}, DEADLINE_S, "a successor")
+    wait_until(lambda: side.engine not in {None, engine}, DEADLINE_S, "a successor")
     side.set(parameters=AT_ONCE)
     woken(trip)
 
@@ -99,7 +99,7 @@ def test_at_random_moments(journey, tmp_path, seed, form):
     for _ in range(4):
         _wait_for_faults_or_the_last(trip, side, moments.randrange(1, 60))
         before = side.engine_process_id()
-        side.control._engine.kill()
+        side.engine.kill()
         wait_until(lambda old=before: _engine_is_new(side, old), DEADLINE_S, "a successor")
         wait_for_progress(side.machine, trip.workload)
         assert side.status is Status.POSTCOPY_ACTIVE
@@ -113,7 +113,7 @@ def test_engines_that_all_die_leave_a_guest_that_waits(journey, tmp_path, monkey
     path = tmp_path / "image"
     side = half_awake(trip, path)
     subscribe(monkeypatch, trace_hooks.kill_at("restore.watching"))
-    side.control._engine.kill()
+    side.engine.kill()
     side.until(Status.POSTCOPY_PAUSED)
     assert "no other could take its place: they die one after the other" in side.error
     unsubscribe(monkeypatch)
@@ -132,7 +132,7 @@ def test_engines_that_die_of_their_first_page_are_not_started_for_ever(
     path = tmp_path / "image"
     side = half_awake(trip, path)
     subscribe(monkeypatch, trace_hooks.kill_at("restore.serving"))
-    side.control._engine.kill()
+    side.engine.kill()
     side.until(Status.POSTCOPY_PAUSED)
     assert "they die one after the other" in side.error
     unsubscribe(monkeypatch)
@@ -147,7 +147,7 @@ def test_an_image_that_has_gone_is_asked_for(journey, tmp_path):
     path = tmp_path / "image"
     side = half_awake(trip, path)
     path.rename(tmp_path / "elsewhere")
-    side.control._engine.kill()
+    side.engine.kill()
     side.until(Status.POSTCOPY_PAUSED)
     assert str(path) in side.error
     path.write_bytes((tmp_path / "elsewhere").read_bytes()[:-1] + b"?")
@@ -189,5 +189,5 @@ def test_what_is_set_while_nobody_is_at_work_counts(journey, tmp_path):
 
 
 def _engine_is_new(side, old):
-    engine = side.control._engine
+    engine = side.engine
     return engine is not None and engine.process_id != old

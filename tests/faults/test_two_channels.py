@@ -1,4 +1,4 @@
-"""The main channel and the one for urgent pages: either may be late, wrong or cut."""
+"""The main channel and the preempt channel: either may be late, wrong or cut."""
 
 import pytest
 
@@ -19,8 +19,8 @@ def trip(journey, tmp_path):
         yield recovering
 
 
-def all_but_urgent_sent(trip):
-    """Everything is pushed, and the urgent pages are held on their way."""
+def all_but_requested_sent(trip):
+    """Everything is pushed, and the requested pages are held on their way."""
     channel = trip.start()
     channel.hold(URGENT)
     trip.until_postcopy()
@@ -32,17 +32,17 @@ def all_but_urgent_sent(trip):
     return channel
 
 
-def test_urgent_pages_that_come_after_the_end_of_all_others(trip):
-    channel = all_but_urgent_sent(trip)
+def test_requested_pages_that_come_after_the_end_of_all_others(trip):
+    channel = all_but_requested_sent(trip)
     assert END_OF_RAM.begin not in channel.recorded()
     assert trip.destination.status is Status.POSTCOPY_ACTIVE
     channel.release(URGENT)
     trip.trip.finish()
 
 
-def test_urgent_pages_lost_behind_the_end_of_all_others(trip):
+def test_requested_pages_lost_behind_the_end_of_all_others(trip):
     """The source has nothing left to send, and learns in the recovery that it has."""
-    channel = all_but_urgent_sent(trip)
+    channel = all_but_requested_sent(trip)
     channel.break_all()
     trip.until_settled()
     assert {trip.source.status, trip.destination.status} == {Status.POSTCOPY_PAUSED}
@@ -51,7 +51,7 @@ def test_urgent_pages_lost_behind_the_end_of_all_others(trip):
     trip.trip.finish()
 
 
-def test_urgent_pages_that_overtake_all_others(trip):
+def test_requested_pages_that_overtake_all_others(trip):
     channel = trip.start()
     trip.until_postcopy()
     channel.hold(MAIN)

@@ -1,4 +1,4 @@
-"""The channel of urgent pages between us and a real QEMU, in both roles."""
+"""The preempt channel between us and a real QEMU, in both roles."""
 
 import pytest
 
@@ -77,11 +77,11 @@ def test_to_qemu(workload, qemu, relay):
 
 
 @pytest.mark.proves(Way.TO, Feature.PREEMPT_RECOVERY)
-@pytest.mark.parametrize("connection", [0, 1], ids=["main", "urgent"])
+@pytest.mark.parametrize("connection", [0, 1], ids=["main", "preempt"])
 def test_to_qemu_with_a_break(workload, qemu, relay, connection):
     with OurGuest.running(workload, "kvm") as ours:
         leave(ours, qemu, relay)
-        wait_until(lambda: len(relay.recorded(connection=1)) > 40_000, 20, "urgent pages")
+        wait_until(lambda: len(relay.recorded(connection=1)) > 40_000, 20, "requested pages")
         relay.connections[connection].close()
         ours.migration.progress.wait(Status.POSTCOPY_PAUSED, timeout=20)
         qemu.wait_migration("postcopy-paused")
@@ -125,7 +125,7 @@ def test_from_qemu(tmp_path, workload, qemu, relay, broken):
         qemu("migrate-start-postcopy")
         ours.migration.progress.wait(Status.POSTCOPY_ACTIVE, timeout=20)
         if broken:
-            wait_until(lambda: len(relay.recorded(connection=1)) > 40_000, 20, "urgent pages")
+            wait_until(lambda: len(relay.recorded(connection=1)) > 40_000, 20, "requested pages")
             relay.break_all()
             ours.migration.progress.wait(Status.POSTCOPY_PAUSED, timeout=20)
             qemu.wait_migration("postcopy-paused")

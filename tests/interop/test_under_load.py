@@ -17,7 +17,7 @@ MEMORY_BYTES = 256 * MIB
 
 
 def test_postcopy_of_a_hammered_guest(tmp_path):
-    """More than the window many times over goes through it, and urgent pages by its side."""
+    """More than the window many times over goes through it, and requested pages beside it."""
     need("kvm")
     workload = workloads.load("hammer", MEMORY_BYTES, 2)
     with (

@@ -184,7 +184,7 @@ def test_a_break_after_switchover_pauses_both_and_loses_nothing(journey, tmp_pat
         if kind == "break":
             relay.break_all()
         else:
-            (source if kind.startswith("source") else destination).control._engine.kill()
+            (source if kind.startswith("source") else destination).engine.kill()
         source.wait(Status.POSTCOPY_PAUSED)
         destination.wait(Status.POSTCOPY_PAUSED)
     assert not source.machine.owned

@@ -22,7 +22,7 @@ from postcopy.status import Status
 @contextlib.contextmanager
 def held(side: Side):
     """Its engine stands still, and so does the restore."""
-    engine = side.control._engine
+    engine = side.engine
     side.stop_engine()
     try:
         yield engine

@@ -1,4 +1,4 @@
-"""Postcopy with a channel of its own for urgent pages (``postcopy-preempt``)."""
+"""Postcopy with a channel of its own for requested pages (``postcopy-preempt``)."""
 
 import pytest
 
@@ -66,7 +66,7 @@ def test_what_is_asked_for_and_nothing_else_goes_over_the_second_connection(jour
     assert ram.postcopy_bytes >= len(urgent)
 
 
-def test_urgent_pages_do_not_wait_for_the_bandwidth_limit(journey):
+def test_requested_pages_do_not_wait_for_the_bandwidth_limit(journey):
     """At 64 KiB/s the push alone would take minutes; the guest touches all it needs in seconds."""
     trip = journey(hammer(vcpus=2), capabilities=PREEMPT, parameters=TRICKLE)
     begin(trip)
@@ -91,12 +91,12 @@ def test_over_a_unix_socket(journey, tmp_path):
     trip.finish()
 
 
-@pytest.mark.parametrize("connection", [0, 1], ids=["main", "urgent"])
+@pytest.mark.parametrize("connection", [0, 1], ids=["main", "preempt"])
 def test_either_channel_breaks_and_both_recover(journey, relay, connection):
     trip = journey(hammer(vcpus=2), capabilities=PREEMPT, parameters=TRICKLE)
     begin(trip, relay)
     trip.source.wait(Status.POSTCOPY_ACTIVE)
-    wait_until(lambda: len(relay.recorded(connection=1)) > 40_000, 20, "urgent pages")
+    wait_until(lambda: len(relay.recorded(connection=1)) > 40_000, 20, "requested pages")
     relay.connections[connection].close()
     wait_paused(trip)
     trip.source.set(parameters={"max-postcopy-bandwidth": 0})

@@ -73,12 +73,12 @@ def test_thousands_of_resets_leave_nothing_behind(journey):
     resetting = side.control.resetting
     for _ in range(10):
         resetting.reset()
-    engine = resetting._engines.current.process_id
+    engine = side.reset_engine.process_id
     before = held("self"), held(engine)
     for _ in range(2000):
         resetting.reset()
     assert (back(side)[0] == then).all()
-    assert resetting._engines.current.process_id == engine
+    assert side.reset_engine.process_id == engine
     for (fds, memory), process in zip(before, ("self", engine), strict=True):
         fds_now, memory_now = held(process)
         assert fds_now <= fds
@@ -199,7 +199,7 @@ def test_it_excludes_migrations_and_snapshots(journey, tmp_path):
         side.control.migrate(f"file:{tmp_path}/picture")
     side.control.set_capabilities({Capability.BACKGROUND_SNAPSHOT: False})
     resetting.end()
-    assert side.control._keeper._writes is None
+    assert side.keeper._writes is None
     with pytest.raises(WrongState, match="no reset point"):
         resetting.reset()
     side.set(parameters={"max-bandwidth": 1 << 20})
@@ -244,5 +244,5 @@ def test_a_damaged_image_is_refused_before_the_guest_is_touched(journey, tmp_pat
         file.write(bytes([byte[0] ^ 1]))
     with pytest.raises(ImageError, match="digest"):
         side.control.resetting.set_point(str(path))
-    assert not side.control._keeper.reset_point
+    assert not side.keeper.reset_point
     trip.verify(side)

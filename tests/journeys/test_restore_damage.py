@@ -114,13 +114,13 @@ def test_a_successor_does_not_serve_it_either(damaged):
     wake(side, damaged.path)
     wait_until(lambda: side.error or side.status in ENDED, DEADLINE_S, "the loss")
     if side.status not in ENDED:
-        side.control._engine.kill()
+        side.engine.kill()
     side.set(parameters=AT_ONCE)
     assert side.control.progress.wait(*ENDED, timeout=DEADLINE_S) is Status.FAILED
     with pytest.raises(GuestError, match="is lost"):
         side.machine.read_memory(damaged.page * PAGE_BYTES, 8)
     assert f"{CHUNK_PAGES} pages are lost" in side.error
-    assert side.control._keeper.lost == {"microvm.ram": CHUNK_PAGES}
+    assert side.keeper.lost == {"microvm.ram": CHUNK_PAGES}
 
 
 def test_who_touches_it_fails_loudly(journey, tmp_path):

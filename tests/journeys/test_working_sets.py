@@ -110,9 +110,9 @@ def test_what_an_engine_has_seen_outlives_it(journey, tmp_path, form):
         return side.received()[hot].all()
 
     wait_until(all_here, DEADLINE_S, "the pages that the guest works on")
-    old = side.control._engine
+    old = side.engine
     old.kill()
-    wait_until(lambda: side.control._engine not in {None, old}, DEADLINE_S, "a successor")
+    wait_until(lambda: side.engine not in {None, old}, DEADLINE_S, "a successor")
     side.set(parameters=AT_ONCE)
     woken(trip)
     blocks = {"microvm.ram": trip.workload.memory_bytes // 4096}

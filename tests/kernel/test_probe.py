@@ -101,7 +101,7 @@ def test_kvm_that_cannot_be_opened(monkeypatch, code, cure):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(probe.os, "open", closed)
-    (finding,) = probe._kvm()
+    finding = found()["KVM"]
     assert not finding.available
     assert finding.cure.startswith(cure)
 
@@ -118,7 +118,7 @@ def test_cpus_that_cannot_be_kept_awake(monkeypatch, tmp_path, code, cure):
     device.touch()
     monkeypatch.setattr(cpu_latency, "DEVICE", device)
     monkeypatch.setattr(probe.os, "open", closed)
-    (finding,) = probe._cpu_latency()
+    finding = found()[AWAKE]
     assert not finding.available
     assert "0.1 ms longer" in finding.detail
     assert finding.cure.startswith(cure)
@@ -129,13 +129,13 @@ def test_looking_for_the_device_asks_for_nothing(monkeypatch, tmp_path):
     device = tmp_path / "cpu_dma_latency"
     device.touch()
     monkeypatch.setattr(cpu_latency, "DEVICE", device)
-    (finding,) = probe._cpu_latency()
+    finding = found()[AWAKE]
     assert (finding.available, finding.cure) == (True, "")
     assert device.read_bytes() == b""
 
 
 def test_an_older_kernels_lacking_features_name_the_kernel_that_has_them(monkeypatch):
     monkeypatch.setattr(userfaultfd_open, "supported_features", lambda: Feature.THREAD_ID)
-    findings = {finding.name: finding for finding in probe._features()}
+    findings = found()
     assert findings["userfaultfd: THREAD_ID"].available
     assert findings["userfaultfd: WP_ASYNC"].cure == "use Linux 6.7 or newer"

@@ -83,8 +83,8 @@ def test_a_destination_that_is_left_takes_its_socket_with_it(tmp_path):
 def test_a_prepared_engine_that_dies_is_not_asked_to_listen():
     side = Side(MachineConfig(8 << 20, accel="kvm"), incoming=True)
     try:
-        side.control._engine.kill()
-        wait_until(lambda: side.control._engine is None, 10, "its end is noticed")
+        side.engine.kill()
+        wait_until(lambda: side.engine is None, 10, "its end is noticed")
         assert side.listen().startswith("tcp:")
         assert side.status is Status.SETUP
     finally:

@@ -52,12 +52,17 @@ def test_a_halted_vcpu_idles_and_can_be_stopped(accelerator):
     with run_image(HALTS, accelerator, privilege=0) as watched:
         machine = watched.machine
         machine.start()
-        wait_until(lambda: machine._vcpus[0]._halted)
-        assert machine.run_state is RunState.RUNNING
+
+        def halted():
+            assert machine.run_state is RunState.RUNNING
+            machine.pause()
+            states = machine.save_devices()
+            machine.resume()
+            common = next(state for state in states if state.name == "cpu_common")
+            return common.payload[:4] == b"\0\0\0\1"
+
+        wait_until(halted)
         machine.pause()
-        states = machine.save_devices()
-        common = next(state for state in states if state.name == "cpu_common")
-        assert common.payload[:4] == b"\0\0\0\1"
         machine.resume()
         machine.stop()
         assert machine.run_state is RunState.PAUSED

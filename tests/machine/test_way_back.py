@@ -67,14 +67,14 @@ def test_whom_the_user_has_stopped_stays_so(accelerator):
         machine.pause()
         states = machine.save_devices()
         back = machine.way_back(states)
-        tsc = machine._vcpus[0].get_state().tsc
+        tsc = machine_state(states).tsc
         machine.resume()
         wait_for_counts(machine)
         machine.stop()
         machine.pause()
-        assert machine._vcpus[0].get_state().tsc > tsc
+        assert machine_state(machine.save_devices()).tsc > tsc
         back()
-        again = machine._vcpus[0].get_state()
+        again = machine_state(machine.save_devices())
         assert again.rip == machine_state(states).rip
         machine.resume()
         assert machine.run_state is RunState.PAUSED
