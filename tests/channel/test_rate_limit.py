@@ -74,13 +74,11 @@ def test_waiting_takes_as_long_as_the_bytes_need(clock):
 
 
 def test_a_new_rate_counts_for_who_already_waits(clock):
-    limiter = RateLimiter(1, clock)
-
     def sleep(seconds):
         clock.sleep(seconds)
         limiter.set_rate(0)
 
-    limiter._sleep = sleep
+    limiter = RateLimiter(1, clock, sleep)
     assert limiter.wait(1 << 20)
     assert len(clock.naps) == 1
 

@@ -106,7 +106,7 @@ class Descriptors(Way):
     """Two descriptors of this process, which are given away with the order."""
 
     def listen(self, order: Callable[[str], str]) -> None:
-        theirs, self._ours = self.ends()
+        theirs, self.ours = self.ends()
         try:
             order(f"fd:{theirs}")
         finally:
@@ -114,9 +114,9 @@ class Descriptors(Way):
 
     def send(self, order: Callable[[str], object]) -> None:
         try:
-            order(f"fd:{self._ours}")
+            order(f"fd:{self.ours}")
         finally:
-            os.close(self._ours)
+            os.close(self.ours)
 
     def ends(self) -> tuple[int, int]:
         raise NotImplementedError

@@ -40,7 +40,7 @@ class Connection:
         self.server = server
         self.recorded = {way: bytearray() for way in Way}
         self.cut = threading.Event()
-        self._ways_open = len(Way)
+        self.ways_open = len(Way)
         self._lock = threading.Lock()
 
     def ends(self, way):
@@ -53,8 +53,8 @@ class Connection:
         buffers and wait, where a socket that is gone makes it fail.
         """
         with self._lock:
-            self._ways_open -= 1
-            if self._ways_open == 0:
+            self.ways_open -= 1
+            if self.ways_open == 0:
                 self.client.close()
                 self.server.close()
 

@@ -98,7 +98,7 @@ def test_nor_does_the_end_of_one_side_leave_a_black_hole(channel, both):
     assert receive_exactly(far, 3) == b"abc"
     near.close()
     (connection,) = channel.connections
-    wait_until(lambda: connection._ways_open == 1, 10, "one way has ended")
+    wait_until(lambda: connection.ways_open == 1, 10, "one way has ended")
     far.send(b"still there")
     assert not connection.cut.is_set()
     channel.break_all()

@@ -242,7 +242,7 @@ def test_cancel_in_the_switchover(journey, tmp_path, kind):
 def refused(side, way, kind, feature, *, resume=False):
     with contextlib.ExitStack() as stack:
         if isinstance(way, transports.Descriptors):
-            theirs, way._ours = way.ends()
+            theirs, way.ours = way.ends()
             stack.callback(os.close, theirs)
         way.where = getattr(way, "where", f"unix:{way.folder}/nobody")
         with pytest.raises(Refused) as said:

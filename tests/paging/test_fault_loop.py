@@ -161,7 +161,7 @@ class Forking:
     """As the userfaultfd of a process that forks: one message, and a pipe in place of the child's."""
 
     def __init__(self):
-        self.child, self._other = os.pipe()
+        self.child, self.other = os.pipe()
         self.fd, ready = os.pipe()
         os.write(ready, b"!")
         os.close(ready)
@@ -185,4 +185,4 @@ def test_the_watcher_of_a_forked_child_is_held_open_up_to_the_end():
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(forking.child)
     os.close(forking.fd)
-    os.close(forking._other)
+    os.close(forking.other)

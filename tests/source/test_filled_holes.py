@@ -60,14 +60,14 @@ class Destination:
         self.rate = Rate()
         self.rate.bytes_per_second = 1 << 20
         self._guest = guest
-        self._writes = list(writes)
+        self.writes_left = list(writes)
 
     def send(self, pages, batch, behind=b""):
         has_data = pages.has_data(batch)
         self.memory[batch] = 0
         self.memory[batch[has_data]] = pages.block.pages[batch[has_data], STAMP]
-        if self._writes:
-            self._guest.write(self._writes.pop(0))
+        if self.writes_left:
+            self._guest.write(self.writes_left.pop(0))
         return 0
 
     def pace(self, interrupt):
@@ -100,7 +100,7 @@ def travel(destination, guest, ending, last_write, requests):
     dirty.start()
     values = Parameters().with_changes({"downtime-limit": 1000})
     Precopy(dirty, destination, Counters(), requests, lambda: values, lambda _: None).run()
-    destination._writes.clear()
+    destination.writes_left.clear()
     guest.write(last_write)
     dirty.collect_all()
     (pages,) = dirty.blocks
