@@ -168,7 +168,7 @@ def test_an_end_before_all_has_come_is_a_break(bench):
     thread.join(10)
     (error,) = raised
     assert isinstance(error, ChannelBroken)
-    assert "ended before all of them had come" in str(error)
+    assert "ended before all requested pages had come" in str(error)
     assert not bench.failed.is_set()  # as a real QEMU ends it
 
 
