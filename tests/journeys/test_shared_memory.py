@@ -156,7 +156,7 @@ def test_engines_that_die(broken, shared):
     for _ in range(3):
         others.check(32)
         waiting = others.begin(32)
-        broken.destination.control._engine.kill()
+        broken.destination.engine.kill()
         resume(broken, waiting)
     arrive(broken, others)
 
@@ -172,7 +172,7 @@ def test_a_process_that_dies_in_the_midst_and_is_started_anew(broken, shared):
     others.add()
     others.check(32)
     waiting = others.begin(32)
-    broken.destination.control._engine.kill()
+    broken.destination.engine.kill()
     resume(broken, waiting)
     wait_for_progress(broken.destination.machine, broken.trip.workload)
     arrive(broken, others)
@@ -197,11 +197,9 @@ def test_a_lazy_restore_whose_engines_die(journey, tmp_path, shared, form):
     side = half_awake(trip, tmp_path / "image", form)
     for _ in range(3):
         waiting = others.begin(64)
-        engine = side.control._engine
+        engine = side.engine
         engine.kill()
-        wait_until(
-            lambda old=engine: side.control._engine not in {None, old}, DEADLINE_S, "a successor"
-        )
+        wait_until(lambda old=engine: side.engine not in {None, old}, DEADLINE_S, "a successor")
         assert [each.result() for each in waiting] == [[], []]
         wait_for_progress(side.machine, trip.workload)
     side.set(parameters=AT_ONCE)

@@ -17,9 +17,9 @@ from postcopy.kernel.pagemap import PagemapScanner
 from postcopy.memory.page_map import RECEIVED
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.fault_table import FaultTable
-from postcopy.paging.mapped import mapped_pages
 from postcopy.paging.pager import Pager
 from postcopy.paging.placement import Placement
+from postcopy.paging.ram import mapped_pages
 
 pytestmark = pytest.mark.userfaultfd
 
