@@ -43,7 +43,7 @@ class Worker:
     run = adopt = recover = begin_recovery = set_capabilities = stop_waiting = leave = start = (
         nothing
     )
-    described = nothing
+    described = share = nothing
 
 
 class AnyGuest:
