@@ -31,9 +31,12 @@ class DiskGuest(QemuProcess):
     """One QEMU with the guest, or one that waits for it.
 
     :param back_end: the path of the socket of its disk.
+    :param more: options of that socket.
     """
 
-    def __init__(self, folder: Path, back_end: Path, accelerator: str = "tcg", *, incoming=False):
+    def __init__(
+        self, folder: Path, back_end: Path, accelerator: str = "tcg", *, incoming=False, more=""
+    ):
         if accelerator == "kvm":
             need("kvm")
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +47,7 @@ class DiskGuest(QemuProcess):
         command = ["-M", f"{_MACHINE},memory-backend=microvm.ram", "-object", memory]
         command += ["-m", f"{MEMORY_BYTES >> 20}M", "-accel", accelerator, "-bios", str(firmware)]
         command += ["-global", "virtio-mmio.force-legacy=off", "-trace", f"{_FAULT}*"]
-        command += ["-chardev", f"socket,id=disk,path={back_end}"]
+        command += ["-chardev", f"socket,id=disk,path={back_end}{more}"]
         command += ["-device", "vhost-user-blk,id=disk0,chardev=disk"]
         super().__init__(folder, [*command, *(["-incoming", "defer"] if incoming else [])])
 

@@ -1,6 +1,8 @@
 """A real QEMU as front end of ``postcopy vhost-user-blk``: its guest moves, with its disk."""
 
+import contextlib
 import shutil
+import signal
 import subprocess
 
 import pytest
@@ -54,6 +56,22 @@ def test_a_guest_writes_and_reads_its_disk(tmp_path, sides, disk, accelerator):
         qemu.wait_writes(100)
         assert qemu.check_disk(disk) >= 600
     assert back_end.said == ""
+
+
+@ACCELERATORS
+def test_a_guest_goes_on_with_the_next_back_end(tmp_path, disk, accelerator):
+    """The request that was in flight is done by the other: the ring says which it was."""
+    folder = tmp_path / "back_end"
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(BackEnd(folder, disk))
+        path, more = first.path, ",reconnect-ms=20"
+        qemu = stack.enter_context(DiskGuest(tmp_path / "qemu", path, accelerator, more=more))
+        for number in (signal.SIGKILL, signal.SIGTERM):
+            qemu.wait_writes(100)
+            first.end(number)
+            first = stack.enter_context(BackEnd(folder, disk))
+            qemu.wait_writes(100)
+        assert qemu.check_disk(disk) >= 400
 
 
 @ACCELERATORS

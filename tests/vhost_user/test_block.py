@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import struct
 
 import pytest
@@ -18,6 +19,7 @@ from fakes.vhost_front_end import (
     OUT,
     PROTOCOL_FEATURES,
     REM_MEM_REG,
+    SET_BACKEND_REQ_FD,
     SET_CONFIG,
     SET_LOG_BASE,
     SET_VRING_ENABLE,
@@ -215,6 +217,23 @@ def test_the_next_front_end_is_served_when_one_has_gone(connected):
     assert first.driver.read(0, 512) == sector(0)
     first.front_end.close()
     assert connected().start().driver.read(1, 512) == sector(1)
+
+
+def test_a_disk_that_has_grown_is_told_to_the_front_end(connected, back_end, disk):
+    guest = connected().start()
+    channel, theirs = socket.socketpair()
+    assert guest.front_end.do(SET_BACKEND_REQ_FD, fds=[theirs.fileno()]) == 0
+    theirs.close()
+    with disk.open("ab") as file:
+        file.write(b"g" * 4096)
+    back_end.process.send_signal(signal.SIGUSR1)
+    channel.settimeout(30)
+    assert channel.recv(64) == struct.pack("=III", 2, 1, 0)
+    assert struct.unpack("<Q", guest.front_end.configuration(8)) == (SECTORS + 8,)
+    assert guest.driver.read(SECTORS, 4096) == b"g" * 4096
+    guest.front_end.close()
+    assert struct.unpack("<Q", connected().front_end.configuration(8)) == (SECTORS + 8,)
+    channel.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

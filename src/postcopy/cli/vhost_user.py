@@ -31,7 +31,8 @@ def vhost_user_blk(file: Path, path: Path, *, readonly: bool, num_queues: int) -
     """Serve FILE, a raw image or a block device, until SIGTERM or Ctrl-C.
 
     One front end at a time, another when it has gone.  A guest that moves takes its disk along, by precopy
-    and by postcopy: run one of these on each side, on the same file.
+    and by postcopy: run one of these on each side, on the same file.  SIGUSR1 makes it look at the size of
+    FILE again, and tell the guest.
 
     \b
     qemu-system-x86_64 -chardev socket,id=c0,path=PATH -device vhost-user-blk-pci,chardev=c0 \\

@@ -1,7 +1,7 @@
 """Processes forked by this one: seen to end, killed, and not outliving it."""
 
+import contextlib
 import os
-import select
 import signal
 import traceback
 from collections.abc import Callable
@@ -30,15 +30,10 @@ class Child:
         """For ``poll``."""
         return self._pidfd
 
-    def ended_within(self, timeout_s: float) -> bool:
-        """Wait for its end; return whether it has come."""
-        poll = select.poll()
-        poll.register(self, select.POLLIN)
-        return bool(calls.of_python("poll", "", poll.poll, timeout_s * 1000))
-
-    def kill(self) -> None:
-        """End it by ``SIGKILL``, which also ends a wait for a page of memory; harmless if it has ended."""
-        signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+    def send_signal(self, number: int) -> None:
+        """Send it a signal; harmless if it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, number)
 
     def wait(self) -> int:
         """Wait for its end and let go of it; return its exit code, or minus the signal that ended it."""
@@ -52,7 +47,7 @@ class Child:
 
     def __exit__(self, *_: object) -> None:
         if self._pidfd >= 0:
-            self.kill()
+            self.send_signal(signal.SIGKILL)  # which also ends a wait for a page of memory
             self.wait()
 
 

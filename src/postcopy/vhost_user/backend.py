@@ -1,5 +1,6 @@
 """What a back end does for each message of its front end: features, memory, rings, log, postcopy."""
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -113,12 +114,11 @@ class BackEnd:
         except (VhostUserError, RingError) as error:
             raise message.wrong(error.message, error.offset) from error
 
-    def tell_configuration_changed(self) -> bool:
-        """Have the front end read the configuration anew; return whether it has a channel for that."""
-        if self._to_front_end is None:
-            return False
-        self._to_front_end.send(BACK_END[BackendRequest.CONFIG_CHANGE_MSG])
-        return True
+    def tell_configuration_changed(self) -> None:
+        """Have the front end read the configuration anew, if it has given us a channel for that."""
+        if self._to_front_end is not None:
+            with contextlib.suppress(ConnectionError):  # it is gone, which is seen elsewhere
+                self._to_front_end.send(BACK_END[BackendRequest.CONFIG_CHANGE_MSG])
 
     def close(self) -> None:
         """Let go of everything."""

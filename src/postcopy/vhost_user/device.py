@@ -38,6 +38,10 @@ class Device:
     def agreed(self, features: int) -> None:
         """Take note of the feature bits that the driver has agreed on."""
 
+    def reload(self) -> bool:
+        """Look anew at what it is made of (``SIGUSR1``); return whether its configuration has changed."""
+        return False
+
     def process(self, queue: int, request: Request) -> int:
         """Do one request.
 
@@ -62,6 +66,10 @@ class BlockDevice(Device):
     def configuration(self) -> bytes:
         """See :class:`Device`."""
         return self._disk.configuration(queues=self.queues)
+
+    def reload(self) -> bool:
+        """Take note of another size of the file."""
+        return self._disk.look_at_size()
 
     def process(self, queue: int, request: Request) -> int:  # noqa: ARG002 - all rings are alike
         """See :class:`Device`."""

@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 from postcopy.channel.address import SocketPath, remove_stale
 from postcopy.errors import CannotListen, PostcopyError
@@ -28,23 +28,113 @@ _CLEAN_UP_S: Final = 1.0
 """A process must have ended within this time after its front end has gone."""
 
 _ENDING: Final = (signal.SIGTERM, signal.SIGINT)
+_RELOAD: Final = signal.SIGUSR1
 
 
 def serve(path: str | os.PathLike[str], device: Device, say: Say = lambda _: None) -> None:
     """Serve one front end after another at a Unix socket, until ``SIGTERM`` or ``SIGINT``.
 
     To be called in the main thread of a process that has no other: each front end gets a fork of it.
+    ``SIGUSR1`` calls :meth:`Device.reload`.
 
     :param say: is told in one line of what front ends and drivers did wrong.
     :raises CannotListen: the path is taken, or cannot be made.
     """
-    with _ended_by_signals() as ending, _listening(Path(path)) as door:
-        while _readable(door, ending):
-            connected, _ = door.accept()
-            work = partial(_serve_one, connected, door, device, say)
-            with connected, processes.Child(work) as child:
-                if not _until_over(child, connected, ending, say):
-                    return
+    with (
+        contextlib.suppress(_ToldToEnd),
+        _signals() as signals,
+        _listening(Path(path)) as door,
+    ):
+        _Server(door, signals, device, say).run()
+
+
+class _ToldToEnd(Exception):
+    """A signal has come that ends the server."""
+
+
+class _Server:
+    """The process that listens.
+
+    :param signals: readable when a signal has come; each byte is the number of one.
+    """
+
+    def __init__(
+        self, door: socket.socket, signals: socket.socket, device: Device, say: Say
+    ) -> None:
+        self._door = door
+        self._signals = signals
+        self._device = device
+        self._say = say
+        self._child: processes.Child | None = None
+
+    def run(self) -> NoReturn:
+        """Serve until :class:`_ToldToEnd`."""
+        while True:
+            self._wait((self._door, select.POLLIN))
+            with contextlib.suppress(
+                BlockingIOError, ConnectionAbortedError
+            ):  # it has gone already
+                connected, _ = self._door.accept()
+                with connected:
+                    self._serve(connected)
+
+    def _serve(self, connected: socket.socket) -> None:
+        with processes.Child(partial(self._live, connected)) as child:
+            self._child = child
+            try:
+                self._wait((child, select.POLLIN), (connected, select.POLLRDHUP))
+                if self._wait((child, select.POLLIN), timeout_s=_CLEAN_UP_S):
+                    self._tell_of_end(child.wait())
+                else:
+                    what = "its process waits for a page or for the disk: it is killed"
+                    self._say(f"a front end is gone, and {what}")
+            finally:
+                self._child = None
+
+    def _live(self, connected: socket.socket) -> None:
+        """The life of a process that serves a front end."""
+        with Session(connected, self._device, self._say) as session:
+            signal.set_wakeup_fd(-1)
+            for number in _ENDING:
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(_RELOAD, lambda *_: session.reload())
+            self._door.close()
+            try:
+                session.run()
+            except PostcopyError as error:
+                self._say(f"{error}; the connection is closed, and another front end can come")
+
+    def _tell_of_end(self, code: int) -> None:
+        if code < 0:
+            self._say(
+                f"the process that served a front end was ended by {signal.Signals(-code).name} (SIGBUS: "
+                "its memory was cut, or a page of it is lost); another front end can come"
+            )
+
+    def _wait(
+        self, *events: tuple[socket.socket | processes.Child, int], timeout_s: float | None = None
+    ) -> bool:
+        """Wait for one of these; return whether it has come.
+
+        :raises _ToldToEnd: this process is to end.
+        """
+        poll = select.poll()
+        poll.register(self._signals, select.POLLIN)
+        for awaited, event in events:
+            poll.register(awaited, event)
+        timeout_ms = None if timeout_s is None else timeout_s * 1000
+        while True:
+            ready = {fd for fd, _ in calls.of_python("poll", "", poll.poll, timeout_ms)}
+            if self._signals.fileno() not in ready:
+                return bool(ready)
+            self._obey(set(self._signals.recv(64)))
+
+    def _obey(self, come: set[int]) -> None:
+        if come.intersection(_ENDING):
+            raise _ToldToEnd
+        self._device.reload()
+        if self._child is not None:
+            self._child.send_signal(_RELOAD)
 
 
 @contextlib.contextmanager
@@ -55,6 +145,7 @@ def _listening(path: Path) -> Iterator[socket.socket]:
             remove_stale(path)
             door.bind(os.fspath(path))
             door.listen()
+            door.settimeout(0)
             bound = SocketPath(path)
         except OSError as error:
             why, cure = error.strerror or error, "give another path, or end what listens there"
@@ -66,12 +157,13 @@ def _listening(path: Path) -> Iterator[socket.socket]:
 
 
 @contextlib.contextmanager
-def _ended_by_signals() -> Iterator[socket.socket]:
-    """A socket that becomes readable when the process is told to end."""
+def _signals() -> Iterator[socket.socket]:
+    """A socket from which the numbers of signals can be read that come to this process."""
     woken, waker = socket.socketpair()
     with woken, waker:
         waker.settimeout(0)
-        before = {number: signal.signal(number, lambda *_: None) for number in _ENDING}
+        taken = (*_ENDING, _RELOAD)
+        before = {number: signal.signal(number, lambda *_: None) for number in taken}
         wakeup = signal.set_wakeup_fd(waker.fileno())
         try:
             yield woken
@@ -79,47 +171,3 @@ def _ended_by_signals() -> Iterator[socket.socket]:
             signal.set_wakeup_fd(wakeup)
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _readable(door: socket.socket, ending: socket.socket) -> bool:
-    """Wait for a front end; return False when the process is told to end."""
-    poll = select.poll()
-    poll.register(door, select.POLLIN)
-    poll.register(ending, select.POLLIN)
-    return all(fd != ending.fileno() for fd, _ in calls.of_python("poll", "", poll.poll))
-
-
-def _serve_one(connected: socket.socket, door: socket.socket, device: Device, say: Say) -> None:
-    """The life of a process that serves a front end."""
-    signal.set_wakeup_fd(-1)
-    for number in _ENDING:
-        signal.signal(number, signal.SIG_DFL)
-    door.close()
-    try:
-        with Session(connected, device, say) as session:
-            session.run()
-    except PostcopyError as error:
-        say(f"{error}; the connection is closed, and another front end can come")
-
-
-def _until_over(
-    child: processes.Child, connected: socket.socket, ending: socket.socket, say: Say
-) -> bool:
-    """Wait until the front end has been served; return False when this process is told to end."""
-    poll = select.poll()
-    poll.register(child, select.POLLIN)
-    poll.register(connected, select.POLLRDHUP)
-    poll.register(ending, select.POLLIN)
-    ready = {fd for fd, _ in calls.of_python("poll", "", poll.poll)}
-    if ending.fileno() in ready:
-        return False
-    if child.ended_within(_CLEAN_UP_S):
-        code = child.wait()
-        if code < 0:
-            say(
-                f"the process that served a front end was ended by {signal.Signals(-code).name} (SIGBUS: "
-                "its memory was cut, or a page of it is lost); another front end can come"
-            )
-    else:
-        say("a front end is gone, and its process waits for a page or for the disk: it is killed")
-    return True

@@ -29,6 +29,7 @@ class Session:
         self, connected: socket.socket, device: Device, say: Callable[[str], None] = lambda _: None
     ) -> None:
         self._connection = Connection(connected, FRONT_END)
+        self._device = device
         self._back_end = BackEnd(device, say)
         self._poll = select.poll()
         self._kicks: dict[int, Vring] = {}
@@ -67,6 +68,11 @@ class Session:
         with message:
             self._answer(message)
         return True
+
+    def reload(self) -> None:
+        """Have the device look at what it is made of; a new configuration is told to the front end."""
+        if self._device.reload():
+            self._back_end.tell_configuration_changed()
 
     def close(self) -> None:
         """Let go of everything."""

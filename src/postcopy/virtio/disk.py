@@ -76,6 +76,15 @@ class Disk:
             self.sectors, most_segments=_MOST_SEGMENTS, block_bytes=SECTOR_BYTES, queues=queues
         )
 
+    def look_at_size(self) -> bool:
+        """Take note of another size of the file; return whether it has one."""
+        before = self.sectors
+        try:
+            self.sectors = self._count_sectors()
+        except Refused as error:  # nothing can be read or written any more, which each request says
+            self._say(str(error))
+        return self.sectors != before
+
     def serve(self, readable: Pieces, writable: Pieces) -> int:
         """Do one request, and write its status into the last byte of ``writable``.
 
