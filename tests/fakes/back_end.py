@@ -4,6 +4,7 @@ Run as a program, this is the process; :class:`BackEnd` is its front end, in the
 userfaultfd has no features, and its memory is registered for missing pages alone, as libvhost-user does it.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -60,6 +61,8 @@ class BackEnd:
         self.watched = 0
         """How often it has been watched, and not let go of."""
         self._orders = itertools.count()
+        self._lock = threading.Lock()
+        self._has_ended = False
         self._answers: dict[int, queue.SimpleQueue[Any]] = {}
         self._hearing = threading.Thread(target=self._hear, daemon=True)
         self._hearing.start()
@@ -90,18 +93,21 @@ class BackEnd:
         return AddressSpace(self._process.pid, ranges, watch)
 
     def unwatch_missing(self) -> None:
-        self.watched -= 1
         try:
             self._order({"do": "unwatch"}).result()
         except OSError as error:
             raise GuestError(f"{self.name} does not answer: {error}") from error
+        finally:
+            self.watched -= 1
 
-    def check(self, pages: Sequence[int], block: int = 0) -> "Answer":
+    def check(self, pages: Sequence[int]) -> "Answer":
         """Begin to compare pages, in this order, with what the guest has filled them with.
 
         The answer is those that are different.
+
+        :param pages: of 4 KiB, by the guest's own addresses.
         """
-        return self._order({"do": "check", "pages": list(map(int, pages)), "block": block})
+        return self._order({"do": "check", "pages": list(map(int, pages))})
 
     def read(self, pages: Sequence[int], block: int = 0) -> "Answer":
         """Begin to read pages; the answer is the first byte of each, or None: it could not be read."""
@@ -123,19 +129,23 @@ class BackEnd:
 
     def _order(self, order: dict[str, Any], fds: Sequence[int] = ()) -> "Answer":
         number = next(self._orders)
-        self._answers[number] = answer = queue.SimpleQueue()
+        with self._lock:
+            if self._has_ended:
+                raise ConnectionResetError("it has ended")
+            self._answers[number] = answer = queue.SimpleQueue()
         socket.send_fds(self._socket, [json.dumps(order | {"number": number}).encode()], fds)
         return Answer(answer)
 
     def _hear(self) -> None:
-        while True:
-            said, fds, _, _ = socket.recv_fds(self._socket, 1 << 20, 1)
-            if not said:
-                break
-            number, answer = json.loads(said)
-            self._answers.pop(number).put((answer, *fds) if fds else answer)
-        for left in self._answers.values():
-            left.put(ConnectionResetError("it has ended"))
+        with contextlib.suppress(ConnectionResetError):  # it has ended with an order unread
+            while (heard := socket.recv_fds(self._socket, 1 << 20, 1))[0]:
+                said, fds, _, _ = heard
+                number, answer = json.loads(said)
+                self._answers.pop(number).put((answer, *fds) if fds else answer)
+        with self._lock:
+            self._has_ended = True
+            for left in self._answers.values():
+                left.put(ConnectionResetError("it has ended"))
 
 
 class Answer:
@@ -209,11 +219,16 @@ class _Process:
             self._userfaultfd.unregister(mapping.address, mapping.length)
         self._userfaultfd.close()
 
-    def _check(self, pages: Sequence[int], block: int) -> list[int]:
-        return [page for page in pages if not self._is_right(self._memory[block], page)]
+    def _check(self, pages: Sequence[int]) -> list[int]:
+        return [page for page in pages if not self._is_right(page)]
 
-    def _is_right(self, memory: Mapping, page: int) -> bool:
-        found = np.frombuffer(memory.read(page * PAGE_BYTES, PAGE_BYTES), np.uint64)
+    def _is_right(self, page: int) -> bool:
+        offset = page * PAGE_BYTES
+        for memory in self._memory:  # the blocks follow one another
+            if offset < memory.length:
+                break
+            offset -= memory.length
+        found = np.frombuffer(memory.read(offset, PAGE_BYTES), np.uint64)
         number = np.array([page * PAGE_BYTES], np.uint64)
         expected = mix(number + self._seed) ^ self._in_page
         return bool((found[1:] == expected[1:]).all())  # the first counts the guest's writes

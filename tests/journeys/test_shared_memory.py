@@ -9,6 +9,7 @@ from fakes.back_end import BackEnd
 from fakes.pair import DEADLINE_S, NEVER_ENDS, POSTCOPY, hammer
 from fakes.waiting import wait_until
 from faults.recovering import Recovering, broken_journey
+from journeys.test_memory_kinds import HUGE_PAGES, KINDS, writer
 from machine.machines import wait_for_progress
 from postcopy.errors import WrongState
 from postcopy.parameters import Capability
@@ -112,7 +113,7 @@ def test_postcopy(journey, shared, capabilities):
     trip.source.wait(Status.COMPLETED)
     trip.destination.wait(Status.COMPLETED)
     others.check_rest()
-    assert [each.watched for each in others.back_ends] == [0, 0]
+    wait_until(lambda: not any(each.watched for each in others.back_ends), what="they are told")
     trip.finish()
 
 
@@ -125,9 +126,10 @@ def test_precopy_after_all(journey, shared):
     others.check_rest()
 
 
-def test_huge_pages(huge_pages, journey, shared):
-    huge_pages(64)
-    trip = journey(hammer(), capabilities=POSTCOPY, parameters=SLOW, huge_pages=True)
+@pytest.mark.parametrize("kind", ["hugetlb", "mixed"])
+def test_huge_pages(huge_pages, journey, shared, kind):
+    huge_pages(2 * HUGE_PAGES[kind])
+    trip = journey(writer(), capabilities=POSTCOPY, parameters=SLOW, **KINDS[kind])
     others = shared(trip)
     trip.migrate()
     trip.source.control.start_postcopy()

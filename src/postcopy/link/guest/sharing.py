@@ -14,6 +14,7 @@ from typing import Final, Protocol
 from postcopy.abi.userfaultfd import Feature
 from postcopy.errors import GuestError, KernelError, PostcopyError
 from postcopy.guest import AddressSpace, Region, SharingProcess
+from postcopy.kernel import threads
 from postcopy.kernel.userfaultfd import MISSING_MODE, Userfaultfd
 from postcopy.kernel.userfaultfd_open import features_of
 from postcopy.link.values import Fd
@@ -129,6 +130,7 @@ class WatchedProcesses:
         self._joined = joined
         self._lock = threading.Lock()  # not the keeper's: a process may take its time to answer
         self._watched: dict[SharingProcess, _Watched] | None = None
+        self._telling: threading.Thread | None = None  # of the end of the watch before
         guest.tell_of_sharing(self.join)
 
     def watch(self) -> Sequence[AddressSpace]:
@@ -181,6 +183,9 @@ class WatchedProcesses:
 
     def _watch(self, process: SharingProcess) -> None:
         assert self._watched is not None
+        if self._telling is not None:
+            self._telling.join()  # one thing after the other
+            self._telling = None
         space = process.watch_missing()
         self._watched[process] = watched = _Watched(
             process, space, Userfaultfd.from_fd(space.userfaultfd)
@@ -198,9 +203,15 @@ class WatchedProcesses:
         watched, self._watched = self._watched or {}, None
         for each in watched.values():
             each.unregister()
-        for process in watched:
-            with suppress(PostcopyError):
-                process.unwatch_missing()
+        if watched:
+            # A process that hangs is waited for by its own front end alone: no monitor, no vCPU does.
+            thread = threading.Thread(
+                target=_tell, args=(list(watched),), name="sharing", daemon=True
+            )
+            if threads.start_if_possible(thread):
+                self._telling = thread
+            else:
+                _tell(list(watched))
 
     def poison(self, page_maps: Sequence[int]) -> None:
         """Make each touch of a missing page fail.
@@ -210,3 +221,10 @@ class WatchedProcesses:
         with self._lock:
             for each in (self._watched or {}).values():
                 each.poison(self._guest.regions(), page_maps)
+
+
+def _tell(processes: Sequence[SharingProcess]) -> None:
+    """Tell each of them that its memory is not watched any more."""
+    for process in processes:
+        with suppress(PostcopyError):
+            process.unwatch_missing()
