@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from postcopy.errors import ImageError
 from postcopy.image import page_copies
-from postcopy.image.page_copies import PIECE_PAGES, PageCopies, Part
+from postcopy.image.page_copies import PIECE_PAGES, CopiedPages, PageCopies
 
 BLOCKS = {"ram": 1000, "rom": 3}
 IMAGE = "ab" * 32
@@ -27,7 +27,7 @@ def read(block, first, count):
 
 
 def parts(*wanted):
-    return [Part(name, np.array(pages, np.int64)) for name, pages in wanted]
+    return [CopiedPages(name, np.array(pages, np.int64)) for name, pages in wanted]
 
 
 WANTED = (("ram", [999]), ("rom", [0, 2]), ("ram", [0, 1, 2, 7, *range(100, 300)]), ("rom", []))

@@ -10,7 +10,7 @@ from image.images import memory, take_image
 from postcopy.channel.whole_file import partial_name
 from postcopy.image import page_copies, working_set
 from postcopy.image.manifest import Manifest
-from postcopy.image.page_copies import PageCopies, Part
+from postcopy.image.page_copies import CopiedPages, PageCopies
 from postcopy.image.store.prune import prune
 from postcopy.image.verify import find_damages
 from postcopy.image.working_set import WorkingSet
@@ -84,7 +84,7 @@ def test_two_recordings_of_the_copies(tmp_path, at_each_sync):
     path = tmp_path / "image.working-set.pages"
 
     def save(page):
-        part = Part("ram", np.array([page], np.int64))
+        part = CopiedPages("ram", np.array([page], np.int64))
         page_copies.save(
             path, IMAGE, [part], lambda _block, first, count: np.full((count, 4096), first, "u1")
         )

@@ -13,7 +13,7 @@ from fakes.waiting import wait_until
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.errors import ImageError, KernelError
 from postcopy.image import page_copies
-from postcopy.image.page_copies import PageCopies, Part
+from postcopy.image.page_copies import CopiedPages, PageCopies
 from postcopy.lazy_restore import block, pager
 from postcopy.lazy_restore.block import BlockRestorer
 from postcopy.lazy_restore.pager import Pace, RestorePager
@@ -181,7 +181,7 @@ def copies_of(tmp_path, source, *wanted):
         rows[:, 1] = 0
         return rows.view(np.uint8).reshape(count, PAGE)
 
-    parts = [Part(RAM, np.array(pages, np.int64)) for pages in wanted]
+    parts = [CopiedPages(RAM, np.array(pages, np.int64)) for pages in wanted]
     page_copies.save(tmp_path / "copies", "image", parts, read)
     return PageCopies(tmp_path / "copies", "image", {RAM: PAGES})
 

@@ -2,7 +2,7 @@
 
 import threading
 
-from postcopy.source.counters import Clock, Counters, Rate, describe
+from postcopy.source.counters import Counters, Rate, StageTimes, describe
 from postcopy.source.flow_control import FlightWindow
 from postcopy.source.user_requests import UserRequests
 from postcopy.status import Status
@@ -107,7 +107,7 @@ def test_the_rate_is_of_the_last_tenth_of_a_second():
 def test_figures_as_qemu_wants_them():
     counters = Counters(total_bytes=1 << 20, normal_pages=3, zero_pages=5, syncs=2, requests=1)
     counters.precopy_bytes, counters.downtime_bytes, counters.postcopy_bytes = 10, 20, 30
-    clock = Clock()
+    clock = StageTimes()
     clock.started, clock.set_up, clock.stopped, clock.handed_over = 1.0, 1.25, 3.0, 3.5
     clock.confirmed, clock.ended = 3.75, 4.0
     info = describe(counters, Rate(), clock, Status.COMPLETED, 0)

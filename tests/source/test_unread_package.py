@@ -14,7 +14,7 @@ from postcopy.link.engine.guest_proxy import Saving
 from postcopy.link.rpc import Answer
 from postcopy.parameters import Capabilities
 from postcopy.source.connection import Connection
-from postcopy.source.counters import Clock, Counters
+from postcopy.source.counters import Counters, StageTimes
 from postcopy.source.flow_control import PushPolicy
 from postcopy.source.switchover import Switchover
 from postcopy.source.user_requests import UserRequests
@@ -66,7 +66,7 @@ def test_it_is_noticed_whether_or_not_the_kernel_takes_all_of_it(more_bytes):
         Progress(begin=Status.ACTIVE),
         Capabilities(),
         counters,
-        Clock(),
+        StageTimes(),
         lambda _: "",
     )
     switchover.stop_guest()

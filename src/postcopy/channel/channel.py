@@ -1,4 +1,4 @@
-"""What all channels have in common: whole sends, counters, and being woken from another thread."""
+"""What all channels have in common: whole sends, counters, and a shutdown from another thread."""
 
 import abc
 import threading

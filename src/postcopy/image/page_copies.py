@@ -40,7 +40,7 @@ _UNKNOWN, _GOOD, _BAD = 0, 1, 2
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Part:
+class CopiedPages:
     """Pages of one block that follow one another in the file.
 
     :ivar pages: their numbers, ascending.
@@ -59,7 +59,7 @@ def beside(working_set: Path) -> Path:
     return working_set.with_name(working_set.name + SUFFIX)
 
 
-def save(path: Path, identity: str, parts: Sequence[Part], read: Read) -> None:
+def save(path: Path, identity: str, parts: Sequence[CopiedPages], read: Read) -> None:
     """Write copies of these pages, whole or not at all, for their owner only.
 
     :param identity: of the image.
@@ -79,17 +79,17 @@ def save(path: Path, identity: str, parts: Sequence[Part], read: Read) -> None:
         file.publish()
 
 
-def _limited(parts: Sequence[Part]) -> list[Part]:
+def _limited(parts: Sequence[CopiedPages]) -> list[CopiedPages]:
     room, found = MOST_PAGES, []
     for part in parts:
         pages = part.pages[:room]
         room -= len(pages)
         if len(pages):
-            found.append(Part(part.block, pages))
+            found.append(CopiedPages(part.block, pages))
     return found
 
 
-def _pieces(parts: Sequence[Part], read: Read) -> Iterator[PageRows]:
+def _pieces(parts: Sequence[CopiedPages], read: Read) -> Iterator[PageRows]:
     """Yield all pages in order, in pieces that have a digest each."""
     piece = np.empty((PIECE_PAGES, TARGET_PAGE_BYTES), np.uint8)
     filled = 0
@@ -107,7 +107,7 @@ def _pieces(parts: Sequence[Part], read: Read) -> Iterator[PageRows]:
         yield piece[:filled]
 
 
-def _head(identity: str, parts: Sequence[Part], digests: bytes) -> bytes:
+def _head(identity: str, parts: Sequence[CopiedPages], digests: bytes) -> bytes:
     body = json.dumps(
         {
             "image": identity,
@@ -120,7 +120,7 @@ def _head(identity: str, parts: Sequence[Part], digests: bytes) -> bytes:
     return head + bytes(-len(head) % TARGET_PAGE_BYTES)
 
 
-def _encode(part: Part) -> dict[str, Any]:
+def _encode(part: CopiedPages) -> dict[str, Any]:
     steps = np.diff(part.pages, prepend=0).astype("<u4")
     return {
         "block": part.block,
@@ -225,7 +225,7 @@ class PageCopies:
         self._file.close()
 
 
-def _part(fields: Fields, blocks: Mapping[str, int]) -> Part:
+def _part(fields: Fields, blocks: Mapping[str, int]) -> CopiedPages:
     name, count = fields.get("block", str), fields.count("count")
     if name not in blocks or count > blocks[name]:
         raise fields.wrong(f"{count} pages of '{name}'")
@@ -240,4 +240,4 @@ def _part(fields: Fields, blocks: Mapping[str, int]) -> Part:
     pages = np.cumsum(steps)
     if count and (int(pages[-1]) >= blocks[name] or not steps[1:].all()):
         raise fields.wrong(f"pages of '{name}' that there are not, or twice")
-    return Part(name, pages)
+    return CopiedPages(name, pages)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Final, Protocol
 
-from postcopy.image.page_copies import PageCopies, Part
+from postcopy.image.page_copies import CopiedPages, PageCopies
 from postcopy.lazy_restore.block import BlockRestorer, Run, Runs
 from postcopy.memory.runs import Mask
 
@@ -47,7 +47,9 @@ class _FromCopies:
     :param first: which of the copies is the first of these.
     """
 
-    def __init__(self, restorer: BlockRestorer, copies: PageCopies, part: Part, first: int) -> None:
+    def __init__(
+        self, restorer: BlockRestorer, copies: PageCopies, part: CopiedPages, first: int
+    ) -> None:
         self._restorer = restorer
         self._copies = copies
         self._pages = part.pages

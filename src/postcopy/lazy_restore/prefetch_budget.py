@@ -1,10 +1,10 @@
-"""How long a guest that wakes leaves its memory to the replay of its working set: a bounded time.
+"""How much of its working set is prefetched before a restored guest runs: a bounded amount.
 
-Until the guest runs, every page that is brought is a fault that it never takes, and nobody is kept
-waiting but by this.  So the replay begins when the memory is watched, goes on while the devices are
-loaded, and has a head start: the first few MiB, however long they take, which is all of a small set;
-and of a larger one as much as comes in a time that a user does not notice.  Both bounds are the same
-whatever the guest's size.
+Each page that is prefetched before the guest runs saves a fault, and nothing but the start of the guest
+waits for it.  So the prefetch begins when the memory is registered, goes on while the devices are
+loaded, and has a head start: the first few MiB, however long they take, which is all of a small set; and
+of a larger one as much as comes in a time that a user does not notice.  Both bounds are the same whatever
+the guest's size.
 """
 
 import threading

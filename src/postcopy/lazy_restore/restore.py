@@ -110,7 +110,7 @@ class Restore:
         self._shared.add(space)
 
     def hurry(self, *, wanted: bool) -> None:
-        """Somebody waits for the end, so go on at full speed; or nobody does any more."""
+        """Go on at full speed, since a command waits for the end; or as set, when none does any more."""
         self._hurried = wanted
         if self._pager is not None:
             self._pager.hurry(wanted=wanted)
@@ -121,7 +121,7 @@ class Restore:
     # --- the thread of the restore
 
     def run(self) -> None:
-        """Wake the guest that sleeps in the image."""
+        """Restore the guest of the image."""
         self._until_the_end(self._begin)
 
     def adopt(self) -> None:
@@ -190,7 +190,7 @@ class Restore:
         if adopt:
             for restorer in restorers:
                 restorer.adopt(own.process_id)
-            for paged in self._ram:  # who waited for the dead one faults once more
+            for paged in self._ram:  # a thread that waited for the dead engine faults once more
                 userfaultfd.wake(paged.block.host_address, paged.block.size_bytes)
             self._shared.wake_all()
         return self._pager
@@ -207,8 +207,8 @@ class Restore:
         try:
             pager.run()
         except PostcopyError as error:
-            # Loading the devices may wait for a page that does not come any more: this ends it, when
-            # nobody holds the descriptor but the guest's process.
+            # To load the devices may wait for a page that does not come any more.  The wait ends when only
+            # the guest's process holds the descriptor.
             assert self._userfaultfd is not None
             self._userfaultfd.close()
             self._guest.move(Move.ABANDON)
@@ -285,11 +285,11 @@ class Restore:
     # --- the end
 
     def _finish(self) -> None:
-        """All that there is is in place, and the rest is zero, as memory is that nobody has touched."""
+        """All pages with data are in place; the others are zero, as untouched memory is."""
         trace("restore.all-in")
         self._guest.unwatch_missing()
         if self._options.lazy:
-            self.statistics.complete()  # else when it runs: nobody is told before that it is whole
+            self.statistics.complete()  # else when the guest runs
         trace("restore.unwatched")
 
     def _on_lost(self, lost: Lost) -> None:

@@ -12,7 +12,7 @@ from postcopy.image import page_copies, working_set
 from postcopy.image.chunk_verifier import ChunkVerifier
 from postcopy.image.formats import Image
 from postcopy.image.mapped_ram import MappedImage
-from postcopy.image.page_copies import PageCopies, Part
+from postcopy.image.page_copies import CopiedPages, PageCopies
 from postcopy.image.verify import open_for_restore
 from postcopy.image.working_set import BadWorkingSet, WorkingSet
 from postcopy.lazy_restore.image_source import ImagePageSource
@@ -74,7 +74,7 @@ class RestoreImage:
         """
         if identity and identity != self.identity:
             raise self._unfit(
-                "it is not the image that the guest was woken from; put that one back"
+                "it is not the image that the guest was restored from; put that one back"
             )
 
     def check_all(self, block_names: Iterable[str]) -> None:
@@ -134,8 +134,12 @@ class RestoreImage:
 
     def _copy(self, path: Path, whole: WorkingSet, early: Mapping[str, Mask]) -> None:
         wanted = {name: mask & self._can_be_had(name, mask) for name, mask in whole.pages.items()}
-        first = [Part(name, np.flatnonzero(mask & early[name])) for name, mask in wanted.items()]
-        later = [Part(name, np.flatnonzero(mask & ~early[name])) for name, mask in wanted.items()]
+        first = [
+            CopiedPages(name, np.flatnonzero(mask & early[name])) for name, mask in wanted.items()
+        ]
+        later = [
+            CopiedPages(name, np.flatnonzero(mask & ~early[name])) for name, mask in wanted.items()
+        ]
         try:
             page_copies.save(path, self.identity, first + later, self.image.read)
         except OSError as error:

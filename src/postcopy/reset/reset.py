@@ -171,7 +171,7 @@ class Reset:
     def put_back(self, *, everything: bool) -> int:
         """Put the pages of a guest that stands still back; return how many, of 4 KiB.
 
-        :param everything: nobody knows what was written: look at all memory.
+        :param everything: what was written is not known: compare all memory.
         """
         count = 0
         for watched in self._watched:

@@ -26,7 +26,7 @@ from postcopy.snapshot.bitmap import PageBatch, SnapshotBitmap
 from postcopy.snapshot.cow_buffer import CowBuffer
 from postcopy.snapshot.write_protect import WriteProtectHandler
 from postcopy.source.connection import connect_unless_cancelled
-from postcopy.source.counters import Clock, Counters, Rate, describe
+from postcopy.source.counters import Counters, Rate, StageTimes, describe
 from postcopy.source.page_sink import PageSink, page_sink_for
 from postcopy.source.switchover import device_sections
 from postcopy.source.user_requests import UserRequests
@@ -63,7 +63,7 @@ class BackgroundSnapshot:
         self.requests = UserRequests()
         self.error: PostcopyError | None = None
         self._counters = Counters()
-        self._clock = Clock()
+        self._clock = StageTimes()
         self._cow_buffer = CowBuffer()
         self._device_bytes = 0
         # Set by the steps below, in this order.

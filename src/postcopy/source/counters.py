@@ -101,7 +101,7 @@ class RedirtyEstimate:
         return max(self._left_bytes, known_bytes + self._written_bytes)
 
 
-class Clock:
+class StageTimes:
     """When the stages of the migration began, in monotonic seconds; 0 = not yet."""
 
     def __init__(self) -> None:
@@ -123,7 +123,7 @@ class Clock:
 
 
 def describe(
-    counters: Counters, rate: Rate, clock: Clock, status: Status, remaining_bytes: int
+    counters: Counters, rate: Rate, clock: StageTimes, status: Status, remaining_bytes: int
 ) -> MigrationInfo:
     """Put the figures together as ``query-migrate`` wants them."""
     postcopy_bytes = counters.postcopy_bytes + counters.preempt_bytes

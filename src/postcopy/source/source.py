@@ -20,7 +20,7 @@ from postcopy.memory.ram_block import RamBlock
 from postcopy.ownership import Move
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.source.connection import Connection, connect_unless_cancelled
-from postcopy.source.counters import Clock, Counters, Rate, describe
+from postcopy.source.counters import Counters, Rate, StageTimes, describe
 from postcopy.source.dirty_pages import DirtyPages
 from postcopy.source.flow_control import PushPolicy
 from postcopy.source.page_sink import page_sink_for
@@ -64,7 +64,7 @@ class Source:
         self.requests = UserRequests()
         self.error: PostcopyError | None = None
         self._counters = Counters()
-        self._clock = Clock()
+        self._clock = StageTimes()
         self._limiter = RateLimiter(parameters.max_bandwidth)
         self._policy = PushPolicy()
         # Made by the steps of the migration, in this order; a recovery makes another connection.

@@ -18,7 +18,7 @@ from postcopy.memory.runs import Mask, runs
 from postcopy.ownership import Move
 from postcopy.parameters import Capabilities, Capability
 from postcopy.source.connection import Connection
-from postcopy.source.counters import Clock, Counters
+from postcopy.source.counters import Counters, StageTimes
 from postcopy.source.dirty_pages import DirtyPages
 from postcopy.source.user_requests import UserRequests
 from postcopy.status import Progress, Status
@@ -64,7 +64,7 @@ class Switchover:
         progress: Progress,
         capabilities: Capabilities,
         counters: Counters,
-        clock: Clock,
+        clock: StageTimes,
         describe: Callable[[Sequence[DeviceState]], str],
     ) -> None:
         self._guest = guest
