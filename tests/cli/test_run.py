@@ -119,3 +119,36 @@ def fields(stat):
         return stat.read_text(errors="replace").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return []
+
+
+def test_a_guest_with_a_drive(tmp_path):
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    outcome = ask_console("info status\n", "--workload", "disk", "--drive", str(disk))
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    assert "VM status: running" in outcome.stdout
+
+
+def test_a_workload_that_needs_a_drive():
+    outcome = ask_console("", "--workload", "disk")
+    assert outcome.returncode == 3
+    assert "the workload disk needs a drive" in outcome.stderr
+    assert "give --drive FILE" in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("none", None, "No such file"),
+        ("empty", b"", "holds no sector"),
+        ("image.manifest.json", b"{}", "remove it, or give another path"),
+    ],
+)
+def test_what_is_no_drive_is_refused(tmp_path, name, content, why):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    outcome = ask_console("", "--workload", "idle", "--drive", str(path))
+    assert outcome.returncode == 3
+    assert why in outcome.stderr
+    assert path.exists() is (content is not None)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from machine.drives import disk_workload, make_disk
 from machine.machines import MIB, config_for, need, wait_for_work
 from postcopy.dirty.pagemap import PagemapTracker
 from postcopy.dirty.tracker import KvmLogTracker, choose
@@ -20,15 +21,29 @@ CHUNK_PAGES = 1000  # neither a power of two nor a divisor of the memory
 
 
 @pytest.fixture(
-    params=[("kvm", 1, True), ("kvm", 4, True), ("kvm", 2, False), ("unicorn", 1, True)],
-    ids=["kvm", "kvm-4", "kvm-2-small-pages", "unicorn"],
+    params=[
+        ("kvm", 1, True, False),
+        ("kvm", 4, True, False),
+        ("kvm", 2, False, False),
+        ("unicorn", 1, True, False),
+        ("kvm", 2, True, True),
+        ("unicorn", 1, True, True),
+    ],
+    ids=["kvm", "kvm-4", "kvm-2-small-pages", "unicorn", "kvm-2-drive", "unicorn-drive"],
 )
-def hammered(request):
-    accelerator, vcpus, huge = request.param
+def hammered(request, tmp_path):
+    accelerator, vcpus, huge, drive = request.param
     need(accelerator)
     fill = 8 * MIB if accelerator == "kvm" else MIB // 2
     workload = load("hammer", 32 * MIB, vcpus, fill_bytes=fill, hot_bytes=fill)
-    config = config_for(workload, accelerator, transparent_huge_pages=huge)
+    if drive:
+        workload = disk_workload(accelerator, vcpus)
+    config = config_for(
+        workload,
+        accelerator,
+        transparent_huge_pages=huge,
+        drive=make_disk(tmp_path / "disk") if drive else None,
+    )
     with Machine(config) as machine:
         machine.start()
         wait_for_work(machine, workload)

@@ -14,6 +14,7 @@ import numpy as np
 
 from fakes.stacks import stacks
 from fakes.waiting import wait_until
+from machine.drives import check_disk
 from machine.machines import MIB, config_for, need, wait_for_progress, wait_for_work
 from postcopy.channel.address import TcpAddress
 from postcopy.events import Event, EventBus
@@ -231,6 +232,7 @@ class Journey:
     blocks: Sequence[MemoryBlock] = ()
     transparent: Sequence[bool] = (True, True)
     hang_looks: int = HANG_LOOKS
+    drive: str | None = None
 
     def __post_init__(self) -> None:
         self.sides: list[Side] = []
@@ -242,6 +244,7 @@ class Journey:
             huge_pages=self.huge_pages,
             blocks=self.blocks,
             transparent_huge_pages=self.transparent[0],
+            drive=self.drive,
         )
         self.source = self._add(Side(config, hang_looks=self.hang_looks))
         self.source.set(self.capabilities, self.parameters)
@@ -270,6 +273,7 @@ class Journey:
                 "huge_pages": self.huge_pages,
                 "blocks": self.blocks,
                 "transparent_huge_pages": self.transparent[-1],
+                "drive": self.drive,
             }
             | changes
         )
@@ -302,6 +306,8 @@ class Journey:
             wait_for_progress(machine, self.workload)
             machine.stop()
         self.check_memory(machine.read_memory)
+        if self.workload.disk_blocks:
+            check_disk(machine.read_memory, self.workload, machine.config.drive)
         end = self.workload.slice_address(self.workload.vcpus)
         for region in machine.regions():
             assert not any(

@@ -43,6 +43,7 @@ class Feature(StrEnum):
     FILE = "`file:PATH,offset=N`"
     KVM = "the guest runs in KVM there"
     TCG = "the guest runs in TCG there"
+    DRIVE = "with a drive, `virtio-blk` on virtio-mmio"
     LARGE = "memory above 4 GiB"
     REFUSED = "refused there, and the guest runs on here"
     BLOCKTIME = "`postcopy-blocktime`"

@@ -1,6 +1,7 @@
 """KVM's objects: what they read back, what they refuse, and how a vCPU is stopped."""
 
 import ctypes
+import os
 
 import pytest
 
@@ -74,3 +75,14 @@ def test_the_dirty_log_is_off_until_asked_for(kvm):
         vm.set_memory(0, 0, memory.length, memory.address, log_dirty=True)
         assert vm.dirty_log(0, memory.length).tolist() == [0] * 8
         vm.close()
+
+
+def test_an_eventfd_belongs_to_one_address_and_value(kvm):
+    vm = kvm.create_vm()
+    fd = os.eventfd(0)
+    vm.signal_at_write(0xFEB00E50, 0, fd)
+    vm.signal_at_write(0xFEB00E50, 1, fd)
+    with pytest.raises(KernelError, match="EEXIST"):
+        vm.signal_at_write(0xFEB00E50, 1, fd)
+    os.close(fd)
+    vm.close()

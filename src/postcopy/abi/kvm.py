@@ -22,6 +22,8 @@ KVM_CAP_XSAVE2 = 208
 
 KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
 
+KVM_IOEVENTFD_FLAG_DATAMATCH = 1 << 0
+
 KVM_EXIT_IO_IN = 0
 KVM_EXIT_IO_OUT = 1
 
@@ -262,6 +264,19 @@ class kvm_userspace_memory_region(ctypes.Structure):
     ]
 
 
+class kvm_ioeventfd(ctypes.Structure):
+    """``struct kvm_ioeventfd``: a guest's write that signals an eventfd in place of an exit"""
+
+    _fields_ = [
+        ("datamatch", ctypes.c_uint64),
+        ("addr", ctypes.c_uint64),
+        ("len", ctypes.c_uint32),
+        ("fd", ctypes.c_int32),
+        ("flags", ctypes.c_uint32),
+        ("pad", ctypes.c_uint8 * 36),
+    ]
+
+
 class kvm_dirty_log(ctypes.Structure):
     """``struct kvm_dirty_log``; the union's other half is padding"""
 
@@ -348,6 +363,7 @@ KVM_GET_DIRTY_LOG = iow("KVM_GET_DIRTY_LOG", KVMIO, 0x42, kvm_dirty_log)
 KVM_SET_USER_MEMORY_REGION = iow(
     "KVM_SET_USER_MEMORY_REGION", KVMIO, 0x46, kvm_userspace_memory_region
 )
+KVM_IOEVENTFD = iow("KVM_IOEVENTFD", KVMIO, 0x79, kvm_ioeventfd)
 KVM_RUN = io("KVM_RUN", KVMIO, 0x80)
 KVM_GET_REGS = ior("KVM_GET_REGS", KVMIO, 0x81, kvm_regs)
 KVM_SET_REGS = iow("KVM_SET_REGS", KVMIO, 0x82, kvm_regs)

@@ -193,6 +193,13 @@ ACCELERATION: Final = (
         "--mem-path", metavar="DIR", help="A tmpfs or hugetlbfs for the files of the memory."
     ),
 )
+DRIVE: Final = (
+    click.option(
+        "--drive",
+        metavar="FILE",
+        help="A raw file or block device as the guest's disk; the same disk at both sides.",
+    ),
+)
 MONITORS: Final = (
     click.option("--paused", "-S", is_flag=True, help="Do not run before 'cont'."),
     click.option(

@@ -117,13 +117,19 @@ def _inspect_rows(found: "ImageInfo") -> Iterator[tuple[str, str]]:
         )
     for device in found.devices:
         name = f"device {device.name} {device.instance}"
-        yield name, f"version {device.version}, {device.size_bytes} bytes"
+        yield name, f"version {device.version}, {device.size_bytes} bytes{_what(device.name)}"
     if found.working_set is not None:
         yield "working set", found.working_set
     if found.manifest is None:
         yield "manifest", "none: a bit that has changed cannot be detected"
         return
     yield from _manifest_rows(found)
+
+
+def _what(device: str) -> str:
+    if device.startswith("virtio-mmio@") and device.endswith("-blk"):
+        return ": a drive's registers; what is on the disk is not in the image"
+    return ""
 
 
 def _manifest_rows(found: "ImageInfo") -> Iterator[tuple[str, str]]:

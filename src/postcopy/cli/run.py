@@ -4,9 +4,14 @@ from typing import Any
 
 import click
 
-from postcopy.cli.command_line import ACCELERATION, MONITORS, Number, Size, options
+from postcopy.cli.command_line import ACCELERATION, DRIVE, MONITORS, Number, Size, options
 
-_WORKLOADS = ("hammer", "idle", "sweep")  # of machine/workload.py, which takes long to import
+_WORKLOADS = (
+    "disk",
+    "hammer",
+    "idle",
+    "sweep",
+)  # of machine/workload.py, which takes long to import
 _LOAD_ADDRESS = 0x10000
 
 
@@ -36,6 +41,7 @@ _LOAD_ADDRESS = 0x10000
 )
 @click.option("--smp", type=click.IntRange(1), default=1, show_default=True, help="vCPUs.")
 @options(ACCELERATION)
+@options(DRIVE)
 @click.option("--incoming", metavar="URI|defer", help="Wait for a guest at this URI.")
 @options(MONITORS)
 @click.pass_context
@@ -65,6 +71,7 @@ def run(context: click.Context, /, **given: Any) -> None:
 )
 @click.option("--record-working-set", "record", is_flag=True, help="Record the first page faults.")
 @options(ACCELERATION)
+@options(DRIVE)
 @options(MONITORS)
 @click.pass_context
 def restore(context: click.Context, /, **given: Any) -> None:

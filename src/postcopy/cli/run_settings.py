@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self, get_args
@@ -12,12 +13,15 @@ from postcopy.cli.memory_settings import blocks_of, blocks_of_image
 from postcopy.cli.prefork import import_ahead
 from postcopy.cli.process import notice
 from postcopy.errors import ImageError, Refused
+from postcopy.image.file_kinds import check_no_image
 from postcopy.link.guest.engine_process import EnginePool
 from postcopy.link.protocol import RestoreCommands
 from postcopy.machine import workload
 from postcopy.machine.config import RAM_NAMES, MachineConfig, MachineType, read_image
 from postcopy.machine.memory_blocks import MemoryBlock
 from postcopy.restore_options import RestoreOptions
+from postcopy.virtio.block import SECTOR_BYTES
+from postcopy.virtio.disk import Disk
 
 DEFER = "defer"
 STDIO = "stdio"
@@ -90,6 +94,7 @@ def _machine(options: Mapping[str, Any]) -> MachineConfig:
         privilege=int(options["privilege"]),
         machine_type=options["machine"],
         blocks=blocks,
+        drive=_drive(options),
     )
     _check(config)
     return config
@@ -103,6 +108,17 @@ def _check(config: MachineConfig) -> None:
             notice(block.warning)
 
 
+def _drive(options: Mapping[str, Any]) -> str | None:
+    """Return the path of the drive.
+
+    :raises Refused: it belongs to an image, which a guest would overwrite.
+    """
+    drive: str | None = options["drive"]
+    if drive is not None and Path(drive).exists():  # else the machine says what is wrong
+        check_no_image(Path(drive))
+    return drive
+
+
 def _image(options: Mapping[str, Any], blocks: Sequence[MemoryBlock]) -> bytes | None:
     image, name = options["image"], options["workload"]
     if options["incoming"] is not None:
@@ -114,7 +130,20 @@ def _image(options: Mapping[str, Any], blocks: Sequence[MemoryBlock]) -> bytes |
     memory_bytes = sum(block.size_bytes for block in blocks)
     # Half of the memory would leave blocks out.
     hot_bytes = memory_bytes - workload.BASE_ADDRESS if len(blocks) > 1 else None
-    return workload.load(name, memory_bytes, options["smp"], hot_bytes=hot_bytes).image()
+    drive = _drive(options)
+    made = workload.load(
+        name,
+        memory_bytes,
+        options["smp"],
+        hot_bytes=hot_bytes,
+        disk_bytes=0 if drive is None else _disk_bytes(drive),
+    )
+    return made.image()
+
+
+def _disk_bytes(path: str) -> int:
+    with closing(Disk(path)) as disk:
+        return disk.sectors * SECTOR_BYTES
 
 
 def restore_settings(options: Mapping[str, Any], engines: EnginePool) -> RunSettings:
@@ -169,6 +198,7 @@ def _machine_of_image(path: Path, options: Mapping[str, Any], engines: EnginePoo
         transparent_huge_pages=not options["lazy"],
         machine_type=machine,
         blocks=blocks,
+        drive=_drive(options),
     )
     _check(config)
     return config

@@ -53,7 +53,7 @@ ANY_PORT: Final = "tcp:127.0.0.1:0"
 class RunOptions(TypedDict, total=False):
     """The options of ``postcopy run``; see ``postcopy run --help``."""
 
-    workload: Literal["hammer", "idle", "sweep"]
+    workload: Literal["disk", "hammer", "idle", "sweep"]
     image: str
     load_address: int
     entry: int
@@ -65,6 +65,7 @@ class RunOptions(TypedDict, total=False):
     huge_pages: bool
     memory_block: Sequence[str]
     mem_path: str
+    drive: str
     incoming: str
     paused: bool
     name: str

@@ -27,6 +27,7 @@ class RestoreOptions(TypedDict, total=False):
     huge_pages: bool
     memory_block: Sequence[str]
     mem_path: str
+    drive: str
     paused: bool
     name: str
     serial: str

@@ -53,6 +53,7 @@ _vm_arguments = (
     ctypes.c_ulong,
 )
 _process_vm_readv = _declare("process_vm_readv", ctypes.c_ssize_t, *_vm_arguments)
+_memmove = _declare("memmove", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _process_vm_writev = _declare("process_vm_writev", ctypes.c_ssize_t, *_vm_arguments)
 _writev = _declare("writev", ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
 _pwritev = _declare(
@@ -165,6 +166,15 @@ def read_memory(address: int, into: int, length_bytes: int) -> None:
 def write_memory(address: int, source: int, length_bytes: int) -> None:
     """Copy to memory of this process that may be missing, or lost; see :func:`read_memory`."""
     _copy_all("process_vm_writev", _process_vm_writev, source, address, length_bytes)
+
+
+def copy_number(to: int, source: int, length_bytes: int) -> None:
+    """Copy an aligned number of 2, 4 or 8 bytes, memory to memory, so that no half of it is ever seen.
+
+    The kernel's copies of so few bytes go byte by byte; the C library's take one access.  A page that is
+    lost would end in ``SIGBUS`` here: have :func:`read_memory` find that out before.
+    """
+    _memmove(to, source, length_bytes)
 
 
 def _copy_all(name: str, call: Any, local: int, remote: int, length_bytes: int) -> None:

@@ -146,6 +146,16 @@ class KvmVm:
         calls.ioctl(self._fd, abi.KVM_GET_DIRTY_LOG, abi.kvm_dirty_log(slot, 0, bitmap.ctypes.data))
         return bitmap[: -(-size_bytes // (_PAGE_BYTES * 8))]
 
+    def signal_at_write(self, guest_address: int, value: int, fd: int) -> None:
+        """Have the guest's write of a 32-bit value at an address signal an eventfd, with no exit.
+
+        :raises KernelError: ``EEXIST`` when another descriptor has the same address and value.
+        """
+        flags = abi.KVM_IOEVENTFD_FLAG_DATAMATCH
+        calls.ioctl(
+            self._fd, abi.KVM_IOEVENTFD, abi.kvm_ioeventfd(value, guest_address, 4, fd, flags)
+        )
+
     def create_vcpu(self, index: int) -> "KvmVcpu":
         """A new vCPU in its reset state; set its CPUID before anything else."""
         return KvmVcpu(calls.ioctl_plain(self._fd, abi.KVM_CREATE_VCPU, index), self._run_bytes)
@@ -211,6 +221,11 @@ class KvmVcpu:
         access = self.run.io
         buffer = ctypes.c_uint8 * (access.size * access.count)
         return memoryview(buffer.from_address(self._run_address + access.data_offset)).cast("B")
+
+    def access_data(self) -> memoryview:
+        """After ``Exit.MMIO``: the bytes that the guest wrote, or room for what it is to read."""
+        access = self.run.mmio
+        return memoryview(access.data).cast("B")[: access.len]
 
     def set_cpuid(self, entries: Sequence[abi.kvm_cpuid_entry2]) -> None:
         """What CPUID shall answer; before the first entry."""

@@ -121,6 +121,19 @@ class Mapping:
         address = self._checked(offset, array.size)
         calls.write_memory(address, array.ctypes.data, array.size)
 
+    def load(self, offset: int, length_bytes: int) -> int:
+        """Read an aligned little-endian number of 2, 4 or 8 bytes, never half of it; see :meth:`read`."""
+        self.read(offset, length_bytes)
+        number = ctypes.create_string_buffer(length_bytes)
+        calls.copy_number(ctypes.addressof(number), self._address + offset, length_bytes)
+        return int.from_bytes(number.raw, "little")
+
+    def store(self, offset: int, value: int, length_bytes: int) -> None:
+        """Write such a number: a vCPU sees the old one or the new one; see :meth:`write`."""
+        self.read(offset, length_bytes)
+        number = ctypes.create_string_buffer(value.to_bytes(length_bytes, "little"), length_bytes)
+        calls.copy_number(self._address + offset, ctypes.addressof(number), length_bytes)
+
     def view(self) -> "npt.NDArray[np.uint8]":
         """The whole mapping as an array of bytes; see :meth:`buffer`."""
         import numpy as np

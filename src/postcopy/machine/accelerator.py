@@ -7,7 +7,7 @@ from postcopy.errors import HostCannot
 from postcopy.kernel.mapping import Mapping
 from postcopy.machine.address_map import AddressMap
 from postcopy.machine.config import MachineConfig
-from postcopy.machine.cpu import Cpu, Ports
+from postcopy.machine.cpu import Cpu, MmioWindow, Ports
 from postcopy.machine.kvm_cpu import KvmAccelerator
 
 if TYPE_CHECKING:
@@ -22,8 +22,14 @@ class Accelerator(Protocol):
     def name(self) -> str:
         """``kvm`` or ``unicorn``."""
 
-    def create_cpu(self, index: int, ports: Ports) -> Cpu:
-        """The vCPU of that number, in its reset state."""
+    def create_cpu(self, index: int, ports: Ports, window: MmioWindow | None = None) -> Cpu:
+        """The vCPU of that number, in its reset state.
+
+        :param window: what it finds beside RAM; without one an access there ends the guest.
+        """
+
+    def signal_at_write(self, guest_address: int, value: int, fd: int) -> None:
+        """The guest's write of a 32-bit value there need not come to the window: signal an eventfd."""
 
     def start_dirty_log(self) -> None:
         """Begin to note which pages vCPUs write.

@@ -4,6 +4,7 @@ What the machine puts into guest memory before the image runs::
 
     0x0500  GDT: null, kernel code 0x08, kernel data 0x10, user data 0x18, user code 0x20
     0x1000  PML4, 0x2000 PDPT, 0x3000-0x6fff page directories of the first 4 GiB: 2 MiB pages
+    0x7000  with a drive: the page directory of the GiB of devices
     0x8000  stacks, 512 bytes for each vCPU, number 0 on top (at 0x10000)
     0x10000 the image, unless told otherwise
     0x100000 the other page directories, one for each GiB, where there is more memory than 4 GiB
@@ -12,6 +13,9 @@ A guest finds its RAM in one piece from address 0 on, block behind block.  That 
 identity but on ``microvm`` from 3 GiB on, whose RAM goes on at physical 4 GiB.  Pages of 1 GiB would
 need no further directories, but not every KVM has them (one without hardware's second level of page
 tables need not), and a guest that moves would be lost there.
+
+With a drive, the GiB of devices below physical 4 GiB is found at :data:`DEVICES_ADDRESS`, however
+large the memory is.
 
 Every table entry has its accessed and dirty bits set already, and every descriptor its accessed
 bit, so the processor never writes there: memory changes only where the guest's own code writes.
@@ -36,6 +40,13 @@ RESERVED_END = 0x7000
 FAR_DIRECTORIES_ADDRESS = 0x100000
 """Not lower: there QEMU's microvm shows its firmware in place of RAM."""
 
+DEVICES_DIRECTORY_ADDRESS = 0x7000
+
+DEVICES_ADDRESS = 511 << 30
+"""Where the guest finds physical 3 GiB and what follows, up to 4 GiB; beyond any memory."""
+
+DEVICES_PHYSICAL_ADDRESS = 3 << 30
+
 STACKS_TOP = 0x10000
 STACK_BYTES = 512
 
@@ -51,22 +62,29 @@ _GDT = (0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF, 0x00CFF3000000FFFF, 0x00AFFB0
 _SELECTORS = {0: (0x08, 0x10), 3: (0x23, 0x1B)}
 
 
-def reserved(memory_bytes: int) -> list[tuple[int, int]]:
+def reserved(memory_bytes: int, *, drive: bool = False) -> list[tuple[int, int]]:
     """The ranges of guest addresses that are the machine's, where no image may lie."""
     far = _directories(memory_bytes) - _NEAR_DIRECTORIES
-    ranges = [(0, RESERVED_END)]
+    ranges = [(0, DEVICES_DIRECTORY_ADDRESS + _TABLE_BYTES if drive else RESERVED_END)]
     if far > 0:
         ranges.append((FAR_DIRECTORIES_ADDRESS, FAR_DIRECTORIES_ADDRESS + far * _TABLE_BYTES))
     return ranges
 
 
 def prepare_memory(
-    ram: Mapping, addresses: AddressMap, image: bytes | None, load_address: int
+    ram: Mapping,
+    addresses: AddressMap,
+    image: bytes | None,
+    load_address: int,
+    *,
+    drive: bool = False,
 ) -> None:
     """Write the tables and the image into memory that is all zeros."""
     ram.write(GDT_ADDRESS, _words(_GDT))
     for address, table in page_tables(addresses):
         ram.write(address, table)
+    if drive:
+        _map_devices(ram)
     if image is not None:
         ram.write(load_address, image)
 
@@ -81,6 +99,14 @@ def page_tables(addresses: AddressMap) -> Iterator[tuple[int, bytes]]:
     yield PDPT_ADDRESS, _words([place | _TABLE for place in places])
     for number, place in enumerate(places):
         yield place, entries[number * _TABLE_WORDS : (number + 1) * _TABLE_WORDS].tobytes()
+
+
+def _map_devices(ram: Mapping) -> None:
+    first = DEVICES_PHYSICAL_ADDRESS | _PAGE
+    pages = range(first, first + _TABLE_WORDS * _LARGE_PAGE_BYTES, _LARGE_PAGE_BYTES)
+    ram.write(DEVICES_DIRECTORY_ADDRESS, _words(pages))
+    entry = PDPT_ADDRESS + 8 * (DEVICES_ADDRESS >> 30)
+    ram.write(entry, _words([DEVICES_DIRECTORY_ADDRESS | _TABLE]))
 
 
 def _directories(memory_bytes: int) -> int:

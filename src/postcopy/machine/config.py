@@ -46,6 +46,7 @@ class MachineConfig:
         difference; the monitor does, by physical addresses from 3 GiB on.
     :param blocks: the RAM blocks, in the order of their guest addresses, which have ``memory_bytes``
         together; without any there is one, with QEMU's name for it.
+    :param drive: path of a file or block device that the guest has as its disk.
     """
 
     memory_bytes: int
@@ -59,6 +60,7 @@ class MachineConfig:
     transparent_huge_pages: bool = True
     machine_type: MachineType = "microvm"
     blocks: tuple[MemoryBlock, ...] = ()
+    drive: str | None = None
 
     @property
     def ram_name(self) -> str:
@@ -109,12 +111,16 @@ class MachineConfig:
                 f"the RAM blocks have {total} bytes together, and the memory {memory}; give their sum"
             )
         memory_blocks.check(self.memory_blocks)
+        if self.drive is not None and self.machine_type != "microvm":
+            raise Refused(
+                f"the machine '{self.machine_type}' has no place for a drive; give --machine microvm"
+            )
 
     def _check_image(self, image: bytes) -> None:
         first, end = self.load_address, self.load_address + len(image)
         if not image:
             raise Refused("the image is empty; give a file of raw 64-bit code")
-        for start, stop in boot.reserved(self.memory_bytes):
+        for start, stop in boot.reserved(self.memory_bytes, drive=self.drive is not None):
             if first < stop and start < end:
                 raise Refused(
                     f"an image at [{first:#x}, {end:#x}) would lie on the page tables; load it at "

@@ -16,7 +16,7 @@ class ExitReason(enum.Enum):
     """Why a vCPU came back from the guest."""
 
     INTERRUPTED = "interrupted"  # by kick(); also by any signal: enter again unless told to stop
-    SERVED = "served"  # an IN or OUT has been handed to the ports: enter again
+    SERVED = "served"  # an access to a device has been handed to it: enter again
     HALTED = "halted"  # HLT; there are no interrupts, so it stays halted
     SHUTDOWN = "shutdown"  # a triple fault: the guest has ended
     FAILED = "failed"  # the accelerator cannot go on; ``detail`` says what it said
@@ -38,6 +38,22 @@ class Ports(Protocol):
 
     def write(self, port: int, size_bytes: int, value: int) -> None:
         """What OUT writes to the port; without effect where no device is."""
+
+
+class MmioWindow(Protocol):
+    """Guest addresses where a device's registers are.  Called as :class:`Ports` is.
+
+    :ivar address: of the first byte, a multiple of 4096; ``size_bytes``: of all, too.
+    """
+
+    address: int
+    size_bytes: int
+
+    def read(self, offset: int, size_bytes: int) -> int:
+        """What the guest finds there; zeros where nothing is."""
+
+    def write(self, offset: int, size_bytes: int, value: int) -> None:
+        """What the guest's write does."""
 
 
 class Cpu(Protocol):

@@ -6,6 +6,7 @@ here too; :data:`IGNORED` says which.
 """
 
 from postcopy.machine.cpu_formats import CPU, CPU_COMMON
+from postcopy.machine.virtio_section import VIRTIO_BLK
 from postcopy.stream.format_table import FormatTable
 from postcopy.stream.vmstate import (
     BOOL,
@@ -155,7 +156,7 @@ IGNORED = (FW_CFG, KVM_TPR_OPT, APIC, IOAPIC, KVMCLOCK)
 """Read and dropped: devices of a microvm that our machine does without."""
 
 FORMATS = FormatTable(
-    (TIMER, SERIAL, GLOBALSTATE, FW_CFG, KVM_TPR_OPT, IOAPIC, KVMCLOCK),
+    (TIMER, SERIAL, VIRTIO_BLK, GLOBALSTATE, FW_CFG, KVM_TPR_OPT, IOAPIC, KVMCLOCK),
     per_cpu=(CPU_COMMON, CPU, APIC),
 )
 """Every section that may come to our machine."""

@@ -10,7 +10,7 @@ from postcopy.kernel.kvm import Kvm, KvmVcpu
 from postcopy.kernel.mapping import Mapping
 from postcopy.machine import cpuid
 from postcopy.machine.address_map import AddressMap
-from postcopy.machine.cpu import Exit, ExitReason, Ports
+from postcopy.machine.cpu import Exit, ExitReason, MmioWindow, Ports
 from postcopy.machine.cpu_state import CpuState
 from postcopy.machine.kvm_state import read_kvm_state, with_lost_iopl, write_kvm_state
 from postcopy.machine.vcpu import KICK
@@ -46,11 +46,15 @@ class KvmAccelerator:
             self._vm = kvm.create_vm()
         self._set_memory(log_dirty=False)
 
-    def create_cpu(self, index: int, ports: Ports) -> "KvmCpu":
+    def create_cpu(self, index: int, ports: Ports, window: MmioWindow | None = None) -> "KvmCpu":
         """The vCPU of that number; its CPUID offers what :mod:`~postcopy.machine.cpuid` leaves."""
         vcpu = self._vm.create_vcpu(index)
         vcpu.set_cpuid(cpuid.carried(self._cpuid, index))
-        return KvmCpu(vcpu, self._ram, ports, cpuid.physical_address_bits(self._cpuid))
+        return KvmCpu(vcpu, self._ram, ports, cpuid.physical_address_bits(self._cpuid), window)
+
+    def signal_at_write(self, guest_address: int, value: int, fd: int) -> None:
+        """See :meth:`postcopy.kernel.kvm.KvmVm.signal_at_write`."""
+        self._vm.signal_at_write(guest_address, value, fd)
 
     def start_dirty_log(self) -> None:
         """KVM begins with nothing dirty."""
@@ -95,12 +99,21 @@ class KvmCpu:
     """One vCPU: :class:`postcopy.machine.cpu.Cpu` over ``KVM_RUN``.
 
     :param address_bits: of a guest physical address, as its CPUID says.
+    :param window: what the guest finds beside RAM.
     """
 
-    def __init__(self, vcpu: KvmVcpu, ram: Mapping, ports: Ports, address_bits: int) -> None:
+    def __init__(
+        self,
+        vcpu: KvmVcpu,
+        ram: Mapping,
+        ports: Ports,
+        address_bits: int,
+        window: MmioWindow | None = None,
+    ) -> None:
         self._vcpu = vcpu
         self._ram = ram
         self._ports = ports
+        self._window = window
         self._address_bits = address_bits
         self._thread: int | None = None
         self._loaded: CpuState | None = None
@@ -121,6 +134,11 @@ class KvmCpu:
         if reason is abi.Exit.IO:
             self._serve_port()
             return _SERVED
+        if reason is abi.Exit.MMIO and self._serve_window():
+            return _SERVED
+        return self._end(reason)
+
+    def _end(self, reason: abi.Exit) -> Exit:
         if reason is abi.Exit.HLT:
             return _HALTED
         if reason is abi.Exit.SHUTDOWN:
@@ -189,6 +207,22 @@ class KvmCpu:
                 self._ports.write(port, size, value)
             else:
                 data[at : at + size] = self._ports.read(port, size).to_bytes(size, "little")
+
+    def _serve_window(self) -> bool:
+        """Hand an access to the window; return whether it is one."""
+        access, window = self._vcpu.run.mmio, self._window
+        if window is None:
+            return False
+        offset = access.phys_addr - window.address
+        if not 0 <= offset < window.size_bytes:
+            return False
+        data = self._vcpu.access_data()
+        if access.is_write:
+            window.write(offset, len(data), int.from_bytes(data, "little"))
+        else:
+            value = window.read(offset, len(data)) & (1 << 8 * len(data)) - 1
+            data[:] = value.to_bytes(len(data), "little")
+        return True
 
     def _describe(self, reason: abi.Exit) -> str:
         run = self._vcpu.run

@@ -12,10 +12,13 @@ from postcopy.guest import DeviceState, Region, SharingProcess, VcpuThread
 from postcopy.kernel.mapping import Buffer
 from postcopy.machine import accelerator, boot, sections
 from postcopy.machine.config import MachineConfig
+from postcopy.machine.drive import Drive
+from postcopy.machine.guest_memory import GuestMemory
 from postcopy.machine.ports import PortBus, SerialPort
 from postcopy.machine.ram import Ram
 from postcopy.machine.run_control import OnEvent, RunControl, RunState
-from postcopy.machine.vcpu import Vcpu, install_kick_handler
+from postcopy.machine.vcpu import Runner, Vcpu, install_kick_handler
+from postcopy.machine.virtio_mmio import NOTIFY_ADDRESS, VirtioMmio, check_state
 from postcopy.ownership import Ownership
 
 if TYPE_CHECKING:
@@ -49,32 +52,45 @@ class Machine:
         self._ram = Ram(
             config.memory_blocks, self._addresses, transparent=config.transparent_huge_pages
         )
+        self._memory = GuestMemory(self._ram.mapping, self._addresses)
         self._vcpus: list[Vcpu] = []
+        self._runners: list[Runner] = []
+        self._drive: VirtioMmio | None = None
         try:
             self._accelerator = accelerator.choose(config, self._ram.mapping)
         except BaseException:
             self._ram.close()
             raise
-        self.run_control = RunControl(self._vcpus, on_event)
+        self.run_control = RunControl(self._runners, on_event)
         self._serial = SerialPort(on_serial)
         self._sharing: list[SharingProcess] = []
         self._tell_of_sharing: Callable[[SharingProcess], None] = lambda _: None
         self._closed = False
-        self._make_vcpus()
-
-    def _make_vcpus(self) -> None:
-        ports = PortBus(self._serial, self.run_control.guest_shutdown)
         try:
-            for index in range(self.config.vcpus):
-                cpu = self._accelerator.create_cpu(index, ports)
-                try:
-                    self._vcpus.append(Vcpu(index, cpu, self.run_control.vcpu_ended))
-                except BaseException:
-                    cpu.close()
-                    raise
+            self._attach_drive()
+            self._make_vcpus()
         except BaseException:
             self.close()
             raise
+
+    def _attach_drive(self) -> None:
+        path = self.config.drive
+        if path is not None:
+            self._drive = drive = VirtioMmio(Drive(path), self._memory, self.run_control.fail)
+            self._accelerator.signal_at_write(NOTIFY_ADDRESS, 0, drive.thread.kick_fd)
+            self._runners.append(drive.thread)
+
+    def _make_vcpus(self) -> None:
+        ports = PortBus(self._serial, self.run_control.guest_shutdown)
+        for index in range(self.config.vcpus):
+            cpu = self._accelerator.create_cpu(index, ports, self._drive)
+            try:
+                vcpu = Vcpu(index, cpu, self.run_control.vcpu_ended)
+            except BaseException:
+                cpu.close()
+                raise
+            self._vcpus.append(vcpu)
+            self._runners.append(vcpu)
 
     def start(self, *, paused: bool = False, incoming: bool = False) -> None:
         """Boot the image, or wait for a guest to come.
@@ -106,6 +122,11 @@ class Machine:
     def running(self) -> bool:
         """Whether the vCPUs run."""
         return self.run_state is RunState.RUNNING
+
+    @property
+    def has_drive(self) -> bool:
+        """Whether there is a drive."""
+        return self._drive is not None
 
     @property
     def memory_bytes(self) -> int:
@@ -216,7 +237,8 @@ class Machine:
             raise WrongState("the state of a running guest cannot be saved; pause it first")
         cpus = [vcpu.get_state() for vcpu in self._vcpus]
         moving = self.run_control.state_to_move.value
-        return sections.encode_devices(cpus, self._serial.state, moving)
+        drive = None if self._drive is None else self._drive.save()
+        return sections.encode_devices(cpus, self._serial.state, moving, drive=drive)
 
     def load_devices(self, states: Sequence[DeviceState]) -> None:
         """Take over what another machine's :meth:`save_devices` gave.
@@ -238,16 +260,20 @@ class Machine:
 
     def _decode(self, states: Sequence[DeviceState]) -> sections.MachineState:
         try:
-            return sections.decode_devices(states, self.config.vcpus)
+            arrived = sections.decode_devices(states, self.config.vcpus)
         except StreamError as error:
             raise GuestError(f"the device state cannot be read: {error}") from error
+        check_state(self._drive, arrived.drive)
+        return arrived
 
     def _load(self, arrived: sections.MachineState) -> RunState:
         self._check_stopped()
         for vcpu, cpu in zip(self._vcpus, arrived.cpus, strict=True):
             vcpu.set_state(cpu)
         self._serial.state = arrived.serial
-        return _known_run_state(arrived.run_state)
+        if self._drive is not None:
+            self._drive.load(arrived.drive)
+        return RunState.of_stream(arrived.run_state)
 
     def _check_stopped(self) -> None:
         if self.running:
@@ -297,24 +323,28 @@ class Machine:
         return self._ram.name_at(self._addresses.offset_of(guest_address, 1))
 
     def start_dirty_log(self) -> None:
-        """Begin to note which pages the vCPUs write.
+        """Begin to note which pages the vCPUs and the drive write.
 
         :raises HostCannot: the accelerator has no such log.
         """
         self._accelerator.start_dirty_log()
+        self._memory.start_log()
 
     def stop_dirty_log(self) -> None:
         """Stop noting."""
         self._accelerator.stop_dirty_log()
+        self._memory.stop_log()
 
     def fetch_dirty_log(self, block: str) -> "npt.NDArray[np.uint8]":
         """Fetch and clear a block's log: one bit for each 4 KiB page, page 0 in bit 0 of byte 0.
 
-        Only the vCPUs' writes are in it, not those of :meth:`write_memory` or of an engine.
+        Only the guest's own writes are in it, not those of :meth:`write_memory` or of an engine.
 
         :raises Refused: there is no such block.
         """
-        return self._accelerator.fetch_dirty_log(*self._ram.range_of(block))
+        start, length = self._ram.range_of(block)
+        written = self._accelerator.fetch_dirty_log(start, length)
+        return written | self._memory.fetch_log(start, length)
 
     def close(self) -> None:
         """Stop for good and give everything back; harmless when done."""
@@ -324,8 +354,10 @@ class Machine:
         self.run_control.close()
         for vcpu in self._vcpus:
             vcpu.close()
+        ended = self._drive is None or self._drive.close()
         self._accelerator.close()
-        self._ram.close()
+        if ended:
+            self._ram.close()
 
     def __enter__(self) -> Self:
         return self
@@ -340,7 +372,13 @@ class Machine:
         config = self.config
         if config.image is None:
             raise Refused("a machine without an image has nothing to boot; give an image")
-        boot.prepare_memory(self._ram.mapping, self._addresses, config.image, config.load_address)
+        boot.prepare_memory(
+            self._ram.mapping,
+            self._addresses,
+            config.image,
+            config.load_address,
+            drive=config.drive is not None,
+        )
         for vcpu in self._vcpus:
             vcpu.set_state(
                 boot.boot_state(
@@ -356,11 +394,3 @@ class Machine:
         if address < 0 or length < 0 or address + length > end:
             what = f"no RAM at [{address:#x}, {address + length:#x})"
             raise Refused(f"{what}; it is at [0x0, {end:#x})")
-
-
-def _known_run_state(name: str) -> RunState:
-    try:
-        return RunState(name)
-    except ValueError:
-        # A state that only QEMU has (such as suspended): the guest was not running.
-        return RunState.PAUSED

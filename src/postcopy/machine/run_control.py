@@ -12,7 +12,7 @@ from typing import Any
 
 from postcopy.errors import GuestError, WrongState
 from postcopy.machine.cpu import Exit, ExitReason
-from postcopy.machine.vcpu import Vcpu, park_all
+from postcopy.machine.vcpu import Runner, Vcpu, park_all
 from postcopy.ownership import Move, Owner, Ownership
 
 
@@ -30,6 +30,11 @@ class RunState(enum.StrEnum):
     POSTMIGRATE = "postmigrate"  # its guest has gone elsewhere
     INTERNAL_ERROR = "internal-error"  # a vCPU cannot go on
     SHUTDOWN = "shutdown"  # the guest has switched itself off
+
+    @classmethod
+    def of_stream(cls, name: str) -> "RunState":
+        """What a stream says; a state that only QEMU has (such as suspended): it was not running."""
+        return cls(name) if name in set(cls) else cls.PAUSED
 
     @property
     def needs_reset(self) -> bool:
@@ -51,15 +56,16 @@ class RunControl:
     (``_order``); the state has a lock that is never held while waiting, because the vCPUs' threads
     take it too.
 
+    :param runners: the vCPUs, and the threads of devices.
     :param on_event: gets QEMU's ``STOP``, ``RESUME``, ``SHUTDOWN`` and ``GUEST_PANICKED``, in the
         order of what happened; may come on any thread and must not wait for the machine.
     :param park_timeout_s: how long a stop may take before it is given up and taken back.
     """
 
     def __init__(
-        self, vcpus: Sequence[Vcpu], on_event: OnEvent, park_timeout_s: float = PARK_TIMEOUT_S
+        self, runners: Sequence[Runner], on_event: OnEvent, park_timeout_s: float = PARK_TIMEOUT_S
     ) -> None:
-        self._vcpus = vcpus
+        self._runners = runners
         self._park_timeout_s = park_timeout_s
         self._on_event = on_event
         self._order = threading.Lock()
@@ -229,9 +235,9 @@ class RunControl:
             self.fail(reason)
 
     def close(self) -> None:
-        """Park the vCPUs for good, without any event."""
+        """Park them all for good, without any event."""
         with self._order:
-            park_all(self._vcpus)
+            park_all(self._runners)
 
     def _taken_back(self) -> None:
         self._interrupted = None
@@ -246,17 +252,17 @@ class RunControl:
             self._on_event("RESUME", {})
             # Under the lock: a guest that ends at once must find its other vCPUs wanted already,
             # or they would not be stopped again.
-            for vcpu in self._vcpus:
-                vcpu.want()
+            for runner in self._runners:
+                runner.want()
 
     def _park(self) -> None:
         try:
-            park_all(self._vcpus, self._park_timeout_s)
+            park_all(self._runners, self._park_timeout_s)
         except GuestError:
             with self._lock:
                 if self._state is RunState.RUNNING:  # as before the order
-                    for vcpu in self._vcpus:
-                        vcpu.want()
+                    for runner in self._runners:
+                        runner.want()
             raise
 
     def _halt(self, state: RunState) -> None:
@@ -266,8 +272,8 @@ class RunControl:
                 self._become(state)
 
     def _end(self, state: RunState) -> None:
-        for vcpu in self._vcpus:
-            vcpu.unwant()
+        for runner in self._runners:
+            runner.unwant()
         if self._interrupted is not None:
             # It ended while an engine was stopping it: that is what moves with it.
             self._interrupted = state

@@ -11,12 +11,15 @@ from typing import Any, Final
 
 from postcopy.errors import GuestError, StreamError
 from postcopy.guest import DeviceState
+from postcopy.machine import virtio_section
 from postcopy.machine.cpu_formats import CPU, CPU_COMMON
 from postcopy.machine.cpu_section import cpu_common_values, cpu_values, state_from_values
 from postcopy.machine.cpu_state import CpuState
 from postcopy.machine.device_formats import FORMATS, GLOBALSTATE, SERIAL, TIMER
 from postcopy.machine.ports import SerialState
-from postcopy.stream.vmstate import Format, Values
+from postcopy.machine.virtio_state import VirtioState
+from postcopy.stream.format_table import SectionFormat
+from postcopy.stream.vmstate import Values
 
 RUN_STATES: Final = frozenset(
     "debug inmigrate internal-error io-error paused postmigrate prelaunch finish-migrate "  # noqa: SIM905
@@ -45,6 +48,7 @@ class MachineState:
     serial: SerialState = field(default_factory=SerialState)
     run_state: str = "running"
     clock: Clock = field(default_factory=Clock)
+    drive: VirtioState | None = None
 
 
 def encode_devices(
@@ -52,10 +56,12 @@ def encode_devices(
     serial: SerialState | None = None,
     run_state: str = "running",
     clock: Clock | None = None,
+    drive: VirtioState | None = None,
 ) -> list[DeviceState]:
     """The sections of a stopped machine, in the order of sending.
 
     :param serial: ``None`` when the machine has no port.
+    :param drive: ``None`` when the machine has none.
     :param clock: without one, the first vCPU's TSC counts: a QEMU with a software CPU goes on
         counting from there.
     """
@@ -66,6 +72,9 @@ def encode_devices(
         states.append(_section(CPU, number, cpu_values(cpu)))
     if serial is not None and serial != SerialState():
         states.append(_section(SERIAL, 0, _serial_values(serial)))
+    if drive is not None:
+        values = virtio_section.values_of(drive)
+        states.append(_section(virtio_section.VIRTIO_BLK, 0, values))
     states.append(_section(GLOBALSTATE, 0, _globalstate_values(run_state)))
     return states
 
@@ -89,6 +98,7 @@ def decode_devices(states: Sequence[DeviceState], vcpus: int | None = None) -> M
         serial=_serial(values),
         run_state=_run_state(values),
         clock=clock,
+        drive=_drive(values),
     )
 
 
@@ -106,7 +116,7 @@ def descriptions(states: Sequence[DeviceState]) -> list[dict[str, Any]]:
 _Sections = dict[tuple[str, int], dict[str, Any]]
 
 
-def _section(format_: Format, instance: int, values: Values) -> DeviceState:
+def _section(format_: SectionFormat, instance: int, values: Values) -> DeviceState:
     return DeviceState(format_.name, instance, format_.version, format_.encode(values))
 
 
@@ -157,6 +167,11 @@ def _serial(values: _Sections) -> SerialState:
     registers = dict(section["state"])
     registers["fcr"] = registers.pop("fcr_vmstate")
     return SerialState(**registers)
+
+
+def _drive(values: _Sections) -> VirtioState | None:
+    section = values.get((virtio_section.NAME, 0))
+    return None if section is None else virtio_section.state_of(section)
 
 
 def _globalstate_values(run_state: str) -> dict[str, Any]:

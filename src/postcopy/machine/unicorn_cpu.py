@@ -28,7 +28,7 @@ import numpy.typing as npt
 from postcopy.errors import GuestError, HostCannot
 from postcopy.kernel.mapping import Mapping
 from postcopy.machine.address_map import AddressMap
-from postcopy.machine.cpu import Exit, ExitReason, Ports
+from postcopy.machine.cpu import Exit, ExitReason, MmioWindow, Ports
 from postcopy.machine.cpu_state import CpuState
 from postcopy.machine.unicorn_registers import UnicornRegisters, refuse_foreign
 
@@ -67,13 +67,20 @@ class UnicornCpu:
 
     :param ports: what IN and OUT reach; called on the vCPU's thread.
     :param memory: all of the guest's RAM.
+    :param window: what it finds beside RAM.
     :raises HostCannot: unicorn is not installed.
     """
 
-    def __init__(self, ports: Ports, memory: Sequence[MappedMemory]) -> None:
+    def __init__(
+        self,
+        ports: Ports,
+        memory: Sequence[MappedMemory],
+        window: MmioWindow | None = None,
+    ) -> None:
         self._unicorn, self._constants = load_unicorn()
         self._ports = ports
         self._memory = memory
+        self._window = window
         self._kicked = threading.Event()
         self._exception: int | None = None
         self._fault_address = 0
@@ -127,6 +134,10 @@ class UnicornCpu:
         every = self._unicorn.UC_PROT_ALL
         for part in self._memory:
             engine.mem_map_ptr(part.guest_address, part.size_bytes, every, part.host_address)
+        window = self._window
+        if window is not None:
+            callbacks = self._on_window_read, None, self._on_window_write, None
+            engine.mmio_map(window.address, window.size_bytes, *callbacks)
         registers = UnicornRegisters(self._constants, engine)
         registers.load(state)
         # Privilege 0 can only be reached from user code by SYSCALL or through an IDT.
@@ -173,6 +184,16 @@ class UnicornCpu:
         self, _engine: object, port: int, size_bytes: int, value: int, _data: object
     ) -> None:
         self._ports.write(port, size_bytes, value & (1 << 8 * size_bytes) - 1)
+
+    def _on_window_read(self, _engine: object, offset: int, size_bytes: int, _data: object) -> int:
+        assert self._window is not None
+        return self._window.read(offset, size_bytes)
+
+    def _on_window_write(
+        self, _engine: object, offset: int, size_bytes: int, value: int, _data: object
+    ) -> None:
+        assert self._window is not None
+        self._window.write(offset, size_bytes, value & (1 << 8 * size_bytes) - 1)
 
     def _failure(self, error: Any) -> Exit:
         if error.errno == self._unicorn.UC_ERR_INSN_INVALID:
@@ -222,9 +243,17 @@ class UnicornAccelerator:
             for part in addresses.parts
         ]
 
-    def create_cpu(self, index: int, ports: Ports) -> UnicornCpu:  # noqa: ARG002 - all are alike
+    def create_cpu(
+        self,
+        index: int,  # noqa: ARG002 - all are alike
+        ports: Ports,
+        window: MmioWindow | None = None,
+    ) -> UnicornCpu:
         """A vCPU in its reset state; give it a 64-bit one before it is entered."""
-        return UnicornCpu(ports, self._memory)
+        return UnicornCpu(ports, self._memory, window)
+
+    def signal_at_write(self, guest_address: int, value: int, fd: int) -> None:
+        """Each write comes to the window."""
 
     def start_dirty_log(self) -> None:
         """There is none: the memory is written by ordinary stores of this process.

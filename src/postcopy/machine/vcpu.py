@@ -4,8 +4,9 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Protocol
 
 from postcopy.errors import GuestError, WrongState
 from postcopy.guest import VcpuThread
@@ -47,6 +48,12 @@ def install_kick_handler() -> None:
 
 _log = logging.getLogger(__name__)
 
+NOT_COME = (
+    "that has not come; let the page come (recover the migration) or declare it lost (x-migrate-lost), and "
+    "stop the guest then"
+)
+"""Of a page, with the cure."""
+
 MOST_VAIN_INTERRUPTS = 16
 """Interrupts without a cause at one instruction that a vCPU outlives; more mean a poisoned page."""
 
@@ -67,6 +74,8 @@ class Vcpu:
 
     def __init__(self, index: int, cpu: Cpu, on_end: Callable[["Vcpu", Exit], None]) -> None:
         self.index = index
+        self.name = f"vCPU {index}"
+        self.awaits = f"a page of the guest's page tables {NOT_COME}"
         self._cpu = cpu
         self._on_end = on_end
         self._changed = threading.Condition()
@@ -189,22 +198,43 @@ class Vcpu:
         return Exit(ExitReason.FAILED, what)
 
 
-def park_all(vcpus: Sequence[Vcpu], timeout_s: float | None = None) -> None:
-    """Stop every vCPU; on return none of them is in the guest.
+class Runner(Protocol):
+    """What runs with the guest and stands still with it: a vCPU, the thread of a device."""
+
+    @property
+    def name(self) -> str:
+        """Of it, for a user."""
+
+    @property
+    def awaits(self) -> str:
+        """What it waits for if :meth:`wait_parked` waits long, and the cure."""
+
+    def want(self) -> None:
+        """Let it run."""
+
+    def unwant(self) -> None:
+        """Ask it to park."""
+
+    def wait_parked(self, timeout_s: float | None = None) -> bool:
+        """Wait until it touches no guest memory; return whether it does not."""
+
+
+def park_all(runners: Iterable[Runner], timeout_s: float | None = None) -> None:
+    """Stop everything that runs; on return none of it is in the guest, or touches its memory.
 
     A vCPU that waits for a page of memory can be stopped, but for one place: where the processor itself
-    looks up the guest's page tables, Linux (6.18) waits for the page and for nothing else.
+    looks up the guest's page tables, Linux (6.18) waits for the page and for nothing else.  So it does
+    where a device's thread copies to or from guest memory.
 
-    :raises GuestError: one of them is not out of the guest within the time; all are asked to park still.
+    :raises GuestError: one of them has not stopped within the time; all are asked to park still.
     """
-    for vcpu in vcpus:
-        vcpu.unwant()
+    runners = tuple(runners)
+    for runner in runners:
+        runner.unwant()
     until = None if timeout_s is None else time.monotonic() + timeout_s
-    for vcpu in vcpus:
+    for runner in runners:
         left_s = None if until is None else max(0.0, until - time.monotonic())
-        if not vcpu.wait_parked(left_s):
+        if not runner.wait_parked(left_s):
             raise GuestError(
-                f"vCPU {vcpu.index} did not stop within {timeout_s:g} s: it waits for a page of the "
-                "guest's page tables that has not come; let the page come (recover the migration) or "
-                "declare it lost (x-migrate-lost), and stop the guest then"
+                f"{runner.name} did not stop within {timeout_s:g} s: it waits for {runner.awaits}"
             )

@@ -5,13 +5,24 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from postcopy.errors import Refused
+from postcopy.machine.boot import DEVICES_ADDRESS, DEVICES_PHYSICAL_ADDRESS
+from postcopy.machine.virtio_state import ADDRESS
 
-NAMES: Final = ("hammer", "idle", "sweep")
+NAMES: Final = ("disk", "hammer", "idle", "sweep")
 BASE_ADDRESS: Final = 0x200000
 PAGE_BYTES: Final = 4096
+BLOCK_BYTES: Final = 4096
+
+DISK_AREA_BYTES: Final = 2 << 20
+"""Of the workload ``disk``, from ``base_address`` on: ring, records and buffers; the slices follow."""
+
+MOST_DISK_BLOCKS: Final = 4096
+_DISK_BUFFERS: Final = 256
+_DISK_REGISTERS: Final = ADDRESS - DEVICES_PHYSICAL_ADDRESS + DEVICES_ADDRESS
 
 _PARAMETERS_AT = 0x40
 _PARAMETERS = struct.Struct("<8s9Q")
+_DISK_PARAMETERS = struct.Struct("<4Q")
 _MAGIC = b"PCYWRK01"
 _SEED = 0x9E3779B97F4A7C15
 _SAY_RUNNING = 1
@@ -26,6 +37,8 @@ class Workload:
     :param hot_bytes: what each vCPU visits, from the beginning of its slice.
     :param delay_cycles: least TSC cycles from one visit to the next; 0 is full speed.
     :param exit_after: vCPU 0 switches the machine off after so many visits; 0 is never.
+    :param disk_blocks: blocks of the drive that ``disk`` uses, from the first on.
+    :param disk_buffers: pages of memory that it writes them from and reads them into.
     :param say_running: vCPU 0 writes ``R`` to the serial port when its slice is filled.
     """
 
@@ -39,6 +52,13 @@ class Workload:
     exit_after: int = 0
     say_running: bool = False
     base_address: int = BASE_ADDRESS
+    disk_blocks: int = 0
+    disk_buffers: int = _DISK_BUFFERS
+
+    @property
+    def disk_area(self) -> int:
+        """Where ``disk`` keeps what it needs for the drive."""
+        return self.base_address - DISK_AREA_BYTES
 
     @property
     def pages(self) -> int:
@@ -69,6 +89,10 @@ class Workload:
             self.exit_after,
             self.memory_bytes,
         )
+        if self.disk_blocks:
+            at = _PARAMETERS_AT + _PARAMETERS.size
+            disk = _DISK_REGISTERS, self.disk_area, self.disk_blocks, self.disk_buffers
+            _DISK_PARAMETERS.pack_into(image, at, *disk)
         return bytes(image)
 
 
@@ -82,6 +106,7 @@ def load(
     delay_cycles: int | None = None,
     seed: int = _SEED,
     base_address: int = BASE_ADDRESS,
+    disk_bytes: int = 0,
 ) -> Workload:
     """A workload cut to a machine; change more with :func:`dataclasses.replace`.
 
@@ -92,10 +117,19 @@ def load(
     :param delay_cycles: 50 000 (about 20 us) for ``sweep``, else none.
     :param base_address: where to begin to fill, 2 MiB or more: a way to use the far end of a memory
         that is mostly empty.
+    :param disk_bytes: size of the drive, for ``disk``, which uses its first 16 MiB at most.
     :raises Refused: there is no such workload, or it does not fit.
     """
     if name not in NAMES:
         raise Refused(f"no workload is called {name!r}; give {', '.join(NAMES)}")
+    blocks = 0
+    if name == "disk":
+        blocks = min(disk_bytes // BLOCK_BYTES, MOST_DISK_BLOCKS)
+        if not blocks:
+            raise Refused(
+                "the workload disk needs a drive of 4096 bytes or more; give --drive FILE"
+            )
+        base_address += DISK_AREA_BYTES
     room = memory_bytes - base_address
     fill = fill_bytes if fill_bytes is not None else room // (2 if name == "idle" else 1)
     hot = hot_bytes if hot_bytes is not None else memory_bytes // 2 if name == "hammer" else fill
@@ -107,8 +141,8 @@ def load(
             "it needs a page for each and leaves the first 2 MiB alone"
         )
     workload = Workload(name, memory_bytes, vcpus, slice_bytes, hot_slice, seed)
-    delay = delay_cycles if delay_cycles is not None else 50_000 if name == "sweep" else 0
-    return replace(workload, delay_cycles=delay, base_address=base_address)
+    delay = delay_cycles if delay_cycles is not None else 50_000 if name in {"disk", "sweep"} else 0
+    return replace(workload, delay_cycles=delay, base_address=base_address, disk_blocks=blocks)
 
 
 def _whole_pages(total_bytes: int, shares: int) -> int:

@@ -1,10 +1,36 @@
 """The device formats that one machine knows: the stream's decoder asks it where a section ends."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from postcopy.errors import StreamError
-from postcopy.stream.vmstate import Format, Values
+from postcopy.stream.vmstate import Values
+
+
+class SectionFormat(Protocol):
+    """What the table knows of a format; :class:`postcopy.stream.vmstate.Format` says what each does."""
+
+    @property
+    def name(self) -> str:
+        """Of the section."""
+
+    @property
+    def version(self) -> int:
+        """The newest."""
+
+    def check_version(self, version: int) -> None:
+        """Refuse what cannot be read."""
+
+    def encode(self, values: Values) -> bytes:
+        """The payload."""
+
+    def decode(
+        self, data: memoryview, *, version: int | None = None, whole: bool = False
+    ) -> tuple[dict[str, Any], int] | None:
+        """The values, and how many bytes they took."""
+
+    def describe(self, values: Values) -> dict[str, Any]:
+        """The description."""
 
 
 class FormatTable:
@@ -15,7 +41,9 @@ class FormatTable:
         the machine knows how many vCPUs it has.
     """
 
-    def __init__(self, formats: Iterable[Format], per_cpu: Iterable[Format] = ()) -> None:
+    def __init__(
+        self, formats: Iterable[SectionFormat], per_cpu: Iterable[SectionFormat] = ()
+    ) -> None:
         self._per_cpu = {each.name: each for each in per_cpu}
         self._formats = {each.name: each for each in formats} | self._per_cpu
 
@@ -48,7 +76,7 @@ class FormatTable:
         """The payload of a section; the counterpart of :meth:`decode`."""
         return self._formats[name].encode(values)
 
-    def find(self, name: str, instance: int, version: int) -> Format:
+    def find(self, name: str, instance: int, version: int) -> SectionFormat:
         """The format of a section.
 
         :raises StreamError: there is no such device here, or not in this version.

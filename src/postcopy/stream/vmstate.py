@@ -166,6 +166,7 @@ class Format:
     :param minimum_version: the oldest that can be read; all between have the same fields.
     :param needed: given the values of this subsection, whether it is worth sending.  A receiver
         that does not know a subsection refuses the stream, so one that holds defaults is not sent.
+    :param prefix: how the names of its subsections begin, where that is not its own name.
     """
 
     name: str
@@ -174,6 +175,7 @@ class Format:
     subsections: tuple["Format", ...] = ()
     minimum_version: int = 0
     needed: Callable[[Values], bool] = _always
+    prefix: str = ""
 
     @property
     def length(self) -> int:
@@ -265,7 +267,7 @@ class Format:
         end = at + 2 + data[at + 1]
         name = bytes(data[at + 2 : end]).decode("ascii", "backslashreplace")
         # A subsection of an outer format also follows an inner one's fields: the prefix tells.
-        if not name.startswith(self.name):
+        if not name.startswith(self.prefix or self.name):
             return None
         for child in self.subsections:
             if child.name == name:

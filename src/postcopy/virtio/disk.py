@@ -103,6 +103,13 @@ class Disk:
         last[-1] = status
         return length + 1
 
+    def flush(self) -> None:
+        """Bring to the disk what has been written; harmless when nothing has.
+
+        :raises OSError: that fails.
+        """
+        persist(os.fdatasync, self._fd)
+
     def close(self) -> None:
         """Close the file."""
         if self._fd >= 0:

@@ -69,6 +69,10 @@ class OwnedGuest(SharingGuest, Protocol):
     def running(self) -> bool:
         """Whether the vCPUs run."""
 
+    @property
+    def has_drive(self) -> bool:
+        """Whether it has a drive, whose bytes no reset takes back."""
+
     def vcpu_threads(self) -> Sequence[VcpuThread]:
         """The threads that run vCPUs, in order of the vCPUs' numbers."""
 

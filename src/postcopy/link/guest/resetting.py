@@ -108,7 +108,7 @@ class Resetting:
                 return {"pause-us": 0, "copied-bytes": 0}
             if point is not None and point.torn:
                 raise WrongState("the last reset was not finished: 'x-reset' tries again")
-            _check_reset()
+            _check_reset(self._guest)
             self._complete()
             self._end()
             return self._begin(file)
@@ -257,8 +257,16 @@ def _identify(path: str | None) -> tuple[Any, ...] | None:
     return absolute, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _check_reset() -> None:
-    """Refuse a reset point on a host that cannot track writes."""
+def _check_reset(guest: OwnedGuest) -> None:
+    """Refuse a reset point on a host that cannot track writes, or for a guest with a drive.
+
+    :raises WrongState: the guest has a drive.
+    """
+    if guest.has_drive:
+        raise WrongState(
+            "the guest has a drive, which a reset does not take back: it would find what it is still to "
+            "write; take a snapshot and a copy of the disk instead"
+        )
     try:
         Userfaultfd.open(WRITE_FEATURES, user_mode_only=True).close()
     except HostCannot as error:

@@ -1,0 +1,73 @@
+"""What of a virtio-mmio device moves with the machine: its registers, and how far its ring has come.
+
+Virtual I/O Device 1.2, sections 2.1 (status), 2.7 (rings) and 4.2.2 (registers).
+"""
+
+import enum
+from dataclasses import dataclass, field
+from typing import Final
+
+ADDRESS: Final = 0xFEB00E00
+"""Where QEMU's ``microvm`` has its first device: the last of eight transports of 512 bytes."""
+
+DEFAULT_RING_ENTRIES: Final = 256
+VERSION_1: Final = 1 << 32
+
+
+class Status(enum.IntFlag):
+    """The bits of the status register that mean something to the device."""
+
+    FEATURES_OK = 8
+    DRIVER_OK = 4
+    NEEDS_RESET = 64
+
+
+@dataclass(frozen=True, slots=True)
+class QueueRegisters:
+    """What the driver has written to the registers of the queue.
+
+    :ivar descriptors: guest address of the descriptor table; ``available`` and ``used``: of the two rings.
+    """
+
+    entries: int = 0
+    ready: bool = False
+    descriptors: int = 0
+    available: int = 0
+    used: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RingState:
+    """The ring as it was when the driver made the queue ready; no addresses before.
+
+    :ivar next_available: index of the next request, modulo 65536.
+    """
+
+    entries: int = DEFAULT_RING_ENTRIES
+    descriptors: int = 0
+    available: int = 0
+    used: int = 0
+    next_available: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class VirtioState:
+    """One device with one queue, after a reset unless told otherwise.
+
+    :ivar config: the configuration space.
+    :ivar written_features: what the driver has written, before the device has agreed.
+    :ivar features: what both have agreed on.
+    :ivar broken: the ring was invalid, and the device does nothing until it is reset.
+    """
+
+    config: bytes
+    device_features_select: int = 0
+    driver_features_select: int = 0
+    queue_select: int = 0
+    status: int = 0
+    interrupt: int = 0
+    written_features: int = 0
+    features: int = 0
+    queue: QueueRegisters = field(default_factory=QueueRegisters)
+    ring: RingState = field(default_factory=RingState)
+    broken: bool = False

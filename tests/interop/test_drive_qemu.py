@@ -1,0 +1,97 @@
+"""A guest moves with its drive: to a real QEMU and back, at work all the time."""
+
+import pytest
+
+from fakes.peers import Feature, Way
+from fakes.qemu_versions import ALL
+from fakes.waiting import wait_until
+from interop.arrival import check_goes_on, check_memory, iterations
+from interop.our_guest import OurGuest
+from interop.qemu_guest import QemuGuest
+from machine.drives import MEMORY_BYTES, check_disk, disk_workload, make_disk, writes_and_reads
+from machine.machines import MIB, need
+from postcopy.parameters import Capability
+from postcopy.status import Status
+
+pytestmark = [pytest.mark.qemu(*ALL), pytest.mark.kvm]
+
+HOW = pytest.mark.parametrize("postcopy", [False, True], ids=["precopy", "postcopy"])
+WHERE = pytest.mark.parametrize(
+    "accelerator",
+    ["kvm", pytest.param("tcg", marks=pytest.mark.proves(Way.FROM, Feature.TCG))],
+)
+
+
+def qemu_with_drive(folder, accelerator, path, vcpus=1):
+    more = ["-global", "virtio-mmio.force-legacy=off"]
+    more += ["-blockdev", f"driver=raw,node-name=d0,file.driver=file,file.filename={path}"]
+    more += ["-device", "virtio-blk-device,id=drive,drive=d0"]
+    return QemuGuest(folder, "microvm", accelerator, MEMORY_BYTES, vcpus, more)
+
+
+def to_qemu(ours, qemu, *, postcopy):
+    if postcopy:
+        qemu.capabilities("postcopy-ram")
+        ours.switch_on(Capability.POSTCOPY_RAM)
+        ours.migration.set_parameters({"downtime-limit": 0, "max-bandwidth": 40 * MIB})
+    ours.migration.migrate(qemu.listen("tcp:127.0.0.1:0"))
+    if postcopy:
+        ours.migration.start_postcopy()
+    assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
+    qemu.wait_migration("completed")
+    assert ("postcopy-active" in ours.events) is postcopy
+    assert not ours.machine.owned
+    assert not ours.machine.running
+
+
+def check_works_on(read, workload, left_at, requests):
+    """The guest has come further than it was, with its memory and with its drive."""
+    check_goes_on(read, workload, left_at)
+
+    def used() -> bool:
+        return all(a > b for a, b in zip(writes_and_reads(read, workload), requests, strict=True))
+
+    wait_until(used, 30, "the guest does not use its drive any more")
+
+
+@pytest.mark.proves(Way.TO, Feature.DRIVE)
+@pytest.mark.proves(Way.FROM, Feature.DRIVE)
+@WHERE
+@HOW
+@pytest.mark.parametrize("vcpus", [1, 2])
+def test_to_qemu_and_back(tmp_path, accelerator, postcopy, vcpus):
+    need("kvm")
+    path = make_disk(tmp_path / "disk")
+    workload = disk_workload(vcpus=vcpus, delay_cycles=0)
+    with (
+        qemu_with_drive(tmp_path / "qemu", accelerator, path, vcpus) as qemu,
+        OurGuest.waiting(workload, "kvm", drive=path) as back,
+    ):
+        with OurGuest.running(workload, "kvm", drive=path) as ours:
+            to_qemu(ours, qemu, postcopy=postcopy)
+            read = ours.machine.read_memory
+            left_at, requests = iterations(read, workload), writes_and_reads(read, workload)
+        check_works_on(qemu.read_memory, workload, left_at, requests)
+        qemu("stop")
+        check_memory(qemu.read_memory, workload)
+        check_disk(qemu.read_memory, workload, path)
+        qemu("cont")
+        if postcopy:
+            qemu.capabilities("postcopy-ram")
+            back.switch_on(Capability.POSTCOPY_RAM)
+            qemu.parameters(max_bandwidth=40 * MIB, downtime_limit=1)
+        else:
+            qemu.parameters(max_bandwidth=1 << 40)
+        qemu("migrate", uri=back.listen("tcp:127.0.0.1:0"))
+        if postcopy:
+            qemu("migrate-start-postcopy")
+        assert back.wait_end() is Status.COMPLETED, (back.error, qemu.log)
+        qemu.wait_migration("completed")
+        left_at = iterations(qemu.read_memory, workload)
+        requests = writes_and_reads(qemu.read_memory, workload)
+        assert ("postcopy-active" in back.events) is postcopy
+        assert back.machine.owned
+        check_works_on(back.machine.read_memory, workload, left_at, requests)
+        back.machine.stop()
+        check_memory(back.machine.read_memory, workload)
+        check_disk(back.machine.read_memory, workload, path)
