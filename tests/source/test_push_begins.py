@@ -31,7 +31,7 @@ class Sent:
         self.batches = []
         self.rate = Rate()
 
-    def send(self, pages, batch):
+    def send(self, pages, batch, between=None):
         self.batches.append(batch)
         return len(batch) * 4096
 

@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from postcopy.channel.rate_limit import RateLimiter
 from postcopy.channel.sockets import SocketChannel
 from postcopy.memory.ram_block import RamBlock
 from postcopy.source import wire_sink
+from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages
-from postcopy.source.wire_sink import PageRecords, send_records
+from postcopy.source.wire_sink import PageRecords, WireSink, send_records
 from postcopy.stream.numbers import PAGE_RECORD_BYTES, RamFlag
 
 COUNT = 24  # pages of the wire
@@ -92,6 +94,36 @@ def test_they_are_sent_with_what_stands_around_them(batch):
     assert found[:4] + found[-4:] == b"headtail"
     assert len(found) == sent_bytes
     assert sorted(parse(found[4:-4])) == [(page, block.contents(page)) for page in batch]
+
+
+@pytest.mark.parametrize(("per_page", "calls"), [(1, 0), (4, 4)], ids=["small", "huge"])
+def test_something_may_come_between_the_pieces_of_huge_pages(per_page, calls):
+    """On another channel: on this one nothing but the pieces, in their order and in one section."""
+    block = Block(per_page, {3}, {2})
+    pages, batch = BlockPages(block), np.arange(block.page_count)
+    came = []
+    plain, interrupted = (
+        sent_of(lambda sink, between=between: sink.send(pages, batch, between))
+        for between in (None, lambda: came.append(1))
+    )
+    assert interrupted == plain
+    assert len(came) == calls
+
+
+def sent_of(send):
+    """What a sink sends over a channel, and what it counts."""
+    ours, theirs = socket.socketpair()
+    with (
+        SocketChannel(ours, "t") as channel,
+        theirs,
+        mock.patch.object(wire_sink, "PIECE_PAGES", 4),
+    ):
+        counters = Counters()
+        sink = WireSink(channel, RateLimiter(0), counters)
+        n_bytes = send(sink)
+        found = theirs.recv(1 << 20, socket.MSG_DONTWAIT)
+        assert len(found) == n_bytes == sink.sent_bytes
+        return found, counters.normal_pages, counters.zero_pages
 
 
 def test_memory_stays_as_long_as_its_records():

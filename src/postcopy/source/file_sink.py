@@ -16,7 +16,7 @@ from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
 from postcopy.memory.runs import Indices, Mask, index_runs
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages
-from postcopy.source.wire_sink import PacedChannel
+from postcopy.source.wire_sink import Between, PacedChannel
 from postcopy.stream.block_list import encode_list_end, encode_list_start
 from postcopy.stream.encoder import RamPart
 from postcopy.stream.mapped_ram import MappedBlock, encode_bitmap, encode_entry, lay_out
@@ -49,7 +49,12 @@ class FileSink(PacedChannel):
         assert channel.position == end
         channel.send(encode_list_end(RAM_SECTION_ID))
 
-    def send(self, pages: BlockPages, batch: Indices) -> int:
+    def send(
+        self,
+        pages: BlockPages,
+        batch: Indices,
+        between: Between | None = None,  # noqa: ARG002 - a file has no urgent pages
+    ) -> int:
         """Write these pages of a block to their places, run by run, straight from guest memory.
 
         :param batch: pages of the block's own size, ascending.

@@ -53,6 +53,10 @@ class PushPolicy:
     request_pages: int = 256
     """Most pages of one request in a batch: other threads wait for the channel as well."""
 
+    interrupt_s: float = 0.05
+    """Requested pages on a preempt channel hold up half a huge page for so long at most: a thread may wait
+    for that one, too."""
+
     window_bytes: int = 6144 << 10
     """Most bytes of the push that are not answered for (0004, 0012)."""
     ping_bytes: int = 2048 << 10

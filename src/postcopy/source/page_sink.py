@@ -12,7 +12,7 @@ from postcopy.parameters import Capabilities, Capability
 from postcopy.source.counters import Counters, Rate
 from postcopy.source.dirty_pages import BlockPages
 from postcopy.source.file_sink import FileSink
-from postcopy.source.wire_sink import WireSink
+from postcopy.source.wire_sink import Between, WireSink
 from postcopy.stream.records import PageRows
 
 
@@ -38,10 +38,11 @@ class PageSink(Protocol):
         :param postcopy: it has been advised.
         """
 
-    def send(self, pages: BlockPages, batch: Indices) -> int:
+    def send(self, pages: BlockPages, batch: Indices, between: Between | None = None) -> int:
         """Send these pages of a block as they are now; return how many bytes that took.
 
         :param batch: pages of the block's own size, ascending.
+        :param between: called between two pieces of huge pages; it may send over another channel.
         """
 
     def send_copies(self, block: str, target: Indices, contents: PageRows) -> int:

@@ -204,6 +204,12 @@ class PostcopyPush:
         with self._served:
             self._served.wait_for(lambda: not self._serving)
 
+    def _let_urgent_pages_pass(self) -> None:
+        """A huge page is half sent: requested ones go out first, over the preempt channel."""
+        if self._serving:
+            with self._served:
+                self._served.wait_for(lambda: not self._serving, self._policy.interrupt_s)
+
     def _push_batch(self, most_bytes: int | None = None) -> bool:
         """Send the next batch; return whether there was one."""
         with self._lock:
@@ -215,7 +221,8 @@ class PostcopyPush:
     def _send(self, pages: BlockPages, batch: Indices) -> None:
         with self._sending:
             self._size.begin()
-            sent_bytes = self._sender.send(pages, batch)
+            between = None if self._preempt is None else self._let_urgent_pages_pass
+            sent_bytes = self._sender.send(pages, batch, between)
             self._size.end(sent_bytes)
             ping = self.window.sent(sent_bytes)
             if ping is not None:

@@ -1,7 +1,8 @@
 """Pages as RAM records on a channel: what of them is zero, and the bytes of the others."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -19,6 +20,11 @@ from postcopy.stream.records import BlockEntry, Offsets, PageRows, RamSetup
 BATCH_PAGES = 4096
 """The most target pages with data in one call.  Between two calls the processor's cache loses all of
 Python, which costs as much as to send a hundred pages."""
+
+PIECE_PAGES = 64
+"""A huge page goes out in pieces of so many target pages where something more urgent may come between."""
+
+Between: TypeAlias = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +105,13 @@ class PageRecords:
     def __init__(self) -> None:
         self._encoder = PageEncoder(BATCH_PAGES)
 
-    def encode(self, pages: BlockPages, batch: Indices) -> Iterator[EncodedPages]:
+    def encode(
+        self, pages: BlockPages, batch: Indices, most: int | None = None
+    ) -> Iterator[EncodedPages]:
         """Encode these pages of a block; send each result before asking for the next.
 
         :param batch: pages of the block's own size.
+        :param most: target pages with data in one result; None: :data:`BATCH_PAGES`.
         """
         block = pages.block
         if block.target_pages_per_page == 1 and len(batch) == 1:
@@ -111,9 +120,10 @@ class PageRecords:
         has_data = pages.has_data(batch)
         data = block.target_pages(batch[has_data])
         holes = block.target_pages(batch[~has_data])
-        while len(data) > BATCH_PAGES:
-            yield self._pages(block, data[:BATCH_PAGES], holes[:0])
-            data = data[BATCH_PAGES:]
+        most = most or BATCH_PAGES
+        while len(data) > most:
+            yield self._pages(block, data[:most], holes[:0])
+            data = data[most:]
         yield self._pages(block, data, holes)
 
     def encode_copies(
@@ -186,12 +196,24 @@ class WireSink(PacedChannel):
         entries = tuple(_entry(block, postcopy=postcopy) for block in blocks)
         self._channel.send(ram_setup(RamSetup(RAM_SECTION_ID, entries), postcopy=postcopy))
 
-    def send(self, pages: BlockPages, batch: Indices) -> int:
+    def send(self, pages: BlockPages, batch: Indices, between: Between | None = None) -> int:
         """Send these pages of a block; return how many bytes that took.
 
         :param batch: pages of the block's own size.
+        :param between: called between two pieces of huge pages, which stay in one section: destinations
+            before QEMU 7.1 forget half a page at its end.
         """
-        return self._send(self._records.encode(pages, batch))
+        if between is None or pages.block.target_pages_per_page == 1:
+            return self._send(self._records.encode(pages, batch))
+        sent_bytes, head = 0, self._part.head
+        for encoded in self._records.encode(pages, batch, PIECE_PAGES):
+            if sent_bytes:
+                between()
+            sent_bytes += send_records(self._channel, encoded, head)
+            self._counters.add_pages(encoded.normal_pages, encoded.zero_pages)
+            head = b""
+        self._channel.send(self._part.tail)
+        return self._spent(sent_bytes + len(self._part.tail))
 
     def send_copies(self, block: str, target: Indices, contents: PageRows) -> int:
         """Send pages whose bytes were copied before; return how many bytes that took.
