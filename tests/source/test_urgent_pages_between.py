@@ -14,8 +14,8 @@ from postcopy.source.flow_control import PushPolicy
 from postcopy.source.push import PostcopyPush
 
 HUGE = 2 << 20
-PAGES = 8
-URGENT = 5
+PAGES = 3  # less than the window
+URGENT = 2
 DEADLINE_S = 30.0
 
 

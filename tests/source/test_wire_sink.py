@@ -82,6 +82,15 @@ def test_whatever_a_batch_holds(per_page, holes, zeros, batch, most):
         assert pages[at : at + per_page] == list(range(page * per_page, (page + 1) * per_page))
 
 
+def test_a_huge_page_that_is_all_zero_goes_out_as_zeros():
+    block = Block(4, set(), {8, 9, 10, 11, 13})
+    (encoded,) = PageRecords().encode(BlockPages(block), np.arange(block.page_count))
+    assert (encoded.normal_pages, encoded.zero_pages) == (COUNT - 4, 4)
+    found = list(parse(b"".join(bytes(part) for part in encoded.parts)))
+    assert [page for page, _ in found[-4:]] == [8, 9, 10, 11]
+    assert sorted(found) == [(page, block.contents(page)) for page in range(COUNT)]
+
+
 @pytest.mark.parametrize("batch", [[3], [3, 4, 5], [0], [0, 1], [2, 3, 5], [0, 1, 2]])
 def test_they_are_sent_with_what_stands_around_them(batch):
     block = Block(1, {0, 1}, {2})

@@ -9,7 +9,7 @@ import numpy as np
 from postcopy.channel.channel import Channel
 from postcopy.channel.rate_limit import Interrupt, RateLimiter
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
-from postcopy.memory.runs import Indices
+from postcopy.memory.runs import Indices, Mask
 from postcopy.source.counters import Counters, Rate
 from postcopy.source.dirty_pages import BlockPages
 from postcopy.stream.encoder import RamPart, ram_setup
@@ -118,6 +118,8 @@ class PageRecords:
             yield self._page(pages, int(batch[0]))
             return
         has_data = pages.has_data(batch)
+        if block.target_pages_per_page > 1:
+            has_data = _without_zeros(block, batch, has_data)
         data = block.target_pages(batch[has_data])
         holes = block.target_pages(batch[~has_data])
         most = most or BATCH_PAGES
@@ -242,6 +244,19 @@ class WireSink(PacedChannel):
 def _entry(block: RamBlock, *, postcopy: bool) -> BlockEntry:
     huge = block.page_size_bytes if block.target_pages_per_page > 1 and postcopy else None
     return BlockEntry(block.name, block.size_bytes, huge)
+
+
+def _without_zeros(block: RamBlock, batch: Indices, has_data: Mask) -> Mask:
+    """Which of these huge pages hold anything: one that is all zero goes out as zeros.
+
+    The kernel does not tell where a hugetlb file has holes.
+    """
+    per_page, has_data = block.target_pages_per_page, has_data.copy()
+    for at in np.flatnonzero(has_data).tolist():
+        first = int(batch[at]) * per_page
+        words = block.pages[first : first + per_page].view(np.uint64)
+        has_data[at] = words[:, 0].any() or words.any()  # the first words settle it for most
+    return has_data
 
 
 def _offsets(target: Indices) -> Offsets:
