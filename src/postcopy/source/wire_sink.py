@@ -202,8 +202,8 @@ class WireSink(PacedChannel):
         """Send these pages of a block; return how many bytes that took.
 
         :param batch: pages of the block's own size.
-        :param between: called between two pieces of huge pages, which stay in one section: destinations
-            before QEMU 7.1 forget half a page at its end.
+        :param between: called between two pieces of huge pages.  These stay in one section: a QEMU takes
+            the pieces of a page with nothing else between them on this channel.
         """
         if between is None or pages.block.target_pages_per_page == 1:
             return self._send(self._records.encode(pages, batch))
