@@ -81,6 +81,7 @@ class GuestMemory:
     def __init__(self) -> None:
         self.regions: list[MappedRegion] = []
         self._starts: list[int] = []
+        self._forget()
 
     @property
     def end(self) -> int:
@@ -101,6 +102,7 @@ class GuestMemory:
                     )
         gone = [region for region in self.regions if region not in ordered]
         self.regions, self._starts = ordered, [region.start for region in ordered]
+        self._forget()
         for region in gone:
             region.close()
 
@@ -109,11 +111,16 @@ class GuestMemory:
 
         :raises RingError: a part of it is in no region.
         """
+        start = address - self._last_start
+        if start >= 0 and start + length <= self._last_size:  # nearly all is in one region
+            into.append(self._last_bytes[start : start + length])
+            return
         while True:
             number = bisect_right(self._starts, address) - 1
             if number < 0 or address >= self.regions[number].end:
                 raise RingError(f"guest address {address:#x} is in no region of memory")
             region = self.regions[number]
+            self._remember(region)
             start = address - region.start
             piece = region.bytes[start : start + length]
             into.append(piece)
@@ -147,6 +154,14 @@ class GuestMemory:
     def close(self) -> None:
         """Unmap all."""
         self.replace([])
+
+    def _remember(self, region: MappedRegion) -> None:
+        self._last_start, self._last_size = region.start, len(region.bytes)
+        self._last_bytes = region.bytes
+
+    def _forget(self) -> None:
+        self._last_start, self._last_size = 0, -1
+        self._last_bytes = memoryview(b"")
 
 
 def _overlap(start: int, length: int, other_start: int, other_length: int) -> bool:

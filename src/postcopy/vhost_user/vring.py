@@ -29,7 +29,7 @@ class _View:
         self._bytes = view
 
     def read(self, offset: int, length_bytes: int) -> bytes:
-        return bytes(self._bytes[offset : offset + length_bytes])
+        return self._bytes[offset : offset + length_bytes].tobytes()
 
     def write(self, offset: int, data: bytes) -> None:
         self._bytes[offset : offset + len(data)] = data

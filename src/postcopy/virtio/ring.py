@@ -54,6 +54,8 @@ class DescriptorFlag(IntFlag):
 
 # Plain numbers: an enumeration's own operators take longer than all else of a descriptor.
 _NEXT, _WRITE, _INDIRECT = (int(flag) for flag in DescriptorFlag)
+_unpack = DESCRIPTOR.unpack
+_tuple = tuple.__new__  # a named tuple's own constructor takes twice as long
 
 
 class AvailableFlag(IntFlag):
@@ -150,7 +152,7 @@ class SplitQueue:
     ) -> None:
         check_size(size)
         self._size = size
-        self._descriptors = descriptors
+        self._table = _Table("descriptor", descriptors.read, size)
         self._available = available
         self._used = used
         self._read_memory = read_memory
@@ -220,22 +222,23 @@ class SplitQueue:
             pass
 
     def _chain(self, head: int) -> Chain:
-        chain = Chain(head, [], [])
-        table, number = _Table("descriptor", self._descriptors.read, self._size), head
+        readable: list[Buffer] = []
+        writable: list[Buffer] = []
+        table, read, number = self._table, self._table.read, head
         for _ in range(MOST_DESCRIPTORS):
-            entry = table.read(DESCRIPTOR.size * number, DESCRIPTOR.size)
-            address, length, flags, following = DESCRIPTOR.unpack(entry)
+            address, length, flags, following = _unpack(read(16 * number, 16))
             if flags & _INDIRECT:
                 table, number = self._indirect(table, number, address, length, flags), 0
+                read = table.read
                 continue
             if flags & _WRITE:
-                chain.writable.append(Buffer(address, length))
-            elif chain.writable:
+                writable.append(_tuple(Buffer, (address, length)))
+            elif writable:
                 raise table.wrong(number, "it is to be read, and follows one to be written")
             else:
-                chain.readable.append(Buffer(address, length))
+                readable.append(_tuple(Buffer, (address, length)))
             if not flags & _NEXT:
-                return chain
+                return _tuple(Chain, (head, readable, writable))
             if following >= table.entries:
                 raise table.wrong(number, f"next is {following} of {table.entries}")
             number = following
