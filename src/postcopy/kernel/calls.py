@@ -36,7 +36,7 @@ def _declare(name: str, result: Any, *arguments: Any) -> Any:
 
 # ctypes takes more arguments than are declared, which is what C's "..." needs.
 _ioctl = _declare("ioctl", ctypes.c_int, ctypes.c_int, ctypes.c_ulong)
-_syscall = _declare("syscall", ctypes.c_long, ctypes.c_long)
+_syscall = _declare("syscall", ctypes.c_long, *[ctypes.c_long] * 7)
 _mmap = _declare(
     "mmap",
     ctypes.c_void_p,
@@ -59,6 +59,7 @@ _writev = _declare("writev", ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ct
 _pwritev = _declare(
     "pwritev", ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_long
 )
+_UNUSED = (0,) * 6  # a call takes no notice of more arguments than it has
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _byref = ctypes.byref
 
@@ -104,8 +105,7 @@ def syscall(name: str, number: int, *arguments: int) -> int:
 
     :raises KernelError: named ``name``.
     """
-    words = [ctypes.c_long(argument) for argument in arguments]
-    return _made(name, PASSES, str, lambda: _syscall(number, *words))
+    return _made(name, PASSES, str, _syscall, number, *arguments, *_UNUSED[len(arguments) :])
 
 
 def mmap(

@@ -8,10 +8,10 @@ import os
 from typing import Final
 
 from postcopy.abi import linux as abi
-from postcopy.errors import HostCannot
-from postcopy.kernel import calls
+from postcopy.kernel.calls import syscall
 
-_NUMBERS: Final = {"x86_64": 202, "aarch64": 98, "riscv64": 98}
+_NUMBER: Final = {"x86_64": 202, "aarch64": 98, "riscv64": 98}.get(os.uname().machine, -1)
+_OPERATION: Final = abi.FUTEX_WAKE_OP | abi.FUTEX_PRIVATE_FLAG
 _OR_BIT: Final = (abi.FUTEX_OP_OR | abi.FUTEX_OP_OPARG_SHIFT) << 28 | abi.FUTEX_OP_CMP_EQ << 24
 
 
@@ -19,13 +19,6 @@ def set_bit(address: int, bit: int) -> None:
     """Set bit 0 to 31 of the u32 at an address of this process, whatever other bits become meanwhile.
 
     :param address: a multiple of 4, of writable memory.
-    :raises KernelError: ``EFAULT``: there is no such memory.
+    :raises KernelError: ``EFAULT``: there is no such memory; ``ENOSYS``: not on this kind of processor.
     """
-    machine = os.uname().machine
-    if machine not in _NUMBERS:
-        raise HostCannot(f"no atomic OR is known for {machine}", "use x86_64, aarch64 or riscv64")
-    calls.syscall(
-        "futex",
-        _NUMBERS[machine],
-        *(address, abi.FUTEX_WAKE_OP | abi.FUTEX_PRIVATE_FLAG, 0, 0, address, _OR_BIT | bit << 12),
-    )
+    syscall("futex", _NUMBER, address, _OPERATION, 0, 0, address, _OR_BIT | bit << 12)
