@@ -110,7 +110,7 @@ class Server:
         self.file = os.memfd_create("hostile")
         os.ftruncate(self.file, MIB)
 
-    def hears(self, words):
+    def wait_said(self, words):
         def said():
             return words in self.back_end.said
 
@@ -140,7 +140,7 @@ def test_what_cannot_be_is_refused_by_name_and_place(server, number, payload, co
         front_end.negotiate()
         front_end.send(number, payload, [server.file] * count)
         check_closed(front_end)
-    server.hears(words)
+    server.wait_said(words)
     server.still_serves()
 
 
@@ -157,14 +157,14 @@ def test_a_header_that_cannot_be_is_refused(server, data, words):
     with FrontEnd.connect(server.back_end.path) as front_end:
         front_end.send_raw(data)
         check_closed(front_end)
-    server.hears(words)
+    server.wait_said(words)
 
 
 @pytest.mark.parametrize("cut", [1, 11, 12, 19])
 def test_half_a_message_is_refused(server, cut):
     with FrontEnd.connect(server.back_end.path) as front_end:
         front_end.send_raw((struct.pack("=III", 2, 1, 8) + bytes(8))[:cut])
-    server.hears("bytes of a header of 12" if cut < 12 else "SET_FEATURES: ")
+    server.wait_said("bytes of a header of 12" if cut < 12 else "SET_FEATURES: ")
     server.still_serves()
 
 
@@ -173,7 +173,7 @@ def test_what_was_not_agreed_on_is_refused(server):
         front_end.negotiate(protocol=0)
         front_end.send(wire.POSTCOPY_ADVISE)
         check_closed(front_end)
-    server.hears("POSTCOPY_ADVISE: PAGEFAULT has not been agreed on")
+    server.wait_said("POSTCOPY_ADVISE: PAGEFAULT has not been agreed on")
 
 
 def test_a_driver_of_the_old_kind_is_refused(server):
@@ -181,7 +181,7 @@ def test_a_driver_of_the_old_kind_is_refused(server):
         front_end.negotiate(features=~wire.VERSION_1)
         front_end.send(wire.SET_VRING_KICK, u64(0), [server.file])
         check_closed(front_end)
-    server.hears("the driver has not agreed on VERSION_1; give it a modern device")
+    server.wait_said("the driver has not agreed on VERSION_1; give it a modern device")
 
 
 def test_a_log_that_ends_before_memory_does_is_refused(server):
@@ -190,7 +190,7 @@ def test_a_log_that_ends_before_memory_does_is_refused(server):
         front_end.do(wire.SET_MEM_TABLE, table(region(guest=1 << 40)), [server.file])
         front_end.send(wire.SET_LOG_BASE, log(4096), [server.file])
         check_closed(front_end)
-    server.hears(
+    server.wait_said(
         "SET_LOG_BASE: the dirty log covers guest addresses up to 0x8000000, and memory ends at"
     )
 
@@ -213,7 +213,7 @@ def test_the_order_of_postcopy_is_kept(server, number, payload, words):
         front_end.send(number, payload)
         check_closed(front_end)
         os.close(userfaultfd)
-    server.hears(words)
+    server.wait_said(words)
     server.still_serves()
 
 
@@ -225,7 +225,7 @@ def test_memory_before_listening_is_refused(server):
         front_end.send(wire.POSTCOPY_LISTEN)
         check_closed(front_end)
         os.close(userfaultfd)
-    server.hears("POSTCOPY_LISTEN: there is a memory table already")
+    server.wait_said("POSTCOPY_LISTEN: there is a memory table already")
 
 
 def test_a_circle_in_a_ring_stops_that_ring_alone(server):
@@ -234,7 +234,7 @@ def test_a_circle_in_a_ring_stops_that_ring_alone(server):
     memory[ring.descriptors : ring.descriptors + 16] = struct.pack("<QIHH", 0x40000, 16, 1, 0)
     ring.offer(0)
     ring.notify()
-    server.hears("ring 0: descriptor 0: a circle, or a chain of more than 1024")
+    server.wait_said("ring 0: descriptor 0: a circle, or a chain of more than 1024")
     assert os.eventfd_read(ring.error) == 1
     assert guest.front_end.configuration(8) == struct.pack("<Q", 4096)
     ring.index = 0
@@ -257,7 +257,7 @@ def test_a_request_that_is_none_stops_its_ring(server, chain, words):
     guest = Guest(server.back_end.path).start()
     guest.ring.put(*chain)
     guest.ring.notify()
-    server.hears(f"ring 0: {words}")
+    server.wait_said(f"ring 0: {words}")
     guest.close()
     server.still_serves()
 
@@ -271,7 +271,7 @@ def test_a_kick_that_is_no_eventfd_stops_its_ring(server):
         os.close(ring.kick)
         ring.kick = os.open(os.devnull, os.O_RDONLY)
         ring.set_up(front_end)
-        server.hears("ring 0: its kick has ended")
+        server.wait_said("ring 0: its kick has ended")
         ring.close()
     ram.close()
 

@@ -23,7 +23,7 @@ class Child:
         parent = os.getpid()
         self.pid = calls.of_python("fork", "", os.fork)
         if not self.pid:
-            _live(work, parent)
+            _run(work, parent)
         self._pidfd = calls.of_python("pidfd_open", "", os.pidfd_open, self.pid)
 
     def fileno(self) -> int:
@@ -51,7 +51,7 @@ class Child:
             self.wait()
 
 
-def _live(work: Callable[[], None], parent: int) -> NoReturn:
+def _run(work: Callable[[], None], parent: int) -> NoReturn:
     code = 1
     try:
         end_with_parent(parent)

@@ -43,9 +43,9 @@ def serve(path: str | os.PathLike[str], device: Device, say: Say = lambda _: Non
     with (
         contextlib.suppress(_ToldToEnd),
         _signals() as signals,
-        _listening(Path(path)) as door,
+        _listening(Path(path)) as listener,
     ):
-        _Server(door, signals, device, say).run()
+        _Server(listener, signals, device, say).run()
 
 
 class _ToldToEnd(Exception):
@@ -59,9 +59,9 @@ class _Server:
     """
 
     def __init__(
-        self, door: socket.socket, signals: socket.socket, device: Device, say: Say
+        self, listener: socket.socket, signals: socket.socket, device: Device, say: Say
     ) -> None:
-        self._door = door
+        self._listener = listener
         self._signals = signals
         self._device = device
         self._say = say
@@ -70,16 +70,16 @@ class _Server:
     def run(self) -> NoReturn:
         """Serve until :class:`_ToldToEnd`."""
         while True:
-            self._wait((self._door, select.POLLIN))
+            self._wait((self._listener, select.POLLIN))
             with contextlib.suppress(
                 BlockingIOError, ConnectionAbortedError
             ):  # it has gone already
-                connected, _ = self._door.accept()
+                connected, _ = self._listener.accept()
                 with connected:
                     self._serve(connected)
 
     def _serve(self, connected: socket.socket) -> None:
-        with processes.Child(partial(self._live, connected)) as child:
+        with processes.Child(partial(self._serve_in_child, connected)) as child:
             self._child = child
             try:
                 self._wait((child, select.POLLIN), (connected, select.POLLRDHUP))
@@ -91,14 +91,14 @@ class _Server:
             finally:
                 self._child = None
 
-    def _live(self, connected: socket.socket) -> None:
+    def _serve_in_child(self, connected: socket.socket) -> None:
         """The life of a process that serves a front end."""
         with Session(connected, self._device, self._say) as session:
             signal.set_wakeup_fd(-1)
             for number in _ENDING:
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(_RELOAD, lambda *_: session.reload())
-            self._door.close()
+            self._listener.close()
             try:
                 session.run()
             except PostcopyError as error:
@@ -139,19 +139,19 @@ class _Server:
 
 @contextlib.contextmanager
 def _listening(path: Path) -> Iterator[socket.socket]:
-    door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    with door:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with listener:
         try:
             remove_stale(path)
-            door.bind(os.fspath(path))
-            door.listen()
-            door.settimeout(0)
+            listener.bind(os.fspath(path))
+            listener.listen()
+            listener.settimeout(0)
             bound = SocketPath(path)
         except OSError as error:
             why, cure = error.strerror or error, "give another path, or end what listens there"
             raise CannotListen(f"cannot listen at {path}: {why}; {cure}") from error
         try:
-            yield door
+            yield listener
         finally:
             bound.remove()
 
