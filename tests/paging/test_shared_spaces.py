@@ -11,11 +11,10 @@ import pytest
 
 from fakes.back_end import BackEnd
 from fakes.cpus import CpusNoted
+from fakes.elsewhere import Elsewhere
 from fakes.guest import RAM, AskedPages, FakeGuest
 from fakes.waiting import wait_until
 from postcopy.abi.userfaultfd import PagefaultFlag, RegisterMode
-from postcopy.guest import AddressSpace, MappedRange
-from postcopy.kernel.mapping import Mapping
 from postcopy.kernel.userfaultfd import MISSING_MODE, NO_FEATURES, Userfaultfd
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.fault_table import FaultTable
@@ -30,27 +29,6 @@ PAGES = 256
 HUGE = 2 << 20
 
 
-class Elsewhere:
-    """A part of the guest's memory, mapped once more; registered as the guest's process does it."""
-
-    def __init__(self, guest, ram, first, pages, page_bytes=PAGE):
-        self.first = first
-        self.page_bytes = page_bytes
-        (region,) = guest.regions()
-        self.memory = Mapping.shared(region.fd, pages * page_bytes, first * page_bytes)
-        self.watch = Userfaultfd.open(NO_FEATURES)
-        self.watch.register(self.memory.address, self.memory.length, MISSING_MODE)
-        part = MappedRange(RAM, first * page_bytes, self.memory.length, self.memory.address)
-        self.space = AddressSpace(os.getpid(), [part], os.dup(self.watch.fd))
-
-    def touch(self, page):
-        return self.memory.read((page - self.first) * self.page_bytes, 8)
-
-    def close(self):
-        self.watch.unregister(self.memory.address, self.memory.length)
-        self.watch.close()
-
-
 class Scene:
     """A guest whose memory is mapped in more spaces than its own, and what serves all of them."""
 
@@ -63,7 +41,7 @@ class Scene:
         self.placement = Placement(self.ram, self.table)
         self.userfaultfd = self.guest.open_userfaultfd()
         self.placement.listen(self.userfaultfd)
-        self.elsewhere = [Elsewhere(self.guest, self.ram, *part, page_bytes) for part in parts]
+        self.elsewhere = [Elsewhere(self.guest, *part, page_bytes) for part in parts]
         self.shared = SharedSpaces(self.ram)
         for each in self.elsewhere:
             self.shared.add(each.space)
