@@ -2,7 +2,8 @@
 
 The guest (``disk_guest/disk.S``) polls its ring.  Write ``n`` goes to block ``37 n`` of 4 KiB, whose word
 ``i`` becomes ``n (FACTOR + 2 i)``; a table in its memory says which write each block has.  Behind each
-write it reads another block and compares all of it, and each 16th it flushes.
+write it reads another block and compares all of it, and each 16th it flushes.  A second table says what
+each page shows that was read into.
 """
 
 import struct
@@ -22,7 +23,8 @@ FACTOR = 0x9E3779B97F4A7C15
 TIMEOUT_S = 60.0
 
 _STATE = struct.Struct("<9Q")
-_STATE_AT, _TABLE_AT = 0x300000, 0x600000
+_STATE_AT, _TABLE_AT, _READS_AT, _READ_AT = 0x300000, 0x600000, 0x680000, 0xC00000
+_PAGES = 1024
 _MACHINE = "microvm,pit=off,pic=off,rtc=off,isa-serial=off,acpi=off,auto-kernel-cmdline=off"
 _FAULT = "vhost_user_postcopy_fault_handler_found"
 
@@ -76,10 +78,14 @@ class DiskGuest(QemuProcess):
         """Pages that a back end asked for in a postcopy."""
         return self.log.count(_FAULT)
 
-    def check_disk(self, path: Path) -> int:
-        """Stop the guest and compare every byte of its disk; return how many blocks it has written."""
+    def check(self, path: Path) -> int:
+        """Stop the guest and compare every byte of its disk, and of what it has read from it.
+
+        :return: how many blocks it has written.
+        """
         self("stop")
         self.writes()
+        self._check_pages()
         _, done, _, begun, block, blocks, *_ = _STATE.unpack(self.memory(_STATE_AT, _STATE.size))
         table = np.frombuffer(self.memory(_TABLE_AT, 8 * blocks), np.uint64).copy()
         found = np.frombuffer(path.read_bytes(), np.uint64).reshape(blocks, BLOCK // 8)
@@ -92,6 +98,16 @@ class DiskGuest(QemuProcess):
         wrong = np.flatnonzero((found != expected).any(axis=1))
         assert not len(wrong), f"blocks {wrong[:10].tolist()} of the disk are not what was written"
         return int(np.count_nonzero(table))
+
+    def _check_pages(self) -> None:
+        """Pages that only the device has written must have moved with the guest."""
+        shown = np.frombuffer(self.memory(_READS_AT, 8 * _PAGES), np.uint64)
+        found = np.frombuffer(self.memory(_READ_AT, BLOCK * _PAGES), np.uint64)
+        read = np.flatnonzero(shown)
+        pages = found.reshape(_PAGES, BLOCK // 8)[read]
+        wrong = read[(pages != _contents(shown[read] - np.uint64(1))).any(axis=1)]
+        assert len(read)
+        assert not len(wrong), f"pages {wrong[:10].tolist()} are not what was read into them"
 
 
 def _contents(table: np.ndarray) -> np.ndarray:

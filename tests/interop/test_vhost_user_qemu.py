@@ -54,7 +54,7 @@ def test_a_guest_writes_and_reads_its_disk(tmp_path, sides, disk, accelerator):
         qemu("stop")
         qemu("cont")
         qemu.wait_writes(100)
-        assert qemu.check_disk(disk) >= 600
+        assert qemu.check(disk) >= 600
     assert back_end.said == ""
 
 
@@ -71,7 +71,7 @@ def test_a_guest_goes_on_with_the_next_back_end(tmp_path, disk, accelerator):
             first.end(number)
             first = stack.enter_context(BackEnd(folder, disk))
             qemu.wait_writes(100)
-        assert qemu.check_disk(disk) >= 400
+        assert qemu.check(disk) >= 400
 
 
 @ACCELERATORS
@@ -86,7 +86,7 @@ def test_a_guest_moves_by_precopy(tmp_path, sides, disk, accelerator):
         source.wait_migration("completed")
         before = source.writes()
         assert target.wait_writes(200) >= before + 200
-        assert target.check_disk(disk) >= 400
+        assert target.check(disk) >= 400
     assert ours.said == theirs.said == ""
 
 
@@ -108,7 +108,7 @@ def test_a_guest_moves_by_postcopy(tmp_path, sides, disk, accelerator):
         before = source.writes()
         assert target.wait_writes(200) >= before + 200
         assert target.back_end_faults() > 0
-        assert target.check_disk(disk) >= 800
+        assert target.check(disk) >= 800
     assert ours.said == theirs.said == ""
 
 

@@ -15,6 +15,7 @@
     .set HEADER,     0x400000
     .set STATUS,     0x401000
     .set TABLE,      0x600000            # u64 a block: the number of the write that it has
+    .set READS,      0x680000            # u64 a page of READ: 1 + the number of the write that it shows; 0: none
     .set WRITTEN,    0x800000            # 1024 pages that writes are made from
     .set READ,       0xc00000            # 1024 pages that reads go to
     .set FACTOR,     0x9E3779B97F4A7C15
@@ -202,6 +203,7 @@ work:
     mov r13, rdx
     imul r14, r12, 7
     and r14, 1023
+    mov qword ptr [READS+r14*8], 0
     shl r14, 12
     add r14, READ
     xor eax, eax
@@ -217,6 +219,10 @@ work:
     inc ecx
     cmp ecx, 512
     jb 3b
+    lea rax, [r14-READ]
+    shr rax, 12
+    inc r15
+    mov [READS+rax*8], r15
     jmp work
 4:  call wrong
     jmp work
