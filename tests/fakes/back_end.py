@@ -25,7 +25,7 @@ from postcopy.guest import AddressSpace, MappedRange, Region
 from postcopy.kernel.mapping import Mapping
 from postcopy.kernel.userfaultfd import NO_FEATURES, Userfaultfd
 from postcopy.machine.oracle import mix
-from postcopy.machine.workload import PAGE_BYTES, Workload
+from postcopy.machine.workload import PAGE_BYTES
 
 ANSWER_S = 30.0
 
@@ -66,11 +66,6 @@ class BackEnd:
         self._answers: dict[int, queue.SimpleQueue[Any]] = {}
         self._hearing = threading.Thread(target=self._hear, daemon=True)
         self._hearing.start()
-
-    @classmethod
-    def of(cls, memory: Sequence[Region], workload: Workload) -> "BackEnd":
-        """One that checks what a workload has filled."""
-        return cls(memory, workload.seed)
 
     @property
     def name(self) -> str:

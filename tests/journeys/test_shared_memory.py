@@ -50,9 +50,9 @@ class Shared:
         self.at = 0
         self.check(len(self.pages))
 
-    def add(self):
+    def add(self, **more):
         machine = self.trip.destination.machine
-        self.back_ends.append(BackEnd.of(machine.regions(), self.trip.workload))
+        self.back_ends.append(BackEnd(machine.regions(), self.trip.workload.seed, **more))
         machine.share(self.back_ends[-1])
 
     def kill(self, number):
@@ -115,6 +115,19 @@ def test_postcopy(journey, shared, capabilities):
     others.check_rest()
     wait_until(lambda: not any(each.watched for each in others.back_ends), what="they are told")
     trip.finish()
+
+
+def test_one_that_cannot_be_served_is_refused_by_name_and_the_guest_stays_where_it_is(
+    journey, shared
+):
+    trip = journey(hammer(), capabilities=POSTCOPY, parameters=SLOW)
+    others = shared(trip, count=1)
+    others.add(populate=True)
+    trip.migrate()
+    for side in (trip.destination, trip.source):
+        side.wait(Status.FAILED)
+    assert trip.destination.error.startswith(f"{others.back_ends[1].name} has mapped ")
+    trip.verify_source()
 
 
 def test_precopy_after_all(journey, shared):
