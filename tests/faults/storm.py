@@ -13,6 +13,7 @@ from fakes.pair import POSTCOPY, hammer
 from fakes.waiting import wait_until
 from faults.fault_channel import RECOVERY, Way
 from faults.recovering import DEADLINE_S, SETTLED, WITH_ROUNDS, Recovering, broken_journey
+from machine.drives import disk_workload, make_disk
 from postcopy.errors import PostcopyError
 from postcopy.parameters import Capability
 from postcopy.status import Status
@@ -29,8 +30,15 @@ HUGE = {
     "parameters": WITH_ROUNDS | {"max-postcopy-bandwidth": 16 << 20},
 }
 PREEMPT = {"capabilities": (*POSTCOPY, Capability.POSTCOPY_PREEMPT)}
-VARIANTS = {"plain": {}, "preempt": PREEMPT, "huge": HUGE, "huge-preempt": HUGE | PREEMPT}
-_SMALL = ("plain", "preempt", "plain", "preempt")
+DRIVE = {"workload": disk_workload(vcpus=2, delay_cycles=0)}
+VARIANTS = {
+    "plain": {},
+    "preempt": PREEMPT,
+    "drive": DRIVE,
+    "huge": HUGE,
+    "huge-preempt": HUGE | PREEMPT,
+}
+_SMALL = ("plain", "preempt", "drive", "preempt")
 TURNS = (*_SMALL, "huge", *_SMALL, "huge-preempt")
 
 
@@ -77,7 +85,9 @@ def _storm(one, journey, folder, rng, variant):
         number += 1
         here = folder / str(number)
         here.mkdir()
-        trip = broken_journey(journey, **({"parameters": WITH_ROUNDS} | VARIANTS[variant]))
+        drive = make_disk(here / "disk") if variant == "drive" else None
+        made = {"parameters": WITH_ROUNDS, "drive": drive} | VARIANTS[variant]
+        trip = broken_journey(journey, **made)
         with contextlib.closing(trip), Recovering(trip, here) as broken:
             left -= one(rng, broken, min(left, MOST_BREAKS))
 

@@ -6,11 +6,12 @@ from fakes.peers import Feature, Way
 from fakes.qemu_versions import ALL
 from fakes.waiting import wait_until
 from interop.arrival import check_goes_on, check_memory, iterations
-from interop.our_guest import OurGuest
+from interop.our_guest import TIMEOUT_S, OurGuest
 from interop.qemu_guest import QemuGuest
 from machine.drives import MEMORY_BYTES, check_disk, disk_workload, make_disk, writes_and_reads
 from machine.machines import MIB, need
 from postcopy.parameters import Capability
+from postcopy.restore_options import RestoreOptions
 from postcopy.status import Status
 
 pytestmark = [pytest.mark.qemu(*ALL), pytest.mark.kvm]
@@ -23,10 +24,13 @@ WHERE = pytest.mark.parametrize(
 
 
 def qemu_with_drive(folder, accelerator, path, vcpus=1):
-    more = ["-global", "virtio-mmio.force-legacy=off"]
-    more += ["-blockdev", f"driver=raw,node-name=d0,file.driver=file,file.filename={path}"]
-    more += ["-device", "virtio-blk-device,id=drive,drive=d0"]
+    more = ["-global", "virtio-mmio.force-legacy=off", *drive_options(path)]
     return QemuGuest(folder, "microvm", accelerator, MEMORY_BYTES, vcpus, more)
+
+
+def drive_options(path):
+    block = f"driver=raw,node-name=d0,file.driver=file,file.filename={path}"
+    return ["-blockdev", block, "-device", "virtio-blk-device,id=drive,drive=d0"]
 
 
 def to_qemu(ours, qemu, *, postcopy):
@@ -52,6 +56,61 @@ def check_works_on(read, workload, left_at, requests):
         return all(a > b for a, b in zip(writes_and_reads(read, workload), requests, strict=True))
 
     wait_until(used, 30, "the guest does not use its drive any more")
+
+
+@pytest.mark.proves(Way.FROM, Feature.LAZY, Feature.SAVED)
+def test_an_image_of_qemu_wakes_lazily_with_its_drive(tmp_path):
+    need("kvm")
+    path, image = make_disk(tmp_path / "disk"), tmp_path / "image"
+    workload = disk_workload()
+    with qemu_with_drive(tmp_path / "qemu", "kvm", path) as qemu:
+        with OurGuest.running(workload, "kvm", drive=path) as ours:
+            to_qemu(ours, qemu, postcopy=False)
+        qemu.parameters(max_bandwidth=1 << 40)
+        qemu.save(image)
+        read = qemu.read_memory
+        left_at, requests = iterations(read, workload), writes_and_reads(read, workload)
+    with OurGuest.waiting(workload, "kvm", drive=path) as back:
+        back.migration.set_parameters({"max-postcopy-bandwidth": 64 << 10})
+        back.migration.restore(RestoreOptions(str(image), lazy=True), exit_on_error=False)
+        back.migration.progress.wait(
+            Status.POSTCOPY_ACTIVE, Status.COMPLETED, Status.FAILED, timeout=TIMEOUT_S
+        )
+        check_works_on(back.machine.read_memory, workload, left_at, requests)
+        back.migration.set_parameters({"max-postcopy-bandwidth": 0})
+        assert back.wait_end() is Status.COMPLETED, back.error
+        back.machine.stop()
+        check_memory(back.machine.read_memory, workload)
+        check_disk(back.machine.read_memory, workload, path)
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ([], "virtio-blk' 0. Make sure that your current VM setup"),
+        (["-global", "virtio-mmio.force-legacy=on"], ""),
+    ],
+    ids=["none", "legacy"],
+)
+def test_a_qemu_without_such_a_drive_refuses_and_the_guest_runs_on(tmp_path, more, why):
+    need("kvm")
+    path = make_disk(tmp_path / "disk")
+    workload = disk_workload()
+    if more:
+        more = [*more, *drive_options(path)]
+    with (
+        QemuGuest(tmp_path / "qemu", "microvm", "kvm", MEMORY_BYTES, 1, more) as qemu,
+        OurGuest.running(workload, "kvm", drive=path) as ours,
+    ):
+        ours.switch_on(Capability.RETURN_PATH)
+        ours.migration.migrate(qemu.listen("tcp:127.0.0.1:0"))
+        assert ours.wait_end() is Status.FAILED
+        assert why in qemu.why_failed()
+        read = ours.machine.read_memory
+        check_works_on(read, workload, iterations(read, workload), writes_and_reads(read, workload))
+        ours.machine.stop()
+        check_memory(read, workload)
+        check_disk(read, workload, path)
 
 
 @pytest.mark.proves(Way.TO, Feature.DRIVE)

@@ -43,7 +43,10 @@ def vhost_user_blk(file: Path, path: Path, *, readonly: bool, num_queues: int) -
     from postcopy.vhost_user.device import BlockDevice
     from postcopy.virtio.disk import Disk
 
-    disk = Disk(file, read_only=readonly, say=notice)
+    cure = "give a file that can be read"
+    if not readonly:
+        cure = f"{cure} and written, or --readonly"
+    disk = Disk(file, read_only=readonly, say=notice, cure=cure)
     try:
         serve(path, BlockDevice(disk, queues=num_queues), say=notice)
     finally:

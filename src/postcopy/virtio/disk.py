@@ -36,6 +36,7 @@ class Disk:
     let go of the interpreter lock, so a piece may be missing guest memory.
 
     :param say: is told of each kind of failure once; the driver is told each time.
+    :param cure: of a file that cannot be opened.
     :raises Refused: it cannot be opened, is no file or block device, or holds no sector.
     """
 
@@ -45,6 +46,7 @@ class Disk:
         *,
         read_only: bool = False,
         say: Callable[[str], None] = lambda _: None,
+        cure: str = "give a file that can be read and written",
     ) -> None:
         self.path = Path(path)
         self.read_only = read_only
@@ -54,9 +56,6 @@ class Disk:
         try:
             self._fd = os.open(self.path, flags)
         except OSError as error:
-            cure = "give a file that can be read" + (
-                "" if read_only else " and written, or --readonly"
-            )
             raise Refused(f"{self.path}: {error.strerror}; {cure}") from error
         try:
             self.sectors = self._count_sectors()
