@@ -1,6 +1,7 @@
 """``postcopy vhost-user-blk`` under the tests' own front end."""
 
 import os
+import select
 import signal
 import socket
 import struct
@@ -137,6 +138,19 @@ def test_a_ring_that_is_stopped_says_where_and_goes_on_from_there(connected):
     guest.ring.set_up(guest.front_end, base=3)
     guest.ring.wait()
     assert guest.driver.read(3, 512) == b"y" * 512
+
+
+def test_a_driver_that_another_back_end_told_not_to_kick_is_told_to(connected):
+    guest = connected()
+    guest.ram.bytes[guest.ring.used : guest.ring.used + 2] = b"\1\0"
+    guest.start()
+    assert guest.driver.read(0, 512) == sector(0)
+    assert guest.ram.bytes[guest.ring.used : guest.ring.used + 2] == b"\0\0"
+
+
+def test_a_driver_is_interrupted_once_for_what_another_back_end_may_have_left(connected):
+    guest = connected().start()
+    assert select.select([guest.ring.call], [], [], 30)[0]
 
 
 def test_a_ring_that_is_not_enabled_is_left_alone(connected, disk):

@@ -107,6 +107,7 @@ class Vring:
     def set_call(self, fd: int) -> None:
         """Take over the eventfd of interrupts; -1: the driver polls."""
         self._call = _replaced(self._call, fd)
+        _signal(fd)  # a back end before us may have ended between a request's end and its interrupt
 
     def set_error(self, fd: int) -> None:
         """Take over the eventfd by which the front end is told that the ring is broken; -1: none."""
@@ -194,12 +195,16 @@ class Vring:
             areas = self._areas(self._addresses)
         except VhostUserError as error:
             raise RingError(str(error)) from error
-        return ring.SplitQueue(
+        queue = ring.SplitQueue(
             self._size,
             *(_View(area) for area in areas),
             next_available=self._base,
             read_memory=self._memory.read if self.indirect else None,
         )
+        # A back end before us may have ended while it wanted no kicks.
+        queue.set_notified(notified=True)
+        self._mark_ring()
+        return queue
 
     def _areas(self, addresses: RingAddresses) -> tuple[memoryview, memoryview, memoryview]:
         layout, part = ring.RingLayout(self._size), self._memory.part_of_ring
