@@ -10,6 +10,7 @@ from fakes.huge_pages import reserved
 from fakes.pair import NEVER_ENDS, POSTCOPY, QUICK, TRICKLE
 from fakes.snapshots import Portrait
 from fakes.waiting import wait_until
+from machine.drives import disk_workload, make_disk
 from machine.machines import MIB, need, wait_for_progress
 from postcopy.channel.address import TcpAddress
 from postcopy.machine.memory_blocks import MemoryBlock
@@ -69,6 +70,26 @@ def test_postcopy(journey, kind, tracking):
     trip.source.control.start_postcopy()
     trip.finish()
     assert "postcopy-active" in trip.destination.story()
+
+
+@pytest.mark.parametrize("tracking", ["pagemap", "kvm"])
+def test_a_guest_with_a_drive(journey, kind, tracking, tmp_path):
+    workload = disk_workload(vcpus=2, memory_bytes=MEMORY_BYTES, delay_cycles=0)
+    trip = journey(
+        workload,
+        capabilities=POSTCOPY,
+        parameters=SLOW | {"x-dirty-tracking": tracking},
+        drive=make_disk(tmp_path / "disk"),
+        **kind,
+    )
+    trip.migrate()
+    trip.source.wait_rounds(1)
+    trip.source.control.start_postcopy()
+    trip.finish()
+    trip.turn()
+    trip.source.set(parameters=QUICK)
+    trip.migrate()
+    trip.finish()
 
 
 def test_preempt(journey, kind):
