@@ -11,13 +11,24 @@ TIMEOUT_S = 30
 
 
 class BackEnd:
-    """``postcopy vhost-user-blk``, until the end of the context."""
+    """``postcopy vhost-user-blk``, until the end of the context.
 
-    def __init__(self, folder, disk, *options):
+    :param within: a command that runs it.
+    """
+
+    def __init__(self, folder, disk, *options, within=()):
         folder.mkdir(exist_ok=True)
         self.path = folder / "vhost.sock"
         self._stderr = folder / "vhost.stderr"
-        command = [*POSTCOPY, "vhost-user-blk", "--socket", str(self.path), str(disk), *options]
+        command = [
+            *within,
+            *POSTCOPY,
+            "vhost-user-blk",
+            "--socket",
+            str(self.path),
+            str(disk),
+            *options,
+        ]
         with self._stderr.open("wb") as stderr:
             self.process = subprocess.Popen(command, stderr=stderr, stdin=subprocess.DEVNULL)
         wait_until(self._listens, TIMEOUT_S, "the socket")

@@ -4,9 +4,12 @@ import contextlib
 import shutil
 import signal
 import subprocess
+import sys
 
 import pytest
 
+import fakes.without_userfaultfd
+from fakes.real_qemu import QmpRefused
 from fakes.vhost_back_end import BackEnd
 from fakes.waiting import wait_until
 from interop.disk_guest import DISK_BYTES, FOLDER, TIMEOUT_S, DiskGuest
@@ -110,6 +113,17 @@ def test_a_guest_moves_by_postcopy(tmp_path, sides, disk, accelerator):
         assert target.back_end_faults() > 0
         assert target.check(disk) >= 800
     assert ours.said == theirs.said == ""
+
+
+def test_postcopy_is_refused_early_where_the_back_end_can_have_no_userfaultfd(tmp_path, disk):
+    within = [sys.executable, fakes.without_userfaultfd.__file__]
+    with (
+        BackEnd(tmp_path / "target", disk, within=within) as back_end,
+        DiskGuest(tmp_path / "b", back_end.path, incoming=True) as target,
+    ):
+        with pytest.raises(QmpRefused, match="vhost-user backend not capable of postcopy"):
+            target.capabilities("postcopy-ram")
+        target.capabilities("events")
 
 
 def test_the_guest_is_built_from_its_source(tmp_path):
