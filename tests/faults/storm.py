@@ -14,7 +14,10 @@ from fakes.waiting import wait_until
 from faults.fault_channel import RECOVERY, Way
 from faults.recovering import DEADLINE_S, SETTLED, WITH_ROUNDS, Recovering, broken_journey
 from machine.drives import disk_workload, make_disk
+from machine.machines import MIB
 from postcopy.errors import PostcopyError
+from postcopy.machine.memory_blocks import MemoryBlock
+from postcopy.machine.workload import load
 from postcopy.parameters import Capability
 from postcopy.status import Status
 
@@ -31,15 +34,23 @@ HUGE = {
 }
 PREEMPT = {"capabilities": (*POSTCOPY, Capability.POSTCOPY_PREEMPT)}
 DRIVE = {"workload": disk_workload(vcpus=2, delay_cycles=0)}
+MIXED = {
+    "blocks": (MemoryBlock("fast", 16 * MIB, 2 * MIB), MemoryBlock("big", 48 * MIB)),
+    "workload": load("hammer", 64 * MIB, fill_bytes=24 * MIB, hot_bytes=24 * MIB),
+    "parameters": HUGE["parameters"],
+}
+"""A block of each page size, and the guest writes to both."""
 VARIANTS = {
     "plain": {},
     "preempt": PREEMPT,
     "drive": DRIVE,
     "huge": HUGE,
     "huge-preempt": HUGE | PREEMPT,
+    "mixed": MIXED,
+    "mixed-preempt": MIXED | PREEMPT,
 }
-_SMALL = ("plain", "preempt", "drive", "preempt")
-TURNS = (*_SMALL, "huge", *_SMALL, "huge-preempt")
+_SMALL = ("plain", "preempt", "drive")
+TURNS = (*_SMALL, "mixed", "huge", *_SMALL, "mixed-preempt", "huge-preempt")
 
 
 def faults():
@@ -61,7 +72,8 @@ def variant_of(seed):
 
 def host_pages(variant):
     """What has to be reserved of the host's memory meanwhile; skips where it has none to give."""
-    return reserved(HUGE_PAGES) if "huge" in variant else contextlib.nullcontext()
+    needs_pool = variant.startswith(("huge", "mixed"))
+    return reserved(HUGE_PAGES) if needs_pool else contextlib.nullcontext()
 
 
 def say_how_to_repeat(seed):
