@@ -156,7 +156,7 @@ def test_other_machine(journey):
 def test_other_page_size(journey):
     trip = journey(hammer(), kind=OtherPages, capabilities=POSTCOPY)
     trip.migrate()
-    refused(trip, "Postcopy needs matching RAM page sizes (s=1000 d=200000)")
+    refused(trip, "Postcopy needs matching RAM page sizes (s=1000 d=201000)")
     next_one_succeeds(trip)
 
 

@@ -25,7 +25,7 @@ from postcopy.status import Progress, Status
 from postcopy.stream import records
 from postcopy.stream.decoder import Decoder
 from postcopy.stream.layout import BlockLayout, DeviceFormats, Layout
-from postcopy.stream.numbers import SectionType
+from postcopy.stream.numbers import FIRMWARE_PAGE_BYTES, SectionType
 from postcopy.stream.pings import ALL_SENT_PING
 from postcopy.trace import trace
 
@@ -177,10 +177,10 @@ class RecordLoader:
             raise StreamError("postcopy of dirty bitmaps is not supported: there are no disks")
         if not wanted:
             raise StreamError("RAM postcopy is disabled but have 16 byte advise")
-        ours = 0
+        ours = firmware = FIRMWARE_PAGE_BYTES.get(self._guest.machine_name, 0)
         for paged in self._ram:
             ours |= paged.block.page_size_bytes
-        if advise.page_sizes != ours:
+        if advise.page_sizes | firmware != ours:  # an older one of ours did not count it
             raise StreamError(
                 f"Postcopy needs matching RAM page sizes (s={advise.page_sizes:x} d={ours:x}); give the "
                 "destination's --memory-block the source's page-size"

@@ -11,7 +11,13 @@ from postcopy.parameters import Capabilities, Capability
 from postcopy.stream.block_list import EntryForm, encode_block_list
 from postcopy.stream.commands import encode_command
 from postcopy.stream.configuration import encode_configuration, encode_header, encode_name
-from postcopy.stream.numbers import TARGET_PAGE_BYTES, VALIDATED_CAPABILITIES, RamFlag, SectionType
+from postcopy.stream.numbers import (
+    FIRMWARE_PAGE_BYTES,
+    TARGET_PAGE_BYTES,
+    VALIDATED_CAPABILITIES,
+    RamFlag,
+    SectionType,
+)
 from postcopy.stream.pings import HEADER_PING, IDENTITY_PING
 from postcopy.stream.records import (
     CommandRecord,
@@ -122,7 +128,7 @@ def stream_header(
         parts += map(encode_command, greeting)
     if capabilities.enabled(Capability.POSTCOPY_RAM):
         # Sent now, so that a destination without postcopy refuses now.
-        sizes = 0
+        sizes = FIRMWARE_PAGE_BYTES.get(machine, 0)
         for page_size in page_sizes:
             sizes |= page_size
         parts.append(encode_command(PostcopyAdvise(sizes, TARGET_PAGE_BYTES)))

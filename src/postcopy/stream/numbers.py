@@ -28,6 +28,9 @@ RAM_SECTION_ID = 2
 IGNORED_BLOCKS = frozenset({"pc.bios", "pc.rom"})
 """Blocks of a real microvm that a guest without firmware has no use for."""
 
+FIRMWARE_PAGE_BYTES = {"microvm": TARGET_PAGE_BYTES}
+"""The pages of those blocks, by machine: they count among the page sizes that an advise names."""
+
 BITMAP_END = 0x0123456789ABCDEF
 """Ends a received-bitmap on the return path."""
 
