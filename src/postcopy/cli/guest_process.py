@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from postcopy.monitor.backend import Backend
     from postcopy.monitor.hmp_console import HmpConsole
 
+_SWITCH_INTERVAL_S: Final = 0.0001
+"""How long one thread may keep the others from running: one of them may be a vCPU that starts."""
+
 _CLOSE_S: Final = 2.0
 _STDOUT: Final = 1
 
@@ -77,6 +80,7 @@ class GuestProcess:
 
         :return: the exit code.
         """
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self._name_process()
         tell_when_asked()
         install_kick_handler()
