@@ -31,8 +31,8 @@ from postcopy.kernel import memfd
 from postcopy.kernel.cpu_latency import DEVICE
 from postcopy.kernel.mapping import Mapping
 from postcopy.kernel.userfaultfd import MISSING_FEATURES, MISSING_MODE, Userfaultfd
-from postcopy.lazy_restore.block import BlockRestorer
-from postcopy.lazy_restore.pager import Pace, RestorePager
+from postcopy.lazy_restore.block_restorer import BlockRestorer
+from postcopy.lazy_restore.restore_pager import Pace, RestorePager
 from postcopy.memory import page_map_file
 from postcopy.paging.ram import IncomingRam
 

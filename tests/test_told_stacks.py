@@ -82,7 +82,7 @@ while True:
 A_COMMAND = """
 import signal, sys, threading
 from postcopy.channel.address import ExecAddress
-from postcopy.channel.command import CommandChannel
+from postcopy.channel.exec_command import CommandChannel
 from postcopy.stacks import SIGNAL, not_handed_down, tell_when_asked
 
 tell_when_asked()

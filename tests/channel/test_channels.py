@@ -18,8 +18,8 @@ from postcopy.channel.address import (
     TcpAddress,
     UnixAddress,
 )
-from postcopy.channel.command import CommandChannel
 from postcopy.channel.connect import connect
+from postcopy.channel.exec_command import CommandChannel
 from postcopy.channel.listen import Listener
 from postcopy.errors import CannotConnect, CannotListen, ChannelBroken, Refused
 

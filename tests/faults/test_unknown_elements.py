@@ -11,7 +11,7 @@ from fakes.commands import DEADLINE_S, Running, need_kvm, pair
 from fakes.waiting import wait_until
 from faults.fault_channel import FaultChannel, NamedRecord
 from postcopy.machine import workload
-from postcopy.machine.records import read_record
+from postcopy.machine.workload_records import read_record
 
 pytestmark = pytest.mark.kvm
 

@@ -2,9 +2,9 @@
 
 from fakes.waiting import wait_until
 from interop.our_guest import OurGuest
-from postcopy.machine import oracle, records
-from postcopy.machine.records import Read
+from postcopy.machine import oracle, workload_records
 from postcopy.machine.workload import Workload
+from postcopy.machine.workload_records import Read
 from postcopy.status import Status
 
 GOES_ON_S = 30
@@ -12,7 +12,7 @@ GOES_ON_S = 30
 
 def iterations(read: Read, workload: Workload) -> list[int]:
     """How far each vCPU has come."""
-    return [record.iterations for record in records.read_records(read, workload)]
+    return [record.iterations for record in workload_records.read_records(read, workload)]
 
 
 def wait_until_beyond(read: Read, workload: Workload, before: list[int]) -> None:

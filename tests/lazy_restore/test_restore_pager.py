@@ -14,11 +14,11 @@ from postcopy.channel.rate_limit import RateLimiter
 from postcopy.errors import ImageError, KernelError
 from postcopy.image import page_copies
 from postcopy.image.page_copies import CopiedPages, PageCopies
-from postcopy.lazy_restore import block, pager
-from postcopy.lazy_restore.block import BlockRestorer
-from postcopy.lazy_restore.pager import Pace, RestorePager
+from postcopy.lazy_restore import block_restorer, restore_pager
+from postcopy.lazy_restore.block_restorer import BlockRestorer
 from postcopy.lazy_restore.prefetch_budget import LEAST_BYTES, HeadStart
-from postcopy.lazy_restore.statistics import RestoreStatistics
+from postcopy.lazy_restore.restore_pager import Pace, RestorePager
+from postcopy.lazy_restore.restore_statistics import RestoreStatistics
 from postcopy.memory.page_map import EARLY, LATE, RECEIVED, UNTOUCHED
 from postcopy.status import Status
 
@@ -136,7 +136,7 @@ def test_what_is_touched_comes_although_nothing_else_does(fixed):
 
 def test_cpus_are_kept_awake_for_each_fault_until_it_ends(monkeypatch):
     cpus = CpusNoted()
-    monkeypatch.setattr(pager, "CpusAwake", lambda: cpus)
+    monkeypatch.setattr(restore_pager, "CpusAwake", lambda: cpus)
     with Scene(FakeSource(), rate=1) as scene:
         for page in (200, 9):
             scene.guest.touch(page)
@@ -265,7 +265,7 @@ def test_what_is_missing_is_counted_once_and_kept(tmp_path):
 
 
 def test_the_first_that_are_touched_are_told_from_the_others(monkeypatch):
-    monkeypatch.setattr(block, "_EARLY_FAULTS", 2)
+    monkeypatch.setattr(block_restorer, "_EARLY_FAULTS", 2)
     with Scene(FakeSource(), rate=1) as scene:
         for page in (9, 200, 30):
             scene.guest.touch(page)
@@ -364,8 +364,8 @@ def test_recording_holds_the_rest_back_until_hurried():
 
 def test_recording_waits_for_a_guest_whose_devices_take_long(monkeypatch):
     """What it touches can be seen only when it runs; nothing is over before."""
-    monkeypatch.setattr(pager, "_SETTLED_NS", 1)
-    monkeypatch.setattr(pager, "_LONGEST_RECORDING_NS", 1)
+    monkeypatch.setattr(restore_pager, "_SETTLED_NS", 1)
+    monkeypatch.setattr(restore_pager, "_LONGEST_RECORDING_NS", 1)
     with Scene(FakeSource(), holds_for_recording=True) as scene:
         scene.guest.touch(3)
         wait_until(lambda: scene.pager.faults)

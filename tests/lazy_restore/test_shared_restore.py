@@ -11,9 +11,9 @@ from fakes.guest import RAM, FakeGuest
 from lazy_restore.test_restore_pager import PAGE, PAGES, FakeSource
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.errors import KernelError
-from postcopy.lazy_restore import pager
-from postcopy.lazy_restore.block import BlockRestorer
-from postcopy.lazy_restore.pager import Pace, RestorePager
+from postcopy.lazy_restore import restore_pager
+from postcopy.lazy_restore.block_restorer import BlockRestorer
+from postcopy.lazy_restore.restore_pager import Pace, RestorePager
 from postcopy.memory.page_map import RECEIVED
 from postcopy.paging.shared_space import SharedSpaces
 
@@ -60,7 +60,7 @@ class Scene:
 
 @pytest.fixture
 def scene(monkeypatch):
-    monkeypatch.setattr(pager, "CpusAwake", CpusNoted)
+    monkeypatch.setattr(restore_pager, "CpusAwake", CpusNoted)
     made = Scene()
     yield made
     made.close()

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from postcopy.machine import disk_oracle
-from postcopy.machine.records import Read
 from postcopy.machine.workload import Workload, load
+from postcopy.machine.workload_records import Read
 
 DISK_BYTES = 2 << 20
 MEMORY_BYTES = 32 << 20

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fakes.waiting import wait_until
-from postcopy.machine import records
+from postcopy.machine import workload_records
 from postcopy.machine.config import MachineConfig
 from postcopy.machine.machine import Machine
 from postcopy.machine.workload import Workload
@@ -57,7 +57,7 @@ def wait_for_work(machine: Machine, workload: Workload) -> None:
 
     def working() -> bool:
         assert machine.failure is None, machine.failure
-        return records.is_running(machine.read_memory, workload)
+        return workload_records.is_running(machine.read_memory, workload)
 
     wait_until(working, 30, "the workload has not filled its memory")
 
@@ -74,5 +74,5 @@ def wait_for_progress(machine: Machine, workload: Workload) -> None:
 
 
 def iterations(machine: Machine, workload: Workload) -> list[int]:
-    found = (records.read_record(machine.read_memory, n) for n in range(workload.vcpus))
+    found = (workload_records.read_record(machine.read_memory, n) for n in range(workload.vcpus))
     return [0 if record is None else record.iterations for record in found]

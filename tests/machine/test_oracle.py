@@ -4,7 +4,7 @@ import pytest
 
 from machine.machines import MIB, Watched, config_for, need, wait_for_progress, wait_for_work
 from postcopy.errors import GuestError
-from postcopy.machine import oracle, records, workload
+from postcopy.machine import oracle, workload, workload_records
 from postcopy.machine.workload import BASE_ADDRESS
 
 PAGE = 4096
@@ -97,8 +97,8 @@ def test_a_changed_image(stopped):
 def test_a_stale_record(stopped):
     work, before, after = stopped
     memory = bytearray(after)
-    memory[records.RECORDS_ADDRESS : records.RECORDS_ADDRESS + PAGE] = before[
-        records.RECORDS_ADDRESS : records.RECORDS_ADDRESS + PAGE
+    memory[workload_records.RECORDS_ADDRESS : workload_records.RECORDS_ADDRESS + PAGE] = before[
+        workload_records.RECORDS_ADDRESS : workload_records.RECORDS_ADDRESS + PAGE
     ]
     assert not check(work, memory).ok
 
@@ -111,7 +111,7 @@ def test_not_before_the_memory_is_filled():
 
 def test_records(stopped):
     work, _, after = stopped
-    for record in records.read_records(lambda at, n: after[at : at + n], work):
+    for record in workload_records.read_records(lambda at, n: after[at : at + n], work):
         # The guest may have been stopped between counting an iteration and noting how long it took.
         assert record.iterations - int(record.latencies.sum()) in {0, 1}
         assert record.iterations - int(record.gaps.sum()) in {0, 1}

@@ -14,9 +14,9 @@ from postcopy.channel.rate_limit import RateLimiter
 from postcopy.destination.incoming_ram import discard
 from postcopy.guest import Region
 from postcopy.kernel.pagemap import PagemapScanner
-from postcopy.lazy_restore import pager as restore_pager
-from postcopy.lazy_restore.block import BlockRestorer
-from postcopy.lazy_restore.pager import Pace, RestorePager
+from postcopy.lazy_restore import restore_pager
+from postcopy.lazy_restore.block_restorer import BlockRestorer
+from postcopy.lazy_restore.restore_pager import Pace, RestorePager
 from postcopy.memory import page_map_file
 from postcopy.memory.page_map import RECEIVED, PageMap
 from postcopy.memory.ram_block import RamBlock

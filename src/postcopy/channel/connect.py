@@ -14,8 +14,8 @@ from postcopy.channel.address import (
     UnixAddress,
 )
 from postcopy.channel.channel import Channel
-from postcopy.channel.command import CommandChannel
 from postcopy.channel.descriptors import DescriptorChannel
+from postcopy.channel.exec_command import CommandChannel
 from postcopy.channel.files import FileChannel
 from postcopy.channel.sockets import SocketChannel
 from postcopy.errors import CannotConnect

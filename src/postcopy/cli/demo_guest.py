@@ -14,7 +14,8 @@ from typing import Final
 from postcopy.client import Machine
 from postcopy.machine.config import LOAD_ADDRESS
 from postcopy.machine.oracle import Verification, verify
-from postcopy.machine.records import (
+from postcopy.machine.workload import BASE_ADDRESS, PAGE_BYTES, Workload
+from postcopy.machine.workload_records import (
     RECORD_BYTES,
     RECORDS_ADDRESS,
     Read,
@@ -22,7 +23,6 @@ from postcopy.machine.records import (
     is_running,
     read_records,
 )
-from postcopy.machine.workload import BASE_ADDRESS, PAGE_BYTES, Workload
 
 _POLL_S: Final = 0.1
 _CALIBRATION_S: Final = 0.5

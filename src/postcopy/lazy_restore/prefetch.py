@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final, Protocol
 
 from postcopy.image.page_copies import CopiedPages, PageCopies
-from postcopy.lazy_restore.block import BlockRestorer, Run, Runs
+from postcopy.lazy_restore.block_restorer import BlockRestorer, Run, Runs
 from postcopy.memory.runs import Mask
 
 _LEAST_A_RUN_BYTES: Final = 16 << 10

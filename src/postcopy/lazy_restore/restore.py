@@ -1,8 +1,8 @@
 """A guest wakes from its image: at once, its memory behind it (lazy), or when all of it is here (eager).
 
 It is postcopy with a file in the place of the source.  The guest's memory, empty as it is, goes under
-userfaultfd; the pager (:mod:`postcopy.lazy_restore.pager`) serves it from the image; the devices are
-loaded and the guest runs.  Nothing before that takes longer for more memory.
+userfaultfd; the pager (:mod:`postcopy.lazy_restore.restore_pager`) serves it from the image; the devices
+are loaded and the guest runs.  Nothing before that takes longer for more memory.
 
 Three threads: ``restore`` fills and then ends the restore; ``wake`` gives it a head start, loads the
 devices and runs the guest, which may wait for pages that the first one brings; and up to then
@@ -21,10 +21,10 @@ from postcopy.errors import GuestError, HostCannot, PostcopyError
 from postcopy.guest import AddressSpace, Guest
 from postcopy.kernel import threads
 from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.lazy_restore.block import BlockRestorer, Lost, fill_block
-from postcopy.lazy_restore.pager import Pace, RestorePager
+from postcopy.lazy_restore.block_restorer import BlockRestorer, Lost, fill_block
 from postcopy.lazy_restore.restore_image import RestoreImage
-from postcopy.lazy_restore.statistics import RestoreStatistics
+from postcopy.lazy_restore.restore_pager import Pace, RestorePager
+from postcopy.lazy_restore.restore_statistics import RestoreStatistics
 from postcopy.ownership import Move
 from postcopy.paging.ram import IncomingRam
 from postcopy.paging.shared_space import SharedSpaces

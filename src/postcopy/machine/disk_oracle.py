@@ -12,8 +12,8 @@ import numpy as np
 
 from postcopy.errors import GuestError
 from postcopy.machine.oracle import Words, mix
-from postcopy.machine.records import Read
 from postcopy.machine.workload import BLOCK_BYTES, Workload
+from postcopy.machine.workload_records import Read
 
 _RECORD, _BUFFERED, _COUNTERS, _BUFFERS = 0x4000, 0x5000, 0x8000, 0x10000
 _MAGIC: Final = b"PC_DSK01"

@@ -14,8 +14,8 @@ from postcopy.machine import accelerator, boot, sections
 from postcopy.machine.config import MachineConfig
 from postcopy.machine.drive import Drive
 from postcopy.machine.guest_memory import GuestMemory
+from postcopy.machine.mapped_blocks import Ram
 from postcopy.machine.ports import PortBus, SerialPort
-from postcopy.machine.ram import Ram
 from postcopy.machine.run_control import OnEvent, RunControl, RunState
 from postcopy.machine.vcpu import Runner, Vcpu, install_kick_handler
 from postcopy.machine.virtio_mmio import NOTIFY_ADDRESS, VirtioMmio, check_state

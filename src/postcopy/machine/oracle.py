@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from postcopy.machine.config import LOAD_ADDRESS
-from postcopy.machine.records import Read, Record, read_records
 from postcopy.machine.workload import PAGE_BYTES, Workload
+from postcopy.machine.workload_records import Read, Record, read_records
 
 _CHUNK_BYTES: Final = 1 << 20
 _WORDS: Final = PAGE_BYTES // 8

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from postcopy.lazy_restore.block import BlockRestorer
-from postcopy.lazy_restore.pager import RestorePager
+from postcopy.lazy_restore.block_restorer import BlockRestorer
+from postcopy.lazy_restore.restore_pager import RestorePager
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Mask
 from postcopy.paging.ram import IncomingBlock

@@ -19,7 +19,7 @@ from postcopy.errors import KernelError, PostcopyError
 from postcopy.image.page_copies import PageCopies
 from postcopy.kernel.cpu_latency import CpusAwake
 from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.lazy_restore.block import BlockRestorer
+from postcopy.lazy_restore.block_restorer import BlockRestorer
 from postcopy.lazy_restore.prefetch import PrefetchWork, from_copies, from_image
 from postcopy.lazy_restore.prefetch_budget import HeadStart
 from postcopy.memory.page_map import RECEIVED
