@@ -57,8 +57,13 @@ def _add(count: int) -> int:
     """Change the size of the pool, and say by how many pages the kernel did it."""
     with (POOL / "nr_hugepages").open("r+") as pool:
         fcntl.flock(pool, fcntl.LOCK_EX)  # other processes read and write it too
-        before = int(pool.read())
-        pool.seek(0)
+        before = _size()
         pool.write(str(max(before + count, 0)))
         pool.flush()
-        return int((POOL / "nr_hugepages").read_text()) - before
+        return _size() - before
+
+
+def _size() -> int:
+    """Pages of the pool, without those that leave it when a process that is ending lets go of them."""
+    numbers = [int((POOL / f"{name}_hugepages").read_text()) for name in ("nr", "surplus")]
+    return numbers[0] - numbers[1]
