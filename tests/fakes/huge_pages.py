@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -25,8 +26,8 @@ def reserved(count: int) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         if can_add():
-            added = _add(count)
-            stack.callback(_add, -added)
+            added, grown = _add(count)
+            stack.callback(_remove, grown)
             if added < count:
                 pytest.skip(f"needs {count} pages of 2 MiB: this host has too little free memory "
                             "in one piece; echo 1 > /proc/sys/vm/compact_memory")  # fmt: skip
@@ -49,21 +50,38 @@ def can_add() -> bool:
 
 def free() -> int:
     """Pages that nobody uses and nobody has reserved."""
-    numbers = [int((POOL / f"{name}_hugepages").read_text()) for name in ("free", "resv")]
-    return numbers[0] - numbers[1]
+    return _number("free") - _number("resv")
 
 
-def _add(count: int) -> int:
-    """Change the size of the pool, and say by how many pages the kernel did it."""
-    with (POOL / "nr_hugepages").open("r+") as pool:
-        fcntl.flock(pool, fcntl.LOCK_EX)  # other processes read and write it too
-        before = _size()
-        pool.write(str(max(before + count, 0)))
+def _add(count: int) -> tuple[int, int]:
+    """Add pages to the pool; return how many there are more, and by how many its set size grew.
+
+    Pages that some process holds, and that would leave the pool with it (surplus), become pages of the
+    pool by that.
+    """
+    with _changing() as pool:
+        pages, size = _number("nr"), _size()
+        pool.write(str(pages + count))
         pool.flush()
-        return _size() - before
+        return _number("nr") - pages, _size() - size
+
+
+def _remove(grown: int) -> None:
+    """Set the pool's size back; pages in use leave it when they are let go of."""
+    with _changing() as pool:
+        pool.write(str(max(_size() - grown, 0)))
+
+
+@contextlib.contextmanager
+def _changing() -> Iterator[IO[str]]:
+    with (POOL / "nr_hugepages").open("r+") as pool:
+        fcntl.flock(pool, fcntl.LOCK_EX)  # other processes change it, too
+        yield pool
 
 
 def _size() -> int:
-    """Pages of the pool, without those that leave it when a process that is ending lets go of them."""
-    numbers = [int((POOL / f"{name}_hugepages").read_text()) for name in ("nr", "surplus")]
-    return numbers[0] - numbers[1]
+    return _number("nr") - _number("surplus")
+
+
+def _number(name: str) -> int:
+    return int((POOL / f"{name}_hugepages").read_text())
