@@ -22,7 +22,7 @@ TIMEOUT_S = 20.0
 def reserved(count: int) -> Iterator[None]:
     """``count`` free pages of 2 MiB, until the context ends; skips where the host has none to give.
 
-    Whoever runs this at the same time adds as many as it needs, so that no one takes another's.
+    Each process that runs this at the same time adds as many as it needs: none takes those of another.
     """
     with contextlib.ExitStack() as stack:
         if can_add():
@@ -49,7 +49,7 @@ def can_add() -> bool:
 
 
 def free() -> int:
-    """Pages that nobody uses and nobody has reserved."""
+    """Pages that are neither in use nor reserved."""
     return _number("free") - _number("resv")
 
 

@@ -134,7 +134,7 @@ class Reset:
         return any(isinstance(watched.then, MappedMemory) for watched in self._watched)
 
     def watch(self) -> None:
-        """Begin to track writes; whoever died before us may have begun it, and then it goes on."""
+        """Begin to track writes, or go on if an engine that has died had begun it."""
         self._tracker.start()
         trace("reset.watching")
 

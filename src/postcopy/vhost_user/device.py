@@ -1,5 +1,6 @@
 """What a back end is made of: a device, to be derived from; ``docs/vhost_user.md`` has an example."""
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 from postcopy.virtio.block import BlockFeature
@@ -17,7 +18,7 @@ class Request(NamedTuple):
     writable: list[memoryview]
 
 
-class Device:
+class Device(ABC):
     """A virtio device behind vhost-user.  Derive from it, and hand it to :func:`postcopy.vhost_user.serve`.
 
     Rings, memory, the dirty log and postcopy are not its business.  Each front end is served in a process
@@ -35,13 +36,14 @@ class Device:
         """Its configuration space, up to 256 bytes."""
         return b""
 
-    def agreed(self, features: int) -> None:
+    def agreed(self, features: int) -> None:  # noqa: B027 - most devices need not know
         """Take note of the feature bits that the driver has agreed on."""
 
     def reload(self) -> bool:
         """Look anew at what it is made of (``SIGUSR1``); return whether its configuration has changed."""
         return False
 
+    @abstractmethod
     def process(self, queue: int, request: Request) -> int:
         """Do one request.
 
@@ -49,7 +51,6 @@ class Device:
         :return: how many bytes of ``writable`` have been written, from its beginning.
         :raises RingError: it is none; the ring is served no more, until the driver sets it up anew.
         """
-        raise NotImplementedError
 
 
 class BlockDevice(Device):
