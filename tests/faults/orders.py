@@ -136,7 +136,7 @@ def sample(count: int, seed: int) -> list[Case]:
     return [rng.choice(by_journey[number % len(by_journey)]) for number in range(count)]
 
 
-CONVERGES = QUICK | {"downtime-limit": 2000}
+CONVERGES = QUICK
 """Precopy ends, on a host that is busy too."""
 
 

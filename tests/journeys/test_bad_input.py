@@ -278,7 +278,7 @@ def test_one_migration_at_a_time(journey):
         trip.destination.control.incoming("tcp:127.0.0.1:0")
     with pytest.raises(WrongState, match="Migration not in expected state"):
         trip.source.control.continue_(Status.PRE_SWITCHOVER)
-    trip.source.set(parameters=QUICK | {"downtime-limit": 2000})
+    trip.source.set(parameters=QUICK)
     trip.finish()
 
 

@@ -44,7 +44,7 @@ def test_precopy_over_many_rounds(with_drive, tracking):
     trip = with_drive(disk_workload(vcpus=3, delay_cycles=0), parameters=parameters)
     trip.migrate()
     trip.source.wait_rounds(3)
-    trip.source.set(parameters=QUICK | {"downtime-limit": 2000})
+    trip.source.set(parameters=QUICK)
     trip.finish()
 
 

@@ -19,7 +19,7 @@ def test_ten_times_to_and_fro(journey):
     counts = []
     for turn in range(10):
         postcopy = turn % 2
-        trip.source.set(parameters=SLOW if postcopy else QUICK | {"downtime-limit": 300})
+        trip.source.set(parameters=SLOW if postcopy else QUICK)
         trip.migrate()
         if postcopy:
             trip.source.control.start_postcopy()

@@ -70,7 +70,7 @@ def test_over_many_rounds_no_write_is_lost(journey, tmp_path):
     uri = f"file:{tmp_path}/saved"
     trip.source.control.migrate(uri)
     trip.source.wait_rounds(3)
-    trip.source.set(parameters=QUICK | {"downtime-limit": 2000})
+    trip.source.set(parameters=QUICK)
     trip.source.wait(Status.COMPLETED)
     load(trip, uri)
 
@@ -274,7 +274,7 @@ def test_cancelled_half_way(journey, tmp_path):
     trip.source.control.cancel()
     trip.source.wait(Status.CANCELLED)
     trip.verify_source()
-    trip.source.set(parameters=QUICK | {"downtime-limit": 300})
+    trip.source.set(parameters=QUICK)
     load(trip, save(trip, tmp_path / "saved"))
 
 
@@ -288,5 +288,5 @@ def test_an_engine_that_dies_half_way(journey, tmp_path):
     assert "the engine process died; start the migration again" in trip.source.error
     refused(trip, uri, "The stream ends in an element")
     trip.verify_source()
-    trip.source.set(parameters=QUICK | {"downtime-limit": 300})
+    trip.source.set(parameters=QUICK)
     load(trip, save(trip, tmp_path / "saved"))

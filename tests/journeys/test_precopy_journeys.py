@@ -21,7 +21,7 @@ def test_a_hammered_guest_loses_no_write_over_many_rounds(journey, tracking):
     trip = journey(hammer(vcpus=2), parameters=NEVER_ENDS | {"x-dirty-tracking": tracking})
     trip.migrate()
     trip.source.wait_rounds(3)
-    trip.source.set(parameters=QUICK | {"downtime-limit": 2000})
+    trip.source.set(parameters=QUICK)
     trip.finish()
     assert trip.source.control.info().ram.dirty_sync_count >= 4
 
