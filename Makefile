@@ -32,6 +32,7 @@ demo: venv
 test: venv
 	.ci/install-tools --if-root
 	.ci/install-qemu --if-possible
+	.ci/install-peers --if-possible
 	.ci/install-headers --if-possible
 	$(BIN)/python -m pytest $(PYTEST)
 

@@ -121,6 +121,18 @@ class QemuProcess:
         """The URI by which it loads a file."""
         return f"file:{path}" if self.version >= FILE_URIS else f"exec:cat {path}"
 
+    def begin_move(self, target: "QemuProcess", folder: Path) -> None:
+        """Begin to migrate to another, with postcopy allowed; the socket is made in a folder."""
+        for qemu in (self, target):
+            qemu.capabilities("events", "postcopy-ram")
+        uri = f"unix:{folder / 'migration'}"
+        target("migrate-incoming", uri=uri)
+        self("migrate", uri=uri)
+
+    def sent(self) -> int:
+        """Bytes of its migration so far."""
+        return self("query-migrate").get("ram", {}).get("transferred", 0)
+
     def why_failed(self) -> str:
         """All that it says of a migration to it that has failed; some QEMUs have ended then."""
         try:

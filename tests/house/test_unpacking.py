@@ -38,9 +38,10 @@ deb http://second.example/debian bookworm main
 
 
 def derive(apt_dir):
-    """What is common to all the entries of both scripts; their suites are looked at here."""
+    """What is common to all the entries of the scripts; their suites are looked at here."""
     common = {tuple(entries_of(apt_dir, "install-qemu", SUITES))}
     common.add(tuple(entries_of(apt_dir, "install-headers", SUITES[-1:])))
+    common.add(tuple(entries_of(apt_dir, "install-peers", SUITES[:1])))
     (found,) = common
     return list(found) or None
 
@@ -125,7 +126,7 @@ def test_it_brings_what_the_suite_has_as_peers():
     assert tuple(brought) == qemu_versions.ALL
 
 
-@pytest.mark.parametrize("script", ["install-qemu", "install-headers"])
+@pytest.mark.parametrize("script", ["install-qemu", "install-peers", "install-headers"])
 @pytest.mark.parametrize(("option", "code"), [((), 1), (("--if-possible",), 0)])
 def test_a_home_that_cannot_be_written_is_named(script, option, code):
     environment = {"PATH": os.environ["PATH"], "HOME": "/proc/none"}

@@ -12,41 +12,11 @@ import fakes.without_userfaultfd
 from fakes.real_qemu import QmpRefused
 from fakes.vhost_back_end import BackEnd
 from fakes.waiting import wait_until
-from interop.disk_guest import DISK_BYTES, FOLDER, TIMEOUT_S, DiskGuest
+from interop.disk_guest import FOLDER, TIMEOUT_S, DiskGuest
 
 pytestmark = [pytest.mark.qemu("10.0", "11.1"), pytest.mark.userfaultfd]
 
 ACCELERATORS = pytest.mark.parametrize("accelerator", ["tcg", "kvm"])
-
-
-@pytest.fixture
-def disk(tmp_path):
-    path = tmp_path / "disk.raw"
-    path.write_bytes(b"")
-    with path.open("r+b") as file:
-        file.truncate(DISK_BYTES)
-    return path
-
-
-@pytest.fixture
-def sides(tmp_path, disk):
-    """Two back ends on one file."""
-    with BackEnd(tmp_path / "source", disk) as source, BackEnd(tmp_path / "target", disk) as target:
-        yield source, target
-
-
-def move(source, target, tmp_path):
-    """Begin to move the guest."""
-    for qemu in (source, target):
-        qemu.capabilities("events", "postcopy-ram")
-    uri = f"unix:{tmp_path / 'migration'}"
-    target("migrate-incoming", uri=uri)
-    source("migrate", uri=uri)
-
-
-def sent(qemu):
-    """Bytes of its migration so far."""
-    return qemu("query-migrate").get("ram", {}).get("transferred", 0)
 
 
 @ACCELERATORS
@@ -85,7 +55,7 @@ def test_a_guest_moves_by_precopy(tmp_path, sides, disk, accelerator):
         DiskGuest(tmp_path / "b", theirs.path, accelerator, incoming=True) as target,
     ):
         source.wait_writes(200)
-        move(source, target, tmp_path)
+        source.begin_move(target, tmp_path)
         source.wait_migration("completed")
         before = source.writes()
         assert target.wait_writes(200) >= before + 200
@@ -104,8 +74,8 @@ def test_a_guest_moves_by_postcopy(tmp_path, sides, disk, accelerator):
         # Pages come so slowly that the back end must ask for some.
         bandwidths = {"max-bandwidth": 1 << 20, "max-postcopy-bandwidth": 1 << 20}
         source("migrate-set-parameters", **bandwidths)
-        move(source, target, tmp_path)
-        wait_until(lambda: sent(source) > 1 << 19, TIMEOUT_S, "512 KiB sent")
+        source.begin_move(target, tmp_path)
+        wait_until(lambda: source.sent() > 1 << 19, TIMEOUT_S, "512 KiB sent")
         source("migrate-start-postcopy")
         source.wait_migration("completed")
         before = source.writes()
