@@ -1,34 +1,23 @@
-"""``postcopy vhost-user-blk`` as a user has it, and a guest of the tests' own at its socket."""
+"""``postcopy vhost-user-blk`` and ``qemu-storage-daemon``, and a guest of the tests' own at the socket."""
 
 import signal
 import subprocess
 
 from fakes.commands import POSTCOPY
+from fakes.qemu_versions import folder_of
 from fakes.vhost_front_end import BlockDriver, FrontEnd, Ram, Ring
 from fakes.waiting import wait_until
 
 TIMEOUT_S = 30
 
 
-class BackEnd:
-    """``postcopy vhost-user-blk``, until the end of the context.
+class _Served:
+    """A process that listens, until the end of the context."""
 
-    :param within: a command that runs it.
-    """
-
-    def __init__(self, folder, disk, *options, within=()):
+    def __init__(self, folder, command):
         folder.mkdir(exist_ok=True)
         self.path = folder / "vhost.sock"
         self._stderr = folder / "vhost.stderr"
-        command = [
-            *within,
-            *POSTCOPY,
-            "vhost-user-blk",
-            "--socket",
-            str(self.path),
-            str(disk),
-            *options,
-        ]
         with self._stderr.open("wb") as stderr:
             self.process = subprocess.Popen(command, stderr=stderr, stdin=subprocess.DEVNULL)
         wait_until(self._listens, TIMEOUT_S, "the socket")
@@ -53,6 +42,35 @@ class BackEnd:
         """Tell it to end; return its exit code."""
         self.process.send_signal(number)
         return self.process.wait(TIMEOUT_S)
+
+
+class BackEnd(_Served):
+    """``postcopy vhost-user-blk``.
+
+    :param within: a command that runs it.
+    """
+
+    def __init__(self, folder, disk, *options, within=()):
+        command = [*within, *POSTCOPY, "vhost-user-blk", "--socket", str(folder / "vhost.sock")]
+        super().__init__(folder, [*command, str(disk), *options])
+
+
+class StorageDaemon(_Served):
+    """``qemu-storage-daemon``, with a disk that others may have open, too."""
+
+    def __init__(self, folder, disk, version="10.0"):
+        file = f"driver=file,node-name=f0,filename={disk},locking=off"
+        where = f"addr.type=unix,addr.path={folder}/vhost.sock"
+        export = f"type=vhost-user-blk,id=e0,node-name=d0,writable=on,{where}"
+        program = folder_of(version) / "qemu-storage-daemon"
+        command = [
+            str(program),
+            "--blockdev",
+            file,
+            "--blockdev",
+            "driver=raw,node-name=d0,file=f0",
+        ]
+        super().__init__(folder, [*command, "--export", export])
 
 
 class Guest:

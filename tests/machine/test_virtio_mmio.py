@@ -15,6 +15,7 @@ from postcopy.kernel.mapping import Mapping
 from postcopy.machine.address_map import AddressMap
 from postcopy.machine.drive import Drive
 from postcopy.machine.guest_memory import GuestMemory
+from postcopy.machine.request_queue import RequestQueue
 from postcopy.machine.virtio_mmio import (
     CONFIG,
     DEVICE_FEATURES,
@@ -86,9 +87,10 @@ class Guest:
         self.device = device or Echo()
         self.ram = Mapping.anonymous(memory_bytes)
         self.memory = GuestMemory(self.ram, AddressMap.flat(memory_bytes))
-        self.mmio = VirtioMmio(self.device, self.memory, self.lost.append)
+        self.queue = RequestQueue(self.device, self.memory, self.lost.append)
+        self.mmio = VirtioMmio(self.queue)
         self.index = 0
-        self.mmio.thread.want()
+        self.mmio.runner.want()
 
     def __enter__(self):
         return self
@@ -209,7 +211,7 @@ def test_a_driver_that_polls_gets_no_interrupt(guest):
     guest.begin()
     guest.ram.write(AVAILABLE, b"\1\0")
     guest.echo()
-    assert guest.mmio.thread.wait_parked(10)
+    assert guest.mmio.runner.wait_parked(10)
     assert guest.get(INTERRUPT_STATUS) == 0
 
 
@@ -222,13 +224,13 @@ def test_what_was_offered_before_the_driver_was_ready_is_done(guest):
 
 def test_nothing_is_done_while_the_guest_stands_still(guest):
     guest.begin()
-    guest.mmio.thread.unwant()
-    assert guest.mmio.thread.wait_parked(10)
+    guest.mmio.runner.unwant()
+    assert guest.mmio.runner.wait_parked(10)
     guest.describe(0, DATA, 4, WRITE)
     guest.offer()
     assert guest.mmio.save().ring.next_available == 0
     assert guest.done == 0
-    guest.mmio.thread.want()
+    guest.mmio.runner.want()
     wait_until(lambda: guest.done == 1, 10, "the request is not done")
 
 
@@ -335,7 +337,7 @@ def test_a_reset_waits_for_the_request_under_way(guest):
     assert guest.device.inside.wait(10)
     resetting = threading.Thread(target=guest.put, args=(STATUS, 0))
     resetting.start()
-    assert not guest.mmio.thread.wait_parked(0)
+    assert not guest.mmio.runner.wait_parked(0)
     assert guest.get(QUEUE_READY) == 1  # other accesses are answered meanwhile
     guest.device.gate.set()
     resetting.join(10)
@@ -348,17 +350,17 @@ def test_a_state_goes_on_in_another_device(guest):
     guest.begin(features=FLUSH | VERSION_1)
     for _ in range(11):
         guest.echo()
-    guest.mmio.thread.unwant()
-    assert guest.mmio.thread.wait_parked(10)
+    guest.mmio.runner.unwant()
+    assert guest.mmio.runner.wait_parked(10)
     state = guest.mmio.save()
     with Guest() as other:
-        other.mmio.thread.unwant()
+        other.mmio.runner.unwant()
         other.ram.write(0, guest.ram.read(0, 0x6000))
         other.mmio.check(state)
         other.mmio.load(state)
         assert other.mmio.save() == state
         other.index = guest.index
-        other.mmio.thread.want()
+        other.mmio.runner.want()
         assert other.echo(b"more") == b"more"
         assert other.get(STATUS) == DRIVER | FEATURES_OK | DRIVER_OK
 

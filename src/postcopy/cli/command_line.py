@@ -199,6 +199,11 @@ DRIVE: Final = (
         metavar="FILE",
         help="A raw file or block device as the guest's disk; the same disk at both sides.",
     ),
+    click.option(
+        "--vhost-user-blk",
+        metavar="SOCKET",
+        help="A vhost-user back end as the guest's disk, in place of --drive.",
+    ),
 )
 MONITORS: Final = (
     click.option("--paused", "-S", is_flag=True, help="Do not run before 'cont'."),

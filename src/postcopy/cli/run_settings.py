@@ -16,7 +16,7 @@ from postcopy.errors import ImageError, Refused
 from postcopy.image.file_kinds import check_no_image
 from postcopy.link.guest.engine_process import EnginePool
 from postcopy.link.protocol import RestoreCommands
-from postcopy.machine import workload
+from postcopy.machine import back_ends, workload
 from postcopy.machine.config import RAM_NAMES, MachineConfig, MachineType, read_image
 from postcopy.machine.memory_blocks import MemoryBlock
 from postcopy.restore_options import RestoreOptions
@@ -95,6 +95,7 @@ def _machine(options: Mapping[str, Any]) -> MachineConfig:
         machine_type=options["machine"],
         blocks=blocks,
         drive=_drive(options),
+        vhost_user_blk=options["vhost_user_blk"],
     )
     _check(config)
     return config
@@ -130,20 +131,23 @@ def _image(options: Mapping[str, Any], blocks: Sequence[MemoryBlock]) -> bytes |
     memory_bytes = sum(block.size_bytes for block in blocks)
     # Half of the memory would leave blocks out.
     hot_bytes = memory_bytes - workload.BASE_ADDRESS if len(blocks) > 1 else None
-    drive = _drive(options)
     made = workload.load(
         name,
         memory_bytes,
         options["smp"],
         hot_bytes=hot_bytes,
-        disk_bytes=0 if drive is None else _disk_bytes(drive),
+        disk_bytes=_disk_bytes(options),
     )
     return made.image()
 
 
-def _disk_bytes(path: str) -> int:
-    with closing(Disk(path)) as disk:
-        return disk.sectors * SECTOR_BYTES
+def _disk_bytes(options: Mapping[str, Any]) -> int:
+    drive = _drive(options)
+    if drive is not None:
+        with closing(Disk(drive)) as disk:
+            return disk.sectors * SECTOR_BYTES
+    socket = options["vhost_user_blk"]
+    return 0 if socket is None else back_ends.disk_bytes(socket)
 
 
 def restore_settings(options: Mapping[str, Any], engines: EnginePool) -> RunSettings:
@@ -199,6 +203,7 @@ def _machine_of_image(path: Path, options: Mapping[str, Any], engines: EnginePoo
         machine_type=machine,
         blocks=blocks,
         drive=_drive(options),
+        vhost_user_blk=options["vhost_user_blk"],
     )
     _check(config)
     return config

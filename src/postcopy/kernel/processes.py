@@ -1,11 +1,12 @@
-"""Processes forked by this one: seen to end, killed, and not outliving it."""
+"""Processes: forked by this one, and killed with it; where another one has a file mapped."""
 
 import contextlib
 import os
 import signal
 import traceback
 from collections.abc import Callable
-from typing import Final, NoReturn, Self
+from pathlib import Path
+from typing import Final, NamedTuple, NoReturn, Self
 
 from postcopy.abi import linux
 from postcopy.kernel import calls
@@ -71,3 +72,34 @@ def end_with_parent(parent: int) -> None:
     calls.syscall("prctl", _PRCTL[os.uname().machine], linux.PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class MappedPart(NamedTuple):
+    """A part of a file that a process has mapped.
+
+    :ivar address: where it begins in the process.
+    :ivar offset: where it begins in the file.
+    """
+
+    address: int
+    offset: int
+    length_bytes: int
+
+
+def mapped_parts(process_id: int, fd: int) -> list[MappedPart]:
+    """Where a process has a file of ours mapped, in order of its addresses (``/proc/PID/maps``).
+
+    :param fd: of the file, which is found by its device and inode: a memfd's name proves nothing.
+    :raises KernelError: the process has ended, or is not ours to look at.
+    """
+    file = os.fstat(fd)
+    path = Path(f"/proc/{process_id}/maps")
+    text = calls.of_python("open", f"{path}", path.read_text, errors="replace")
+    found = []
+    for line in text.splitlines():
+        addresses, _, offset, device, inode, *_ = line.split(maxsplit=5)
+        major, minor = (int(number, 16) for number in device.split(":"))
+        if int(inode) == file.st_ino and os.makedev(major, minor) == file.st_dev:
+            first, end = (int(address, 16) for address in addresses.split("-"))
+            found.append(MappedPart(first, int(offset, 16), end - first))
+    return found

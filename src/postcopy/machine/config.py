@@ -8,6 +8,7 @@ from postcopy.errors import Refused
 from postcopy.machine import boot, memory_blocks
 from postcopy.machine.address_map import AddressMap
 from postcopy.machine.memory_blocks import HUGE_PAGE_BYTES, SMALL_PAGE_BYTES, MemoryBlock
+from postcopy.vhost_user.front_end import MOST_PARTS
 
 MOST_VCPUS = 64
 MOST_MEMORY_BYTES = 64 << 30
@@ -47,6 +48,7 @@ class MachineConfig:
     :param blocks: the RAM blocks, in the order of their guest addresses, which have ``memory_bytes``
         together; without any there is one, with QEMU's name for it.
     :param drive: path of a file or block device that the guest has as its disk.
+    :param vhost_user_blk: in its place, path of the socket of a vhost-user back end that is the disk.
     """
 
     memory_bytes: int
@@ -61,6 +63,12 @@ class MachineConfig:
     machine_type: MachineType = "microvm"
     blocks: tuple[MemoryBlock, ...] = ()
     drive: str | None = None
+    vhost_user_blk: str | None = None
+
+    @property
+    def has_drive(self) -> bool:
+        """Whether the guest has a disk, in this process or in another."""
+        return self.drive is not None or self.vhost_user_blk is not None
 
     @property
     def ram_name(self) -> str:
@@ -111,16 +119,29 @@ class MachineConfig:
                 f"the RAM blocks have {total} bytes together, and the memory {memory}; give their sum"
             )
         memory_blocks.check(self.memory_blocks)
-        if self.drive is not None and self.machine_type != "microvm":
+        if self.has_drive:
+            self._check_drive()
+
+    def _check_drive(self) -> None:
+        if self.machine_type != "microvm":
             raise Refused(
                 f"the machine '{self.machine_type}' has no place for a drive; give --machine microvm"
+            )
+        if self.vhost_user_blk is None:
+            return
+        if self.drive is not None:
+            raise Refused("the machine has one drive; give one of --drive and --vhost-user-blk")
+        if len(self.address_map.parts) > MOST_PARTS:
+            raise Refused(
+                f"the memory has {len(self.address_map.parts)} parts, and a vhost-user back end takes "
+                f"{MOST_PARTS}; give fewer blocks (--memory-block)"
             )
 
     def _check_image(self, image: bytes) -> None:
         first, end = self.load_address, self.load_address + len(image)
         if not image:
             raise Refused("the image is empty; give a file of raw 64-bit code")
-        for start, stop in boot.reserved(self.memory_bytes, drive=self.drive is not None):
+        for start, stop in boot.reserved(self.memory_bytes, drive=self.has_drive):
             if first < stop and start < end:
                 raise Refused(
                     f"an image at [{first:#x}, {end:#x}) would lie on the page tables; load it at "

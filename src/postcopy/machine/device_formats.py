@@ -5,8 +5,8 @@ clock.  Our machine has none of these, but the stream must be read past them, so
 here too; :data:`IGNORED` says which.
 """
 
+from postcopy.machine import virtio_section
 from postcopy.machine.cpu_formats import CPU, CPU_COMMON
-from postcopy.machine.virtio_section import VIRTIO_BLK
 from postcopy.stream.format_table import FormatTable
 from postcopy.stream.vmstate import (
     BOOL,
@@ -155,8 +155,10 @@ KVMCLOCK = Format(
 IGNORED = (FW_CFG, KVM_TPR_OPT, APIC, IOAPIC, KVMCLOCK)
 """Read and dropped: devices of a microvm that our machine does without."""
 
+_DRIVES = virtio_section.FORMATS.values()
+
 FORMATS = FormatTable(
-    (TIMER, SERIAL, VIRTIO_BLK, GLOBALSTATE, FW_CFG, KVM_TPR_OPT, IOAPIC, KVMCLOCK),
+    (TIMER, SERIAL, *_DRIVES, GLOBALSTATE, FW_CFG, KVM_TPR_OPT, IOAPIC, KVMCLOCK),
     per_cpu=(CPU_COMMON, CPU, APIC),
 )
 """Every section that may come to our machine."""

@@ -1,18 +1,24 @@
-"""The machine's drive: a file of the host as a virtio block device."""
+"""The machine's drive: a file of the host as a virtio block device, or a back end in another process."""
 
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from postcopy.errors import GuestError
+from postcopy.guest import SharingProcess
+from postcopy.machine.back_ends import BackEnds
+from postcopy.machine.config import MachineConfig
 from postcopy.machine.guest_memory import GuestMemory
+from postcopy.machine.request_queue import RequestQueue
+from postcopy.machine.vhost_user_disk import VhostUserDisk
+from postcopy.machine.virtio_mmio import Queue
+from postcopy.machine.virtio_state import CONFIG_BYTES, check_capacity
+from postcopy.vhost_user.front_end import MemoryPart
 from postcopy.virtio.disk import Disk
 from postcopy.virtio.ring import Chain, Feature
 
-_CONFIG_BYTES: Final = 57
-"""As QEMU has it; what follows belongs to features that are not offered."""
-
 
 class Drive:
-    """:class:`postcopy.machine.virtio_mmio.Device` over a file; one thread at a time uses it.
+    """:class:`postcopy.machine.request_queue.Device` over a file; one thread at a time uses it.
 
     What the guest writes is in the host's cache; a flush, the guest's or ours, brings it to the disk.
 
@@ -24,19 +30,14 @@ class Drive:
     def __init__(self, path: str) -> None:
         self._disk = Disk(path)
         self.features = int(self._disk.features) | int(Feature.VERSION_1)
-        self.config = self._disk.configuration()[:_CONFIG_BYTES]
+        self.config = self._disk.configuration()[:CONFIG_BYTES]
 
     def check_config(self, config: bytes) -> None:
         """Refuse the configuration space of another disk.
 
         :raises GuestError: it has another size.
         """
-        sectors = int.from_bytes(config[:8], "little")
-        if sectors != self._disk.sectors:
-            raise GuestError(
-                f"the guest's drive has {sectors} sectors, {self._disk.path} has {self._disk.sectors}; "
-                "give both sides the same disk (--drive)"
-            )
+        check_capacity(config, str(self._disk.path), self._disk.sectors)
 
     def handle(self, memory: GuestMemory, chain: Chain) -> int:
         """Do one request and return how many bytes were written to the guest's memory.
@@ -74,3 +75,34 @@ class Drive:
     def close(self) -> None:
         """No request comes any more."""
         self._disk.close()
+
+
+class Sharer(Protocol):
+    """What has memory that a back end maps: a machine."""
+
+    def share(self, process: SharingProcess) -> None:
+        """See :meth:`postcopy.machine.machine.Machine.share`."""
+
+    def unshare(self, process: SharingProcess) -> None:
+        """See :meth:`postcopy.machine.machine.Machine.unshare`."""
+
+
+def open_drive(
+    config: MachineConfig,
+    memory: GuestMemory,
+    parts: Sequence[MemoryPart],
+    sharer: Sharer,
+    on_lost: Callable[[str], None],
+) -> Queue | None:
+    """The drive that a machine is to have; None: it has none.
+
+    :param parts: the guest's memory, for a back end in another process.
+    :param on_lost: gets the reason why the guest cannot go on.
+    :raises Refused: it cannot be.
+    """
+    if config.vhost_user_blk is not None:
+        back_ends = BackEnds(config.vhost_user_blk, parts, sharer.share, sharer.unshare)
+        return VhostUserDisk(memory, back_ends, on_lost)
+    if config.drive is not None:
+        return RequestQueue(Drive(config.drive), memory, on_lost)
+    return None

@@ -12,7 +12,7 @@ from postcopy.guest import DeviceState, Region, SharingProcess, VcpuThread
 from postcopy.kernel.mapping import Buffer
 from postcopy.machine import accelerator, boot, sections
 from postcopy.machine.config import MachineConfig
-from postcopy.machine.drive import Drive
+from postcopy.machine.drive import open_drive
 from postcopy.machine.guest_memory import GuestMemory
 from postcopy.machine.mapped_blocks import Ram
 from postcopy.machine.ports import PortBus, SerialPort
@@ -56,6 +56,8 @@ class Machine:
         self._vcpus: list[Vcpu] = []
         self._runners: list[Runner] = []
         self._drive: VirtioMmio | None = None
+        self._sharing: list[SharingProcess] = []
+        self._tell_of_sharing: Callable[[SharingProcess], None] = lambda _: None
         try:
             self._accelerator = accelerator.choose(config, self._ram.mapping)
         except BaseException:
@@ -63,22 +65,23 @@ class Machine:
             raise
         self.run_control = RunControl(self._runners, on_event)
         self._serial = SerialPort(on_serial)
-        self._sharing: list[SharingProcess] = []
-        self._tell_of_sharing: Callable[[SharingProcess], None] = lambda _: None
         self._closed = False
         try:
             self._attach_drive()
             self._make_vcpus()
+            if self._drive is not None:
+                # Behind the vCPUs: only when they have parked no request comes any more.
+                self._runners.append(self._drive.runner)
         except BaseException:
             self.close()
             raise
 
     def _attach_drive(self) -> None:
-        path = self.config.drive
-        if path is not None:
-            self._drive = drive = VirtioMmio(Drive(path), self._memory, self.run_control.fail)
-            self._accelerator.signal_at_write(NOTIFY_ADDRESS, 0, drive.thread.kick_fd)
-            self._runners.append(drive.thread)
+        on_lost = self.run_control.fail
+        queue = open_drive(self.config, self._memory, self._ram.parts, self, on_lost)
+        if queue is not None:
+            self._drive = VirtioMmio(queue)
+            self._accelerator.signal_at_write(NOTIFY_ADDRESS, 0, queue.kick_fd)
 
     def _make_vcpus(self) -> None:
         ports = PortBus(self._serial, self.run_control.guest_shutdown)
@@ -377,7 +380,7 @@ class Machine:
             self._addresses,
             config.image,
             config.load_address,
-            drive=config.drive is not None,
+            drive=config.has_drive,
         )
         for vcpu in self._vcpus:
             vcpu.set_state(

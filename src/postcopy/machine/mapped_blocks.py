@@ -7,8 +7,9 @@ from postcopy.guest import Region
 from postcopy.kernel.calls import close_all, open_all
 from postcopy.kernel.mapping import Mapping
 from postcopy.machine import memory_blocks
-from postcopy.machine.address_map import AddressMap
+from postcopy.machine.address_map import AddressMap, Part
 from postcopy.machine.memory_blocks import HUGE_PAGE_BYTES, MemoryBlock
+from postcopy.vhost_user.front_end import MemoryPart
 
 
 class Ram:
@@ -34,6 +35,7 @@ class Ram:
             close_all(self._fds)
             raise
         self.regions = tuple(self._regions(blocks, addresses))
+        self._addresses = addresses
 
     def _regions(self, blocks: Sequence[MemoryBlock], addresses: AddressMap) -> list[Region]:
         regions, offset = [], 0
@@ -50,6 +52,21 @@ class Ram:
             )
             offset += block.size_bytes
         return regions
+
+    @property
+    def parts(self) -> list[MemoryPart]:
+        """All of it for a process that is to map it, in order of the guest's addresses."""
+        return [self._part(each) for each in self._addresses.parts]
+
+    def _part(self, part: Part) -> MemoryPart:
+        for region in self.regions:  # a part is of one block
+            offset = part.offset - (region.host_address - self.mapping.address)
+            if 0 <= offset < region.size_bytes:
+                break
+        else:
+            raise AssertionError(part)
+        at = region.fd_offset + offset
+        return MemoryPart(region.name, offset, part.size_bytes, part.guest_address, region.fd, at)
 
     def name_at(self, offset: int) -> str:
         """The name of the block that has this offset in all RAM."""

@@ -74,7 +74,7 @@ def encode_devices(
         states.append(_section(SERIAL, 0, _serial_values(serial)))
     if drive is not None:
         values = virtio_section.values_of(drive)
-        states.append(_section(virtio_section.VIRTIO_BLK, 0, values))
+        states.append(_section(virtio_section.FORMATS[drive.section], 0, values))
     states.append(_section(GLOBALSTATE, 0, _globalstate_values(run_state)))
     return states
 
@@ -170,8 +170,11 @@ def _serial(values: _Sections) -> SerialState:
 
 
 def _drive(values: _Sections) -> VirtioState | None:
-    section = values.get((virtio_section.NAME, 0))
-    return None if section is None else virtio_section.state_of(section)
+    for device, format_ in virtio_section.FORMATS.items():
+        section = values.get((format_.name, 0))
+        if section is not None:
+            return virtio_section.state_of(section, device)
+    return None
 
 
 def _globalstate_values(run_state: str) -> dict[str, Any]:

@@ -1,28 +1,29 @@
-"""The virtio-mmio transport, modern (version 2), of a device with one queue.
+"""The virtio-mmio transport, modern (version 2), of a device with one queue: the registers.
 
-The registers are the guest's side of it.  The requests are done by a thread of the device.  A vCPU that
-resets the device, or changes its ring, waits until the request under way has ended: afterwards the device
-writes nothing into memory that is the driver's again.  (Virtual I/O Device 1.2, sections 2.1, 3.1, 4.2.2.)
+The requests are done elsewhere (:class:`Queue`).  A vCPU that resets the device, or changes its ring, waits
+until no request is under way: afterwards the device writes nothing into memory that is the driver's again.
+(Virtual I/O Device 1.2, sections 2.1, 3.1, 4.2.2.)
 """
 
 import logging
+import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Final, Protocol
 
-from postcopy.errors import GuestError, KernelError, RingError
-from postcopy.machine.guest_memory import GuestMemory
-from postcopy.machine.request_thread import RequestThread
-from postcopy.machine.vcpu import NOT_COME
+from postcopy.errors import GuestError, RingError
+from postcopy.machine.vcpu import Runner
 from postcopy.machine.virtio_state import (
     ADDRESS,
-    DEFAULT_RING_ENTRIES,
+    BLK,
     VERSION_1,
+    VHOST_USER_BLK,
     QueueRegisters,
+    RingState,
     Status,
     VirtioState,
 )
-from postcopy.virtio.ring import Chain, RingLayout, SplitQueue, check_size
 
 _log = logging.getLogger(__name__)
 
@@ -54,22 +55,50 @@ _SLOT_BYTES: Final = 0x200
 _SLOTS: Final = 8
 _EMPTY: Final = {MAGIC: int.from_bytes(b"virt", "little"), VERSION: 2}
 _WORD: Final = 0xFFFFFFFF
-_PAGE_BYTES: Final = 4096
-_MOST_BYTES: Final = 64 << 20
-_REQUEST_DONE, _CONFIG_CHANGED = 1, 2
+REQUEST_DONE, CONFIG_CHANGED = 1, 2
+"""The bits of the interrupt status."""
+
+_OPTIONS: Final = {BLK: "--drive FILE", VHOST_USER_BLK: "--vhost-user-blk SOCKET"}
 
 
-class Device(Protocol):
-    """What stands behind the transport.
+class Queue(Protocol):
+    """What does the requests of the device's queue, and what the device is by that.
 
     :ivar device_id: the number of its kind.
-    :ivar features: what it offers.
-    :ivar config: the configuration space.
+    :ivar section: how the device is called on the wire.
+    :ivar features: what it offers; ``config``: the configuration space.
+    :ivar most_entries: how many entries its ring can have.
+    :ivar runner: runs with the guest, and stands still with it.
+    :ivar kick_fd: an eventfd: a write to it is :meth:`kick`.
     """
 
     device_id: int
+    section: str
     features: int
     config: bytes
+    most_entries: int
+    kick_fd: int
+
+    @property
+    def runner(self) -> Runner:
+        """See above."""
+
+    def report_to(
+        self, interrupt: Callable[[int], None], broken: Callable[[RingError], None]
+    ) -> None:
+        """Call these: with the bits of an interrupt; when the ring is invalid, and not served any more."""
+
+    def kick(self) -> None:
+        """There may be a request.  Harmless when closed."""
+
+    def stopped(self) -> AbstractContextManager[object]:
+        """A moment in which no request is under way and none begins; may have to be waited for."""
+
+    def serve(self, ring: RingState | None, features: int) -> None:
+        """Do the requests of this ring from now on; None: of none.  Only while :meth:`stopped`."""
+
+    def next_available(self) -> int | None:
+        """Index of the next request, modulo 65536; None: no ring is served.  Only while stopped."""
 
     def check_config(self, config: bytes) -> None:
         """Refuse the configuration space of another device.
@@ -78,47 +107,49 @@ class Device(Protocol):
         """
 
     def flush(self) -> None:
-        """Make what was written last.
+        """Make what was written last, if that is in our hands.
 
         :raises GuestError: that fails.
         """
 
-    def close(self) -> None:
-        """No request comes any more."""
-
-    def handle(self, memory: GuestMemory, chain: Chain) -> int:
-        """Do a request and return how many bytes were written to the guest's memory.
-
-        :param chain: of buffers that are all RAM, and no more than 64 MiB together.
-        :raises RingError: it cannot be.
-        """
+    def close(self) -> bool:
+        """End it; return whether it touches no guest memory any more."""
 
 
 class VirtioMmio:
     """A device at :data:`ADDRESS`, and empty transports in the seven places below it.
 
     :ivar address: of the first transport; ``size_bytes``: of all of them.
-    :ivar thread: does the requests; it is stopped and let run with the vCPUs.
-    :param on_lost: gets the reason why the guest cannot go on, such as a page of a request that is lost.
     """
 
     address = _FIRST_ADDRESS
     size_bytes = _SLOTS * _SLOT_BYTES
 
-    def __init__(self, device: Device, memory: GuestMemory, on_lost: Callable[[str], None]) -> None:
-        self._device = device
-        self._memory = memory
-        self._on_lost = on_lost
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+        self._lock = threading.RLock()  # of the state; inside Queue.stopped() where both are wanted
         self._warned = False
-        self._state = VirtioState(device.config)
-        self._at_work = False
-        self._queue: SplitQueue | None = None  # made by the thread: that looks into guest memory
+        self._state = self._reset()
         self._identity = {
             **_EMPTY,
-            DEVICE_ID: device.device_id,
+            DEVICE_ID: queue.device_id,
             VENDOR_ID: int.from_bytes(b"QEMU", "little"),
         }
-        self.thread = RequestThread("the drive", self._serve, self._awaited)
+        queue.report_to(self._raise, self._break)
+
+    @property
+    def runner(self) -> Runner:
+        """What is stopped and let run with the vCPUs."""
+        return self._queue.runner
+
+    @property
+    def kick_fd(self) -> int:
+        """An eventfd: a write to it is a notification of the queue."""
+        return self._queue.kick_fd
+
+    def _reset(self) -> VirtioState:
+        entries = RingState(self._queue.most_entries)
+        return VirtioState(self._queue.config, section=self._queue.section, ring=entries)
 
     # --- the guest's accesses, on the vCPUs' threads
 
@@ -129,10 +160,10 @@ class VirtioMmio:
             return _EMPTY.get(register, 0)
         if register >= CONFIG:
             at = register - CONFIG
-            return int.from_bytes(self._device.config[at : at + size_bytes], "little")
+            return int.from_bytes(self._queue.config[at : at + size_bytes], "little")
         if size_bytes != 4:
             return 0
-        with self.thread.turn:
+        with self._lock:
             return self._read(register)
 
     def write(self, offset: int, size_bytes: int, value: int) -> None:
@@ -142,23 +173,22 @@ class VirtioMmio:
             return
         if register == QUEUE_NOTIFY:
             if not value:
-                self.thread.kick()
+                self._queue.kick()
         elif register in {STATUS, QUEUE_READY}:
-            with self.thread.between_requests():
+            with self._queue.stopped(), self._lock:
                 self._store_progress()
                 self._change(register, value)
                 self._update_ring()
-            self.thread.kick()  # what stands in the ring already
         else:
-            with self.thread.turn:
+            with self._lock:
                 self._set(register, value)
 
     def _read(self, register: int) -> int:
         state = self._state
         if register == DEVICE_FEATURES:
-            return self._device.features >> 32 * min(state.device_features_select, 2) & _WORD
+            return self._queue.features >> 32 * min(state.device_features_select, 2) & _WORD
         if register == QUEUE_MOST:
-            return 0 if state.queue_select else DEFAULT_RING_ENTRIES
+            return 0 if state.queue_select else self._queue.most_entries
         if register == QUEUE_READY:
             return int(state.queue.ready and not state.queue_select)
         if register == INTERRUPT_STATUS:
@@ -173,7 +203,7 @@ class VirtioMmio:
             if not state.queue_select:
                 self._make_ready(ready=bool(value & 1))
         elif not value:
-            self._state = VirtioState(self._device.config)
+            self._state = self._reset()
         else:
             self._state = replace(state, status=value & 0xFF | state.status & Status.NEEDS_RESET)
             if value & ~state.status & Status.FEATURES_OK:
@@ -185,7 +215,7 @@ class VirtioMmio:
         if ready:
             ring = replace(
                 ring,
-                entries=queue.entries or DEFAULT_RING_ENTRIES,
+                entries=queue.entries or self._queue.most_entries,
                 descriptors=queue.descriptors,
                 available=queue.available,
                 used=queue.used,
@@ -195,7 +225,7 @@ class VirtioMmio:
     def _agree(self) -> None:
         state = self._state
         wanted = state.written_features
-        if wanted & ~self._device.features or not wanted & VERSION_1:
+        if wanted & ~self._queue.features or not wanted & VERSION_1:
             self._state = replace(state, status=state.status & ~Status.FEATURES_OK)
         else:
             self._state = replace(state, features=wanted)
@@ -215,87 +245,34 @@ class VirtioMmio:
         elif not state.queue_select:
             self._state = replace(state, queue=_with_register(state.queue, register, value))
 
-    # --- requests, on the device's thread
-
-    def _serve(self) -> bool:
-        if not self._at_work:
-            return False
-        try:
-            queue = self._queue = self._queue or self._open_queue()
-            if not queue.waiting():
-                return False
-            chain = queue.take()
-            self._check(chain)
-            written = self._device.handle(self._memory, chain)
-            queue.complete(chain.head, written)
-            wants_interrupt = queue.wants_interrupt()
-        except RingError as error:
-            with self.thread.turn:
-                self._break(error)
-            return False
-        except KernelError as error:
-            self._on_lost(f"a request to the drive touches a page that is lost: {error}")
-            return False
-        except Exception as error:
-            _log.exception("the drive cannot go on")
-            self._on_lost(f"the drive cannot go on: {type(error).__name__}: {error}")
-            return False
-        if wants_interrupt:
-            self._raise(_REQUEST_DONE)
-        return True
-
-    def _check(self, chain: Chain) -> None:
-        buffers = (*chain.readable, *chain.writable)
-        total = sum(buffer.length for buffer in buffers)
-        if total > _MOST_BYTES:  # the device copies it
-            raise RingError(f"a request of {total} bytes; {_MOST_BYTES >> 20} MiB are possible")
-        for buffer in buffers:
-            self._memory.check(buffer.address, buffer.length)
-
-    def _open_queue(self) -> SplitQueue:
-        ring, memory = self._state.ring, self._memory
-        check_size(ring.entries)
-        layout = RingLayout(ring.entries)
-        return SplitQueue(
-            ring.entries,
-            memory.area(ring.descriptors, layout.descriptors_bytes, 16),
-            memory.area(ring.available, layout.available_bytes, 2),
-            memory.area(ring.used, layout.used_bytes, 4),
-            next_available=ring.next_available,
-        )
+    # --- what the queue says
 
     def _raise(self, interrupt: int) -> None:
-        with self.thread.turn:
+        with self._lock:
             self._state = replace(self._state, interrupt=self._state.interrupt | interrupt)
-
-    # --- under the thread's lock
-
-    def _store_progress(self) -> None:
-        if self._queue is not None:
-            ring = replace(self._state.ring, next_available=self._queue.next_available)
-            self._state = replace(self._state, ring=ring)
-
-    def _update_ring(self) -> None:
-        state, self._queue = self._state, None
-        ready = state.queue.ready and state.status & Status.DRIVER_OK
-        self._at_work = bool(ready) and not state.broken
 
     def _break(self, error: RingError) -> None:
         """Ask the driver to reset the device, which does nothing until then."""
-        self._store_progress()
-        state, self._at_work = self._state, False
-        status = state.status | Status.NEEDS_RESET
-        interrupt = state.interrupt | _CONFIG_CHANGED
-        self._state = replace(state, status=status, interrupt=interrupt, broken=True)
+        with self._lock:
+            self._store_progress()
+            self._state = replace(
+                self._state, status=self._state.status | Status.NEEDS_RESET, broken=True
+            )
+            self._raise(CONFIG_CHANGED)
         if not self._warned:  # a guest can do this without end
             self._warned = True
             _log.warning("the drive waits for a reset by the guest's driver: %s", error)
 
-    def _awaited(self) -> str:
-        address = self._memory.waits_at
-        if address is None:
-            return "a request to its file; see what the host's disk does, and stop the guest then"
-        return f"the guest's page at {address & -_PAGE_BYTES:#x} {NOT_COME}"
+    def _store_progress(self) -> None:
+        reached = self._queue.next_available()
+        if reached is not None:
+            ring = replace(self._state.ring, next_available=reached)
+            self._state = replace(self._state, ring=ring)
+
+    def _update_ring(self) -> None:
+        state = self._state
+        ready = state.queue.ready and state.status & Status.DRIVER_OK and not state.broken
+        self._queue.serve(state.ring if ready else None, state.features)
 
     # --- moving, of a guest that stands still
 
@@ -304,8 +281,8 @@ class VirtioMmio:
 
         :raises GuestError: it cannot be brought there.
         """
-        self._device.flush()
-        with self.thread.between_requests():
+        self._queue.flush()
+        with self._queue.stopped(), self._lock:
             self._store_progress()
             return self._state
 
@@ -314,8 +291,13 @@ class VirtioMmio:
 
         :raises GuestError: why.
         """
-        self._device.check_config(state.config)
-        lacking = state.features & ~self._device.features
+        if state.section != self._queue.section:
+            raise GuestError(
+                f"the guest's drive is a {state.section}, this machine's a {self._queue.section}; give the "
+                "machine the same kind (--drive or --vhost-user-blk)"
+            )
+        self._queue.check_config(state.config)
+        lacking = state.features & ~self._queue.features
         if lacking:
             raise GuestError(
                 f"the guest's driver uses virtio features {lacking:#x}, which this drive does not offer"
@@ -323,20 +305,17 @@ class VirtioMmio:
 
     def load(self, state: VirtioState | None) -> None:
         """Take over a state that :meth:`check` has let pass; None: be as after a reset."""
-        with self.thread.between_requests():
-            config = self._device.config
-            self._state = VirtioState(config) if state is None else replace(state, config=config)
+        with self._queue.stopped(), self._lock:
+            config = self._queue.config
+            self._state = self._reset() if state is None else replace(state, config=config)
             self._update_ring()
 
     def close(self) -> bool:
-        """End the thread and let go of the device.
+        """End the queue, and let go of the device.
 
-        :return: whether the thread has ended; else the guest's memory must stay mapped.
+        :return: whether that has ended; else the guest's memory must stay mapped.
         """
-        ended = self.thread.close()
-        if ended:
-            self._device.close()
-        return ended
+        return self._queue.close()
 
 
 def check_state(drive: VirtioMmio | None, state: VirtioState | None) -> None:
@@ -350,7 +329,8 @@ def check_state(drive: VirtioMmio | None, state: VirtioState | None) -> None:
         return
     if drive is None:
         raise GuestError(
-            "the guest has a drive, this machine none; start it with --drive FILE, of the same disk"
+            "the guest has a drive, this machine none; start it with "
+            f"{_OPTIONS[state.section]}, of the same disk"
         )
     drive.check(state)
 

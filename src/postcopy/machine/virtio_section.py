@@ -1,4 +1,4 @@
-"""The section of a block device on virtio-mmio, in QEMU's format.
+"""The sections of block devices on virtio-mmio, in QEMU's format.
 
 Its length depends on the data: the configuration space is preceded by its length, the queues by their
 number.  Subsections follow.  An array of 1024 queues is written whole; this device has one queue, and the
@@ -12,7 +12,10 @@ from typing import Any, Final
 from postcopy.errors import GuestError, StreamCut, StreamError
 from postcopy.machine.virtio_state import (
     ADDRESS,
+    BLK,
     DEFAULT_RING_ENTRIES,
+    DEFAULT_VHOST_USER_ENTRIES,
+    VHOST_USER_BLK,
     QueueRegisters,
     RingState,
     Status,
@@ -31,9 +34,6 @@ from postcopy.stream.vmstate import (
     buffer,
     pad,
 )
-
-NAME: Final = f"virtio-mmio@{ADDRESS:016x}/virtio-blk"
-"""The address is the transport's, where QEMU's ``microvm`` has its first device."""
 
 _MOST_QUEUES: Final = 1024
 _MOST_CONFIG_BYTES: Final = 4096
@@ -100,19 +100,25 @@ _SUBSECTIONS: Final = (
 )
 
 
-class VirtioBlkFormat:
-    """The format, for a :class:`~postcopy.stream.format_table.FormatTable`."""
+class VirtioFormat:
+    """The format of one device, for a :class:`~postcopy.stream.format_table.FormatTable`.
 
-    name = NAME
-    version = 2
+    :param device: what QEMU calls it; the section of its own drive can have requests in flight.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._is_local = device == BLK
+        self.name = f"virtio-mmio@{ADDRESS:016x}/{device}"
+        self.version = 2 if self._is_local else 1
 
     def check_version(self, version: int) -> None:
         """See :meth:`postcopy.stream.vmstate.Format.check_version`."""
-        _format(0).check_version(version)
+        self._format(0).check_version(version)
 
     def encode(self, values: Values) -> bytes:
         """See :meth:`postcopy.stream.vmstate.Format.encode`."""
-        return _format(len(values["config"])).encode(values)
+        return self._format(len(values["config"])).encode(values)
 
     def decode(
         self, data: memoryview, *, version: int | None = None, whole: bool = False
@@ -123,16 +129,16 @@ class VirtioBlkFormat:
         """
         found = self._config_bytes(data)
         if found is not None:
-            return _format(found).decode(data, version=version, whole=whole)
+            return self._format(found).decode(data, version=version, whole=whole)
         if whole:
-            raise StreamCut(f"{NAME}: {len(data)} bytes are too few")
+            raise StreamCut(f"{self.name}: {len(data)} bytes are too few")
         return None
 
     def describe(self, values: Values) -> dict[str, Any]:
         """See :meth:`postcopy.stream.vmstate.Format.describe`."""
         size = len(self.encode(values))
         field = {"name": "virtio", "type": "virtio", "size": size}
-        return {"vmsd_name": "virtio-blk", "version": self.version, "fields": [field]}
+        return {"vmsd_name": self._device, "version": self.version, "fields": [field]}
 
     def _config_bytes(self, data: memoryview) -> int | None:
         """How long the configuration space is; None: more bytes are needed to tell what follows it."""
@@ -140,35 +146,50 @@ class VirtioBlkFormat:
             return None
         config = int.from_bytes(data[_HEAD_BYTES - 4 : _HEAD_BYTES], "big")
         if config > _MOST_CONFIG_BYTES:
-            raise StreamError(f"{NAME}: a configuration space of {config} bytes is too long")
+            raise StreamError(f"{self.name}: a configuration space of {config} bytes is too long")
         at = _HEAD_BYTES + config
         flag_at = at + _COUNT_BYTES + _QUEUE.size_bytes
-        if len(data) <= flag_at:
+        if len(data) < flag_at + self._is_local:
             return None
         queues = int.from_bytes(data[at : at + _COUNT_BYTES], "big")
         if queues != 1:
-            raise StreamError(f"{NAME}: it has {queues} queues, ours has 1; give it num-queues=1")
-        if data[flag_at]:
             raise StreamError(
-                f"{NAME}: it has requests in flight, which only its own host can end; let the source's "
-                "guest run (cont), and migrate again"
+                f"{self.name}: it has {queues} queues, ours has 1; give it num-queues=1"
+            )
+        if self._is_local and data[flag_at]:
+            raise StreamError(
+                f"{self.name}: it has requests in flight, which only its own host can end; let the "
+                "source's guest run (cont), and migrate again"
             )
         return config
 
+    def _format(self, config_bytes: int) -> Format:
+        return _format(self.name, self.version, config_bytes, has_requests=self._is_local)
+
 
 @lru_cache(8)
-def _format(config_bytes: int) -> Format:
+def _format(name: str, version: int, config_bytes: int, *, has_requests: bool) -> Format:
     fields = (
         *_HEAD,
         Field("config", buffer(config_bytes)),
         Field("queues", U32),
         Field("queue", _QUEUE),
-        Field("requests_follow", U8),
+        *((Field("requests_follow", U8),) if has_requests else ()),
     )
-    return Format(NAME, 2, fields, _SUBSECTIONS, minimum_version=2, prefix="virtio/")
+    return Format(name, version, fields, _SUBSECTIONS, minimum_version=version, prefix="virtio/")
 
 
-VIRTIO_BLK: Final = VirtioBlkFormat()
+FORMATS: Final = {device: VirtioFormat(device) for device in (BLK, VHOST_USER_BLK)}
+"""By what QEMU calls the device.  The address in a section's name is the transport's, where QEMU's
+``microvm`` has its first device."""
+
+VIRTIO_BLK: Final = FORMATS[BLK]
+NAME: Final = VIRTIO_BLK.name
+
+_DEFAULT_ENTRIES: Final = {
+    BLK: DEFAULT_RING_ENTRIES,
+    VHOST_USER_BLK: DEFAULT_VHOST_USER_ENTRIES,
+}
 
 
 def values_of(state: VirtioState) -> dict[str, Any]:
@@ -196,8 +217,9 @@ def values_of(state: VirtioState) -> dict[str, Any]:
         _RINGS: {"queue": {"available": ring.available, "used": ring.used}},
         _EXTRA: {_STATE: _registers_of(state)},
     }
-    if ring.entries != DEFAULT_RING_ENTRIES:
-        values[_SIZES] = {"entries": DEFAULT_RING_ENTRIES}
+    default = _DEFAULT_ENTRIES[state.section]
+    if ring.entries != default:
+        values[_SIZES] = {"entries": default}
     if state.broken:
         values[_BROKEN] = {"broken": True}
     if state.status & Status.DRIVER_OK:
@@ -205,9 +227,10 @@ def values_of(state: VirtioState) -> dict[str, Any]:
     return values
 
 
-def state_of(values: Values) -> VirtioState:
+def state_of(values: Values, device: str = BLK) -> VirtioState:
     """What a section says.
 
+    :param device: what QEMU calls the device.
     :raises GuestError: its transport is the legacy one.
     """
     if _EXTRA not in values or _STATE not in values[_EXTRA] or _RINGS not in values:
@@ -234,6 +257,7 @@ def state_of(values: Values) -> VirtioState:
             **values[_RINGS]["queue"],
         ),
         broken=bool(values.get(_BROKEN, {}).get("broken")),
+        section=device,
     )
 
 

@@ -7,11 +7,35 @@ import enum
 from dataclasses import dataclass, field
 from typing import Final
 
+from postcopy.errors import GuestError
+
 ADDRESS: Final = 0xFEB00E00
 """Where QEMU's ``microvm`` has its first device: the last of eight transports of 512 bytes."""
 
+BLK: Final = "virtio-blk"
+VHOST_USER_BLK: Final = "vhost-user-blk"
+"""What QEMU calls a drive of its own, and one in another process."""
+
 DEFAULT_RING_ENTRIES: Final = 256
+DEFAULT_VHOST_USER_ENTRIES: Final = 128
 VERSION_1: Final = 1 << 32
+
+CONFIG_BYTES: Final = 57
+"""Of a drive's configuration space, as QEMU has it; what follows belongs to features not offered."""
+
+
+def check_capacity(config: bytes, name: str, sectors: int) -> None:
+    """Refuse a drive of another size than the guest has.
+
+    :param config: the configuration space of the guest's drive.
+    :param name: of this machine's; ``sectors``: its size.
+    :raises GuestError: it is another.
+    """
+    found = int.from_bytes(config[:8], "little")
+    if found != sectors:
+        raise GuestError(
+            f"the guest's drive has {found} sectors, {name} has {sectors}; give both sides the same disk"
+        )
 
 
 class Status(enum.IntFlag):
@@ -55,6 +79,7 @@ class VirtioState:
     """One device with one queue, after a reset unless told otherwise.
 
     :ivar config: the configuration space.
+    :ivar section: what the device is called on the wire.
     :ivar written_features: what the driver has written, before the device has agreed.
     :ivar features: what both have agreed on.
     :ivar broken: the ring was invalid, and the device does nothing until it is reset.
@@ -71,3 +96,4 @@ class VirtioState:
     queue: QueueRegisters = field(default_factory=QueueRegisters)
     ring: RingState = field(default_factory=RingState)
     broken: bool = False
+    section: str = BLK

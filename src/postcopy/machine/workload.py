@@ -127,7 +127,8 @@ def load(
         blocks = min(disk_bytes // BLOCK_BYTES, MOST_DISK_BLOCKS)
         if not blocks:
             raise Refused(
-                "the workload disk needs a drive of 4096 bytes or more; give --drive FILE"
+                "the workload disk needs a drive of 4096 bytes or more; give --drive FILE or "
+                "--vhost-user-blk SOCKET"
             )
         base_address += DISK_AREA_BYTES
     room = memory_bytes - base_address

@@ -7,6 +7,8 @@ open.  Nothing can be read after one: where the next message begins is not known
 import array
 import contextlib
 import socket
+import struct
+import time
 from collections.abc import Mapping, Sequence
 from typing import Final, Self
 
@@ -19,7 +21,9 @@ from postcopy.vhost_user.payloads import HEADER, Number, Payload
 _VERSION_BITS: Final = 3
 _KNOWN: Final = int(_VERSION_BITS | Flag.REPLY | Flag.NEED_REPLY)
 _SIZE_AT: Final = 8
-_SPACE: Final = socket.CMSG_LEN(4 * MOST_DESCRIPTORS)
+_CREDENTIALS: Final = struct.Struct("=iII")
+"""``struct ucred``: process, user, group."""
+_SPACE: Final = socket.CMSG_SPACE(4 * MOST_DESCRIPTORS) + socket.CMSG_SPACE(_CREDENTIALS.size)
 
 
 class Message:
@@ -68,15 +72,32 @@ class Connection:
 
     :param connected: a Unix stream socket, blocking; this object's from now on.
     :param kinds: the messages that the other end may send.
+    :ivar process_id: of the process that has sent the last message, if the socket has ``SO_PASSCRED``; 0
+        while it is not known.
     """
 
     def __init__(self, connected: socket.socket, kinds: Mapping[int, Kind]) -> None:
         self._socket = connected
         self._kinds = kinds
+        self._until_s: float | None = None
+        self.process_id = 0
 
     def fileno(self) -> int:
         """For ``poll``."""
         return self._socket.fileno()
+
+    def bound(self, timeout_s: float | None) -> None:
+        """Bound all that is sent and received from now on, together; None: not at all.
+
+        What is late is a ``TimeoutError``.
+        """
+        self._until_s = None if timeout_s is None else time.monotonic() + timeout_s
+        self._socket.settimeout(timeout_s)
+
+    def shut_down(self) -> None:
+        """End every wait for the other end, on any thread; harmless when it is gone."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def receive(self) -> Message | None:
         """Wait for the next message; None: the other end has closed.
@@ -85,13 +106,14 @@ class Connection:
         """
         return self._receive(is_reply=False)
 
-    def receive_answer(self, kind: Kind) -> Message:
+    def receive_answer(self, kind: Kind, form: type[Payload] | None = None) -> Message:
         """Wait for the answer to a message of that kind.
 
+        :param form: its payload, if it is another than the table says.
         :return: :attr:`Kind.answer` in its payload, or :class:`Number` for an acknowledgement.
         :raises VhostUserError: the other end has closed, or something else has come.
         """
-        message = self._receive(is_reply=True)
+        message = self._receive(is_reply=True, form=form)
         if message is None:
             raise VhostUserError(f"{kind.name}: no answer, the other end has closed")
         if message.kind is not kind:
@@ -131,7 +153,7 @@ class Connection:
         sent = persist(socket.send_fds, self._socket, [data], fds)
         self._socket.sendall(data[sent:])
 
-    def _receive(self, *, is_reply: bool) -> Message | None:
+    def _receive(self, *, is_reply: bool, form: type[Payload] | None = None) -> Message | None:
         fds: list[int] = []
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(close_all, fds)
@@ -141,16 +163,18 @@ class Connection:
             if len(header) < HEADER.size:
                 raise VhostUserError(f"{len(header)} bytes of a header of {HEADER.size}", 0)
             number, flags, size = HEADER.unpack(header)
-            kind = self._check(number, flags, size, is_reply=is_reply)
+            kind = self._kind(number, flags, is_reply=is_reply)
+            forms = [form] if form else _forms(kind, is_reply=is_reply)
+            _check_size(kind, size, forms)
             body = self._read(size, fds, kind.name)
             if len(body) < size:
                 raise VhostUserError(f"{kind.name}: {len(body)} bytes of its payload of {size}", 8)
-            message = Message(kind, flags, _payload(kind, body, is_reply=is_reply), fds)
+            message = Message(kind, flags, _payload(kind, body, forms, is_reply=is_reply), fds)
             _check_descriptors(message, len(fds), is_reply=is_reply)
             on_failure.pop_all()
         return message
 
-    def _check(self, number: int, flags: int, size: int, *, is_reply: bool) -> Kind:
+    def _kind(self, number: int, flags: int, *, is_reply: bool) -> Kind:
         """The kind that a header says, if there can be such a message."""
         kind = self._kinds.get(number)
         if kind is None:
@@ -160,10 +184,6 @@ class Connection:
         if bool(flags & Flag.REPLY) != is_reply:
             what = "an answer is due" if is_reply else "an answer to no message"
             raise VhostUserError(f"{kind.name}: {what}", 4)
-        most = max((form.MOST_BYTES for form in _forms(kind, is_reply=is_reply)), default=0)
-        if size > most:
-            what = f"{size} bytes of payload, and at most {most} are possible"
-            raise VhostUserError(f"{kind.name}: {what}", _SIZE_AT)
         return kind
 
     def _read(self, size: int, fds: list[int], what: str) -> bytes:
@@ -173,6 +193,8 @@ class Connection:
         """
         data = bytearray()
         while len(data) < size:
+            if self._until_s is not None:
+                self._socket.settimeout(max(0.001, self._until_s - time.monotonic()))
             try:
                 # Not socket.recv_fds: it drops the flags, and a descriptor would be inherited.
                 part, ancillary, flags, _ = self._socket.recvmsg(
@@ -185,6 +207,8 @@ class Connection:
                     come = array.array("i")
                     come.frombytes(payload[: len(payload) // come.itemsize * come.itemsize])
                     fds.extend(come)
+                elif form == socket.SCM_CREDENTIALS and len(payload) == _CREDENTIALS.size:
+                    self.process_id = _CREDENTIALS.unpack(payload)[0]
             if flags & socket.MSG_CTRUNC or len(fds) > MOST_DESCRIPTORS:
                 raise VhostUserError(
                     f"{what}: more than {MOST_DESCRIPTORS} descriptors, or this process has too many "
@@ -205,12 +229,20 @@ def _forms(kind: Kind, *, is_reply: bool) -> list[type[Payload]]:
     return [*forms, Number] if kind.is_acknowledged else forms
 
 
-def _payload(kind: Kind, body: bytes, *, is_reply: bool) -> Payload | None:
-    forms = _forms(kind, is_reply=is_reply)
+def _check_size(kind: Kind, size: int, forms: Sequence[type[Payload]]) -> None:
+    most = max((form.MOST_BYTES for form in forms), default=0)
+    if size > most:
+        what = f"{size} bytes of payload, and at most {most} are possible"
+        raise VhostUserError(f"{kind.name}: {what}", _SIZE_AT)
+
+
+def _payload(
+    kind: Kind, body: bytes, forms: Sequence[type[Payload]], *, is_reply: bool
+) -> Payload | None:
     try:
-        if not forms:
+        if not forms or (is_reply and kind.answer_may_be_empty and not body):
             return None
-        if kind.is_acknowledged and len(body) == Number.MOST_BYTES:
+        if not is_reply and kind.is_acknowledged and len(body) == Number.MOST_BYTES:
             return Number.unpack(body)
         return forms[0].unpack(body)
     except VhostUserError as error:

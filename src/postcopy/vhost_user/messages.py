@@ -133,6 +133,7 @@ class Kind:
     :ivar descriptors: how many come with it.
     :ivar answer: the payload of its answer; None: it has none but an acknowledgement, if that is asked for.
     :ivar answer_descriptors: how many come with the answer.
+    :ivar answer_may_be_empty: DPDK leaves the payload out.
     :ivar is_acknowledged: in postcopy an answer has its own answer: :class:`Number`, under the same number.
     :ivar needs: what must have been agreed on before.
     """
@@ -142,6 +143,7 @@ class Kind:
     descriptors: Counts = _NO_DESCRIPTOR
     answer: type[Payload] | None = None
     answer_descriptors: int = 0
+    answer_may_be_empty: bool = False
     is_acknowledged: bool = False
     needs: ProtocolFeature = _NO_FEATURE
 
@@ -166,7 +168,14 @@ FRONT_END: Final[Mapping[int, Kind]] = {
         Kind(_R.SET_OWNER),
         Kind(_R.RESET_OWNER),
         Kind(_R.SET_MEM_TABLE, MemoryTable, _as_payload_says, is_acknowledged=True),
-        Kind(_R.SET_LOG_BASE, Log, _exactly(1), Number, needs=_P.LOG_SHMFD),
+        Kind(
+            _R.SET_LOG_BASE,
+            Log,
+            _exactly(1),
+            Number,
+            answer_may_be_empty=True,
+            needs=_P.LOG_SHMFD,
+        ),
         Kind(_R.SET_LOG_FD, None, _exactly(1)),
         Kind(_R.SET_VRING_NUM, RingState),
         Kind(_R.SET_VRING_ADDR, RingAddresses),

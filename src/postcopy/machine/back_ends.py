@@ -1,0 +1,192 @@
+"""The back ends that a vhost-user disk has, one after another, at one socket.
+
+Each is another :class:`~postcopy.guest.SharingProcess` of the machine.  The next one must be the same disk.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+from postcopy.errors import PostcopyError, Refused
+from postcopy.guest import SharingProcess
+from postcopy.machine.virtio_state import CONFIG_BYTES, check_capacity
+from postcopy.vhost_user.back_end_process import ANSWER_S, BackEndProcess
+from postcopy.vhost_user.front_end import MemoryPart
+from postcopy.virtio.block import SECTOR_BYTES, BlockFeature
+from postcopy.virtio.ring import Feature
+
+_log = logging.getLogger(__name__)
+
+_OFFERED: Final = int(
+    BlockFeature.SIZE_MAX
+    | BlockFeature.SEG_MAX
+    | BlockFeature.GEOMETRY
+    | BlockFeature.RO
+    | BlockFeature.BLK_SIZE
+    | BlockFeature.FLUSH
+    | BlockFeature.TOPOLOGY
+    | BlockFeature.DISCARD
+    | BlockFeature.WRITE_ZEROES
+) | int(Feature.INDIRECT_DESC | Feature.EVENT_IDX | Feature.VERSION_1)
+"""What a back end may do for a driver.  Neither several queues, nor writes to the configuration."""
+
+_CAPACITY_BYTES: Final = 8
+_NEXT_ANSWER_S: Final = 2.0
+
+
+class Disk(Protocol):
+    """What a back end works for."""
+
+    def wake(self) -> None:
+        """The connection has failed, or is another one; any thread."""
+
+    def hold(self) -> None:
+        """See :class:`postcopy.guest.SharingProcess`."""
+
+    def release(self) -> None:
+        """See :class:`postcopy.guest.SharingProcess`."""
+
+
+class BackEnds:
+    """Used by one thread, but for :attr:`process`, which all may read.
+
+    :ivar process: the one that is connected now.
+    :ivar features: what the first offers of what can be used; ``config``: its configuration space.
+    :param path: of the socket.
+    :param parts: the guest's memory, as a back end gets it.
+    :param share: has the machine's memory shared with a process from now on; ``unshare``: no more.
+    :raises Refused: there is no back end that can be used.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        parts: Sequence[MemoryPart],
+        share: Callable[[SharingProcess], None],
+        unshare: Callable[[SharingProcess], None],
+    ) -> None:
+        self.path = path
+        self._parts = parts
+        self._share, self._unshare = share, unshare
+        self._disk: Disk | None = None
+        self._told = ""
+        self.process: _Process | None = None
+        try:
+            first = _Process(self, ANSWER_S)
+            self.features = first.features & _OFFERED
+            self.config = first.configuration(CONFIG_BYTES)
+        except PostcopyError as error:
+            raise Refused(str(error)) from error
+        self._use(first)
+
+    @property
+    def parts(self) -> Sequence[MemoryPart]:
+        """The guest's memory."""
+        return self._parts
+
+    @property
+    def disk(self) -> Disk | None:
+        """What they work for; None: it is being made yet."""
+        return self._disk
+
+    def begin(self, disk: Disk) -> None:
+        """The disk has been made."""
+        self._disk = disk
+
+    def check_config(self, config: bytes) -> None:
+        """Refuse another disk.
+
+        :param config: its configuration space.
+        :raises GuestError: it has another size.
+        """
+        sectors = int.from_bytes(self.config[:_CAPACITY_BYTES], "little")
+        check_capacity(config, f"the back end at {self.path}", sectors)
+
+    def lose(self) -> None:
+        """The present one has gone."""
+        if self.process is not None:
+            self._tell(
+                f"{self.process.failure}; the guest runs on, and its requests wait for a back end"
+            )
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Have none any more."""
+        process, self.process = self.process, None
+        if process is not None:
+            self._unshare(process)
+            process.close()
+
+    def find(self) -> bool:
+        """Connect to the next one; return whether there is one."""
+        try:
+            process = _Process(self, _NEXT_ANSWER_S)
+            self._check_same(process)
+            self._use(process)
+        except PostcopyError as error:
+            self._tell(f"{error}; it is tried again")
+            return False
+        self._told = ""
+        _log.info("%s does the requests now", process.name)
+        return True
+
+    def _check_same(self, process: BackEndProcess) -> None:
+        try:
+            self.check_config(process.configuration(CONFIG_BYTES))
+            if lacking := self.features & ~process.features:
+                raise Refused(
+                    f"{process.name} does not offer virtio features {lacking:#x}, as the one before did"
+                )
+        except PostcopyError:
+            process.close()
+            raise
+
+    def _use(self, process: "_Process") -> None:
+        try:
+            self._share(process)
+        except BaseException:
+            process.close()
+            raise
+        self.process = process
+
+    def _tell(self, what: str) -> None:
+        if what != self._told:
+            self._told = what
+            _log.warning("%s", what)
+
+
+class _Process(BackEndProcess):
+    """As the guest's engines know it."""
+
+    def __init__(self, back_ends: BackEnds, timeout_s: float) -> None:
+        self._back_ends = back_ends
+        super().__init__(back_ends.path, back_ends.parts, self._wake, timeout_s)
+
+    def _wake(self) -> None:
+        if self._back_ends.disk is not None:
+            self._back_ends.disk.wake()
+
+    def hold(self) -> None:
+        """See :class:`postcopy.guest.SharingProcess`."""
+        if self._back_ends.disk is not None:
+            self._back_ends.disk.hold()
+
+    def release(self) -> None:
+        """See :class:`postcopy.guest.SharingProcess`."""
+        if self._back_ends.disk is not None:
+            self._back_ends.disk.release()
+
+
+def disk_bytes(path: str) -> int:
+    """The size of a back end's disk.
+
+    :raises Refused: there is no back end, or it does not say.
+    """
+    try:
+        process = BackEndProcess(path, ())
+        with contextlib.closing(process):
+            config = process.configuration(_CAPACITY_BYTES)
+    except PostcopyError as error:
+        raise Refused(str(error)) from error
+    return int.from_bytes(config, "little") * SECTOR_BYTES
