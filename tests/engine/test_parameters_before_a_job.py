@@ -6,11 +6,10 @@ import socket
 import pytest
 
 from postcopy.engine import incoming, outgoing, restoring
-from postcopy.engine.context import EngineContext
+from postcopy.engine.engine import Engine
 from postcopy.engine.incoming import Incoming
 from postcopy.engine.outgoing import Outgoing
 from postcopy.engine.restoring import Restoring
-from postcopy.link.rpc import Link
 from postcopy.parameters import Capabilities, Parameters
 from postcopy.restore_options import RestoreOptions
 from postcopy.status import Status
@@ -60,14 +59,14 @@ ORDERS = {
 }
 
 
-def give(context, order):
+def give(engine, order):
     """Have the engine carry out an order."""
     kind = next(kind for kind in (Outgoing, Incoming, Restoring) if hasattr(kind, order))
-    getattr(kind(context), order)(**ORDERS[order])
+    getattr(kind(engine), order)(**ORDERS[order])
 
 
 @pytest.fixture
-def context(monkeypatch):
+def engine(monkeypatch):
     for module, name in (
         (outgoing, "Source"),
         (incoming, "Destination"),
@@ -76,30 +75,30 @@ def context(monkeypatch):
         (restoring, "Restore"),
     ):
         monkeypatch.setattr(module, name, type(name, (Worker,), {}))
-    monkeypatch.setattr("postcopy.engine.context.guest_over", lambda _link: AnyGuest())
+    monkeypatch.setattr("postcopy.engine.engine.guest_over", lambda _link: AnyGuest())
     ours, theirs = socket.socketpair()
     with contextlib.closing(ours), contextlib.closing(theirs):
-        made = EngineContext(Link(theirs, {}))
+        made = Engine(theirs)
         made.ram = object()
         yield made
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_they_count_whatever_the_order_says(context, order):
-    context.set_parameters(parameters=Parameters(max_bandwidth=8))
-    context.set_parameters(parameters=NEW)
-    give(context, order)
-    assert context.job.told.max_bandwidth == 7
+def test_they_count_whatever_the_order_says(engine, order):
+    engine.set_parameters(parameters=Parameters(max_bandwidth=8))
+    engine.set_parameters(parameters=NEW)
+    give(engine, order)
+    assert engine.job.told.max_bandwidth == 7
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_and_so_do_those_that_come_while_the_job_is_being_made(context, order, monkeypatch):
-    monkeypatch.setattr(Worker, "meanwhile", lambda _: context.set_parameters(parameters=NEW))
-    give(context, order)
-    assert context.job.told.max_bandwidth == 7
+def test_and_so_do_those_that_come_while_the_job_is_being_made(engine, order, monkeypatch):
+    monkeypatch.setattr(Worker, "meanwhile", lambda _: engine.set_parameters(parameters=NEW))
+    give(engine, order)
+    assert engine.job.told.max_bandwidth == 7
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_without_them_the_order_counts(context, order):
-    give(context, order)
-    assert context.job.told.max_bandwidth == 1000
+def test_without_them_the_order_counts(engine, order):
+    give(engine, order)
+    assert engine.job.told.max_bandwidth == 1000

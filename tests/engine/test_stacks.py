@@ -23,7 +23,7 @@ def test_a_guests_process_and_its_engine_tell_when_asked_and_go_on(tmp_path, opt
         wait_until(lambda: [each for each in children(guest) if catches(int(each.name))], 20)
         (engine,) = (int(each.name) for each in children(guest))
         assert "guest_process.py" in ask(guest)
-        assert "engine/service.py" in ask(engine)
+        assert "engine/engine.py" in ask(engine)
         assert running.ask("query-status")["return"]["status"]
         assert [int(each.name) for each in children(guest)] == [engine]
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from postcopy.engine.service import COMMANDS, EngineService
+from postcopy.engine.engine import COMMANDS, Engine
 from postcopy.guest import AddressSpace, DeviceState, MappedRange, Region
 from postcopy.link.protocol import (
     CODEC,
@@ -91,10 +91,10 @@ def test_what_is_not_declared_is_not_sent():
 def test_an_engine_has_an_order_for_each_that_is_declared(interface):
     ours, theirs = socket.socketpair()
     with contextlib.closing(ours), contextlib.closing(theirs):
-        service = EngineService(theirs)
-        assert messages(interface).keys() <= service._link._handlers.keys()
+        engine = Engine(theirs)
+        assert messages(interface).keys() <= engine.link._handlers.keys()
         if interface in COMMANDS:
-            implementation = COMMANDS[interface](service._context)
+            implementation = COMMANDS[interface](engine)
             for name, declared in messages(interface).items():
                 assert getattr(type(implementation), name) is not declared
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from postcopy.engine.service import COMMANDS, EngineService
+from postcopy.engine.engine import COMMANDS, Engine
 from postcopy.stacks import tell_when_asked
 
 _SWITCH_INTERVAL_S = 0.0001
@@ -43,12 +43,12 @@ def serve(link: int, commands: Iterable[type[Any]]) -> None:
     """
     tell_when_asked()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    service = EngineService(socket.socket(fileno=link))
-    end_on_fault(service.tell_fault)
-    service.preload(commands)
+    engine = Engine(socket.socket(fileno=link))
+    end_on_fault(engine.tell_fault)
+    engine.preload(commands)
     gc.freeze()  # what importing has made lives as long as the process
     gc.set_threshold(*_COLLECTIONS)
-    service.run()
+    engine.run()
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from postcopy.channel.descriptor_check import received_uri
 from postcopy.channel.listen import Listener
 from postcopy.destination.destination import Destination
 from postcopy.destination.incoming_ram import Populating, memory_to_spare_bytes
-from postcopy.engine.context import EngineContext
+from postcopy.engine.engine import Engine
 from postcopy.errors import WrongState
 from postcopy.link.protocol import Addresses, IncomingCommands
 from postcopy.link.values import Fd
@@ -21,67 +21,67 @@ _LOOK_S = 0.05
 class Incoming(IncomingCommands):
     """Runs one destination; see :class:`IncomingCommands` for what each order does."""
 
-    def __init__(self, context: EngineContext) -> None:
-        self._context = context
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
     def prepare_destination(self) -> None:
-        ram = self._context.take_ram()
-        populating = Populating(self._context.guest(), ram, memory_to_spare_bytes())
-        self._context.populating = populating
+        ram = self._engine.take_ram()
+        populating = Populating(self._engine.guest(), ram, memory_to_spare_bytes())
+        self._engine.populating = populating
         populating.start()
 
     def listen(
         self, uri: str, capabilities: Capabilities, parameters: Parameters, fds: Sequence[Fd] = ()
     ) -> Addresses:
         listener = Listener(parse(received_uri(uri, fds)))
-        if self._context.populating is None:
+        if self._engine.populating is None:
             self.prepare_destination()
         return self._make(listener, capabilities, parameters)
 
     def _make(
         self, listener: Listener, capabilities: Capabilities, parameters: Parameters
     ) -> Addresses:
-        context = self._context
-        assert context.populating is not None
+        engine = self._engine
+        assert engine.populating is not None
         destination = Destination(
-            context.guest(),
+            engine.guest(),
             FORMATS,
             listener,
-            context.take_ram(),
-            context.populating,
+            engine.take_ram(),
+            engine.populating,
             capabilities,
-            context.progress,
+            engine.progress,
             parameters,
         )
-        context.set_job(destination)
-        context.take_capabilities = destination.set_capabilities
-        context.take_space = destination.share
-        context.on_exit = destination.stop_waiting  # a Unix socket's file would stay
-        context.end_commands = destination.leave
+        engine.set_job(destination)
+        engine.take_capabilities = destination.set_capabilities
+        engine.take_space = destination.share
+        engine.on_exit = destination.stop_waiting  # a Unix socket's file would stay
+        engine.end_commands = destination.leave
         return listener.described()
 
     def accept(self) -> None:
-        self._context.start("destination", self._destination.run)
+        self._engine.start("destination", self._destination.run)
 
     def recover_destination(self, uri: str, fds: Sequence[Fd] = ()) -> Addresses:
         address = parse(received_uri(uri, fds))
-        self._context.check_paused()
+        self._engine.check_paused()
         self._destination.stop_waiting()
-        while not self._context.join(_LOOK_S):
-            self._context.check_paused()  # the source may have come back that very moment
+        while not self._engine.join(_LOOK_S):
+            self._engine.check_paused()  # the source may have come back that very moment
         listener = Listener(address)
         self._recover_at(listener)
         return listener.described()
 
     def _recover_at(self, listener: Listener) -> None:
         self._destination.begin_recovery(listener)
-        self._context.start("destination", self._destination.recover)
+        self._engine.start("destination", self._destination.recover)
 
     def adopt_destination(
         self, uri: str, capabilities: Capabilities, parameters: Parameters, fds: Sequence[Fd] = ()
     ) -> Addresses:
-        self._context.take_over(Status.POSTCOPY_PAUSED)
-        self._context.populating = Populating(self._context.guest(), self._context.take_ram(), 0)
+        self._engine.take_over(Status.POSTCOPY_PAUSED)
+        self._engine.populating = Populating(self._engine.guest(), self._engine.take_ram(), 0)
         listener = Listener(parse(received_uri(uri, fds)))
         addresses = self._make(listener, capabilities, parameters)
         self._destination.adopt()
@@ -90,6 +90,6 @@ class Incoming(IncomingCommands):
 
     @property
     def _destination(self) -> Destination:
-        if not isinstance(self._context.job, Destination):
+        if not isinstance(self._engine.job, Destination):
             raise WrongState("this engine runs no incoming migration")
-        return self._context.job
+        return self._engine.job

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from postcopy.channel.descriptor_check import received_uri
-from postcopy.engine.context import EngineContext
+from postcopy.engine.engine import Engine
 from postcopy.errors import WrongState
 from postcopy.guest import DeviceState
 from postcopy.link.protocol import EngineReports, OutgoingCommands
@@ -20,8 +20,8 @@ from postcopy.stream.encoder import configuration
 class Outgoing(OutgoingCommands):
     """Runs one source, or one background snapshot; see :class:`OutgoingCommands` for each order."""
 
-    def __init__(self, context: EngineContext) -> None:
-        self._context = context
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self._resume_at = ""
         self._cancelled = False  # which may be said before there is anything to cancel
 
@@ -30,77 +30,77 @@ class Outgoing(OutgoingCommands):
     ) -> None:
         if capabilities.enabled(Capability.BACKGROUND_SNAPSHOT):
             snapshot = self._make_snapshot(received_uri(uri, fds), capabilities, parameters)
-            self._context.set_job(snapshot)
-            self._context.on_exit = snapshot.leave
+            self._engine.set_job(snapshot)
+            self._engine.on_exit = snapshot.leave
             run = snapshot.run
         else:
             self._make_source(received_uri(uri, fds), capabilities, parameters)
             run = self._source.run
         if self._cancelled:
             self.cancel()
-        self._context.start("source", run)
+        self._engine.start("source", run)
 
     def _make_snapshot(
         self, uri: str, capabilities: Capabilities, parameters: Parameters
     ) -> BackgroundSnapshot:
         return BackgroundSnapshot(
-            self._context.guest(),
+            self._engine.guest(),
             uri,
             capabilities,
             parameters,
-            self._context.progress,
+            self._engine.progress,
             self._describing(capabilities),
         )
 
     def _make_source(self, uri: str, capabilities: Capabilities, parameters: Parameters) -> None:
         source = Source(
-            self._context.guest(),
+            self._engine.guest(),
             MigrationOptions(uri, capabilities),
             parameters,
-            self._context.progress,
+            self._engine.progress,
             self._describing(capabilities),
-            lambda number: self._context.link.note(EngineReports.passed, number),
+            lambda number: self._engine.link.note(EngineReports.passed, number),
         )
-        self._context.set_job(source)
-        self._context.end_commands = source.leave
+        self._engine.set_job(source)
+        self._engine.end_commands = source.leave
 
     def resume_source(self, uri: str, fds: Sequence[Fd] = ()) -> None:
-        self._context.check_paused()
-        self._context.join()
+        self._engine.check_paused()
+        self._engine.join()
         self._source.begin_recovery()
         self._resume_at = received_uri(uri, fds)
 
     def go_on(self) -> None:
-        self._context.start("source", lambda: self._source.recover(self._resume_at))
+        self._engine.start("source", lambda: self._source.recover(self._resume_at))
 
     def adopt_source(self, capabilities: Capabilities, parameters: Parameters) -> None:
-        self._context.take_over(Status.POSTCOPY_PAUSED)
+        self._engine.take_over(Status.POSTCOPY_PAUSED)
         self._make_source("", capabilities, parameters)
         self._source.adopt()
 
     def _describing(self, capabilities: Capabilities) -> Callable[[Sequence[DeviceState]], str]:
         """What writes the description of a stream, once there are devices to describe."""
-        begin = configuration(self._context.guest().machine_name, capabilities)
+        begin = configuration(self._engine.guest().machine_name, capabilities)
         return lambda states: build_description(begin, sections.descriptions(states))
 
     @property
     def _source(self) -> Source:
-        if not isinstance(self._context.job, Source):
+        if not isinstance(self._engine.job, Source):
             raise WrongState("this engine runs no outgoing migration")
-        return self._context.job
+        return self._engine.job
 
     def start_postcopy(self) -> None:
-        if isinstance(self._context.job, Source):
-            self._context.job.requests.postcopy()
+        if isinstance(self._engine.job, Source):
+            self._engine.job.requests.postcopy()
 
     def proceed(self) -> None:
-        if isinstance(self._context.job, Source):
-            self._context.job.requests.proceed()
+        if isinstance(self._engine.job, Source):
+            self._engine.job.requests.proceed()
 
     def cancel(self) -> None:
         self._cancelled = True
-        if isinstance(self._context.job, Source | BackgroundSnapshot):
-            self._context.job.cancel()
+        if isinstance(self._engine.job, Source | BackgroundSnapshot):
+            self._engine.job.cancel()
 
     def end_command(self) -> bool:
-        return isinstance(self._context.job, Source) and self._context.job.end_command()
+        return isinstance(self._engine.job, Source) and self._engine.job.end_command()

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from postcopy.engine.context import EngineContext
+from postcopy.engine.engine import Engine
 from postcopy.errors import WrongState
 from postcopy.lazy_restore.restore import Restore
 from postcopy.lazy_restore.restore_image import RestoreImage
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class Restoring(RestoreCommands):
     """Runs one restore; see :class:`RestoreCommands` for what each order does."""
 
-    def __init__(self, context: EngineContext) -> None:
-        self._context = context
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self._opened: RestoreImage | None = None
 
     def look_at_image(self, path: str) -> ImageMachine:
@@ -40,20 +40,20 @@ class Restoring(RestoreCommands):
         return ImageMachine(image.machine_name, blocks, vcpus)
 
     def start_restore(self, options: RestoreOptions, parameters: Parameters) -> str:
-        context = self._context
-        if context.populating is not None:
-            context.populating.stop()
+        engine = self._engine
+        if engine.populating is not None:
+            engine.populating.stop()
         restore = Restore(
-            context.guest(),
-            context.take_ram(),
+            engine.guest(),
+            engine.take_ram(),
             options,
-            context.progress,
+            engine.progress,
             parameters,
-            partial(context.link.note, EngineReports.progressed),
+            partial(engine.link.note, EngineReports.progressed),
             opened=self._take_opened(Path(options.path)),
         )
-        context.set_job(restore)
-        context.take_space = restore.share
+        engine.set_job(restore)
+        engine.take_space = restore.share
         return restore.identity
 
     def _take_opened(self, path: Path) -> RestoreImage | None:
@@ -65,30 +65,30 @@ class Restoring(RestoreCommands):
         return None
 
     def restore(self) -> None:
-        self._context.start("restore", self._restore.run)
+        self._engine.start("restore", self._restore.run)
 
     def adopt_restore(
         self, status: Status, options: RestoreOptions, parameters: Parameters
     ) -> None:
-        self._context.take_over(status)
+        self._engine.take_over(status)
         self.start_restore(options, parameters)
-        self._context.start("restore", self._restore.adopt)
+        self._engine.start("restore", self._restore.adopt)
 
     def hurry(self, *, wanted: bool) -> None:
         self._restore.hurry(wanted=wanted)
 
     @property
     def _restore(self) -> Restore:
-        if not isinstance(self._context.job, Restore):
+        if not isinstance(self._engine.job, Restore):
             raise WrongState("this engine restores nothing")
-        return self._context.job
+        return self._engine.job
 
 
 class Resets(ResetCommands):
     """Keeps the memory of one reset point; see :class:`ResetCommands` for what each order does."""
 
-    def __init__(self, context: EngineContext) -> None:
-        self._guest = context.guest
+    def __init__(self, engine: Engine) -> None:
+        self._guest = engine.guest
         self._reset: Reset | None = None
 
     def reset_to_image(self, copies: Sequence[Fd], path: str) -> ImagePoint:

@@ -30,7 +30,7 @@ from postcopy.statistics import MigrationInfo
 from postcopy.status import Progress, Status
 from postcopy.trace import trace
 
-_LAST_WORDS_S = 3.0  # an engine may need some of them, see `postcopy.engine.service`
+_LAST_WORDS_S = 3.0  # an engine may need some of them, see `postcopy.engine.engine`
 
 
 class MigrationControl:

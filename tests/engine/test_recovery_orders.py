@@ -8,10 +8,9 @@ import pytest
 
 from postcopy.destination.destination import Destination
 from postcopy.engine import incoming
-from postcopy.engine.context import EngineContext
+from postcopy.engine.engine import Engine
 from postcopy.engine.incoming import Incoming
 from postcopy.engine.outgoing import Outgoing
-from postcopy.link.rpc import Link
 from postcopy.source.source import Source
 from postcopy.status import Progress, Status
 
@@ -43,18 +42,18 @@ class PausedDestination(Job, Destination):
 
 
 @pytest.fixture
-def context():
+def engine():
     ours, theirs = socket.socketpair()
     with contextlib.closing(ours), contextlib.closing(theirs):
-        made = EngineContext(Link(theirs, {}))
+        made = Engine(theirs)
         made.progress = Progress(begin=Status.POSTCOPY_PAUSED)
         yield made
 
 
-def test_a_resume_is_answered_before_anything_is_sent_to_the_peer(context):
+def test_a_resume_is_answered_before_anything_is_sent_to_the_peer(engine):
     """An engine that dies in a recovery must not take its answer to the order with it."""
-    context.job = job = PausedSource()
-    orders, here = Outgoing(context), threading.current_thread().name
+    engine.job = job = PausedSource()
+    orders, here = Outgoing(engine), threading.current_thread().name
     orders.resume_source(uri="tcp:127.0.0.1:1")
     assert job.calls == [("begin", here)]
     orders.go_on()
@@ -62,7 +61,7 @@ def test_a_resume_is_answered_before_anything_is_sent_to_the_peer(context):
     assert job.calls == [("begin", here), ("recover", "source")]
 
 
-def test_another_address_can_be_given_as_soon_as_the_first_is_listened_on(context, monkeypatch):
+def test_another_address_can_be_given_as_soon_as_the_first_is_listened_on(engine, monkeypatch):
     """An end of the wait must find the present listener, not the one of the time before."""
 
     class Listener:
@@ -73,8 +72,8 @@ def test_another_address_can_be_given_as_soon_as_the_first_is_listened_on(contex
             return []
 
     monkeypatch.setattr(incoming, "Listener", Listener)
-    context.job = job = PausedDestination()
+    engine.job = job = PausedDestination()
     here = threading.current_thread().name
-    Incoming(context).recover_destination(uri="tcp:127.0.0.1:0")
+    Incoming(engine).recover_destination(uri="tcp:127.0.0.1:0")
     assert job.done.wait(10)
     assert job.calls == [("stop waiting", here), ("begin", here), ("recover", "destination")]

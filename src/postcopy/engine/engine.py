@@ -1,23 +1,79 @@
-"""What an engine's orders share: the guest, and the one job that this process is for."""
+"""One engine: takes orders over the link, and runs the one job that its process is for.
+
+Each kind of job is a module of its own, which is imported when it is first needed: what the other kinds
+need would keep a guest waiting that is to wake at once.  An engine that waits for a job of any kind imports
+all of them beforehand: see :meth:`Engine.preload`.
+"""
 
 import os
+import socket
 import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from postcopy.errors import PostcopyError, WrongState
 from postcopy.guest import AddressSpace, Guest
 from postcopy.kernel import threads
 from postcopy.link.engine.guest_proxy import guest_over
-from postcopy.link.protocol import EngineReports
-from postcopy.link.rpc import Link
+from postcopy.link.protocol import (
+    BEAT_S,
+    Beats,
+    EngineReports,
+    IncomingCommands,
+    JobCommands,
+    OutgoingCommands,
+    ResetCommands,
+    RestoreCommands,
+    WatchCommands,
+    messages,
+)
+from postcopy.link.rpc import Link, handlers
 from postcopy.parameters import Capabilities, Parameters
 from postcopy.statistics import MigrationInfo
-from postcopy.status import Progress, Status
+from postcopy.status import ENDED, Progress, Status
 
 if TYPE_CHECKING:
     from postcopy.destination.incoming_ram import Populating
     from postcopy.paging.ram import IncomingRam
+
+_LAST_WORDS_S = 2.0
+"""How long a destination that has ended stays for its source to read so: a process that ends with
+unread bytes in a socket resets the connection, and takes its own last word with it.  A command carries
+that word, too."""
+
+
+def _outgoing(engine: "Engine") -> OutgoingCommands:
+    from postcopy.engine.outgoing import Outgoing
+
+    return Outgoing(engine)
+
+
+def _incoming(engine: "Engine") -> IncomingCommands:
+    from postcopy.engine.incoming import Incoming
+
+    return Incoming(engine)
+
+
+def _restoring(engine: "Engine") -> RestoreCommands:
+    from postcopy.engine.restoring import Restoring
+
+    return Restoring(engine)
+
+
+def _resets(engine: "Engine") -> ResetCommands:
+    from postcopy.engine.restoring import Resets
+
+    return Resets(engine)
+
+
+COMMANDS: Final[dict[type[Any], Callable[["Engine"], Any]]] = {
+    OutgoingCommands: _outgoing,
+    IncomingCommands: _incoming,
+    RestoreCommands: _restoring,
+    ResetCommands: _resets,
+}
+"""The kinds of orders, and what makes their implementation."""
 
 
 class Job(Protocol):
@@ -37,9 +93,10 @@ class Job(Protocol):
         """Take over parameters that the user has changed meanwhile."""
 
 
-class EngineContext:
-    """One engine's guest, job and status.
+class Engine(JobCommands, WatchCommands):
+    """The guest, the job and the status of one engine.
 
+    :param connection: to the guest's process.
     :ivar take_capabilities: called when the user has changed them meanwhile; only a destination cares.
     :ivar take_space: called when one more process has the guest's memory mapped.
     :ivar on_exit: called when the guest's process has closed the link, before this one ends.
@@ -47,8 +104,18 @@ class EngineContext:
     :ivar ram: of a guest that is to arrive, or to wake.
     """
 
-    def __init__(self, link: Link) -> None:
-        self.link = link
+    def __init__(self, connection: socket.socket) -> None:
+        self._ended = threading.Event()
+        orders = {
+            order: partial(self._dispatch, kind, order)
+            for kind in COMMANDS
+            for order in messages(kind)
+        }
+        self.link = Link(connection, orders, on_end=self._ended.set, name="guest-link")
+        self.link.serve(handlers(JobCommands, self) | handlers(WatchCommands, self))
+        self._loading = threading.Lock()
+        # Under the lock.
+        self._commands: dict[type[Any], Any] = {}
         self.job: Job | None = None
         self.on_exit: Callable[[], None] = lambda: None
         self.end_commands: Callable[[], None] = lambda: None
@@ -64,6 +131,38 @@ class EngineContext:
         self._setting = threading.Lock()
         # Under the lock: what the user has set last, if anything since this engine was put to work.
         self._told: Parameters | None = None
+
+    def preload(self, kinds: Iterable[type[Any]]) -> None:
+        """Be ready for orders of these kinds."""
+        for kind in kinds:
+            self._implementation(kind)
+
+    def tell_fault(self, fault: BaseException) -> None:
+        """Say what this process is about to end of, where a user can do something about it."""
+        if isinstance(fault, PostcopyError | OSError):
+            self.link.note(EngineReports.fault, str(fault))
+
+    def run(self) -> None:
+        """Serve until the guest's process closes the link; then this process ends."""
+        self.link.start()
+        self._ended.wait()
+        self.on_exit()
+        if self.progress.status in ENDED:
+            self.join(_LAST_WORDS_S)
+        self.end_commands()
+        # Threads may wait in calls that nothing will end; all that matters outlives us elsewhere.
+        os._exit(0)
+
+    def _dispatch(self, kind: type[Any], order: str, *arguments: Any, **named: Any) -> Any:
+        return getattr(self._implementation(kind), order)(*arguments, **named)
+
+    def _implementation(self, kind: type[Any]) -> Any:
+        with self._loading:
+            if kind not in self._commands:
+                self._commands[kind] = COMMANDS[kind](self)
+            return self._commands[kind]
+
+    # --- what the orders of one kind share
 
     def guest(self) -> Guest:
         """The guest; asked about itself when it is first needed."""
@@ -118,7 +217,7 @@ class EngineContext:
         if self.progress.status is not Status.POSTCOPY_PAUSED:
             raise WrongState(f"nothing to recover from: {self.progress.status.value}")
 
-    # --- orders that every job understands: see JobCommands
+    # --- orders that every engine understands: see JobCommands, WatchCommands
 
     def set_parameters(self, parameters: Parameters) -> None:
         with self._setting:
@@ -140,6 +239,16 @@ class EngineContext:
         if self.job is None:
             raise WrongState("this engine has nothing to do yet")
         return self.job.info()
+
+    def say_alive(self) -> None:
+        thread = threading.Thread(target=self._beat, name="alive", daemon=True)
+        if not threads.start_if_possible(thread):
+            self.link.close()  # it would be taken for one that hangs
+
+    def _beat(self) -> None:
+        while not self._ended.is_set():
+            self.link.note(Beats.alive)
+            self._ended.wait(BEAT_S)
 
     def _report(self, status: Status) -> None:
         """Tell the guest's process; called with each change, in order."""
