@@ -8,7 +8,7 @@ from fakes.waiting import wait_until
 from faults.fault_channel import SHUT
 from faults.recovering import Recovering, broken_journey
 from journeys.conftest import journey, nothing_left_behind
-from postcopy.link.guest.engine_process import EnginePool
+from postcopy.link.guest.engine_slot import EnginePool
 from postcopy.status import Status
 
 __all__ = ["journey", "nothing_left_behind"]

@@ -25,7 +25,7 @@ from postcopy.errors import PostcopyError
 from postcopy.image import page_copies, working_set
 from postcopy.image.manifest import Manifest
 from postcopy.image.page_copies import PageCopies
-from postcopy.link.guest import engine_slot
+from postcopy.link.guest import incoming
 from postcopy.status import ENDED, Status
 
 
@@ -127,7 +127,7 @@ def test_engines_that_die_of_their_first_page_are_not_started_for_ever(
     journey, tmp_path, monkeypatch
 ):
     """Each gets somewhere, and none far: a guest of many pages would go through thousands."""
-    monkeypatch.setattr(engine_slot, "_MOST_A_MINUTE", 7)
+    monkeypatch.setattr(incoming, "_MOST_A_MINUTE", 7)
     trip = journey(hammer())
     path = tmp_path / "image"
     side = half_awake(trip, path)

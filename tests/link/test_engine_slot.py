@@ -10,8 +10,8 @@ from fakes.engine import FakeCommands, FakePool
 from fakes.stacks import stacks
 from fakes.waiting import wait_until
 from postcopy.errors import EngineDied, HostCannot, WrongState
-from postcopy.link.guest.engine_process import EnginePool, EngineProcess
-from postcopy.link.guest.engine_slot import EngineSlot
+from postcopy.link.guest.engine_process import EngineProcess
+from postcopy.link.guest.engine_slot import EnginePool, EngineSlot
 from postcopy.link.guest.job import OrderLock
 
 

@@ -19,7 +19,7 @@ from postcopy.events import EventBus
 from postcopy.image.file_kinds import check_no_image
 from postcopy.kernel import threads
 from postcopy.link.guest.control import MigrationControl
-from postcopy.link.guest.engine_process import EnginePool
+from postcopy.link.guest.engine_slot import EnginePool
 from postcopy.machine.config import MachineConfig
 from postcopy.machine.machine import Machine
 from postcopy.machine.run_control import RunState

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from postcopy.trace import FILE_VARIABLE
 
 if TYPE_CHECKING:
-    from postcopy.link.guest.engine_process import EnginePool
+    from postcopy.link.guest.engine_slot import EnginePool
 
 _HELP = {"-h", "--help"}
 _MODULES: Final = (
@@ -43,7 +43,8 @@ def engines_for(arguments: Sequence[str]) -> "EnginePool | None":
     from postcopy.engine.__main__ import serve
     from postcopy.errors import HostCannot
     from postcopy.link import protocol
-    from postcopy.link.guest.engine_process import EnginePool, EngineProcess
+    from postcopy.link.guest.engine_process import EngineProcess
+    from postcopy.link.guest.engine_slot import EnginePool
 
     orders = [getattr(protocol, kind)]
     try:

@@ -80,7 +80,7 @@ def restore(context: click.Context, /, **given: Any) -> None:
     Memory, vCPUs and machine are those of the image.  With --lazy the guest runs at once.  Three times are
     printed on standard error: until it ran, until it had its working set, until it had all memory.
     """
-    from postcopy.link.guest.engine_process import EnginePool
+    from postcopy.link.guest.engine_slot import EnginePool
 
     engines = context.obj.get("engines") or EnginePool()
     engines.prepare()  # an engine starts while this process imports its modules

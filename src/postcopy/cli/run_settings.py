@@ -14,7 +14,7 @@ from postcopy.cli.prefork import import_ahead
 from postcopy.cli.process import notice
 from postcopy.errors import ImageError, Refused
 from postcopy.image.file_kinds import check_no_image
-from postcopy.link.guest.engine_process import EnginePool
+from postcopy.link.guest.engine_slot import EnginePool
 from postcopy.link.protocol import RestoreCommands
 from postcopy.machine import back_ends, workload
 from postcopy.machine.config import RAM_NAMES, MachineConfig, MachineType, read_image

@@ -1,4 +1,4 @@
 """The side of the link that runs in a guest's process.
 
-``control`` is what a monitor drives, ``engine_process`` starts engines, ``keeper`` answers them.
+``control`` is what a monitor drives, ``engine_slot`` hands out engines, ``keeper`` answers them.
 """

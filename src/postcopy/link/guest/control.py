@@ -11,8 +11,8 @@ from postcopy.channel.address import parse
 from postcopy.channel.descriptor_check import Use, descriptors_for
 from postcopy.errors import EngineDied, WrongState
 from postcopy.events import EventBus
-from postcopy.link.guest.engine_process import EnginePool, EngineProcess
-from postcopy.link.guest.engine_slot import EngineSlot
+from postcopy.link.guest.engine_process import EngineProcess
+from postcopy.link.guest.engine_slot import EnginePool, EngineSlot
 from postcopy.link.guest.incoming import IncomingJob, IncomingMigration
 from postcopy.link.guest.job import Job, MigrationState, refuse_busy
 from postcopy.link.guest.keeper import GuestKeeper, OwnedGuest

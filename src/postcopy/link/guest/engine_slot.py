@@ -1,8 +1,11 @@
-"""The engine at work for one guest, and what takes its place when it has died."""
+"""Where engines come from, and the one that is at work for a guest.
+
+Starting an interpreter and importing numpy takes a tenth of a second or two.  So one engine is always
+started ahead: it waits, idle, for a job.
+"""
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -11,10 +14,10 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 from postcopy.errors import EngineDied, HostCannot, PostcopyError, WrongState
 from postcopy.guest import AddressSpace
 from postcopy.kernel import threads
-from postcopy.link.guest.engine_process import EnginePool, EngineProcess
+from postcopy.link.guest.engine_process import EngineProcess
 from postcopy.link.guest.watchdog import HANG_LOOKS
 from postcopy.link.protocol import JobCommands
-from postcopy.link.rpc import Handler, Link
+from postcopy.link.rpc import Answer, Handler, Link
 from postcopy.trace import trace
 
 _P = ParamSpec("_P")
@@ -26,14 +29,96 @@ AHEAD_S: Final = 5.0
 _MOST_STARTS: Final = 3
 """Engines to take, one after the other, for one that lives when it is put to work."""
 
-_MOST_REPLACEMENTS: Final = 5
-"""Engines to start, one after the other, when none lives to get anywhere."""
 
-_MOST_A_MINUTE: Final = 20
-"""Engines to start when each gets somewhere, and none far."""
+class EnginePool:
+    """Hands out engines, and starts the next one ahead.
 
+    :param first: one that has been started already.
+    """
 
-_A_MINUTE_S: Final = 60.0
+    def __init__(self, first: EngineProcess | None = None) -> None:
+        self._lock = threading.Lock()
+        # Under the lock: the one that waits, what is going to start it, and all that may live.
+        self._spare = first
+        self._living = [] if first is None else [first]
+        self._timer: threading.Timer | None = None
+        self._closed = False
+
+    def prepare(self, delay_s: float = 0.0) -> None:
+        """Have one ready, unless the pool is closed, or the host has no room for one now.
+
+        :param delay_s: when to begin: a guest that has just arrived needs the CPU for itself.
+        """
+        if not delay_s:
+            with suppress(HostCannot):  # the order that needs one will say so
+                self._prepare_now()
+            return
+        with self._lock:
+            self._cancel_timer()
+            if self._spare is None and not self._closed:
+                timer = threading.Timer(delay_s, self.prepare)
+                timer.daemon = True
+                self._timer = timer if threads.start_if_possible(timer) else None
+
+    def _prepare_now(self) -> None:
+        with self._lock:
+            self._cancel_timer()
+            if self._spare is None and not self._closed:
+                self._spare = self._start()
+
+    def _start(self) -> EngineProcess:
+        engine = EngineProcess.start()
+        self._living = [engine, *(other for other in self._living if not other.is_dead)]
+        return engine
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def ask(
+        self, order: Callable[Concatenate[Any, _P], _R], *args: _P.args, **kwargs: _P.kwargs
+    ) -> Answer[_R]:
+        """Have the next one do something for which it needs no guest: see :meth:`EngineProcess.ask`."""
+        self._prepare_now()
+        with self._lock:
+            spare = self._spare
+        if spare is None:
+            raise EngineDied(f"{order.__name__}: no engine is started any more")
+        return spare.ask(order, *args, **kwargs)
+
+    def take(self) -> EngineProcess:
+        """Return a fresh engine.
+
+        :raises HostCannot: the host has no room for one.
+        """
+        with self._lock:
+            engine, self._spare = self._spare, None
+            if engine is None or engine.is_dead:
+                dead, engine = engine, self._start()
+                if dead is not None:
+                    dead.end()
+            return engine
+
+    def close(self) -> None:
+        """Let the one that waits go."""
+        with self._lock:
+            self._closed = True
+            self._cancel_timer()
+            if self._spare is not None:
+                self._spare.end()
+                self._spare = None
+
+    def kill_left(self, within_s: float) -> None:
+        """Kill those that hang: a process that is leaving leaves none behind.
+
+        :param within_s: how long the others may take for their last words.
+        """
+        until_s = time.monotonic() + within_s
+        with self._lock:
+            living = list(self._living)
+        for engine in living:
+            engine.kill_unless_dead_within(max(0.0, until_s - time.monotonic()))
 
 
 class EngineSlot:
@@ -172,70 +257,3 @@ class EngineSlot:
             self._closed = True
         self.end()
         self._pool.close()
-
-
-class EngineSupervisor:
-    """Puts an engine in place of a dead one, unless they die one after the other.
-
-    :param wanted: whether one is needed still; asked under :attr:`lock`.
-    :param adopt: starts one that goes on where the dead one was.
-    :param failed: gets the reason when none could go on.
-    :param ahead: has an engine started, after so many seconds: a guest waits when one dies.
-    """
-
-    def __init__(
-        self,
-        wanted: Callable[[], bool],
-        adopt: Callable[[], None],
-        failed: Callable[[PostcopyError], None],
-        ahead: Callable[[float], None],
-    ) -> None:
-        self._ahead = ahead
-        self._wanted = wanted
-        self._adopt = adopt
-        self._failed = failed
-        self._replacements = 0
-        self._deaths_s: deque[float] = deque(maxlen=_MOST_A_MINUTE + 1)  # monotonic, the last ones
-        self.lock = threading.Lock()
-        """Held while an engine is put in place of a dead one."""
-
-    def begin(self) -> None:
-        """Have the dead one replaced, by a thread of its own."""
-        thread = threading.Thread(target=self._replace, name="replace-engine", daemon=True)
-        try:
-            threads.start(thread)
-        except HostCannot as error:
-            self._failed(error)
-
-    def worked(self) -> None:
-        """The engine at work has got somewhere: count anew, and have a successor ready in a while."""
-        self._replacements = 0
-        self._ahead(AHEAD_S)
-
-    def count_anew(self) -> None:
-        """A user has ordered one: those that have died before are of no account."""
-        self._deaths_s.clear()
-        self.worked()
-
-    @property
-    def tries_left(self) -> bool:
-        """Whether to begin again, after those that have died: the one too many gives up, and says so."""
-        return self._replacements <= _MOST_REPLACEMENTS and not self._die_too_fast
-
-    @property
-    def _die_too_fast(self) -> bool:
-        times_s = self._deaths_s
-        return len(times_s) == times_s.maxlen and times_s[-1] - times_s[0] < _A_MINUTE_S
-
-    def _replace(self) -> None:
-        with self.lock:
-            self._replacements += 1
-            self._deaths_s.append(time.monotonic())
-            if not self._wanted():
-                return
-            try:
-                if not self.tries_left:
-                    raise EngineDied("they die one after the other")
-                self._adopt()
-            except PostcopyError as error:
-                self._failed(error)

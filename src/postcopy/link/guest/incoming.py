@@ -4,19 +4,23 @@ An engine that dies while the guest runs loses nothing: all that it knew is in t
 source.  So another is put in its place, unasked, and listens where the dead one did.
 """
 
+import threading
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from postcopy.abi.userfaultfd import Feature
 from postcopy.channel.address import bound_uri, parse
 from postcopy.channel.descriptor_check import Use, descriptors_for
 from postcopy.errors import EngineDied, HostCannot, PostcopyError, WrongState
+from postcopy.kernel import threads
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.link.guest.engine_process import EngineProcess
-from postcopy.link.guest.engine_slot import EngineSupervisor
+from postcopy.link.guest.engine_slot import AHEAD_S
 from postcopy.link.guest.job import Job, MigrationState
 from postcopy.link.guest.keeper import OwnedGuest
 from postcopy.link.guest.settings import Settings, check_transport
@@ -28,6 +32,81 @@ from postcopy.statistics import MigrationInfo
 from postcopy.status import AFTER_SWITCHOVER, Status
 
 _GONE = "the source is gone for good"
+
+_MOST_REPLACEMENTS: Final = 5
+"""Engines to start, one after the other, when none lives to get anywhere."""
+
+_MOST_A_MINUTE: Final = 20
+"""Engines to start when each gets somewhere, and none far."""
+
+_A_MINUTE_S: Final = 60.0
+
+
+class EngineSupervisor:
+    """Puts an engine in place of a dead one, unless they die one after the other.
+
+    :param wanted: whether one is needed still; asked under :attr:`lock`.
+    :param adopt: starts one that goes on where the dead one was.
+    :param failed: gets the reason when none could go on.
+    :param ahead: has an engine started, after so many seconds: a guest waits when one dies.
+    """
+
+    def __init__(
+        self,
+        wanted: Callable[[], bool],
+        adopt: Callable[[], None],
+        failed: Callable[[PostcopyError], None],
+        ahead: Callable[[float], None],
+    ) -> None:
+        self._ahead = ahead
+        self._wanted = wanted
+        self._adopt = adopt
+        self._failed = failed
+        self._replacements = 0
+        self._deaths_s: deque[float] = deque(maxlen=_MOST_A_MINUTE + 1)  # monotonic, the last ones
+        self.lock = threading.Lock()
+        """Held while an engine is put in place of a dead one."""
+
+    def begin(self) -> None:
+        """Have the dead one replaced, by a thread of its own."""
+        thread = threading.Thread(target=self._replace, name="replace-engine", daemon=True)
+        try:
+            threads.start(thread)
+        except HostCannot as error:
+            self._failed(error)
+
+    def worked(self) -> None:
+        """The engine at work has got somewhere: count anew, and have a successor ready in a while."""
+        self._replacements = 0
+        self._ahead(AHEAD_S)
+
+    def count_anew(self) -> None:
+        """A user has ordered one: those that have died before are of no account."""
+        self._deaths_s.clear()
+        self.worked()
+
+    @property
+    def tries_left(self) -> bool:
+        """Whether to begin again, after those that have died: the one too many gives up, and says so."""
+        return self._replacements <= _MOST_REPLACEMENTS and not self._die_too_fast
+
+    @property
+    def _die_too_fast(self) -> bool:
+        times_s = self._deaths_s
+        return len(times_s) == times_s.maxlen and times_s[-1] - times_s[0] < _A_MINUTE_S
+
+    def _replace(self) -> None:
+        with self.lock:
+            self._replacements += 1
+            self._deaths_s.append(time.monotonic())
+            if not self._wanted():
+                return
+            try:
+                if not self.tries_left:
+                    raise EngineDied("they die one after the other")
+                self._adopt()
+            except PostcopyError as error:
+                self._failed(error)
 
 
 class IncomingJob(Job, ABC):

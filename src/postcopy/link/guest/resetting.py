@@ -28,8 +28,8 @@ from postcopy.errors import (
 from postcopy.kernel import memfd
 from postcopy.kernel.calls import close_all, open_all
 from postcopy.kernel.userfaultfd import WRITE_FEATURES, Userfaultfd
-from postcopy.link.guest.engine_process import EnginePool, EngineProcess
-from postcopy.link.guest.engine_slot import EngineSlot
+from postcopy.link.guest.engine_process import EngineProcess
+from postcopy.link.guest.engine_slot import EnginePool, EngineSlot
 from postcopy.link.guest.keeper import GuestKeeper, OwnedGuest
 from postcopy.link.protocol import ResetCommands
 from postcopy.link.rpc import Link
