@@ -322,6 +322,28 @@ class Overrides:
 NO_OVERRIDES = Overrides()
 
 
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Capabilities and parameters of a guest's process, or of one job; immutable, as its parts are."""
+
+    capabilities: Capabilities = field(default_factory=Capabilities)
+    parameters: Parameters = field(default_factory=Parameters)
+
+    def enabled(self, capability: Capability) -> bool:
+        """Whether it is on."""
+        return capability in self.capabilities.on
+
+    def overridden(self, overrides: Overrides) -> "Settings":
+        """What an order with ``overrides`` begins with.
+
+        :raises Refused: see :meth:`Capabilities.with_changes` and :meth:`Parameters.with_changes`.
+        """
+        return Settings(
+            self.capabilities.with_changes(overrides.capabilities),
+            self.parameters.with_changes(overrides.parameters),
+        )
+
+
 def python_name(name: str) -> str:
     """The attribute of :class:`Parameters` for QEMU's ``name``."""
     return name.replace("-", "_")

@@ -10,13 +10,13 @@ from postcopy.engine.engine import Engine
 from postcopy.engine.incoming import Incoming
 from postcopy.engine.outgoing import Outgoing
 from postcopy.engine.restoring import Restoring
-from postcopy.parameters import Capabilities, Parameters
+from postcopy.parameters import Parameters, Settings
 from postcopy.restore_options import RestoreOptions
 from postcopy.status import Status
 
 OLD, NEW = Parameters(max_bandwidth=1000), Parameters(max_bandwidth=7)
 IMAGE = RestoreOptions("/image", began_ns=0)
-SETTINGS = {"capabilities": Capabilities(), "parameters": OLD}
+SETTINGS = {"settings": Settings(parameters=OLD)}
 
 
 class Worker:

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 from postcopy.link.guest.job import Job
-from postcopy.link.guest.settings import Settings
+from postcopy.parameters import Settings
 from postcopy.statistics import Measured, MigrationInfo
 from postcopy.status import Status
 

@@ -12,7 +12,7 @@ from postcopy.errors import WrongState
 from postcopy.link.protocol import Addresses, IncomingCommands
 from postcopy.link.values import Fd
 from postcopy.machine.device_formats import FORMATS
-from postcopy.parameters import Capabilities, Parameters
+from postcopy.parameters import Settings
 from postcopy.status import Status
 
 _LOOK_S = 0.05
@@ -30,17 +30,13 @@ class Incoming(IncomingCommands):
         self._engine.populating = populating
         populating.start()
 
-    def listen(
-        self, uri: str, capabilities: Capabilities, parameters: Parameters, fds: Sequence[Fd] = ()
-    ) -> Addresses:
+    def listen(self, uri: str, settings: Settings, fds: Sequence[Fd] = ()) -> Addresses:
         listener = Listener(parse(received_uri(uri, fds)))
         if self._engine.populating is None:
             self.prepare_destination()
-        return self._make(listener, capabilities, parameters)
+        return self._make(listener, settings)
 
-    def _make(
-        self, listener: Listener, capabilities: Capabilities, parameters: Parameters
-    ) -> Addresses:
+    def _make(self, listener: Listener, settings: Settings) -> Addresses:
         engine = self._engine
         assert engine.populating is not None
         destination = Destination(
@@ -49,9 +45,9 @@ class Incoming(IncomingCommands):
             listener,
             engine.take_ram(),
             engine.populating,
-            capabilities,
+            settings.capabilities,
             engine.progress,
-            parameters,
+            settings.parameters,
         )
         engine.set_job(destination)
         engine.take_capabilities = destination.set_capabilities
@@ -77,13 +73,11 @@ class Incoming(IncomingCommands):
         self._destination.begin_recovery(listener)
         self._engine.start("destination", self._destination.recover)
 
-    def adopt_destination(
-        self, uri: str, capabilities: Capabilities, parameters: Parameters, fds: Sequence[Fd] = ()
-    ) -> Addresses:
+    def adopt_destination(self, uri: str, settings: Settings, fds: Sequence[Fd] = ()) -> Addresses:
         self._engine.take_over(Status.POSTCOPY_PAUSED)
         self._engine.populating = Populating(self._engine.guest(), self._engine.take_ram(), 0)
         listener = Listener(parse(received_uri(uri, fds)))
-        addresses = self._make(listener, capabilities, parameters)
+        addresses = self._make(listener, settings)
         self._destination.adopt()
         self._recover_at(listener)
         return addresses

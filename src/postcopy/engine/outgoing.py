@@ -9,7 +9,7 @@ from postcopy.guest import DeviceState
 from postcopy.link.protocol import EngineReports, OutgoingCommands
 from postcopy.link.values import Fd
 from postcopy.machine import sections
-from postcopy.parameters import Capabilities, Capability, Parameters
+from postcopy.parameters import Capabilities, Capability, Settings
 from postcopy.snapshot.background import BackgroundSnapshot
 from postcopy.source.source import MigrationOptions, Source
 from postcopy.status import Status
@@ -25,40 +25,36 @@ class Outgoing(OutgoingCommands):
         self._resume_at = ""
         self._cancelled = False  # which may be said before there is anything to cancel
 
-    def start_source(
-        self, uri: str, capabilities: Capabilities, parameters: Parameters, fds: Sequence[Fd] = ()
-    ) -> None:
-        if capabilities.enabled(Capability.BACKGROUND_SNAPSHOT):
-            snapshot = self._make_snapshot(received_uri(uri, fds), capabilities, parameters)
+    def start_source(self, uri: str, settings: Settings, fds: Sequence[Fd] = ()) -> None:
+        if settings.enabled(Capability.BACKGROUND_SNAPSHOT):
+            snapshot = self._make_snapshot(received_uri(uri, fds), settings)
             self._engine.set_job(snapshot)
             self._engine.on_exit = snapshot.leave
             run = snapshot.run
         else:
-            self._make_source(received_uri(uri, fds), capabilities, parameters)
+            self._make_source(received_uri(uri, fds), settings)
             run = self._source.run
         if self._cancelled:
             self.cancel()
         self._engine.start("source", run)
 
-    def _make_snapshot(
-        self, uri: str, capabilities: Capabilities, parameters: Parameters
-    ) -> BackgroundSnapshot:
+    def _make_snapshot(self, uri: str, settings: Settings) -> BackgroundSnapshot:
         return BackgroundSnapshot(
             self._engine.guest(),
             uri,
-            capabilities,
-            parameters,
+            settings.capabilities,
+            settings.parameters,
             self._engine.progress,
-            self._describing(capabilities),
+            self._describing(settings.capabilities),
         )
 
-    def _make_source(self, uri: str, capabilities: Capabilities, parameters: Parameters) -> None:
+    def _make_source(self, uri: str, settings: Settings) -> None:
         source = Source(
             self._engine.guest(),
-            MigrationOptions(uri, capabilities),
-            parameters,
+            MigrationOptions(uri, settings.capabilities),
+            settings.parameters,
             self._engine.progress,
-            self._describing(capabilities),
+            self._describing(settings.capabilities),
             lambda number: self._engine.link.note(EngineReports.passed, number),
         )
         self._engine.set_job(source)
@@ -73,9 +69,9 @@ class Outgoing(OutgoingCommands):
     def go_on(self) -> None:
         self._engine.start("source", lambda: self._source.recover(self._resume_at))
 
-    def adopt_source(self, capabilities: Capabilities, parameters: Parameters) -> None:
+    def adopt_source(self, settings: Settings) -> None:
         self._engine.take_over(Status.POSTCOPY_PAUSED)
-        self._make_source("", capabilities, parameters)
+        self._make_source("", settings)
         self._source.adopt()
 
     def _describing(self, capabilities: Capabilities) -> Callable[[Sequence[DeviceState]], str]:

@@ -22,7 +22,7 @@ from postcopy.guest import (
 )
 from postcopy.link.values import Codec, Fd
 from postcopy.ownership import Move
-from postcopy.parameters import Capabilities, Capability, Parameters
+from postcopy.parameters import Capabilities, Capability, Parameters, Settings
 from postcopy.restore_options import RestoreOptions
 from postcopy.statistics import Measured, MigrationInfo, RamStatistics
 from postcopy.status import Status
@@ -124,9 +124,7 @@ class OutgoingCommands(Protocol):
     ``fds`` is the descriptor that the address means, if it means one.
     """
 
-    def start_source(
-        self, uri: str, capabilities: Capabilities, parameters: Parameters, fds: Sequence[Fd] = ()
-    ) -> None:
+    def start_source(self, uri: str, settings: Settings, fds: Sequence[Fd] = ()) -> None:
         """Begin to send the guest, or to write the image of it."""
 
     def resume_source(self, uri: str, fds: Sequence[Fd] = ()) -> None:
@@ -136,7 +134,7 @@ class OutgoingCommands(Protocol):
     def go_on(self) -> None:
         """Go on with the postcopy that :meth:`resume_source` has prepared."""
 
-    def adopt_source(self, capabilities: Capabilities, parameters: Parameters) -> None:
+    def adopt_source(self, settings: Settings) -> None:
         """Stand in for an engine that has died after switchover."""
 
     # Orders of a user come at any time: one that means nothing to the job does no harm.
@@ -166,9 +164,7 @@ class IncomingCommands(Protocol):
     def prepare_destination(self) -> None:
         """Have memory ready before anything is sent."""
 
-    def listen(
-        self, uri: str, capabilities: Capabilities, parameters: Parameters, fds: Sequence[Fd] = ()
-    ) -> Addresses:
+    def listen(self, uri: str, settings: Settings, fds: Sequence[Fd] = ()) -> Addresses:
         """Wait for a source; return where."""
 
     @note
@@ -178,9 +174,7 @@ class IncomingCommands(Protocol):
     def recover_destination(self, uri: str, fds: Sequence[Fd] = ()) -> Addresses:
         """Listen anew for the source of a paused postcopy."""
 
-    def adopt_destination(
-        self, uri: str, capabilities: Capabilities, parameters: Parameters, fds: Sequence[Fd] = ()
-    ) -> Addresses:
+    def adopt_destination(self, uri: str, settings: Settings, fds: Sequence[Fd] = ()) -> Addresses:
         """Stand in for an engine that has died while the guest ran; wait where it was reached."""
 
 
@@ -272,6 +266,7 @@ CODEC: Final = Codec(
         RamStatistics,
         Region,
         RestoreOptions,
+        Settings,
         Status,
         VcpuThread,
     )

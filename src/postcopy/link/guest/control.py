@@ -4,7 +4,7 @@ It checks what may be asked when, and hands each order to the job that it is abo
 :mod:`postcopy.link.guest.job`.  What an engine says, and its end, go to the job that it works for.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 from postcopy.channel.address import parse
@@ -14,17 +14,23 @@ from postcopy.events import EventBus
 from postcopy.link.guest.engine_process import EngineProcess
 from postcopy.link.guest.engine_slot import EnginePool, EngineSlot
 from postcopy.link.guest.incoming import IncomingJob, IncomingMigration
-from postcopy.link.guest.job import Job, MigrationState, refuse_busy
+from postcopy.link.guest.job import Job, MigrationState, check_host, refuse_busy
 from postcopy.link.guest.keeper import GuestKeeper, OwnedGuest
 from postcopy.link.guest.outgoing import OutgoingMigration, check_movable, outgoing
 from postcopy.link.guest.resetting import Resetting
 from postcopy.link.guest.restoring import IncomingRestore
-from postcopy.link.guest.settings import Settings, change_all
 from postcopy.link.guest.watchdog import HANG_LOOKS
 from postcopy.link.protocol import EngineReports, IncomingCommands, JobCommands, OutgoingCommands
 from postcopy.link.rpc import Handler, Link, handlers
 from postcopy.ownership import Move
-from postcopy.parameters import NO_OVERRIDES, Capabilities, Capability, Overrides, Parameters
+from postcopy.parameters import (
+    NO_OVERRIDES,
+    Capabilities,
+    Capability,
+    Overrides,
+    Parameters,
+    Settings,
+)
 from postcopy.restore_options import RestoreOptions
 from postcopy.statistics import MigrationInfo
 from postcopy.status import Progress, Status
@@ -120,15 +126,13 @@ class MigrationControl:
             if job.busy and not (waits or job is state.restore):
                 refuse_busy()
             started = state.listening and state.restore is None
-            change_all(
-                (job, self) if job.busy else (self,),
-                lambda settings: settings.switched(
-                    changes,
-                    awaits=state.awaits,
-                    incoming_started=started,
-                    running=self._guest.running,
-                ),
-            )
+
+            def switched(before: Settings) -> Settings:
+                changed = before.capabilities.with_changes(changes, incoming_started=started)
+                check_host(changed, awaits=state.awaits, running=self._guest.running)
+                return Settings(changed, before.parameters)
+
+            _change_all([job, self] if job.busy else [self], switched)
             if state.listening:
                 # A note, not a call: the engine may have something to tell that needs this lock.
                 self._engines.tell(JobCommands.set_capabilities, job.settings.capabilities)
@@ -138,7 +142,7 @@ class MigrationControl:
             self._check_not_expecting()
             shown, work = self._state.shown, self._state.work
             jobs = [job for job in {shown, work} if job.busy]
-            change_all((self, *jobs), lambda settings: settings.set(changes))
+            _change_all([self, *jobs], lambda before: before.overridden(Overrides({}, changes)))
             if work.busy:
                 self._engines.tell(JobCommands.set_parameters, work.settings.parameters)
 
@@ -157,9 +161,7 @@ class MigrationControl:
         with descriptors_for(parse(uri), Use.SEND) as fds:  # refused before anything moves
             with self._lock:
                 self._check_can_start()
-                running = self._guest.running
-                settings = self.settings.for_migrate(overrides, parse(uri), running=running)
-                job = outgoing(self._state, settings, uri)
+                job = outgoing(self._state, self.settings, overrides, uri)
                 self._state.ownership.ordered(job.order, "outgoing", uri)
                 self._state.shown = job
                 link = job.prepare(fds)
@@ -206,10 +208,12 @@ class MigrationControl:
     def incoming(
         self, uri: str, *, exit_on_error: bool = True, overrides: Overrides = NO_OVERRIDES
     ) -> None:
-        address = parse(uri)
+        parse(uri)  # refused before anything is done
         with self._expecting(exit_on_error, "migrate-incoming", uri) as link:
-            settings = self.settings.for_incoming(overrides, address)
-            self._begin(IncomingMigration(self._state, settings, uri), link)
+            job = IncomingMigration(self._state, self.settings.overridden(overrides), uri)
+            check_host(job.settings.capabilities, awaits=True, running=False)
+            job.check_address(uri)
+            self._begin(job, link)
 
     def restore(self, options: RestoreOptions, *, exit_on_error: bool = True) -> None:
         with self._expecting(exit_on_error, "restore", options.path) as link:
@@ -347,3 +351,15 @@ class _Reports(EngineReports):
     def progressed(self) -> None:
         if self._state.restore is not None:
             self._state.restore.supervisor.worked()
+
+
+def _change_all(
+    owners: Sequence[Job | MigrationControl], change: Callable[[Settings], Settings]
+) -> None:
+    """Change the settings of several owners, all of them or none.
+
+    :raises PostcopyError: what ``change`` raises.
+    """
+    changed = [change(owner.settings) for owner in owners]
+    for owner, settings in zip(owners, changed, strict=True):
+        owner.settings = settings

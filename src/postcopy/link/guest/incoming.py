@@ -23,11 +23,11 @@ from postcopy.link.guest.engine_process import EngineProcess
 from postcopy.link.guest.engine_slot import AHEAD_S
 from postcopy.link.guest.job import Job, MigrationState
 from postcopy.link.guest.keeper import OwnedGuest
-from postcopy.link.guest.settings import Settings, check_transport
 from postcopy.link.protocol import IncomingCommands, JobCommands
 from postcopy.link.rpc import Link
 from postcopy.link.values import sent
 from postcopy.ownership import Move
+from postcopy.parameters import Settings
 from postcopy.statistics import MigrationInfo
 from postcopy.status import AFTER_SWITCHOVER, Status
 
@@ -253,11 +253,8 @@ class IncomingMigration(IncomingJob):
         self._uri = uri
 
     def prepare(self, link: Link) -> None:
-        settings, order = self.settings, IncomingCommands.listen
         with descriptors_for(parse(self._uri), Use.RECEIVE) as fds:
-            found = link.call(
-                order, self._uri, settings.capabilities, settings.parameters, sent(fds)
-            )
+            found = link.call(IncomingCommands.listen, self._uri, self.settings, sent(fds))
         self._listens(self._uri, found)
 
     def start(self, link: Link) -> None:
@@ -285,10 +282,8 @@ class IncomingMigration(IncomingJob):
 
     def _adopt(self, uri: str, fds: Sequence[int] = ()) -> None:
         """It listens at once, and serves again when the source has come back."""
-        settings, order = self.settings, IncomingCommands.adopt_destination
-        _, addresses = self.state.engines.adopt(
-            order, uri, settings.capabilities, settings.parameters, sent(fds)
-        )
+        order = IncomingCommands.adopt_destination
+        _, addresses = self.state.engines.adopt(order, uri, self.settings, sent(fds))
         self.tell_parameters()
         self.addresses = tuple(addresses)
 
@@ -298,7 +293,7 @@ class IncomingMigration(IncomingJob):
             self.error = f"{self.error}; no successor could listen: {error}"
 
     def check_recovery(self, uri: str) -> None:
-        check_transport(parse(uri), self.settings.capabilities, Use.RECEIVE)
+        self.check_address(uri)
 
     def recover_at(self, uri: str) -> None:
         with descriptors_for(parse(uri), Use.RECEIVE) as fds, self.supervisor.lock:

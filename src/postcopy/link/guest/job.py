@@ -10,15 +10,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from postcopy.errors import EngineDied, PostcopyError, Reason, WrongState
+from postcopy.abi.userfaultfd import Feature
+from postcopy.channel.address import Address, FdAddress, FileAddress, TcpAddress, UnixAddress, parse
+from postcopy.channel.descriptor_check import Use, can_answer, check_descriptor
+from postcopy.errors import EngineDied, HostCannot, PostcopyError, Reason, Refused, WrongState
+from postcopy.kernel.userfaultfd import MISSING_FEATURES, SNAPSHOT_FEATURES, Userfaultfd
 from postcopy.link.guest.background_order import BackgroundOrder
 from postcopy.link.guest.engine_process import EngineProcess
 from postcopy.link.guest.engine_slot import AHEAD_S, EngineSlot
 from postcopy.link.guest.keeper import GuestKeeper, OwnedGuest
-from postcopy.link.guest.settings import Settings
 from postcopy.link.protocol import JobCommands
 from postcopy.ownership import Move, Owner, Ownership
-from postcopy.parameters import Overrides
+from postcopy.parameters import Capabilities, Capability, Overrides, Settings
 from postcopy.statistics import MigrationInfo
 from postcopy.status import ENDED, GIVEN_UP, Progress, Status
 
@@ -128,6 +131,32 @@ class Job:
     def busy(self) -> bool:
         """Whether it goes on still."""
         return self.status not in ENDED
+
+    def check_address(self, uri: str) -> None:
+        """Refuse an address that cannot do what the capabilities need.
+
+        Two connections come where it can be reached more than once; pages have places in a file only; and
+        what answers is a socket or a command.  See ``docs/transports.md``.
+
+        :raises Refused: in QEMU's words, where QEMU does not find it out half-way.
+        """
+        address, settings = parse(uri), self.settings
+        if settings.enabled(Capability.MAPPED_RAM) and not isinstance(address, FileAddress):
+            raise Refused("Migration requires seekable transport (e.g. file)")
+        if settings.enabled(Capability.POSTCOPY_PREEMPT) and not isinstance(
+            address, TcpAddress | UnixAddress
+        ):
+            raise Refused("Migration requires multi-channel URIs (e.g. tcp)")
+        if isinstance(address, FdAddress):
+            check_descriptor(address.number, Use.RECEIVE if self.incoming else Use.SEND)
+        if self.incoming or _answers(address):
+            return
+        if settings.enabled(Capability.POSTCOPY_RAM):
+            raise Refused(f"postcopy needs a channel that answers, which {address} does not")
+        if settings.enabled(Capability.RETURN_PATH):
+            raise Refused(
+                f"return-path needs a channel that answers, which {address} does not; switch it off"
+            )
 
     # --- its figures
 
@@ -326,3 +355,29 @@ def refuse_busy() -> NoReturn:
     :raises WrongState: always.
     """
     raise WrongState("There's a migration process in progress", Reason.BUSY)
+
+
+def check_host(capabilities: Capabilities, *, awaits: bool, running: bool) -> None:
+    """Refuse capabilities that this host cannot do, in QEMU's words and before anything moves.
+
+    :param awaits: a guest is to come here.
+    :param running: the guest runs, and writes to its memory while it is saved.
+    :raises HostCannot: there is no userfaultfd for it.
+    """
+    if awaits and capabilities.enabled(Capability.POSTCOPY_RAM):
+        _check_userfaultfd(MISSING_FEATURES, "Postcopy is not supported")
+    if running and capabilities.enabled(Capability.BACKGROUND_SNAPSHOT):
+        _check_userfaultfd(SNAPSHOT_FEATURES, "Background-snapshot is not supported by host kernel")
+
+
+def _check_userfaultfd(features: Feature, what: str) -> None:
+    try:
+        Userfaultfd.open(features).close()
+    except HostCannot as error:
+        raise error.because(what) from error
+
+
+def _answers(address: Address) -> bool:
+    if isinstance(address, FdAddress):
+        return can_answer(address.number)
+    return not isinstance(address, FileAddress)

@@ -6,26 +6,27 @@ again when the order is given up.
 """
 
 import os
+import socket
+import stat
 import threading
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
-from postcopy.channel.address import parse
+from postcopy.channel.address import FdAddress, TcpAddress, UnixAddress, parse
 from postcopy.channel.descriptor_check import Use, descriptors_for
 from postcopy.channel.partial_file import remove_partial
 from postcopy.errors import EngineDied, HostCannot, PostcopyError, Refused, WrongState
 from postcopy.kernel import threads
 from postcopy.kernel.calls import close_all, open_all
 from postcopy.link.guest.engine_process import EngineProcess
-from postcopy.link.guest.job import Job, MigrationState
+from postcopy.link.guest.job import Job, MigrationState, check_host
 from postcopy.link.guest.keeper import GuestKeeper, OwnedGuest
 from postcopy.link.guest.restoring import IncomingRestore
-from postcopy.link.guest.settings import Settings, check_transport
 from postcopy.link.protocol import JobCommands, OutgoingCommands
 from postcopy.link.rpc import Link
 from postcopy.link.values import sent
 from postcopy.ownership import Move, Owner
-from postcopy.parameters import Capability, Overrides
+from postcopy.parameters import Capability, Overrides, Settings
 from postcopy.statistics import Measured, MigrationInfo
 from postcopy.status import ENDED, GIVEN_UP, Status
 
@@ -82,9 +83,8 @@ class OutgoingJob(Job):
         :raises PostcopyError: it cannot, and the job has failed; silently nothing when it has died:
             the end of the link has been dealt with, as the status says.
         """
-        settings, order = self.settings, OutgoingCommands.start_source
         try:
-            link.call(order, self._uri, settings.capabilities, settings.parameters, sent(fds))
+            link.call(OutgoingCommands.start_source, self._uri, self.settings, sent(fds))
         except EngineDied:
             link.wait_over()
         except PostcopyError as error:
@@ -250,7 +250,7 @@ class OutgoingMigration(OutgoingJob):
                 "'resume' goes on with what the migration began with; leave x-capabilities and "
                 "x-parameters out ('migrate-set-parameters' reaches a paused migration)"
             )
-        check_transport(parse(uri), self.settings.capabilities, Use.SEND)
+        self.check_address(uri)
         ownership = self.state.ownership
         with self._resuming:
             if self.status is not Status.POSTCOPY_PAUSED:
@@ -272,8 +272,7 @@ class OutgoingMigration(OutgoingJob):
             except EngineDied:
                 # Nothing has been said to the destination: that comes with the order below.
                 self.check_paused()
-                settings, order = self.settings, OutgoingCommands.adopt_source
-                engines.adopt(order, settings.capabilities, settings.parameters)
+                engines.adopt(OutgoingCommands.adopt_source, self.settings)
                 self._begin_recovery(uri, fds)
         engines.tell(OutgoingCommands.go_on)
 
@@ -317,10 +316,52 @@ def check_movable(guest: OwnedGuest, keeper: GuestKeeper) -> None:
         )
 
 
-def outgoing(state: MigrationState, settings: Settings, uri: str) -> OutgoingJob:
-    """What an order to send the guest begins with these settings."""
+def outgoing(
+    state: MigrationState, settings: Settings, overrides: Overrides, uri: str
+) -> OutgoingJob:
+    """What an order to send the guest begins; what it cannot do is refused before anything moves.
+
+    :param settings: what is set in this process; ``overrides`` are the order's own.
+    :raises Refused: they do not go together, or not with the address; or a snapshot would go to what may
+        run it, and the order does not say that it is one.
+    :raises HostCannot: this host cannot do it.
+    """
+    settings = settings.overridden(overrides)
     is_snapshot = settings.enabled(Capability.BACKGROUND_SNAPSHOT)
-    return (OutgoingSnapshot if is_snapshot else OutgoingMigration)(state, settings, uri)
+    job = (OutgoingSnapshot if is_snapshot else OutgoingMigration)(state, settings, uri)
+    job.check_address(uri)
+    check_host(settings.capabilities, awaits=False, running=state.guest.running)
+    if is_snapshot and not overrides.capabilities.get(Capability.BACKGROUND_SNAPSHOT):
+        _check_sink(uri)
+    return job
+
+
+def _check_sink(uri: str) -> None:
+    """Refuse a background snapshot to what may be another machine: its guest would run twice.
+
+    QEMU sends it, and its destination runs the guest.
+
+    :raises Refused: something listens there.
+    """
+    address = parse(uri)
+    if isinstance(address, TcpAddress | UnixAddress) or (
+        isinstance(address, FdAddress) and _has_named_peer(address.number)
+    ):
+        raise Refused(
+            f"capability background-snapshot is on, so the guest would go on here, and what listens at "
+            f"{address} may run it too; switch it off to migrate, or order a snapshot (x-snapshot)"
+        )
+
+
+def _has_named_peer(fd: int) -> bool:
+    """Whether a descriptor is a socket whose other end was reached by its name."""
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        return False
+    with socket.socket(fileno=os.dup(fd)) as connection:
+        try:
+            return bool(connection.getpeername())
+        except OSError:
+            return False  # its peer has gone
 
 
 def _merged(measured: Measured | None, before: Measured | None) -> Measured | None:

@@ -13,10 +13,10 @@ from postcopy.errors import EngineDied, PostcopyError, WrongState
 from postcopy.link.guest.engine_process import EngineProcess
 from postcopy.link.guest.incoming import IncomingJob
 from postcopy.link.guest.job import MigrationState, refuse_busy
-from postcopy.link.guest.settings import Settings
 from postcopy.link.protocol import RestoreCommands
 from postcopy.link.rpc import Link
 from postcopy.ownership import Owner
+from postcopy.parameters import Settings
 from postcopy.restore_options import RestoreOptions
 from postcopy.status import ENDED, Status
 
