@@ -20,7 +20,7 @@ _HELP = {"-h", "--help"}
 _MODULES: Final = (
     "postcopy.monitor.backend",
     "postcopy.monitor.json_stream",
-    "postcopy.monitor.command",
+    "postcopy.monitor.argument_types",
     "postcopy.monitor.hmp_values",
     "postcopy.monitor.hmp",
     "postcopy.monitor.qmp_session",

@@ -6,7 +6,7 @@ from typing import Any
 
 from postcopy.channel.address import tcp_uri
 from postcopy.errors import Refused
-from postcopy.monitor.command import Struct, array, boolean, enumeration, size, string, union
+from postcopy.monitor.argument_types import Struct, array, boolean, enumeration, size, string, union
 
 _SOCKET: Mapping[str, Struct] = {
     "inet": Struct(

@@ -1,26 +1,20 @@
-"""The commands of both monitors, one table of them.
+"""The commands of both monitors, one table of them: QMP, HMP and ``help`` come from it.
 
 Names, arguments, their order and what HMP prints are QEMU's; ``x-`` are our own.
 ``docs/monitor.md`` is made from it.
 """
 
-import threading
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from postcopy.errors import Refused
-from postcopy.monitor import hmp_info, memory_dump, version
+from postcopy.monitor import hmp_info, hmp_values, memory_dump, version
 from postcopy.monitor.addresses import CHANNELS, uri_of_call
-from postcopy.monitor.backend import Backend
-from postcopy.monitor.command import (
+from postcopy.monitor.argument_types import (
+    NOTHING,
     Arguments,
     Check,
-    Command,
-    Context,
-    Flag,
-    Human,
-    Lines,
     Struct,
     anything,
     array,
@@ -29,9 +23,9 @@ from postcopy.monitor.command import (
     size,
     string,
 )
+from postcopy.monitor.backend import Backend
 from postcopy.monitor.hmp_arguments import (
     Argument,
-    DumpFormat,
     dump_format,
     number,
     rest_of_line,
@@ -39,16 +33,103 @@ from postcopy.monitor.hmp_arguments import (
     word,
     words,
 )
-from postcopy.monitor.hmp_values import parse_value
+from postcopy.monitor.hmp_info import Context, Lines
 from postcopy.parameters import Capability, Overrides, rules
 from postcopy.restore_options import RestoreOptions
 from postcopy.status import Status
 
-_POLL_SECONDS = 0.1
 _STATES = tuple(status.value for status in Status)
-_UNDER_WAY = frozenset(
-    {Status.SETUP, Status.ACTIVE, Status.DEVICE, Status.POSTCOPY_DEVICE, Status.CANCELLING}
-)
+
+
+def _silent(_context: Context, _answer: Any, _arguments: Arguments) -> Lines:
+    return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """``-LETTER`` in HMP.
+
+    :ivar members: the QMP arguments that it stands for.
+    """
+
+    letter: str
+    help: str
+    members: Arguments = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Human:
+    """A command's form in HMP.
+
+    :ivar name: where it is not QMP's with ``_`` for ``-``, or has aliases (after ``|``).
+    :ivar arguments: those of the line; a QMP argument unless ``members`` says otherwise.
+    :ivar always: QMP arguments that each line stands for.
+    :ivar members: the QMP arguments that a line's arguments stand for.
+    :ivar show: the lines it prints, of the command's answer and the line's arguments.
+    """
+
+    name: str = ""
+    arguments: Sequence[Argument] = ()
+    flags: Sequence[Flag] = ()
+    always: Arguments = field(default_factory=dict)
+    members: Callable[[Arguments], Arguments] | None = None
+    show: Callable[[Context, Any, Arguments], Lines] = _silent
+
+    def call(self, line: Arguments) -> Arguments:
+        """The QMP arguments for those of a line.
+
+        :raises Refused: a value makes no sense.
+        """
+        if self.members is not None:
+            return self.members(line)
+        given = {each.name: line[each.name] for each in self.arguments}
+        found = {**self.always, **{n: value for n, value in given.items() if value is not None}}
+        for flag in self.flags:
+            found |= flag.members if line[flag.letter] else {}
+        return found
+
+    @property
+    def usage(self) -> str:
+        """What stands behind the name: ``[-d] [-r] uri``."""
+        flags = (f"[-{flag.letter}]" for flag in self.flags)
+        return " ".join([*flags, *(each.shown or each.name for each in self.arguments)])
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command.
+
+    :ivar name: QMP's; empty when only HMP has it.
+    :ivar help: one line.
+    :ivar run: gets checked arguments and returns what stands after ``"return"``.
+    :ivar human: its form in HMP; None when only QMP has it.
+    :ivar out_of_band: ``exec-oob`` may run it while another command is being executed, so it must
+        not wait for anything.
+    :ivar in_background: or it may, for a bounded time: out of band a thread of its own runs it.
+    """
+
+    name: str
+    help: str
+    run: Callable[[Backend, Arguments], object] = lambda _backend, _arguments: None
+    arguments: Struct = NOTHING
+    human: Human | None = None
+    out_of_band: bool = False
+    in_background: bool = False
+
+    @property
+    def human_name(self) -> str:
+        """HMP's name, with its aliases after ``|``; ``info migrate`` for ``query-migrate``."""
+        name = (self.human and self.human.name) or self.name.replace("-", "_")
+        subject = name.removeprefix("query_")
+        return name if subject == name else f"info {subject}"
+
+    @property
+    def human_help(self) -> str:
+        """As ``help`` prints it."""
+        human = self.human or Human()
+        flags = "; ".join(f"-{flag.letter}: {flag.help}" for flag in human.flags)
+        more = f" ({flags})" if flags else ""
+        return f"{self.human_name} {human.usage} -- {self.help}{more}"
 
 
 def _migrate(backend: Backend, arguments: Arguments) -> None:
@@ -57,16 +138,6 @@ def _migrate(backend: Backend, arguments: Arguments) -> None:
         resume=arguments.get("resume", False),
         overrides=_overrides(arguments),
     )
-
-
-def _wait_for_the_end(context: Context, _: object, arguments: Arguments) -> Lines:
-    if arguments["d"] or not context.interactive:
-        return
-    pause = threading.Event()
-    while (info := context.backend.migration.info()).status in _UNDER_WAY:
-        pause.wait(_POLL_SECONDS)
-    if info.status is Status.FAILED and info.error_desc:
-        yield f"Error: {info.error_desc}"
 
 
 def _overrides(arguments: Arguments) -> Overrides:
@@ -102,36 +173,8 @@ def _restore(backend: Backend, arguments: Arguments) -> None:
     backend.migration.restore(options, exit_on_error=arguments.get("exit-on-error", True))
 
 
-def _show_reset_point(_context: Context, done: Mapping[str, Any], _: Arguments) -> Lines:
-    yield f"copied: {done['copied-bytes'] >> 10} kbytes, paused: {done['pause-us']} us"
-
-
-def _show_reset(_context: Context, done: Mapping[str, Any], _: Arguments) -> Lines:
-    yield f"pages: {done['pages']}, paused: {done['us']} us"
-
-
 def _set_capabilities(backend: Backend, arguments: Arguments) -> None:
     backend.migration.set_capabilities(_switched(arguments["capabilities"]))
-
-
-# QMP's checks have other words for an unknown name than HMP.
-def _known(names: Iterable[str], name: str) -> str:
-    if name not in names:
-        raise Refused(f"invalid parameter value: {name}")
-    return name
-
-
-def _state(line: Arguments) -> Arguments:
-    return {"state": _known(_STATES, line["state"])}
-
-
-def _capability(line: Arguments) -> Arguments:
-    return {"capabilities": [{**line, "capability": _known([*Capability], line["capability"])}]}
-
-
-def _parameter(line: Arguments) -> Arguments:
-    name = _known(rules(), line["parameter"])
-    return {name: parse_value(name, rules()[name], line["value"])}
 
 
 def _query_status(backend: Backend, _: Arguments) -> dict[str, Any]:
@@ -169,32 +212,6 @@ def _query_ramblock(backend: Backend, _: Arguments) -> dict[str, Any]:
     return {"human-readable-text": "".join(f"{line}\n" for line in lines)}
 
 
-def _gpa2hva(context: Context, _: object, arguments: Arguments) -> Lines:
-    address, machine = arguments["addr"], context.backend.machine
-    try:
-        host_address = machine.host_address(address)
-    except Refused:
-        yield f"No memory is mapped at address {address:#x}"
-        return
-    name = machine.block_at(address)
-    yield f"Host virtual address for {address:#x} ({name}) is {host_address:#x}"
-
-
-def _xp(context: Context, _: object, arguments: Arguments) -> Lines:
-    asked: DumpFormat = arguments["fmt"]
-    if (asked.form or context.dump_form) == "i":
-        raise Refused("format 'i' is not implemented: this monitor has no disassembler")
-    context.dump_form = asked.form or context.dump_form
-    context.dump_size_bytes = asked.size_bytes or context.dump_size_bytes
-    return memory_dump.dump(
-        context.backend.machine.read_physical,
-        arguments["addr"],
-        asked.count,
-        context.dump_form,
-        context.dump_size_bytes,
-    )
-
-
 _URI_OR_CHANNELS: dict[str, Check] = {"uri": string, "channels": CHANNELS}
 _CAPABILITIES = array(
     Struct(
@@ -225,7 +242,7 @@ TABLE = (
                 Flag("d", "do not wait for the end"),
                 Flag("r", "resume a paused postcopy", {"resume": True}),
             ),
-            show=_wait_for_the_end,
+            show=hmp_info.wait_for_the_end,
         ),
     ),
     Command(
@@ -262,11 +279,11 @@ TABLE = (
         "x-reset-point", "make this moment, or an image, the reset point",
         lambda b, a: b.migration.resetting.set_point(a.get("path")),
         Struct(optional={"path": string}),
-        Human(arguments=(Argument("path", words, "[path]"),), show=_show_reset_point),
+        Human(arguments=(Argument("path", words, "[path]"),), show=hmp_info.reset_point),
     ),
     Command(
         "x-reset", "take the guest back to its reset point",
-        lambda b, _: b.migration.resetting.reset(), human=Human(show=_show_reset),
+        lambda b, _: b.migration.resetting.reset(), human=Human(show=hmp_info.reset),
     ),
     Command(
         "x-reset-end", "give the reset point up",
@@ -284,7 +301,7 @@ TABLE = (
         "migrate-continue", "go on from the status STATE",
         lambda b, a: b.migration.continue_(Status(a["state"])),
         Struct({"state": enumeration(*_STATES, name="MigrationStatus")}),
-        Human(arguments=(Argument("state", word),), members=_state),
+        Human(arguments=(Argument("state", word),), members=hmp_values.state),
     ),
     Command(
         "migrate-pause", "pause a postcopy",
@@ -310,7 +327,7 @@ TABLE = (
         Struct({"capabilities": _CAPABILITIES}),
         Human(
             "migrate_set_capability",
-            (Argument("capability", word), Argument("state", switch)), members=_capability,
+            (Argument("capability", word), Argument("state", switch)), members=hmp_values.capability,
         ),
     ),
     Command(
@@ -322,7 +339,7 @@ TABLE = (
         lambda b, a: b.migration.set_parameters(a), _PARAMETERS,
         Human(
             "migrate_set_parameter",
-            (Argument("parameter", word), Argument("value", rest_of_line)), members=_parameter,
+            (Argument("parameter", word), Argument("value", rest_of_line)), members=hmp_values.parameter,
         ),
     ),
     Command(
@@ -364,11 +381,11 @@ TABLE = (
     ),
     Command(
         "", "tell where this process has a guest physical address",
-        human=Human("gpa2hva", (_ADDRESS,), show=_gpa2hva),
+        human=Human("gpa2hva", (_ADDRESS,), show=hmp_info.gpa2hva),
     ),
     Command(
         "", "show guest physical memory at ADDR",
-        human=Human("xp", (Argument("fmt", dump_format, "/fmt"), _ADDRESS), show=_xp),
+        human=Human("xp", (Argument("fmt", dump_format, "/fmt"), _ADDRESS), show=hmp_info.xp),
     ),
 )  # fmt: skip
 """All but those about the monitors themselves, which each has of its own."""

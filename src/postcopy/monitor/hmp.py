@@ -3,10 +3,11 @@
 import logging
 
 from postcopy.errors import PostcopyError
+from postcopy.monitor.argument_types import Arguments
 from postcopy.monitor.backend import Backend
-from postcopy.monitor.command import Arguments, Command, Context, Human, Lines
-from postcopy.monitor.commands import TABLE
+from postcopy.monitor.commands import TABLE, Command, Human
 from postcopy.monitor.hmp_arguments import Argument, BadUsage, parse, words
+from postcopy.monitor.hmp_info import Context, Lines
 
 MOST_CHARACTERS = 1 << 16
 """A longer line is refused: no command needs one, and what reads them looks at each character often."""

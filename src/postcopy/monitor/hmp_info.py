@@ -1,12 +1,24 @@
-"""What HMP's ``info`` prints of the answers of QMP's queries; the lines and their order are QEMU's."""
+"""What HMP prints: of the answers of QMP's queries, and of guest memory; lines and order are QEMU's."""
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from postcopy.errors import Refused
 from postcopy.guest import Region
+from postcopy.monitor import memory_dump
 from postcopy.monitor.addresses import uri_of_socket_address
-from postcopy.monitor.command import Arguments, Context, Lines
+from postcopy.monitor.argument_types import Arguments
+from postcopy.monitor.backend import Backend
+from postcopy.monitor.hmp_arguments import DumpFormat
 from postcopy.parameters import rules
+from postcopy.status import Status
+
+_POLL_SECONDS = 0.1
+_UNDER_WAY = frozenset(
+    {Status.SETUP, Status.ACTIVE, Status.DEVICE, Status.POSTCOPY_DEVICE, Status.CANCELLING}
+)
 
 _GLOBALS = (
     "Globals:",
@@ -38,6 +50,19 @@ _POSTCOPY = (
     ("postcopy-vcpu-latency", "Postcopy vCPU Latencies (ns):\n {}"),
 )
 _UNITS = ("", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei")
+
+
+Lines = Iterable[str]
+
+
+@dataclass(slots=True)
+class Context:
+    """One user of HMP: what its commands work on, and what ``xp`` remembers from one call to the next."""
+
+    backend: Backend
+    interactive: bool
+    dump_form: str = "x"
+    dump_size_bytes: int = 4
 
 
 def size(n_bytes: int) -> str:
@@ -193,3 +218,52 @@ def version(_context: Context, found: Mapping[str, Any], _arguments: Arguments) 
 
 def _on_off(value: object) -> object:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+def wait_for_the_end(context: Context, _: object, arguments: Arguments) -> Lines:
+    """Wait for the end of a migration, unless ``-d`` was given; the line of its error."""
+    if arguments["d"] or not context.interactive:
+        return
+    pause = threading.Event()
+    while (info := context.backend.migration.info()).status in _UNDER_WAY:
+        pause.wait(_POLL_SECONDS)
+    if info.status is Status.FAILED and info.error_desc:
+        yield f"Error: {info.error_desc}"
+
+
+def reset_point(_context: Context, done: Mapping[str, Any], _: Arguments) -> Lines:
+    """The line of ``x_reset_point``."""
+    yield f"copied: {done['copied-bytes'] >> 10} kbytes, paused: {done['pause-us']} us"
+
+
+def reset(_context: Context, done: Mapping[str, Any], _: Arguments) -> Lines:
+    """The line of ``x_reset``."""
+    yield f"pages: {done['pages']}, paused: {done['us']} us"
+
+
+def gpa2hva(context: Context, _: object, arguments: Arguments) -> Lines:
+    """The line of ``gpa2hva``."""
+    address, machine = arguments["addr"], context.backend.machine
+    try:
+        host_address = machine.host_address(address)
+    except Refused:
+        yield f"No memory is mapped at address {address:#x}"
+        return
+    name = machine.block_at(address)
+    yield f"Host virtual address for {address:#x} ({name}) is {host_address:#x}"
+
+
+def xp(context: Context, _: object, arguments: Arguments) -> Lines:
+    """The lines of ``xp``; it goes on in the form of the last time."""
+    asked: DumpFormat = arguments["fmt"]
+    if (asked.form or context.dump_form) == "i":
+        raise Refused("format 'i' is not implemented: this monitor has no disassembler")
+    context.dump_form = asked.form or context.dump_form
+    context.dump_size_bytes = asked.size_bytes or context.dump_size_bytes
+    return memory_dump.dump(
+        context.backend.machine.read_physical,
+        arguments["addr"],
+        asked.count,
+        context.dump_form,
+        context.dump_size_bytes,
+    )

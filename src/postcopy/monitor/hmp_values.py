@@ -2,10 +2,14 @@
 
 import re
 import shlex
+from collections.abc import Iterable
 
 from postcopy.errors import Refused
+from postcopy.monitor.argument_types import Arguments
 from postcopy.parameter_rules import Kind, Rule
+from postcopy.parameters import Capability, rules
 from postcopy.sizes import MOST_DIGITS, OutOfRange, parse_size
+from postcopy.status import Status
 
 _INTEGER = re.compile(r"\s*(?P<sign>[-+]?)(?:(?P<hex>0[xX][0-9a-fA-F]+)|(?P<digits>[0-9]+))")
 _SIZE_HINT = (
@@ -63,3 +67,26 @@ def _integer(name: str, text: str) -> int:
     if value >= 2**64 or found is None:
         raise Refused(f"Parameter '{name}' expects uint64")
     return -value if found["sign"] == "-" else value
+
+
+# QMP's checks have other words for an unknown name than HMP.
+def _known(names: Iterable[str], name: str) -> str:
+    if name not in names:
+        raise Refused(f"invalid parameter value: {name}")
+    return name
+
+
+def state(line: Arguments) -> Arguments:
+    """The QMP arguments of ``migrate_continue``."""
+    return {"state": _known([each.value for each in Status], line["state"])}
+
+
+def capability(line: Arguments) -> Arguments:
+    """The QMP arguments of ``migrate_set_capability``."""
+    return {"capabilities": [{**line, "capability": _known([*Capability], line["capability"])}]}
+
+
+def parameter(line: Arguments) -> Arguments:
+    """The QMP arguments of ``migrate_set_parameter``."""
+    name = _known(rules(), line["parameter"])
+    return {name: parse_value(name, rules()[name], line["value"])}

@@ -22,9 +22,9 @@ from postcopy.errors import HostCannot, PostcopyError, Reason, Refused
 from postcopy.events import Event
 from postcopy.kernel import threads
 from postcopy.monitor import version
+from postcopy.monitor.argument_types import Arguments, Struct, array, enumeration, integer, string
 from postcopy.monitor.backend import Backend
-from postcopy.monitor.command import Arguments, Command, Struct, array, enumeration, integer, string
-from postcopy.monitor.commands import TABLE
+from postcopy.monitor.commands import TABLE, Command
 from postcopy.monitor.hmp import Hmp
 from postcopy.monitor.json_stream import JsonError, JsonStream
 
