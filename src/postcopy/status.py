@@ -93,11 +93,6 @@ GIVEN_UP = AFTER_SWITCHOVER | {S.POSTCOPY_DEVICE}
 """A source that sends by postcopy has given the guest up; its destination need not own it yet."""
 
 
-def has_switched_over(status: Status, *, incoming: bool) -> bool:
-    """Whether this side of a postcopy must be recovered, not begun anew, should its engine die."""
-    return status in (AFTER_SWITCHOVER if incoming else GIVEN_UP)
-
-
 class Progress:
     """The one status of one side of a migration, shared by its threads.
 

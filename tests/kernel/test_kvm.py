@@ -53,8 +53,7 @@ def test_state_reads_back(vcpu):
             assert bytes(getattr(vcpu, f"get_{name}")()) == bytes(state)
 
 
-def test_msrs_that_are_refused_are_named(kvm, vcpu):
-    assert SYSENTER_CS in kvm.msr_indices()
+def test_msrs_that_are_refused_are_named(vcpu):
     assert vcpu.set_msrs({STAR: 7, NO_SUCH_MSR: 1, SYSENTER_CS: 9}) == (NO_SUCH_MSR,)
     assert vcpu.get_msrs((STAR, NO_SUCH_MSR, SYSENTER_CS)) == {STAR: 7, SYSENTER_CS: 9}
     assert ctypes.sizeof(kvm_msrs) == 8

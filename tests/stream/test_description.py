@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from fakes.streams import device
 from postcopy.errors import StreamError
 from postcopy.stream.configuration import encode_configuration
 from postcopy.stream.description import (
@@ -12,19 +11,18 @@ from postcopy.stream.description import (
     build_description,
     described_bytes,
     parse_description,
-    plain_device,
-    split_sections,
 )
-from postcopy.stream.encoder import device_section
-from postcopy.stream.records import Configuration, DeviceSection
+from postcopy.stream.records import Configuration
 
-SECTIONS = [device(b"abc", 3), DeviceSection(0, "apic", 1, 3, b"")]
-RAW = b"".join(map(device_section, SECTIONS))
-PARSED = parse_description(build_description(Configuration("none"), map(plain_device, SECTIONS)))
+DEVICES = [
+    {"name": "timer", "instance_id": 0, "version": 2, "fields": [{"name": "data", "size": 4}]},
+    {"name": "apic", "instance_id": 1, "version": 3, "fields": []},
+]
+PARSED = parse_description(build_description(Configuration("none"), DEVICES))
 
 
-def test_what_is_built_cuts_what_is_written():
-    assert split_sections(RAW, PARSED) == SECTIONS
+def test_what_is_built_can_be_read():
+    assert PARSED["devices"] == DEVICES
     assert PARSED["page_size"] == 4096
     assert [field["size"] for field in PARSED["configuration"]["fields"]] == [4, 4]
 
@@ -77,17 +75,6 @@ def test_too_deep():
 def test_device_without_identity(entry):
     with pytest.raises(StreamError):
         parse_description(json.dumps({"devices": [entry]}))
-
-
-def test_bytes_that_are_not_as_described():
-    for raw, text in (
-        (RAW[:-1], "is cut short"),
-        (RAW + b"x", "1 bytes behind the last described section"),
-        (b"\1" + RAW[1:], "expected section"),
-        (RAW[:22] + b"x" + RAW[22:], "Missing section footer for timer"),
-    ):
-        with pytest.raises(StreamError, match=text):
-            split_sections(raw, PARSED)
 
 
 def test_the_capabilities_of_the_configuration_are_described():

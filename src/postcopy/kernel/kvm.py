@@ -44,10 +44,6 @@ class _Cpuid(abi.kvm_cpuid2):
     _fields_: ClassVar = [("entries", abi.kvm_cpuid_entry2 * _MOST_CPUID_ENTRIES)]
 
 
-class _MsrList(abi.kvm_msr_list):
-    _fields_: ClassVar = [("indices", ctypes.c_uint32 * _MOST_MSRS)]
-
-
 class _Msrs(abi.kvm_msrs):
     _fields_: ClassVar = [("entries", abi.kvm_msr_entry * _MOST_MSRS)]
 
@@ -89,12 +85,6 @@ class Kvm:
         answer = _Cpuid(nent=_MOST_CPUID_ENTRIES)
         calls.ioctl(self._fd, abi.KVM_GET_SUPPORTED_CPUID, answer)
         return list(answer.entries[: answer.nent])
-
-    def msr_indices(self) -> tuple[int, ...]:
-        """The model specific registers that this host can save."""
-        answer = _MsrList(nmsrs=_MOST_MSRS)
-        calls.ioctl(self._fd, abi.KVM_GET_MSR_INDEX_LIST, answer)
-        return tuple(answer.indices[: answer.nmsrs])
 
     def create_vm(self) -> "KvmVm":
         """A new guest: no memory, no vCPU, no interrupt controller."""

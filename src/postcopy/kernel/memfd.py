@@ -87,14 +87,6 @@ def empty(fd: int, offset: int, length_bytes: int) -> None:
         punch_hole(fd, offset, length_bytes)
 
 
-def allocate(fd: int, offset: int, length_bytes: int) -> None:
-    """Fill holes with zero pages now, so that no thread waits for them later.
-
-    :raises KernelError: ``ENOSPC`` or ``ENOMEM`` if the host has not so much memory.
-    """
-    calls.fallocate(fd, linux.FALLOC_FL_KEEP_SIZE, offset, length_bytes)
-
-
 def data_ranges(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
     """Find the parts of ``[start, end)`` that have memory (or swap) behind them; holes are zeros.
 

@@ -7,14 +7,13 @@ Source: QEMU's ``migration/savevm.c`` and ``scripts/analyze-migration.py``; ``wi
 """
 
 import json
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 from postcopy.errors import StreamError
 from postcopy.stream.configuration import CAPABILITIES, encode_name
-from postcopy.stream.file_records import Configuration, DeviceSection
-from postcopy.stream.numbers import TARGET_PAGE_BYTES, SectionType
+from postcopy.stream.file_records import Configuration
+from postcopy.stream.numbers import TARGET_PAGE_BYTES
 
 Device: TypeAlias = Mapping[str, Any]
 """One device of a description: ``name``, ``instance_id``, ``fields``, and so on."""
@@ -59,18 +58,6 @@ def _describe_configuration(configuration: Configuration) -> dict[str, Any]:
             {"vmsd_name": CAPABILITIES, "version": 1, "fields": [counted, *names]}
         ]
     return described
-
-
-def plain_device(section: DeviceSection) -> Device:
-    """Describe a section whose fields are not known: one field, as QEMU does for old devices."""
-    size = len(section.payload)
-    return {
-        "name": section.name,
-        "instance_id": section.instance,
-        "version": section.version,
-        "size": size,
-        "fields": [{"name": "data", "type": "buffer", "size": size}],
-    }
 
 
 def parse_description(text: str) -> Mapping[str, Any]:
@@ -145,35 +132,3 @@ class DescribedFormats:
         if length is None:
             raise StreamError(f"section '{name}' {instance} is not in the description")
         return length
-
-
-def split_sections(data: bytes, description: Mapping[str, Any]) -> list[DeviceSection]:
-    """Cut FULL sections, one behind the other, by their description.
-
-    :raises StreamError: the bytes are not what the description says.
-    """
-    sections, at = [], 0
-    for device in description["devices"]:
-        section, at = _split_one(data, at, device)
-        sections.append(section)
-    if at != len(data):
-        raise StreamError(f"{len(data) - at} bytes behind the last described section", at)
-    return sections
-
-
-def _split_one(data: bytes, at: int, device: Device) -> tuple[DeviceSection, int]:
-    size = described_bytes(device)
-    try:
-        kind, section_id, length = struct.unpack_from(">BIB", data, at)
-        head = at + 6 + length
-        instance, version = struct.unpack_from(">II", data, head)
-        end = head + 8 + size
-        footer = struct.unpack_from(">BI", data, end)
-    except struct.error as error:
-        raise StreamError(f"section '{device['name']}' is cut short", at) from error
-    name = data[at + 6 : head].decode(errors="replace")
-    if (kind, name, instance) != (SectionType.FULL, device["name"], device["instance_id"]):
-        raise StreamError(f"expected section '{device['name']}', found '{name}'", at)
-    if footer != (SectionType.FOOTER, section_id):
-        raise StreamError(f"Missing section footer for {name}", end)
-    return DeviceSection(section_id, name, instance, version, data[head + 8 : end]), end + 5

@@ -283,8 +283,8 @@ class FileBuffer(StreamBuffer):
 class DecoderInput:
     """The receiving half of a decoder.  One thread only."""
 
-    def __init__(self) -> None:
-        self._reader = StreamBuffer()
+    def __init__(self, capacity_bytes: int = CAPACITY_BYTES) -> None:
+        self._reader = StreamBuffer(capacity_bytes)
 
     def buffer(self) -> memoryview:
         """Give the free space to receive into; ends the life of :class:`Pages` given out."""

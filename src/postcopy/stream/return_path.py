@@ -21,7 +21,7 @@ from postcopy.stream.numbers import (
     TARGET_PAGE_BYTES,
     ReturnPathType,
 )
-from postcopy.stream.reader import BytesLike, Incomplete, StreamBuffer
+from postcopy.stream.reader import DecoderInput, Incomplete
 from postcopy.stream.records import (
     Pong,
     RecvBitmapReply,
@@ -105,28 +105,16 @@ _FIXED_LENGTHS = {
 }
 
 
-class ReturnPathDecoder:
+class ReturnPathDecoder(DecoderInput):
     """Decodes what a destination says.  One thread only.
 
     :param layout: the source's blocks: requests and bitmaps are checked against them.
     """
 
     def __init__(self, layout: Layout) -> None:
+        super().__init__(_CAPACITY_BYTES)
         self._layout = layout
-        self._reader = StreamBuffer(_CAPACITY_BYTES)
         self._block: str | None = None  # asked for last
-
-    def buffer(self) -> memoryview:
-        """Give the free space to receive into."""
-        return self._reader.buffer()
-
-    def received(self, count: int) -> None:
-        """Say that ``count`` bytes of what :meth:`buffer` gave have been filled."""
-        self._reader.received(count)
-
-    def feed(self, data: BytesLike) -> None:
-        """Take a copy of ``data``."""
-        self._reader.feed(data)
 
     def resume(self) -> None:
         """Go on with a new connection: half a message and the block named last are forgotten."""
