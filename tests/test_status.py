@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from postcopy.errors import WrongState
-from postcopy.status import AFTER_SWITCHOVER, ENDED, GIVEN_UP, MOVES, Progress, Status, diagram
+from postcopy.status import AFTER_SWITCHOVER, ENDED, GIVEN_UP, MOVES, Status, StatusMachine, diagram
 
 S = Status
 
@@ -57,7 +57,7 @@ def test_everything_before_switchover_can_be_cancelled():
 def test_only_moves_of_the_table(origin):
     for to in Status:
         told = []
-        progress = Progress(told.append, origin)
+        progress = StatusMachine(told.append, origin)
         if to in MOVES[origin]:
             assert progress.move(to)
             assert progress.status is to
@@ -71,14 +71,14 @@ def test_only_moves_of_the_table(origin):
 
 def test_a_move_that_races_with_another_changes_nothing():
     told = []
-    progress = Progress(told.append, S.ACTIVE)
+    progress = StatusMachine(told.append, S.ACTIVE)
     assert not progress.move(S.CANCELLED, only_from=frozenset({S.CANCELLING}))
     assert progress.move(S.CANCELLING, only_from=frozenset({S.ACTIVE}))
     assert told == [S.CANCELLING]
 
 
 def test_of_two_who_race_one_wins():
-    progress = Progress(begin=S.ACTIVE)
+    progress = StatusMachine(begin=S.ACTIVE)
     gate = threading.Barrier(8)
     won = []
 
@@ -96,7 +96,7 @@ def test_of_two_who_race_one_wins():
 
 
 def test_wait_wakes_at_the_status_and_not_before():
-    progress = Progress()
+    progress = StatusMachine()
     found = []
     waiter = threading.Thread(target=lambda: found.append(progress.wait(S.ACTIVE, timeout=10)))
     waiter.start()

@@ -93,7 +93,7 @@ GIVEN_UP = AFTER_SWITCHOVER | {S.POSTCOPY_DEVICE}
 """A source that sends by postcopy has given the guest up; its destination need not own it yet."""
 
 
-class Progress:
+class StatusMachine:
     """The one status of one side of a migration, shared by its threads.
 
     Invariant, kept under one lock: the status only ever changes along :data:`MOVES`.

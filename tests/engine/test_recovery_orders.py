@@ -12,7 +12,7 @@ from postcopy.engine.engine import Engine
 from postcopy.engine.incoming import Incoming
 from postcopy.engine.outgoing import Outgoing
 from postcopy.source.source import Source
-from postcopy.status import Progress, Status
+from postcopy.status import Status, StatusMachine
 
 
 class Job:
@@ -46,7 +46,7 @@ def engine():
     ours, theirs = socket.socketpair()
     with contextlib.closing(ours), contextlib.closing(theirs):
         made = Engine(theirs)
-        made.progress = Progress(begin=Status.POSTCOPY_PAUSED)
+        made.progress = StatusMachine(begin=Status.POSTCOPY_PAUSED)
         yield made
 
 

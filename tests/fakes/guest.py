@@ -19,7 +19,7 @@ from postcopy.machine.device_formats import FORMATS
 from postcopy.memory import page_map_file
 from postcopy.paging.ram import IncomingRam
 from postcopy.parameters import Capabilities, Parameters
-from postcopy.status import Progress, Status
+from postcopy.status import Status, StatusMachine
 
 RAM = "microvm.ram"
 
@@ -145,7 +145,7 @@ class LocalDestination:
             ram,
             populating,
             capabilities,
-            Progress(self.statuses.append, Status.SETUP),
+            StatusMachine(self.statuses.append, Status.SETUP),
             parameters,
         )
 

@@ -7,7 +7,7 @@ from postcopy.errors import KernelError
 from postcopy.parameters import Capabilities, Parameters
 from postcopy.snapshot import background
 from postcopy.snapshot.background import BackgroundSnapshot
-from postcopy.status import Progress, Status
+from postcopy.status import Status, StatusMachine
 
 
 class LettingGo(BackgroundSnapshot):
@@ -29,7 +29,7 @@ class LettingGo(BackgroundSnapshot):
 
 
 def test_a_cancel_in_the_moment_of_its_end_does_not_fail():
-    progress = Progress(begin=Status.ACTIVE)
+    progress = StatusMachine(begin=Status.ACTIVE)
     snapshot = LettingGo(
         None, "file:/nowhere", Capabilities(), Parameters(), progress, lambda _: ""
     )
@@ -65,7 +65,7 @@ def test_cpus_are_kept_awake_while_the_guest_stands_still(monkeypatch, fails):
     monkeypatch.setattr(background, "CpusAwake", lambda: cpus)
     guest = Frozen(cpus.calls, fails=fails)
     snapshot = BackgroundSnapshot(
-        guest, "file:/nowhere", Capabilities(), Parameters(), Progress(), lambda _: ""
+        guest, "file:/nowhere", Capabilities(), Parameters(), StatusMachine(), lambda _: ""
     )
     if fails:
         with pytest.raises(KernelError):

@@ -18,7 +18,7 @@ from postcopy.source.counters import Counters, StageTimes
 from postcopy.source.flow_control import PushPolicy
 from postcopy.source.switchover import Switchover
 from postcopy.source.user_requests import UserRequests
-from postcopy.status import Progress, Status
+from postcopy.status import Status, StatusMachine
 from postcopy.stream.pings import PACKAGE_PING
 
 FAR_TOO_MUCH_BYTES = 8 << 20
@@ -63,7 +63,7 @@ def test_it_is_noticed_whether_or_not_the_kernel_takes_all_of_it(more_bytes):
         connection,
         dirty,
         requests,
-        Progress(begin=Status.ACTIVE),
+        StatusMachine(begin=Status.ACTIVE),
         Capabilities(),
         counters,
         StageTimes(),

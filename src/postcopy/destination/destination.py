@@ -27,7 +27,7 @@ from postcopy.paging.placement import Placement
 from postcopy.paging.ram import IncomingRam
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.statistics import MigrationInfo
-from postcopy.status import AFTER_SWITCHOVER, Progress, Status
+from postcopy.status import AFTER_SWITCHOVER, Status, StatusMachine
 from postcopy.stream import records
 from postcopy.stream.decoder import Decoder
 from postcopy.stream.layout import DeviceFormats, Expected
@@ -50,7 +50,7 @@ class Destination:
         ram: IncomingRam,
         populating: Populating,
         capabilities: Capabilities,
-        progress: Progress,
+        progress: StatusMachine,
         parameters: Parameters | None = None,
     ) -> None:
         self._guest = guest

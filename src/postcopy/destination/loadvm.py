@@ -21,7 +21,7 @@ from postcopy.memory.runs import Mask
 from postcopy.paging.placement import Placement
 from postcopy.paging.ram import IncomingRam
 from postcopy.parameters import Capabilities, Capability
-from postcopy.status import Progress, Status
+from postcopy.status import Status, StatusMachine
 from postcopy.stream import records
 from postcopy.stream.decoder import Decoder
 from postcopy.stream.layout import BlockLayout, DeviceFormats, Layout
@@ -56,7 +56,7 @@ class RecordLoader:
         postcopy: Postcopy,
         preempt_channel: PreemptChannel,
         return_path: ReturnPath,
-        progress: Progress,
+        progress: StatusMachine,
         capabilities: Callable[[], Capabilities],
     ) -> None:
         self._guest = guest

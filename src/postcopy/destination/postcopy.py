@@ -26,7 +26,7 @@ from postcopy.paging.ram import IncomingRam, mapped_pages
 from postcopy.paging.shared_space import SharedSpaces
 from postcopy.parameters import Capabilities, Capability
 from postcopy.statistics import Measured, MigrationInfo
-from postcopy.status import Progress, Status
+from postcopy.status import Status, StatusMachine
 from postcopy.stream import records
 from postcopy.stream.decoder import Decoder
 from postcopy.trace import trace
@@ -44,7 +44,7 @@ class Postcopy:
         ram: IncomingRam,
         faults: FaultTable,
         return_path: ReturnPath,
-        progress: Progress,
+        progress: StatusMachine,
         on_failure: Callable[[], None],
     ) -> None:
         self._guest = guest

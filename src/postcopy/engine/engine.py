@@ -31,7 +31,7 @@ from postcopy.link.protocol import (
 from postcopy.link.rpc import Link, handlers
 from postcopy.parameters import Capabilities, Parameters
 from postcopy.statistics import MigrationInfo
-from postcopy.status import ENDED, Progress, Status
+from postcopy.status import ENDED, Status, StatusMachine
 
 if TYPE_CHECKING:
     from postcopy.destination.incoming_ram import Populating
@@ -123,7 +123,7 @@ class Engine(JobCommands, WatchCommands):
         self.take_capabilities: Callable[[Capabilities], None] = lambda _: None
         self.ram: IncomingRam | None = None
         self.populating: Populating | None = None
-        self.progress = Progress(self._report, Status.SETUP)
+        self.progress = StatusMachine(self._report, Status.SETUP)
         self._guest: Guest | None = None
         self._starting = threading.Lock()
         # Under the lock: the job's thread, which has been started.
@@ -181,7 +181,7 @@ class Engine(JobCommands, WatchCommands):
 
     def take_over(self, status: Status) -> None:
         """Begin where an engine that has died had come to."""
-        self.progress = Progress(self._report, status)
+        self.progress = StatusMachine(self._report, status)
 
     def set_job(self, job: Job) -> None:
         """Have this job.

@@ -31,7 +31,7 @@ from postcopy.paging.shared_space import SharedSpaces
 from postcopy.parameters import Parameters
 from postcopy.restore_options import RestoreOptions
 from postcopy.statistics import MigrationInfo
-from postcopy.status import ENDED, Progress, Status
+from postcopy.status import ENDED, Status, StatusMachine
 from postcopy.trace import trace
 
 _RUNS: Final = frozenset({Status.POSTCOPY_ACTIVE, Status.POSTCOPY_RECOVER})
@@ -51,7 +51,7 @@ class Restore:
         guest: Guest,
         ram: IncomingRam,
         options: RestoreOptions,
-        progress: Progress,
+        progress: StatusMachine,
         parameters: Parameters,
         on_progress: Callable[[], None] = lambda: None,
         opened: RestoreImage | None = None,

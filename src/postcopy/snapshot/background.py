@@ -31,7 +31,7 @@ from postcopy.source.page_sink import PageSink, page_sink_for
 from postcopy.source.switchover import device_sections
 from postcopy.source.user_requests import UserRequests
 from postcopy.statistics import Measured, MigrationInfo
-from postcopy.status import Progress, Status
+from postcopy.status import Status, StatusMachine
 from postcopy.stream import encoder
 from postcopy.stream.encoder import stream_header
 from postcopy.trace import trace
@@ -49,7 +49,7 @@ class BackgroundSnapshot:
         uri: str,
         capabilities: Capabilities,
         parameters: Parameters,
-        progress: Progress,
+        progress: StatusMachine,
         describe_devices: Callable[[Sequence[DeviceState]], str],
     ) -> None:
         self._guest = guest

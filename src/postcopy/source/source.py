@@ -28,7 +28,7 @@ from postcopy.source.precopy import Outcome, Precopy
 from postcopy.source.switchover import Switchover
 from postcopy.source.user_requests import UserRequests
 from postcopy.statistics import MigrationInfo
-from postcopy.status import GIVEN_UP, Progress, Status
+from postcopy.status import GIVEN_UP, Status, StatusMachine
 from postcopy.stream import encoder
 from postcopy.stream.encoder import stream_header
 from postcopy.stream.pings import HEADER_PING, PACKAGE_PING
@@ -51,7 +51,7 @@ class Source:
         guest: Guest,
         options: MigrationOptions,
         parameters: Parameters,
-        progress: Progress,
+        progress: StatusMachine,
         describe_devices: Callable[[Sequence[DeviceState]], str],
         on_pass: Callable[[int], None],
     ) -> None:

@@ -21,7 +21,7 @@ from postcopy.source.connection import Connection
 from postcopy.source.counters import Counters, StageTimes
 from postcopy.source.dirty_pages import DirtyPages
 from postcopy.source.user_requests import UserRequests
-from postcopy.status import Progress, Status
+from postcopy.status import Status, StatusMachine
 from postcopy.stream import encoder
 from postcopy.stream.commands import DISCARD_VERSION, command, encode_command
 from postcopy.stream.configuration import encode_name
@@ -61,7 +61,7 @@ class Switchover:
         connection: Connection,
         dirty: DirtyPages,
         requests: UserRequests,
-        progress: Progress,
+        progress: StatusMachine,
         capabilities: Capabilities,
         counters: Counters,
         clock: StageTimes,

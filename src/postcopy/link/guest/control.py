@@ -33,7 +33,7 @@ from postcopy.parameters import (
 )
 from postcopy.restore_options import RestoreOptions
 from postcopy.statistics import MigrationInfo
-from postcopy.status import Progress, Status
+from postcopy.status import Status, StatusMachine
 from postcopy.trace import trace
 
 _LAST_WORDS_S = 3.0  # an engine may need some of them, see `postcopy.engine.engine`
@@ -289,7 +289,7 @@ class MigrationControl:
         return job.info()
 
     @property
-    def progress(self) -> Progress:
+    def progress(self) -> StatusMachine:
         """Where that stands which was ordered last."""
         return self._state.shown.progress
 

@@ -23,7 +23,7 @@ from postcopy.link.protocol import JobCommands
 from postcopy.ownership import Move, Owner, Ownership
 from postcopy.parameters import Capabilities, Capability, Overrides, Settings
 from postcopy.statistics import MigrationInfo
-from postcopy.status import ENDED, GIVEN_UP, Progress, Status
+from postcopy.status import ENDED, GIVEN_UP, Status, StatusMachine
 
 if TYPE_CHECKING:
     from postcopy.link.guest.restoring import IncomingRestore
@@ -119,7 +119,7 @@ class Job:
         self.settings = settings
         self.error: str | None = None
         self.addresses: tuple[Mapping[str, Any], ...] = ()
-        self.progress = Progress(lambda status: state.tell(self, status))
+        self.progress = StatusMachine(lambda status: state.tell(self, status))
         self._last = MigrationInfo(incoming=self.incoming)
 
     @property
