@@ -279,6 +279,10 @@ class GuestKeeper:
                     "some of the missing pages have been given up; x-migrate-lost gives up the others"
                 )
             if self._missing is None:
+                # No UFFD_FEATURE_EVENT_*: this process frees, moves and unmaps none of the memory while it
+                # is watched, and its children only execute other programs (EVENT_FORK takes CAP_SYS_PTRACE,
+                # too).  The one call that would be reported is unmap_missing(): its pages are still to come
+                # and must not count as removed, and it would wait for a reader that does not run yet.
                 self._missing = self._watch(MISSING_FEATURES, MISSING_MODE)
             own = self._spaces(self._missing)
         return [*own, *self.shared.watch()]
