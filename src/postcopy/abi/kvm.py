@@ -1,6 +1,6 @@
 """What ``<linux/kvm.h>`` says about the requests that a small x86-64 machine needs.
 
-Structures that end in an array without a length (``kvm_cpuid2``, ``kvm_msrs``, ``kvm_msr_list``)
+Structures that end in an array without a length (``kvm_cpuid2``, ``kvm_msrs``)
 stand here without the array, as their size in the request's number wants it; a subclass adds it.
 """
 
@@ -14,29 +14,18 @@ HEADER = "<linux/kvm.h>"
 KVMIO = 0xAE
 KVM_API_VERSION = 12
 
-KVM_CAP_NR_VCPUS = 9
-KVM_CAP_GET_TSC_KHZ = 61
-KVM_CAP_MAX_VCPUS = 66
 KVM_CAP_IMMEDIATE_EXIT = 136
-KVM_CAP_XSAVE2 = 208
 
 KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
 
 KVM_IOEVENTFD_FLAG_DATAMATCH = 1 << 0
 
-KVM_EXIT_IO_IN = 0
 KVM_EXIT_IO_OUT = 1
 
-KVM_CPUID_FLAG_SIGNIFCANT_INDEX = 1 << 0  # the kernel's spelling
-
 KVM_MP_STATE_RUNNABLE = 0
-KVM_MP_STATE_HALTED = 3
 
 KVM_VCPUEVENT_VALID_NMI_PENDING = 0x01
 KVM_VCPUEVENT_VALID_SIPI_VECTOR = 0x02
-KVM_VCPUEVENT_VALID_SHADOW = 0x04
-KVM_VCPUEVENT_VALID_SMM = 0x08
-KVM_VCPUEVENT_VALID_PAYLOAD = 0x10
 
 
 class Exit(enum.IntEnum):
@@ -158,12 +147,6 @@ class kvm_msrs(ctypes.Structure):
     """``struct kvm_msrs`` without its entries"""
 
     _fields_ = [("nmsrs", ctypes.c_uint32), ("pad", ctypes.c_uint32)]
-
-
-class kvm_msr_list(ctypes.Structure):
-    """``struct kvm_msr_list`` without its indices"""
-
-    _fields_ = [("nmsrs", ctypes.c_uint32)]
 
 
 class kvm_cpuid_entry2(ctypes.Structure):
@@ -354,7 +337,6 @@ class kvm_run(ctypes.Structure):
 
 KVM_GET_API_VERSION = io("KVM_GET_API_VERSION", KVMIO, 0x00)
 KVM_CREATE_VM = io("KVM_CREATE_VM", KVMIO, 0x01)
-KVM_GET_MSR_INDEX_LIST = iowr("KVM_GET_MSR_INDEX_LIST", KVMIO, 0x02, kvm_msr_list)
 KVM_CHECK_EXTENSION = io("KVM_CHECK_EXTENSION", KVMIO, 0x03)
 KVM_GET_VCPU_MMAP_SIZE = io("KVM_GET_VCPU_MMAP_SIZE", KVMIO, 0x04)
 KVM_GET_SUPPORTED_CPUID = iowr("KVM_GET_SUPPORTED_CPUID", KVMIO, 0x05, kvm_cpuid2)

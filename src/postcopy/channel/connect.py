@@ -139,15 +139,10 @@ def _create_file(address: FileAddress) -> Channel:
     except OSError as failure:
         raise CannotConnect(f"Could not open '{address.path}': {failure.strerror}") from failure
     try:
-        mode = os.fstat(fd).st_mode
         # A device or a FIFO has no size to cut; what stands before the offset is not ours.
-        if stat.S_ISREG(mode):
+        if stat.S_ISREG(os.fstat(fd).st_mode):
             persist(os.ftruncate, fd, address.offset)
-        if _has_places(mode):
-            return FileChannel(str(address), fd, address.offset, writable=True)
-        if address.offset:
-            os.lseek(fd, address.offset, os.SEEK_SET)
-        return DescriptorChannel(str(address), writing=fd)
+        return _channel(address, fd, writable=True)
     except OSError as failure:
         os.close(fd)
         text = f"failed to truncate migration file to offset {address.offset:#x}"
@@ -166,16 +161,18 @@ def open_file(address: FileAddress) -> Channel:
     except OSError as failure:
         raise CannotConnect(f"Could not open '{address.path}': {failure.strerror}") from failure
     try:
-        if _has_places(os.fstat(fd).st_mode):
-            return FileChannel(str(address), fd, address.offset, writable=False)
-        if address.offset:
-            os.lseek(fd, address.offset, os.SEEK_SET)
-        return DescriptorChannel(str(address), reading=fd)
+        return _channel(address, fd, writable=False)
     except OSError as failure:
         os.close(fd)
         text = f"Could not go to byte {address.offset:#x} of '{address.path}'"
         raise CannotConnect(f"{text}: {failure.strerror}") from failure
 
 
-def _has_places(mode: int) -> bool:
-    return stat.S_ISREG(mode) or stat.S_ISBLK(mode)
+def _channel(address: FileAddress, fd: int, *, writable: bool) -> Channel:
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+        return FileChannel(str(address), fd, address.offset, writable=writable)
+    if address.offset:
+        os.lseek(fd, address.offset, os.SEEK_SET)
+    end = {"writing" if writable else "reading": fd}
+    return DescriptorChannel(str(address), **end)
