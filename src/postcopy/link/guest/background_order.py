@@ -11,7 +11,7 @@ AT_ONCE_S: Final = 5.0
 """How long a caller waits: nearly every order is carried out, or has failed, long before."""
 
 
-class _Outcome:
+class _Pending:
     def __init__(self) -> None:
         self.done = threading.Event()
         self.error: Exception | None = None
@@ -28,7 +28,7 @@ class BackgroundOrder:
         self._at_once_s = at_once_s
         self._lock = threading.Lock()
         # Under the lock, as is whether an order is late.
-        self._current: _Outcome | None = None
+        self._current: _Pending | None = None
 
     def run(self, work: Callable[[], None], failed_late: Callable[[Exception], None]) -> None:
         """Have a thread carry out an order; return when it has, or has taken too long to wait for.
@@ -41,8 +41,8 @@ class BackgroundOrder:
         with self._lock:
             if self._current is not None:
                 raise WrongState("the same was ordered before, and is still being carried out")
-            self._current = outcome = _Outcome()
-        arguments = (outcome, work, failed_late)
+            self._current = pending = _Pending()
+        arguments = (pending, work, failed_late)
         thread = threading.Thread(target=self._work, args=arguments, name="errand", daemon=True)
         try:
             threads.start(thread)
@@ -50,15 +50,15 @@ class BackgroundOrder:
             with self._lock:
                 self._current = None
             raise
-        outcome.done.wait(self._at_once_s)
+        pending.done.wait(self._at_once_s)
         with self._lock:
-            outcome.is_late = not outcome.done.is_set()
-        if outcome.error is not None and not outcome.is_late:
-            raise outcome.error
+            pending.is_late = not pending.done.is_set()
+        if pending.error is not None and not pending.is_late:
+            raise pending.error
 
     def _work(
         self,
-        outcome: _Outcome,
+        pending: _Pending,
         work: Callable[[], None],
         failed_late: Callable[[Exception], None],
     ) -> None:
@@ -69,8 +69,8 @@ class BackgroundOrder:
             error = failure
         with self._lock:
             self._current = None
-            outcome.error = error
-            outcome.done.set()
-            is_late = outcome.is_late
+            pending.error = error
+            pending.done.set()
+            is_late = pending.is_late
         if is_late and error is not None:
             failed_late(error)
