@@ -90,10 +90,11 @@ class LinuxGuest(QemuProcess):
 
     :param back_end: the path of the socket of its disk.
     :param machine: ``pc`` or ``q35``.
+    :param more: options of that socket.
     """
 
     def __init__(
-        self, folder: Path, back_end: Path, machine: str = "pc", *, incoming: bool = False
+        self, folder: Path, back_end: Path, machine: str, *, incoming: bool = False, more: str = ""
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.console = Console(folder)
@@ -105,7 +106,7 @@ class LinuxGuest(QemuProcess):
         command += ["-append", "console=ttyS0 quiet panic=-1", "-serial", "chardev:console"]
         command += ["-chardev", f"file,id=console,path={self.console.output},"
                     f"input-path={self.console.input}"]  # fmt: skip
-        command += ["-chardev", f"socket,id=disk,path={back_end}"]
+        command += ["-chardev", f"socket,id=disk,path={back_end}{more}"]
         command += ["-device", "vhost-user-blk-pci,id=disk0,chardev=disk"]
         super().__init__(folder, [*command, *(["-incoming", "defer"] if incoming else [])])
 

@@ -1,5 +1,8 @@
 """``postcopy vhost-user-blk`` under Linux: QEMU's guest, which moves, and user-mode Linux."""
 
+import contextlib
+import signal
+
 import pytest
 
 from fakes.vhost_back_end import BackEnd
@@ -14,6 +17,22 @@ def test_user_mode_linux_checks_its_disk(tmp_path, disk):
             guest.console.wait_writes(100)
             check_disk(disk, guest.stop())
         assert back_end.said == ""
+
+
+@pytest.mark.qemu
+def test_requests_that_are_in_flight_when_a_back_end_ends_are_done_by_the_next(tmp_path, disk):
+    """Four at a time: it does them in their order, so the used ring says which are left."""
+    folder = tmp_path / "back_end"
+    with contextlib.ExitStack() as stack:
+        back_end = stack.enter_context(BackEnd(folder, disk))
+        guest = LinuxGuest(tmp_path / "qemu", back_end.path, "pc", more=",reconnect-ms=20")
+        stack.enter_context(guest)
+        for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+            guest.console.wait_writes(20, since=guest.console.writes())
+            back_end.end(number)
+            back_end = stack.enter_context(BackEnd(folder, disk))
+        guest.console.wait_writes(20, since=guest.console.writes())
+        check_disk(disk, guest.stop())
 
 
 @pytest.mark.qemu
