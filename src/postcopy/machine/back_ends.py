@@ -5,7 +5,7 @@ Each is another :class:`~postcopy.guest.SharingProcess` of the machine.  The nex
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Protocol
 
 from postcopy.errors import PostcopyError, Refused
@@ -74,11 +74,12 @@ class BackEnds:
         self.process: _Process | None = None
         try:
             first = _Process(self, ANSWER_S)
-            self.features = first.features & _OFFERED
-            self.config = first.configuration(CONFIG_BYTES)
+            with _closed_on_failure(first):
+                self.features = first.features & _OFFERED
+                self.config = first.configuration(CONFIG_BYTES)
+                self._use(first)
         except PostcopyError as error:
             raise Refused(str(error)) from error
-        self._use(first)
 
     @property
     def parts(self) -> Sequence[MemoryPart]:
@@ -122,8 +123,9 @@ class BackEnds:
         """Connect to the next one; return whether there is one."""
         try:
             process = _Process(self, _NEXT_ANSWER_S)
-            self._check_same(process)
-            self._use(process)
+            with _closed_on_failure(process):
+                self._check_same(process)
+                self._use(process)
         except PostcopyError as error:
             self._tell(f"{error}; it is tried again")
             return False
@@ -132,22 +134,14 @@ class BackEnds:
         return True
 
     def _check_same(self, process: BackEndProcess) -> None:
-        try:
-            self.check_config(process.configuration(CONFIG_BYTES))
-            if lacking := self.features & ~process.features:
-                raise Refused(
-                    f"{process.name} does not offer virtio features {lacking:#x}, as the one before did"
-                )
-        except PostcopyError:
-            process.close()
-            raise
+        self.check_config(process.configuration(CONFIG_BYTES))
+        if lacking := self.features & ~process.features:
+            raise Refused(
+                f"{process.name} does not offer virtio features {lacking:#x}, as the one before did"
+            )
 
     def _use(self, process: "_Process") -> None:
-        try:
-            self._share(process)
-        except BaseException:
-            process.close()
-            raise
+        self._share(process)
         self.process = process
 
     def _tell(self, what: str) -> None:
@@ -176,6 +170,15 @@ class _Process(BackEndProcess):
         """See :class:`postcopy.guest.SharingProcess`."""
         if self._back_ends.disk is not None:
             self._back_ends.disk.release()
+
+
+@contextlib.contextmanager
+def _closed_on_failure(process: BackEndProcess) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        process.close()
+        raise
 
 
 def disk_bytes(path: str) -> int:

@@ -260,4 +260,6 @@ class BackEndProcess:
 def _why(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return "it does not answer; it may have another front end, or hang"
+    if isinstance(error, ConnectionError):
+        return "it has closed the connection"
     return str(error)

@@ -151,7 +151,10 @@ class Connection:
         body = b"" if payload is None else payload.pack()
         data = HEADER.pack(kind.number, flags, len(body)) + body
         sent = persist(socket.send_fds, self._socket, [data], fds)
-        self._socket.sendall(data[sent:])
+        if sent < len(
+            data
+        ):  # to send nothing fails, too, where the other end has answered and closed
+            self._socket.sendall(data[sent:])
 
     def _receive(self, *, is_reply: bool, form: type[Payload] | None = None) -> Message | None:
         fds: list[int] = []
