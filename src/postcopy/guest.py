@@ -15,12 +15,29 @@ from postcopy.ownership import Move
 
 
 @dataclass(frozen=True, slots=True)
+class MappedRange:
+    """A part of a RAM block, as something has it mapped: a process, or the guest.
+
+    :ivar block: the block's name.
+    :ivar offset: where the part begins in the block.
+    :ivar address: where it begins in the process, or among the guest-physical addresses.
+    """
+
+    block: str
+    offset: int
+    length_bytes: int
+    address: int
+
+
+@dataclass(frozen=True, slots=True)
 class Region:
     """One RAM block as its owner sees it.
 
     ``fd`` is a memfd (or hugetlb memfd) whose bytes ``[fd_offset, fd_offset + size_bytes)`` are the
     block; ``host_address`` is where the guest's process has it mapped, which is what userfaultfd
     speaks of.
+
+    :ivar parts: the parts of a block that is not in one piece from ``guest_address`` on.
     """
 
     name: str
@@ -30,6 +47,12 @@ class Region:
     host_address: int
     fd: int
     fd_offset: int = 0
+    parts: tuple[MappedRange, ...] = ()
+
+    @property
+    def physical_ranges(self) -> tuple[MappedRange, ...]:
+        """Where the block stands among the guest-physical addresses."""
+        return self.parts or (MappedRange(self.name, 0, self.size_bytes, self.guest_address),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,21 +71,6 @@ class VcpuThread:
 
     index: int
     thread_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class MappedRange:
-    """A part of a RAM block, as a process has it mapped; of whole pages of the block.
-
-    :ivar block: the block's name.
-    :ivar offset: where the part begins in the block.
-    :ivar address: where it begins in the process.
-    """
-
-    block: str
-    offset: int
-    length_bytes: int
-    address: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +112,31 @@ class SharingProcess(Protocol):
 
         :raises PostcopyError: it does not answer; it is left alone then.
         """
+
+    @property
+    def logs_writes(self) -> bool:
+        """Whether it can: else the guest can neither be migrated nor have a reset point."""
+
+    def log_writes(self, log: int | None, size_bytes: int = 0) -> None:
+        """Have the process mark its writes in this log, and in no other.
+
+        The layout is vhost-user's: one bit for each 4096 bytes of guest-physical addresses from 0 on (byte
+        ``address / 32768``, bit ``address / 4096 % 8``), set behind the write.  After the return, each
+        write is marked here, and the log of the call before does not change any more.  One thread at a
+        time calls this, whether the guest runs or not.  Of a process that has ended nothing is asked.
+
+        :param log: a memfd, whose size is sealed; the caller's, and not needed afterwards.  None: no log.
+        :raises PostcopyError: it does not answer; it may mark in either log.
+        """
+
+    def hold(self) -> None:
+        """Let the process write nothing from the guest's next stop on, until :meth:`release`.
+
+        If it writes nothing now, as while the guest is stopped, it does not begin to.  Does not wait.
+        """
+
+    def release(self) -> None:
+        """Let it write again while the guest runs.  Does not wait; harmless unless it is held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,16 +227,17 @@ class Keeper(Protocol):
         """Arm asynchronous write-protection over all RAM."""
 
     def unwatch_writes(self) -> None:
-        """Take it off again."""
+        """Take it off again, and stop the log of other processes."""
 
     def watch_snapshot(self) -> Sequence[AddressSpace]:
         """Register all RAM for a snapshot: what is protected then waits at a write.
 
-        Nothing is protected by that alone.
+        Nothing is protected by that alone.  Other processes that have the memory mapped write nothing from
+        the guest's next stop on: their writes would not wait.
         """
 
     def unwatch_snapshot(self) -> None:
-        """Take the registration off, and with it every protection and every waiting write."""
+        """Take the registration off, and with it every protection and every wait for it."""
 
     def unmap_missing(self) -> None:
         """Take the pages that have not been received out of the guest's sight: a touch is a fault."""
@@ -228,6 +262,25 @@ class Keeper(Protocol):
 
     def fetch_dirty_log(self, block: str) -> bytes:
         """Fetch and clear the log of one RAM block: packed bits, one a 4 KiB page."""
+
+    def start_shared_log(self) -> bool:
+        """Have the other processes that have its memory mapped log their writes, unless they do.
+
+        :return: whether there is a log; False: no other process has had the memory, and none is given it
+            before :meth:`stop_shared_log`.
+        :raises PostcopyError: a process cannot; the message names it, and none logs.
+        """
+
+    def fetch_shared_log(self) -> bytes:
+        """Fetch and clear their log, up to its last bit: see :meth:`SharingProcess.log_writes`.
+
+        Every write that had ended before the call is in it, or was in one fetched before.
+
+        :raises PostcopyError: a process does not answer; the message names it.
+        """
+
+    def stop_shared_log(self) -> None:
+        """They need not log any more.  Does not wait for them."""
 
 
 class Saving(Protocol):

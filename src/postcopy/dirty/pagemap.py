@@ -2,8 +2,8 @@
 
 The guest's process registers a userfaultfd with ``WP_ASYNC``; the kernel then lifts the protection of a
 page at its first write, and notes it.  The engine reads and renews the protection from outside, for any
-kind of guest.  Writes past the guest's own mapping (``pwrite`` to the memfd, another mapping) are not seen;
-nothing makes such writes to a source's memory.
+kind of guest.  Writes past the guest's own mapping (``pwrite`` to the memfd, another mapping) are not seen:
+other processes log theirs (:mod:`postcopy.dirty.shared`).
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from postcopy.guest import AddressSpace, Keeper
 from postcopy.kernel.pagemap import PagemapScanner
 from postcopy.memory.ram_block import RamBlock
-from postcopy.memory.runs import Mask, runs
+from postcopy.memory.runs import Mask, mask_of, runs
 
 
 class PagemapTracker:
@@ -33,7 +33,7 @@ class PagemapTracker:
     def collect(self, block: RamBlock, start: int, end: int, *, protect: bool) -> Mask:
         """Return which pages were written, and protect them again if asked."""
         ranges = self.collect_runs(block, start, end, protect=protect)
-        return _mask(ranges - start, end - start)
+        return mask_of(ranges - start, end - start)
 
     def collect_runs(
         self, block: RamBlock, start: int, end: int, *, protect: bool
@@ -54,7 +54,7 @@ class PagemapTracker:
                 found.append(((written - np.uint64(base)) // np.uint64(size)).astype(np.int64))
         if len(found) == 1:
             return found[0]
-        masks = [_mask(ranges - start, end - start) for ranges in found]
+        masks = [mask_of(ranges - start, end - start) for ranges in found]
         return runs(np.logical_or.reduce(masks)) + start
 
     def stop(self) -> None:
@@ -64,11 +64,3 @@ class PagemapTracker:
                 scanner.close()
             self._scanners = []
             self._guest.unwatch_writes()
-
-
-def _mask(ranges: npt.NDArray[np.int64], length: int) -> Mask:
-    """Turn ``[start, end)`` ranges into a mask, without a statement a range."""
-    edges = np.zeros(length + 1, np.int8)
-    edges[ranges[:, 0]] = 1
-    edges[ranges[:, 1]] -= 1
-    return np.cumsum(edges[:-1], dtype=np.int8).view(np.bool_)

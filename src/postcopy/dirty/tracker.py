@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from postcopy.dirty.pagemap import PagemapTracker
+from postcopy.dirty.shared import SharedWrites
 from postcopy.errors import HostCannot, Refused
 from postcopy.guest import Guest, Keeper
 from postcopy.kernel.userfaultfd import WRITE_FEATURES, Userfaultfd
@@ -17,7 +18,7 @@ from postcopy.memory.runs import Mask
 
 
 class DirtyTracker(Protocol):
-    """Notices every write of the guest.  Used by one thread.
+    """Notices every write to a guest's memory.  Used by one thread.
 
     :ivar is_quick: whether asking about a few pages costs little.
     """
@@ -45,6 +46,10 @@ def choose(wish: str, guest: Guest) -> DirtyTracker:
 
     :raises Refused: KVM's log was asked for, and this guest does not run on KVM.
     """
+    return UnitedTracker(_choose_own(wish, guest), SharedWrites(guest))
+
+
+def _choose_own(wish: str, guest: Guest) -> DirtyTracker:
     if wish == "kvm":
         if not guest.kvm:
             raise Refused("x-dirty-tracking=kvm needs a guest on KVM; use pagemap")
@@ -59,6 +64,31 @@ def _can_protect() -> bool:
     except HostCannot:
         return False
     return True
+
+
+class UnitedTracker:
+    """Tracks the writes of a guest, and those of other processes that have its memory mapped."""
+
+    def __init__(self, own: DirtyTracker, others: SharedWrites) -> None:
+        self._own = own
+        self._others = others
+        self.is_quick = own.is_quick
+
+    def start(self) -> None:
+        """Begin with both."""
+        self._others.start()
+        self._own.start()
+
+    def collect(self, block: RamBlock, start: int, end: int, *, protect: bool) -> Mask:
+        """Return which pages were written by any of them."""
+        own = self._own.collect(block, start, end, protect=protect)
+        others = self._others.collect(block, start, end, protect=protect)
+        return own if others is None else own | others
+
+    def stop(self) -> None:
+        """Stop both."""
+        self._own.stop()
+        self._others.stop()
 
 
 class KvmLogTracker:

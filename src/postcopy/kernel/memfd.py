@@ -1,6 +1,7 @@
 """Memory that has a descriptor, so that two processes can map it."""
 
 import errno
+import fcntl
 import os
 from collections.abc import Iterator
 
@@ -30,6 +31,20 @@ def create(name: str, size_bytes: int, *, huge_page_size: int | None = None) -> 
         os.close(fd)
         raise
     return fd if huge_page_size is None else reserved(fd, size_bytes, huge_page_size)
+
+
+def create_sealed(name: str, size_bytes: int) -> int:
+    """As :func:`create`, of a size that no process can change: a mapping of it never ends in ``SIGBUS``."""
+    flags = linux.MFD_CLOEXEC | linux.MFD_ALLOW_SEALING
+    fd = calls.of_python("memfd_create", f"for {name}", os.memfd_create, name, flags)
+    try:
+        calls.of_python("ftruncate", f"{size_bytes} bytes", os.ftruncate, fd, size_bytes)
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+        calls.of_python("fcntl(F_ADD_SEALS)", name, fcntl.fcntl, fd, fcntl.F_ADD_SEALS, seals)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def create_transparent(name: str, size_bytes: int) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from postcopy.errors import Refused
-from postcopy.guest import Region
+from postcopy.guest import MappedRange, Region
 from postcopy.kernel.calls import close_all, open_all
 from postcopy.kernel.mapping import Mapping
 from postcopy.machine import memory_blocks
@@ -48,6 +48,7 @@ class Ram:
                     guest_address=addresses.address_of(offset),
                     host_address=self.mapping.address + offset,
                     fd=fd,
+                    parts=_parts(addresses, block, offset),
                 )
             )
             offset += block.size_bytes
@@ -93,3 +94,13 @@ class Ram:
         """Unmap and close; what an engine holds of it lives on."""
         self.mapping.close()
         close_all(self._fds)
+
+
+def _parts(addresses: AddressMap, block: MemoryBlock, start: int) -> tuple[MappedRange, ...]:
+    """Where a block that begins at an offset in RAM stands, unless it is in one piece."""
+    parts = [
+        MappedRange(block.name, part.offset - start, part.size_bytes, part.guest_address)
+        for part in addresses.parts
+        if start <= part.offset < start + block.size_bytes
+    ]
+    return tuple(parts) if len(parts) > 1 else ()

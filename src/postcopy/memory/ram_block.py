@@ -29,6 +29,7 @@ class RamBlock:
         self.size_bytes = region.size_bytes
         self.page_size_bytes = region.page_size_bytes
         self.host_address = region.host_address
+        self.physical_ranges = region.physical_ranges
         self._fd = region.fd
         self._fd_offset = region.fd_offset
         self._mapping = Mapping.shared(region.fd, region.size_bytes, region.fd_offset)

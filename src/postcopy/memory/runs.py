@@ -23,6 +23,14 @@ def runs(mask: Mask) -> npt.NDArray[np.int64]:
     return edges.reshape(-1, 2)
 
 
+def mask_of(ranges: npt.NDArray[np.int64], length: int) -> Mask:
+    """Turn ``[start, end)`` ranges into a mask, without a statement a range."""
+    edges = np.zeros(length + 1, np.int8)
+    edges[ranges[:, 0]] = 1
+    edges[ranges[:, 1]] -= 1
+    return np.cumsum(edges[:-1], dtype=np.int8).view(np.bool_)
+
+
 def index_runs(pages: Indices) -> npt.NDArray[np.int64]:
     """Return the runs of consecutive numbers in ``pages``, in their order.
 

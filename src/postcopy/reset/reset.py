@@ -19,12 +19,13 @@ import numpy.typing as npt
 
 from postcopy.destination.incoming_ram import memory_to_spare_bytes
 from postcopy.dirty.pagemap import PagemapTracker
+from postcopy.dirty.shared import SharedWrites
 from postcopy.errors import HostCannot
 from postcopy.guest import DeviceState, Guest
 from postcopy.image.mapped_ram import MappedImage
 from postcopy.lazy_restore.restore_image import RestoreImage
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
-from postcopy.memory.runs import Mask, runs
+from postcopy.memory.runs import Mask, mask_of, runs
 from postcopy.reset.baseline import KeptMemory, MappedMemory, PointMemory
 from postcopy.trace import trace
 
@@ -50,10 +51,14 @@ class _Watched:
         per_page = self.block.target_pages_per_page
         return found if per_page == 1 else np.repeat(found, per_page)
 
-    def written(self, tracker: PagemapTracker) -> Runs:
-        """Which pages have been written since this was last asked."""
+    def written(self, own: PagemapTracker, others: SharedWrites) -> Runs:
+        """Which pages have been written since this was last asked, by the guest and by other processes."""
         block = self.block
-        found = tracker.collect_runs(block, 0, block.page_count, protect=True)
+        found = own.collect_runs(block, 0, block.page_count, protect=True)
+        shared = others.collect(block, 0, block.page_count, protect=True)
+        if shared is not None:
+            shared |= mask_of(found, block.page_count)
+            found = runs(shared)
         return found * block.target_pages_per_page
 
     def keep(self, pages: Runs) -> int:
@@ -91,6 +96,7 @@ class Reset:
     ) -> None:
         self._guest = guest
         self._tracker = PagemapTracker(guest)
+        self._others = SharedWrites(guest)
         self._opened: RestoreImage | None = None
         self._blocks = [RamBlock(region) for region in guest.regions()]
         kept = [KeptMemory(block, fd) for block, fd in zip(self._blocks, copies, strict=True)]
@@ -135,6 +141,7 @@ class Reset:
 
     def watch(self) -> None:
         """Begin to track writes, or go on if an engine that has died had begun it."""
+        self._others.start()
         self._tracker.start()
         trace("reset.watching")
 
@@ -149,7 +156,7 @@ class Reset:
         self.watch()
         # All counts as written now, and most of it may never have been touched.
         for watched in self._watched:
-            watched.written(self._tracker)
+            watched.written(self._tracker, self._others)
         pages = sum(watched.keep(runs(watched.has_data())) for watched in self._watched)
         for _ in range(_ROUNDS):
             more = self._keep_written()
@@ -164,7 +171,9 @@ class Reset:
         return self._keep_written() * TARGET_PAGE_BYTES
 
     def _keep_written(self) -> int:
-        return sum(watched.keep(watched.written(self._tracker)) for watched in self._watched)
+        return sum(
+            watched.keep(watched.written(self._tracker, self._others)) for watched in self._watched
+        )
 
     # --- back
 
@@ -175,7 +184,7 @@ class Reset:
         """
         count = 0
         for watched in self._watched:
-            pages = watched.written(self._tracker)
+            pages = watched.written(self._tracker, self._others)
             if everything:
                 pages = runs(watched.has_data() | watched.then.data())
             trace("reset.scanned")

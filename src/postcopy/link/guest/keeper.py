@@ -24,6 +24,7 @@ from postcopy.guest import (
     Ownership,
     Region,
     RunControl,
+    SharingProcess,
     VcpuThread,
 )
 from postcopy.kernel import calls, memfd, patience
@@ -35,6 +36,7 @@ from postcopy.kernel.userfaultfd import (
     WRITE_FEATURES,
     Userfaultfd,
 )
+from postcopy.link.guest.shared_log import SharedLog
 from postcopy.link.guest.sharing import STEP_BYTES, SharingGuest, WatchedProcesses
 from postcopy.link.rpc import Handler, handlers
 from postcopy.link.values import Fd, sent
@@ -137,6 +139,10 @@ class GuestKeeper:
         self._page_maps: list[int] = []
         self.shared = WatchedProcesses(guest, lambda: self._page_maps, joined)
         """Other processes that wait for missing pages."""
+        self._shared_log = log = SharedLog(guest)
+        self.start_shared_log, self.fetch_shared_log = log.start, log.fetch
+        self.stop_shared_log = log.stop
+        guest.tell_of_sharing(self._join)
         self.waking = threading.Lock()
         """Held while a guest is loaded and let run."""
         self._kept_stream: tuple[int, Mapping[str, int]] = (0, {})
@@ -151,6 +157,10 @@ class GuestKeeper:
     def prepare() -> None:
         """Import what needs numpy: a guest that wakes does not wait for it, one that moves would later."""
         from postcopy.link.guest import missing_pages  # noqa: F401
+
+    def _join(self, process: SharingProcess) -> None:
+        self._shared_log.join(process)
+        self.shared.join(process)
 
     @property
     def watches_missing(self) -> bool:
@@ -236,15 +246,17 @@ class GuestKeeper:
                 self._writes = self._watch(WRITE_FEATURES, RegisterMode.WP, user_mode_only=True)
 
     def unwatch_writes(self) -> None:
-        """Take the write-protection off, if it is on."""
+        """Nothing tracks writes any more: neither write-protection nor other processes, if they did."""
         with self._lock:
             self._unwatch(self._writes)
             self._writes = None
+        self._shared_log.stop()
 
     def watch_snapshot(self) -> Sequence[AddressSpace]:
         with self._lock:
             if self._snapshot is None:
                 self._snapshot = self._watch(SNAPSHOT_FEATURES, RegisterMode.WP)
+                self._shared_log.hold()  # their own writes do not wait
             return self._spaces(self._snapshot)
 
     def unwatch_snapshot(self) -> None:
@@ -252,6 +264,7 @@ class GuestKeeper:
         with self._lock:
             self._unwatch(self._snapshot, rest_s=_REST_S)
             self._snapshot = None
+        self._shared_log.release()
 
     def populate(self, block: str, offset: int, length_bytes: int) -> None:
         for region in self._guest.regions():

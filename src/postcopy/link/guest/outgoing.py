@@ -303,16 +303,24 @@ def check_movable(guest: OwnedGuest, keeper: GuestKeeper) -> None:
     guest.ownership.check(Move.ORDER)
     if any(keeper.lost.values()):
         raise WrongState("pages of this guest are lost, so it cannot move; start it anew")
-    if sharing := guest.shared_with():
-        names = ", ".join(process.name for process in sharing)
-        raise WrongState(
-            f"the guest's memory is shared with {names}, whose writes are not tracked, so it can neither "
-            "be sent nor saved, nor have a reset point; detach that first"
-        )
     if keeper.reset_point:
         raise WrongState(
             "the guest has a reset point, whose tracking of writes excludes migrations and snapshots; "
             "end it first (x-reset-end, or 'postcopy reset --end')"
+        )
+
+
+def check_logged(guest: OwnedGuest) -> None:
+    """Refuse to follow what is written to memory that others write without a log.
+
+    :raises WrongState: one does.
+    """
+    silent = [process.name for process in guest.shared_with() if not process.logs_writes]
+    if silent:
+        raise WrongState(
+            f"the guest's memory is shared with {', '.join(silent)}, which cannot log what it writes, so "
+            "the guest can neither be migrated nor have a reset point; detach that first, or take a "
+            "background snapshot"
         )
 
 
@@ -325,12 +333,15 @@ def outgoing(
     :raises Refused: they do not go together, or not with the address; or a snapshot would go to what may
         run it, and the order does not say that it is one.
     :raises HostCannot: this host cannot do it.
+    :raises WrongState: see :func:`check_logged`.
     """
     settings = settings.overridden(overrides)
     is_snapshot = settings.enabled(Capability.BACKGROUND_SNAPSHOT)
     job = (OutgoingSnapshot if is_snapshot else OutgoingMigration)(state, settings, uri)
     job.check_address(uri)
     check_host(settings.capabilities, awaits=False, running=state.guest.running)
+    if not is_snapshot:
+        check_logged(state.guest)
     if is_snapshot and not overrides.capabilities.get(Capability.BACKGROUND_SNAPSHOT):
         _check_sink(uri)
     return job

@@ -31,6 +31,7 @@ from postcopy.kernel.userfaultfd import WRITE_FEATURES, Userfaultfd
 from postcopy.link.guest.engine_process import EngineProcess
 from postcopy.link.guest.engine_slot import EnginePool, EngineSlot
 from postcopy.link.guest.keeper import GuestKeeper, OwnedGuest
+from postcopy.link.guest.outgoing import check_logged
 from postcopy.link.protocol import ResetCommands
 from postcopy.link.rpc import Link
 from postcopy.link.values import sent
@@ -97,7 +98,8 @@ class Resetting:
         puts all memory back, since what was written before has not been tracked.
 
         :return: ``pause-us``: how long the guest stood still; ``copied-bytes``.
-        :raises WrongState: a migration is under way, or the guest is not here.
+        :raises WrongState: a migration is under way, or the guest is not here, or another process writes to
+            its memory without a log.
         :raises ImageError: there is no such image, it is damaged, or of another machine.
         :raises HostCannot: writes cannot be tracked here, or there is no memory for a copy.
         """
@@ -109,6 +111,7 @@ class Resetting:
             if point is not None and point.torn:
                 raise WrongState("the last reset was not finished: 'x-reset' tries again")
             _check_reset(self._guest)
+            check_logged(self._guest)
             self._complete()
             self._end()
             return self._begin(file)

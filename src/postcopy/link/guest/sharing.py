@@ -113,7 +113,7 @@ class _Watched:
 class WatchedProcesses:
     """The processes that wait for missing pages of one guest, besides its own.
 
-    :param guest: whose memory it is.
+    :param guest: whose memory it is; :meth:`join` is to be called with each process that joins.
     :param page_maps: descriptors of its page maps, one a region.
     :param joined: told of one that has been added while pages are missing; its descriptor is not its to
         close.
@@ -131,7 +131,6 @@ class WatchedProcesses:
         self._lock = threading.Lock()  # not the keeper's: a process may take its time to answer
         self._watched: dict[SharingProcess, _Watched] | None = None
         self._telling: threading.Thread | None = None  # of the end of the watch before
-        guest.tell_of_sharing(self.join)
 
     def watch(self) -> Sequence[AddressSpace]:
         """Have each of them register its mappings, unless they have; all of them or none.
