@@ -31,13 +31,16 @@ ANSWER_S = 30.0
 
 
 class BackEnd:
-    """See :class:`postcopy.guest.SharingProcess`.
+    """See :class:`postcopy.guest.SharingProcess`.  It writes nothing unasked, and has no log.
 
     :param memory: the guest's RAM blocks.
     :param seed: of the guest's workload; its pages are checked for what the guest has filled them with.
     :param features: what its userfaultfd is opened with.
     :param populate: it maps all memory at once, as a process does that locks its memory.
     """
+
+    program = "fakes.back_end"
+    logs_writes = False
 
     def __init__(
         self,
@@ -53,7 +56,7 @@ class BackEnd:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "fakes.back_end", str(theirs.fileno()), str(seed)],
+                [sys.executable, "-m", self.program, str(theirs.fileno()), str(seed)],
                 pass_fds=[theirs.fileno()],
                 cwd=Path(__file__).parents[1],
                 stdin=subprocess.DEVNULL,
@@ -94,6 +97,15 @@ class BackEnd:
             raise GuestError(f"{self.name} does not answer: {error}") from error
         finally:
             self.watched -= 1
+
+    def log_writes(self, log: int | None, size_bytes: int = 0) -> None:
+        raise GuestError(f"{self.name} has no log")
+
+    def hold(self) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
 
     def check(self, pages: Sequence[int]) -> "Answer":
         """Begin to compare pages, in this order, with what the guest has filled them with.
@@ -149,9 +161,9 @@ class Answer:
     def __init__(self, answers: "queue.SimpleQueue[Any]") -> None:
         self._answers = answers
 
-    def result(self) -> Any:
+    def result(self, timeout_s: float = ANSWER_S) -> Any:
         """Wait for it; see the method that asked."""
-        found = self._answers.get(timeout=ANSWER_S)
+        found = self._answers.get(timeout=timeout_s)
         if isinstance(found, OSError):
             raise found
         return found
@@ -177,15 +189,17 @@ class _Process:
             if not said:
                 return
             order = json.loads(said)
-            do, number = order.pop("do"), order.pop("number")
-            if do == "watch":
-                self._say(number, *self._watch(fds, **order))
-            elif do == "unwatch":
-                self._unwatch()
-                self._say(number, None)
-            else:
-                arguments = (number, getattr(self, f"_{do}"), order)
-                threading.Thread(target=self._touch, args=arguments, daemon=True).start()
+            self._take(order.pop("number"), order.pop("do"), order, fds)
+
+    def _take(self, number: int, do: str, order: dict[str, Any], fds: Sequence[int]) -> None:
+        if do == "watch":
+            self._say(number, *self._watch(fds, **order))
+        elif do == "unwatch":
+            self._unwatch()
+            self._say(number, None)
+        else:
+            arguments = (number, getattr(self, f"_{do}"), order)
+            threading.Thread(target=self._touch, args=arguments, daemon=True).start()
 
     def _touch(self, number: int, touch: Any, order: dict[str, Any]) -> None:
         self._say(number, touch(**order))

@@ -11,7 +11,6 @@ from fakes.waiting import wait_until
 from faults.recovering import Recovering, broken_journey
 from journeys.test_memory_kinds import HUGE_PAGES, KINDS, writer
 from machine.machines import wait_for_progress
-from postcopy.errors import WrongState
 from postcopy.parameters import Capability
 from postcopy.status import Status
 
@@ -220,16 +219,3 @@ def test_a_lazy_restore_whose_engines_die(journey, tmp_path, shared, form):
     side.set(parameters=AT_ONCE)
     woken(trip)
     others.check_rest()
-
-
-def test_it_goes_no_further_while_its_memory_is_shared(journey, shared):
-    trip = journey(hammer(), capabilities=POSTCOPY)
-    shared(trip)
-    trip.migrate()
-    trip.finish()
-    with pytest.raises(
-        WrongState, match=r"is shared with back end .*, whose writes are not tracked"
-    ):
-        trip.destination.control.migrate("tcp:127.0.0.1:1")
-    with pytest.raises(WrongState, match="nor have a reset point"):
-        trip.destination.control.resetting.set_point()

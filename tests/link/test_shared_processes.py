@@ -10,12 +10,9 @@ from fakes.guest import FakeGuest
 from fakes.waiting import wait_until
 from machine.machines import MIB
 from postcopy.abi.userfaultfd import Feature, PagefaultFlag
-from postcopy.errors import GuestError, WrongState
+from postcopy.errors import GuestError
 from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.link.guest.keeper import GuestKeeper
-from postcopy.link.guest.outgoing import check_movable
-from postcopy.machine.config import MachineConfig
-from postcopy.machine.machine import Machine
 from postcopy.memory.page_map import PageMap
 
 pytestmark = pytest.mark.userfaultfd
@@ -190,23 +187,6 @@ def test_missing_pages_that_are_given_up_fail_there_too(scene):
     assert scene.keeper.poison_missing() == {"microvm.ram": 256}
     assert reading.result() == [None, None]
     watch.close()
-
-
-def test_a_guest_whose_memory_others_write_to_is_not_moved_or_saved():
-    """Nothing tells of their writes yet."""
-    with Machine(MachineConfig(2 * MIB, image=b"\xf4")) as machine:
-        machine.start(paused=True)
-        keeper = GuestKeeper(machine)
-        check_movable(machine, keeper)
-        back_end = BackEnd(machine.regions())
-        machine.share(back_end)
-        try:
-            with pytest.raises(WrongState, match=rf"process {back_end.process_id}\), whose writes"):
-                check_movable(machine, keeper)
-            machine.unshare(back_end)
-            check_movable(machine, keeper)
-        finally:
-            back_end.close()
 
 
 class TestMappedBefore:

@@ -22,7 +22,7 @@ from postcopy.link.guest.sharing import SharingGuest
 
 _PAGE_BYTES: Final = 4096
 _BYTE_COVERS: Final = 8 * _PAGE_BYTES
-_LEAVE_S: Final = 2.0
+_LEAVE_S: Final = 1.0
 """How long a process that does not answer may take to be found to have ended."""
 _LOOK_S: Final = 0.005
 
