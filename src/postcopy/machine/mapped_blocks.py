@@ -7,7 +7,7 @@ from postcopy.guest import MappedRange, Region
 from postcopy.kernel.calls import close_all, open_all
 from postcopy.kernel.mapping import Mapping
 from postcopy.machine import memory_blocks
-from postcopy.machine.address_map import AddressMap, Part
+from postcopy.machine.address_map import AddressMap
 from postcopy.machine.memory_blocks import HUGE_PAGE_BYTES, MemoryBlock
 from postcopy.vhost_user.front_end import MemoryPart
 
@@ -35,7 +35,6 @@ class Ram:
             close_all(self._fds)
             raise
         self.regions = tuple(self._regions(blocks, addresses))
-        self._addresses = addresses
 
     def _regions(self, blocks: Sequence[MemoryBlock], addresses: AddressMap) -> list[Region]:
         regions, offset = [], 0
@@ -57,17 +56,18 @@ class Ram:
     @property
     def parts(self) -> list[MemoryPart]:
         """All of it for a process that is to map it, in order of the guest's addresses."""
-        return [self._part(each) for each in self._addresses.parts]
-
-    def _part(self, part: Part) -> MemoryPart:
-        for region in self.regions:  # a part is of one block
-            offset = part.offset - (region.host_address - self.mapping.address)
-            if 0 <= offset < region.size_bytes:
-                break
-        else:
-            raise AssertionError(part)
-        at = region.fd_offset + offset
-        return MemoryPart(region.name, offset, part.size_bytes, part.guest_address, region.fd, at)
+        return [
+            MemoryPart(
+                region.name,
+                part.offset,
+                part.length_bytes,
+                part.address,
+                region.fd,
+                region.fd_offset + part.offset,
+            )
+            for region in self.regions
+            for part in region.physical_ranges
+        ]
 
     def name_at(self, offset: int) -> str:
         """The name of the block that has this offset in all RAM."""
