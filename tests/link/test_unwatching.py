@@ -29,7 +29,9 @@ def guest():
         memory.append(mmap.mmap(fd, size))
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory[-1]))
         regions.append(Region(f"ram{number}", size, 4096, 0, address, fd))
-    yield SimpleNamespace(regions=lambda: regions, memory=memory, tell_of_sharing=id)
+    yield SimpleNamespace(
+        regions=lambda: regions, memory=memory, tell_of_sharing=id, shared_with=tuple
+    )
     for region in regions:
         os.close(region.fd)
 

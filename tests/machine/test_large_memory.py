@@ -126,9 +126,9 @@ def test_a_guest_works_around_the_seams(accelerator, machine_type, seam):
         machine = watched.machine
         (region,) = machine.regions()
         assert (region.size_bytes, region.guest_address) == (5 * GIB, 0)
-        low, high = region.physical_ranges
-        assert (low.address, low.offset, low.length_bytes) == (0, 0, 3 * GIB)
-        assert (high.address, high.offset, high.length_bytes) == (4 * GIB, 3 * GIB, 2 * GIB)
+        parts = [(part.offset, part.length_bytes, part.address) for part in region.physical_ranges]
+        split = [(0, 3 * GIB, 0), (3 * GIB, 2 * GIB, 4 * GIB)]
+        assert parts == (split if machine_type == "microvm" else [(0, 5 * GIB, 0)])
         machine.start()
         wait_for_work(machine, work)
         wait_for_progress(machine, work)
