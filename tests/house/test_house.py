@@ -11,6 +11,7 @@ from house.project import ROOT, files, modules, text
 
 MAX_LINES = {"src": 400, "benchmarks": 400, "scripts": 400, "tests": 500}
 SMALL_LINES, MOST_SMALL = 60, 15
+MOST_FILES = {"command": 14, "fault": 15, "restore": 20, "snapshot": 22}
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
@@ -118,6 +119,17 @@ def test_links_of_the_documents_lead_somewhere():
             if not (ROOT / page.parent / target.split("#")[0]).exists():
                 broken.append(f"{page}: {target}")
     assert broken == []
+
+
+@pytest.mark.parametrize(("walk", "most"), MOST_FILES.items())
+def test_few_files_are_opened_on_a_walk(walk, most):
+    rows = [
+        line
+        for line in (ROOT / f"docs/life_of_a_{walk}.md").read_text().splitlines()
+        if line.startswith("| ")
+    ]
+    named = {target for row in rows for target in LINK.findall(row) if target.endswith(".py")}
+    assert 10 <= len(named) <= most, sorted(named)
 
 
 def test_imports_go_down_only():
