@@ -6,6 +6,7 @@ import select
 import struct
 import threading
 
+from fakes.uffd_events import Pagefault, read_events
 from fakes.vhost_front_end import (
     ADD_MEM_REG,
     PAGE,
@@ -17,7 +18,6 @@ from fakes.vhost_front_end import (
 )
 from postcopy.abi.userfaultfd import Feature
 from postcopy.errors import PageExists
-from postcopy.kernel.faults import Pagefault
 from postcopy.kernel.mapping import Mapping
 from postcopy.kernel.userfaultfd import Userfaultfd
 
@@ -116,7 +116,7 @@ class Destination:
         poll.register(self.userfaultfd, select.POLLIN)
         poll.register(self._ended, select.POLLIN)
         while all(fd != self._ended for fd, _ in poll.poll()):
-            for event in self.userfaultfd.read_events():
+            for event in read_events(self.userfaultfd):
                 assert isinstance(event, Pagefault)
                 offset = self._offset_of(event.address)
                 self.asked.append(offset)

@@ -11,11 +11,11 @@ import socket
 import pytest
 from watched import PAGE, Mapping, Toucher, in_child, memory_of, open_or_skip, watched
 
+from fakes.uffd_events import Fork, Pagefault, Remap, Remove, Unmap, parse, read_events
 from postcopy.abi.userfaultfd import Feature, PagefaultFlag, RangeIoctl, RegisterMode
 from postcopy.errors import HostCannot, KernelError, PageExists
 from postcopy.kernel import calls, memfd, userfaultfd, userfaultfd_open
-from postcopy.kernel.faults import MESSAGE, Fork, Pagefault, Remap, Remove, Unmap, parse
-from postcopy.kernel.userfaultfd import Userfaultfd
+from postcopy.kernel.userfaultfd import MESSAGE, Userfaultfd
 
 KINDS = pytest.mark.parametrize("kind", ["anonymous", "memfd"])
 WP = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_UNPOPULATED
@@ -27,7 +27,7 @@ def test_a_missing_page_is_told_and_placed(kind):
         toucher = w.read_in_thread(3)
         fault = w.event()
         assert fault == Pagefault(w.at(3), PagefaultFlag(0), toucher.thread_id)
-        assert w.watcher.read_events() == []
+        assert read_events(w.watcher) == []
         assert w.watcher.copy(fault.address, w.source(3), PAGE) == PAGE
         assert toucher.done() == b"\4\4\4\4"
 
@@ -270,7 +270,7 @@ def test_placing_waits_for_the_remove_event_to_be_read():
         toucher = w.touch(lambda: w.memory.discard(0, 2 * PAGE))
         select.select([w.watcher], [], [], 10)
         assert w.watcher.copy(w.at(4), w.source(4), PAGE) == 0
-        assert w.watcher.read_events() == [Remove(w.at(0), w.at(2))]
+        assert read_events(w.watcher) == [Remove(w.at(0), w.at(2))]
         toucher.done()
         assert w.watcher.copy(w.at(4), w.source(4), PAGE) == PAGE
         assert w.watcher.copy(w.at(0), w.source(7), PAGE) == PAGE  # it is missing again
@@ -317,7 +317,7 @@ def test_a_forked_child_brings_a_watcher_of_its_own():
         with Userfaultfd.from_fd(descriptor) as watcher:
             ours.send(b"!")
             select.select([watcher], [], [], 10)
-            (fork,) = watcher.read_events()
+            (fork,) = read_events(watcher)
             assert isinstance(fork, Fork)
             Userfaultfd.from_fd(fork.fd).close()
 
@@ -332,7 +332,7 @@ def test_a_descriptor_can_be_taken_over():
         copy = Userfaultfd.from_fd(os.dup(w.watcher.fileno()))
         toucher = w.read_in_thread(0)
         select.select([copy], [], [], 10)
-        assert len(copy.read_events()) == 1
+        assert len(read_events(copy)) == 1
         copy.copy(w.at(0), w.source(0), PAGE)
         toucher.done()
         copy.close()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fakes.uffd_events import read_events
 from postcopy.abi.userfaultfd import Feature, RegisterMode
 from postcopy.errors import HostCannot
 from postcopy.kernel import memfd
@@ -95,7 +96,7 @@ class Watched:
         """The next event, waited for; there must be just one."""
         readable, _, _ = select.select([self.watcher], [], [], PATIENCE_S)
         assert readable, "no event came"
-        events = self.watcher.read_events()
+        events = read_events(self.watcher)
         assert len(events) == 1
         return events[0]
 

@@ -7,6 +7,7 @@ import pytest
 
 from fakes.back_end import BackEnd
 from fakes.guest import FakeGuest
+from fakes.uffd_events import read_events
 from fakes.waiting import wait_until
 from machine.machines import MIB
 from postcopy.abi.userfaultfd import Feature, PagefaultFlag
@@ -57,7 +58,7 @@ def scene():
 def faults(watch, count=1):
     """Wait for the messages of so many faults."""
     told = []
-    wait_until(lambda: told.extend(watch.read_events()) or len(told) >= count, what="a fault")
+    wait_until(lambda: told.extend(read_events(watch)) or len(told) >= count, what="a fault")
     return told
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from fakes.uffd_events import read_events
 from fakes.waiting import wait_until
 from postcopy.guest import Region
 from postcopy.kernel import memfd
@@ -73,7 +74,7 @@ def test_who_waits_to_write_goes_on_wherever_it_is(guest):
     for thread in threads:
         thread.start()
     told = []
-    wait_until(lambda: told.extend(watch.read_events()) or len(told) == len(threads))
+    wait_until(lambda: told.extend(read_events(watch)) or len(told) == len(threads))
     service.unwatch_snapshot()
     for thread in threads:
         thread.join(10)

@@ -5,6 +5,7 @@ import select
 
 import pytest
 
+from fakes.uffd_events import read_events
 from fakes.waiting import wait_until
 from kernel.watched import PAGE, in_child
 from machine.drives import DISK_BYTES, check_disk, disk_workload, make_disk, writes_and_reads
@@ -149,7 +150,7 @@ def fault_of_the_drive(machine, watcher, content, where):
     vcpus = {each.thread_id for each in machine.vcpu_threads()}
     while True:
         assert select.select([watcher], [], [], 10)[0]
-        for event in watcher.read_events():
+        for event in read_events(watcher):
             page = event.address & -PAGE
             if event.thread_id not in vcpus:
                 return page, source

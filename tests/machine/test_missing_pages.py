@@ -2,6 +2,7 @@
 
 import select
 
+from fakes.uffd_events import read_events
 from fakes.waiting import wait_until
 from kernel.watched import PAGE, in_child
 from machine.machines import MIB, Watched, config_for, need, wait_for_progress, wait_for_work
@@ -51,7 +52,7 @@ def stop_while_waiting() -> None:
     machine.resume()
     for _ in range(3):
         assert select.select([watcher], [], [], 10)[0]
-        (event,) = watcher.read_events()
+        (event,) = read_events(watcher)
         assert event.thread_id == machine.vcpu_threads()[0].thread_id
         machine.pause()  # returns although the page has not come
         machine.resume()

@@ -8,15 +8,15 @@ import pytest
 
 from fakes.cpus import CpusNoted
 from fakes.guest import RAM, AskedPages, need_missing_pages
+from fakes.uffd_events import read_events
 from fakes.waiting import wait_until
 from postcopy.abi import linux
 from postcopy.abi.userfaultfd import EventCode, Feature
 from postcopy.errors import GuestError
 from postcopy.guest import Region
 from postcopy.kernel import calls, memfd
-from postcopy.kernel.faults import MESSAGE
 from postcopy.kernel.mapping import Mapping
-from postcopy.kernel.userfaultfd import MISSING_FEATURES, MISSING_MODE, Userfaultfd
+from postcopy.kernel.userfaultfd import MESSAGE, MISSING_FEATURES, MISSING_MODE, Userfaultfd
 from postcopy.memory import page_map_file
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.fault_loop import FaultLoop
@@ -153,7 +153,7 @@ class TestMoves:
 
     def has_ended(self, told, moving):
         """The move waits until all that the kernel tells of it has been read."""
-        told.userfaultfd.read_events()
+        read_events(told.userfaultfd)
         return not moving.is_alive()
 
 

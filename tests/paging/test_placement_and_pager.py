@@ -12,8 +12,8 @@ from fakes.cpus import CpusNoted
 from fakes.guest import RAM, AskedPages, FakeGuest
 from fakes.waiting import wait_until
 from postcopy.destination.incoming_ram import discard
-from postcopy.kernel.faults import MESSAGE
 from postcopy.kernel.pagemap import PagemapScanner
+from postcopy.kernel.userfaultfd import MESSAGE
 from postcopy.memory.page_map import RECEIVED
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.fault_table import FaultTable

@@ -5,6 +5,7 @@ The other spaces are mappings of this process with a userfaultfd each, or, where
 
 import os
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from fakes.back_end import BackEnd
 from fakes.cpus import CpusNoted
 from fakes.elsewhere import Elsewhere
 from fakes.guest import RAM, AskedPages, FakeGuest
+from fakes.uffd_events import read_events
 from fakes.waiting import wait_until
 from postcopy.abi.userfaultfd import PagefaultFlag, RegisterMode
 from postcopy.kernel.userfaultfd import MISSING_MODE, NO_FEATURES, Userfaultfd
@@ -196,7 +198,7 @@ class TestHalfAPage:
         self.half(scene)
         found = scene.touch(scene.elsewhere[0], 5)
         watch, told = scene.elsewhere[0].watch, []
-        wait_until(lambda: told.extend(watch.read_events()) or told, what="the fault")
+        wait_until(lambda: told.extend(read_events(watch)) or told, what="the fault")
         assert [fault.flags for fault in told] == [PagefaultFlag.MINOR]
         assert found == []
         scene.elsewhere[0].close()  # it goes on
@@ -262,7 +264,7 @@ def test_what_was_read_and_never_answered_comes_again(scene):
     """The engine that had read the faults has died."""
     found = [scene.touch(each, 9) for each in scene.elsewhere]
     for each in scene.elsewhere:
-        wait_until(each.watch.read_events, what="the fault")
+        wait_until(partial(read_events, each.watch), what="the fault")
     scene.serve()
     scene.place([9], 7)
     assert found == [[], []]

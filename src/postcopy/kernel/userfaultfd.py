@@ -27,7 +27,6 @@ from postcopy.abi.userfaultfd import Feature, RangeIoctl, RegisterMode
 from postcopy.errors import KernelError, PageExists
 from postcopy.kernel import userfaultfd_open
 from postcopy.kernel.calls import ioctl
-from postcopy.kernel.faults import MESSAGE, Event, parse
 from postcopy.kernel.patience import NONE, PASSES, Patience
 
 NO_FEATURES = Feature(0)
@@ -45,6 +44,8 @@ MISSING_MODE: Final = RegisterMode.MISSING | RegisterMode.MINOR
 SNAPSHOT_FEATURES: Final = (
     Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_UNPOPULATED
 )
+MESSAGE: Final = struct.Struct("<B7xQQQ")
+"""``struct uffd_msg``: the event's code, and the three words of its argument."""
 _EVENTS = Feature.EVENT_FORK | Feature.EVENT_REMAP | Feature.EVENT_REMOVE | Feature.EVENT_UNMAP
 
 
@@ -245,15 +246,11 @@ class Userfaultfd:
             abi.UFFDIO_WAKE, abi.uffdio_range(address, length_bytes), address, length_bytes
         )
 
-    def read_events(self, limit: int = 32) -> list[Event]:
-        """Take up to ``limit`` pending events, oldest first; none pending is an empty list.
+    def read_messages(self, limit: int) -> bytes:
+        """Take up to ``limit`` pending events, oldest first, as :data:`MESSAGE` has them; empty: none.
 
         :raises KernelError: ``EINVAL`` if the descriptor has not been through its handshake.
         """
-        return parse(self.read_messages(limit))
-
-    def read_messages(self, limit: int) -> bytes:
-        """As :meth:`read_events`, as the kernel writes them: see :mod:`postcopy.kernel.faults`."""
         waits: Patience | None = None
         while True:
             try:

@@ -25,9 +25,8 @@ from typing import Final, Protocol
 
 from postcopy.abi.userfaultfd import EventCode
 from postcopy.kernel import calls
-from postcopy.kernel.faults import MESSAGE
 from postcopy.kernel.threads import run_soon
-from postcopy.kernel.userfaultfd import Userfaultfd
+from postcopy.kernel.userfaultfd import MESSAGE, Userfaultfd
 from postcopy.paging.shared_space import SharedSpace, SharedSpaces
 
 Fault = tuple[int, int, int, int]

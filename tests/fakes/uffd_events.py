@@ -1,13 +1,18 @@
-"""The events of a userfaultfd, decoded from the kernel's messages."""
+"""The events of a userfaultfd as objects; the pagers read the kernel's messages themselves."""
 
-import struct
 from collections.abc import Callable
 from typing import NamedTuple
 
 from postcopy.abi.userfaultfd import EventCode, PagefaultFlag
+from postcopy.kernel.userfaultfd import MESSAGE, Userfaultfd
 
-MESSAGE = struct.Struct("<B7xQQQ")
-"""``struct uffd_msg``: the event's code, and the three words of its argument."""
+
+def read_events(userfaultfd: Userfaultfd, limit: int = 32) -> "list[Event]":
+    """Take up to ``limit`` pending events, oldest first; none pending is an empty list.
+
+    :raises KernelError: ``EINVAL`` if the descriptor has not been through its handshake.
+    """
+    return parse(userfaultfd.read_messages(limit))
 
 
 class Pagefault(NamedTuple):
