@@ -6,7 +6,7 @@ What we have added ourselves starts with ``x-`` and is marked ``ours``.
 """
 
 import enum
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -117,11 +117,6 @@ class Capabilities:
     """The capabilities that are on; immutable, so a migration keeps those it began with."""
 
     on: frozenset[Capability] = frozenset()
-
-    @classmethod
-    def of(cls, names: Iterable[str]) -> Self:
-        """The set with these names, unchecked: for what another process of ours has checked."""
-        return cls(frozenset(Capability(name) for name in names))
 
     def __iter__(self) -> Iterator[Capability]:
         return (capability for capability in Capability if capability in self.on)

@@ -1,7 +1,6 @@
 """What abi/ says is what the headers say; what they lack is asked of the kernel itself."""
 
 import ctypes
-import errno
 import importlib
 import os
 import pkgutil
@@ -120,19 +119,6 @@ def test_poison_and_its_mode_are_the_kernels():
         assert watcher.poison(memory.address, PAGE, wake=False) == PAGE
         with pytest.raises(PageExists):
             watcher.poison(memory.address, PAGE)
-
-
-def test_move_and_its_modes_are_the_kernels():
-    watcher, memory, ioctls = registered(Feature.MOVE, RegisterMode.MISSING)
-    with watcher, memory, Mapping.anonymous(2 * PAGE) as source:
-        source.write(PAGE, b"moved")
-        assert RangeIoctl.MOVE in ioctls
-        with pytest.raises(KernelError) as hole:
-            watcher.move(memory.address, source.address, 2 * PAGE)
-        assert hole.value.errno == errno.ENOENT
-        moved = watcher.move(memory.address, source.address, 2 * PAGE, allow_holes=True, wake=False)
-        assert moved == 2 * PAGE
-        assert memory.read(PAGE, 5) == b"moved"
 
 
 def test_pagemap_scan_categories_and_flags_are_the_kernels():

@@ -194,16 +194,6 @@ def plain_read(address: int) -> None:
     ctypes.memmove(ctypes.create_string_buffer(1), address, 1)
 
 
-def test_moved_pages_leave_their_source_missing():
-    with watched("anonymous", features=Feature.MOVE) as w, Mapping.anonymous(PAGE) as source:
-        source.write(0, b"gone")
-        toucher = w.read_in_thread(2)
-        w.event()
-        assert w.watcher.move(w.at(2), source.address, PAGE) == PAGE
-        assert toucher.done() == b"gone"
-        assert source.read(0, 4) == bytes(4)
-
-
 def test_unregistered_memory_reads_as_zeros():
     with watched() as w:
         toucher = w.read_in_thread(0)
@@ -226,7 +216,6 @@ PLACING = {
     "zeropage": ("zeropage", lambda w: w.zeropage(0, PAGE)),
     "continue": ("mapped", lambda w: w.map_existing(0, PAGE)),
     "poison": ("updated", lambda w: w.poison(0, PAGE)),
-    "move": ("move", lambda w: w.move(0, 0, PAGE)),
 }
 
 

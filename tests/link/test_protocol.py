@@ -20,7 +20,7 @@ from postcopy.link.protocol import (
     messages,
 )
 from postcopy.link.values import Fd
-from postcopy.parameters import Capabilities, Parameters
+from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.statistics import Measured, MigrationInfo, RamStatistics
 from postcopy.status import Status
 
@@ -44,7 +44,7 @@ def over(value):
     "value",
     [
         FULL,
-        Capabilities.of(["postcopy-ram", "events"]),
+        Capabilities(frozenset({Capability.POSTCOPY_RAM, Capability.EVENTS})),
         Parameters(max_bandwidth=7, x_on_loss="poison"),
         [DeviceState("cpu", 0, 12, bytes(range(256)))],
         AddressSpace(7, [MappedRange("ram", 4096, 8192, 1 << 46)], 9),

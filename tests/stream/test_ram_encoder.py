@@ -50,19 +50,8 @@ def test_runs_and_single_pages_are_written_alike():
         assert (data.reshape(-1, 8 + PAGE)[:, 8:] == rows[list(where)]).all()
 
 
-def test_forget_names_the_block_again():
-    encoder = PageEncoder()
-    named = b"\0\0\0\0\0\0\x10\x02\x03ram\0"
-    short = b"\0\0\0\0\0\0\x10\x22\0"
-    assert encoder.zeros("ram", offsets(1)) == named
-    assert encoder.zeros("ram", offsets(1)) == short
-    encoder.forget()
-    assert encoder.zeros("ram", offsets(1)) == named
-
-
 def test_what_cannot_be_written():
     encoder = PageEncoder(4)
-    assert encoder.max_pages == 4
     with pytest.raises(ValueError, match="5 pages; 1 to 4 fit"):
         encoder.pages("ram", offsets(1, 2, 3, 4, 5), SOURCE)
     with pytest.raises(ValueError, match="0 pages"):

@@ -74,7 +74,6 @@ def decode(raw, cuts=(), layout=LAYOUT):
         decoder.received(end - begin)
         while (message := decoder.next_message()) is not None:
             found.append(message)
-    decoder.finish()
     return found
 
 
@@ -148,19 +147,6 @@ def test_refused(what):
         decode(raw)
     assert not isinstance(caught.value, StreamCut)
     assert text in caught.value.message
-
-
-def test_cut_and_resumed():
-    decoder = ReturnPathDecoder(LAYOUT)
-    decoder.feed(encode_message(RequestPages("ram", 0, PAGE)) + b"\0\1\0")
-    assert decoder.next_message() == RequestPages("ram", 0, PAGE)
-    assert decoder.next_message() is None
-    with pytest.raises(StreamCut, match="The return path ends in a message"):
-        decoder.finish()
-    decoder.resume()
-    decoder.feed(encode_message(RequestPages(None, 0, PAGE)))
-    with pytest.raises(StreamError, match="with none before"):
-        decoder.next_message()
 
 
 def test_huge_pages_are_asked_for_whole():

@@ -19,7 +19,7 @@ by these conventions what there is to compare, so a new module needs no new test
     how the members of an enumeration are called in C: ``{Feature: "UFFD_FEATURE_{}"}``.  Any C
     expression will do.  Every enumeration of the module must be in it.
 ``NEWER: frozenset[str]``
-    names (``uffdio_move``, ``UFFDIO_MOVE``, ``Feature.MOVE``) that the oldest header we support
+    names (``uffdio_poison``, ``UFFDIO_POISON``, ``Feature.POISON``) that the oldest header we support
     (Linux 6.1) lacks.  Where they are in the header they are compared; where they are not, the
     test says so, and proves them against the running kernel.  Any other name must be found.
 """

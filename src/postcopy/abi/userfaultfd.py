@@ -150,18 +150,6 @@ class uffdio_poison(ctypes.Structure):
     ]
 
 
-class uffdio_move(ctypes.Structure):
-    """``struct uffdio_move``"""
-
-    _fields_ = [
-        ("dst", ctypes.c_uint64),
-        ("src", ctypes.c_uint64),
-        ("len", ctypes.c_uint64),
-        ("mode", ctypes.c_uint64),
-        ("move", ctypes.c_int64),  # out: bytes moved, or -errno
-    ]
-
-
 class _pagefault(ctypes.Structure):
     _fields_ = [
         ("flags", ctypes.c_uint64),
@@ -222,8 +210,6 @@ UFFDIO_WRITEPROTECT_MODE_DONTWAKE = 1 << 1
 UFFDIO_CONTINUE_MODE_DONTWAKE = 1 << 0
 UFFDIO_CONTINUE_MODE_WP = 1 << 1
 UFFDIO_POISON_MODE_DONTWAKE = 1 << 0
-UFFDIO_MOVE_MODE_DONTWAKE = 1 << 0
-UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES = 1 << 1
 
 USERFAULTFD_IOC_NEW = io("USERFAULTFD_IOC_NEW", 0xAA, 0x00)  # 6.1; on /dev/userfaultfd
 UFFDIO_API = iowr("UFFDIO_API", UFFD_API, 0x3F, uffdio_api)
@@ -232,7 +218,6 @@ UFFDIO_UNREGISTER = ior("UFFDIO_UNREGISTER", UFFD_API, 0x01, uffdio_range)
 UFFDIO_WAKE = ior("UFFDIO_WAKE", UFFD_API, 0x02, uffdio_range)
 UFFDIO_COPY = iowr("UFFDIO_COPY", UFFD_API, 0x03, uffdio_copy)
 UFFDIO_ZEROPAGE = iowr("UFFDIO_ZEROPAGE", UFFD_API, 0x04, uffdio_zeropage)
-UFFDIO_MOVE = iowr("UFFDIO_MOVE", UFFD_API, 0x05, uffdio_move)
 UFFDIO_WRITEPROTECT = iowr("UFFDIO_WRITEPROTECT", UFFD_API, 0x06, uffdio_writeprotect)
 UFFDIO_CONTINUE = iowr("UFFDIO_CONTINUE", UFFD_API, 0x07, uffdio_continue)
 UFFDIO_POISON = iowr("UFFDIO_POISON", UFFD_API, 0x08, uffdio_poison)
@@ -249,7 +234,6 @@ NEWER = frozenset(
     {
         *("Feature.WP_UNPOPULATED", "Feature.POISON", "Feature.WP_ASYNC", "Feature.MOVE"),
         *("RangeIoctl.POISON", "UFFDIO_POISON", "uffdio_poison", "UFFDIO_POISON_MODE_DONTWAKE"),
-        *("RangeIoctl.MOVE", "UFFDIO_MOVE", "uffdio_move", "UFFDIO_MOVE_MODE_DONTWAKE"),
-        *("UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES", "UFFDIO_CONTINUE_MODE_WP"),
+        *("RangeIoctl.MOVE", "UFFDIO_CONTINUE_MODE_WP"),
     }
 )

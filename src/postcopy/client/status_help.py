@@ -5,7 +5,7 @@ caller formats them.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final
 
 from postcopy.status import Status
@@ -29,10 +29,6 @@ class StatusHelp:
     owner: str
     waits_for: str = ""
     next: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON can carry it."""
-        return asdict(self)
 
 
 S = Status

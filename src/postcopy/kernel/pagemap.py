@@ -47,19 +47,6 @@ class PagemapScanner:
         except KernelError as error:
             cure = _OPEN_CURES.get(error.errno)
             raise KernelError("open", error.errno, f"{path}; {cure}" if cure else path) from error
-        self._prepare(fd, capacity)
-
-    @classmethod
-    def from_fd(cls, fd: int, *, capacity: int = 1 << 16) -> Self:
-        """Take over a descriptor of ``/proc/self/pagemap`` that the process itself has opened.
-
-        It refers to that process in whichever process it is used, and needs no privilege there.
-        """
-        scanner = cls.__new__(cls)
-        scanner._prepare(fd, capacity)  # noqa: SLF001 - our own class, made without __init__
-        return scanner
-
-    def _prepare(self, fd: int, capacity: int) -> None:
         self._fd = fd
         self._regions = np.empty((capacity, 3), np.uint64)  # start, end, categories
 

@@ -196,31 +196,6 @@ class Userfaultfd:
             abi.UFFDIO_POISON, argument, lambda: argument.updated, address, length_bytes
         )
 
-    def move(
-        self,
-        destination: int,
-        source: int,
-        length_bytes: int,
-        *,
-        allow_holes: bool = False,
-        wake: bool = True,
-    ) -> int:
-        """Move anonymous pages within the process, without copying them.
-
-        :param source: an address in the process *watched*; its pages are missing afterwards.
-        :param allow_holes: pass over pages that ``source`` does not have.
-        :return: the bytes moved, as with :meth:`copy`.
-        :raises PageExists: the first page exists already.
-        :raises KernelError: ``ENOENT`` at a hole; ``EBUSY`` if a page is pinned or shared by fork.
-        """
-        mode = (abi.UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES if allow_holes else 0) | (
-            0 if wake else abi.UFFDIO_MOVE_MODE_DONTWAKE
-        )
-        argument = abi.uffdio_move(destination, source, length_bytes, mode)
-        return self._place(
-            abi.UFFDIO_MOVE, argument, lambda: argument.move, destination, length_bytes
-        )
-
     def write_protect(
         self, address: int, length_bytes: int, *, protect: bool, wake: bool = True
     ) -> None:

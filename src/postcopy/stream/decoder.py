@@ -301,8 +301,3 @@ class PreemptDecoder(DecoderInput):
         """
         if self._reader.pending:
             raise self._cut("a requested page")
-
-    def resume(self) -> None:
-        """Go on with a new connection: block names and half a page are forgotten."""
-        self._reader.drop_all()
-        self._ram.forget()

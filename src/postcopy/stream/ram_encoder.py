@@ -114,22 +114,13 @@ class PageEncoder:
         self._first_word = self._table[0].copy()
         self._ramp = ramp << np.uint64(TARGET_PAGE_BITS)
 
-    @property
-    def max_pages(self) -> int:
-        """The most that one call of :meth:`pages` may be given."""
-        return self._max_pages
-
-    def forget(self) -> None:
-        """Forget the block named last: on a new connection it must be named afresh."""
-        self._block = None
-
     def pages(self, block: str, offsets: Offsets, source: PageRows) -> Iovecs:
         """Write pages of a block, in the order of ``offsets``, whatever they hold.
 
         :param offsets: byte offsets in the block, multiples of 4096.
         :param source: the whole block, shape ``(m, 4096)``, contiguous.
         :return: the records; valid until the next call.
-        :raises ValueError: more pages than :attr:`max_pages`, or none.
+        :raises ValueError: more pages than ``max_pages``, or none.
         :raises IndexError: an offset lies outside of the block.
         """
         self._check(offsets, source)

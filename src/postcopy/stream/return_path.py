@@ -11,7 +11,6 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from postcopy.errors import StreamCut
 from postcopy.stream.configuration import encode_name
 from postcopy.stream.layout import BlockLayout, Layout
 from postcopy.stream.numbers import (
@@ -116,11 +115,6 @@ class ReturnPathDecoder(DecoderInput):
         self._layout = layout
         self._block: str | None = None  # asked for last
 
-    def resume(self) -> None:
-        """Go on with a new connection: half a message and the block named last are forgotten."""
-        self._reader.drop_all()
-        self._block = None
-
     def next_message(self) -> ReturnPathMessage | None:
         """Decode the next message; ``None``: it needs more bytes.
 
@@ -135,15 +129,6 @@ class ReturnPathDecoder(DecoderInput):
             return None
         self._reader.commit()
         return message
-
-    def finish(self) -> None:
-        """Say that no more bytes will come.
-
-        :raises StreamCut: they end in the middle of a message.
-        """
-        reader = self._reader
-        if reader.pending:
-            raise StreamCut("The return path ends in a message", reader.consumed + reader.pending)
 
     def _read(self) -> ReturnPathMessage:
         kind, length = self._read_head()
