@@ -9,9 +9,12 @@ import pytest
 from fakes.huge_pages import reserved
 from fakes.pair import NEVER_ENDS, POSTCOPY, QUICK, Side
 from fakes.snapshots import Portrait
+from fakes.vhost_back_end import BackEnd as VhostBackEnd
+from fakes.vhost_back_end import StorageDaemon
 from fakes.waiting import wait_until
 from fakes.writing_back_end import Area, WritingBackEnd
 from journeys.test_memory_kinds import HUGE_PAGES, KINDS, MEMORY_BYTES
+from machine.drives import check_disk, disk_workload, make_disk, writes_and_reads
 from machine.machines import MIB, need, wait_for_progress
 from postcopy.errors import GuestError, WrongState
 from postcopy.machine.workload import BASE_ADDRESS, PAGE_BYTES, load
@@ -210,6 +213,27 @@ def test_a_background_snapshot(kind, writing, tmp_path):
         others.area.wait_for_writes()
         portrait.check_image(f"file:{tmp_path}/image")
         portrait.check_memory()
+
+
+@pytest.mark.parametrize("kind", [VhostBackEnd, StorageDaemon], ids=["ours", "qemu"])
+def test_a_background_snapshot_of_a_guest_with_a_disk(tmp_path, kind):
+    """A disk writes its ring, and what it reads, to the guest's memory."""
+    disk = make_disk(tmp_path / "disk")
+    workload = disk_workload(vcpus=2, delay_cycles=0)
+    with (
+        kind(tmp_path / "one", disk) as one,
+        kind(tmp_path / "other", disk) as other,
+        Portrait(workload, vhost_user_blk=str(one.path)) as portrait,
+    ):
+        portrait.take(f"file:{tmp_path}/image")
+        read = portrait.machine.read_memory
+        before = writes_and_reads(read, workload)
+        wait_until(lambda: writes_and_reads(read, workload) > before, what="the disk goes on")
+        portrait.machine.stop()
+        check_disk(read, workload, disk)
+        portrait.more["vhost_user_blk"] = str(other.path)
+        image = portrait.load(f"file:{tmp_path}/image")
+        assert np.array_equal(image.ram(), portrait.machine.then)
 
 
 def test_a_background_snapshot_whose_engine_dies_lets_the_process_write_again(writing, tmp_path):
