@@ -136,7 +136,10 @@ class SharingProcess(Protocol):
         """
 
     def release(self) -> None:
-        """Let it write again while the guest runs.  Does not wait; harmless unless it is held."""
+        """Let it write again while the guest runs.  Does not wait; harmless unless it is held.
+
+        A process that joins while none is held is released, too.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -306,3 +306,13 @@ def test_a_process_that_is_held_writes_nothing_and_one_that_joins_is_held_too():
     guest.log.release()
     guest.add()
     assert [each.held for each in guest.processes] == [False] * 3
+
+
+def test_what_was_held_when_its_last_process_ended_is_released_with_the_next():
+    guest = Guest()
+    guest.log.hold()
+    dead = guest.processes.pop()
+    guest.log.release()
+    guest.processes.append(dead)  # another process of the same device
+    guest.log.join(dead)
+    assert not dead.held

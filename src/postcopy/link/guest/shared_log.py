@@ -90,6 +90,8 @@ class SharedLog:
         with self._lock:
             if self._is_held:
                 process.hold()
+            else:
+                process.release()  # what is held may be a device, whose last process has ended meanwhile
             if self._refuses:
                 raise GuestError(
                     f"{process.name}: the guest is being moved or has a reset point, and its memory had "
