@@ -8,7 +8,7 @@ import threading
 from postcopy.errors import Refused, WrongState
 from postcopy.events import EventBus
 from postcopy.guest import Region
-from postcopy.monitor.backend import Backend
+from postcopy.monitor.controls import Backend
 from postcopy.ownership import Ownership
 from postcopy.parameters import NO_OVERRIDES, Capabilities, Capability, Parameters
 from postcopy.statistics import MigrationInfo

@@ -30,7 +30,7 @@ from postcopy.stacks import tell_when_asked
 from postcopy.status import Status
 
 if TYPE_CHECKING:
-    from postcopy.monitor.backend import Backend
+    from postcopy.monitor.controls import Backend
     from postcopy.monitor.hmp_console import HmpConsole
 
 _SWITCH_INTERVAL_S: Final = 0.0001
@@ -144,7 +144,7 @@ class GuestProcess:
         else:
             thread = threading.Thread(target=control.prepare, name="prepare", daemon=True)
             threads.start_if_possible(thread)  # else an engine is started when it is needed
-        from postcopy.monitor.backend import (
+        from postcopy.monitor.controls import (
             Backend,
         )  # imported late: the guest of a restore runs first
 

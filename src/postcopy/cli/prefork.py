@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _HELP = {"-h", "--help"}
 _MODULES: Final = (
-    "postcopy.monitor.backend",
+    "postcopy.monitor.controls",
     "postcopy.monitor.json_stream",
     "postcopy.monitor.argument_types",
     "postcopy.monitor.hmp_values",

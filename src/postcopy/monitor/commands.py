@@ -23,7 +23,7 @@ from postcopy.monitor.argument_types import (
     size,
     string,
 )
-from postcopy.monitor.backend import Backend
+from postcopy.monitor.controls import Backend
 from postcopy.monitor.hmp_arguments import (
     Argument,
     dump_format,

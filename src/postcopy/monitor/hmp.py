@@ -4,8 +4,8 @@ import logging
 
 from postcopy.errors import PostcopyError
 from postcopy.monitor.argument_types import Arguments
-from postcopy.monitor.backend import Backend
 from postcopy.monitor.commands import TABLE, Command, Human
+from postcopy.monitor.controls import Backend
 from postcopy.monitor.hmp_arguments import Argument, BadUsage, parse, words
 from postcopy.monitor.hmp_info import Context, Lines
 

@@ -6,7 +6,7 @@ import sys
 from typing import TextIO
 
 from postcopy.monitor import version
-from postcopy.monitor.backend import Backend
+from postcopy.monitor.controls import Backend
 from postcopy.monitor.hmp import Hmp, completions
 
 PROMPT = "(postcopy) "

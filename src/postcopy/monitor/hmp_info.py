@@ -10,7 +10,7 @@ from postcopy.guest import Region
 from postcopy.monitor import memory_dump
 from postcopy.monitor.addresses import uri_of_socket_address
 from postcopy.monitor.argument_types import Arguments
-from postcopy.monitor.backend import Backend
+from postcopy.monitor.controls import Backend
 from postcopy.monitor.hmp_arguments import DumpFormat
 from postcopy.parameters import rules
 from postcopy.status import Status

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from postcopy.errors import Refused
 from postcopy.image.file_kinds import check_no_image
-from postcopy.monitor.backend import MachineControl
+from postcopy.monitor.controls import MachineControl
 
 _CHUNK_BYTES = 1 << 20
 

@@ -23,8 +23,8 @@ from postcopy.events import Event
 from postcopy.kernel import threads
 from postcopy.monitor import version
 from postcopy.monitor.argument_types import Arguments, Struct, array, enumeration, integer, string
-from postcopy.monitor.backend import Backend
 from postcopy.monitor.commands import TABLE, Command
+from postcopy.monitor.controls import Backend
 from postcopy.monitor.hmp import Hmp
 from postcopy.monitor.json_stream import JsonError, JsonStream
 

@@ -11,7 +11,7 @@ from typing import Protocol
 from postcopy.channel.address import SocketPath, UnixAddress, parse_socket, remove_stale, tcp_uri
 from postcopy.errors import CannotListen, HostCannot
 from postcopy.kernel import threads
-from postcopy.monitor.backend import Backend
+from postcopy.monitor.controls import Backend
 from postcopy.monitor.hmp_console import HmpSession
 from postcopy.monitor.qmp_session import QmpSession
 

@@ -42,7 +42,7 @@ _LAST_WORDS_S = 3.0  # an engine may need some of them, see `postcopy.engine.eng
 class MigrationControl:
     """Both directions of one guest; any thread may call any method.
 
-    What has no docstring here is a method of :class:`postcopy.monitor.backend.MigrationControl`.
+    What has no docstring here is a method of :class:`postcopy.monitor.controls.MigrationControl`.
 
     :param incoming: this process waits for a guest to come.
     :param on_moved: called when the guest has moved away for good.
