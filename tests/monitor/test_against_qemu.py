@@ -2,9 +2,10 @@
 
 import itertools
 import json
+import re
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from fakes.qemu_versions import NEWEST
@@ -347,5 +348,6 @@ PIECES = st.sampled_from(
 @given(st.lists(PIECES, max_size=4))  # QEMU ends itself when eight answers are due
 def test_any_json_gets_the_same_answers(both, pieces):
     data = b"".join(pieces)
+    assume(not re.search(rb"e\d{4}", data))  # an infinite number, which we refuse and QEMU takes
     ours, theirs = (told(client, data) for client in both)
     assert ours == theirs, data
