@@ -58,6 +58,10 @@ class OddBackEnd:
         self.answers = dict(answers)
         self.once = True
         self.heard = []
+        self.payloads = {}
+        self.gate = threading.Event()
+        """What the first answer of a connection waits for."""
+        self.gate.set()
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
         self._listener.listen()
@@ -69,12 +73,16 @@ class OddBackEnd:
         return self
 
     def __exit__(self, *_):
+        self.gate.set()
         for each in (self._listener, self._connected):
             if each is not None:
                 with contextlib.suppress(OSError):
                     each.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._listener.close()
+
+    def disconnect(self):
+        self._connected.shutdown(socket.SHUT_RDWR)
 
     def _run(self):
         with contextlib.suppress(OSError):
@@ -94,6 +102,9 @@ class OddBackEnd:
             for fd in fds:
                 os.close(fd)
             self.heard.append(request)
+            self.payloads[request] = payload
+            if request == GET_FEATURES:
+                self.gate.wait()
             if request == SET_MEM_TABLE and size == 8:
                 continue  # the acknowledgement of our answer
             odd = self.answers.pop(request, None) if self.once else self.answers.get(request)

@@ -4,6 +4,7 @@ The engines are processes of their own, as always.  Everything waits with a dead
 :class:`Journey` ends all of it, also when the test has failed half-way.
 """
 
+import itertools
 import os
 import signal
 from collections.abc import Iterable, Mapping, Sequence
@@ -233,9 +234,12 @@ class Journey:
     transparent: Sequence[bool] = (True, True)
     hang_looks: int = HANG_LOOKS
     drive: str | None = None
+    back_ends: Sequence[str] = ()
+    """Sockets at which a source and a destination, in turn, find the drive."""
 
     def __post_init__(self) -> None:
         self.sides: list[Side] = []
+        self._sockets = itertools.cycle(self.back_ends or (None,))
         for name in self.accelerators:
             need(name)
         config = config_for(
@@ -244,7 +248,7 @@ class Journey:
             huge_pages=self.huge_pages,
             blocks=self.blocks,
             transparent_huge_pages=self.transparent[0],
-            drive=self.drive,
+            **self._disk(),
         )
         self.source = self._add(Side(config, hang_looks=self.hang_looks))
         self.source.set(self.capabilities, self.parameters)
@@ -273,8 +277,8 @@ class Journey:
                 "huge_pages": self.huge_pages,
                 "blocks": self.blocks,
                 "transparent_huge_pages": self.transparent[-1],
-                "drive": self.drive,
             }
+            | self._disk()
             | changes
         )
         self.destination = self._add(
@@ -307,7 +311,7 @@ class Journey:
             machine.stop()
         self.check_memory(machine.read_memory)
         if self.workload.disk_blocks:
-            check_disk(machine.read_memory, self.workload, machine.config.drive)
+            check_disk(machine.read_memory, self.workload, machine.config.drive or self.drive)
         end = self.workload.slice_address(self.workload.vcpus)
         for region in machine.regions():
             assert not any(
@@ -338,6 +342,11 @@ class Journey:
             self.source.close()
             self.source = side
             self.new_destination()
+
+    def _disk(self) -> dict[str, object]:
+        """What the next machine has as its disk."""
+        socket = next(self._sockets)
+        return {"vhost_user_blk": str(socket)} if socket else {"drive": self.drive}
 
     def _add(self, side: Side) -> Side:
         self.sides.append(side)

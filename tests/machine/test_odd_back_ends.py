@@ -10,6 +10,7 @@ import pytest
 
 from fakes.odd_back_end import CLOSE, SILENT, Answer, OddBackEnd, config, number
 from fakes.vhost_front_end import (
+    FLUSH,
     GET_CONFIG,
     GET_FEATURES,
     GET_PROTOCOL_FEATURES,
@@ -144,6 +145,23 @@ def test_the_ring_stops_where_the_used_ring_says(odd, caplog, answer, why):
         assert runner.wait_parked(10)
         assert why in caplog.text
         assert machine.save_devices()
+
+
+def test_a_request_that_ends_after_the_connection_is_not_done_again(odd):
+    back_end = odd()
+    with machine_with(back_end) as machine:
+        driver = Driver(machine)
+        driver.begin()
+        machine._drive.runner.want()
+        wait_until(lambda: SET_VRING_ENABLE in back_end.heard, 10)
+        driver.requests.submit(FLUSH, kick=False)
+        back_end.gate.clear()
+        back_end.disconnect()
+        wait_until(lambda: not machine.shared_with(), 10)
+        driver.bytes[driver.ring.used + 2] = 1
+        back_end.gate.set()
+        wait_until(lambda: back_end.heard.count(SET_VRING_ENABLE) == 2, 10)
+        assert back_end.payloads[SET_VRING_BASE] == struct.pack("=II", 0, 1)
 
 
 MISSING = [

@@ -2,17 +2,22 @@
 
 import contextlib
 import mmap
+import select
 import signal
 from pathlib import Path
 
 import pytest
 
+from fakes.uffd_events import read_events
 from fakes.vhost_back_end import BackEnd, StorageDaemon
-from fakes.vhost_front_end import OUT, BlockDriver, Ring
+from fakes.vhost_front_end import IN, OUT, BlockDriver, Ring
 from fakes.waiting import wait_until
+from kernel.watched import PAGE
 from machine.drives import DISK_BYTES, check_disk, disk_workload, make_disk, writes_and_reads
 from machine.machines import MIB, config_for, need, wait_for_work
 from postcopy.errors import GuestError, Refused
+from postcopy.kernel.mapping import Mapping
+from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.machine import oracle
 from postcopy.machine.back_ends import disk_bytes
 from postcopy.machine.config import MachineConfig
@@ -203,6 +208,75 @@ def test_a_driver_resets_the_device_while_a_request_is_there(driver):
     driver.requests.submit(OUT, 1, b"y" * 512, kick=False)
     driver.put(0x50, 0)
     wait_until(lambda: driver.ring.used_index() == 1, 10, "the request after the reset")
+
+
+def missing(process):
+    """Have the back end wait for pages; return its userfaultfd, and where its memory begins."""
+    space = process.watch_missing()
+    (part,) = space.ranges
+    return Userfaultfd.from_fd(space.userfaultfd), part.address
+
+
+def small_pages(back_end):
+    return MachineConfig(32 * MIB, vhost_user_blk=str(back_end.path), transparent_huge_pages=False)
+
+
+def waits_at(watcher):
+    """The page that the back end waits for."""
+    assert select.select([watcher], [], [], 10)[0]
+    (event,) = read_events(watcher)
+    return event.address & -PAGE
+
+
+@pytest.mark.userfaultfd
+@BACK_ENDS
+def test_a_back_end_that_waits_for_a_page_holds_nothing_up(tmp_path, disk, kind):
+    with (
+        kind(tmp_path / "back_end", disk) as back_end,
+        Machine(small_pages(back_end)) as machine,
+        Mapping.anonymous(PAGE) as source,
+    ):
+        (process,) = machine.shared_with()
+        watcher, memory = missing(process)
+        driver = Driver(machine)
+        for at in (driver.ring.descriptors, driver.ring.available, driver.ring.used):
+            driver.bytes[at] = 0  # it is there
+        driver.begin()
+        runner = driver.mmio.runner
+        runner.want()
+        slot = driver.requests.submit(IN, 0, length=512, kick=False)
+        driver.put(0x50, 0)
+        page = waits_at(watcher)
+        assert page == memory + driver.requests.data_at(slot)
+        runner.unwant()
+        assert not runner.wait_parked(0.2)
+        assert runner.awaits.startswith(f"{process.name}, which has requests in flight")
+        watcher.copy(page, source.address, PAGE)
+        assert runner.wait_parked(10)
+        assert driver.requests.status(slot) == 0
+        process.unwatch_missing()
+        watcher.close()
+
+
+@pytest.mark.userfaultfd
+@BACK_ENDS
+def test_a_machine_whose_back_end_waits_for_a_page_of_the_ring_is_closed(tmp_path, disk, kind):
+    with (
+        kind(tmp_path / "back_end", disk) as back_end,
+        Machine(MachineConfig(32 * MIB, vhost_user_blk=str(back_end.path))) as machine,
+    ):
+        (process,) = machine.shared_with()
+        watcher, memory = missing(process)
+        driver = Driver(machine)
+        driver.begin()
+        driver.mmio.runner.want()
+        assert waits_at(watcher) == memory + driver.ring.used
+        driver.mmio.runner.unwant()
+        assert not driver.mmio.runner.wait_parked(0.2)
+        machine.run_control._park_timeout_s = 0.2
+        machine.close()
+        watcher.close()
+        back_end.process.kill()
 
 
 def test_a_ring_outside_the_memory_is_broken_before_the_back_end_sees_it(driver):

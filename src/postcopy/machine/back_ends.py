@@ -33,6 +33,8 @@ _OFFERED: Final = int(
 
 _CAPACITY_BYTES: Final = 8
 _NEXT_ANSWER_S: Final = 2.0
+_END_S: Final = 1.0
+"""A back end that ends in good order ends its requests after it has closed the connection."""
 
 
 class Disk(Protocol):
@@ -105,12 +107,14 @@ class BackEnds:
         check_capacity(config, f"the back end at {self.path}", sectors)
 
     def lose(self) -> None:
-        """The present one has gone."""
-        if self.process is not None:
-            self._tell(
-                f"{self.process.failure}; the guest runs on, and its requests wait for a back end"
-            )
+        """The present one has gone, and has had some time to end."""
+        process = self.process
         self.let_go()
+        if process is not None:
+            self._tell(
+                f"{process.failure}; the guest runs on, and its requests wait for a back end"
+            )
+            process.wait_for_end(_END_S)
 
     def let_go(self) -> None:
         """Have none any more."""

@@ -8,6 +8,7 @@ Whether the guest may run here at all is decided by its :class:`~postcopy.owners
 import enum
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from postcopy.errors import GuestError, WrongState
@@ -235,9 +236,9 @@ class RunControl:
             self.fail(reason)
 
     def close(self) -> None:
-        """Park them all for good, without any event."""
-        with self._order:
-            park_all(self._runners)
+        """Park them all for good, without any event; what does not stop in time ends with its own close."""
+        with self._order, suppress(GuestError):
+            park_all(self._runners, self._park_timeout_s)
 
     def _taken_back(self) -> None:
         self._interrupted = None

@@ -71,6 +71,8 @@ class VhostUserDisk:
         self._ring_features = 0
         self._base = 0
         self._served = self._busy = self._closing = self._closed = False
+        self._lost = False  # the back end has gone, and only the used ring says what it has done
+        self._retry_s = _RETRY_S
         self.features, self.config = back_ends.features, back_ends.config
         self._fds = calls.open_all(_eventfd, ("kick", "call", "wake"))
         self.kick_fd, self._call_fd, self._wake_fd = self._fds
@@ -128,7 +130,7 @@ class VhostUserDisk:
             self.wake()
 
     def _is_still(self) -> bool:
-        return not self._served and not self._busy
+        return not (self._served or self._busy or self._lost)
 
     # --- postcopy.machine.virtio_mmio.Queue
 
@@ -215,7 +217,7 @@ class VhostUserDisk:
         finally:
             self._back_ends.let_go()
             with self._changed:
-                self._served = self._busy = False
+                self._served = self._busy = self._lost = False
                 self._changed.notify_all()
 
     def _next_step(self) -> Callable[[], None] | None:
@@ -223,10 +225,12 @@ class VhostUserDisk:
             if self._closing:
                 return None
             process = self._back_ends.process
+            if process is not None and process.failure is not None:
+                return self._lose
+            if self._lost and (self._suspended or self._parking):
+                return self._settle
             if process is None:
                 return self._find
-            if process.failure is not None:
-                return self._lose
             if self._served is self._may_serve():
                 return self._wait
             self._busy = not self._served
@@ -263,6 +267,8 @@ class VhostUserDisk:
         served = True  # perhaps, if the start has failed
         try:
             self._check(state)
+            if self._lost:
+                self._settle()
             ring = Ring(state.entries, state.descriptors, state.available, state.used, features)
             process.start_ring(ring, self._base, self.kick_fd, self._call_fd)
         except RingError as error:
@@ -271,6 +277,7 @@ class VhostUserDisk:
         except PostcopyError:
             pass  # it is lost: that is the next step
         else:
+            self._retry_s = _RETRY_S
             self.kick()  # what is in the ring already
         with self._changed:
             self._served, self._busy = served, False
@@ -327,21 +334,31 @@ class VhostUserDisk:
     # --- another back end
 
     def _lose(self) -> None:
-        """The back end has gone: requests that it has not done are to be done again."""
+        """The back end has gone: requests that it has not done are to be done again.
+
+        What those are is looked at as late as can be: it may have ended some since the connection closed.
+        """
         self._back_ends.lose()
         with self._changed:
-            served = self._served
-        base = self._used_index() if served else self._base
+            self._lost, self._served = self._lost or self._served, False
+            self._changed.notify_all()
+        self._pause()
+
+    def _settle(self) -> None:
+        base = self._used_index()
         with self._changed:
-            self._served, self._base = False, base
+            self._lost, self._base = False, base
             self._changed.notify_all()
 
     def _find(self) -> None:
-        """Connect to the next back end, as soon as there is one."""
-        pause_s = _RETRY_S
-        while not self._closing and not self._back_ends.find():
-            self._wait(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_RETRY_S)
+        """Connect to the next back end, or wait a moment."""
+        if not self._back_ends.find():
+            self._pause()
+
+    def _pause(self) -> None:
+        """A moment, which is longer each time until a ring has been started."""
+        self._wait(self._retry_s)
+        self._retry_s = min(2 * self._retry_s, _LONGEST_RETRY_S)
 
 
 def _eventfd(_: str) -> int:

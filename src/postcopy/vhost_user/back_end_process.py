@@ -8,6 +8,7 @@ that has come.  Only the front end's own thread waits for that; no pager and no 
 
 import contextlib
 import os
+import select
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
@@ -233,6 +234,20 @@ class BackEndProcess:
         self.fail("it has been let go of")
         with self._lock:
             self._front_end.close()
+
+    def wait_for_end(self, timeout_s: float) -> None:
+        """Wait until the process has ended, but not longer; one that serves us no more may live on."""
+        process_id = self._front_end.process_id
+        if process_id in {0, os.getpid()}:
+            return
+        with contextlib.suppress(OSError):  # it has ended
+            descriptor = os.pidfd_open(process_id)
+            try:
+                poll = select.poll()
+                poll.register(descriptor, select.POLLIN)
+                poll.poll(timeout_s * 1000)
+            finally:
+                os.close(descriptor)
 
     @contextlib.contextmanager
     def _exchange(self, timeout_s: float | None) -> Iterator[None]:

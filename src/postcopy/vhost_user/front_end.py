@@ -137,6 +137,8 @@ class FrontEnd:
             raise VhostUserError(f"GET_FEATURES: {lacking:#x} are required, and not offered", 12)
         offered = self._ask_number(Request.GET_PROTOCOL_FEATURES)
         wanted = _PROTOCOL & ProtocolFeature(offered & int(_PROTOCOL))
+        if ProtocolFeature.CONFIG not in wanted:
+            raise VhostUserError("GET_PROTOCOL_FEATURES: CONFIG is required, and not offered", 12)
         self._send(Request.SET_PROTOCOL_FEATURES, Number(int(wanted)))
         self.protocol = wanted
         self.do(Request.SET_OWNER)
@@ -144,10 +146,8 @@ class FrontEnd:
     def configuration(self, length_bytes: int) -> bytes:
         """The beginning of the device's configuration space.
 
-        :raises VhostUserError: the back end has less, or none.
+        :raises VhostUserError: the back end has less.
         """
-        if ProtocolFeature.CONFIG not in self.protocol:
-            raise VhostUserError("GET_PROTOCOL_FEATURES: CONFIG is required, and not offered", 12)
         kind = FRONT_END[Request.GET_CONFIG]
         answer = self._ask(kind.number, Config(0, 0, bytes(length_bytes)))
         if len(answer.data) != length_bytes or answer.offset:
@@ -188,6 +188,9 @@ class FrontEnd:
         if _without_addresses(found) != _without_addresses(table):
             raise VhostUserError("SET_MEM_TABLE: the answer has other regions than the message", 12)
         self.connection.send(kind, Number(0))
+        # It registers its memory behind that.  On return this is done: a range that is unregistered again
+        # at once would be registered afterwards, and nothing would serve its faults.
+        self._ask_number(Request.GET_FEATURES)
 
     def end(self) -> None:
         """Every page is in place: it closes its userfaultfd.
