@@ -106,7 +106,8 @@ class WritingBackEnd(BackEnd):
 
     def __init__(self, area: Area) -> None:
         super().__init__(area.regions, random.getrandbits(31))
-        self._answer_s = ANSWER_S
+        self.answer_s = ANSWER_S
+        """How long an answer is waited for."""
         self._state = threading.Lock()
         self._held = self._runs = self._serves = False
         self.logs = 0
@@ -153,16 +154,14 @@ class WritingBackEnd(BackEnd):
 
     def freeze(self) -> None:
         """Hang, and answer nothing."""
-        self._answer_s = 0.1
         os.kill(self.process_id, signal.SIGSTOP)
 
     def thaw(self) -> None:
         os.kill(self.process_id, signal.SIGCONT)
-        self._answer_s = ANSWER_S
 
     def _ask(self, order: dict[str, Any], fds: Sequence[int] = ()) -> None:
         try:
-            self._order(order, fds).result(self._answer_s)
+            self._order(order, fds).result(self.answer_s)
         except (OSError, queue.Empty) as error:
             raise GuestError(f"{self.name} does not answer: {error!r}") from error
 

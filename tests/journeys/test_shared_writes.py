@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 
+from fakes.back_end import ANSWER_S
 from fakes.huge_pages import reserved
 from fakes.pair import NEVER_ENDS, POSTCOPY, QUICK, Side
 from fakes.snapshots import Portrait
@@ -176,18 +177,39 @@ class TestDeaths:
         trip.source.set(parameters=QUICK)
         arrive(trip, others)
 
-    def test_one_that_hangs_makes_the_migration_fail_by_name(self, journey, writing):
+    def test_while_one_hangs_neither_a_monitor_nor_the_guest_waits(self, journey, writing):
         trip = journey(writer(), parameters=SLOW)
         others = writing(trip.source)
         trip.migrate()
         trip.source.wait_rounds(1)
         hanging = others.back_end
         hanging.freeze()
+        logs = hanging.logs
+        wait_until(lambda: hanging.logs > logs, what="it is asked")
+        wait_for_progress(trip.source.machine, trip.workload)
+        assert trip.source.control.info().status is Status.ACTIVE
+        trip.source.control.set_parameters(QUICK)
+        trip.source.control.cancel()
+        assert trip.source.status is not Status.CANCELLED  # all that before it has answered
+        hanging.thaw()
+        trip.source.wait(Status.CANCELLED)
+        trip.new_destination()
+        trip.migrate()
+        arrive(trip, others)
+
+    def test_one_that_hangs_makes_the_migration_fail_by_name(self, journey, writing):
+        trip = journey(writer(), parameters=SLOW)
+        others = writing(trip.source)
+        hanging = others.back_end
+        hanging.answer_s = 0.5
+        trip.migrate()
+        hanging.freeze()
         trip.source.wait(Status.FAILED)
         assert trip.source.error.startswith(f"{hanging.name} does not answer")
         assert trip.source.machine.running
         wait_for_progress(trip.source.machine, trip.workload)
         hanging.thaw()
+        hanging.answer_s = ANSWER_S
         others.area.wait_for_writes()
         trip.source.set(parameters=QUICK)
         trip.new_destination()
