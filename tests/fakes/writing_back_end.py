@@ -60,7 +60,7 @@ class Area:
     def wait_for_writes(self, count: int = 200) -> None:
         """Until so many more have been."""
         until = self.written + count
-        wait_until(lambda: self.written >= until, what="it writes")
+        wait_until(lambda: self.written >= until, ANSWER_S, "it writes")
 
     def wrong(self, memory: np.ndarray) -> list[int]:
         """Which pages of it are not as they have been written last.
