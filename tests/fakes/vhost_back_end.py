@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+from pathlib import Path
 
 from fakes.commands import POSTCOPY
 from fakes.qemu_versions import folder_of
@@ -10,16 +11,21 @@ from fakes.waiting import wait_until
 
 TIMEOUT_S = 30
 
+_LISTENS = "00010000"
+"""``__SO_ACCEPTCON`` of Linux's ``include/linux/net.h``."""
 
-class _Served:
+
+class Served:
     """A process that listens, until the end of the context."""
 
-    def __init__(self, folder, command):
+    def __init__(self, folder, command, stdin=subprocess.DEVNULL):
         folder.mkdir(exist_ok=True)
         self.path = folder / "vhost.sock"
-        self._stderr = folder / "vhost.stderr"
-        with self._stderr.open("wb") as stderr:
-            self.process = subprocess.Popen(command, stderr=stderr, stdin=subprocess.DEVNULL)
+        self._output = folder / "vhost.output"
+        with self._output.open("wb") as output:
+            self.process = subprocess.Popen(
+                command, stdin=stdin, stdout=output, stderr=subprocess.STDOUT
+            )
         wait_until(self._listens, TIMEOUT_S, "the socket")
 
     def __enter__(self):
@@ -32,11 +38,11 @@ class _Served:
 
     def _listens(self):
         assert self.process.poll() is None, self.said
-        return self.path.is_socket()
+        return _is_listened_at(self.path)
 
     @property
     def said(self):
-        return self._stderr.read_text()
+        return self._output.read_text(errors="replace")
 
     def end(self, number=signal.SIGTERM):
         """Tell it to end; return its exit code."""
@@ -44,7 +50,13 @@ class _Served:
         return self.process.wait(TIMEOUT_S)
 
 
-class BackEnd(_Served):
+def _is_listened_at(path):
+    """As the kernel's list says; the file is there a little before, and a connection would be served."""
+    sockets = [line.split(maxsplit=7) for line in Path("/proc/net/unix").read_text().splitlines()]
+    return any(each[3] == _LISTENS and each[7:] == [str(path)] for each in sockets)
+
+
+class BackEnd(Served):
     """``postcopy vhost-user-blk``.
 
     :param within: a command that runs it.
@@ -55,7 +67,7 @@ class BackEnd(_Served):
         super().__init__(folder, [*command, str(disk), *options])
 
 
-class StorageDaemon(_Served):
+class StorageDaemon(Served):
     """``qemu-storage-daemon``, with a disk that others may have open, too."""
 
     def __init__(self, folder, disk, version="10.0"):

@@ -137,8 +137,6 @@ class FrontEnd:
             raise VhostUserError(f"GET_FEATURES: {lacking:#x} are required, and not offered", 12)
         offered = self._ask_number(Request.GET_PROTOCOL_FEATURES)
         wanted = _PROTOCOL & ProtocolFeature(offered & int(_PROTOCOL))
-        if ProtocolFeature.CONFIG not in wanted:
-            raise VhostUserError("GET_PROTOCOL_FEATURES: CONFIG is required, and not offered", 12)
         self._send(Request.SET_PROTOCOL_FEATURES, Number(int(wanted)))
         self.protocol = wanted
         self.do(Request.SET_OWNER)
@@ -146,8 +144,10 @@ class FrontEnd:
     def configuration(self, length_bytes: int) -> bytes:
         """The beginning of the device's configuration space.
 
-        :raises VhostUserError: the back end has less.
+        :raises VhostUserError: the back end has less, or none.
         """
+        if ProtocolFeature.CONFIG not in self.protocol:
+            raise VhostUserError("GET_PROTOCOL_FEATURES: CONFIG is required, and not offered", 12)
         kind = FRONT_END[Request.GET_CONFIG]
         answer = self._ask(kind.number, Config(0, 0, bytes(length_bytes)))
         if len(answer.data) != length_bytes or answer.offset:
