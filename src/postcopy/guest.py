@@ -296,6 +296,13 @@ class Saving(Protocol):
         """Wait until nothing of it is under way: a guest that is let run then is not stopped again."""
 
 
+class Resuming(Protocol):
+    """The vCPUs are being let run."""
+
+    def wait(self) -> None:
+        """Wait until they run; see :meth:`RunControl.resume`."""
+
+
 class Guest(RunControl, Ownership, Keeper, Protocol):
     """A guest as engines use it.  Every method may be called from any thread."""
 
@@ -315,3 +322,6 @@ class Guest(RunControl, Ownership, Keeper, Protocol):
 
         :raises WrongState: the migration has been cancelled.
         """
+
+    def begin_to_resume(self) -> Resuming:
+        """As :meth:`RunControl.resume`, while the caller does something else."""

@@ -103,7 +103,7 @@ MOVES: Final[Mapping[Move, Mapping[Owner, Owner]]] = {
 """A move that is not listed for the present owner is refused, and changes nothing."""
 
 MOVES_OF_ENGINES: Final = frozenset(
-    {Move.GIVE_UP, Move.SAVE, Move.TAKE_BACK, Move.TAKEN, Move.MOVED, Move.ABANDON}
+    {Move.GIVE_UP, Move.SAVE, Move.TAKE_BACK, Move.MOVED, Move.ABANDON}
 )
 """Those that an engine asks for; the others are a user's, or follow from what an engine does."""
 

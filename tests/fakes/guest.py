@@ -15,6 +15,7 @@ from postcopy.guest import AddressSpace, MappedRange, Region, SharingProcess, Vc
 from postcopy.kernel import memfd
 from postcopy.kernel.mapping import Mapping
 from postcopy.kernel.userfaultfd import MISSING_FEATURES, MISSING_MODE, Userfaultfd
+from postcopy.link.rpc import Answer
 from postcopy.machine.device_formats import FORMATS
 from postcopy.memory import page_map_file
 from postcopy.paging.ram import IncomingRam
@@ -93,6 +94,12 @@ class FakeGuest:
 
     def resume(self):
         self.calls.append("resume")
+
+    def begin_to_resume(self):
+        self.resume()
+        resuming = Answer()
+        resuming.give(None)
+        return resuming
 
     def load_devices(self, states):
         self.devices += [state.name for state in states]

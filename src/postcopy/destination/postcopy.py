@@ -294,13 +294,14 @@ class Postcopy:
             # owns the guest which the source has given up.
             self._progress.move(Status.POSTCOPY_ACTIVE)
         trace("destination.owning")
+        resuming = self._guest.begin_to_resume()
         try:
             for ping in pings:
                 self._return_path.pong(ping)
         except ChannelBroken:
             pass  # this side owns the guest all the same; the reader of the channel pauses the migration
         trace("destination.package-taken")
-        self._guest.resume()
+        resuming.wait()
         self.mapper.start()
         trace("destination.running")
 

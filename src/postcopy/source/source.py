@@ -186,7 +186,6 @@ class Source:
             # All that was sent has been read then: a reset cannot discard its report of a failure.
             connection.answers.wait_pong(PACKAGE_PING)
             self._ran_there = True
-            self._guest.move(Move.TAKEN)
             self._progress.move(Status.POSTCOPY_ACTIVE)
             if self._paused_by_user:
                 self._break()
@@ -326,7 +325,6 @@ class Source:
         )  # before the watch: a destination may be silent for that
         connection.begin_watch()
         connection.resume(self._dirty, lambda: self._open_preempt(connection, uri))
-        self._guest.move(Move.TAKEN)
         self._progress.move(Status.POSTCOPY_ACTIVE)
         self._complete_postcopy(connection)
         connection.sender.count()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from postcopy.errors import PostcopyError
-from postcopy.guest import DeviceState, Guest, RunControl, VcpuThread
+from postcopy.guest import DeviceState, Guest, Resuming, RunControl, VcpuThread
 from postcopy.link.protocol import GUEST_COMMANDS
 from postcopy.link.rpc import Answer, Link, senders
 
@@ -56,6 +56,10 @@ class GuestProxy(Guest):
             saved.settle()  # it may have stopped them after all, but does no more
             raise
         return Saving(saved)
+
+    def begin_to_resume(self) -> Resuming:
+        """Let the vCPUs run, while the caller does something else."""
+        return self._link.ask(RunControl.resume)
 
 
 def guest_over(link: Link) -> Guest:

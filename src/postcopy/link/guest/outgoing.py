@@ -209,6 +209,10 @@ class OutgoingMigration(OutgoingJob):
 
     # --- what its engine says, and its end
 
+    def works(self) -> None:
+        self.state.ownership.try_move(Move.TAKEN)  # its engine serves pages already
+        super().works()
+
     def completed(self) -> None:
         self.state.ownership.try_move(Move.MOVED)  # what was saved stays saved
         self.state.on_moved()
