@@ -109,7 +109,9 @@ class WritingBackEnd(BackEnd):
         self.answer_s = ANSWER_S
         """How long an answer is waited for."""
         self._state = threading.Lock()
-        self._held = self._runs = self._serves = False
+        self._held = self._serves = False
+        self.runs = False
+        """Whether the guest does."""
         self.logs = 0
         """How often it has been given another log."""
         sizes = [region.size_bytes for region in area.regions]
@@ -124,7 +126,7 @@ class WritingBackEnd(BackEnd):
     def guest_runs(self, *, runs: bool) -> None:
         """The guest runs from now on, or has just been stopped."""
         with self._state:
-            self._runs = runs
+            self.runs = runs
         self._serve()
 
     def hold(self) -> None:
@@ -138,7 +140,7 @@ class WritingBackEnd(BackEnd):
 
     def _serve(self) -> None:
         with self._state:
-            serves = self._runs and not (self._held and not self._serves)
+            serves = self.runs and not (self._held and not self._serves)
             if serves == self._serves:
                 return
             self._serves = serves

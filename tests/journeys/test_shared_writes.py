@@ -142,8 +142,9 @@ def test_postcopy(journey, kind, writing):
 class TestDeaths:
     """Of an engine, or of the back end, in the midst of a migration."""
 
-    def test_an_engine(self, journey, writing):
-        trip = journey(writer(), parameters=SLOW)
+    @pytest.mark.parametrize("kind", ["mixed"], indirect=True)
+    def test_an_engine(self, journey, kind, writing):
+        trip = journey(writer(), parameters=SLOW, **kind)
         others = writing(trip.source)
         trip.migrate()
         trip.source.wait_rounds(1)
@@ -151,12 +152,15 @@ class TestDeaths:
         trip.source.wait(Status.FAILED)
         others.area.wait_for_writes()
         trip.source.set(parameters=QUICK)
+        trip.destination.wait(Status.FAILED)
+        trip.destination.close()
         trip.new_destination()
         trip.migrate()
         arrive(trip, others)
 
-    def test_the_back_end(self, journey, writing):
-        trip = journey(writer(), parameters=SLOW)
+    @pytest.mark.parametrize("kind", ["memfd", "hugetlb"], indirect=True)
+    def test_the_back_end(self, journey, kind, writing):
+        trip = journey(writer(), parameters=SLOW, **kind)
         others = writing(trip.source)
         trip.migrate()
         for _ in range(3):
@@ -196,6 +200,29 @@ class TestDeaths:
         trip.new_destination()
         trip.migrate()
         arrive(trip, others)
+
+    @pytest.mark.parametrize("capabilities", [(), POSTCOPY], ids=["precopy", "postcopy"])
+    def test_one_that_does_not_answer_at_the_last_look(
+        self, journey, writing, monkeypatch, capabilities
+    ):
+        trip = journey(writer(), capabilities=capabilities, parameters=SLOW)
+        others = writing(trip.source)
+        log_writes = WritingBackEnd.log_writes
+
+        def answer(back_end, log, size_bytes=0):
+            if log is not None and not back_end.runs:
+                raise GuestError(f"{back_end.name} does not answer")
+            log_writes(back_end, log, size_bytes)
+
+        monkeypatch.setattr(WritingBackEnd, "log_writes", answer)
+        trip.migrate()
+        trip.source.wait_rounds(1)
+        trip.source.control.start_postcopy() if capabilities else trip.source.set(parameters=QUICK)
+        trip.source.wait(Status.FAILED)
+        assert trip.source.error == f"{others.back_end.name} does not answer"
+        monkeypatch.undo()
+        others.area.wait_for_writes()
+        check(trip.source, trip, others)
 
     def test_one_that_hangs_makes_the_migration_fail_by_name(self, journey, writing):
         trip = journey(writer(), parameters=SLOW)
