@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fakes.commands import DEADLINE_S, POSTCOPY, Running
+from fakes.vhost_back_end import BackEnd
 from fakes.waiting import wait_until
 
 pytestmark = pytest.mark.kvm
@@ -127,6 +128,19 @@ def test_a_guest_with_a_drive(tmp_path):
     outcome = ask_console("info status\n", "--workload", "disk", "--drive", str(disk))
     assert (outcome.returncode, outcome.stderr) == (0, "")
     assert "VM status: running" in outcome.stdout
+
+
+def test_a_guest_with_a_drive_in_another_process(tmp_path):
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    with BackEnd(tmp_path / "back_end", disk) as back_end:
+        socket = str(back_end.path)
+        outcome = ask_console("info status\n", "--workload", "disk", "--vhost-user-blk", socket)
+        assert (outcome.returncode, outcome.stderr) == (0, "")
+        assert "VM status: running" in outcome.stdout
+    outcome = ask_console("", "--workload", "disk", "--vhost-user-blk", socket)
+    assert outcome.returncode == 3
+    assert f"no vhost-user back end at {socket}" in outcome.stderr
 
 
 def test_a_workload_that_needs_a_drive():

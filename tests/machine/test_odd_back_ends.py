@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+import socket
 import struct
 import tempfile
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -35,12 +37,15 @@ from fakes.waiting import wait_until
 from machine.drives import disk_workload
 from machine.machines import MIB, config_for, need
 from machine.test_vhost_user_disk import Driver
-from postcopy.errors import GuestError, KernelError, Refused
+from postcopy.errors import GuestError, KernelError, Refused, VhostUserError
 from postcopy.kernel import processes
 from postcopy.machine import back_ends
 from postcopy.machine.config import MachineConfig
 from postcopy.machine.machine import Machine
 from postcopy.vhost_user import back_end_process
+from postcopy.vhost_user.front_end import FrontEnd, MemoryPart
+
+MESSAGES = int(os.environ.get("POSTCOPY_MESSAGES", "25000"))
 
 
 @pytest.fixture
@@ -255,3 +260,72 @@ def test_a_guest_with_it_runs_on_while_it_closes_each_connection(odd, caplog):
         machine.resume()
         assert machine.running
         assert len([each for each in caplog.messages if "requests wait for" in each]) < 9
+
+
+def answer_with_log(answers, log):
+    """A front end's messages, answered with these bytes and descriptors."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        for data, fds in answers:
+            socket.send_fds(theirs, [data], fds)
+        theirs.shutdown(socket.SHUT_WR)
+        front_end = FrontEnd(ours)
+        front_end.connection.bound(5)
+        with contextlib.closing(front_end):
+            front_end._negotiate()
+            front_end.configuration(57)
+            os.close(front_end.advise())
+            front_end.listen([MemoryPart("ram", 0, 1 << 20, 0, log, 0)])
+            front_end.set_log(log, 4096)
+            front_end.stop_ring()
+            front_end.end()
+
+
+def right(part):
+    """The right answers of a back end to these."""
+    table = struct.pack("=II4Q", 1, 0, 0, 1 << 20, 0, 0)
+    answers = (
+        (GET_FEATURES, number(VERSION_1 | PROTOCOL_FEATURES)),
+        (GET_PROTOCOL_FEATURES, number(0x30A)),
+        (SET_OWNER, number(0)),
+        (GET_CONFIG, config()),
+        (POSTCOPY_ADVISE, b""),
+        (POSTCOPY_LISTEN, number(0)),
+        (SET_MEM_TABLE, table),
+        (GET_FEATURES, number(0)),
+        (SET_LOG_BASE, number(0)),
+        (GET_VRING_BASE, number(0)),
+        (POSTCOPY_END, number(0)),
+    )
+    return [
+        [bytearray(struct.pack("=III", request, 5, len(data)) + data), request == POSTCOPY_ADVISE]
+        for request, data in answers
+    ][: part or None]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_answer_does_anything_but_be_taken_or_refused(seed):
+    random = Random(seed)
+    log = os.memfd_create("log")
+    before, refused = len(list(Path("/proc/self/fd").iterdir())), set()
+    for _ in range(MESSAGES // 10):
+        answers = right(random.choice([0, 0, 0, 3, 7]))
+        for _ in range(random.randrange(3)):
+            answer = random.choice(answers)
+            at = random.randrange(len(answer[0]))
+            change = random.choice([0, 1, 2, 255, answer[0][at] ^ 1 << random.randrange(8)])
+            answer[0][at] = change
+        if not random.randrange(4):
+            answer = random.choice(answers)
+            answer[1] = not answer[1]
+        if not random.randrange(4):
+            del random.choice(answers)[0][random.randrange(8) :]
+        fds = [[log] if has_descriptor else [] for _, has_descriptor in answers]
+        sent = [(bytes(data), each) for (data, _), each in zip(answers, fds, strict=True)]
+        try:
+            answer_with_log(sent, log)
+        except (VhostUserError, OSError) as error:
+            refused.add(str(error).partition(":")[0])
+    assert len(refused) > 8, refused
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    os.close(log)
