@@ -1,6 +1,7 @@
 """Front ends that send what cannot be, by a seed: right messages up to a point, and then wrong ones."""
 
 import contextlib
+import gc
 import os
 import random
 import socket
@@ -173,10 +174,13 @@ def flood(disk, seed, count):
         hostile = Hostile(BlockDevice(opened), seed)
         with contextlib.closing(hostile):
             hostile.one()
+            gc.collect()
             before = open_files(), mappings()
             while hostile.messages < count:
                 hostile.one()
-            assert (open_files(), mappings()) == before
+            # Fewer than before: what an earlier test of this process had left has gone meanwhile.
+            assert open_files() <= before[0]
+            assert mappings() <= before[1]
     return hostile
 
 
