@@ -44,6 +44,7 @@ class Feature(StrEnum):
     KVM = "the guest runs in KVM there"
     TCG = "the guest runs in TCG there"
     DRIVE = "with a drive, `virtio-blk` on virtio-mmio"
+    VHOST_USER = "with a drive by vhost-user, each side with a back end of its own"
     LARGE = "memory above 4 GiB"
     REFUSED = "refused there, and the guest runs on here"
     BLOCKTIME = "`postcopy-blocktime`"

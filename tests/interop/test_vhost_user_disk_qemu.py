@@ -4,6 +4,8 @@ import contextlib
 
 import pytest
 
+from fakes.peers import Feature, Way
+from fakes.qemu_versions import ALL
 from fakes.vhost_back_end import BackEnd, StorageDaemon
 from interop.arrival import check_memory, iterations
 from interop.our_guest import OurGuest
@@ -14,7 +16,7 @@ from machine.machines import MIB, need
 from postcopy.parameters import Capability
 from postcopy.status import Status
 
-pytestmark = [pytest.mark.qemu("10.0"), pytest.mark.kvm, pytest.mark.userfaultfd]
+pytestmark = [pytest.mark.qemu(*ALL), pytest.mark.kvm, pytest.mark.userfaultfd]
 
 
 def qemu_with(folder, back_end, vcpus=1):
@@ -27,6 +29,8 @@ def qemu_with(folder, back_end, vcpus=1):
     return QemuGuest(folder, "microvm", "kvm", MEMORY_BYTES, vcpus, more)
 
 
+@pytest.mark.proves(Way.TO, Feature.VHOST_USER)
+@pytest.mark.proves(Way.FROM, Feature.VHOST_USER)
 @pytest.mark.parametrize(
     ("postcopy", "qemus", "ours"),
     [
@@ -35,9 +39,9 @@ def qemu_with(folder, back_end, vcpus=1):
         pytest.param(True, BackEnd, StorageDaemon, id="postcopy"),
     ],
 )
-@pytest.mark.parametrize("vcpus", [1, 2])
-def test_to_qemu_and_back(tmp_path, postcopy, qemus, ours, vcpus):
+def test_to_qemu_and_back(tmp_path, postcopy, qemus, ours):
     need("kvm")
+    vcpus = 2
     path = make_disk(tmp_path / "disk")
     workload = disk_workload(vcpus=vcpus, delay_cycles=0)
     with contextlib.ExitStack() as stack:
