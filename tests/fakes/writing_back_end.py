@@ -114,6 +114,8 @@ class WritingBackEnd(BackEnd):
         """Whether the guest does."""
         self.logs = 0
         """How often it has been given another log."""
+        self.is_asked = False
+        """It is just being given one."""
         sizes = [region.size_bytes for region in area.regions]
         fds = [*(region.fd for region in area.regions), area.fd]
         self._ask({"do": "map", "sizes": sizes, "places": area.places()}, fds)
@@ -148,7 +150,9 @@ class WritingBackEnd(BackEnd):
 
     def log_writes(self, log: int | None, size_bytes: int = 0) -> None:
         self.logs += 1
+        self.is_asked = True
         self._ask({"do": "log", "size": size_bytes}, [] if log is None else [log])
+        self.is_asked = False
 
     def scribble(self) -> None:
         """Set every bit of each log, again and again."""
