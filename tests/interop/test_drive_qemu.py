@@ -48,6 +48,33 @@ def to_qemu(ours, qemu, *, postcopy):
     assert not ours.machine.running
 
 
+def back_from_qemu(qemu, back, workload, path, *, postcopy):
+    """Memory and disk are right there, and when the guest has come back."""
+    qemu("stop")
+    check_memory(qemu.read_memory, workload)
+    check_disk(qemu.read_memory, workload, path)
+    qemu("cont")
+    if postcopy:
+        qemu.capabilities("postcopy-ram")
+        back.switch_on(Capability.POSTCOPY_RAM)
+        qemu.parameters(max_bandwidth=40 * MIB, downtime_limit=1)
+    else:
+        qemu.parameters(max_bandwidth=1 << 40)
+    qemu("migrate", uri=back.listen("tcp:127.0.0.1:0"))
+    if postcopy:
+        qemu("migrate-start-postcopy")
+    assert back.wait_end() is Status.COMPLETED, (back.error, qemu.log)
+    qemu.wait_migration("completed")
+    left_at = iterations(qemu.read_memory, workload)
+    requests = writes_and_reads(qemu.read_memory, workload)
+    assert ("postcopy-active" in back.events) is postcopy
+    assert back.machine.owned
+    check_works_on(back.machine.read_memory, workload, left_at, requests)
+    back.machine.stop()
+    check_memory(back.machine.read_memory, workload)
+    check_disk(back.machine.read_memory, workload, path)
+
+
 def check_works_on(read, workload, left_at, requests):
     """The guest has come further than it was, with its memory and with its drive."""
     check_goes_on(read, workload, left_at)
@@ -131,26 +158,4 @@ def test_to_qemu_and_back(tmp_path, accelerator, postcopy, vcpus):
             read = ours.machine.read_memory
             left_at, requests = iterations(read, workload), writes_and_reads(read, workload)
         check_works_on(qemu.read_memory, workload, left_at, requests)
-        qemu("stop")
-        check_memory(qemu.read_memory, workload)
-        check_disk(qemu.read_memory, workload, path)
-        qemu("cont")
-        if postcopy:
-            qemu.capabilities("postcopy-ram")
-            back.switch_on(Capability.POSTCOPY_RAM)
-            qemu.parameters(max_bandwidth=40 * MIB, downtime_limit=1)
-        else:
-            qemu.parameters(max_bandwidth=1 << 40)
-        qemu("migrate", uri=back.listen("tcp:127.0.0.1:0"))
-        if postcopy:
-            qemu("migrate-start-postcopy")
-        assert back.wait_end() is Status.COMPLETED, (back.error, qemu.log)
-        qemu.wait_migration("completed")
-        left_at = iterations(qemu.read_memory, workload)
-        requests = writes_and_reads(qemu.read_memory, workload)
-        assert ("postcopy-active" in back.events) is postcopy
-        assert back.machine.owned
-        check_works_on(back.machine.read_memory, workload, left_at, requests)
-        back.machine.stop()
-        check_memory(back.machine.read_memory, workload)
-        check_disk(back.machine.read_memory, workload, path)
+        back_from_qemu(qemu, back, workload, path, postcopy=postcopy)

@@ -7,14 +7,12 @@ import pytest
 from fakes.peers import Feature, Way
 from fakes.qemu_versions import ALL
 from fakes.vhost_back_end import BackEnd, StorageDaemon
-from interop.arrival import check_memory, iterations
+from interop.arrival import iterations
 from interop.our_guest import OurGuest
 from interop.qemu_guest import QemuGuest
-from interop.test_drive_qemu import check_works_on, to_qemu
-from machine.drives import MEMORY_BYTES, check_disk, disk_workload, make_disk, writes_and_reads
+from interop.test_drive_qemu import back_from_qemu, check_works_on, to_qemu
+from machine.drives import MEMORY_BYTES, disk_workload, make_disk, writes_and_reads
 from machine.machines import MIB, need
-from postcopy.parameters import Capability
-from postcopy.status import Status
 
 pytestmark = [pytest.mark.qemu(*ALL), pytest.mark.kvm, pytest.mark.userfaultfd]
 
@@ -55,25 +53,4 @@ def test_to_qemu_and_back(tmp_path, postcopy, qemus, ours):
             read = leaving.machine.read_memory
             left_at, requests = iterations(read, workload), writes_and_reads(read, workload)
         check_works_on(qemu.read_memory, workload, left_at, requests)
-        qemu("stop")
-        check_memory(qemu.read_memory, workload)
-        check_disk(qemu.read_memory, workload, path)
-        qemu("cont")
-        if postcopy:
-            qemu.capabilities("postcopy-ram")
-            back.switch_on(Capability.POSTCOPY_RAM)
-            qemu.parameters(max_bandwidth=40 * MIB, downtime_limit=1)
-        else:
-            qemu.parameters(max_bandwidth=1 << 40)
-        qemu("migrate", uri=back.listen("tcp:127.0.0.1:0"))
-        if postcopy:
-            qemu("migrate-start-postcopy")
-        assert back.wait_end() is Status.COMPLETED, (back.error, qemu.log)
-        qemu.wait_migration("completed")
-        left_at = iterations(qemu.read_memory, workload)
-        requests = writes_and_reads(qemu.read_memory, workload)
-        assert ("postcopy-active" in back.events) is postcopy
-        check_works_on(back.machine.read_memory, workload, left_at, requests)
-        back.machine.stop()
-        check_memory(back.machine.read_memory, workload)
-        check_disk(back.machine.read_memory, workload, path)
+        back_from_qemu(qemu, back, workload, path, postcopy=postcopy)

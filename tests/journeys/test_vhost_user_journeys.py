@@ -3,12 +3,14 @@
 import contextlib
 import signal
 import sys
+from functools import partial
 
 import pytest
 
 import fakes.without_userfaultfd
 from fakes.awakening import half_awake, woken
 from fakes.pair import NEVER_ENDS, POSTCOPY, QUICK
+from fakes.qemu_versions import OLDEST
 from fakes.vhost_back_end import BackEnd, StorageDaemon
 from fakes.waiting import wait_until
 from faults.recovering import LASTS, Recovering
@@ -21,8 +23,12 @@ from postcopy.status import Status
 pytestmark = [pytest.mark.kvm, pytest.mark.userfaultfd]
 
 SLOW = NEVER_ENDS | {"max-postcopy-bandwidth": 0}
-KINDS = {"ours": BackEnd, "qemu": StorageDaemon}
-BACK_ENDS = pytest.mark.parametrize("kind", KINDS)
+KINDS = {
+    "ours": BackEnd,
+    "qemu": StorageDaemon,
+    "oldest_qemu": partial(StorageDaemon, version=OLDEST),
+}
+BACK_ENDS = pytest.mark.parametrize("kind", ["ours", "qemu"])
 
 
 class Disk:
@@ -103,6 +109,16 @@ def test_kinds_of_memory(with_disk, huge_pages, memory):
     trip.turn()
     trip.source.set(parameters=QUICK)
     trip.migrate()
+    trip.finish()
+    assert disk.said == ""
+
+
+def test_memory_above_the_hole(with_disk):
+    """It has two parts, and an old libvhost-user maps the file twice: up to the end of each part."""
+    workload = disk_workload(vcpus=2, delay_cycles=0, fill_bytes=4 << 20, memory_bytes=5 << 30)
+    trip, disk = with_disk("oldest_qemu", workload=workload, capabilities=POSTCOPY, parameters=SLOW)
+    trip.migrate()
+    trip.source.control.start_postcopy()
     trip.finish()
     assert disk.said == ""
 
