@@ -4,8 +4,8 @@ import contextlib
 
 import pytest
 
-from fakes.commands import one_line, postcopy
-from fakes.huge_pages import reserved
+from fakes.commands import Running, one_line, postcopy
+from fakes.huge_pages import mounted, reserved
 from fakes.memory_blocks import RunningBlocks
 from fakes.waiting import wait_until
 
@@ -33,6 +33,22 @@ def test_a_guest_with_two_blocks_moves(fast_and_big, tmp_path):
     moved = postcopy("migrate", "--from", source.qmp, "--to", target.qmp, "--postcopy", "now", uri)
     assert moved.returncode == 0, moved.stderr
     assert target.ask("query-status")["return"]["running"] is True
+
+
+@pytest.mark.kvm
+def test_a_guest_whose_memory_is_files_in_a_hugetlbfs_moves(huge_pages, tmp_path):
+    huge_pages(2 * 32)
+    with (
+        mounted(tmp_path / "huge") as directory,
+        Running(tmp_path, "source", "--workload", "hammer", "--mem-path", directory) as source,
+        Running(tmp_path, "target", "--incoming", "defer", "--mem-path", directory) as target,
+    ):
+        way = ("--postcopy", "now", f"unix:{tmp_path}/way")
+        moved = postcopy("migrate", "--from", source.qmp, "--to", target.qmp, *way)
+        assert moved.returncode == 0, moved.stderr
+        assert target.ask("query-status")["return"]["running"] is True
+        text = target.ask("x-query-ramblock")["return"]["human-readable-text"]
+        assert [line.split()[1:3] for line in text.splitlines()[1:]] == [["2", "MiB"]]
 
 
 @pytest.mark.kvm

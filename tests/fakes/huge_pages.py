@@ -6,6 +6,8 @@ started with, which ``vm.nr_hugepages`` follows.
 
 import contextlib
 import fcntl
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -37,6 +39,19 @@ def reserved(count: int) -> Iterator[None]:
             pytest.skip(f"needs {count} pages of 2 MiB: run as root, or "
                         f"echo {count} > {POOL}/nr_hugepages")  # fmt: skip
         yield
+
+
+@contextlib.contextmanager
+def mounted(place: Path) -> Iterator[str]:
+    """A hugetlbfs of 2 MiB pages at ``place``, until the context ends; skips without the right to mount."""
+    if os.geteuid():
+        pytest.skip("needs root, to mount a hugetlbfs of its own")
+    place.mkdir()
+    subprocess.run(["mount", "-t", "hugetlbfs", "-o", "pagesize=2M", "none", place], check=True)
+    try:
+        yield str(place)
+    finally:
+        subprocess.run(["umount", place], check=True)
 
 
 def can_add() -> bool:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fakes.awakening import FORMS, measured, put_to_sleep, wake, woken
-from fakes.huge_pages import reserved
+from fakes.huge_pages import mounted, reserved
 from fakes.pair import NEVER_ENDS, POSTCOPY, QUICK, TRICKLE
 from fakes.snapshots import Portrait
 from fakes.waiting import wait_until
@@ -90,6 +90,26 @@ def test_a_guest_with_a_drive(journey, kind, tracking, tmp_path):
     trip.source.set(parameters=QUICK)
     trip.migrate()
     trip.finish()
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("postcopy", [False, True], ids=["precopy", "postcopy"])
+def test_files_in_a_hugetlbfs(huge_pages, journey, tmp_path, postcopy):
+    huge_pages(2 * MEMORY_BYTES // HUGE)
+    with mounted(tmp_path / "huge") as directory:
+        block = MemoryBlock.of("microvm.ram", MEMORY_BYTES, None, directory)
+        assert block.page_size_bytes == HUGE
+        parameters = SLOW if postcopy else QUICK
+        trip = journey(writer(), capabilities=POSTCOPY, parameters=parameters, blocks=(block,))
+        try:
+            trip.migrate()
+            if postcopy:
+                trip.source.wait_rounds(1)
+                trip.source.control.start_postcopy()
+            trip.finish()
+            assert ("postcopy-active" in trip.destination.story()) is postcopy
+        finally:
+            trip.close()  # a file system in use stays mounted
 
 
 def test_preempt(journey, kind):
