@@ -2,11 +2,12 @@
 
 import contextlib
 import select
+import threading
 
 import pytest
 
 from fakes.uffd_events import read_events
-from fakes.waiting import wait_until
+from fakes.waiting import is_inside, wait_until
 from kernel.watched import PAGE, in_child
 from machine.drives import DISK_BYTES, check_disk, disk_workload, make_disk, writes_and_reads
 from machine.machines import MIB, Watched, config_for, need, wait_for_work
@@ -22,6 +23,8 @@ from postcopy.machine.run_control import RunState
 
 BUFFERS = 0x200000 + 0x10000
 BUFFERS_BYTES = 256 * PAGE
+SLOT, STATUS, DRIVER_OK = 7 * 0x200, 0x70, 15
+"""Where the drive's registers are, of those of all devices; its status there, when it is used."""
 
 
 def wait_for_requests(machine, workload):
@@ -194,6 +197,32 @@ def wait_for_a_page(path):
     wait_for_requests(machine, workload)
     machine.pause()
     check(machine, workload)
+
+
+def test_a_reset_waits_for_the_page_of_a_request_and_holds_nothing_up(tmp_path):
+    need("kvm")
+    path = make_disk(tmp_path / "disk")
+    assert in_child(lambda: reset_while_the_drive_waits(path)) == 0
+
+
+def reset_while_the_drive_waits(path):
+    machine, _ = working_guest(path)
+    watcher, content, where = take_buffers_away(machine, Feature.MISSING_SHMEM | Feature.THREAD_ID)
+    machine.resume()
+    _, source = fault_of_the_drive(machine, watcher, content, where)
+    registers = machine._drive
+    resetting = threading.Thread(target=registers.write, args=(SLOT + STATUS, 4, 0))
+    resetting.start()
+    wait_until(lambda: is_inside(resetting, "between_requests"), 10, "the reset waits")
+    assert registers.read(SLOT + STATUS, 4) == DRIVER_OK  # other accesses are answered
+    assert machine.read_memory(0x10010, 4) == b"disk"
+    assert resetting.is_alive()
+    for at in range(where, where + BUFFERS_BYTES, PAGE):
+        with contextlib.suppress(PageExists):
+            watcher.copy(at, source.address + at - where, PAGE)
+    resetting.join(10)
+    assert not resetting.is_alive()
+    assert registers.read(SLOT + STATUS, 4) == 0
 
 
 def test_a_page_of_a_request_that_is_lost_ends_the_guest(tmp_path):
