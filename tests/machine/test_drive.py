@@ -160,6 +160,12 @@ def fault_of_the_drive(machine, watcher, content, where):
             watcher.copy(page, source.address + page - where, PAGE)
 
 
+def bring_the_rest(watcher, source, where):
+    for at in range(where, where + BUFFERS_BYTES, PAGE):
+        with contextlib.suppress(PageExists):
+            watcher.copy(at, source.address + at - where, PAGE)
+
+
 def working_guest(path):
     workload = disk_workload()
     watched = Watched(config_for(workload, "kvm", drive=path))
@@ -191,9 +197,7 @@ def wait_for_a_page(path):
         assert f"the guest's page at {address:#x} that has not come" in told
     assert machine.run_state is RunState.RUNNING
     assert machine.read_memory(0x10010, 4) == b"disk"
-    for at in range(where, where + BUFFERS_BYTES, PAGE):
-        with contextlib.suppress(PageExists):
-            watcher.copy(at, source.address + at - where, PAGE)
+    bring_the_rest(watcher, source, where)
     wait_for_requests(machine, workload)
     machine.pause()
     check(machine, workload)
@@ -217,9 +221,7 @@ def reset_while_the_drive_waits(path):
     assert registers.read(SLOT + STATUS, 4) == DRIVER_OK  # other accesses are answered
     assert machine.read_memory(0x10010, 4) == b"disk"
     assert resetting.is_alive()
-    for at in range(where, where + BUFFERS_BYTES, PAGE):
-        with contextlib.suppress(PageExists):
-            watcher.copy(at, source.address + at - where, PAGE)
+    bring_the_rest(watcher, source, where)
     resetting.join(10)
     assert not resetting.is_alive()
     assert registers.read(SLOT + STATUS, 4) == 0
