@@ -227,8 +227,9 @@ def test_userfaultfd_is_gone_when_it_is_needed(journey, monkeypatch):
     def lacking(*_, **__):
         raise HostCannot("no userfaultfd", "sysctl vm.unprivileged_userfaultfd=1")
 
+    where = trip.destination.listen()
     monkeypatch.setattr(Userfaultfd, "open", lacking)
-    trip.migrate()
+    trip.source.control.migrate(where)
     refused(trip, "no userfaultfd")
     monkeypatch.undo()
     next_one_succeeds(trip)

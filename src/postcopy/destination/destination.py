@@ -6,6 +6,7 @@ guest runs, with the threads of :mod:`postcopy.destination.postcopy`, and may br
 number of times.
 """
 
+import threading
 from collections.abc import Callable
 
 from postcopy.channel.channel import Channel
@@ -61,6 +62,9 @@ class Destination:
         self.error: PostcopyError | None = None
         self._parameters = parameters or Parameters()
         self._channel: Channel | None = None
+        self._meeting = (
+            threading.Lock()
+        )  # held while the source is waited for, until the channel is known
         self._peer_timeout: PeerTimeout | None = None
         self._silent: ChannelBroken | None = None
         self._paused_by_user = False
@@ -129,8 +133,9 @@ class Destination:
         self._incoming.close()
 
     def leave(self) -> None:
-        """The engine ends: so does a command that the stream comes from."""
-        channel = self._channel  # the thread `destination` may close it meanwhile
+        """The engine ends: so does a command that the stream comes from; after :meth:`stop_waiting`."""
+        with self._meeting:
+            channel = self._channel  # the thread `destination` may close it meanwhile
         if channel is not None:
             channel.leave()
 
@@ -206,7 +211,8 @@ class Destination:
 
     def _meet(self) -> Channel:
         """Wait for the source, and begin to watch whether it is silent."""
-        self._loader.channel = self._channel = channel = self._incoming.main()
+        with self._meeting:
+            self._loader.channel = self._channel = channel = self._incoming.main()
         channel.watch(self._link_timeout_ms() / 1000)
         self._preempt_channel.expect(self._incoming)
         taken = AckedBytes(channel)

@@ -178,10 +178,17 @@ class OutgoingJob(Job):
         try:
             state.ownership.move(Move.CANCEL)
         except WrongState:
-            if state.engines.call(OutgoingCommands.end_command):
+            if self._end_command():
                 return  # what the command has done is not known: the guest waits for 'cont'
             raise
         state.engines.tell(OutgoingCommands.cancel)
+
+    def _end_command(self) -> bool:
+        """End a command that goes on behind the end of its stream; return whether there was one."""
+        try:
+            return self.state.engines.call(OutgoingCommands.end_command)
+        except EngineDied:
+            return True  # the command's end was that of the migration: its engine went before it answered
 
 
 class OutgoingSnapshot(OutgoingJob):
