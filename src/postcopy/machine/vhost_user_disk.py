@@ -250,7 +250,8 @@ class VhostUserDisk:
         connections = 0
         if process is not None and process.failure is None:
             connections = process.connections
-            poll.register(process, select.POLLRDHUP)
+            if (connected := process.fileno()) >= 0:
+                poll.register(connected, select.POLLRDHUP)
         ready = {fd for fd, _ in poll.poll(None if timeout_s is None else timeout_s * 1000)}
         for fd in ready & {self._wake_fd, self._call_fd}:
             os.eventfd_read(fd)

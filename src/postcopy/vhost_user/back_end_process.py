@@ -74,7 +74,7 @@ class BackEndProcess:
         return self._front_end.features
 
     def fileno(self) -> int:
-        """For ``poll``: ``POLLRDHUP`` is its end."""
+        """For ``poll``: ``POLLRDHUP`` is its end.  -1 while it is being connected anew."""
         return self._front_end.connection.fileno()
 
     def configuration(self, length_bytes: int) -> bytes:
