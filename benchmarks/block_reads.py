@@ -135,11 +135,11 @@ def _connected(path: Path) -> socket.socket:
 
 
 @contextlib.contextmanager
-def running(command: list[str]) -> Iterator[None]:
+def running(command: list[str]) -> Iterator["subprocess.Popen[bytes]"]:
     """A back end while the context lasts."""
     process = subprocess.Popen(command)
     try:
-        yield
+        yield process
     finally:
         process.terminate()
         process.wait()
@@ -150,7 +150,7 @@ def commands(disk: Path, folder: Path) -> dict[str, tuple[Path, list[str]]]:
     ours, theirs = folder / "ours.sock", folder / "qsd.sock"
     storage_daemon = shutil.which("qemu-storage-daemon")
     if storage_daemon is None:
-        sys.exit("needs qemu-storage-daemon: run .ci/install-qemu, and make bench-block_reads")
+        sys.exit("needs qemu-storage-daemon: run .ci/install-qemu, and make bench-WHAT")
     export = f"type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={theirs},writable=on"
     blockdev = f"driver=file,node-name=d,filename={disk},locking=off"
     return {

@@ -60,6 +60,11 @@ def build(folder: Path) -> ctypes.CDLL:
     library = folder / "minimal_pager.so"
     source = Path(__file__).with_name("minimal_pager.c")
     subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, source], check=True)
+    return loaded(library)
+
+
+def loaded(library: Path) -> ctypes.CDLL:
+    """Load what :func:`build` has compiled."""
     found = ctypes.CDLL(str(library))
     found.serve.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64)
     found.touch.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p)

@@ -22,7 +22,7 @@ class GuestMemory:
     """
 
     def __init__(self, pid: int, ram_at: int) -> None:
-        self._fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY)
+        self._fd = os.open(f"/proc/{pid}/mem", os.O_RDWR)
         self._ram_at = ram_at
 
     def read(self, address: int, n_bytes: int) -> bytes:
@@ -35,6 +35,10 @@ class GuestMemory:
                 raise OSError(f"guest memory ends at {address + len(found):#x}")
             found += part
         return found
+
+    def write(self, address: int, data: bytes) -> None:
+        """Write to a page that is there."""
+        os.pwrite(self._fd, data, self._ram_at + address)
 
     def close(self) -> None:
         """Close the descriptor."""
