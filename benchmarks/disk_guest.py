@@ -14,6 +14,7 @@ from postcopy.machine.workload_records import RECORDS_ADDRESS, is_running, read_
 
 DISK_BYTES: Final = 4 * MIB
 _VISIT_S: Final = 400e-6
+_HOT_BYTES: Final = 2 * MIB
 _CONTROL: Final = 0x78
 _FORGET: Final = 1
 _LOOK_S: Final = 0.02
@@ -43,8 +44,8 @@ class WithDrive(Postcopy):
 class DiskWork(Workload):
     """The workload ``disk`` in a guest of one vCPU.
 
-    A visit every 400 µs at most, each with a write and a read of the drive: a guest that dirties little, so
-    that its memory takes the same time at each switch, and that has nearly always a request under way.
+    A visit every 400 µs at most, each with a write and a read of the drive, of 2 MiB: a guest that dirties
+    little, so that its memory takes the same time at each switch, and that often has a request under way.
 
     :param memory_bytes: of the machine; nearly all of it is filled.
     """
@@ -60,7 +61,9 @@ class DiskWork(Workload):
         """The workload with its parameters."""
         delay = int(_VISIT_S * tsc_hz)
         size = self.memory_bytes
-        return workload.load("disk", size, disk_bytes=DISK_BYTES, delay_cycles=delay)
+        return workload.load(
+            "disk", size, hot_bytes=_HOT_BYTES, disk_bytes=DISK_BYTES, delay_cycles=delay
+        )
 
     def image(self, tsc_hz: float) -> bytes:
         """See :class:`Workload`."""

@@ -102,7 +102,7 @@ def guest_memory(maps: Path = Path("/proc/self/maps")) -> int | None:
     """Where this process has the beginning of guest memory mapped; None: it has none."""
     for line in maps.read_text().splitlines():
         fields = line.split(maxsplit=5)
-        if fields[1].endswith("s") and int(fields[2], 16) == 0 and "/memfd:" in fields[-1]:
+        if fields[1].endswith("s") and int(fields[2], 16) == 0:
             begin, end = (int(word, 16) for word in fields[0].split("-"))
             if end - begin >= 1 << 20:  # the dirty log is smaller
                 return begin

@@ -55,7 +55,7 @@ def test_a_burst_is_read_as_it_was_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["0.npy"]
 
 
-def test_guest_memory_is_the_mapping_of_a_large_memfd(tmp_path):
+def test_guest_memory_is_the_mapping_of_a_large_shared_file(tmp_path):
     maps = tmp_path / "maps"
     others = (
         "7f00-8f00 r-xp 00000000 08:01 12 /usr/bin/python3\n"
@@ -63,9 +63,7 @@ def test_guest_memory_is_the_mapping_of_a_large_memfd(tmp_path):
     )
     maps.write_text(others)
     assert guest_memory(maps) is None
-    maps.write_text(
-        others + "7f1000000000-7f1020000000 rw-s 00000000 00:01 6 /memfd:ram (deleted)\n"
-    )
+    maps.write_text(others + "7f1000000000-7f1020000000 rw-s 00000000 00:01 6 /ram (deleted)\n")
     assert guest_memory(maps) == 0x7F1000000000
 
 
