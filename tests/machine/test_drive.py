@@ -132,7 +132,9 @@ def test_what_cannot_be_a_drive(tmp_path):
     assert "No such file" in refused(tmp_path, drive=str(tmp_path / "none"))
     assert "holds no sector" in refused(tmp_path, drive=str(empty))
     assert "neither a file nor" in refused(tmp_path, drive="/dev/null")
-    assert "has no place for a drive" in refused(tmp_path, drive=str(empty), machine_type="none")
+    assert "has no place for a virtio device" in refused(
+        tmp_path, drive=str(empty), machine_type="none"
+    )
 
 
 def take_buffers_away(machine, features):

@@ -133,7 +133,10 @@ def test_the_ring_is_started_with_the_next_connection(odd, caplog, request_, ans
         (CLOSE, "closed"),
         (struct.pack("=II", 1, 0), "GET_VRING_BASE: ring 1 at 0x0, and ring 0 was asked for"),
         (struct.pack("=II", 0, 1 << 16), "ring 0 at 0x10000"),
-        (struct.pack("=II", 0, 7), "it says that request 7 is next, and has done all of them"),
+        (
+            struct.pack("=II", 0, 7),
+            "it says that requests [7] are next, one a ring, and has done all before [0]",
+        ),
     ],
     ids=named,
 )
@@ -277,7 +280,7 @@ def answer_with_log(answers, log):
             os.close(front_end.advise())
             front_end.listen([MemoryPart("ram", 0, 1 << 20, 0, log, 0)])
             front_end.set_log(log, 4096)
-            front_end.stop_ring()
+            front_end.stop_ring(0)
             front_end.end()
 
 

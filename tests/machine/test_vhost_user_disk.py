@@ -318,7 +318,7 @@ def refused(**more):
 def test_what_cannot_be_such_a_disk(tmp_path):
     path = str(tmp_path / "none")
     assert f"no vhost-user back end at {path}: No such file" in refused(vhost_user_blk=path)
-    assert "has no place for a drive" in refused(vhost_user_blk=path, machine_type="none")
+    assert "has no place for a virtio device" in refused(vhost_user_blk=path, machine_type="none")
     assert "one of --drive and --vhost" in refused(vhost_user_blk=path, drive=path)
     blocks = tuple(MemoryBlock(f"b{n}", 2 * MIB) for n in range(16))
     assert "16 parts, and a vhost-user" in refused(vhost_user_blk=path, blocks=blocks)

@@ -139,7 +139,7 @@ class Guest:
 
     def has_settled(self):
         index = int.from_bytes(self.ram.read(AVAILABLE + 2, 2), "little")
-        served = self.mmio.save().ring.next_available == index
+        served = self.mmio.save().rings[0].next_available == index
         return served or self.get(STATUS) & NEEDS_RESET
 
     def echo(self, text=b"text"):
@@ -228,7 +228,7 @@ def test_nothing_is_done_while_the_guest_stands_still(guest):
     assert guest.mmio.runner.wait_parked(10)
     guest.describe(0, DATA, 4, WRITE)
     guest.offer()
-    assert guest.mmio.save().ring.next_available == 0
+    assert guest.mmio.save().rings[0].next_available == 0
     assert guest.done == 0
     guest.mmio.runner.want()
     wait_until(lambda: guest.done == 1, 10, "the request is not done")

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from postcopy.errors import GuestError, PostcopyError, StreamError
 from postcopy.machine.device_formats import FORMATS
+from postcopy.machine.virtio_section import FORMATS as VIRTIO_FORMATS
 from postcopy.machine.virtio_section import NAME, VIRTIO_BLK, state_of, values_of
-from postcopy.machine.virtio_state import QueueRegisters, RingState, VirtioState
+from postcopy.machine.virtio_state import VIRTIO_NET, QueueRegisters, RingState, VirtioState
 from postcopy.stream.description import described_bytes
 
 CONFIG = bytes(range(57))
@@ -20,8 +21,8 @@ RUNNING = VirtioState(
     interrupt=1,
     written_features=1 << 32 | 1 << 9,
     features=1 << 32 | 1 << 9,
-    queue=QueueRegisters(8, True, 0x200000, 0x200080, 0x1_0020_1000),
-    ring=RingState(8, 0x200000, 0x200080, 0x1_0020_1000, 65535),
+    queues=(QueueRegisters(8, True, 0x200000, 0x200080, 0x1_0020_1000),),
+    rings=(RingState(8, 0x200000, 0x200080, 0x1_0020_1000, 65535),),
 )
 QUEUE_AT = 24 + len(CONFIG)
 FLAG_AT = QUEUE_AT + 4 + 18
@@ -46,8 +47,10 @@ states = st.builds(
     interrupt=st.integers(0, 3),
     written_features=bits,
     features=st.integers(1 << 32, 2**64 - 1),
-    queue=st.builds(QueueRegisters, st.integers(0, 65535), st.booleans(), bits, bits, bits),
-    ring=st.builds(RingState, words, bits, bits, bits, st.integers(0, 65535)),
+    queues=st.tuples(
+        st.builds(QueueRegisters, st.integers(0, 65535), st.booleans(), bits, bits, bits)
+    ),
+    rings=st.tuples(st.builds(RingState, words, bits, bits, bits, st.integers(0, 65535))),
     broken=st.booleans(),
 )
 
@@ -140,3 +143,64 @@ def test_damaged_bytes_are_read_or_refused_and_nothing_else(at, data):
         decoded(changed(at, data))
     except PostcopyError:
         pass
+
+
+NET = VIRTIO_FORMATS[VIRTIO_NET]
+ADDRESS = bytes.fromhex("525400123456")
+NETWORK = VirtioState(
+    ADDRESS,
+    status=15,
+    written_features=1 << 32,
+    features=1 << 32,
+    queues=(
+        QueueRegisters(8, True, 1 << 21, 1 << 22, 1 << 23),
+        QueueRegisters(8, True, 16, 32, 64),
+    ),
+    rings=(RingState(8, 1 << 21, 1 << 22, 1 << 23, 7), RingState(8, 16, 32, 64, 65535)),
+    section=VIRTIO_NET,
+)
+NET_QUEUES_AT = 24 + len(ADDRESS)
+NET_FIELDS_AT = NET_QUEUES_AT + 4 + 3 * 18
+
+
+def network(payload):
+    return state_of(FORMATS.decode(NET.name, 0, 11, bytes(payload)), VIRTIO_NET)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        NETWORK,
+        VirtioState(
+            ADDRESS, queues=2 * (QueueRegisters(),), rings=2 * (RingState(),), section=VIRTIO_NET
+        ),
+    ],
+)
+def test_a_network_there_and_back(state):
+    assert network(NET.encode(values_of(state))) == state
+
+
+def test_a_network_is_as_long_as_qemus():
+    """44780 bytes: QEMU 10.0, three queues (one of control) never used, and 8 of configuration."""
+    unused = VirtioState(
+        ADDRESS, queues=2 * (QueueRegisters(),), rings=2 * (RingState(),), section=VIRTIO_NET
+    )
+    payload = NET.encode(values_of(unused))
+    assert len(payload) == 44780 - 8 + len(ADDRESS)
+    assert payload[NET_FIELDS_AT:][:18] == ADDRESS + bytes(8) + b"\0\1\1\0"
+    assert payload[NET_FIELDS_AT + 18 :][: 4 + 512] == bytes(4) + b"\xff" * 512
+
+
+def test_a_network_whose_control_queue_is_used_is_refused():
+    payload = bytearray(NET.encode(values_of(NETWORK)))
+    payload[NET_QUEUES_AT + 4 + 2 * 18 + 8] = 1
+    with pytest.raises(GuestError, match="has a control queue, ours has none; give it ctrl_vq=off"):
+        network(payload)
+    payload = bytearray(NET.encode(values_of(NETWORK)))
+    payload[NET_FIELDS_AT + 21] = 1
+    with pytest.raises(StreamError, match="filled the table of addresses; give it ctrl_vq=off"):
+        network(payload)
+    payload = bytearray(NET.encode(values_of(NETWORK)))
+    payload[NET_QUEUES_AT + 3] = 5
+    with pytest.raises(StreamError, match="it has 5 queues, ours has 3; give it queues=1"):
+        network(payload)

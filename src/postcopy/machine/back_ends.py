@@ -1,16 +1,24 @@
-"""The back ends that a vhost-user disk has, one after another, at one socket.
+"""The back ends that a vhost-user device has, one after another, at one socket.
 
-Each is another :class:`~postcopy.guest.SharingProcess` of the machine.  The next one must be the same disk.
+Each is another :class:`~postcopy.guest.SharingProcess` of the machine.  The next disk must be the same.
 """
 
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final, Protocol
 
-from postcopy.errors import PostcopyError, Refused
+from postcopy.errors import GuestError, PostcopyError, Refused
 from postcopy.guest import SharingProcess
-from postcopy.machine.virtio_state import CONFIG_BYTES, check_capacity
+from postcopy.machine.virtio_state import (
+    CONFIG_BYTES,
+    DEFAULT_RING_ENTRIES,
+    DEFAULT_VHOST_USER_ENTRIES,
+    VHOST_USER_BLK,
+    VIRTIO_NET,
+    check_capacity,
+)
 from postcopy.vhost_user.back_end_process import ANSWER_S, BackEndProcess
 from postcopy.vhost_user.front_end import MemoryPart
 from postcopy.virtio.block import SECTOR_BYTES, BlockFeature
@@ -18,7 +26,8 @@ from postcopy.virtio.ring import Feature
 
 _log = logging.getLogger(__name__)
 
-_OFFERED: Final = int(
+_RING_FEATURES: Final = int(Feature.INDIRECT_DESC | Feature.EVENT_IDX | Feature.VERSION_1)
+_DISK_FEATURES: Final = _RING_FEATURES | int(
     BlockFeature.SIZE_MAX
     | BlockFeature.SEG_MAX
     | BlockFeature.GEOMETRY
@@ -28,8 +37,13 @@ _OFFERED: Final = int(
     | BlockFeature.TOPOLOGY
     | BlockFeature.DISCARD
     | BlockFeature.WRITE_ZEROES
-) | int(Feature.INDIRECT_DESC | Feature.EVENT_IDX | Feature.VERSION_1)
+)
 """What a back end may do for a driver.  Neither several queues, nor writes to the configuration."""
+
+_NET_MAC: Final = 1 << 5
+"""``VIRTIO_NET_F_MAC`` (Virtual I/O Device 1.2, 5.1.3): the configuration space begins with the address."""
+_ADDRESS: Final = bytes.fromhex("525400123456")
+"""As QEMU's first network device has it."""
 
 _CAPACITY_BYTES: Final = 8
 _NEXT_ANSWER_S: Final = 2.0
@@ -37,7 +51,51 @@ _END_S: Final = 1.0
 """A back end that ends in good order ends its requests after it has closed the connection."""
 
 
-class Disk(Protocol):
+@dataclass(frozen=True, slots=True)
+class DeviceKind:
+    """A kind of virtio device that back ends can be.
+
+    :ivar name: for messages.
+    :ivar device_id: the number of the kind; ``section``: how the device is called on the wire.
+    :ivar queues: how many it has; ``most_entries``: of each.
+    :ivar features: what a back end may do for a driver; ``own_features``: what the front end does itself.
+    :ivar config: the front end's configuration space; None: the back end has it.
+    :ivar is_drained: its rings are stopped only when every request is done: the driver waits for each.
+    """
+
+    name: str
+    device_id: int
+    section: str
+    queues: int
+    most_entries: int
+    features: int
+    own_features: int = 0
+    config: bytes | None = None
+    is_drained: bool = True
+
+    def config_of(self, process: BackEndProcess) -> bytes:
+        """The configuration space of the device that a back end is.
+
+        :raises GuestError: the back end does not say.
+        """
+        return process.configuration(CONFIG_BYTES) if self.config is None else self.config
+
+
+DISK: Final = DeviceKind("disk", 2, VHOST_USER_BLK, 1, DEFAULT_VHOST_USER_ENTRIES, _DISK_FEATURES)
+NET: Final = DeviceKind(
+    "network device",
+    1,
+    VIRTIO_NET,
+    2,
+    DEFAULT_RING_ENTRIES,
+    _RING_FEATURES,
+    own_features=_NET_MAC,
+    config=_ADDRESS,
+    is_drained=False,
+)
+
+
+class Device(Protocol):
     """What a back end works for."""
 
     def wake(self) -> None:
@@ -54,7 +112,8 @@ class BackEnds:
     """Used by one thread, but for :attr:`process`, which all may read.
 
     :ivar process: the one that is connected now.
-    :ivar features: what the first offers of what can be used; ``config``: its configuration space.
+    :ivar features: what the driver is offered; ``config``: the configuration space.
+    :param kind: what they are.
     :param path: of the socket.
     :param parts: the guest's memory, as a back end gets it.
     :param share: has the machine's memory shared with a process from now on; ``unshare``: no more.
@@ -63,22 +122,23 @@ class BackEnds:
 
     def __init__(
         self,
+        kind: DeviceKind,
         path: str,
         parts: Sequence[MemoryPart],
         share: Callable[[SharingProcess], None],
         unshare: Callable[[SharingProcess], None],
     ) -> None:
-        self.path = path
+        self.kind, self.path = kind, path
         self._parts = parts
         self._share, self._unshare = share, unshare
-        self._disk: Disk | None = None
+        self._device: Device | None = None
         self._told = ""
         self.process: _Process | None = None
         try:
             first = _Process(self, ANSWER_S)
             with _closed_on_failure(first):
-                self.features = first.features & _OFFERED
-                self.config = first.configuration(CONFIG_BYTES)
+                self.features = first.features & kind.features | kind.own_features
+                self.config = kind.config_of(first)
                 self._use(first)
         except PostcopyError as error:
             raise Refused(str(error)) from error
@@ -89,20 +149,27 @@ class BackEnds:
         return self._parts
 
     @property
-    def disk(self) -> Disk | None:
+    def device(self) -> Device | None:
         """What they work for; None: it is being made yet."""
-        return self._disk
+        return self._device
 
-    def begin(self, disk: Disk) -> None:
-        """The disk has been made."""
-        self._disk = disk
+    def begin(self, device: Device) -> None:
+        """The device has been made."""
+        self._device = device
 
     def check_config(self, config: bytes) -> None:
-        """Refuse another disk.
+        """Refuse another disk, or another network address.
 
         :param config: its configuration space.
-        :raises GuestError: it has another size.
+        :raises GuestError: it has another size, or address.
         """
+        if self.kind.config is not None:
+            if config[: len(_ADDRESS)] != _ADDRESS:
+                raise GuestError(
+                    f"the guest's network device has the address {config[:6].hex(':')}, this machine's "
+                    f"{_ADDRESS.hex(':')}; give the source that one (mac=)"
+                )
+            return
         sectors = int.from_bytes(self.config[:_CAPACITY_BYTES], "little")
         check_capacity(config, f"the back end at {self.path}", sectors)
 
@@ -138,8 +205,8 @@ class BackEnds:
         return True
 
     def _check_same(self, process: BackEndProcess) -> None:
-        self.check_config(process.configuration(CONFIG_BYTES))
-        if lacking := self.features & ~process.features:
+        self.check_config(self.kind.config_of(process))
+        if lacking := self.features & ~process.features & ~self.kind.own_features:
             raise Refused(
                 f"{process.name} does not offer virtio features {lacking:#x}, as the one before did"
             )
@@ -162,18 +229,18 @@ class _Process(BackEndProcess):
         super().__init__(back_ends.path, back_ends.parts, self._wake, timeout_s)
 
     def _wake(self) -> None:
-        if self._back_ends.disk is not None:
-            self._back_ends.disk.wake()
+        if self._back_ends.device is not None:
+            self._back_ends.device.wake()
 
     def hold(self) -> None:
         """See :class:`postcopy.guest.SharingProcess`."""
-        if self._back_ends.disk is not None:
-            self._back_ends.disk.hold()
+        if self._back_ends.device is not None:
+            self._back_ends.device.hold()
 
     def release(self) -> None:
         """See :class:`postcopy.guest.SharingProcess`."""
-        if self._back_ends.disk is not None:
-            self._back_ends.disk.release()
+        if self._back_ends.device is not None:
+            self._back_ends.device.release()
 
 
 @contextlib.contextmanager

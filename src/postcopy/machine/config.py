@@ -19,6 +19,13 @@ LOAD_ADDRESS = 0x10000
 Accelerator = Literal["auto", "kvm", "unicorn"]
 MachineType = Literal["microvm", "none"]
 
+DEVICE_OPTIONS: dict[str, str] = {
+    "--drive": "drive",
+    "--vhost-user-blk": "vhost_user_blk",
+    "--vhost-user-net": "vhost_user_net",
+}
+"""Of the command line, with the field of :class:`MachineConfig`: each gives the guest a virtio device."""
+
 RAM_NAMES: dict[MachineType, str] = {"microvm": "microvm.ram", "none": "ram"}
 """What QEMU calls the RAM block of each of the machines that we can be on the wire."""
 
@@ -49,6 +56,7 @@ class MachineConfig:
         together; without any there is one, with QEMU's name for it.
     :param drive: path of a file or block device that the guest has as its disk.
     :param vhost_user_blk: in its place, path of the socket of a vhost-user back end that is the disk.
+    :param vhost_user_net: else, path of the socket of one that is a network device.
     """
 
     memory_bytes: int
@@ -64,11 +72,19 @@ class MachineConfig:
     blocks: tuple[MemoryBlock, ...] = ()
     drive: str | None = None
     vhost_user_blk: str | None = None
+    vhost_user_net: str | None = None
 
     @property
-    def has_drive(self) -> bool:
-        """Whether the guest has a disk, in this process or in another."""
-        return self.drive is not None or self.vhost_user_blk is not None
+    def has_device(self) -> bool:
+        """Whether the guest has a virtio device, in this process or in another."""
+        return bool(self._devices)
+
+    @property
+    def _devices(self) -> list[str]:
+        """The options that give it one."""
+        return [
+            option for option, name in DEVICE_OPTIONS.items() if getattr(self, name) is not None
+        ]
 
     @property
     def ram_name(self) -> str:
@@ -119,19 +135,20 @@ class MachineConfig:
                 f"the RAM blocks have {total} bytes together, and the memory {memory}; give their sum"
             )
         memory_blocks.check(self.memory_blocks)
-        if self.has_drive:
-            self._check_drive()
+        if self.has_device:
+            self._check_device()
 
-    def _check_drive(self) -> None:
+    def _check_device(self) -> None:
         if self.machine_type != "microvm":
             raise Refused(
-                f"the machine '{self.machine_type}' has no place for a drive; give --machine microvm"
+                f"the machine '{self.machine_type}' has no place for a virtio device; give --machine "
+                "microvm"
             )
-        if self.vhost_user_blk is None:
-            return
-        if self.drive is not None:
-            raise Refused("the machine has one drive; give one of --drive and --vhost-user-blk")
-        if len(self.address_map.parts) > MOST_PARTS:
+        if len(self._devices) > 1:
+            raise Refused(
+                f"the machine has one virtio device; give one of {' and '.join(self._devices)}"
+            )
+        if self.drive is None and len(self.address_map.parts) > MOST_PARTS:
             raise Refused(
                 f"the memory has {len(self.address_map.parts)} parts, and a vhost-user back end takes "
                 f"{MOST_PARTS}; give fewer blocks (--memory-block)"
@@ -141,7 +158,7 @@ class MachineConfig:
         first, end = self.load_address, self.load_address + len(image)
         if not image:
             raise Refused("the image is empty; give a file of raw 64-bit code")
-        for start, stop in boot.reserved(self.memory_bytes, drive=self.has_drive):
+        for start, stop in boot.reserved(self.memory_bytes, drive=self.has_device):
             if first < stop and start < end:
                 raise Refused(
                     f"an image at [{first:#x}, {end:#x}) would lie on the page tables; load it at "

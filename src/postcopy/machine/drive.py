@@ -5,12 +5,12 @@ from typing import Protocol
 
 from postcopy.errors import GuestError
 from postcopy.guest import SharingProcess
-from postcopy.machine.back_ends import BackEnds
+from postcopy.machine.back_ends import DISK, NET, BackEnds
 from postcopy.machine.config import MachineConfig
 from postcopy.machine.guest_memory import GuestMemory
 from postcopy.machine.request_queue import RequestQueue
-from postcopy.machine.vhost_user_disk import VhostUserDisk
-from postcopy.machine.virtio_mmio import Queue
+from postcopy.machine.vhost_user_device import VhostUserDevice
+from postcopy.machine.virtio_mmio import Queues
 from postcopy.machine.virtio_state import CONFIG_BYTES, check_capacity
 from postcopy.vhost_user.front_end import MemoryPart
 from postcopy.virtio.disk import Disk
@@ -87,22 +87,23 @@ class Sharer(Protocol):
         """See :meth:`postcopy.machine.machine.Machine.unshare`."""
 
 
-def open_drive(
+def open_device(
     config: MachineConfig,
     memory: GuestMemory,
     parts: Sequence[MemoryPart],
     sharer: Sharer,
     on_lost: Callable[[str], None],
-) -> Queue | None:
-    """The drive that a machine is to have; None: it has none.
+) -> Queues | None:
+    """The virtio device that a machine is to have; None: it has none.
 
     :param parts: the guest's memory, for a back end in another process.
     :param on_lost: gets the reason why the guest cannot go on.
     :raises Refused: it cannot be.
     """
-    if config.vhost_user_blk is not None:
-        back_ends = BackEnds(config.vhost_user_blk, parts, sharer.share, sharer.unshare)
-        return VhostUserDisk(memory, back_ends, on_lost)
+    for kind, path in ((DISK, config.vhost_user_blk), (NET, config.vhost_user_net)):
+        if path is not None:
+            back_ends = BackEnds(kind, path, parts, sharer.share, sharer.unshare)
+            return VhostUserDevice(memory, back_ends, on_lost)
     if config.drive is not None:
         return RequestQueue(Drive(config.drive), memory, on_lost)
     return None

@@ -12,7 +12,7 @@ from postcopy.guest import DeviceState, Region, SharingProcess, VcpuThread
 from postcopy.kernel.mapping import Buffer
 from postcopy.machine import accelerator, boot, sections
 from postcopy.machine.config import MachineConfig
-from postcopy.machine.drive import open_drive
+from postcopy.machine.drive import open_device
 from postcopy.machine.guest_memory import GuestMemory
 from postcopy.machine.mapped_blocks import Ram
 from postcopy.machine.ports import PortBus, SerialPort
@@ -78,10 +78,11 @@ class Machine:
 
     def _attach_drive(self) -> None:
         on_lost = self.run_control.fail
-        queue = open_drive(self.config, self._memory, self._ram.parts, self, on_lost)
+        queue = open_device(self.config, self._memory, self._ram.parts, self, on_lost)
         if queue is not None:
             self._drive = VirtioMmio(queue)
-            self._accelerator.signal_at_write(NOTIFY_ADDRESS, 0, queue.kick_fd)
+            for number, fd in enumerate(queue.kick_fds):
+                self._accelerator.signal_at_write(NOTIFY_ADDRESS, number, fd)
 
     def _make_vcpus(self) -> None:
         ports = PortBus(self._serial, self.run_control.guest_shutdown)
@@ -380,7 +381,7 @@ class Machine:
             self._addresses,
             config.image,
             config.load_address,
-            drive=config.has_drive,
+            drive=config.has_device,
         )
         for vcpu in self._vcpus:
             vcpu.set_state(

@@ -1,7 +1,7 @@
 """The queue of a device of this process: its thread takes the driver's requests and does them."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Final, Protocol
 
@@ -55,12 +55,13 @@ class Device(Protocol):
 
 
 class RequestQueue:
-    """:class:`postcopy.machine.virtio_mmio.Queue`, of a device in this process.
+    """:class:`postcopy.machine.virtio_mmio.Queues`, of a device in this process.
 
     :param on_lost: gets the reason why the guest cannot go on, such as a page of a request that is lost.
     """
 
     section = BLK
+    queues = 1
     most_entries = DEFAULT_RING_ENTRIES
 
     def __init__(self, device: Device, memory: GuestMemory, on_lost: Callable[[str], None]) -> None:
@@ -74,43 +75,43 @@ class RequestQueue:
         self._interrupt: Callable[[int], None] = lambda _: None
         self._broken: Callable[[RingError], None] = lambda _: None
         self.runner = RequestThread("the drive", self._serve, self._awaited)
-        self.kick_fd = self.runner.kick_fd
+        self.kick_fds: tuple[int, ...] = (self.runner.kick_fd,)
 
-    # --- postcopy.machine.virtio_mmio.Queue
+    # --- postcopy.machine.virtio_mmio.Queues
 
     def report_to(
         self, interrupt: Callable[[int], None], broken: Callable[[RingError], None]
     ) -> None:
-        """See :class:`~postcopy.machine.virtio_mmio.Queue`."""
+        """See :class:`~postcopy.machine.virtio_mmio.Queues`."""
         self._interrupt, self._broken = interrupt, broken
 
-    def kick(self) -> None:
-        """See :class:`~postcopy.machine.virtio_mmio.Queue`."""
+    def kick(self, number: int) -> None:  # noqa: ARG002
+        """See :class:`~postcopy.machine.virtio_mmio.Queues`."""
         self.runner.kick()
 
     def stopped(self) -> AbstractContextManager[object]:
-        """See :class:`~postcopy.machine.virtio_mmio.Queue`."""
+        """See :class:`~postcopy.machine.virtio_mmio.Queues`."""
         return self.runner.between_requests()
 
-    def serve(self, ring: RingState | None, features: int) -> None:  # noqa: ARG002
-        """See :class:`~postcopy.machine.virtio_mmio.Queue`."""
-        self._ring, self._queue = ring, None
+    def serve(self, rings: Sequence[RingState], features: int) -> None:  # noqa: ARG002
+        """See :class:`~postcopy.machine.virtio_mmio.Queues`."""
+        self._ring, self._queue = (rings[0] if rings else None), None
         self.runner.kick()  # what stands in the ring already
 
-    def next_available(self) -> int | None:
-        """See :class:`~postcopy.machine.virtio_mmio.Queue`."""
-        return None if self._queue is None else self._queue.next_available
+    def next_available(self) -> Sequence[int]:
+        """See :class:`~postcopy.machine.virtio_mmio.Queues`."""
+        return () if self._queue is None else (self._queue.next_available,)
 
     def check_config(self, config: bytes) -> None:
-        """See :class:`~postcopy.machine.virtio_mmio.Queue`."""
+        """See :class:`~postcopy.machine.virtio_mmio.Queues`."""
         self._device.check_config(config)
 
     def flush(self) -> None:
-        """See :class:`~postcopy.machine.virtio_mmio.Queue`."""
+        """See :class:`~postcopy.machine.virtio_mmio.Queues`."""
         self._device.flush()
 
     def close(self) -> bool:
-        """See :class:`~postcopy.machine.virtio_mmio.Queue`."""
+        """See :class:`~postcopy.machine.virtio_mmio.Queues`."""
         ended = self.runner.close()
         if ended:
             self._device.close()

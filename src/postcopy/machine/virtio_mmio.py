@@ -1,4 +1,4 @@
-"""The virtio-mmio transport, modern (version 2), of a device with one queue: the registers.
+"""The virtio-mmio transport, modern (version 2): the registers.
 
 The requests are done elsewhere (:class:`Queue`).  A vCPU that resets the device, or changes its ring, waits
 until no request is under way: afterwards the device writes nothing into memory that is the driver's again.
@@ -7,7 +7,7 @@ until no request is under way: afterwards the device writes nothing into memory 
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Final, Protocol
@@ -19,6 +19,7 @@ from postcopy.machine.virtio_state import (
     BLK,
     VERSION_1,
     VHOST_USER_BLK,
+    VIRTIO_NET,
     QueueRegisters,
     RingState,
     Status,
@@ -58,26 +59,33 @@ _WORD: Final = 0xFFFFFFFF
 REQUEST_DONE, CONFIG_CHANGED = 1, 2
 """The bits of the interrupt status."""
 
-_OPTIONS: Final = {BLK: "--drive FILE", VHOST_USER_BLK: "--vhost-user-blk SOCKET"}
+_NAMES: Final = {BLK: "a drive", VHOST_USER_BLK: "a drive", VIRTIO_NET: "a network device"}
+_OPTIONS: Final = {
+    BLK: "--drive FILE, of the same disk",
+    VHOST_USER_BLK: "--vhost-user-blk SOCKET, of the same disk",
+    VIRTIO_NET: "--vhost-user-net SOCKET",
+}
 
 
-class Queue(Protocol):
-    """What does the requests of the device's queue, and what the device is by that.
+class Queues(Protocol):
+    """What does the requests of the device's queues, and what the device is by that.
 
     :ivar device_id: the number of its kind.
     :ivar section: how the device is called on the wire.
     :ivar features: what it offers; ``config``: the configuration space.
-    :ivar most_entries: how many entries its ring can have.
+    :ivar queues: how many it has.
+    :ivar most_entries: how many entries a ring can have.
     :ivar runner: runs with the guest, and stands still with it.
-    :ivar kick_fd: an eventfd: a write to it is :meth:`kick`.
+    :ivar kick_fds: an eventfd of each queue: a write to it is :meth:`kick`.
     """
 
     device_id: int
     section: str
     features: int
     config: bytes
+    queues: int
     most_entries: int
-    kick_fd: int
+    kick_fds: tuple[int, ...]
 
     @property
     def runner(self) -> Runner:
@@ -86,19 +94,19 @@ class Queue(Protocol):
     def report_to(
         self, interrupt: Callable[[int], None], broken: Callable[[RingError], None]
     ) -> None:
-        """Call these: with the bits of an interrupt; when the ring is invalid, and not served any more."""
+        """Call these: with the bits of an interrupt; when a ring is invalid, and none served any more."""
 
-    def kick(self) -> None:
-        """There may be a request.  Harmless when closed."""
+    def kick(self, number: int) -> None:
+        """There may be a request in that queue.  Harmless when closed."""
 
     def stopped(self) -> AbstractContextManager[object]:
         """A moment in which no request is under way and none begins; may have to be waited for."""
 
-    def serve(self, ring: RingState | None, features: int) -> None:
-        """Do the requests of this ring from now on; None: of none.  Only while :meth:`stopped`."""
+    def serve(self, rings: Sequence[RingState], features: int) -> None:
+        """Do the requests of these rings from now on, all or none.  Only while :meth:`stopped`."""
 
-    def next_available(self) -> int | None:
-        """Index of the next request, modulo 65536; None: no ring is served.  Only while stopped."""
+    def next_available(self) -> Sequence[int]:
+        """Index of the next request of each ring that is served, modulo 65536.  Only while stopped."""
 
     def check_config(self, config: bytes) -> None:
         """Refuse the configuration space of another device.
@@ -125,31 +133,38 @@ class VirtioMmio:
     address = _FIRST_ADDRESS
     size_bytes = _SLOTS * _SLOT_BYTES
 
-    def __init__(self, queue: Queue) -> None:
-        self._queue = queue
-        self._lock = threading.RLock()  # of the state; inside Queue.stopped() where both are wanted
+    def __init__(self, queues: Queues) -> None:
+        self._queues = queues
+        self._lock = (
+            threading.RLock()
+        )  # of the state; inside Queues.stopped() where both are wanted
         self._warned = False
         self._state = self._reset()
         self._identity = {
             **_EMPTY,
-            DEVICE_ID: queue.device_id,
+            DEVICE_ID: queues.device_id,
             VENDOR_ID: int.from_bytes(b"QEMU", "little"),
         }
-        queue.report_to(self._raise, self._break)
+        queues.report_to(self._raise, self._break)
 
     @property
     def runner(self) -> Runner:
         """What is stopped and let run with the vCPUs."""
-        return self._queue.runner
+        return self._queues.runner
 
     @property
-    def kick_fd(self) -> int:
-        """An eventfd: a write to it is a notification of the queue."""
-        return self._queue.kick_fd
+    def kick_fds(self) -> tuple[int, ...]:
+        """An eventfd of each queue: a write to it is a notification of the queue."""
+        return self._queues.kick_fds
 
     def _reset(self) -> VirtioState:
-        entries = RingState(self._queue.most_entries)
-        return VirtioState(self._queue.config, section=self._queue.section, ring=entries)
+        has = self._queues
+        return VirtioState(
+            has.config,
+            section=has.section,
+            queues=has.queues * (QueueRegisters(),),
+            rings=has.queues * (RingState(has.most_entries),),
+        )
 
     # --- the guest's accesses, on the vCPUs' threads
 
@@ -160,7 +175,7 @@ class VirtioMmio:
             return _EMPTY.get(register, 0)
         if register >= CONFIG:
             at = register - CONFIG
-            return int.from_bytes(self._queue.config[at : at + size_bytes], "little")
+            return int.from_bytes(self._queues.config[at : at + size_bytes], "little")
         if size_bytes != 4:
             return 0
         with self._lock:
@@ -172,13 +187,13 @@ class VirtioMmio:
         if slot != _SLOTS - 1 or size_bytes != 4:
             return
         if register == QUEUE_NOTIFY:
-            if not value:
-                self._queue.kick()
+            if value < self._queues.queues:
+                self._queues.kick(value)
         elif register in {STATUS, QUEUE_READY}:
-            with self._queue.stopped(), self._lock:
+            with self._queues.stopped(), self._lock:
                 self._store_progress()
                 self._change(register, value)
-                self._update_ring()
+                self._update_rings()
         else:
             with self._lock:
                 self._set(register, value)
@@ -186,11 +201,11 @@ class VirtioMmio:
     def _read(self, register: int) -> int:
         state = self._state
         if register == DEVICE_FEATURES:
-            return self._queue.features >> 32 * min(state.device_features_select, 2) & _WORD
+            return self._queues.features >> 32 * min(state.device_features_select, 2) & _WORD
         if register == QUEUE_MOST:
-            return 0 if state.queue_select else self._queue.most_entries
+            return self._queues.most_entries if state.selected else 0
         if register == QUEUE_READY:
-            return int(state.queue.ready and not state.queue_select)
+            return int(state.selected is not None and state.selected.ready)
         if register == INTERRUPT_STATUS:
             return state.interrupt
         if register == STATUS:
@@ -200,8 +215,8 @@ class VirtioMmio:
     def _change(self, register: int, value: int) -> None:
         state = self._state
         if register == QUEUE_READY:
-            if not state.queue_select:
-                self._make_ready(ready=bool(value & 1))
+            if state.selected:
+                self._make_ready(state.selected, ready=bool(value & 1))
         elif not value:
             self._state = self._reset()
         else:
@@ -209,23 +224,23 @@ class VirtioMmio:
             if value & ~state.status & Status.FEATURES_OK:
                 self._agree()
 
-    def _make_ready(self, *, ready: bool) -> None:
-        state, queue = self._state, self._state.queue
-        ring = state.ring
+    def _make_ready(self, queue: QueueRegisters, *, ready: bool) -> None:
+        state = self._state
+        ring = state.rings[state.queue_select]
         if ready:
             ring = replace(
                 ring,
-                entries=queue.entries or self._queue.most_entries,
+                entries=queue.entries or self._queues.most_entries,
                 descriptors=queue.descriptors,
                 available=queue.available,
                 used=queue.used,
             )
-        self._state = replace(state, queue=replace(queue, ready=ready), ring=ring)
+        self._state = state.with_selected(replace(queue, ready=ready), ring)
 
     def _agree(self) -> None:
         state = self._state
         wanted = state.written_features
-        if wanted & ~self._queue.features or not wanted & VERSION_1:
+        if wanted & ~self._queues.features or not wanted & VERSION_1:
             self._state = replace(state, status=state.status & ~Status.FEATURES_OK)
         else:
             self._state = replace(state, features=wanted)
@@ -242,8 +257,8 @@ class VirtioMmio:
             self._state = replace(state, written_features=features)
         elif register == INTERRUPT_ACKNOWLEDGE:
             self._state = replace(state, interrupt=state.interrupt & ~value)
-        elif not state.queue_select:
-            self._state = replace(state, queue=_with_register(state.queue, register, value))
+        elif state.selected:
+            self._state = state.with_selected(_with_register(state.selected, register, value))
 
     # --- what the queue says
 
@@ -261,18 +276,20 @@ class VirtioMmio:
             self._raise(CONFIG_CHANGED)
         if not self._warned:  # a guest can do this without end
             self._warned = True
-            _log.warning("the drive waits for a reset by the guest's driver: %s", error)
+            _log.warning("the virtio device waits for a reset by the guest's driver: %s", error)
 
     def _store_progress(self) -> None:
-        reached = self._queue.next_available()
-        if reached is not None:
-            ring = replace(self._state.ring, next_available=reached)
-            self._state = replace(self._state, ring=ring)
+        reached = self._queues.next_available()
+        if reached:
+            both = zip(self._state.rings, reached, strict=True)
+            rings = tuple(replace(ring, next_available=index) for ring, index in both)
+            self._state = replace(self._state, rings=rings)
 
-    def _update_ring(self) -> None:
+    def _update_rings(self) -> None:
         state = self._state
-        ready = state.queue.ready and state.status & Status.DRIVER_OK and not state.broken
-        self._queue.serve(state.ring if ready else None, state.features)
+        ready = all(queue.ready for queue in state.queues)
+        served = ready and state.status & Status.DRIVER_OK and not state.broken
+        self._queues.serve(state.rings if served else (), state.features)
 
     # --- moving, of a guest that stands still
 
@@ -281,8 +298,8 @@ class VirtioMmio:
 
         :raises GuestError: it cannot be brought there.
         """
-        self._queue.flush()
-        with self._queue.stopped(), self._lock:
+        self._queues.flush()
+        with self._queues.stopped(), self._lock:
             self._store_progress()
             return self._state
 
@@ -291,37 +308,37 @@ class VirtioMmio:
 
         :raises GuestError: why.
         """
-        if state.section != self._queue.section:
+        if state.section != self._queues.section:
             raise GuestError(
-                f"the guest's drive is a {state.section}, this machine's a {self._queue.section}; give the "
-                "machine the same kind (--drive or --vhost-user-blk)"
+                f"the guest's virtio device is a {state.section}, this machine's a {self._queues.section}; "
+                f"give the machine {_OPTIONS[state.section]}"
             )
-        self._queue.check_config(state.config)
-        lacking = state.features & ~self._queue.features
+        self._queues.check_config(state.config)
+        lacking = state.features & ~self._queues.features
         if lacking:
             raise GuestError(
-                f"the guest's driver uses virtio features {lacking:#x}, which this drive does not offer"
+                f"the guest's driver uses virtio features {lacking:#x}, which this device does not offer"
             )
 
     def load(self, state: VirtioState | None) -> None:
         """Take over a state that :meth:`check` has let pass; None: be as after a reset."""
-        with self._queue.stopped(), self._lock:
-            config = self._queue.config
+        with self._queues.stopped(), self._lock:
+            config = self._queues.config
             self._state = self._reset() if state is None else replace(state, config=config)
-            self._update_ring()
+            self._update_rings()
 
     def close(self) -> bool:
         """End the queue, and let go of the device.
 
         :return: whether that has ended; else the guest's memory must stay mapped.
         """
-        return self._queue.close()
+        return self._queues.close()
 
 
 def check_state(drive: VirtioMmio | None, state: VirtioState | None) -> None:
-    """Refuse the state of a drive that the machine has not, or that its drive cannot have.
+    """Refuse the state of a device that the machine has not, or that its device cannot have.
 
-    None in place of a state is a drive that the guest has never used.
+    None in place of a state is a device that the guest has never used.
 
     :raises GuestError: why.
     """
@@ -329,8 +346,8 @@ def check_state(drive: VirtioMmio | None, state: VirtioState | None) -> None:
         return
     if drive is None:
         raise GuestError(
-            "the guest has a drive, this machine none; start it with "
-            f"{_OPTIONS[state.section]}, of the same disk"
+            f"the guest has {_NAMES[state.section]}, this machine none; start it with "
+            f"{_OPTIONS[state.section]}"
         )
     drive.check(state)
 

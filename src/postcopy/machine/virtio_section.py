@@ -1,11 +1,13 @@
-"""The sections of block devices on virtio-mmio, in QEMU's format.
+"""The sections of devices on virtio-mmio, in QEMU's format.
 
-Its length depends on the data: the configuration space is preceded by its length, the queues by their
-number.  Subsections follow.  An array of 1024 queues is written whole; this device has one queue, and the
-others are zeros.  A description has all of it as one field ``virtio``.  (QEMU's ``hw/virtio/virtio.c``,
-``virtio_save``.)
+Its length depends on the data: the configuration space is preceded by its length.  What the kind of device
+has besides its queues follows, then subsections.  An array of 1024 queues is written whole; those that the
+device has not are zeros.  A description has all of it as one field ``virtio``.  (QEMU's
+``hw/virtio/virtio.c``, ``virtio_save``, and ``hw/net/virtio-net.c``.)
 """
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
@@ -16,6 +18,7 @@ from postcopy.machine.virtio_state import (
     DEFAULT_RING_ENTRIES,
     DEFAULT_VHOST_USER_ENTRIES,
     VHOST_USER_BLK,
+    VIRTIO_NET,
     QueueRegisters,
     RingState,
     Status,
@@ -29,6 +32,7 @@ from postcopy.stream.vmstate import (
     U64,
     Field,
     Format,
+    Kind,
     Structure,
     Values,
     buffer,
@@ -71,33 +75,80 @@ _REGISTERS: Final = Structure(
 )
 
 
-def _of_one_queue(kind: Structure) -> tuple[Field, Field]:
-    rest = kind.size_bytes * (_MOST_QUEUES - 1)
-    return Field("queue", kind), Field("unused", pad(rest))
+def _of_queues(kind: Structure | Kind, count: int) -> tuple[Field, ...]:
+    size = kind.size_bytes * (_MOST_QUEUES - count)
+    return (*(Field(f"queue{number}", kind) for number in range(count)), Field("unused", pad(size)))
 
 
-_SUBSECTIONS: Final = (
-    Format("virtio/device_endian", 1, (Field("device_endian", U8),)),
-    Format(_FEATURES, 1, (Field("features", U64),)),
-    Format(_RINGS, 1, _of_one_queue(_RING_ADDRESSES)),
-    Format(_SIZES, 1, (Field("entries", U32), Field("unused", pad(4 * (_MOST_QUEUES - 1))))),
-    Format(_BROKEN, 1, (Field("broken", BOOL),)),
-    Format(
-        _EXTRA,
-        1,
-        (),
-        (
-            Format(
-                _STATE,
-                1,
-                (Field("low", U32), Field("high", U32), *_of_one_queue(_REGISTERS)),
-            ),
-        ),
-        prefix="virtio_mmio/",
+def _subsections(queues: int) -> tuple[Format, ...]:
+    registers = (Field("low", U32), Field("high", U32), *_of_queues(_REGISTERS, queues))
+    return (
+        Format("virtio/device_endian", 1, (Field("device_endian", U8),)),
+        Format(_FEATURES, 1, (Field("features", U64),)),
+        Format(_RINGS, 1, _of_queues(_RING_ADDRESSES, queues)),
+        Format(_SIZES, 1, _of_queues(U32, queues)),
+        Format(_BROKEN, 1, (Field("broken", BOOL),)),
+        Format(_EXTRA, 1, (), (Format(_STATE, 1, registers),), prefix="virtio_mmio/"),
+        Format(_STARTED, 1, (Field("started", BOOL),)),
+        Format("virtio/disabled", 1, (Field("disabled", BOOL),)),
+    )
+
+
+_CONTROL_ENTRIES: Final = 64
+_NET_FIELDS: Final = (
+    Field("mac", buffer(6)),
+    *(Field(name, U32) for name in ("tx_waiting", "mergeable_rx_bufs")),
+    Field("link", U16),
+    *(Field(name, U8) for name in ("promisc", "allmulti")),
+    Field(
+        "macs", U32
+    ),  # those in the table, which would follow; only a control queue puts any there
+    Field("vlans", buffer(512)),
+    Field("has_vnet_hdr", U32),
+    *(
+        Field(name, U8)
+        for name in (
+            "multi_overflow",
+            "uni_overflow",
+            "alluni",
+            "nomulti",
+            "nouni",
+            "nobcast",
+            "has_ufo",
+        )
     ),
-    Format(_STARTED, 1, (Field("started", BOOL),)),
-    Format("virtio/disabled", 1, (Field("disabled", BOOL),)),
 )
+_MACS_AT: Final = sum(each.size_bytes for each in _NET_FIELDS[:6])
+_NET_VALUES: Final = {each.name: 0 for each in _NET_FIELDS} | {
+    "link": 1,
+    "promisc": 1,
+    "vlans": b"\xff" * 512,
+    "has_vnet_hdr": 1,
+}
+"""Of a device without a control queue, whose frames have a virtio header."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What differs from device to device.
+
+    :ivar entries: how many each of QEMU's queues has unless told otherwise; ``queues``: how many we have.
+    """
+
+    version: int
+    queues: int
+    entries: tuple[int, ...]
+    fields: tuple[Field, ...] = ()
+
+
+_KINDS: Final = {
+    BLK: _Kind(2, 1, (DEFAULT_RING_ENTRIES,), (Field("requests_follow", U8),)),
+    VHOST_USER_BLK: _Kind(1, 1, (DEFAULT_VHOST_USER_ENTRIES,)),
+    # The last is the control queue, which there is in QEMU also with ctrl_vq=off.
+    VIRTIO_NET: _Kind(
+        11, 2, (DEFAULT_RING_ENTRIES, DEFAULT_RING_ENTRIES, _CONTROL_ENTRIES), _NET_FIELDS
+    ),
+}
 
 
 class VirtioFormat:
@@ -108,9 +159,9 @@ class VirtioFormat:
 
     def __init__(self, device: str) -> None:
         self._device = device
-        self._is_local = device == BLK
+        self._kind = _KINDS[device]
         self.name = f"virtio-mmio@{ADDRESS:016x}/{device}"
-        self.version = 2 if self._is_local else 1
+        self.version = self._kind.version
 
     def check_version(self, version: int) -> None:
         """See :meth:`postcopy.stream.vmstate.Format.check_version`."""
@@ -148,53 +199,63 @@ class VirtioFormat:
         if config > _MOST_CONFIG_BYTES:
             raise StreamError(f"{self.name}: a configuration space of {config} bytes is too long")
         at = _HEAD_BYTES + config
-        flag_at = at + _COUNT_BYTES + _QUEUE.size_bytes
-        if len(data) < flag_at + self._is_local:
+        wanted = len(self._kind.entries)
+        own_at = at + _COUNT_BYTES + wanted * _QUEUE.size_bytes
+        if len(data) < own_at + sum(each.size_bytes for each in self._kind.fields):
             return None
         queues = int.from_bytes(data[at : at + _COUNT_BYTES], "big")
-        if queues != 1:
+        if queues != wanted:
+            cure = "queues=1 of its netdev" if self._device == VIRTIO_NET else "num-queues=1"
             raise StreamError(
-                f"{self.name}: it has {queues} queues, ours has 1; give it num-queues=1"
+                f"{self.name}: it has {queues} queues, ours has {wanted}; give it {cure}"
             )
-        if self._is_local and data[flag_at]:
+        self._check_own(data[own_at:])
+        return config
+
+    def _check_own(self, data: memoryview) -> None:
+        """Refuse what cannot be here, of the fields that only this kind of device has."""
+        if self._device == BLK and data[0]:
             raise StreamError(
                 f"{self.name}: it has requests in flight, which only its own host can end; let the "
                 "source's guest run (cont), and migrate again"
             )
-        return config
+        if self._device == VIRTIO_NET and any(data[_MACS_AT : _MACS_AT + 4]):
+            raise StreamError(
+                f"{self.name}: its driver has filled the table of addresses; give it ctrl_vq=off"
+            )
 
     def _format(self, config_bytes: int) -> Format:
-        return _format(self.name, self.version, config_bytes, has_requests=self._is_local)
+        return _format(self._device, self.name, config_bytes)
 
 
 @lru_cache(8)
-def _format(name: str, version: int, config_bytes: int, *, has_requests: bool) -> Format:
+def _format(device: str, name: str, config_bytes: int) -> Format:
+    kind = _KINDS[device]
     fields = (
         *_HEAD,
         Field("config", buffer(config_bytes)),
         Field("queues", U32),
-        Field("queue", _QUEUE),
-        *((Field("requests_follow", U8),) if has_requests else ()),
+        *(Field(f"queue{number}", _QUEUE) for number in range(len(kind.entries))),
+        *kind.fields,
     )
-    return Format(name, version, fields, _SUBSECTIONS, minimum_version=version, prefix="virtio/")
+    version, follow = kind.version, _subsections(len(kind.entries))
+    return Format(name, version, fields, follow, minimum_version=version, prefix="virtio/")
 
 
-FORMATS: Final = {device: VirtioFormat(device) for device in (BLK, VHOST_USER_BLK)}
+FORMATS: Final = {device: VirtioFormat(device) for device in _KINDS}
 """By what QEMU calls the device.  The address in a section's name is the transport's, where QEMU's
 ``microvm`` has its first device."""
 
 VIRTIO_BLK: Final = FORMATS[BLK]
 NAME: Final = VIRTIO_BLK.name
 
-_DEFAULT_ENTRIES: Final = {
-    BLK: DEFAULT_RING_ENTRIES,
-    VHOST_USER_BLK: DEFAULT_VHOST_USER_ENTRIES,
-}
-
 
 def values_of(state: VirtioState) -> dict[str, Any]:
     """What the section says of a device that stands still: no request is in flight."""
-    ring = state.ring
+    kind = _KINDS[state.section]
+    none = len(kind.entries) - kind.queues
+    rings = [*state.rings, *(RingState(entries) for entries in kind.entries[kind.queues :])]
+    queues = [*state.queues, *none * [QueueRegisters()]]
     values: dict[str, Any] = {
         "device_features_select": state.device_features_select,
         "driver_features_select": state.driver_features_select,
@@ -205,21 +266,17 @@ def values_of(state: VirtioState) -> dict[str, Any]:
         "features_low": state.features & 0xFFFFFFFF,
         "config_bytes": len(state.config),
         "config": state.config,
-        "queues": 1,
-        "queue": {
-            "entries": ring.entries,
-            "alignment": _ALIGNMENT,
-            "descriptors": ring.descriptors,
-            "next_available": ring.next_available,
-        },
+        "queues": len(rings),
         "requests_follow": 0,
+        **_NET_VALUES,
+        "mac": state.config[:6],
+        **_numbered(_ring_values(ring) for ring in rings),
         _FEATURES: {"features": state.features},
-        _RINGS: {"queue": {"available": ring.available, "used": ring.used}},
-        _EXTRA: {_STATE: _registers_of(state)},
+        _RINGS: _numbered({"available": ring.available, "used": ring.used} for ring in rings),
+        _EXTRA: {_STATE: _registers_of(state, queues)},
     }
-    default = _DEFAULT_ENTRIES[state.section]
-    if ring.entries != default:
-        values[_SIZES] = {"entries": default}
+    if any(ring.entries != entries for ring, entries in zip(rings, kind.entries, strict=True)):
+        values[_SIZES] = _numbered(kind.entries)
     if state.broken:
         values[_BROKEN] = {"broken": True}
     if state.status & Status.DRIVER_OK:
@@ -235,13 +292,20 @@ def state_of(values: Values, device: str = BLK) -> VirtioState:
     """
     if _EXTRA not in values or _STATE not in values[_EXTRA] or _RINGS not in values:
         raise GuestError(
-            "the guest's drive is on the legacy virtio-mmio transport, ours on the modern one; start the "
-            "source with -global virtio-mmio.force-legacy=off"
+            f"the guest's {device} is on the legacy virtio-mmio transport, ours on the modern one; start "
+            "the source with -global virtio-mmio.force-legacy=off"
         )
-    registers = values[_EXTRA][_STATE]
+    kind, registers = _KINDS[device], values[_EXTRA][_STATE]
+    if any(
+        values[f"queue{number}"]["descriptors"] for number in range(kind.queues, len(kind.entries))
+    ):
+        raise GuestError(
+            f"the guest's {device} has a control queue, ours has none; give it ctrl_vq=off"
+        )
     high = values.get(_FEATURES, {}).get("features", 0)
     return VirtioState(
-        config=bytes(values["config"]),
+        # A network's address is in its configuration only when the driver has looked for it.
+        config=bytes(values["mac"] if device == VIRTIO_NET else values["config"]),
         device_features_select=values["device_features_select"],
         driver_features_select=values["driver_features_select"],
         queue_select=values["queue_select"],
@@ -249,29 +313,52 @@ def state_of(values: Values, device: str = BLK) -> VirtioState:
         interrupt=values["interrupt"],
         written_features=registers["low"] | registers["high"] << 32,
         features=high or values["features_low"],
-        queue=_queue_registers(registers["queue"]),
-        ring=RingState(
-            entries=values["queue"]["entries"],
-            descriptors=values["queue"]["descriptors"],
-            next_available=values["queue"]["next_available"],
-            **values[_RINGS]["queue"],
+        queues=tuple(
+            _queue_registers(registers[f"queue{number}"]) for number in range(kind.queues)
         ),
+        rings=tuple(_ring_state(values, f"queue{number}") for number in range(kind.queues)),
         broken=bool(values.get(_BROKEN, {}).get("broken")),
         section=device,
     )
 
 
-def _registers_of(state: VirtioState) -> dict[str, Any]:
-    queue = state.queue
+def _numbered(each_queue: Iterable[Any]) -> dict[str, Any]:
+    return {f"queue{number}": value for number, value in enumerate(each_queue)}
+
+
+def _ring_values(ring: RingState) -> dict[str, int]:
+    return {
+        "entries": ring.entries,
+        "alignment": _ALIGNMENT,
+        "descriptors": ring.descriptors,
+        "next_available": ring.next_available,
+    }
+
+
+def _ring_state(values: Values, queue: str) -> RingState:
+    ring = values[queue]
+    return RingState(
+        entries=ring["entries"],
+        descriptors=ring["descriptors"],
+        next_available=ring["next_available"],
+        **values[_RINGS][queue],
+    )
+
+
+def _registers_of(state: VirtioState, queues: Sequence[QueueRegisters]) -> dict[str, Any]:
+    return {
+        "low": state.written_features & 0xFFFFFFFF,
+        "high": state.written_features >> 32,
+        **_numbered(_register_values(queue) for queue in queues),
+    }
+
+
+def _register_values(queue: QueueRegisters) -> dict[str, Any]:
     halves: dict[str, int] = {}
     for name in ("descriptors", "available", "used"):
         address = getattr(queue, name)
         halves |= {f"{name}_low": address & 0xFFFFFFFF, f"{name}_high": address >> 32}
-    return {
-        "low": state.written_features & 0xFFFFFFFF,
-        "high": state.written_features >> 32,
-        "queue": {"entries": queue.entries, "ready": queue.ready, **halves},
-    }
+    return {"entries": queue.entries, "ready": queue.ready, **halves}
 
 
 def _queue_registers(values: Values) -> QueueRegisters:

@@ -4,7 +4,7 @@ Virtual I/O Device 1.2, sections 2.1 (status), 2.7 (rings) and 4.2.2 (registers)
 """
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Final
 
 from postcopy.errors import GuestError
@@ -15,6 +15,9 @@ ADDRESS: Final = 0xFEB00E00
 BLK: Final = "virtio-blk"
 VHOST_USER_BLK: Final = "vhost-user-blk"
 """What QEMU calls a drive of its own, and one in another process."""
+
+VIRTIO_NET: Final = "virtio-net"
+"""And a network device, in whichever process."""
 
 DEFAULT_RING_ENTRIES: Final = 256
 DEFAULT_VHOST_USER_ENTRIES: Final = 128
@@ -76,13 +79,14 @@ class RingState:
 
 @dataclass(frozen=True, slots=True)
 class VirtioState:
-    """One device with one queue, after a reset unless told otherwise.
+    """One device, after a reset unless told otherwise.
 
     :ivar config: the configuration space.
     :ivar section: what the device is called on the wire.
     :ivar written_features: what the driver has written, before the device has agreed.
     :ivar features: what both have agreed on.
-    :ivar broken: the ring was invalid, and the device does nothing until it is reset.
+    :ivar queues: the registers of each queue; ``rings``: what it is by them.
+    :ivar broken: a ring was invalid, and the device does nothing until it is reset.
     """
 
     config: bytes
@@ -93,7 +97,20 @@ class VirtioState:
     interrupt: int = 0
     written_features: int = 0
     features: int = 0
-    queue: QueueRegisters = field(default_factory=QueueRegisters)
-    ring: RingState = field(default_factory=RingState)
+    queues: tuple[QueueRegisters, ...] = (QueueRegisters(),)
+    rings: tuple[RingState, ...] = (RingState(),)
     broken: bool = False
     section: str = BLK
+
+    @property
+    def selected(self) -> QueueRegisters | None:
+        """The registers of the queue that the driver has selected; None: there is no such queue."""
+        return self.queues[self.queue_select] if self.queue_select < len(self.queues) else None
+
+    def with_selected(self, queue: QueueRegisters, ring: RingState | None = None) -> "VirtioState":
+        """The state with other registers of that queue, and another ring if one is given."""
+        queues, rings = list(self.queues), list(self.rings)
+        queues[self.queue_select] = queue
+        if ring is not None:
+            rings[self.queue_select] = ring
+        return replace(self, queues=tuple(queues), rings=tuple(rings))

@@ -50,7 +50,7 @@ class BackEndProcess:
         self._changed = changed
         self._lock = threading.Lock()
         self._has_memory = False
-        self._ring: Ring | None = None
+        self._rings: Sequence[Ring] = ()
         self._features = 0
         self._logs = False
         self.failure: GuestError | None = None
@@ -87,29 +87,30 @@ class BackEndProcess:
 
     # --- rings, on the front end's own thread
 
-    def start_ring(self, ring: Ring, base: int, kick: int, call: int) -> None:
-        """Have it do the ring's requests; see :meth:`FrontEnd.start_ring`.
+    def start_rings(self, rings: Sequence[Ring], features: int) -> None:
+        """Have it do the requests of all its rings.
 
         It may touch missing pages, and answers when they have come.
 
         :raises GuestError: it cannot, or has ended.
         """
         with self._exchange(None):
-            self._features = ring.features
-            self._front_end.set_features(ring.features, log=self._logs)
+            self._features = features
+            self._front_end.set_features(features, log=self._logs)
             self._set_memory()
-            self._ring = ring
-            self._front_end.start_ring(ring, base, kick, call, log=self._logs)
+            self._rings = tuple(rings)
+            for ring in rings:
+                self._front_end.start_ring(ring, log=self._logs)
 
-    def stop_ring(self) -> int:
-        """Have it do no more requests; return the index of the next one.
+    def stop_rings(self) -> list[int]:
+        """Have it do no more requests; return the index of the next one of each ring.
 
         :raises GuestError: it cannot, or has ended.
         """
         with self._exchange(None):
-            base = self._front_end.stop_ring()
-            self._ring = None
-        return base
+            bases = [self._front_end.stop_ring(ring.number) for ring in self._rings]
+            self._rings = ()
+        return bases
 
     def _set_memory(self) -> None:
         if not self._has_memory:
@@ -144,7 +145,7 @@ class BackEndProcess:
 
     def _connect_anew(self) -> None:
         """Have it forget memory that it has mapped: it can only be registered before."""
-        if self._ring is not None:
+        if self._rings:
             raise GuestError(f"{self.name} has touched the guest's memory; it can wait for no page")
         self.connections += 1
         self._front_end.connection.shut_down()  # a poll would keep it open
@@ -216,9 +217,10 @@ class BackEndProcess:
             logs = log is not None
             if logs is not self._logs:
                 self._logs = logs
-                if self._ring is not None:  # else it is told when the ring is started
+                if self._rings:  # else it is told when they are started
                     self._front_end.set_features(self._features, log=logs)
-                    self._front_end.set_addresses(self._ring, log=logs)
+                for ring in self._rings:
+                    self._front_end.set_addresses(ring, log=logs)
 
     # --- the end
 

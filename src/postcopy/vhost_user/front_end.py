@@ -73,13 +73,20 @@ class MemoryPart:
 
 @dataclass(frozen=True, slots=True)
 class Ring:
-    """Where the driver has put the ring, by guest-physical addresses, and what both agreed on."""
+    """Where the driver has put a ring, by guest-physical addresses.
 
+    :ivar base: index of the next request.
+    :ivar kick: eventfd by which the driver tells of requests; ``call``: by which it is told.
+    """
+
+    number: int
     entries: int
     descriptors: int
     available: int
     used: int
-    features: int
+    base: int
+    kick: int
+    call: int
 
 
 class FrontEnd:
@@ -205,6 +212,7 @@ class FrontEnd:
     def set_features(self, features: int, *, log: bool) -> None:
         """Switch on what the driver has agreed on.
 
+        :param features: the virtio features.
         :param log: whether writes are marked in the dirty log.
         """
         features |= FEATURE_PROTOCOL_FEATURES | (FEATURE_LOG_ALL if log else 0)
@@ -213,28 +221,26 @@ class FrontEnd:
     def set_addresses(self, ring: Ring, *, log: bool) -> None:
         """Tell it where the ring is."""
         flags = RingAddresses.LOGGED if log else 0
-        places = RingAddresses(0, flags, ring.descriptors, ring.used, ring.available, ring.used)
-        self.do(Request.SET_VRING_ADDR, places)
+        places = ring.descriptors, ring.used, ring.available, ring.used
+        self.do(Request.SET_VRING_ADDR, RingAddresses(ring.number, flags, *places))
 
-    def start_ring(self, ring: Ring, base: int, kick: int, call: int, *, log: bool) -> None:
-        """Have it do the requests of the ring.
-
-        :param base: index of the next request.
-        :param kick: eventfd by which the driver tells of requests; ``call``: by which it tells the driver.
-        """
-        self.do(Request.SET_VRING_NUM, RingState(0, ring.entries))
-        self.do(Request.SET_VRING_BASE, RingState(0, base))
+    def start_ring(self, ring: Ring, *, log: bool) -> None:
+        """Have it do the requests of the ring."""
+        number = ring.number
+        self.do(Request.SET_VRING_NUM, RingState(number, ring.entries))
+        self.do(Request.SET_VRING_BASE, RingState(number, ring.base))
         self.set_addresses(ring, log=log)
-        self.do(Request.SET_VRING_CALL, RingDescriptor(0), [call])
-        self.do(Request.SET_VRING_KICK, RingDescriptor(0), [kick])
-        self.do(Request.SET_VRING_ENABLE, RingState(0, 1))
+        self.do(Request.SET_VRING_CALL, RingDescriptor(number), [ring.call])
+        self.do(Request.SET_VRING_KICK, RingDescriptor(number), [ring.kick])
+        self.do(Request.SET_VRING_ENABLE, RingState(number, 1))
 
-    def stop_ring(self) -> int:
-        """Have it do no more requests; return the index of the next one."""
-        answer = self._ask(Request.GET_VRING_BASE, RingState(0, 0))
-        if answer.index or answer.value > 0xFFFF:
+    def stop_ring(self, number: int) -> int:
+        """Have it do no more requests of that ring; return the index of the next one."""
+        answer = self._ask(Request.GET_VRING_BASE, RingState(number, 0))
+        if answer.index != number or answer.value > 0xFFFF:
             raise VhostUserError(
-                f"GET_VRING_BASE: ring {answer.index} at {answer.value:#x}, and ring 0 was asked for",
+                f"GET_VRING_BASE: ring {answer.index} at {answer.value:#x}, and ring {number} was asked "
+                "for",
                 12,
             )
         base: int = answer.value

@@ -261,14 +261,14 @@ def _identify(path: str | None) -> tuple[Any, ...] | None:
 
 
 def _check_reset(guest: OwnedGuest) -> None:
-    """Refuse a reset point on a host that cannot track writes, or for a guest with a drive.
+    """Refuse a reset point on a host that cannot track writes, or for a guest with a virtio device.
 
-    :raises WrongState: the guest has a drive.
+    :raises WrongState: the guest has one.
     """
     if guest.has_drive:
         raise WrongState(
-            "the guest has a drive, which a reset does not take back: it would find what it is still to "
-            "write; take a snapshot and a copy of the disk instead"
+            "the guest has a drive or a network device, which a reset does not take back: it would find "
+            "what it is still to write; take a snapshot, and a copy of the disk, instead"
         )
     try:
         Userfaultfd.open(WRITE_FEATURES, user_mode_only=True).close()

@@ -1,9 +1,9 @@
-"""The machine's drive in another process: a vhost-user back end does the requests of the ring.
+"""The machine's virtio device in another process: a vhost-user back end does the requests of its rings.
 
 A thread of the guest's process asks the back end for all that it is to do, and waits for its answers: it
-starts the ring when the driver and the guest are ready, stops it when the guest stands still, and looks for
-another back end when this one has ended.  It may wait for a missing page, its own or the back end's, and
-holds no lock then.
+starts the rings when the driver and the guest are ready, stops them when the guest stands still, and looks
+for another back end when this one has ended.  It may wait for a missing page, its own or the back end's,
+and holds no lock then.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from postcopy.errors import KernelError, PostcopyError, RingError
@@ -21,7 +21,7 @@ from postcopy.machine.back_ends import BackEnds
 from postcopy.machine.guest_memory import GuestMemory
 from postcopy.machine.vcpu import NOT_COME
 from postcopy.machine.virtio_mmio import REQUEST_DONE
-from postcopy.machine.virtio_state import DEFAULT_VHOST_USER_ENTRIES, VHOST_USER_BLK, RingState
+from postcopy.machine.virtio_state import RingState
 from postcopy.vhost_user.back_end_process import BackEndProcess
 from postcopy.vhost_user.front_end import Ring
 from postcopy.virtio.ring import RingLayout
@@ -40,25 +40,24 @@ _RESET_S: Final = 5.0
 _CLOSE_S: Final = 4.0
 
 
-class VhostUserDisk:
-    """:class:`postcopy.machine.virtio_mmio.Queue`, and a :class:`~postcopy.machine.vcpu.Runner`.
+class VhostUserDevice:
+    """:class:`postcopy.machine.virtio_mmio.Queues`, and a :class:`~postcopy.machine.vcpu.Runner`.
 
     Invariant, kept under ``_changed``: the back end touches guest memory only while ``_served``, and the
     thread only while ``_busy`` or ``_served``.
 
-    :param memory: for the indices of the ring; the rest of it is the back end's.
+    :param memory: for the indices of the rings; the rest of it is the back end's.
     :param back_ends: is connected to the first.
     :param on_lost: gets the reason why the guest cannot go on.
     """
 
-    device_id = 2
-    section = VHOST_USER_BLK
-    most_entries = DEFAULT_VHOST_USER_ENTRIES
-
     def __init__(
         self, memory: GuestMemory, back_ends: BackEnds, on_lost: Callable[[str], None]
     ) -> None:
-        self.name = f"the vhost-user disk {back_ends.path}"
+        kind = self._kind = back_ends.kind
+        self.name = f"the vhost-user {kind.name} {back_ends.path}"
+        self.device_id, self.section = kind.device_id, kind.section
+        self.queues, self.most_entries = kind.queues, kind.most_entries
         self._memory = memory
         self._back_ends = back_ends
         self._on_lost = on_lost
@@ -67,15 +66,16 @@ class VhostUserDisk:
         self._changed = threading.Condition()
         self._wanted = self._parking = self._held = False
         self._suspended = 0  # by drivers that reset the device, and by saves and loads
-        self._ring: RingState | None = None
-        self._ring_features = 0
-        self._base = 0
+        self._rings: Sequence[RingState] = ()
+        self._driver_features = 0
+        self._bases: Sequence[int] = ()
         self._served = self._busy = self._closing = self._closed = False
-        self._lost = False  # the back end has gone, and only the used ring says what it has done
+        self._lost = False  # the back end has gone, and only the used rings say what it has done
         self._retry_s = _RETRY_S
         self.features, self.config = back_ends.features, back_ends.config
-        self._fds = calls.open_all(_eventfd, ("kick", "call", "wake"))
-        self.kick_fd, self._call_fd, self._wake_fd = self._fds
+        self._fds = calls.open_all(_eventfd, ("wake", "call", *kind.queues * ("kick",)))
+        self._wake_fd, self._call_fd, *kicks = self._fds
+        self.kick_fds = tuple(kicks)
         self._thread = threading.Thread(target=self._run, name="vhost-user", daemon=True)
         try:
             back_ends.begin(self)
@@ -112,7 +112,7 @@ class VhostUserDisk:
             self._wanted = False
 
     def wait_parked(self, timeout_s: float | None = None) -> bool:
-        """Stop the ring and wait until it is; the vCPUs have parked, else requests come without end."""
+        """Stop the rings and wait until they are; the vCPUs have parked, else requests come without end."""
         with self._changed:
             self._parking = not self._wanted
             self.wake()
@@ -132,28 +132,28 @@ class VhostUserDisk:
     def _is_still(self) -> bool:
         return not (self._served or self._busy or self._lost)
 
-    # --- postcopy.machine.virtio_mmio.Queue
+    # --- postcopy.machine.virtio_mmio.Queues
 
     @property
-    def runner(self) -> "VhostUserDisk":
-        """See :class:`~postcopy.machine.virtio_mmio.Queue`."""
+    def runner(self) -> "VhostUserDevice":
+        """See :class:`~postcopy.machine.virtio_mmio.Queues`."""
         return self
 
     def report_to(
         self, interrupt: Callable[[int], None], broken: Callable[[RingError], None]
     ) -> None:
-        """See :class:`~postcopy.machine.virtio_mmio.Queue`."""
+        """See :class:`~postcopy.machine.virtio_mmio.Queues`."""
         self._interrupt, self._broken = interrupt, broken
 
-    def kick(self) -> None:
-        """See :class:`~postcopy.machine.virtio_mmio.Queue`."""
+    def kick(self, number: int) -> None:
+        """See :class:`~postcopy.machine.virtio_mmio.Queues`."""
         with self._changed:
             if not self._closing:
-                os.eventfd_write(self.kick_fd, 1)
+                os.eventfd_write(self.kick_fds[number], 1)
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
-        """See :class:`~postcopy.machine.virtio_mmio.Queue`."""
+        """See :class:`~postcopy.machine.virtio_mmio.Queues`."""
         with self._changed:
             self._suspended += 1
             self.wake()
@@ -164,25 +164,24 @@ class VhostUserDisk:
                 self._suspended -= 1
                 self.wake()
 
-    def serve(self, ring: RingState | None, features: int) -> None:
-        """See :class:`~postcopy.machine.virtio_mmio.Queue`."""
-        self._ring, self._ring_features = ring, features
-        if ring is not None:
-            self._base = ring.next_available
+    def serve(self, rings: Sequence[RingState], features: int) -> None:
+        """See :class:`~postcopy.machine.virtio_mmio.Queues`."""
+        self._rings, self._driver_features = rings, features
+        self._bases = [ring.next_available for ring in rings]
 
-    def next_available(self) -> int | None:
-        """See :class:`~postcopy.machine.virtio_mmio.Queue`."""
-        return None if self._ring is None else self._base
+    def next_available(self) -> Sequence[int]:
+        """See :class:`~postcopy.machine.virtio_mmio.Queues`."""
+        return self._bases
 
     def check_config(self, config: bytes) -> None:
-        """See :class:`~postcopy.machine.virtio_mmio.Queue`."""
+        """See :class:`~postcopy.machine.virtio_mmio.Queues`."""
         self._back_ends.check_config(config)
 
     def flush(self) -> None:
-        """See :class:`~postcopy.machine.virtio_mmio.Queue`: vhost-user has no message for that."""
+        """See :class:`~postcopy.machine.virtio_mmio.Queues`: vhost-user has no message for that."""
 
     def close(self) -> bool:
-        """See :class:`~postcopy.machine.virtio_mmio.Queue`."""
+        """See :class:`~postcopy.machine.virtio_mmio.Queues`."""
         with self._changed:
             self._wanted, self._closing = False, True
             self.wake()
@@ -210,9 +209,9 @@ class VhostUserDisk:
             while (step := self._next_step()) is not None:
                 step()
         except KernelError as error:
-            self._on_lost(f"a ring of the drive is on a page that is lost: {error}")
+            self._on_lost(f"a ring of {self.name} is on a page that is lost: {error}")
         except Exception as error:
-            _log.exception("the drive cannot go on")
+            _log.exception("%s cannot go on", self.name)
             self._on_lost(f"{self.name} cannot go on: {type(error).__name__}: {error}")
         finally:
             self._back_ends.let_go()
@@ -237,7 +236,7 @@ class VhostUserDisk:
             return self._start if self._busy else self._stop
 
     def _may_serve(self) -> bool:
-        if self._ring is None or self._suspended or (self._held and not self._served):
+        if not self._rings or self._suspended or (self._held and not self._served):
             return False
         return self._wanted or (self._served and not self._parking)
 
@@ -262,27 +261,47 @@ class VhostUserDisk:
             process.fail("it has closed the connection")
 
     def _start(self) -> None:
-        process, state, features = self._back_ends.process, self._ring, self._ring_features
+        process = self._back_ends.process
         assert process is not None
-        assert state is not None
         served = True  # perhaps, if the start has failed
         try:
-            self._check(state)
+            for ring in self._rings:
+                self._check(ring)
             if self._lost:
                 self._settle()
-            ring = Ring(state.entries, state.descriptors, state.available, state.used, features)
-            process.start_ring(ring, self._base, self.kick_fd, self._call_fd)
+            # Some that it does not offer are the front end's alone, such as the address of a network.
+            features = self._driver_features & process.features
+            process.start_rings(self._vhost_rings(), features)
         except RingError as error:
             self._broken(error)
-            self._ring, served = None, False
+            self._rings, self._bases, served = (), (), False
         except PostcopyError:
             pass  # it is lost: that is the next step
         else:
             self._retry_s = _RETRY_S
-            self.kick()  # what is in the ring already
+            self._kick_all()  # what is in the rings already
         with self._changed:
             self._served, self._busy = served, False
             self._changed.notify_all()
+
+    def _vhost_rings(self) -> list[Ring]:
+        return [
+            Ring(
+                number,
+                ring.entries,
+                ring.descriptors,
+                ring.available,
+                ring.used,
+                self._bases[number],
+                self.kick_fds[number],
+                self._call_fd,
+            )
+            for number, ring in enumerate(self._rings)
+        ]
+
+    def _kick_all(self) -> None:
+        for number in range(self.queues):
+            self.kick(number)
 
     def _check(self, ring: RingState) -> None:
         check_entries(ring.entries)
@@ -292,27 +311,33 @@ class VhostUserDisk:
         memory.area(ring.used, layout.used_bytes, 4)
 
     def _stop(self) -> None:
-        """Stop the ring when no request is under way; some back ends would do it later else."""
+        """Stop the rings when no request is under way; some back ends would do it later else."""
         process = self._back_ends.process
         assert process is not None
         if not self._drain(process):
             return
         try:
-            base = process.stop_ring()
-            if base != self._used_index():
-                process.fail(f"it says that request {base} is next, and has done all of them")
-                return
+            bases = process.stop_rings()
         except PostcopyError:
             return  # it is lost: that is the next step
+        used = self._used_indices()
+        if bases != used:
+            process.fail(
+                f"it says that requests {bases} are next, one a ring, and has done all before {used}"
+            )
+            return
         with self._changed:
-            self._served, self._base = False, base
+            self._served, self._bases = False, bases
             self._changed.notify_all()
 
     def _drain(self, process: BackEndProcess) -> bool:
-        """Wait until every request is done; return False if the ring is not to be stopped any more."""
-        self.kick()  # a vCPU may have been stopped between the index of a request and its kick
+        """Wait until every request is done; return False if the rings are not to be stopped any more.
+
+        Frames of a network can stay where they are: the next back end sends them.
+        """
+        self._kick_all()  # a vCPU may have been stopped between the index of a request and its kick
         pause_s, until_s = _LOOK_S, time.monotonic() + _RESET_S
-        while self._used_index() != self._available_index():
+        while self._kind.is_drained and self._used_indices() != self._available_indices():
             with self._changed:
                 if self._closing or self._may_serve() or process.failure is not None:
                     return False
@@ -324,13 +349,11 @@ class VhostUserDisk:
             pause_s = min(2 * pause_s, _LONGEST_LOOK_S)
         return True
 
-    def _used_index(self) -> int:
-        assert self._ring is not None
-        return self._memory.load(self._ring.used + _INDEX_AT, 2)
+    def _used_indices(self) -> list[int]:
+        return [self._memory.load(ring.used + _INDEX_AT, 2) for ring in self._rings]
 
-    def _available_index(self) -> int:
-        assert self._ring is not None
-        return self._memory.load(self._ring.available + _INDEX_AT, 2)
+    def _available_indices(self) -> list[int]:
+        return [self._memory.load(ring.available + _INDEX_AT, 2) for ring in self._rings]
 
     # --- another back end
 
@@ -346,9 +369,9 @@ class VhostUserDisk:
         self._pause()
 
     def _settle(self) -> None:
-        base = self._used_index()
+        bases = self._used_indices()
         with self._changed:
-            self._lost, self._base = False, base
+            self._lost, self._bases = False, bases
             self._changed.notify_all()
 
     def _find(self) -> None:
@@ -357,7 +380,7 @@ class VhostUserDisk:
             self._pause()
 
     def _pause(self) -> None:
-        """A moment, which is longer each time until a ring has been started."""
+        """A moment, which is longer each time until the rings have been started."""
         self._wait(self._retry_s)
         self._retry_s = min(2 * self._retry_s, _LONGEST_RETRY_S)
 
