@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fakes.commands import DEADLINE_S, POSTCOPY, Running
+from fakes.testpmd import Testpmd
 from fakes.vhost_back_end import BackEnd
 from fakes.waiting import wait_until
 
@@ -148,6 +149,21 @@ def test_a_workload_that_needs_a_drive():
     assert outcome.returncode == 3
     assert "the workload disk needs a drive" in outcome.stderr
     assert "give --drive FILE" in outcome.stderr
+
+
+def test_a_workload_that_needs_a_network():
+    outcome = ask_console("", "--workload", "net")
+    assert outcome.returncode == 3
+    assert "the workload net needs a network that sends back" in outcome.stderr
+    assert "give --vhost-user-net SOCKET" in outcome.stderr
+
+
+def test_a_guest_with_a_network(tmp_path):
+    with Testpmd(tmp_path, "--no-mlockall", "--auto-start") as back_end:
+        socket = str(back_end.path)
+        outcome = ask_console("info status\n", "--workload", "net", "--vhost-user-net", socket)
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    assert "VM status: running" in outcome.stdout
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from fakes.stacks import stacks
 from fakes.waiting import wait_until
 from machine.drives import check_disk
 from machine.machines import MIB, config_for, need, wait_for_progress, wait_for_work
+from machine.networks import check_net
 from postcopy.channel.address import TcpAddress
 from postcopy.events import Event, EventBus
 from postcopy.link.guest.control import MigrationControl
@@ -235,7 +236,7 @@ class Journey:
     hang_looks: int = HANG_LOOKS
     drive: str | None = None
     back_ends: Sequence[str] = ()
-    """Sockets at which a source and a destination, in turn, find the drive."""
+    """Sockets at which a source and a destination, in turn, find the drive, or the network."""
 
     def __post_init__(self) -> None:
         self.sides: list[Side] = []
@@ -248,7 +249,7 @@ class Journey:
             huge_pages=self.huge_pages,
             blocks=self.blocks,
             transparent_huge_pages=self.transparent[0],
-            **self._disk(),
+            **self._device(),
         )
         self.source = self._add(Side(config, hang_looks=self.hang_looks))
         self.source.set(self.capabilities, self.parameters)
@@ -278,7 +279,7 @@ class Journey:
                 "blocks": self.blocks,
                 "transparent_huge_pages": self.transparent[-1],
             }
-            | self._disk()
+            | self._device()
             | changes
         )
         self.destination = self._add(
@@ -312,6 +313,8 @@ class Journey:
         self.check_memory(machine.read_memory)
         if self.workload.disk_blocks:
             check_disk(machine.read_memory, self.workload, machine.config.drive or self.drive)
+        if self.workload.net_buffers:
+            check_net(machine.read_memory, self.workload)
         end = self.workload.slice_address(self.workload.vcpus)
         for region in machine.regions():
             assert not any(
@@ -343,10 +346,10 @@ class Journey:
             self.source = side
             self.new_destination()
 
-    def _disk(self) -> dict[str, object]:
-        """What the next machine has as its disk."""
-        socket = next(self._sockets)
-        return {"vhost_user_blk": str(socket)} if socket else {"drive": self.drive}
+    def _device(self) -> dict[str, object]:
+        """The virtio device that the next machine has."""
+        kind, socket = "net" if self.workload.net_buffers else "blk", next(self._sockets)
+        return {f"vhost_user_{kind}": str(socket)} if socket else {"drive": self.drive}
 
     def _add(self, side: Side) -> Side:
         self.sides.append(side)

@@ -48,12 +48,7 @@ def to_qemu(ours, qemu, *, postcopy):
     assert not ours.machine.running
 
 
-def back_from_qemu(qemu, back, workload, path, *, postcopy):
-    """Memory and disk are right there, and when the guest has come back."""
-    qemu("stop")
-    check_memory(qemu.read_memory, workload)
-    check_disk(qemu.read_memory, workload, path)
-    qemu("cont")
+def from_qemu(qemu, back, *, postcopy):
     if postcopy:
         qemu.capabilities("postcopy-ram")
         back.switch_on(Capability.POSTCOPY_RAM)
@@ -65,10 +60,19 @@ def back_from_qemu(qemu, back, workload, path, *, postcopy):
         qemu("migrate-start-postcopy")
     assert back.wait_end() is Status.COMPLETED, (back.error, qemu.log)
     qemu.wait_migration("completed")
-    left_at = iterations(qemu.read_memory, workload)
-    requests = writes_and_reads(qemu.read_memory, workload)
     assert ("postcopy-active" in back.events) is postcopy
     assert back.machine.owned
+
+
+def back_from_qemu(qemu, back, workload, path, *, postcopy):
+    """Memory and disk are right there, and when the guest has come back."""
+    qemu("stop")
+    check_memory(qemu.read_memory, workload)
+    check_disk(qemu.read_memory, workload, path)
+    qemu("cont")
+    from_qemu(qemu, back, postcopy=postcopy)
+    left_at = iterations(qemu.read_memory, workload)
+    requests = writes_and_reads(qemu.read_memory, workload)
     check_works_on(back.machine.read_memory, workload, left_at, requests)
     back.machine.stop()
     check_memory(back.machine.read_memory, workload)

@@ -17,14 +17,13 @@ from machine.machines import MIB, need
 pytestmark = [pytest.mark.qemu(*ALL), pytest.mark.kvm, pytest.mark.userfaultfd]
 
 
-def qemu_with(folder, back_end, vcpus=1):
+def qemu_with(folder, back_end, vcpus=1, device=("-device", "vhost-user-blk,id=drive,chardev=c0")):
     size = f"{MEMORY_BYTES // MIB}M"
     memory = f"memory-backend-memfd,id=microvm.ram,size={size},share=on"
     more = ["-object", memory, "-machine", "memory-backend=microvm.ram"]
     more += ["-global", "virtio-mmio.force-legacy=off"]
     more += ["-chardev", f"socket,id=c0,path={back_end.path}"]
-    more += ["-device", "vhost-user-blk,id=drive,chardev=c0"]
-    return QemuGuest(folder, "microvm", "kvm", MEMORY_BYTES, vcpus, more)
+    return QemuGuest(folder, "microvm", "kvm", MEMORY_BYTES, vcpus, [*more, *device])
 
 
 @pytest.mark.proves(Way.TO, Feature.VHOST_USER)

@@ -169,6 +169,9 @@ def test_it_wakes_while_nearly_all_is_missing(with_drive, tmp_path, form):
 
 def test_a_reset_point_is_refused(with_drive):
     trip = with_drive()
-    with pytest.raises(WrongState, match="the guest has a drive, which a reset does not take back"):
+    with pytest.raises(
+        WrongState,
+        match="the guest has a drive or a network device, which a reset does not take back",
+    ):
         trip.source.control.resetting.set_point()
     trip.verify_source()

@@ -204,6 +204,11 @@ DRIVE: Final = (
         metavar="SOCKET",
         help="A vhost-user back end as the guest's disk, in place of --drive.",
     ),
+    click.option(
+        "--vhost-user-net",
+        metavar="SOCKET",
+        help="A vhost-user back end as the guest's network device, in place of a disk.",
+    ),
 )
 MONITORS: Final = (
     click.option("--paused", "-S", is_flag=True, help="Do not run before 'cont'."),

@@ -10,6 +10,7 @@ _WORKLOADS = (
     "disk",
     "hammer",
     "idle",
+    "net",
     "sweep",
 )  # of machine/workload.py, which takes long to import
 _LOAD_ADDRESS = 0x10000

@@ -96,6 +96,7 @@ def _machine(options: Mapping[str, Any]) -> MachineConfig:
         blocks=blocks,
         drive=_drive(options),
         vhost_user_blk=options["vhost_user_blk"],
+        vhost_user_net=options["vhost_user_net"],
     )
     _check(config)
     return config
@@ -128,6 +129,10 @@ def _image(options: Mapping[str, Any], blocks: Sequence[MemoryBlock]) -> bytes |
         raise Refused("a guest needs just one of --image, --workload and --incoming; give one")
     if image:
         return read_image(image)
+    if name == "net" and options["vhost_user_net"] is None:
+        raise Refused(
+            "the workload net needs a network that sends back; give --vhost-user-net SOCKET"
+        )
     memory_bytes = sum(block.size_bytes for block in blocks)
     # Half of the memory would leave blocks out.
     hot_bytes = memory_bytes - workload.BASE_ADDRESS if len(blocks) > 1 else None
@@ -204,6 +209,7 @@ def _machine_of_image(path: Path, options: Mapping[str, Any], engines: EnginePoo
         blocks=blocks,
         drive=_drive(options),
         vhost_user_blk=options["vhost_user_blk"],
+        vhost_user_net=options["vhost_user_net"],
     )
     _check(config)
     return config

@@ -53,7 +53,7 @@ ANY_PORT: Final = "tcp:127.0.0.1:0"
 class RunOptions(TypedDict, total=False):
     """The options of ``postcopy run``; see ``postcopy run --help``."""
 
-    workload: Literal["disk", "hammer", "idle", "sweep"]
+    workload: Literal["disk", "hammer", "idle", "net", "sweep"]
     image: str
     load_address: int
     entry: int
@@ -66,6 +66,8 @@ class RunOptions(TypedDict, total=False):
     memory_block: Sequence[str]
     mem_path: str
     drive: str
+    vhost_user_blk: str
+    vhost_user_net: str
     incoming: str
     paused: bool
     name: str

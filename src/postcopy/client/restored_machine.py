@@ -28,6 +28,8 @@ class RestoreOptions(TypedDict, total=False):
     memory_block: Sequence[str]
     mem_path: str
     drive: str
+    vhost_user_blk: str
+    vhost_user_net: str
     paused: bool
     name: str
     serial: str

@@ -75,7 +75,7 @@ def read_disk_record(read: Read, workload: Workload) -> DiskRecord:
 
     :raises GuestError: the guest has not come to its drive yet, or has found none.
     """
-    magic, *fields = _FIELDS.unpack(read(workload.disk_area + _RECORD, _FIELDS.size))
+    magic, *fields = _FIELDS.unpack(read(workload.device_area + _RECORD, _FIELDS.size))
     record = DiskRecord(*fields)
     if magic != _MAGIC or not record.state:
         raise GuestError("the guest has not begun to use its drive; wait for its record")
@@ -92,7 +92,7 @@ def verify_disk(read: Read, workload: Workload, disk: Read) -> DiskVerification:
     """
     record = read_disk_record(read, workload)
     seed = np.uint64(workload.seed)
-    counters = _words(read, workload.disk_area + _COUNTERS, workload.disk_blocks)
+    counters = _words(read, workload.device_area + _COUNTERS, workload.disk_blocks)
     if not counters.all():
         raise GuestError(
             "the guest has not written every block of its drive yet; wait for its record"
@@ -139,10 +139,10 @@ def _is_in_flight(record: DiskRecord, number: int, disk: Read, seed: np.uint64) 
 
 
 def _bad_buffers(read: Read, workload: Workload, record: DiskRecord, seed: np.uint64) -> list[int]:
-    held = _words(read, workload.disk_area + _BUFFERED, 2 * workload.disk_buffers).reshape(-1, 2)
+    held = _words(read, workload.device_area + _BUFFERED, 2 * workload.disk_buffers).reshape(-1, 2)
     expected = _expected(held[:, 0], held[:, 1], seed)
     expected[held[:, 1] == 0] = 0  # never used
-    address = workload.disk_area + _BUFFERS
+    address = workload.device_area + _BUFFERS
     found = _words(read, address, workload.disk_buffers * BLOCK_BYTES // 8)
     wrong = np.flatnonzero((found.reshape(expected.shape) != expected).any(axis=1)).tolist()
     return [number for number in wrong if not record.phase or number != record.buffer]

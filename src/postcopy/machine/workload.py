@@ -8,24 +8,26 @@ from postcopy.errors import Refused
 from postcopy.machine.boot import DEVICES_ADDRESS, DEVICES_PHYSICAL_ADDRESS
 from postcopy.machine.virtio_state import ADDRESS
 
-NAMES: Final = ("disk", "hammer", "idle", "sweep")
+NAMES: Final = ("disk", "hammer", "idle", "net", "sweep")
 BASE_ADDRESS: Final = 0x200000
 PAGE_BYTES: Final = 4096
 BLOCK_BYTES: Final = 4096
 
-DISK_AREA_BYTES: Final = 2 << 20
-"""Of the workload ``disk``, from ``base_address`` on: ring, records and buffers; the slices follow."""
+DEVICE_AREA_BYTES: Final = 2 << 20
+"""Of the workloads ``disk`` and ``net``: rings, records and buffers, before the slices."""
 
 MOST_DISK_BLOCKS: Final = 4096
 _DISK_BUFFERS: Final = 256
-_DISK_REGISTERS: Final = ADDRESS - DEVICES_PHYSICAL_ADDRESS + DEVICES_ADDRESS
+_NET_BUFFERS: Final = 128
+_DEVICE_REGISTERS: Final = ADDRESS - DEVICES_PHYSICAL_ADDRESS + DEVICES_ADDRESS
 
 _PARAMETERS_AT = 0x40
 _PARAMETERS = struct.Struct("<8s9Q")
-_DISK_PARAMETERS = struct.Struct("<4Q")
+_DEVICE_PARAMETERS = struct.Struct("<4Q")
 _MAGIC = b"PCYWRK01"
 _SEED = 0x9E3779B97F4A7C15
 _SAY_RUNNING = 1
+_PACED = {"disk", "net", "sweep"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Workload:
     :param exit_after: vCPU 0 switches the machine off after so many visits; 0 is never.
     :param disk_blocks: blocks of the drive that ``disk`` uses, from the first on.
     :param disk_buffers: pages of memory that it writes them from and reads them into.
+    :param net_buffers: pages of memory that ``net`` sends from, and as many that it receives into.
     :param say_running: vCPU 0 writes ``R`` to the serial port when its slice is filled.
     """
 
@@ -54,11 +57,12 @@ class Workload:
     base_address: int = BASE_ADDRESS
     disk_blocks: int = 0
     disk_buffers: int = _DISK_BUFFERS
+    net_buffers: int = 0
 
     @property
-    def disk_area(self) -> int:
-        """Where ``disk`` keeps what it needs for the drive."""
-        return self.base_address - DISK_AREA_BYTES
+    def device_area(self) -> int:
+        """Where ``disk`` and ``net`` keep what they need for the device."""
+        return self.base_address - DEVICE_AREA_BYTES
 
     @property
     def pages(self) -> int:
@@ -89,10 +93,11 @@ class Workload:
             self.exit_after,
             self.memory_bytes,
         )
-        if self.disk_blocks:
+        if self.disk_blocks or self.net_buffers:
             at = _PARAMETERS_AT + _PARAMETERS.size
-            disk = _DISK_REGISTERS, self.disk_area, self.disk_blocks, self.disk_buffers
-            _DISK_PARAMETERS.pack_into(image, at, *disk)
+            buffers = self.net_buffers or self.disk_buffers
+            device = _DEVICE_REGISTERS, self.device_area, self.disk_blocks, buffers
+            _DEVICE_PARAMETERS.pack_into(image, at, *device)
         return bytes(image)
 
 
@@ -114,7 +119,7 @@ def load(
         ``idle``.
     :param hot_bytes: of all vCPUs together; half the memory for ``hammer``, all that is filled for
         ``sweep``.
-    :param delay_cycles: 50 000 (about 20 us) for ``sweep``, else none.
+    :param delay_cycles: 50 000 (about 20 us) for ``disk``, ``net`` and ``sweep``, else none.
     :param base_address: where to begin to fill, 2 MiB or more: a way to use the far end of a memory
         that is mostly empty.
     :param disk_bytes: size of the drive, for ``disk``, which uses its first 16 MiB at most.
@@ -130,7 +135,8 @@ def load(
                 "the workload disk needs a drive of 4096 bytes or more; give --drive FILE or "
                 "--vhost-user-blk SOCKET"
             )
-        base_address += DISK_AREA_BYTES
+    if name in {"disk", "net"}:
+        base_address += DEVICE_AREA_BYTES
     room = memory_bytes - base_address
     fill = fill_bytes if fill_bytes is not None else room // (2 if name == "idle" else 1)
     hot = hot_bytes if hot_bytes is not None else memory_bytes // 2 if name == "hammer" else fill
@@ -142,8 +148,14 @@ def load(
             "it needs a page for each and leaves the first 2 MiB alone"
         )
     workload = Workload(name, memory_bytes, vcpus, slice_bytes, hot_slice, seed)
-    delay = delay_cycles if delay_cycles is not None else 50_000 if name in {"disk", "sweep"} else 0
-    return replace(workload, delay_cycles=delay, base_address=base_address, disk_blocks=blocks)
+    delay = delay_cycles if delay_cycles is not None else 50_000 if name in _PACED else 0
+    return replace(
+        workload,
+        delay_cycles=delay,
+        base_address=base_address,
+        disk_blocks=blocks,
+        net_buffers=_NET_BUFFERS if name == "net" else 0,
+    )
 
 
 def _whole_pages(total_bytes: int, shares: int) -> int:

@@ -48,7 +48,7 @@ P_DELAY:      .quad 0                    # least TSC cycles from one visit to th
 P_FLAGS:      .quad 0                    # 1: vCPU 0 says R on the serial port when it runs
 P_EXIT_AFTER: .quad 0                    # vCPU 0 switches the machine off after that many visits
 P_MEMORY:     .quad 0
-P_DEVICE:     .quad 0                    # of `disk`: the drive's registers
+P_DEVICE:     .quad 0                    # of `disk` and `net`: the device's registers
 P_AREA:       .quad 0                    # ... its ring, records and buffers
 P_BLOCKS:     .quad 0                    # ... blocks of 4096 bytes that it uses
 P_BUFFERS:    .quad 0                    # ... pages

@@ -38,18 +38,7 @@
     .set HAS_PREPARE, 1
     .include "common.S"
 
-# A register of the transport: eax is written, or read
-    .macro PUT register
-    mov [rdi+\register], eax
-    .endm
-    .macro SET register, value
-    mov eax, \value
-    PUT \register
-    .endm
-    .macro FAIL_IF condition, why
-    mov eax, \why
-    j\condition failed
-    .endm
+    .include "virtio.S"
 
 # Before the work begins: find the drive, write every block once.  All registers but r8, r9 and rbp are free.
 prepare:
@@ -60,35 +49,9 @@ prepare:
     mov rdi, [rip+P_DEVICE]
     mov rax, 0x31304B53445F4350          # "PC_DSK01"
     mov [rsi+A_RECORD+D_MAGIC], rax
-    cmp dword ptr [rdi], 0x74726976
-    FAIL_IF ne, 100
-    cmp dword ptr [rdi+8], 2
-    FAIL_IF ne, 101
-    SET 0x70, 0
-    SET 0x70, 1
-    SET 0x70, 3
-    SET 0x24, 0
-    SET 0x20, 0x200                      # FLUSH
-    SET 0x24, 1
-    SET 0x20, 1                          # VERSION_1
-    SET 0x70, 11
-    mov eax, [rdi+0x70]
-    test al, 8
-    FAIL_IF z, 102
-    SET 0x30, 0
-    SET 0x38, ENTRIES
-    mov rax, rsi
-    PUT 0x80
-    SET 0x84, 0
-    lea rax, [rsi+A_RING+0x80]
-    PUT 0x90
-    SET 0x94, 0
-    lea rax, [rsi+A_USED]
-    PUT 0xa0
-    SET 0xa4, 0
-    SET 0x44, 1
+    AGREE 2, 0x200                       # FLUSH
+    QUEUE 0, A_RING, A_USED
     SET 0x70, 15
-    mov word ptr [rsi+A_RING+0x80], 1    # no interrupts
     mov eax, [rdi+0x100]
     mov [rsi+A_RECORD+D_CAPACITY], rax
     mov qword ptr [rsi+A_RECORD+D_STATE], 1
@@ -107,20 +70,12 @@ prepare:
     jb 2b
     ret
 
-# Without a drive the guest stands still, and says why
-failed:
-    mov [rsi+A_RECORD+D_STATE], rax
-1:  pause
-    jmp 1b
+    FAILED
 
 work:
     test rbp, rbp
     jnz 1f
-    push r10
-    push r12
-    push r13
-    push r14
-    mov rsi, [rip+P_AREA]
+    SAVE
     call pick                            # r12 = a block, r13 = a buffer
     call write_block
     mov r13, [rsp+8]
@@ -132,20 +87,8 @@ work:
     mov r13d, FLUSH
     call request
     inc qword ptr [rsi+A_RECORD+D_FLUSHES]
-2:  pop r14
-    pop r13
-    pop r12
-    pop r10
-1:  RANDOM
-    mov rax, r13
-    mul r10
-    mov r12, rdx
-    mov rbx, r12
-    shl rbx, 12
-    add rbx, r9
-    PACE
-    WRITE_PAGE
-    RECORD
+2:  RESTORE
+1:  VISIT_ANY
     jmp work
 
 # r12 = a block and r13 = a buffer, out of the random number in r13; rax, rdx are lost
