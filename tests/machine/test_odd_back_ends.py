@@ -5,6 +5,7 @@ import os
 import socket
 import struct
 import tempfile
+import threading
 from pathlib import Path
 from random import Random
 
@@ -197,6 +198,43 @@ def test_it_is_not_served_missing_pages(odd, request_, answer, why):
         assert why in str(refusal.value)
         assert process in machine.shared_with() or process.failure
         assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
+
+
+def waits_of(thread):
+    """How often a thread has waited, and whether it waits in ``poll`` now."""
+    task = Path(f"/proc/self/task/{thread.native_id}")
+    status = dict(line.split(":\t") for line in (task / "status").read_text().splitlines())
+    return int(status["voluntary_ctxt_switches"]), "poll" in (task / "wchan").read_text()
+
+
+def test_its_device_goes_on_while_it_is_connected_anew(odd):
+    """The memory that it has mapped can be registered for missing pages by another connection only."""
+    back_end = odd()
+    with machine_with(back_end) as machine:
+        (process,) = machine.shared_with()
+        os.close(process.watch_missing().userfaultfd)
+        process.unwatch_missing()
+        (thread,) = [each for each in threading.enumerate() if each.name == "vhost-user"]
+        back_end.gate.clear()
+        before, _ = waits_of(thread)
+        anew = threading.Thread(
+            target=lambda: os.close(process.watch_missing().userfaultfd), daemon=True
+        )
+        anew.start()
+        wait_until(lambda: back_end.heard.count(GET_FEATURES) > 1, 10, "it is connected anew")
+        process.release()  # its device looks what is to be done
+
+        def has_looked():
+            assert thread.is_alive(), machine.failure
+            count, waits = waits_of(thread)
+            return count > before and waits
+
+        wait_until(has_looked, 10, "the device has looked")
+        back_end.gate.set()
+        anew.join(10)
+        assert machine.failure is None
+        assert process.failure is None
+        process.unwatch_missing()
 
 
 def test_one_that_has_not_mapped_the_memory_is_not_served_missing_pages(odd, monkeypatch):

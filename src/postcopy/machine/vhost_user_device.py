@@ -246,18 +246,18 @@ class VhostUserDevice:
         poll.register(self._wake_fd, select.POLLIN)
         poll.register(self._call_fd, select.POLLIN)
         process = self._back_ends.process
-        connections = 0
+        connection = None
         if process is not None and process.failure is None:
-            connections = process.connections
-            if (connected := process.fileno()) >= 0:
-                poll.register(connected, select.POLLRDHUP)
+            connection = process.connection
+            if connection is not None and (fd := connection.fileno()) >= 0:  # else just closed
+                poll.register(fd, select.POLLRDHUP)
         ready = {fd for fd, _ in poll.poll(None if timeout_s is None else timeout_s * 1000)}
         for fd in ready & {self._wake_fd, self._call_fd}:
             os.eventfd_read(fd)
         if self._call_fd in ready:
             self._interrupt(REQUEST_DONE)
         others = ready - {self._wake_fd, self._call_fd}
-        if others and process is not None and process.connections == connections:
+        if others and process is not None and process.connection is connection:
             process.fail("it has closed the connection")
 
     def _start(self) -> None:

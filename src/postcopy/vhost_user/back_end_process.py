@@ -16,6 +16,7 @@ from typing import Final
 from postcopy.errors import CannotConnect, GuestError, KernelError, VhostUserError
 from postcopy.guest import AddressSpace, MappedRange
 from postcopy.kernel import processes
+from postcopy.vhost_user.connection import Connection
 from postcopy.vhost_user.front_end import FrontEnd, MemoryPart, Ring
 from postcopy.vhost_user.messages import FEATURE_LOG_ALL, ProtocolFeature
 
@@ -29,7 +30,7 @@ class BackEndProcess:
     A failure of any exchange ends the connection: :attr:`failure` says why, and each later call fails.
 
     :ivar failure: why it cannot be used any more.
-    :ivar connections: how many there have been with it.
+    :ivar connection: for ``poll``: ``POLLRDHUP`` is its end.  None while it is being made anew.
     :param path: of the socket at which it listens.
     :param parts: the guest's memory.
     :param timeout_s: for the connection, with what is agreed on first.
@@ -55,7 +56,7 @@ class BackEndProcess:
         self._logs = False
         self.failure: GuestError | None = None
         self._front_end = self._connect(timeout_s)
-        self.connections = 1
+        self.connection: Connection | None = self._front_end.connection
 
     def _connect(self, timeout_s: float) -> FrontEnd:
         try:
@@ -72,10 +73,6 @@ class BackEndProcess:
     def features(self) -> int:
         """The virtio features that it offers."""
         return self._front_end.features
-
-    def fileno(self) -> int:
-        """For ``poll``: ``POLLRDHUP`` is its end.  -1 while it is being connected anew."""
-        return self._front_end.connection.fileno()
 
     def configuration(self, length_bytes: int) -> bytes:
         """The beginning of the device's configuration space.
@@ -147,11 +144,12 @@ class BackEndProcess:
         """Have it forget memory that it has mapped: it can only be registered before."""
         if self._rings:
             raise GuestError(f"{self.name} has touched the guest's memory; it can wait for no page")
-        self.connections += 1
+        self.connection = None  # before its end, which would be taken for that of the process
         self._front_end.connection.shut_down()  # a poll would keep it open
         self._front_end.close()
         try:
             self._front_end = self._connect(ANSWER_S)
+            self.connection = self._front_end.connection
         except GuestError as error:
             self.failure = error
             raise
