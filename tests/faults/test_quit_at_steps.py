@@ -1,10 +1,14 @@
 """``quit`` and SIGTERM to a guest's process while an engine stands still: see :mod:`faults.orders`."""
 
+from pathlib import Path
+
 import pytest
 
 from fakes.commands import DEADLINE_S, pair
+from fakes.pair import hammer
 from fakes.waiting import wait_until
 from faults.orders import DESTINATION, SOURCE
+from postcopy.parameters import Capability
 
 pytestmark = pytest.mark.kvm
 
@@ -58,3 +62,19 @@ def test_the_other_side_has_it_or_says_that_it_has_not(tmp_path, stalled, step, 
         if to == DESTINATION and state["x-owner"] in {"ours", "unknown"}:
             left.ask("cont")
             assert left.ask("query-status")["return"]["running"]
+
+
+@pytest.mark.parametrize("step", ["source.connected", "snapshot.connected"])
+def test_a_command_that_has_just_begun_ends_with_the_process(journey, tmp_path, stalled, step):
+    """It reads nothing, so that the end of its input does not end it."""
+    stall = stalled(step)
+    trip = journey(hammer())
+    if step.startswith("snapshot"):
+        trip.source.set((Capability.BACKGROUND_SNAPSHOT,))
+    pid = tmp_path / "pid"
+    trip.source.control.migrate(f"exec:echo $$ > {pid}.new; mv {pid}.new {pid}; sleep 1000 & wait")
+    stall.wait()
+    wait_until(pid.exists, DEADLINE_S, "the command has begun")
+    trip.source.control.close()
+    process = Path("/proc") / pid.read_text().strip()
+    wait_until(lambda: not process.exists(), ENDS_S, "the command has ended")

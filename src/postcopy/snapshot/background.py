@@ -25,7 +25,7 @@ from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.snapshot.bitmap import PageBatch, SnapshotBitmap
 from postcopy.snapshot.cow_buffer import CowBuffer
 from postcopy.snapshot.write_protect import WriteProtectHandler
-from postcopy.source.connection import connect_unless_cancelled
+from postcopy.source.connector import Connector
 from postcopy.source.counters import Counters, Rate, StageTimes, describe
 from postcopy.source.page_sink import PageSink, page_sink_for
 from postcopy.source.switchover import device_sections
@@ -61,6 +61,7 @@ class BackgroundSnapshot:
         self._progress = progress
         self._describe_devices = describe_devices
         self.requests = UserRequests()
+        self._connector = Connector(self.requests)
         self.error: PostcopyError | None = None
         self._counters = Counters()
         self._clock = StageTimes()
@@ -94,9 +95,7 @@ class BackgroundSnapshot:
 
     def leave(self) -> None:
         """End a command that writes the image, and remove the partial file: the engine ends."""
-        channel = self._channel  # its own thread may close it meanwhile
-        if channel is not None:
-            channel.leave()
+        self._connector.leave()
         self._file.end()
 
     def info(self) -> MigrationInfo:
@@ -129,7 +128,7 @@ class BackgroundSnapshot:
         self._channel = channel = (
             connect(address)  # returns when the file is open
             if self._file.ordinary
-            else connect_unless_cancelled(address, self.requests)
+            else self._connector.connect(address)
         )
         channel.description = str(self._address)  # the URI of the order, for errors
         # The guest must not wait for a peer that has died.

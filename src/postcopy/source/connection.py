@@ -2,15 +2,11 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 
-from postcopy.channel.address import Address
 from postcopy.channel.channel import Channel
-from postcopy.channel.connect import connect
 from postcopy.channel.peer_timeout import AckedBytes, PeerTimeout
-from postcopy.errors import ChannelBroken, MigrationCancelled, PostcopyError
-from postcopy.kernel import threads
+from postcopy.errors import ChannelBroken, PostcopyError
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import DirtyPages
 from postcopy.source.flow_control import PushPolicy
@@ -18,7 +14,6 @@ from postcopy.source.page_sink import PageSink
 from postcopy.source.preempt_channel import PreemptChannel
 from postcopy.source.push import PostcopyPush
 from postcopy.source.return_path import ReturnPath
-from postcopy.source.user_requests import UserRequests
 from postcopy.stream.commands import encode_command
 from postcopy.stream.layout import BlockLayout
 from postcopy.stream.pings import (
@@ -38,50 +33,6 @@ _PROBE_S = 5.0
 
 A slow one takes an early second connection as well: it accepts the first one first.
 """
-
-
-def connect_unless_cancelled(
-    address: Address, requests: UserRequests, in_vain: Callable[[], bool] = lambda: False
-) -> Channel:
-    """Open a channel; the thread ``connect`` does it, so that a cancel ends the wait.
-
-    The kernel may try for minutes to reach a host that does not answer.
-
-    :param in_vain: whether the channel is not needed any more; a change of it sets ``requests.interrupt``.
-    :raises CannotConnect: the destination does not listen.
-    :raises MigrationCancelled: by the user; a channel that is opened later is closed.
-    :raises ChannelBroken: ``in_vain`` is true.
-    :raises HostCannot: no thread can be started.
-    """
-    made: Future[Channel] = Future()
-    made.add_done_callback(lambda _: requests.interrupt.set())
-    arguments = (address, made)
-    threads.start(threading.Thread(target=_connect, args=arguments, name="connect", daemon=True))
-    while not made.done():
-        if requests.cancelled or in_vain():
-            made.add_done_callback(_close)
-            if requests.cancelled:
-                raise MigrationCancelled("cancelled by the user")
-            raise ChannelBroken(
-                f"{address}: the first connection broke before the second was there"
-            )
-        requests.interrupt.wait()
-        requests.interrupt.clear()
-    return made.result()
-
-
-def _connect(address: Address, made: "Future[Channel]") -> None:
-    try:
-        made.set_result(connect(address))
-    except BaseException as error:
-        made.set_exception(error)
-
-
-def _close(made: "Future[Channel]") -> None:
-    if made.exception() is None:
-        channel = made.result()
-        channel.shutdown()
-        channel.close()
 
 
 class Connection:

@@ -19,7 +19,8 @@ from postcopy.guest import DeviceState, Guest
 from postcopy.memory.ram_block import RamBlock
 from postcopy.ownership import Move
 from postcopy.parameters import Capabilities, Capability, Parameters
-from postcopy.source.connection import Connection, connect_unless_cancelled
+from postcopy.source.connection import Connection
+from postcopy.source.connector import Connector
 from postcopy.source.counters import Counters, Rate, StageTimes, describe
 from postcopy.source.dirty_pages import DirtyPages
 from postcopy.source.flow_control import PushPolicy
@@ -62,6 +63,7 @@ class Source:
         self._describe_devices = describe_devices
         self._on_pass = on_pass
         self.requests = UserRequests()
+        self._connector = Connector(self.requests)
         self.error: PostcopyError | None = None
         self._counters = Counters()
         self._clock = StageTimes()
@@ -102,8 +104,7 @@ class Source:
 
     def leave(self) -> None:
         """The engine ends: so does a command at the other end of the channel."""
-        if self._connection is not None:
-            self._connection.channel.leave()
+        self._connector.leave()
 
     def _break(self) -> None:
         if self._connection is not None:
@@ -201,7 +202,7 @@ class Source:
     def _set_up(self) -> tuple[Connection, DirtyPages]:
         address = parse(self._options.uri)
         tracker = choose(self._parameters.x_dirty_tracking, self._guest)
-        channel = connect_unless_cancelled(address, self.requests)
+        channel = self._connector.connect(address)
         trace("source.connected")
         try:
             blocks = [RamBlock(region) for region in self._guest.regions()]
@@ -250,7 +251,7 @@ class Source:
         if not self._preempt or connection.has_preempt:
             return
         ended = connection.answers.has_ended
-        channel = connect_unless_cancelled(parse(uri), self.requests, ended)
+        channel = self._connector.connect(parse(uri), ended)
         channel.watch(self._parameters.x_link_timeout / 1000)
         connection.open_preempt(channel, sends_end=bool(self._reads_after_both))
 
@@ -314,7 +315,7 @@ class Source:
     def _resume(self, uri: str) -> None:
         assert self._dirty is not None
         self._ran_there = True  # else the destination would not wait for a recovery
-        channel = connect_unless_cancelled(parse(uri), self.requests, lambda: self._paused_by_user)
+        channel = self._connector.connect(parse(uri), lambda: self._paused_by_user)
         _check_answers(channel)
         connection = self._connect(channel, self._dirty, answered=True)
         connection.push.begin()

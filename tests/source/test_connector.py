@@ -6,7 +6,7 @@ import pytest
 
 from postcopy.channel.address import parse
 from postcopy.errors import ChannelBroken, MigrationCancelled
-from postcopy.source import connection
+from postcopy.source import connector
 from postcopy.source.user_requests import UserRequests
 
 NOWHERE = parse("tcp:127.0.0.1:1")
@@ -32,7 +32,7 @@ class Late:
 @pytest.fixture
 def late(monkeypatch):
     made = Late()
-    monkeypatch.setattr(connection, "connect", made.connect)
+    monkeypatch.setattr(connector, "connect", made.connect)
     yield made
     made.go.set()
 
@@ -41,7 +41,7 @@ def test_until_the_user_gives_up(late):
     requests = UserRequests()
     threading.Timer(0.01, requests.cancel).start()
     with pytest.raises(MigrationCancelled):
-        connection.connect_unless_cancelled(NOWHERE, requests)
+        connector.Connector(requests).connect(NOWHERE)
     late.go.set()
     assert late.closed.wait(10)
 
@@ -55,17 +55,17 @@ def test_until_the_first_connection_breaks_and_with_it_the_need_of_a_second(late
 
     threading.Timer(0.01, break_it).start()
     with pytest.raises(ChannelBroken, match="the first connection broke before the second"):
-        connection.connect_unless_cancelled(NOWHERE, requests, broken.is_set)
+        connector.Connector(requests).connect(NOWHERE, broken.is_set)
     late.go.set()
     assert late.closed.wait(10)
 
 
 def test_and_not_at_all_if_that_was_so_before(late):
     with pytest.raises(ChannelBroken):
-        connection.connect_unless_cancelled(NOWHERE, UserRequests(), lambda: True)
+        connector.Connector(UserRequests()).connect(NOWHERE, lambda: True)
 
 
 def test_who_comes_in_time_is_taken(late):
     late.go.set()
-    assert connection.connect_unless_cancelled(NOWHERE, UserRequests()) is late
+    assert connector.Connector(UserRequests()).connect(NOWHERE) is late
     assert not late.closed.is_set()
