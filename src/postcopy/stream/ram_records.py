@@ -85,7 +85,8 @@ class RamRecords:
             reader.fail(f"Illegal RAM offset {word & ~FLAGS_MASK:x}", HEADER_BYTES)
         refuse_flags(reader, word & FLAGS_MASK)
 
-    def _read_named(self, reader: StreamBuffer, offset: int, kind: int) -> Pages | ZeroPages:
+    def _select(self, reader: StreamBuffer, offset: int) -> str:
+        """Read the name of a block: the records from here on belong to it."""
         name = reader.name()
         local = self._receiver.layout.get(name)
         if local is None and name not in self._receiver.ignored_blocks:
@@ -93,6 +94,11 @@ class RamRecords:
         last = local.size_bytes - TARGET_PAGE_BYTES if local is not None else offset
         if offset > last:
             reader.fail(f"Illegal RAM offset {offset:x}", 1 + len(name.encode()) + HEADER_BYTES)
+        self.block, self._last_offset, self._dropping = name, last, local is None
+        return name
+
+    def _read_named(self, reader: StreamBuffer, offset: int, kind: int) -> Pages | ZeroPages:
+        name = self._select(reader, offset)
         offsets = np.array([offset], np.uint64)
         record: Pages | ZeroPages
         if kind == _PAGE:
@@ -102,7 +108,6 @@ class RamRecords:
             if value := reader.u8():
                 reader.fail(f"Found a zero page with value {value}", 1)
             record = ZeroPages(name, offsets)
-        self.block, self._last_offset, self._dropping = name, last, local is None
         return record
 
     def _read_run(self, reader: StreamBuffer, kind: int) -> Pages | ZeroPages:

@@ -1,0 +1,111 @@
+"""RAM records besides pages and zero pages: deltas of XBZRLE, and the rendezvous with multifd's channels.
+
+Source: QEMU's ``migration/xbzrle.c`` and ``migration/ram.c``.
+"""
+
+from dataclasses import dataclass
+from typing import Final, NoReturn, TypeAlias
+
+import numpy as np
+
+from postcopy.errors import StreamError
+from postcopy.stream.numbers import FLAGS_MASK, HEADER_BYTES, TARGET_PAGE_BYTES, RamFlag
+from postcopy.stream.ram_records import RamRecords
+from postcopy.stream.reader import StreamBuffer
+from postcopy.stream.records import PageRows, Pages, ZeroPages
+
+_ENCODING: Final = 1
+_XBZRLE = int(RamFlag.XBZRLE)
+_CONTINUE = int(RamFlag.CONTINUE)
+_MULTIFD_FLUSH = int(RamFlag.MULTIFD_FLUSH)
+
+
+@dataclass(frozen=True, slots=True)
+class XbzrlePage:
+    """What has changed in a target page since its copy before.
+
+    :ivar position: of the delta in the stream, for errors.
+    """
+
+    block: str
+    offset: int
+    delta: bytes
+    position: int
+
+    def apply(self, page: PageRows) -> None:
+        """Change a page in place.
+
+        :param page: its content at the reader, shape ``(4096,)``.
+        :raises StreamError: the delta does not fit a page; the page may have been changed in part.
+        """
+        delta, at, place = self.delta, 0, 0
+        while at < len(delta):
+            unchanged, next_at = self._number(at)
+            if at and not unchanged:
+                self._fail(at)
+            changed, start = self._number(next_at)
+            place += unchanged
+            end = start + changed
+            if not changed or end > len(delta) or place + changed > TARGET_PAGE_BYTES:
+                self._fail(next_at)
+            page[place : place + changed] = np.frombuffer(delta, np.uint8, changed, start)
+            at, place = end, place + changed
+
+    def _number(self, at: int) -> tuple[int, int]:
+        """Read a number of one or two bytes; return it, and where it ends."""
+        raw = self.delta[at : at + 2]
+        if raw and raw[0] < 0x80:
+            return raw[0], at + 1
+        if len(raw) < 2 or raw[1] >= 0x80:
+            self._fail(at)
+        return raw[0] & 0x7F | raw[1] << 7, at + 2
+
+    def _fail(self, at: int) -> NoReturn:
+        raise StreamError("Failed to load XBZRLE page - decode error!", self.position + at)
+
+
+@dataclass(frozen=True, slots=True)
+class MultifdFlush:
+    """Wait here until each channel of multifd has come to its next SYNC; they wait for this record."""
+
+
+EncodedRecord: TypeAlias = Pages | ZeroPages | XbzrlePage | MultifdFlush
+
+
+class EncodedRamRecords(RamRecords):
+    """The RAM records of a main channel whose source may use ``xbzrle`` or ``multifd``."""
+
+    def read_any(self, reader: StreamBuffer) -> EncodedRecord | None:
+        """As :meth:`RamRecords.read`, with the other records.
+
+        :return: ``None``: an EOS has been read.
+        :raises Incomplete: no whole record is there.
+        :raises StreamError: the next record is wrong.
+        """
+        word = reader.u64()
+        record: EncodedRecord | None
+        if word == _MULTIFD_FLUSH:
+            record = MultifdFlush()
+        elif word & FLAGS_MASK & ~_CONTINUE == _XBZRLE:
+            record = self._read_delta(reader, word)
+        else:
+            reader.rollback()
+            return self.read(reader)
+        reader.commit()
+        return record
+
+    def _read_delta(self, reader: StreamBuffer, word: int) -> XbzrlePage:
+        offset = word & ~FLAGS_MASK
+        if not word & _CONTINUE:
+            self._select(reader, offset)
+        elif self.block is None:
+            reader.fail("Ack, bad migration stream!", HEADER_BYTES)
+        elif offset > self._last_offset:
+            reader.fail(f"Illegal RAM offset {offset:x}", HEADER_BYTES)
+        if (encoding := reader.u8()) != _ENCODING:
+            reader.fail(f"Failed to load XBZRLE page - wrong compression! ({encoding})", 1)
+        if (length := reader.u16()) > TARGET_PAGE_BYTES:
+            reader.fail("Failed to load XBZRLE page - len overflow!", 2)
+        position = reader.position
+        assert self.block is not None
+        return XbzrlePage(self.block, offset, reader.take(length), position)
