@@ -136,6 +136,10 @@ class _Log:
             lambda number: memfd.create_sealed(f"shared-log-{number}", self._size), range(2)
         )
         self._current = 0
+        self._in_doubt = False
+        """Whether a process may mark in either file, since an exchange of them has failed."""
+        self._taken = b""
+        """What a fetch has taken that failed afterwards."""
         self._told: list[SharingProcess] = []
         self._ended = False
 
@@ -157,19 +161,26 @@ class _Log:
     def fetch(self) -> bytes:
         """Have them use the other file, and take what is in this one.
 
-        When one has not answered, what it marks may be in either file, and nothing has been taken.
+        When one has not answered, the others may mark in either file: the next fetch takes both.
 
         :raises PostcopyError: one does not answer.
         """
         with self._lock:
             if self._ended:
                 raise WrongState("the writes of other processes are not being logged any more")
-            full, self._current = self._current, 1 - self._current
-            left = self._guest.shared_with()
-            self._told = [process for process in self._told if process in left]
-            for process in self._told:
-                self._ask(process)
-            return self._take(self._files[full])
+            exchanges, self._in_doubt = 2 if self._in_doubt else 1, True
+            for _ in range(exchanges):
+                self._taken = _united(self._taken, self._exchange())
+            taken, self._taken, self._in_doubt = self._taken, b"", False
+            return taken
+
+    def _exchange(self) -> bytes:
+        full, self._current = self._current, 1 - self._current
+        left = self._guest.shared_with()
+        self._told = [process for process in self._told if process in left]
+        for process in self._told:
+            self._ask(process)
+        return self._take(self._files[full])
 
     def _ask(self, process: SharingProcess) -> None:
         try:
@@ -202,3 +213,11 @@ class _Log:
                 with suppress(PostcopyError):  # it has ended, or hangs
                     process.log_writes(None)
             close_all(self._files)
+
+
+def _united(log: bytes, other: bytes) -> bytes:
+    """The marks of both."""
+    if not log or not other:
+        return log or other
+    both = int.from_bytes(log, "little") | int.from_bytes(other, "little")
+    return both.to_bytes(max(len(log), len(other)), "little")
