@@ -2,7 +2,6 @@
 
 import gc
 import os
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -37,24 +36,6 @@ def test_a_number_is_written_and_read(length):
             memory.load(PAGE - 1, length)
         with pytest.raises(ValueError, match="is not inside"):
             memory.store(PAGE - 1, 0, length)
-
-
-def test_half_of_a_number_is_never_seen():
-    """One byte after another would show 0x00ff beside 0x0100 as 0x01ff, or as 0x0000."""
-    with memory_of("memfd", 1) as memory:
-        ended = threading.Event()
-
-        def write():
-            for number in range(20_000):
-                memory.store(0, (0x00FF, 0x0100)[number % 2], 2)
-            ended.set()
-
-        memory.store(0, 0x0100, 2)
-        threading.Thread(target=write).start()
-        seen = set()
-        while not ended.is_set():
-            seen.add(memory.load(0, 2))
-        assert seen <= {0x00FF, 0x0100}
 
 
 @pytest.mark.parametrize(("offset", "length"), [(-1, 1), (0, PAGE + 1), (PAGE, 1), (0, -1)])

@@ -107,7 +107,9 @@ def address_of(block, page):
 numbers = st.integers(0, 1 << 12)
 writes = st.tuples(st.sampled_from(["write", "write late"]), st.integers(0, 2), numbers)
 looks = st.tuples(st.sampled_from(["round", "look"]), st.integers(0, 2), numbers)
-deaths = st.tuples(st.sampled_from(["death", "birth", "engine", "failed look"]), st.integers(0, 2), numbers)
+deaths = st.tuples(
+    st.sampled_from(["death", "birth", "engine", "failed look"]), st.integers(0, 2), numbers
+)
 
 
 class Story:

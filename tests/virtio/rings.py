@@ -21,6 +21,12 @@ class Bytes:
     def write(self, offset, data):
         self.data[offset : offset + len(data)] = data
 
+    def load(self, offset):
+        return int.from_bytes(self.data[offset : offset + 2], "little")
+
+    def store(self, offset, value):
+        self.data[offset : offset + 2] = value.to_bytes(2, "little")
+
 
 class Driver:
     """Makes chains available, and sees what comes back."""

@@ -1,7 +1,7 @@
 """A number that the other side of a ring changes is never seen half changed, nor shown so.
 
-0x00ff and 0x0100 take turns: by one access for each byte, 0 and 0x01ff would be seen too.  The other side is
-a process of its own that writes, or reads, as often as the processor can, by single accesses.
+0x00ff and 0x0100 take turns: by one access for each byte, 0 and 0x01ff would be seen too.  The other
+side is a process of its own that writes, or reads, as often as the processor can, by single accesses.
 """
 
 import os
@@ -103,5 +103,5 @@ def test_half_of_a_number_is_never_shown(memory, area_of):
         for value in TURNS[:20_000].tolist():
             area.store(AT, value)
     os.close(told)
-    with open(found, "rb") as answers:
+    with os.fdopen(found, "rb") as answers:
         assert answers.read() == b""

@@ -169,10 +169,12 @@ def write_memory(address: int, source: int, length_bytes: int) -> None:
 
 
 def copy_number(to: int, source: int, length_bytes: int) -> None:
-    """Copy an aligned number of 2, 4 or 8 bytes, memory to memory, so that no half of it is ever seen.
+    """Copy an aligned number of 2, 4 or 8 bytes to memory, so that others never see a half of it.
 
-    The kernel's copies of so few bytes go byte by byte; the C library's take one access.  A page that is
-    lost would end in ``SIGBUS`` here: have :func:`read_memory` find that out before.
+    From memory that others write only 8 bytes can be copied so.  glibc copies 2 bytes as a word and then
+    its first byte again, and 4 or 8 in two accesses of all of them; the kernel's copies of so few bytes go
+    byte by byte.  A page that is lost would end in ``SIGBUS`` here: have :func:`read_memory` find that
+    out before.
     """
     _memmove(to, source, length_bytes)
 

@@ -15,6 +15,7 @@ from postcopy.abi import linux
 from postcopy.kernel import calls, patience
 
 _PAGE_BYTES = 4096  # mincore's unit on x86, whatever the mapping's own page size is
+_WORD_BYTES = 8
 
 if TYPE_CHECKING:  # numpy takes long to import, and a restored guest does not run before that
     import numpy as np
@@ -124,9 +125,12 @@ class Mapping:
     def load(self, offset: int, length_bytes: int) -> int:
         """Read an aligned little-endian number of 2, 4 or 8 bytes, never half of it; see :meth:`read`."""
         self.read(offset, length_bytes)
-        number = ctypes.create_string_buffer(length_bytes)
-        calls.copy_number(ctypes.addressof(number), self._address + offset, length_bytes)
-        return int.from_bytes(number.raw, "little")
+        # The whole word that it is in: the C library takes two accesses for two bytes, and the second may
+        # see what the first does not.
+        word = ctypes.create_string_buffer(_WORD_BYTES)
+        before = offset % _WORD_BYTES
+        calls.copy_number(ctypes.addressof(word), self._address + offset - before, _WORD_BYTES)
+        return int.from_bytes(word.raw[before : before + length_bytes], "little")
 
     def store(self, offset: int, value: int, length_bytes: int) -> None:
         """Write such a number: a vCPU sees the old one or the new one; see :meth:`write`."""

@@ -134,16 +134,17 @@ class Area:
         self._address = address
 
     def read(self, offset: int, length_bytes: int) -> bytes:
-        """Copy bytes out; two bytes are read at once."""
-        at = self._address + offset
-        if length_bytes == _INDEX_BYTES:
-            return self._memory.load(at, length_bytes).to_bytes(length_bytes, "little")
-        return self._memory.read(at, length_bytes)
+        """Copy bytes out."""
+        return self._memory.read(self._address + offset, length_bytes)
 
     def write(self, offset: int, data: bytes) -> None:
-        """Copy bytes in; two bytes are written at once."""
-        at = self._address + offset
-        if len(data) == _INDEX_BYTES:
-            self._memory.store(at, int.from_bytes(data, "little"), len(data))
-        else:
-            self._memory.write(at, data)
+        """Copy bytes in."""
+        self._memory.write(self._address + offset, data)
+
+    def load(self, offset: int) -> int:
+        """Read the ``u16`` at an even offset in one access."""
+        return self._memory.load(self._address + offset, _INDEX_BYTES)
+
+    def store(self, offset: int, value: int) -> None:
+        """Write the ``u16`` at an even offset in one access."""
+        self._memory.store(self._address + offset, value, _INDEX_BYTES)

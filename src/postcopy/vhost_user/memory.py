@@ -72,6 +72,37 @@ class MappedRegion:
         self.mapping.close()
 
 
+class RingArea:
+    """:class:`postcopy.virtio.ring.Area`: a part of a ring.
+
+    :param view: its bytes; an even number of them.
+    """
+
+    __slots__ = ("_bytes", "_numbers")
+
+    def __init__(self, view: memoryview) -> None:
+        self._bytes = view
+        self._numbers = view.cast("H")
+
+    def read(self, offset: int, length_bytes: int) -> bytes:
+        """Copy bytes out."""
+        return self._bytes[offset : offset + length_bytes].tobytes()
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Copy bytes in."""
+        self._bytes[offset : offset + len(data)] = data
+
+    # An item of a view is one access of the processor; a copy of two bytes may be one of each byte.
+
+    def load(self, offset: int) -> int:
+        """Read the ``u16`` at an even offset in one access."""
+        return self._numbers[offset >> 1]
+
+    def store(self, offset: int, value: int) -> None:
+        """Write the ``u16`` at an even offset in one access."""
+        self._numbers[offset >> 1] = value
+
+
 class GuestMemory:
     """All regions, ordered by guest address.
 
@@ -138,7 +169,7 @@ class GuestMemory:
         self.views(address, length, pieces)
         return b"".join(pieces)
 
-    def part_of_ring(self, user_address: int, length: int, alignment: int) -> memoryview:
+    def part_of_ring(self, user_address: int, length: int, alignment: int) -> RingArea:
         """A range of the front end's addresses, which must lie in one region.
 
         :raises VhostUserError: it does not, or is not aligned.
@@ -148,7 +179,7 @@ class GuestMemory:
         for region in self.regions:
             start = user_address - region.region.user_address
             if start >= 0 and start + length <= region.region.size:
-                return region.bytes[start : start + length]
+                return RingArea(region.bytes[start : start + length])
         raise VhostUserError(f"{length} bytes at {user_address:#x} are in no region of memory")
 
     def close(self) -> None:

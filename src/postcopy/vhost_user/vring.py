@@ -9,7 +9,7 @@ from typing import Final
 from postcopy.errors import RingError, VhostUserError
 from postcopy.vhost_user.device import Device, Request
 from postcopy.vhost_user.dirty_log import DirtyLog
-from postcopy.vhost_user.memory import GuestMemory
+from postcopy.vhost_user.memory import GuestMemory, RingArea
 from postcopy.vhost_user.payloads import RingAddresses
 from postcopy.virtio import ring
 
@@ -18,21 +18,6 @@ BATCH: Final = 64
 
 _NO_FD: Final = -1
 _ONE: Final = (1).to_bytes(8, sys.byteorder)
-
-
-class _View:
-    """An area of the ring."""
-
-    __slots__ = ("_bytes",)
-
-    def __init__(self, view: memoryview) -> None:
-        self._bytes = view
-
-    def read(self, offset: int, length_bytes: int) -> bytes:
-        return self._bytes[offset : offset + length_bytes].tobytes()
-
-    def write(self, offset: int, data: bytes) -> None:
-        self._bytes[offset : offset + len(data)] = data
 
 
 class Vring:
@@ -197,7 +182,7 @@ class Vring:
             raise RingError(str(error)) from error
         queue = ring.SplitQueue(
             self._size,
-            *(_View(area) for area in areas),
+            *areas,
             next_available=self._base,
             read_memory=self._memory.read if self.indirect else None,
         )
@@ -206,7 +191,7 @@ class Vring:
         self._mark_ring()
         return queue
 
-    def _areas(self, addresses: RingAddresses) -> tuple[memoryview, memoryview, memoryview]:
+    def _areas(self, addresses: RingAddresses) -> tuple[RingArea, RingArea, RingArea]:
         layout, part = ring.RingLayout(self._size), self._memory.part_of_ring
         return (
             part(addresses.descriptors, layout.descriptors_bytes, 16),

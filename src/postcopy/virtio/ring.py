@@ -26,7 +26,6 @@ MOST_DESCRIPTORS: Final = 1024
 
 DESCRIPTOR: Final = struct.Struct("<QIHH")
 USED_ELEMENT: Final = struct.Struct("<II")
-_INDEX: Final = struct.Struct("=H")
 _WRAP: Final = 0xFFFF
 _FLAGS_AT, _INDEX_AT, _ENTRIES_AT = 0, 2, 4
 
@@ -101,16 +100,19 @@ def check_size(size: int) -> None:
 
 
 class Area(Protocol):
-    """A range of guest memory; offsets count from its beginning.
-
-    Two bytes at an even offset are read and written as one: the indices change meanwhile.
-    """
+    """A range of guest memory; offsets count from its beginning."""
 
     def read(self, offset: int, length_bytes: int) -> bytes:
         """Copy bytes out."""
 
     def write(self, offset: int, data: bytes) -> None:
         """Copy bytes in."""
+
+    def load(self, offset: int) -> int:
+        """Read the ``u16`` at an even offset in one access, since the driver may write it meanwhile."""
+
+    def store(self, offset: int, value: int) -> None:
+        """Write such a number in one access."""
 
 
 class Buffer(NamedTuple):
@@ -158,15 +160,15 @@ class SplitQueue:
         self._read_memory = read_memory
         self._fence = threading.Lock()
         self.next_available = next_available
-        (self.used_index,) = _INDEX.unpack(used.read(_INDEX_AT, 2))
+        self.used_index = used.load(_INDEX_AT)
 
     def waiting(self) -> int:
         """How many chains the driver has made available that have not been taken.
 
         :raises RingError: more than the ring has entries.
         """
-        (index,) = _INDEX.unpack(self._available.read(_INDEX_AT, 2))
-        count: int = (index - self.next_available) & _WRAP
+        index = self._available.load(_INDEX_AT)
+        count = (index - self.next_available) & _WRAP
         if count > self._size:
             raise RingError(
                 f"available ring: index {index} is {count} after {self.next_available}, "
@@ -181,7 +183,7 @@ class SplitQueue:
         :raises RingError: what the driver wrote is no chain.
         """
         at = _ENTRIES_AT + 2 * (self.next_available & (self._size - 1))
-        (head,) = _INDEX.unpack(self._available.read(at, 2))
+        head = self._available.load(at)
         if head >= self._size:
             raise RingError(
                 f"available ring: head {head} of a ring with {self._size} descriptors", at
@@ -198,22 +200,20 @@ class SplitQueue:
         at = _ENTRIES_AT + USED_ELEMENT.size * (self.used_index & (self._size - 1))
         self._used.write(at, USED_ELEMENT.pack(head, written_bytes))
         self.used_index = (self.used_index + 1) & _WRAP
-        self._used.write(_INDEX_AT, _INDEX.pack(self.used_index))
+        self._used.store(_INDEX_AT, self.used_index)
 
     def set_notified(self, *, notified: bool) -> None:
         """Tell the driver whether to kick; it may kick all the same.
 
         After setting it to True look at :meth:`waiting` again: a kick may have been left out.
         """
-        flags = 0 if notified else UsedFlag.NO_NOTIFY
-        self._used.write(_FLAGS_AT, _INDEX.pack(flags))
+        self._used.store(_FLAGS_AT, 0 if notified else int(UsedFlag.NO_NOTIFY))
         self._barrier()
 
     def wants_interrupt(self) -> bool:
         """Whether the driver is to be told of chains that have been completed."""
         self._barrier()
-        (flags,) = _INDEX.unpack(self._available.read(_FLAGS_AT, 2))
-        return not flags & AvailableFlag.NO_INTERRUPT
+        return not self._available.load(_FLAGS_AT) & AvailableFlag.NO_INTERRUPT
 
     def _barrier(self) -> None:
         # What was written must be seen before what is read next was: taking a free lock is a locked
