@@ -11,11 +11,13 @@ import hypothesis
 import pytest
 
 from fakes.commands import Running, need_kvm, need_userfaultfd
+from fakes.engine_template import EngineTemplate
 from fakes.huge_pages import reserved
 from fakes.no_threads import host_without_threads
 from fakes.peers import can_prove
 from fakes.qemu_versions import USUAL, folder_of
 from fakes.waiting import wait_until
+from postcopy.link.guest.engine_process import EngineProcess
 
 MARKERS = (
     "kvm: needs /dev/kvm",
@@ -66,6 +68,19 @@ def qemu_version(request, monkeypatch):
     if version is not None:
         monkeypatch.setenv("PATH", f"{folder_of(version)}{os.pathsep}{os.environ['PATH']}")
     return version
+
+
+@pytest.fixture(scope="session")
+def engine_template():
+    """What engines of machines in this process are forked from."""
+    with contextlib.closing(EngineTemplate()) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def engines_start(engine_template, monkeypatch):
+    """How they start; override it where each is to be a new interpreter, as a user has it."""
+    monkeypatch.setattr(EngineProcess, "start", engine_template.start)
 
 
 @pytest.fixture

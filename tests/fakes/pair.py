@@ -4,6 +4,7 @@ The engines are processes of their own, as always.  Everything waits with a dead
 :class:`Journey` ends all of it, also when the test has failed half-way.
 """
 
+import contextlib
 import itertools
 import os
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fakes import engine_template
 from fakes.stacks import stacks
 from fakes.waiting import wait_until
 from machine.drives import check_disk
@@ -185,7 +187,7 @@ class Side:
         """
         process_id = self.engine_process_id()
         os.kill(process_id, signal.SIGSTOP)
-        os.waitid(os.P_PID, process_id, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        wait_until(lambda: _all_stopped(process_id), DEADLINE_S, "it stands still")
         return process_id
 
     def received(self) -> np.ndarray:
@@ -373,7 +375,7 @@ def ram_of(machine: Machine) -> np.ndarray:
 
 def engines(of: int | None = None) -> list[int]:
     """The engine processes that a process, or this one, has started and that still are."""
-    found = []
+    parents, templates = {}, set()
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -382,9 +384,24 @@ def engines(of: int | None = None) -> list[int]:
             command = (entry / "cmdline").read_bytes()
         except OSError:
             continue  # it has just ended
-        if parent == (of or os.getpid()) and b"postcopy.engine" in command:
-            found.append(int(entry.name))
-    return found
+        if b"postcopy.engine" in command:
+            parents[int(entry.name)] = parent
+        if engine_template.COMMAND.encode() in command and parent == (of or os.getpid()):
+            templates.add(int(entry.name))
+    return [
+        number
+        for number, parent in parents.items()
+        if number not in templates and parent in {of or os.getpid(), *templates}
+    ]
+
+
+def _all_stopped(process_id: int) -> bool:
+    """Whether each thread of a process stands still by a signal, or has ended."""
+    states = set()
+    with contextlib.suppress(OSError):  # one has just ended
+        for task in Path(f"/proc/{process_id}/task").iterdir():
+            states.add((task / "stat").read_text(errors="replace").rpartition(")")[2].split()[0])
+    return states <= set("TtZX")
 
 
 def _data_extents(fd: int, size: int, start: int = 0) -> Iterable[tuple[int, int]]:

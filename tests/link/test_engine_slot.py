@@ -15,6 +15,11 @@ from postcopy.link.guest.engine_slot import EnginePool, EngineSlot
 from postcopy.link.guest.job import OrderLock
 
 
+@pytest.fixture(autouse=True)
+def engines_start():
+    """Each is a new interpreter, as a user has it."""
+
+
 @pytest.fixture
 def told():
     return []
