@@ -18,9 +18,9 @@ SEED = int(os.environ.get("POSTCOPY_SEED", "13"))
 pytestmark = pytest.mark.kvm
 
 
-@pytest.fixture
-def runner(tmp_path):
-    made = Runner(tmp_path)
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    made = Runner(tmp_path_factory.mktemp("runner"))
     yield made
     made.close()
 

@@ -11,6 +11,8 @@ from fakes.waiting import wait_until
 from faults.recovering import LASTS, Recovering, broken_journey
 from machine.machines import wait_for_progress
 from postcopy.errors import WrongState
+from postcopy.link.guest import job
+from postcopy.link.guest.background_order import BackgroundOrder
 from postcopy.status import Status
 
 LOOKS = 4
@@ -40,14 +42,16 @@ def test_in_postcopy(journey, tmp_path, which):
         side.stop_engine()
         side.wait(Status.POSTCOPY_PAUSED)
         assert "the engine process hung for 4 s, and was killed; no page is lost" in side.error
-        moving.recover()
         moving.hurry()
+        moving.recover()
         trip.finish()
 
 
-def test_a_recovery_that_is_ordered_of_one_is_not_waited_for(journey, tmp_path):
+def test_a_recovery_that_is_ordered_of_one_is_not_waited_for(journey, tmp_path, monkeypatch):
     """The order is taken, and carried out when the engine goes on."""
+    monkeypatch.setattr(job, "_INFO_TIMEOUT_S", 0.2)
     trip = broken_journey(journey)
+    trip.destination.control._state.background = BackgroundOrder(at_once_s=0.2)
     with Recovering(trip, tmp_path) as moving:
         moving.start()
         moving.until_postcopy()

@@ -74,5 +74,6 @@ def test_an_end_that_leaves_pages_out_is_no_end(trip):
     trip.until_settled()
     assert trip.destination.status is Status.POSTCOPY_PAUSED
     assert "pages have not come" in trip.destination.error
+    trip.hurry()
     trip.resume()
     trip.trip.finish()
