@@ -2,12 +2,14 @@
 
 import signal
 import subprocess
+from functools import partial
 from pathlib import Path
 
 from fakes.commands import POSTCOPY
-from fakes.qemu_versions import folder_of
+from fakes.qemu_versions import OLDEST, folder_of
 from fakes.vhost_front_end import BlockDriver, FrontEnd, Ram, Ring
 from fakes.waiting import wait_until
+from machine.drives import make_disk
 
 TIMEOUT_S = 30
 
@@ -83,6 +85,40 @@ class StorageDaemon(Served):
             "driver=raw,node-name=d0,file=f0",
         ]
         super().__init__(folder, [*command, "--export", export])
+
+
+BACK_ENDS = {
+    "ours": BackEnd,
+    "qemu": StorageDaemon,
+    "oldest_qemu": partial(StorageDaemon, version=OLDEST),
+}
+
+
+class DiskOfJourney:
+    """A disk, and the back ends of a journey's two sides."""
+
+    def __init__(self, stack, folder, kind):
+        self.path = make_disk(folder / "disk")
+        self._stack, self._kind = stack, BACK_ENDS[kind]
+        self._folders = [folder / name for name in ("one", "other")]
+        self.back_ends = [self.start(number) for number in range(2)]
+
+    def start(self, number):
+        folder = self._folders[number]
+        (folder / "vhost.sock").unlink(missing_ok=True)
+        return self._stack.enter_context(self._kind(folder, self.path))
+
+    def kill(self, number):
+        """Have another one in its place."""
+        self.back_ends[number].end(signal.SIGKILL)
+        self.replace(number)
+
+    def replace(self, number):
+        self.back_ends[number] = self.start(number)
+
+    @property
+    def said(self):
+        return "".join(each.said for each in self.back_ends)
 
 
 class Guest:

@@ -1,4 +1,4 @@
-"""``make soak MINUTES=10``: random cuts, kills, orders, messages and failing calls, one line a minute.
+"""``make soak MINUTES=10``: random cuts, kills, orders, messages and failing calls, a line a minute.
 
 It ends with the first failure, and says the seed that repeats it.
 """
@@ -15,6 +15,7 @@ import pytest
 from fakes.pair import engines
 from fakes.waiting import wait_until
 from faults import orders, storm
+from faults.back_ends import back_ends
 from faults.failing_journeys import JOURNEYS
 from faults.failing_matrix import Runner, draw, host_pages
 from faults.failing_scene import Case
@@ -45,7 +46,13 @@ def _messages(_journey, folder, seed, _variant):
     hostile.flood(disk, seed, MESSAGES)
 
 
-STORMS = {"cuts": storm.cuts, "kills": storm.kills, "orders": _orders, "messages": _messages}
+STORMS = {
+    "cuts": storm.cuts,
+    "kills": storm.kills,
+    "back ends": back_ends,
+    "orders": _orders,
+    "messages": _messages,
+}
 FAILING = "failing calls"
 KINDS = (*STORMS, FAILING)
 
@@ -90,6 +97,9 @@ def how_to_repeat(kind, seed):
     if kind == "messages":
         count = f"POSTCOPY_SEED={seed} POSTCOPY_MESSAGES={MESSAGES}"
         return f"messages failed: {count} python -m pytest tests/vhost_user/test_hostile.py"
+    if kind == "back ends":
+        count = f"POSTCOPY_SEED={seed} POSTCOPY_BACK_END_JOURNEYS=1"
+        return f"back ends failed: {count} python -m pytest tests/faults/test_random_back_ends.py"
     faults = f"POSTCOPY_SEED={seed} POSTCOPY_FAULTS={storm.PER_TEST}"
     return f"{kind} failed: {faults} python -m pytest tests/faults/test_random_{kind}.py"
 

@@ -104,7 +104,7 @@ def _storm(one, journey, folder, rng, variant):
             left -= one(rng, broken, min(left, MOST_BREAKS))
 
 
-def _begin(rng, broken):
+def begin(rng, broken):
     """In postcopy, or about to be."""
     channel = broken.start()
     if rng.random() < 0.5:
@@ -112,7 +112,7 @@ def _begin(rng, broken):
     return channel
 
 
-def _end(broken):
+def end(broken):
     """Let it come to its end undisturbed: one owner, every page right."""
     broken.hurry()
     owner = broken.source
@@ -128,51 +128,51 @@ def _end(broken):
 
 def _cut_one(rng, broken, most):
     """One journey; return how often it was broken."""
-    channel, breaks = _begin(rng, broken), 0
+    channel, breaks = begin(rng, broken), 0
     if rng.random() < 0.25:
         _cut_anywhere(rng, channel)  # so early that it may be before the switchover
     broken.switch()
     broken.source.until(Status.POSTCOPY_DEVICE, Status.POSTCOPY_ACTIVE, *SETTLED)
     while breaks < most and broken.source.status is not Status.FAILED:
-        _break_link(rng, broken, channel)
+        break_link(rng, broken, channel)
         breaks += 1
         broken.until_settled()
         if broken.destination.status in {Status.COMPLETED, Status.FAILED}:
             break
-        channel = broken.channel(broken.meet_again(_anywhere(rng)))
+        channel = broken.channel(broken.meet_again(anywhere(rng)))
         if rng.random() < 0.5:
             _cut_anywhere(rng, channel)
         broken.source.control.migrate(channel.uri, resume=True)
     broken.source.until(Status.POSTCOPY_ACTIVE, *SETTLED)
-    _end(broken)
+    end(broken)
     return max(breaks, 1)
 
 
 def _kill_one(rng, broken, most):
     """One journey; return how many engines were killed."""
-    _begin(rng, broken)
+    begin(rng, broken)
     broken.switch()
     if rng.random() < 0.75:
         for side in (broken.source, broken.destination):
             side.until(Status.POSTCOPY_ACTIVE, *SETTLED)
     killed = 0
     while killed < most:
-        _progress(rng, broken)
+        progress(rng, broken)
         sides = rng.choice([[0], [1], [0, 1], [1, 0]])
-        killed += _kill([(broken.source, broken.destination)[side] for side in sides])
+        killed += kill([(broken.source, broken.destination)[side] for side in sides])
         if broken.settle_or_go_on():
             continue
         if broken.destination.status in {Status.COMPLETED, Status.FAILED}:
             break
         try:
-            broken.resume(_anywhere(rng))
+            broken.resume(anywhere(rng))
         except PostcopyError:
             continue  # its successor is not there yet; it will be recovered all the same
-    _end(broken)
+    end(broken)
     return killed
 
 
-def _anywhere(rng):
+def anywhere(rng):
     return rng.choice([None, "tcp:127.0.0.1:0"])
 
 
@@ -183,7 +183,7 @@ def _cut_anywhere(rng, channel):
         channel.cut(rng.randrange(200_000), rng.choice(list(Way)))
 
 
-def _break_link(rng, broken, channel):
+def break_link(rng, broken, channel):
     """Break it now, or let it break a little later."""
     wait_until(
         lambda: channel.connections or broken.source.status in SETTLED, DEADLINE_S, "nobody came"
@@ -192,13 +192,13 @@ def _break_link(rng, broken, channel):
         way = rng.choice(list(Way))
         so_far = len(channel.recorded(way))
         channel.cut(so_far + rng.randrange(50_000 if way is Way.UP else 500), way)
-        _progress(rng, broken)
+        progress(rng, broken)
     if rng.random() < 0.3:
         channel.stall_now()  # what is under way is lost with the link
     channel.break_all()
 
 
-def _progress(rng, broken):
+def progress(rng, broken):
     """Let some pages, at random, go over."""
     control = broken.source.control
     before = control.info().ram
@@ -214,7 +214,7 @@ def _progress(rng, broken):
     wait_until(gone_on, DEADLINE_S, "nothing goes over")
 
 
-def _kill(sides):
+def kill(sides):
     """Kill their engines, where one is at work; return how many, when that has been noticed."""
     killed = []
     for side in sides:

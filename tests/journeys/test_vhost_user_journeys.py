@@ -1,57 +1,26 @@
 """A guest moves with a disk that another process serves; every byte of both is right afterwards."""
 
 import contextlib
-import signal
 import sys
-from functools import partial
 
 import pytest
 
 import fakes.without_userfaultfd
 from fakes.awakening import half_awake, woken
 from fakes.pair import NEVER_ENDS, POSTCOPY, QUICK
-from fakes.qemu_versions import OLDEST
-from fakes.vhost_back_end import BackEnd, StorageDaemon
+from fakes.vhost_back_end import BackEnd, DiskOfJourney
 from fakes.waiting import wait_until
 from faults.recovering import LASTS, Recovering
 from journeys.test_memory_kinds import HUGE_PAGES, MEMORY_BYTES
 from journeys.test_memory_kinds import KINDS as MEMORIES
-from machine.drives import disk_workload, make_disk, writes_and_reads
+from machine.drives import disk_workload, writes_and_reads
 from machine.machines import wait_for_progress
 from postcopy.status import Status
 
 pytestmark = [pytest.mark.kvm, pytest.mark.userfaultfd]
 
 SLOW = NEVER_ENDS | {"max-postcopy-bandwidth": 0}
-KINDS = {
-    "ours": BackEnd,
-    "qemu": StorageDaemon,
-    "oldest_qemu": partial(StorageDaemon, version=OLDEST),
-}
 BACK_ENDS = pytest.mark.parametrize("kind", ["ours", "qemu"])
-
-
-class Disk:
-    """A disk, and the back ends of a journey's two sides."""
-
-    def __init__(self, stack, folder, kind):
-        self.path = make_disk(folder / "disk")
-        self._stack, self._kind = stack, KINDS[kind]
-        self._folders = [folder / name for name in ("one", "other")]
-        self.back_ends = [self.start(number) for number in range(2)]
-
-    def start(self, number):
-        folder = self._folders[number]
-        (folder / "vhost.sock").unlink(missing_ok=True)
-        return self._stack.enter_context(self._kind(folder, self.path))
-
-    def kill(self, number):
-        self.back_ends[number].end(signal.SIGKILL)
-        self.back_ends[number] = self.start(number)
-
-    @property
-    def said(self):
-        return "".join(each.said for each in self.back_ends)
 
 
 @pytest.fixture
@@ -60,7 +29,7 @@ def with_disk(journey, tmp_path):
     with contextlib.ExitStack() as stack:
 
         def begin(kind, **more):
-            disk = Disk(stack, tmp_path, kind)
+            disk = DiskOfJourney(stack, tmp_path, kind)
             workload = more.pop("workload", None) or disk_workload(vcpus=2, delay_cycles=0)
             sockets = [each.path for each in disk.back_ends]
             return journey(workload, drive=disk.path, back_ends=sockets, **more), disk

@@ -60,7 +60,22 @@ def test_whenever_it_stands_still_the_drive_and_the_memory_are_right(tmp_path, a
             states = machine.save_devices()
             machine.resume()
         assert checked.writes > DISK_BYTES // 4096
+        machine.pause()
+        check_an_answer_too_many_is_seen(machine, workload)
         assert "virtio-mmio@00000000feb00e00/virtio-blk" in [each.name for each in states]
+
+
+def check_an_answer_too_many_is_seen(machine, workload):
+    available, used = (workload.device_area + at for at in (0x82, 0x1002))
+
+    def read(address, length):
+        if address != used:
+            return machine.read_memory(address, length)
+        made = int.from_bytes(machine.read_memory(available, 2), "little")
+        return ((made + 1) % 65536).to_bytes(2, "little")
+
+    with pytest.raises(AssertionError, match="answered_again=1"):
+        check_disk(read, workload, machine.config.drive)
 
 
 def test_above_the_hole(tmp_path):

@@ -16,6 +16,9 @@ from postcopy.machine.workload import BLOCK_BYTES, Workload
 from postcopy.machine.workload_records import Read
 
 _RECORD, _BUFFERED, _COUNTERS, _BUFFERS = 0x4000, 0x5000, 0x8000, 0x10000
+_INDICES: Final = 0x82, 0x1002
+"""Of the available and the used ring."""
+_INDEX: Final = 1 << 16
 _MAGIC: Final = b"PC_DSK01"
 _FIELDS: Final = struct.Struct("<8s13Q")
 _AT_WORK: Final = 1
@@ -52,6 +55,7 @@ class DiskVerification:
     :ivar lost_writes: by how many the counters of the blocks differ from the writes that were done.
     :ivar wrong_reads: how often the guest itself has read something else than it had written.
     :ivar failed_requests: requests that the drive has failed.
+    :ivar answered_again: by how many the used ring tells of more requests than the guest has made.
     """
 
     blocks_checked: int
@@ -61,13 +65,14 @@ class DiskVerification:
     lost_writes: int
     wrong_reads: int
     failed_requests: int
+    answered_again: int
     writes: int
 
     @property
     def ok(self) -> bool:
         """Whether all is exactly as the guest left it."""
         wrong = self.bad_block_count, self.bad_buffers, self.lost_writes, self.wrong_reads
-        return not any((*wrong, self.failed_requests))
+        return not any((*wrong, self.failed_requests, self.answered_again))
 
 
 def read_disk_record(read: Read, workload: Workload) -> DiskRecord:
@@ -113,6 +118,7 @@ def verify_disk(read: Read, workload: Workload, disk: Read) -> DiskVerification:
         lost_writes=ahead,
         wrong_reads=record.wrong,
         failed_requests=record.errors,
+        answered_again=_answered_again(read, workload),
         writes=record.writes,
     )
 
@@ -153,6 +159,15 @@ def _expected(numbers: Words, counters: Words, seed: np.uint64) -> Words:
     bases = mix(mix(numbers + seed) + counters)
     words: Words = bases[:, np.newaxis] ^ mix(np.arange(0, BLOCK_BYTES, 8, dtype=np.uint64))
     return words
+
+
+def _answered_again(read: Read, workload: Workload) -> int:
+    """Each request that was made is answered at most once: used is never ahead of available."""
+    available, used = (
+        int.from_bytes(read(workload.device_area + at, 2), "little") for at in _INDICES
+    )
+    ahead = (used - available) % _INDEX
+    return ahead if ahead < _INDEX // 2 else 0
 
 
 def _words(read: Read, address: int, count: int) -> Words:
