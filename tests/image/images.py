@@ -69,13 +69,29 @@ def _tail(*, described: bool) -> bytes:
     return end + description(build_description(Configuration("microvm"), descriptions(states)))
 
 
-def stream_bytes(blocks: Memory, *, described: bool = True, repeats: bool = False) -> bytes:
+def early_section() -> bytes:
+    """A section as it may stand in front of the memory."""
+    state = devices()[0]
+    return device_section(DeviceSection(1, state.name, 0, state.version, state.payload))
+
+
+def stream_bytes(
+    blocks: Memory,
+    *,
+    described: bool = True,
+    repeats: bool = False,
+    begin: bytes = b"",
+    page_sizes: Mapping[str, int] | None = None,
+) -> bytes:
     """A plain stream.
 
     :param repeats: every page is sent with other contents first.
+    :param begin: what stands in front of the memory.
+    :param page_sizes: of blocks of huge pages.
     """
-    setup = RamSetup(RAM_ID, tuple(BlockEntry(name, rows.size) for name, rows in blocks.items()))
-    parts = [_head(), ram_setup(setup, postcopy=False)]
+    sizes = page_sizes or {}
+    entries = tuple(BlockEntry(name, rows.size, sizes.get(name)) for name, rows in blocks.items())
+    parts = [_head(), begin, ram_setup(RamSetup(RAM_ID, entries), postcopy=bool(sizes))]
     encoder = PageEncoder()
     if repeats:
         stale = {name: np.roll(rows, 1, 0) + np.uint8(1) for name, rows in blocks.items()}

@@ -8,7 +8,7 @@ An image is opened by :func:`postcopy.image.formats.open_image`.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -20,6 +20,8 @@ from postcopy.guest import DeviceState
 from postcopy.image.file import Damage
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Mask
+from postcopy.stream.file_records import Configuration, DeviceSection
+from postcopy.stream.mapped_ram import CAPABILITY
 
 PageRows = npt.NDArray[np.uint8]
 
@@ -29,10 +31,15 @@ LARGEST_RAM_BYTES = 16 << 40
 
 @dataclass(frozen=True, slots=True)
 class ImageBlock:
-    """One RAM block of an image."""
+    """One RAM block of an image.
+
+    :ivar page_size_bytes: of the writer's host pages.  Streams tell it only of huge pages, and only if
+        the writer had the capability ``postcopy-ram`` on; 4096 otherwise.
+    """
 
     name: str
     size_bytes: int
+    page_size_bytes: int = field(default=TARGET_PAGE_BYTES, compare=False)
 
     @property
     def pages(self) -> int:
@@ -44,14 +51,18 @@ class ImageBlock:
 class Contents:
     """An image without its memory.
 
+    :ivar sections: every FULL section, in the order of the file.
+    :ivar early_sections: how many of them are in front of the memory.
+    :ivar ram_section_id: of the sections of the memory.
     :ivar ram_ended: whether the memory has an END section.
     :ivar description: the JSON at the end of the stream, or ``None``.
     """
 
-    machine_name: str
-    uuid: bytes | None
+    configuration: Configuration
     blocks: tuple[ImageBlock, ...]
-    devices: tuple[DeviceState, ...]
+    sections: tuple[DeviceSection, ...]
+    early_sections: int
+    ram_section_id: int
     description: str | None
     ram_ended: bool
 
@@ -61,15 +72,28 @@ class Image(ABC):
 
     :param path: the file, for messages.
     :param form: ``mapped-ram``, ``stream`` or ``chunks``.
+    :ivar configuration: as a plain stream of the guest begins with: the capability ``mapped-ram``, which
+        is the file's, is not in it.
+    :ivar sections: every FULL section, payloads verbatim, in the order of the file.
+    :ivar early_sections: how many of them a stream has in front of the memory (``virtio-mem``).
+    :ivar ram_section_id: of the memory; no other section has it.
     """
 
     def __init__(self, path: Path, form: str, contents: Contents) -> None:
         self.path = path
         self.format = form
-        self.machine_name = contents.machine_name
-        self.uuid = contents.uuid
+        kept = tuple(name for name in contents.configuration.capabilities if name != CAPABILITY)
+        self.configuration = replace(contents.configuration, capabilities=kept)
+        self.machine_name = self.configuration.machine
+        self.uuid = self.configuration.uuid
         self.blocks: Sequence[ImageBlock] = contents.blocks
-        self.devices: Sequence[DeviceState] = contents.devices
+        self.sections: Sequence[DeviceSection] = contents.sections
+        self.early_sections = contents.early_sections
+        self.ram_section_id = contents.ram_section_id
+        self.devices: Sequence[DeviceState] = [
+            DeviceState(each.name, each.instance, each.version, each.payload)
+            for each in contents.sections
+        ]
         self.description = contents.description
         self._blocks = {block.name: block for block in contents.blocks}
 
@@ -129,6 +153,15 @@ class Image(ABC):
         :raises KeyError: there is no such block.
         """
         return self._blocks[name]
+
+    def device_bytes(self) -> bytes:
+        """Encode the FULL sections behind the memory, heads and footers included, as the file has them.
+
+        With ``LISTEN`` in front and ``RUN`` behind, they are what a postcopy source packages.
+        """
+        from postcopy.stream.encoder import device_section  # a restore does not need it
+
+        return b"".join(device_section(each) for each in self.sections[self.early_sections :])
 
     @property
     def ram_bytes(self) -> int:

@@ -35,8 +35,10 @@ _KEPT_CHUNKS: Final = 64  # 4 MiB: a reader that goes page by page unpacks each 
 class _NoPages:
     """Reads the memory's sections: see :class:`postcopy.image.parser.RamReader`."""
 
-    def read_blocks(self, reader: FileBuffer, total_bytes: int) -> list[ImageBlock]:
-        return read_plain_blocks(reader, total_bytes)
+    def read_blocks(
+        self, reader: FileBuffer, total_bytes: int, page_sizes: int
+    ) -> list[ImageBlock]:
+        return read_plain_blocks(reader, total_bytes, page_sizes)
 
     def read_body(self, reader: FileBuffer) -> None:
         if (word := reader.u64()) != RamFlag.EOS:

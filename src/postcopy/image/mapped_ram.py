@@ -26,7 +26,11 @@ class _MappedRam:
         self._file = file
         self.blocks: dict[str, MappedBlock] = {}
 
-    def read_blocks(self, reader: FileBuffer, total_bytes: int) -> list[ImageBlock]:
+    def read_blocks(
+        self, reader: FileBuffer, total_bytes: int, page_sizes: int
+    ) -> list[ImageBlock]:
+        if page_sizes:
+            reader.fail("postcopy is advised in a mapped-ram file")
         mapped, end = read_list(self._bytes, reader.position, total_bytes, self._file.size_bytes)
         self.blocks = {block.name: block for block in mapped}
         reader.seek(end)

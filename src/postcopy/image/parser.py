@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
 from postcopy.errors import StreamError
-from postcopy.guest import DeviceState
 from postcopy.image.base import LARGEST_RAM_BYTES, Contents, ImageBlock
 from postcopy.stream.configuration import read_any_configuration, read_header
 from postcopy.stream.description import DescribedFormats, parse_description
-from postcopy.stream.file_records import Configuration
+from postcopy.stream.file_records import Configuration, DeviceSection
 from postcopy.stream.layout import Limits
 from postcopy.stream.numbers import (
     FLAGS_MASK,
+    HEADER_BYTES,
     RAM_SECTION_NAME,
     TARGET_PAGE_BYTES,
     Command,
@@ -28,6 +28,8 @@ from postcopy.stream.reader import FileBuffer
 from postcopy.stream.sections import check_ram_head, read_device, read_footer, read_head
 
 _LIMITS = Limits()
+_ADVISE_BYTES = 16
+_LARGEST_PAGE_BYTES = 1 << 30
 # The commands that an image may have, and their lengths.  All others need a module that takes long to
 # import.
 _HARMLESS: dict[int, int] = {
@@ -42,9 +44,12 @@ _TAILS = (64 << 10, 1 << 20, _LIMITS.description_bytes + _HEAD_BYTES)
 class RamReader(Protocol):
     """The part of a format that reads the sections of the memory."""
 
-    def read_blocks(self, reader: FileBuffer, total_bytes: int) -> list[ImageBlock]:
+    def read_blocks(
+        self, reader: FileBuffer, total_bytes: int, page_sizes: int
+    ) -> list[ImageBlock]:
         """Read the list of blocks behind the total, up to its EOS.
 
+        :param page_sizes: the bitwise or of the sizes of huge pages that blocks may have; 0: none.
         :raises StreamError: the list is not valid.
         """
 
@@ -60,7 +65,9 @@ class _Found:
     blocks: tuple[ImageBlock, ...] | None = None
     section_id: int = 0
     ended: bool = False
-    devices: list[DeviceState] = field(default_factory=list)
+    early: int = 0
+    page_sizes: int = 0  # of huge pages, as postcopy was advised
+    sections: list[DeviceSection] = field(default_factory=list)
 
 
 class ImageFormats:
@@ -112,10 +119,9 @@ def read_elements(reader: FileBuffer, configuration: Configuration, ram: RamRead
                 head = read_head(reader)
                 reader.need(min(_LIMITS.device_bytes + 1, reader.available))
                 section = read_device(reader, head, formats, _LIMITS.device_bytes)
-                state = DeviceState(head.name, head.instance, head.version, section.payload)
-                found.devices.append(state)
+                found.sections.append(section)
             case SectionType.COMMAND:
-                _read_command(reader)
+                _read_command(reader, found)
             case _:
                 reader.fail(f"Unknown savevm section type {kind}", 1)
     if reader.position != end:
@@ -123,10 +129,11 @@ def read_elements(reader: FileBuffer, configuration: Configuration, ram: RamRead
     if found.blocks is None:
         reader.fail("the stream has no RAM")
     return Contents(
-        machine_name=configuration.machine,
-        uuid=configuration.uuid,
+        configuration=configuration,
         blocks=found.blocks,
-        devices=tuple(found.devices),
+        sections=tuple(found.sections),
+        early_sections=found.early,
+        ram_section_id=found.section_id,
         description=text,
         ram_ended=found.ended,
     )
@@ -186,16 +193,19 @@ def _read_setup(reader: FileBuffer, ram: RamReader, found: _Found) -> None:
     total = word & ~FLAGS_MASK
     if total > LARGEST_RAM_BYTES:
         reader.fail(f"RAM of {total:#x} bytes; at most {LARGEST_RAM_BYTES:#x} are taken", 8)
-    blocks = tuple(ram.read_blocks(reader, total))
+    blocks = tuple(ram.read_blocks(reader, total, found.page_sizes))
     if (word := reader.u64()) != RamFlag.EOS:
         refuse_flags(reader, word & FLAGS_MASK)
     read_footer(reader, RAM_SECTION_NAME, head.section_id)
-    found.blocks, found.section_id = blocks, head.section_id
+    found.blocks, found.section_id, found.early = blocks, head.section_id, len(found.sections)
 
 
-def read_plain_blocks(reader: FileBuffer, total_bytes: int) -> list[ImageBlock]:
-    """Read a list of blocks whose entries are name and size.
+def read_plain_blocks(
+    reader: FileBuffer, total_bytes: int, page_sizes: int = 0
+) -> list[ImageBlock]:
+    """Read a list of blocks whose entries are name and size, and the page size of a block of huge pages.
 
+    :param page_sizes: see :meth:`RamReader.read_blocks`.
     :raises StreamError: the sizes do not add up, or an entry is not valid.
     """
     blocks: dict[str, ImageBlock] = {}
@@ -209,9 +219,23 @@ def read_plain_blocks(reader: FileBuffer, total_bytes: int) -> list[ImageBlock]:
             reader.fail(f'RAM block "{name}" is listed twice', 8)
         if not 0 < size <= left or size % TARGET_PAGE_BYTES:
             reader.fail(f'RAM block "{name}" of {size:#x} bytes, where {left:#x} are left', 8)
-        blocks[name] = ImageBlock(name, size)
+        page_size = _read_page_size(reader, page_sizes) if page_sizes else TARGET_PAGE_BYTES
+        blocks[name] = ImageBlock(name, size, page_size)
         left -= size
     return list(blocks.values())
+
+
+def _read_page_size(reader: FileBuffer, page_sizes: int) -> int:
+    """Read the page size that an entry may end with.
+
+    What else may follow is the length of a name, which is not 0, or the word of EOS, which is no size.
+    """
+    reader.need(HEADER_BYTES)
+    size = int.from_bytes(reader.rest()[:HEADER_BYTES], "big")
+    if not size & page_sizes or size & (size - 1):
+        return TARGET_PAGE_BYTES
+    reader.skip(HEADER_BYTES)
+    return size
 
 
 def _read_part(reader: FileBuffer, ram: RamReader, found: _Found) -> None:
@@ -222,14 +246,29 @@ def _read_part(reader: FileBuffer, ram: RamReader, found: _Found) -> None:
     read_footer(reader, RAM_SECTION_NAME, section_id)
 
 
-def _read_command(reader: FileBuffer) -> None:
+def _read_command(reader: FileBuffer, found: _Found) -> None:
     at = reader.position
     number, length = reader.u16(), reader.u16()
     if _HARMLESS.get(number) == length:
         reader.skip(length)
-        return
-    reader.seek(at)
-    _refuse_command(reader)
+    elif number == Command.POSTCOPY_ADVISE and length in {0, _ADVISE_BYTES}:
+        # Postcopy was allowed, but has not begun: all pages are here.
+        if length:
+            found.page_sizes = _read_advise(reader)
+    else:
+        reader.seek(at)
+        _refuse_command(reader)
+
+
+def _read_advise(reader: FileBuffer) -> int:
+    """Read the page sizes that a source of postcopy has; return the bitwise or of those of huge pages."""
+    sizes, target_page = reader.u64(), reader.u64()
+    if target_page != TARGET_PAGE_BYTES:
+        reader.fail(f"pages of {target_page} bytes; only {TARGET_PAGE_BYTES} are known", 8)
+    huge = sizes & ~TARGET_PAGE_BYTES
+    if huge % (2 * TARGET_PAGE_BYTES) or huge >= 2 * _LARGEST_PAGE_BYTES:
+        reader.fail(f"page sizes {sizes:#x}", 16)
+    return huge
 
 
 def _refuse_command(reader: FileBuffer) -> NoReturn:

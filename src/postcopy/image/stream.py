@@ -73,11 +73,13 @@ class _StreamRam:
         self.index: dict[str, _BlockIndex] = {}
         self._last: dict[str, int] = {}  # the offset of each block's last page
 
-    def read_blocks(self, reader: FileBuffer, total_bytes: int) -> list[ImageBlock]:
+    def read_blocks(
+        self, reader: FileBuffer, total_bytes: int, page_sizes: int
+    ) -> list[ImageBlock]:
         file_bytes = reader.position + reader.available
         if total_bytes > _SPARSE_BYTES + file_bytes * TARGET_PAGE_BYTES:
             reader.fail(f"RAM of {total_bytes:#x} bytes in a file of {file_bytes:#x}", 8)
-        blocks = read_plain_blocks(reader, total_bytes)
+        blocks = read_plain_blocks(reader, total_bytes, page_sizes)
         layout = {block.name: BlockLayout(block.size_bytes) for block in blocks}
         self._records = RamRecords(Receiver(layout), Limits())
         self.index = {block.name: _BlockIndex() for block in blocks}
