@@ -303,12 +303,25 @@ class Resuming(Protocol):
         """Wait until they run; see :meth:`RunControl.resume`."""
 
 
-class Guest(RunControl, Ownership, Keeper, Protocol):
-    """A guest as engines use it.  Every method may be called from any thread."""
+class LeavingGuest(Ownership, Protocol):
+    """What a source asks of a guest, but for its memory."""
 
     @property
     def machine_name(self) -> str:
         """See :class:`Description`."""
+
+    def pause_to_save(self) -> Saving:
+        """Stop every vCPU, and have the devices saved while the caller does something else.
+
+        :raises WrongState: the migration has been cancelled.
+        """
+
+    def resume(self) -> None:
+        """See :meth:`RunControl.resume`."""
+
+
+class Guest(RunControl, LeavingGuest, Keeper, Protocol):
+    """A guest as engines use it.  Every method may be called from any thread."""
 
     @property
     def kvm(self) -> bool:
@@ -316,12 +329,6 @@ class Guest(RunControl, Ownership, Keeper, Protocol):
 
     def vcpu_threads(self) -> Sequence[VcpuThread]:
         """The threads that run vCPUs, in order of the vCPUs' numbers."""
-
-    def pause_to_save(self) -> Saving:
-        """Stop every vCPU, and have the devices saved while the caller does something else.
-
-        :raises WrongState: the migration has been cancelled.
-        """
 
     def begin_to_resume(self) -> Resuming:
         """As :meth:`RunControl.resume`, while the caller does something else."""

@@ -25,8 +25,10 @@ class Block:
 
     name = "ram"
     target_pages = RamBlock.target_pages
+    is_zero = RamBlock.is_zero
 
-    def __init__(self, per_page, holes, zeros):
+    def __init__(self, per_page, holes, zeros, *, copies=False):
+        self._copies = copies  # the pages are not mapped, but must be read
         self.target_pages_per_page = per_page
         self.page_count = COUNT // per_page
         self._holes = holes
@@ -37,6 +39,14 @@ class Block:
 
     def has_data(self, start, end):
         return np.array([page not in self._holes for page in range(start, end)])
+
+    def page(self, page):
+        return self.pages[page].copy() if self._copies else self.pages[page]
+
+    def gather(self, target):
+        if self._copies:
+            return self.pages[target], np.arange(len(target))
+        return self.pages, target
 
     def contents(self, target):
         hole = target // self.target_pages_per_page in self._holes
@@ -62,9 +72,10 @@ def parse(data):
     zeros=st.sets(st.integers(0, COUNT - 1)),
     batch=st.sets(st.integers(0, COUNT - 1), min_size=1).map(sorted),
     most=st.sampled_from([1, 3, 8, 100]),
+    copies=st.booleans(),
 )
-def test_whatever_a_batch_holds(per_page, holes, zeros, batch, most):
-    block = Block(per_page, holes, zeros)
+def test_whatever_a_batch_holds(per_page, holes, zeros, batch, most, copies):
+    block = Block(per_page, holes, zeros, copies=copies)
     batch = np.array(sorted({page // per_page for page in batch}))
     wanted = block.target_pages(batch).tolist()
     with mock.patch.object(wire_sink, "BATCH_PAGES", most):

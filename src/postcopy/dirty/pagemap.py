@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from postcopy.guest import AddressSpace, Keeper
 from postcopy.kernel.pagemap import PagemapScanner
-from postcopy.memory.ram_block import RamBlock
+from postcopy.memory.ram_block import PageBlock
 from postcopy.memory.runs import Mask, mask_of, runs
 
 
@@ -30,13 +30,13 @@ class PagemapTracker:
         for space in self._guest.address_spaces():
             self._scanners.append((space, PagemapScanner(space.process_id)))
 
-    def collect(self, block: RamBlock, start: int, end: int, *, protect: bool) -> Mask:
+    def collect(self, block: PageBlock, start: int, end: int, *, protect: bool) -> Mask:
         """Return which pages were written, and protect them again if asked."""
         ranges = self.collect_runs(block, start, end, protect=protect)
         return mask_of(ranges - start, end - start)
 
     def collect_runs(
-        self, block: RamBlock, start: int, end: int, *, protect: bool
+        self, block: PageBlock, start: int, end: int, *, protect: bool
     ) -> npt.NDArray[np.int64]:
         """As :meth:`collect`, as runs: what this costs depends on how many there are.
 

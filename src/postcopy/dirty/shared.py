@@ -9,7 +9,7 @@ is told of again.
 import numpy as np
 
 from postcopy.guest import Keeper
-from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
+from postcopy.memory.ram_block import TARGET_PAGE_BYTES, PageBlock
 from postcopy.memory.runs import Mask
 
 
@@ -36,7 +36,7 @@ class SharedWrites:
             self._is_on = False
             self._guest.stop_shared_log()
 
-    def collect(self, block: RamBlock, start: int, end: int, *, protect: bool) -> Mask | None:
+    def collect(self, block: PageBlock, start: int, end: int, *, protect: bool) -> Mask | None:
         """See :meth:`postcopy.dirty.tracker.DirtyTracker.collect`.
 
         The log of all blocks is fetched when the first page of a block is asked about: often enough for a

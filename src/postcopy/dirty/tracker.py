@@ -13,7 +13,7 @@ from postcopy.dirty.shared import SharedWrites
 from postcopy.errors import HostCannot, Refused
 from postcopy.guest import Guest, Keeper
 from postcopy.kernel.userfaultfd import WRITE_FEATURES, Userfaultfd
-from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
+from postcopy.memory.ram_block import TARGET_PAGE_BYTES, PageBlock
 from postcopy.memory.runs import Mask
 
 
@@ -28,7 +28,7 @@ class DirtyTracker(Protocol):
     def start(self) -> None:
         """Begin; what was written before counts as written."""
 
-    def collect(self, block: RamBlock, start: int, end: int, *, protect: bool) -> Mask:
+    def collect(self, block: PageBlock, start: int, end: int, *, protect: bool) -> Mask:
         """Return which of the block's pages ``start`` to ``end`` were written since last protected.
 
         :param protect: protect these again, so that the next call tells only of later writes.
@@ -79,7 +79,7 @@ class UnitedTracker:
         self._others.start()
         self._own.start()
 
-    def collect(self, block: RamBlock, start: int, end: int, *, protect: bool) -> Mask:
+    def collect(self, block: PageBlock, start: int, end: int, *, protect: bool) -> Mask:
         """Return which pages were written by any of them."""
         own = self._own.collect(block, start, end, protect=protect)
         others = self._others.collect(block, start, end, protect=protect)
@@ -112,7 +112,7 @@ class KvmLogTracker:
         """Switch the log on; what was written before counts as written."""
         self._guest.start_dirty_log()
 
-    def collect(self, block: RamBlock, start: int, end: int, *, protect: bool) -> Mask:
+    def collect(self, block: PageBlock, start: int, end: int, *, protect: bool) -> Mask:
         """Return which pages were written, and forget them if asked to protect them again."""
         kept = self._kept.get(block.name)
         if kept is None:
@@ -125,7 +125,7 @@ class KvmLogTracker:
             kept[start:end] = False
         return found
 
-    def _fetch(self, block: RamBlock) -> Mask:
+    def _fetch(self, block: PageBlock) -> Mask:
         per_page = block.page_size_bytes // TARGET_PAGE_BYTES
         packed = np.frombuffer(self._guest.fetch_dirty_log(block.name), np.uint8)
         bits = np.unpackbits(packed, bitorder="little").view(np.bool_)

@@ -11,6 +11,7 @@ from postcopy.link.values import Fd
 from postcopy.machine import sections
 from postcopy.parameters import Capabilities, Capability, Settings
 from postcopy.snapshot.background import BackgroundSnapshot
+from postcopy.source.dirty_pages import GuestMemory
 from postcopy.source.source import MigrationOptions, Source
 from postcopy.status import Status
 from postcopy.stream.description import build_description
@@ -49,8 +50,10 @@ class Outgoing(OutgoingCommands):
         )
 
     def _make_source(self, uri: str, settings: Settings) -> None:
+        guest = self._engine.guest()
         source = Source(
-            self._engine.guest(),
+            guest,
+            GuestMemory(guest),
             MigrationOptions(uri, settings.capabilities),
             settings.parameters,
             self._engine.progress,

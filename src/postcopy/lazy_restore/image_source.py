@@ -9,7 +9,7 @@ from postcopy.image.base import Image, PageRows
 from postcopy.image.chunk_verifier import ChunkVerifier
 from postcopy.image.digests import CHUNK_BYTES
 from postcopy.image.mapped_ram import MappedImage
-from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
+from postcopy.memory.ram_block import TARGET_PAGE_BYTES, PageBlock
 from postcopy.memory.runs import Mask
 
 
@@ -20,7 +20,7 @@ class ImagePageSource:
         or check themselves when they are read.
     """
 
-    def __init__(self, image: Image, block: RamBlock, check: ChunkVerifier | None = None) -> None:
+    def __init__(self, image: Image, block: PageBlock, check: ChunkVerifier | None = None) -> None:
         self._image = image
         self._name = block.name
         self._per_page = block.target_pages_per_page

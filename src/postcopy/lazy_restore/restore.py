@@ -174,7 +174,7 @@ class Restore:
             self._shared.add(space)
         trace("restore.watching")
         restorers = [
-            BlockRestorer(userfaultfd, paged, self._opened.source(paged), self._on_lost)
+            BlockRestorer(userfaultfd, paged, self._opened.source(paged.block), self._on_lost)
             for paged in self._ram
         ]
         prefetch = self._options.lazy and self._options.prefetch == "auto"
@@ -269,7 +269,7 @@ class Restore:
 
     def _fill_unwatched(self) -> None:
         for paged in self._ram:
-            lost = fill_block(paged, self._opened.source(paged))
+            lost = fill_block(paged, self._opened.source(paged.block))
             if lost is not None:
                 self._on_lost(lost)
         self._wake_whole()

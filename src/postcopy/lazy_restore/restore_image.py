@@ -17,6 +17,7 @@ from postcopy.image.verify import open_for_restore
 from postcopy.image.working_set import BadWorkingSet, WorkingSet
 from postcopy.lazy_restore.image_source import ImagePageSource
 from postcopy.memory.page_map import EARLY, UNTOUCHED
+from postcopy.memory.ram_block import PageBlock
 from postcopy.memory.runs import Mask, runs
 from postcopy.paging.ram import IncomingBlock, IncomingRam
 from postcopy.stream.numbers import IGNORED_BLOCKS
@@ -92,9 +93,9 @@ class RestoreImage:
         for damage in self._check.damages():
             raise damage.error()
 
-    def source(self, paged: IncomingBlock) -> ImagePageSource:
+    def source(self, block: PageBlock) -> ImagePageSource:
         """Where the pages of a block of the guest come from."""
-        return ImagePageSource(self.image, paged.block, self._check)
+        return ImagePageSource(self.image, block, self._check)
 
     def working_set(self, ram: IncomingRam) -> dict[str, Mask]:
         """Read what earlier restores have touched, in pages of the guest's size; empty without."""

@@ -1,12 +1,14 @@
-"""One RAM block as an engine has it: its own mapping, and where the guest's process has it."""
+"""RAM blocks: as a sender reads them, and as an engine has those of a guest mapped."""
 
 import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from postcopy.errors import GuestError
-from postcopy.guest import Region
+from postcopy.guest import MappedRange, Region
 from postcopy.kernel import memfd
 from postcopy.kernel.mapping import Mapping
 from postcopy.memory.runs import Indices, runs
@@ -15,25 +17,19 @@ TARGET_PAGE_BYTES = 4096
 """The page of the wire, whatever the block's own page is."""
 
 
-class RamBlock:
-    """The memory of one block, mapped into the engine.
+class PageBlock(ABC):
+    """A RAM block as a sender reads it, wherever its pages are.
 
-    No userfaultfd watches the engine's mapping: an access to :attr:`pages` never waits for a page that the
-    engine itself would have to bring.
-
-    :param region: what the guest's process says of it; ``region.fd`` becomes ours.
+    :param page_size_bytes: of the block's own pages.
     """
 
-    def __init__(self, region: Region) -> None:
-        self.name = region.name
-        self.size_bytes = region.size_bytes
-        self.page_size_bytes = region.page_size_bytes
-        self.host_address = region.host_address
-        self.physical_ranges = region.physical_ranges
-        self._fd = region.fd
-        self._fd_offset = region.fd_offset
-        self._mapping = Mapping.shared(region.fd, region.size_bytes, region.fd_offset)
-        self.pages: npt.NDArray[np.uint8] = self._mapping.view().reshape(-1, TARGET_PAGE_BYTES)
+    physical_ranges: Sequence[MappedRange] = ()
+    """Where it stands among the guest-physical addresses, if that is known."""
+
+    def __init__(self, name: str, size_bytes: int, page_size_bytes: int) -> None:
+        self.name = name
+        self.size_bytes = size_bytes
+        self.page_size_bytes = page_size_bytes
 
     @property
     def page_count(self) -> int:
@@ -44,6 +40,61 @@ class RamBlock:
     def target_pages_per_page(self) -> int:
         """How many pages of the wire make one page of this block."""
         return self.page_size_bytes // TARGET_PAGE_BYTES
+
+    def target_pages(self, pages: Indices) -> Indices:
+        """The pages of the wire that make these pages of the block's own size, in the same order."""
+        per_page = self.target_pages_per_page
+        if per_page == 1:
+            return pages
+        pieces: Indices = (pages[:, None] * per_page + np.arange(per_page)).reshape(-1)
+        return pieces
+
+    @abstractmethod
+    def has_data(self, start: int, end: int) -> npt.NDArray[np.bool_]:
+        """Tell which pages ``start`` to ``end`` may hold anything; the others are zero."""
+
+    @abstractmethod
+    def is_zero(self, page: int) -> bool:
+        """Tell whether a page that may hold anything is zero nevertheless, as far as is known."""
+
+    @abstractmethod
+    def page(self, page: int) -> npt.NDArray[np.uint8]:
+        """Give one page of the wire, shape ``(4096,)``, contiguous.
+
+        :raises PostcopyError: it cannot be had.
+        """
+
+    @abstractmethod
+    def gather(self, target: Indices) -> tuple[npt.NDArray[np.uint8], Indices]:
+        """Give pages of the wire.
+
+        :param target: pages that may hold anything.
+        :return: rows of 4096 bytes, contiguous, and which row is which of ``target``.
+        :raises PostcopyError: one of them cannot be had.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of it."""
+
+
+class RamBlock(PageBlock):
+    """The memory of one block, mapped into the engine.
+
+    No userfaultfd watches the engine's mapping: an access to :attr:`pages` never waits for a page that the
+    engine itself would have to bring.
+
+    :param region: what the guest's process says of it; ``region.fd`` becomes ours.
+    """
+
+    def __init__(self, region: Region) -> None:
+        super().__init__(region.name, region.size_bytes, region.page_size_bytes)
+        self.host_address = region.host_address
+        self.physical_ranges = region.physical_ranges
+        self._fd = region.fd
+        self._fd_offset = region.fd_offset
+        self._mapping = Mapping.shared(region.fd, region.size_bytes, region.fd_offset)
+        self.pages: npt.NDArray[np.uint8] = self._mapping.view().reshape(-1, TARGET_PAGE_BYTES)
 
     def within(self, start: int, end: int) -> tuple[int, int]:
         """Which pages lie within addresses of the guest's process: first and end, equal if none do."""
@@ -66,14 +117,6 @@ class RamBlock:
             )
         self.host_address += destination - source
 
-    def target_pages(self, pages: Indices) -> Indices:
-        """The pages of the wire that make these pages of the block's own size, in the same order."""
-        per_page = self.target_pages_per_page
-        if per_page == 1:
-            return pages
-        pieces: Indices = (pages[:, None] * per_page + np.arange(per_page)).reshape(-1)
-        return pieces
-
     def has_data(self, start: int, end: int) -> npt.NDArray[np.bool_]:
         """Tell which pages ``start`` to ``end`` have memory behind them; the others are zero.
 
@@ -95,6 +138,21 @@ class RamBlock:
             for begin, stop in memfd.data_ranges(self._fd, base + first * size, base + last * size):
                 found[(begin - base) // size : -(-(stop - base) // size)] = True
         return found
+
+    def is_zero(self, page: int) -> bool:
+        """Tell whether a page is zero; its first words settle it for most that are not."""
+        first = page * self.target_pages_per_page
+        words = self.pages[first : first + self.target_pages_per_page].view(np.uint64)
+        return not (words[:, 0].any() or words.any())
+
+    def page(self, page: int) -> npt.NDArray[np.uint8]:
+        """Give one page of the wire, as it is now."""
+        contents: npt.NDArray[np.uint8] = self.pages[page]
+        return contents
+
+    def gather(self, target: Indices) -> tuple[npt.NDArray[np.uint8], Indices]:
+        """Give all of the block: nothing is copied."""
+        return self.pages, target
 
     def discard(self, start: int, end: int) -> None:
         """Free the pages ``start`` to ``end`` (not included), so that a touch finds them missing."""

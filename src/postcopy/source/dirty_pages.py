@@ -5,13 +5,15 @@ tracker has not been asked about yet come on top; :meth:`DirtyPages.collect` add
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
-from postcopy.dirty.tracker import DirtyTracker
+from postcopy.dirty.tracker import DirtyTracker, choose
 from postcopy.errors import StreamError
-from postcopy.memory.ram_block import RamBlock
+from postcopy.guest import Guest
+from postcopy.memory.ram_block import PageBlock, RamBlock
 from postcopy.memory.runs import Indices, Mask, index_runs, next_set
 from postcopy.source.counters import RedirtyEstimate
 
@@ -27,13 +29,42 @@ _MOST_TOGETHER = 16
 _NONE: Indices = np.empty(0, np.int64)
 
 
+class SourceMemory(Protocol):
+    """The memory that a source sends."""
+
+    def blocks(self) -> Sequence[PageBlock]:
+        """Its blocks, in the order of the list that is sent; they become the caller's."""
+
+    def tracker(self, wish: str) -> DirtyTracker:
+        """What notices the writes to it.
+
+        :param wish: the parameter ``x-dirty-tracking``.
+        :raises Refused: that cannot be had here.
+        """
+
+
+class GuestMemory:
+    """The memory of a guest that runs until the switchover: a :class:`SourceMemory`."""
+
+    def __init__(self, guest: Guest) -> None:
+        self._guest = guest
+
+    def blocks(self) -> Sequence[PageBlock]:
+        """Map them."""
+        return [RamBlock(region) for region in self._guest.regions()]
+
+    def tracker(self, wish: str) -> DirtyTracker:
+        """See :func:`postcopy.dirty.tracker.choose`."""
+        return choose(wish, self._guest)
+
+
 class BlockPages:
     """The pages of one block, in pages of its own size.
 
     Changed by the sending thread alone, or under the lock of the push once requests come in.
     """
 
-    def __init__(self, block: RamBlock) -> None:
+    def __init__(self, block: PageBlock) -> None:
         self.block = block
         self.pending: Mask = np.ones(block.page_count, np.bool_)
         self.known_data: Mask = np.zeros(block.page_count, np.bool_)
@@ -158,7 +189,7 @@ class BlockPages:
 class DirtyPages:
     """What is still to send, over all blocks."""
 
-    def __init__(self, blocks: list[RamBlock], tracker: DirtyTracker) -> None:
+    def __init__(self, blocks: Sequence[PageBlock], tracker: DirtyTracker) -> None:
         self._tracker = tracker
         self.blocks = [BlockPages(block) for block in blocks]
         self.syncs = 0

@@ -12,7 +12,7 @@ import numpy as np
 
 from postcopy.channel.files import FileChannel
 from postcopy.channel.rate_limit import RateLimiter
-from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
+from postcopy.memory.ram_block import TARGET_PAGE_BYTES, PageBlock
 from postcopy.memory.runs import Indices, Mask, index_runs
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages
@@ -34,7 +34,7 @@ class FileSink(PacedChannel):
         self._places: dict[str, MappedBlock] = {}
         self._present: dict[str, Mask] = {}
 
-    def begin(self, blocks: Sequence[RamBlock], *, postcopy: bool) -> None:
+    def begin(self, blocks: Sequence[PageBlock], *, postcopy: bool) -> None:
         """Lay out the places of all pages, and write the list of blocks around their places."""
         assert not postcopy  # QEMU's rules exclude it
         channel = self._file
@@ -62,11 +62,13 @@ class FileSink(PacedChannel):
         block = pages.block
         target = block.target_pages(batch)
         written = block.target_pages(batch[pages.has_data(batch)])
-        written = written[~are_zero(block.pages, written)]
+        pages_of, rows = block.gather(written)
+        nonzero = ~are_zero(pages_of, rows)
+        written, rows = written[nonzero], rows[nonzero]
         self._mark(block.name, target, written)
         for start, end in index_runs(written).tolist():
-            first = int(written[start])
-            self._write(block.name, first, block.pages[first : first + end - start])
+            row = int(rows[start])
+            self._write(block.name, int(written[start]), pages_of[row : row + end - start])
         return self._count_sent(len(written), len(target) - len(written))
 
     def send_copies(self, block: str, target: Indices, contents: PageRows) -> int:

@@ -6,7 +6,7 @@ from typing import Protocol
 from postcopy.channel.channel import Channel
 from postcopy.channel.files import check_seekable
 from postcopy.channel.rate_limit import Interrupt, RateLimiter
-from postcopy.memory.ram_block import RamBlock
+from postcopy.memory.ram_block import PageBlock
 from postcopy.memory.runs import Indices
 from postcopy.parameters import Capabilities, Capability
 from postcopy.source.counters import Counters, Rate
@@ -32,7 +32,7 @@ class PageSink(Protocol):
     def limit(self) -> int:
         """The bandwidth limit now, in bytes a second; 0 = none."""
 
-    def begin(self, blocks: Sequence[RamBlock], *, postcopy: bool) -> None:
+    def begin(self, blocks: Sequence[PageBlock], *, postcopy: bool) -> None:
         """Send the list of blocks (RAM's START section), before any page.
 
         :param postcopy: it has been advised.

@@ -13,20 +13,18 @@ from postcopy.channel.address import parse
 from postcopy.channel.channel import Channel
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.channel.sockets import SocketChannel
-from postcopy.dirty.tracker import choose
 from postcopy.errors import ChannelBroken, MigrationCancelled, PostcopyError, Refused, WrongState
-from postcopy.guest import DeviceState, Guest
-from postcopy.memory.ram_block import RamBlock
+from postcopy.guest import DeviceState, LeavingGuest
 from postcopy.ownership import Move
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.source.connection import Connection
 from postcopy.source.connector import Connector
 from postcopy.source.counters import Counters, Rate, StageTimes, describe
-from postcopy.source.dirty_pages import DirtyPages
+from postcopy.source.dirty_pages import DirtyPages, SourceMemory
 from postcopy.source.flow_control import PushPolicy
 from postcopy.source.page_sink import page_sink_for
 from postcopy.source.precopy import Outcome, Precopy
-from postcopy.source.switchover import Switchover
+from postcopy.source.switchover import OURS_ONLY, Switchover
 from postcopy.source.user_requests import UserRequests
 from postcopy.statistics import MigrationInfo
 from postcopy.status import GIVEN_UP, Status, StatusMachine
@@ -38,10 +36,14 @@ from postcopy.trace import trace
 
 @dataclass(frozen=True, slots=True)
 class MigrationOptions:
-    """What the user has set, fixed for one migration but for the parameters."""
+    """What the user has set, fixed for one migration but for the parameters.
+
+    :ivar ours_only: device sections that a real QEMU would refuse.
+    """
 
     uri: str
     capabilities: Capabilities
+    ours_only: frozenset[str] = OURS_ONLY
 
 
 class Source:
@@ -49,7 +51,8 @@ class Source:
 
     def __init__(
         self,
-        guest: Guest,
+        guest: LeavingGuest,
+        memory: SourceMemory,
         options: MigrationOptions,
         parameters: Parameters,
         progress: StatusMachine,
@@ -57,6 +60,7 @@ class Source:
         on_pass: Callable[[int], None],
     ) -> None:
         self._guest = guest
+        self._memory = memory
         self._options = options
         self._parameters = parameters
         self._progress = progress
@@ -201,11 +205,11 @@ class Source:
 
     def _set_up(self) -> tuple[Connection, DirtyPages]:
         address = parse(self._options.uri)
-        tracker = choose(self._parameters.x_dirty_tracking, self._guest)
+        tracker = self._memory.tracker(self._parameters.x_dirty_tracking)
         channel = self._connector.connect(address)
         trace("source.connected")
         try:
-            blocks = [RamBlock(region) for region in self._guest.regions()]
+            blocks = self._memory.blocks()
             self._counters.total_bytes = sum(block.size_bytes for block in blocks)
             self._dirty = dirty = DirtyPages(blocks, tracker)
         except BaseException:
@@ -282,6 +286,7 @@ class Source:
             self._counters,
             self._clock,
             self._describe_devices,
+            self._options.ours_only,
         )
 
     def _complete_postcopy(self, connection: Connection) -> None:
@@ -307,9 +312,9 @@ class Source:
 
     def adopt(self) -> None:
         """Take over a paused postcopy whose engine has died: its state is in the guest's memory."""
-        blocks = [RamBlock(region) for region in self._guest.regions()]
+        blocks = self._memory.blocks()
         self._counters.total_bytes = sum(block.size_bytes for block in blocks)
-        self._dirty = DirtyPages(blocks, choose("pagemap", self._guest))
+        self._dirty = DirtyPages(blocks, self._memory.tracker("pagemap"))
         trace("source.adopted")
 
     def _resume(self, uri: str) -> None:

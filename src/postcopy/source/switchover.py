@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from postcopy.errors import ChannelBroken, MigrationCancelled, WrongState
-from postcopy.guest import DeviceState, Guest, Saving
+from postcopy.guest import DeviceState, LeavingGuest, Saving
 from postcopy.memory.runs import Mask, runs
 from postcopy.ownership import Move
 from postcopy.parameters import Capabilities, Capability
@@ -43,7 +43,7 @@ from postcopy.stream.records import (
 from postcopy.trace import trace
 
 OURS_ONLY = frozenset({"serial"})
-"""Device sections that a real QEMU does not know."""
+"""Device sections of our machine that the same machine of a real QEMU does not know."""
 
 FIRST_DEVICE_ID = 10
 _RANGES_PER_COMMAND = 4000  # 64 KiB, less the name
@@ -57,7 +57,7 @@ class Switchover:
 
     def __init__(
         self,
-        guest: Guest,
+        guest: LeavingGuest,
         connection: Connection,
         dirty: DirtyPages,
         requests: UserRequests,
@@ -66,6 +66,7 @@ class Switchover:
         counters: Counters,
         clock: StageTimes,
         describe: Callable[[Sequence[DeviceState]], str],
+        ours_only: frozenset[str] = OURS_ONLY,
     ) -> None:
         self._guest = guest
         self._connection = connection
@@ -79,6 +80,7 @@ class Switchover:
         self._counters = counters
         self._clock = clock
         self._describe = describe
+        self._ours_only = ours_only
         self._discarded: dict[str, Mask] = {}
         self._saving: Saving | None = None
         self.stopped = False
@@ -220,7 +222,7 @@ class Switchover:
         assert self._saving is not None
         states = list(self._saving.states())
         if self._return_path is not None and not self._return_path.peer_is_ours:
-            return [state for state in states if state.name not in OURS_ONLY]
+            return [state for state in states if state.name not in self._ours_only]
         return states
 
     def _send_discards(self) -> int:

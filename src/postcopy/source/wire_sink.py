@@ -8,7 +8,7 @@ import numpy as np
 
 from postcopy.channel.channel import Channel
 from postcopy.channel.rate_limit import Interrupt, RateLimiter
-from postcopy.memory.ram_block import TARGET_PAGE_BYTES, RamBlock
+from postcopy.memory.ram_block import TARGET_PAGE_BYTES, PageBlock
 from postcopy.memory.runs import Indices, Mask
 from postcopy.source.counters import Counters, Rate
 from postcopy.source.dirty_pages import BlockPages
@@ -149,13 +149,13 @@ class PageRecords:
     def _page(self, pages: BlockPages, page: int) -> EncodedPages:
         block = pages.block
         if pages.known_data[page] or pages.has_data(np.array([page])).all():
-            record = self._encoder.nonzero_page(block.name, page, block.pages)
+            record = self._encoder.nonzero_page(block.name, page, block.page(page))
             if record is not None:
                 return EncodedPages([*record], 1, 0)
         offset = np.array([page * TARGET_PAGE_BYTES], np.uint64)
         return EncodedPages([self._encoder.zeros(block.name, offset)], 0, 1)
 
-    def _pages(self, block: RamBlock, data: Indices, holes: Indices) -> EncodedPages:
+    def _pages(self, block: PageBlock, data: Indices, holes: Indices) -> EncodedPages:
         """Encode pages of the wire.
 
         :param data: those with memory behind them. :param holes: the others.
@@ -163,11 +163,13 @@ class PageRecords:
         if not len(data):
             return self.encode_zeros(block.name, holes)
         offsets = _offsets(data)
+        source, rows = block.gather(data)
+        places = offsets if rows is data else _offsets(rows)
         if block.target_pages_per_page > 1:
             # The pieces of a huge page must go out in their order, whatever they hold.
-            records = self._encoder.pages(block.name, offsets, block.pages)
+            records = self._encoder.pages(block.name, offsets, source, places)
             return self._with_zeros(block.name, records, len(data), _offsets(holes))
-        records, zero = self._encoder.nonzero_pages(block.name, offsets, block.pages)
+        records, zero = self._encoder.nonzero_pages(block.name, offsets, source, places)
         found = offsets[zero]
         zeros = np.concatenate((found, _offsets(holes)))
         return self._with_zeros(block.name, records, len(data) - len(found), zeros)
@@ -190,7 +192,7 @@ class WireSink(PacedChannel):
         self._records = PageRecords()
         self._part = RamPart(RAM_SECTION_ID)
 
-    def begin(self, blocks: Sequence[RamBlock], *, postcopy: bool) -> None:
+    def begin(self, blocks: Sequence[PageBlock], *, postcopy: bool) -> None:
         """Send the list of blocks.
 
         :param postcopy: it has been advised, so blocks of huge pages say their page size.
@@ -241,21 +243,19 @@ class WireSink(PacedChannel):
         return RamPart(RAM_SECTION_ID, SectionType.END).around()
 
 
-def _entry(block: RamBlock, *, postcopy: bool) -> BlockEntry:
+def _entry(block: PageBlock, *, postcopy: bool) -> BlockEntry:
     huge = block.page_size_bytes if block.target_pages_per_page > 1 and postcopy else None
     return BlockEntry(block.name, block.size_bytes, huge)
 
 
-def _without_zeros(block: RamBlock, batch: Indices, has_data: Mask) -> Mask:
+def _without_zeros(block: PageBlock, batch: Indices, has_data: Mask) -> Mask:
     """Which of these huge pages hold anything: one that is all zero goes out as zeros.
 
     The kernel does not tell where a hugetlb file has holes.
     """
-    per_page, has_data = block.target_pages_per_page, has_data.copy()
+    has_data = has_data.copy()
     for at in np.flatnonzero(has_data).tolist():
-        first = int(batch[at]) * per_page
-        words = block.pages[first : first + per_page].view(np.uint64)
-        has_data[at] = words[:, 0].any() or words.any()  # the first words settle it for most
+        has_data[at] = not block.is_zero(int(batch[at]))
     return has_data
 
 

@@ -114,28 +114,33 @@ class PageEncoder:
         self._first_word = self._table[0].copy()
         self._ramp = ramp << np.uint64(TARGET_PAGE_BITS)
 
-    def pages(self, block: str, offsets: Offsets, source: PageRows) -> Iovecs:
+    def pages(
+        self, block: str, offsets: Offsets, source: PageRows, places: Offsets | None = None
+    ) -> Iovecs:
         """Write pages of a block, in the order of ``offsets``, whatever they hold.
 
         :param offsets: byte offsets in the block, multiples of 4096.
         :param source: the whole block, shape ``(m, 4096)``, contiguous.
+        :param places: byte offsets of the pages in ``source``, if that is not the whole block.
         :return: the records; valid until the next call.
         :raises ValueError: more pages than ``max_pages``, or none.
         :raises IndexError: an offset lies outside of the block.
         """
-        self._check(offsets, source)
-        return self._records(block, offsets, offsets, source)
+        places = offsets if places is None else places
+        self._check(places, source)
+        return self._records(block, offsets, places, source)
 
     def nonzero_pages(
-        self, block: str, offsets: Offsets, source: PageRows
+        self, block: str, offsets: Offsets, source: PageRows, places: Offsets | None = None
     ) -> tuple[Iovecs, npt.NDArray[np.bool_]]:
         """As :meth:`pages`, without those that are all zero; and tell which are.
 
         :return: the records (perhaps none), valid until the next call; and for each of ``offsets``
             whether it is a zero page, which :meth:`zeros` is to write.
         """
-        self._check(offsets, source)
-        return self._nonzero(block, offsets, offsets, source)
+        places = offsets if places is None else places
+        self._check(places, source)
+        return self._nonzero(block, offsets, places, source)
 
     def nonzero_copies(
         self, block: str, offsets: Offsets, contents: PageRows
@@ -144,18 +149,16 @@ class PageEncoder:
 
         :param contents: those pages and no others, in the order of ``offsets``; contiguous.
         """
-        places = self._ramp[: len(offsets)]
-        self._check(places, contents)
-        return self._nonzero(block, offsets, places, contents)
+        return self.nonzero_pages(block, offsets, contents, self._ramp[: len(offsets)])
 
     def nonzero_page(
-        self, block: str, page: int, source: PageRows
+        self, block: str, page: int, contents: PageRows
     ) -> list[bytes | memoryview] | None:
         """As :meth:`nonzero_pages`, of one page that a vCPU waits for: the shortest way.
 
+        :param contents: the page, shape ``(4096,)``, contiguous.
         :return: the record, in pieces, or ``None`` if the page is zero.
         """
-        contents = source[page]
         data = contents.data
         if not (any(data[:8]) or contents.any()):
             return None
