@@ -53,6 +53,8 @@ class Feature(StrEnum):
     TAKEN = "`postcopy snapshot` of it"
     MOVED = "`postcopy migrate` from one to another of it"
     RECOVERED = "`postcopy recover`"
+    SERVED = "`postcopy serve`: runs at once, and its memory comes later"
+    SERVED_AGAIN = "`postcopy serve --resume`, after a server that was killed"
 
 
 T, F = Way.TO, Way.FROM
@@ -63,6 +65,8 @@ ONE_WAY: Final[Mapping[Feature, Way]] = {
     Feature.TAKEN: F,
     Feature.MOVED: F,
     Feature.RECOVERED: T,
+    Feature.SERVED: T,
+    Feature.SERVED_AGAIN: T,
 }
 """Features that exist in this direction only."""
 

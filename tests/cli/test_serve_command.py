@@ -1,0 +1,43 @@
+"""``postcopy serve`` refuses what cannot be served, before any machine hears of it."""
+
+import pytest
+
+from fakes.commands import one_line, postcopy
+from fakes.snapshots import Portrait
+from postcopy.machine.workload import load
+
+WORKLOAD = load("idle", 4 << 20, fill_bytes=1 << 20)
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp("serve") / "image"
+    with Portrait(WORKLOAD) as portrait:
+        portrait.take(f"file:{path}")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["unix:/nowhere"], 1, "Failed to connect"),
+        (["nonsense"], 3, "unknown migration protocol"),
+        (["file:/nowhere/image"], 3, "cannot answer at 'file:/nowhere/image'"),
+        (["unix:/nowhere", "--page-size", "pc.ram=2M"], 3, "its blocks are"),
+        (["unix:/nowhere", "--page-size", "microvm.ram=3M"], 3, "not made of pages of"),
+        (["unix:/nowhere", "--page-size", "2M"], 2, "is no BLOCK=SIZE"),
+        (["unix:/nowhere", "--resume"], 4, "Failed to connect"),
+    ],
+)
+def test_what_cannot_be(image, options, code, said):
+    outcome = postcopy("serve", str(image), *options)
+    assert (outcome.returncode, outcome.stdout) == (code, "")
+    assert said in one_line(outcome)
+
+
+def test_no_image(tmp_path):
+    (tmp_path / "text").write_text("no image")
+    for name in ("text", "missing"):
+        outcome = postcopy("serve", str(tmp_path / name), "unix:/nowhere")
+        assert outcome.returncode == 1
+        assert str(tmp_path / name) in one_line(outcome)
