@@ -1,4 +1,4 @@
-"""``postcopy serve`` refuses what cannot be served, before any machine hears of it."""
+"""``serve`` and ``restore --qemu`` refuse what cannot be, before any machine hears of it."""
 
 import pytest
 
@@ -41,3 +41,20 @@ def test_no_image(tmp_path):
         outcome = postcopy("serve", str(tmp_path / name), "unix:/nowhere")
         assert outcome.returncode == 1
         assert str(tmp_path / name) in one_line(outcome)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--qemu", "nowhere/qemu -M pc"], "cannot start 'nowhere/qemu'"),
+        (["--qemu", "qemu -incoming defer"], "leave it out"),
+        (["--qemu", "qemu 'open"], "is no command"),
+        (["--qemu", ""], "is empty"),
+        (["--qemu", "qemu", "--accel", "kvm"], "--accel is not for a QEMU"),
+        (["--qemu", "qemu", "--preempt"], "give --lazy too"),
+    ],
+)
+def test_what_cannot_be_started(image, options, said):
+    outcome = postcopy("restore", str(image), *options)
+    assert outcome.returncode == 3
+    assert said in one_line(outcome)

@@ -53,6 +53,7 @@ class Feature(StrEnum):
     TAKEN = "`postcopy snapshot` of it"
     MOVED = "`postcopy migrate` from one to another of it"
     RECOVERED = "`postcopy recover`"
+    RESTORED = "`postcopy restore --qemu`, at once or with all memory first"
     SERVED = "`postcopy serve`: runs at once, and its memory comes later"
     SERVED_AGAIN = "`postcopy serve --resume`, after a server that was killed"
 
@@ -65,6 +66,7 @@ ONE_WAY: Final[Mapping[Feature, Way]] = {
     Feature.TAKEN: F,
     Feature.MOVED: F,
     Feature.RECOVERED: T,
+    Feature.RESTORED: T,
     Feature.SERVED: T,
     Feature.SERVED_AGAIN: T,
 }

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from interop.qemu_guest import QemuGuest
 from interop.test_from_qemu import send_to_qemu
 from machine.machines import MIB, need
 from postcopy.image.formats import open_image
+from postcopy.image.manifest import beside
 from postcopy.machine.workload import load
 
 MEMORY_BYTES = 32 * MIB
@@ -49,6 +51,13 @@ class SavedInQemu:
         start = address - first * 4096
         return rows[start : start + length].tobytes()
 
+    def copy(self, folder: Path) -> Path:
+        """Copy it, with its manifest, to be damaged."""
+        path = folder / "copy"
+        shutil.copy(self.path, path)
+        shutil.copy(beside(self.path), beside(path))
+        return path
+
     @contextlib.contextmanager
     def target(self, accelerator="kvm", *capabilities, more=()):
         """A QEMU that waits for it, and the URI to serve it at."""
@@ -70,3 +79,14 @@ class SavedInQemu:
         np.testing.assert_array_equal(
             np.fromfile(dump, np.uint8).reshape(-1, 4096), self.pages("microvm.ram")
         )
+
+
+def flip(path: Path) -> None:
+    """Turn one byte of the guest's memory in an image, or turn it back."""
+    with open_image(path) as image:
+        at = image.place("microvm.ram").pages_offset + (24 << 20)
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0] ^ 0xFF
+        file.seek(at)
+        file.write(bytes([byte]))

@@ -64,7 +64,7 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
 def _kind(arguments: Sequence[str]) -> str | None:
     """Return the job for which the engine is to be prepared."""
     match [each for each in arguments if each != "--debug"]:
-        case ["restore", *_]:
+        case ["restore", *rest] if not any(each.startswith("--qemu") for each in rest):
             return "RestoreCommands"
         case ["run", *rest] if any(each.startswith("--incoming") for each in rest):
             return "IncomingCommands"

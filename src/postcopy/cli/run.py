@@ -71,6 +71,15 @@ def run(context: click.Context, /, **given: Any) -> None:
     help="Read the recorded working set first.",
 )
 @click.option("--record-working-set", "record", is_flag=True, help="Record the first page faults.")
+@click.option(
+    "--qemu",
+    metavar="COMMAND",
+    help="Start this QEMU for the guest, in place of our machine; it takes --lazy, -S and --qmp.",
+)
+@click.option("--preempt", is_flag=True, help="With --qemu --lazy: use postcopy-preempt.")
+@click.option(
+    "--bandwidth", type=Size("M"), metavar="SIZE", help="With --qemu: limit a second of the push."
+)
 @options(ACCELERATION)
 @options(DRIVE)
 @options(MONITORS)
@@ -80,7 +89,15 @@ def restore(context: click.Context, /, **given: Any) -> None:
 
     Memory, vCPUs and machine are those of the image.  With --lazy the guest runs at once.  Three times are
     printed on standard error: until it ran, until it had its working set, until it had all memory.
+
+    With --qemu the guest runs in a stock QEMU, which is started with what it needs added.  Its process, its
+    QMP socket and its times are printed on standard error; its exit code is that of the command.
     """
+    if given["qemu"] is not None:
+        from postcopy.cli import restore_qemu
+
+        restore_qemu.check_options(context)
+        context.exit(restore_qemu.run(given))
     from postcopy.link.guest.engine_slot import EnginePool
 
     engines = context.obj.get("engines") or EnginePool()

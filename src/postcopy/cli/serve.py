@@ -46,13 +46,21 @@ async def _serve(
     as_json: bool,
 ) -> None:
     import asyncio
+    import contextlib
 
     from postcopy.cli import interrupts
+    from postcopy.lazy_restore.restore_image import RestoreImage
     from postcopy.serve.server import ImageServer, ServeOptions
 
-    options = ServeOptions(preempt, bandwidth or 0, dict(map(_page_size, page_sizes)))
-    with ImageServer(path, options) as server, interrupts.on_interrupt(server.stop):
-        await asyncio.to_thread(server.resume if resume else server.serve, uri)
+    options = ServeOptions(
+        preempt=preempt,
+        bandwidth=bandwidth or 0,
+        page_sizes=dict(map(_page_size, page_sizes)),
+    )
+    with contextlib.closing(RestoreImage(path)) as opened:
+        server = ImageServer(opened, options)
+        with interrupts.on_interrupt(server.stop):
+            await asyncio.to_thread(server.resume if resume else server.serve, uri)
         info = server.info()
     assert info is not None
     show(path, info, as_json=as_json)

@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import os
+import socket
 from collections.abc import AsyncIterable, Mapping
 from typing import Any, Final
 
@@ -47,7 +48,22 @@ class QmpConnection:
         :raises Refused: not an address.
         :raises CannotConnect: no server listens there, or it does not speak QMP.
         """
-        where = parse_socket(address, "QMP").endpoint
+        return await cls._negotiate(address, parse_socket(address, "QMP").endpoint, timeout_s)
+
+    @classmethod
+    async def over(
+        cls, connected: socket.socket, name: str, *, timeout_s: float = 10.0
+    ) -> "QmpConnection":
+        """As :meth:`connect`, over a socket that is connected already and becomes ours.
+
+        :param name: of the machine, for messages.
+        """
+        return await cls._negotiate(name, connected, timeout_s)
+
+    @classmethod
+    async def _negotiate(
+        cls, address: str, where: "str | tuple[str, int] | socket.socket", timeout_s: float
+    ) -> "QmpConnection":
         client = QMPClient(address)
         try:
             async with asyncio.timeout(timeout_s):
@@ -63,16 +79,19 @@ class QmpConnection:
             raise CannotConnect(_why_not(address, error)) from error
         return cls(address, client)
 
-    async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+    async def execute(
+        self, command: str, arguments: Mapping[str, Any] | None = None, *, oob: bool = False
+    ) -> Any:
         """Execute one command and return its result.
 
+        :param oob: out of band: past other commands, even if the machine's main loop is blocked.
         :raises Refused: the machine refuses it, with the machine's text; or the arguments cannot be
             encoded in JSON, and nothing has been sent.
         :raises ChannelBroken: the connection ended before the answer came.
         """
         _check_json(command, arguments)
         try:
-            return await self._client.execute(command, arguments)
+            return await self._client.execute(command, arguments, oob=oob)
         except ExecuteError as error:
             raise Refused(str(error), _reason(error)) from error
         except (ExecInterruptedError, StateError) as error:

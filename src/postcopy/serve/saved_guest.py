@@ -5,6 +5,7 @@ number of times, and by several servers at once.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -85,6 +86,9 @@ class SavedBlock(PageBlock):
         return ImageError(self._image.path, f"{reason}; take the image from a copy")
 
 
+_STATE: Final = slice(4, 36)
+"""Of the section ``globalstate``: the run state by its QAPI name, padded with zeros."""
+
 _NO_ROWS: PageRows = np.empty((0, TARGET_PAGE_BYTES), np.uint8)
 
 
@@ -148,6 +152,14 @@ class SavedGuest:
     def machine_name(self) -> str:
         """What the configuration section says."""
         return self._opened.image.machine_name
+
+    @property
+    def ran(self) -> bool:
+        """Whether it ran when it was saved; that is assumed if the image does not tell."""
+        for device in self._opened.image.devices:
+            if device.name == "globalstate":
+                return device.payload[_STATE].split(b"\0")[0] == b"running"
+        return True
 
     @property
     def ours_only(self) -> frozenset[str]:

@@ -1,10 +1,7 @@
 """Serves one image to one destination, and goes on after a break."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
 
 from postcopy.channel.address import FileAddress, parse
 from postcopy.errors import ImageError, MigrationFailed, NeedsRecovery, PostcopyError, Refused
@@ -15,18 +12,18 @@ from postcopy.source.source import MigrationOptions, Source
 from postcopy.statistics import MigrationInfo
 from postcopy.status import AFTER_SWITCHOVER, Status, StatusMachine
 
-_DONE: Final = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
-
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
     """How to serve an image.
 
+    :ivar lazy: the guest runs before its memory is there; else all of it is sent first.
     :ivar preempt: requested pages have a connection of their own (``postcopy-preempt``).
     :ivar bandwidth: limit of the push, in bytes a second; 0: none.  Requested pages are not limited.
     :ivar page_sizes: in bytes, of blocks of huge pages at the destination.
     """
 
+    lazy: bool = True
     preempt: bool = False
     bandwidth: int = 0
     page_sizes: Mapping[str, int] = field(default_factory=dict)
@@ -40,25 +37,27 @@ class ImageServer:
     A server has no state that would be lost with it: another one of the same image goes on by
     :meth:`resume`, since the destination says which pages it has.
 
-    :param path: the image.
-    :raises ImageError: it is no image, or damaged where it is checked beforehand.
+    :param opened: the image; it may be that of several servers, and is the caller's to close.
+    :param on_status: called with each new status, by the thread that serves.
     :raises Refused: not with these options.
     """
 
-    def __init__(self, path: Path, options: ServeOptions) -> None:
-        self._opened = RestoreImage(path)
-        try:
-            self._guest = SavedGuest(self._opened, options.page_sizes)
-        except BaseException:
-            self._opened.close()
-            raise
-        wanted = {Capability.POSTCOPY_RAM}
-        if options.preempt:
-            wanted.add(Capability.POSTCOPY_PREEMPT)
-        self._capabilities = Capabilities(frozenset(wanted))
-        self._parameters = Parameters(max_postcopy_bandwidth=options.bandwidth)
+    def __init__(
+        self,
+        opened: RestoreImage,
+        options: ServeOptions,
+        on_status: Callable[[Status], None] = lambda _: None,
+    ) -> None:
+        self._opened = opened
+        self._guest = SavedGuest(opened, options.page_sizes)
+        self._lazy = options.lazy
+        self.capabilities = _capabilities(options)
+        self._parameters = Parameters(
+            max_bandwidth=options.bandwidth, max_postcopy_bandwidth=options.bandwidth
+        )
         self._source: Source | None = None
-        self._progress = StatusMachine()
+        self._on_status = on_status
+        self._progress = StatusMachine(on_status)
 
     @property
     def status(self) -> Status:
@@ -74,10 +73,10 @@ class ImageServer:
         """The figures, once it has begun."""
         return None if self._source is None else self._source.info()
 
-    def wait(self, *statuses: Status) -> Status:
-        """Wait until the status is one of these, or the end has come; return it."""
-        self._progress.wait(*_DONE, Status.POSTCOPY_PAUSED, *statuses)
-        return self.status
+    @property
+    def ran(self) -> bool:
+        """Whether the guest ran when it was saved."""
+        return self._guest.ran
 
     def serve(self, uri: str) -> None:
         """Serve a destination that waits for a guest at ``uri``, until it has every page.
@@ -88,9 +87,10 @@ class ImageServer:
         :raises ImageError: a page of the image cannot be had; no wrong one has been sent.
         """
         _check(uri)
-        self._progress = StatusMachine(begin=Status.SETUP)
+        self._progress.move(Status.SETUP)
         self._source = source = self._make(uri)
-        source.requests.postcopy()  # at once: no page is sent before the devices
+        if self._lazy:
+            source.requests.postcopy()  # at once: no page is sent before the devices
         source.run()
         self._raise_failure(source)
 
@@ -101,7 +101,7 @@ class ImageServer:
         """
         _check(uri)
         if self._source is None or self.status is not Status.POSTCOPY_PAUSED:
-            self._progress = StatusMachine(begin=Status.POSTCOPY_PAUSED)
+            self._progress = StatusMachine(self._on_status, Status.POSTCOPY_PAUSED)
             self._source = self._make(uri)
             self._source.adopt()
         source = self._source
@@ -117,29 +117,14 @@ class ImageServer:
                 self._source.pause()
             self._source.leave()
 
-    def close(self) -> None:
-        """Let go of the image."""
-        self._opened.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _make(self, uri: str) -> Source:
         return Source(
             self._guest,
             self._guest,
-            MigrationOptions(uri, self._capabilities, self._guest.ours_only),
+            MigrationOptions(uri, self.capabilities, self._guest.ours_only),
             self._parameters,
             self._progress,
-            lambda _: "",
+            lambda _: self._opened.image.description or "{}",
             lambda _: None,
         )
 
@@ -157,6 +142,13 @@ class ImageServer:
         if isinstance(error, PostcopyError):
             raise error
         raise MigrationFailed("stopped before the destination had taken the guest")
+
+
+def _capabilities(options: ServeOptions) -> Capabilities:
+    if not options.lazy:
+        return Capabilities(frozenset({Capability.RETURN_PATH}))
+    preempt = {Capability.POSTCOPY_PREEMPT} if options.preempt else frozenset[Capability]()
+    return Capabilities(frozenset({Capability.POSTCOPY_RAM} | preempt))
 
 
 def _check(uri: str) -> None:

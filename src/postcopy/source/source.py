@@ -36,14 +36,12 @@ from postcopy.trace import trace
 
 @dataclass(frozen=True, slots=True)
 class MigrationOptions:
-    """What the user has set, fixed for one migration but for the parameters.
-
-    :ivar ours_only: device sections that a real QEMU would refuse.
-    """
+    """What the user has set, fixed for one migration but for the parameters."""
 
     uri: str
     capabilities: Capabilities
     ours_only: frozenset[str] = OURS_ONLY
+    """Device sections that a real QEMU would refuse."""
 
 
 class Source:
