@@ -52,6 +52,9 @@ def test_no_image(tmp_path):
         (["--qemu", ""], "is empty"),
         (["--qemu", "qemu", "--accel", "kvm"], "--accel is not for a QEMU"),
         (["--qemu", "qemu", "--preempt"], "give --lazy too"),
+        (["--count", "2"], "--count is for a QEMU; give --qemu too"),
+        (["--preempt"], "--preempt is for a QEMU"),
+        (["--qemu", "qemu", "--count", "2", "--qmp", "unix:qmp"], "write {n} into --qmp"),
     ],
 )
 def test_what_cannot_be_started(image, options, said):

@@ -28,10 +28,15 @@ class Restoring:
     """The command with QEMU's, and a client of that QEMU's QMP."""
 
     def __init__(
-        self, folder: Path, image: Path, *options: str, memory_bytes: int = MEMORY_BYTES
+        self,
+        folder: Path,
+        image: Path,
+        *options: str,
+        memory_bytes: int = MEMORY_BYTES,
+        qmp: str = "user.qmp",
     ) -> None:
         self._folder = folder
-        self.qmp = folder / "user.qmp"
+        self.qmp = folder / qmp
         line = [BINARY, "-M", MICROVM, "-accel", "kvm", "-m", f"{memory_bytes >> 20}M"]
         line += ["-display", "none", "-nodefaults", *bios(folder)]
         command = [
@@ -169,3 +174,21 @@ def test_each_failure_ends_the_qemu(saved, tmp_path):
         assert restoring.process.wait(TIMEOUT_S) == 1
         assert "do not agree with their digest" in restoring.wait_line("postcopy:")
         assert is_gone(pid)
+
+
+@pytest.mark.qemu
+def test_clones_wake_side_by_side(saved, tmp_path):
+    """Of three the second fails in its hook, and the others are not ended for that."""
+    hook = f"echo $POSTCOPY_QMP >{tmp_path}/hook.$POSTCOPY_CLONE; [ $POSTCOPY_CLONE != 1 ]"
+    more = ["--lazy", "--count", "3", "--on-running", hook]
+    with Restoring(tmp_path, saved.path, *more, qmp="user{n}.qmp") as restoring:
+        for _ in range(2):
+            restoring.wait_line("has all memory")
+        for number in (2, 0):
+            restoring.qmp = tmp_path / f"user{number}.qmp"
+            assert (tmp_path / f"hook.{number}").read_text() == f"unix:{restoring.qmp}\n"
+            restoring.check_guest(saved)
+            restoring.ask(("quit", {}))
+        assert restoring.process.wait(TIMEOUT_S) == 1
+        failed = [line for line in restoring.lines if line.startswith("postcopy: clone 1: --on-")]
+        assert len(failed) == 1

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,18 +13,37 @@ import click
 from click.core import ParameterSource
 
 from postcopy.cli import interrupts
+from postcopy.cli.failures import FAILED, CommandFailed
 from postcopy.cli.process import notice
-from postcopy.errors import Refused
+from postcopy.errors import PostcopyError, Refused
 from postcopy.lazy_restore.restore_image import RestoreImage
 from postcopy.serve.restored_qemu import QemuOptions, RestoredQemu
 from postcopy.serve.server import ServeOptions
 from postcopy.statistics import RamStatistics
 
-_TAKEN: Final = frozenset({"path", "qemu", "lazy", "paused", "qmps", "preempt", "bandwidth"})
+_TAKEN: Final = frozenset({
+    "path", "qemu", "lazy", "paused", "qmps", "preempt", "bandwidth", "count", "on_running"
+})  # fmt: skip
+_NUMBER: Final = "{n}"
+"""Stands for the number of a clone, from 0 on, in QEMU's command and in addresses."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Clone:
+    """One QEMU to be started.
+
+    :ivar about: what its lines begin with.
+    :ivar hook: a shell command to be run when its guest runs; None: none.
+    """
+
+    number: int
+    about: str
+    options: QemuOptions
+    hook: str | None
 
 
 def check_options(context: click.Context) -> None:
-    """Refuse options that are about a machine of ours.
+    """Refuse options that are about a machine of ours, and some that exclude each other.
 
     :raises Refused: one was given.
     """
@@ -33,6 +54,8 @@ def check_options(context: click.Context) -> None:
             raise Refused(f"{option.opts[0]} is not for a QEMU; put its own option into --qemu")
     if context.params["preempt"] and not context.params["lazy"]:
         raise Refused("--preempt is about pages that come later; give --lazy too")
+    if context.params["count"] > 1 and any(_NUMBER not in qmp for qmp in context.params["qmps"]):
+        raise Refused(f"several QEMUs cannot have one QMP address; write {_NUMBER} into --qmp")
 
 
 def run(given: Mapping[str, Any]) -> int:
@@ -43,26 +66,84 @@ def run(given: Mapping[str, Any]) -> int:
         qmps=tuple(given["qmps"]),
         serve=ServeOptions(given["lazy"], given["preempt"], given["bandwidth"] or 0),
     )
-    return interrupts.run(_run(Path(given["path"]), options))
+    clones = [
+        _Clone(
+            number,
+            "QEMU" if given["count"] == 1 else f"clone {number}: QEMU",
+            replace(
+                options,
+                command=options.command.replace(_NUMBER, str(number)),
+                qmps=tuple(qmp.replace(_NUMBER, str(number)) for qmp in options.qmps),
+            ),
+            given["on_running"],
+        )
+        for number in range(given["count"])
+    ]
+    return interrupts.run(_run(Path(given["path"]), clones))
 
 
-async def _run(path: Path, options: QemuOptions) -> int:
+async def _run(path: Path, clones: list[_Clone]) -> int:
+    """Run all of them to their ends; return the first exit code that is not 0."""
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     with contextlib.closing(RestoreImage(path)) as opened:
-        return await _one(opened, options)
+        if len(clones) == 1:
+            return await _one(opened, clones[0])
+        tasks = [asyncio.create_task(_one_of_many(opened, clone)) for clone in clones]
+        try:
+            return next(filter(None, await asyncio.gather(*tasks)), 0)
+        finally:
+            for each in tasks:
+                if not each.cancelling():  # a second cancel would end its clean-up
+                    each.cancel()
+            await asyncio.wait(tasks)
 
 
-async def _one(opened: RestoreImage, options: QemuOptions) -> int:
-    async with RestoredQemu(opened, options) as qemu:
+async def _one_of_many(opened: RestoreImage, clone: _Clone) -> int:
+    """As :func:`_one`; a failure is of this one alone, and the others go on."""
+    try:
+        return await _one(opened, clone)
+    except (PostcopyError, CommandFailed) as error:
+        notice(f"clone {clone.number}: {error}")
+        return FAILED
+
+
+async def _one(opened: RestoreImage, clone: _Clone) -> int:
+    async with RestoredQemu(opened, clone.options) as qemu:
         await qemu.start()
+        about = f"{clone.about} {qemu.pid}"
         where = ", ".join(qemu.qmps)
-        notice(f"QEMU {qemu.pid} has the guest after {qemu.running_s:.3f} s; QMP at {where}")
+        notice(f"{about} has the guest after {qemu.running_s:.3f} s; QMP at {where}")
+        if clone.hook is not None:
+            await _run_hook(clone.hook, clone.number, qemu)
         info = await qemu.complete()
         ram = info.ram or RamStatistics()
         notice(
-            f"QEMU {qemu.pid} has all memory after {(info.total_time_ms or 0) / 1000:.3f} s: "
+            f"{about} has all memory after {(info.total_time_ms or 0) / 1000:.3f} s: "
             f"{ram.normal} pages with data, {ram.duplicate} zero, {ram.postcopy_requests} requested"
         )
         return await qemu.wait()
+
+
+async def _run_hook(hook: str, number: int, qemu: RestoredQemu) -> None:
+    """Run the user's command; the memory goes on to arrive meanwhile.
+
+    :raises CommandFailed: it has failed.
+    """
+    known = {
+        "POSTCOPY_CLONE": str(number),
+        "POSTCOPY_QEMU_PID": str(qemu.pid),
+        "POSTCOPY_QMP": qemu.qmps[0],
+    }
+    process = await asyncio.create_subprocess_shell(hook, env=os.environ | known)
+    try:
+        code = await process.wait()
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        raise
+    if code:
+        raise CommandFailed(
+            f"--on-running '{hook}' has failed with exit code {code}; QEMU was ended"
+        )

@@ -3,6 +3,7 @@
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from postcopy.cli.command_line import ACCELERATION, DRIVE, MONITORS, Number, Size, options
 
@@ -14,6 +15,7 @@ _WORKLOADS = (
     "sweep",
 )  # of machine/workload.py, which takes long to import
 _LOAD_ADDRESS = 0x10000
+_FOR_QEMU = ("preempt", "bandwidth", "count", "on_running")
 
 
 @click.command(short_help="Run a guest, or wait for an incoming one.")
@@ -76,6 +78,14 @@ def run(context: click.Context, /, **given: Any) -> None:
     metavar="COMMAND",
     help="Start this QEMU for the guest, in place of our machine; it takes --lazy, -S and --qmp.",
 )
+@click.option(
+    "--count",
+    type=click.IntRange(1, 1000),
+    default=1,
+    metavar="N",
+    help="With --qemu: so many clones; {n} in COMMAND and ADDRESS is the number of each.",
+)
+@click.option("--on-running", metavar="COMMAND", help="With --qemu: run this when a guest runs.")
 @click.option("--preempt", is_flag=True, help="With --qemu --lazy: use postcopy-preempt.")
 @click.option(
     "--bandwidth", type=Size("M"), metavar="SIZE", help="With --qemu: limit a second of the push."
@@ -98,6 +108,11 @@ def restore(context: click.Context, /, **given: Any) -> None:
 
         restore_qemu.check_options(context)
         context.exit(restore_qemu.run(given))
+    for option in _FOR_QEMU:
+        if context.get_parameter_source(option) is ParameterSource.COMMANDLINE:
+            from postcopy.errors import Refused
+
+            raise Refused(f"--{option.replace('_', '-')} is for a QEMU; give --qemu too")
     from postcopy.link.guest.engine_slot import EnginePool
 
     engines = context.obj.get("engines") or EnginePool()

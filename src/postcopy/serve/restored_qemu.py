@@ -23,7 +23,7 @@ from postcopy.status import Status
 
 _GREETING_S: Final = 120.0
 """A QEMU may first allocate all of its memory."""
-_END_S: Final = 1.5
+_END_S: Final = 1.0
 _NOTICES_S: Final = 10.0
 """QEMU has noticed a break by then."""
 _POLL_S: Final = 0.02
@@ -141,7 +141,6 @@ class RestoredQemu:
     async def end(self) -> None:
         """End QEMU if it has not, and let go of everything.  Harmless when done."""
         self._ending = True
-        self._server.stop()
         process = self._process
         if process is not None and process.returncode is None:
             process.terminate()
@@ -150,6 +149,7 @@ class RestoredQemu:
         if process is not None and process.returncode is None:
             process.kill()  # its main loop may wait for a page
             await process.wait()
+        self._server.stop()
         if self._monitor is not None:
             await self._monitor.close()
         for task in (self._serving, self._errors):
