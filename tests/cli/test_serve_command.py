@@ -52,6 +52,7 @@ def test_no_image(tmp_path):
         (["--qemu", ""], "is empty"),
         (["--qemu", "qemu", "--accel", "kvm"], "--accel is not for a QEMU"),
         (["--qemu", "qemu", "--preempt"], "give --lazy too"),
+        (["--qemu", "saved"], "does not tell its QEMU's command line"),
         (["--count", "2"], "--count is for a QEMU; give --qemu too"),
         (["--preempt"], "--preempt is for a QEMU"),
         (["--qemu", "qemu", "--count", "2", "--qmp", "unix:qmp"], "write {n} into --qmp"),

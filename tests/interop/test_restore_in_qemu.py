@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fakes.commands import POSTCOPY
+from fakes.commands import POSTCOPY, postcopy
 from fakes.peers import Feature, Way
-from fakes.qemu_versions import ALL, BINARY
+from fakes.qemu_versions import ALL, BINARY, NEWEST, OLDEST
 from fakes.real_qemu import MICROVM, bios
 from fakes.waiting import wait_until
 from interop.arrival import check_memory
@@ -34,6 +34,7 @@ class Restoring:
         *options: str,
         memory_bytes: int = MEMORY_BYTES,
         qmp: str = "user.qmp",
+        saved: bool = False,
     ) -> None:
         self._folder = folder
         self.qmp = folder / qmp
@@ -43,7 +44,7 @@ class Restoring:
             "restore",
             str(image),
             "--qemu",
-            shlex.join(line),
+            "saved" if saved else shlex.join(line),
             "--qmp",
             f"unix:{self.qmp}",
         ]
@@ -192,3 +193,17 @@ def test_clones_wake_side_by_side(saved, tmp_path):
         assert restoring.process.wait(TIMEOUT_S) == 1
         failed = [line for line in restoring.lines if line.startswith("postcopy: clone 1: --on-")]
         assert len(failed) == 1
+
+
+@pytest.mark.qemu(OLDEST, NEWEST)
+def test_the_qemu_that_was_saved_is_started_again(saved, tmp_path):
+    """Its monitors and its ``-incoming`` are not: they were another process's."""
+    command = json.loads(postcopy("inspect", "--json", str(saved.path)).stdout)["manifest"][
+        "command"
+    ]
+    assert "-qmp" not in command
+    assert "incoming" not in command
+    with Restoring(tmp_path, saved.path, "--lazy", saved=True) as restoring:
+        assert restoring.wait_line("starting: ") == f"postcopy: starting: {command}\n"
+        restoring.wait_line("has all memory")
+        restoring.check_guest(saved)

@@ -144,6 +144,8 @@ def _manifest_rows(found: "ImageInfo") -> Iterator[tuple[str, str]]:
     ):
         if times[key] is not None:
             yield name, f"{times[key] / factor:.2f} {unit}"
+    if found.manifest["command"] is not None:
+        yield "command", found.manifest["command"]
     parent = found.manifest["parent"]
     if parent is not None:
         yield "parent", f"{parent['path']} ({parent['identity'][:16]})"

@@ -16,6 +16,7 @@ from postcopy.cli import interrupts
 from postcopy.cli.failures import FAILED, CommandFailed
 from postcopy.cli.process import notice
 from postcopy.errors import PostcopyError, Refused
+from postcopy.image.manifest import Manifest, beside
 from postcopy.lazy_restore.restore_image import RestoreImage
 from postcopy.serve.restored_qemu import QemuOptions, RestoredQemu
 from postcopy.serve.server import ServeOptions
@@ -24,6 +25,7 @@ from postcopy.statistics import RamStatistics
 _TAKEN: Final = frozenset({
     "path", "qemu", "lazy", "paused", "qmps", "preempt", "bandwidth", "count", "on_running"
 })  # fmt: skip
+_SAVED: Final = "saved"
 _NUMBER: Final = "{n}"
 """Stands for the number of a clone, from 0 on, in QEMU's command and in addresses."""
 
@@ -60,8 +62,12 @@ def check_options(context: click.Context) -> None:
 
 def run(given: Mapping[str, Any]) -> int:
     """Start QEMU with the guest, and stay until its end; return its exit code."""
+    command = given["qemu"]
+    if command == _SAVED:
+        command = _saved_command(Path(given["path"]))
+        notice(f"starting: {command}")
     options = QemuOptions(
-        command=given["qemu"],
+        command=command,
         paused=given["paused"],
         qmps=tuple(given["qmps"]),
         serve=ServeOptions(given["lazy"], given["preempt"], given["bandwidth"] or 0),
@@ -80,6 +86,16 @@ def run(given: Mapping[str, Any]) -> int:
         for number in range(given["count"])
     ]
     return interrupts.run(_run(Path(given["path"]), clones))
+
+
+def _saved_command(path: Path) -> str:
+    """The command line that the image was saved with.
+
+    :raises Refused: the image does not have it.
+    """
+    if not beside(path).exists() or (command := Manifest.load(path).command) is None:
+        raise Refused(f"{path} does not tell its QEMU's command line; write that into --qemu")
+    return command
 
 
 async def _run(path: Path, clones: list[_Clone]) -> int:

@@ -75,8 +75,8 @@ def run(context: click.Context, /, **given: Any) -> None:
 @click.option("--record-working-set", "record", is_flag=True, help="Record the first page faults.")
 @click.option(
     "--qemu",
-    metavar="COMMAND",
-    help="Start this QEMU for the guest, in place of our machine; it takes --lazy, -S and --qmp.",
+    metavar="COMMAND|saved",
+    help="Start this QEMU for the guest, in place of our machine, or the one that was saved.",
 )
 @click.option(
     "--count",

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import socket
+import struct
 from collections.abc import AsyncIterable, Mapping
 from typing import Any, Final
 
@@ -22,6 +23,7 @@ from postcopy.channel.address import parse_socket
 from postcopy.errors import CannotConnect, ChannelBroken, Reason, Refused
 
 _HANG_UP_S: Final = 1.0
+_UCRED: Final = "3i"  # struct ucred, see unix(7)
 _MOST_BYTES: Final = 1 << 20
 _CONTEXT: Final = 40
 _MOST_DIGITS: Final = 300  # a machine makes a float of a number that is too large, and 308 fit
@@ -30,13 +32,27 @@ _MOST_DIGITS: Final = 300  # a machine makes a float of a number that is too lar
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 
 
+class _Client(QMPClient):
+    """The library's client, which tells its peer besides."""
+
+    def peer(self) -> int | None:
+        """The process at the other end of a Unix socket, as it was when that began to listen."""
+        connected = None if self._writer is None else self._writer.get_extra_info("socket")
+        if connected is None or connected.family != socket.AF_UNIX:
+            return None
+        size = struct.calcsize(_UCRED)
+        raw = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+        process_id: int = struct.unpack(_UCRED, raw)[0]
+        return process_id or None
+
+
 class QmpConnection:
     """A negotiated QMP connection; made by :meth:`connect`.
 
     :ivar address: as the user gave it.
     """
 
-    def __init__(self, address: str, client: QMPClient) -> None:
+    def __init__(self, address: str, client: _Client) -> None:
         self.address = address
         self._client = client
         self._version: Mapping[str, Any] = {}
@@ -64,7 +80,7 @@ class QmpConnection:
     async def _negotiate(
         cls, address: str, where: "str | tuple[str, int] | socket.socket", timeout_s: float
     ) -> "QmpConnection":
-        client = QMPClient(address)
+        client = _Client(address)
         try:
             async with asyncio.timeout(timeout_s):
                 await client.connect(where)
@@ -107,6 +123,11 @@ class QmpConnection:
         self._version = self._version or await self.execute("query-version")
         return self._version
 
+    @property
+    def process_id(self) -> int | None:
+        """The machine's process, if it is on this host and made the socket itself; None: not known."""
+        return self._client.peer()
+
     async def give(self, name: str, fd: int) -> None:
         """Pass a descriptor to the machine under a name (QMP's ``getfd``); the caller closes its own.
 
@@ -141,7 +162,7 @@ def _reason(error: ExecuteError) -> Reason:
     return known.get(said.get("x-reason", ""), Reason.UNKNOWN)
 
 
-async def _hang_up(client: QMPClient) -> None:
+async def _hang_up(client: _Client) -> None:
     gone = (QMPError, OSError, EOFError, asyncio.IncompleteReadError, TimeoutError)
     with contextlib.suppress(*gone):
         async with asyncio.timeout(_HANG_UP_S):  # unsent bytes wait until the machine reads them

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
 
 from postcopy.client.order_settings import BorrowedSettings
 from postcopy.client.progress import STOPPED, Phase, Progress, ProgressTracker, status_of
+from postcopy.client.qemu_command import command_of
 from postcopy.client.qmp import QmpConnection
 from postcopy.errors import MigrationCancelled, MigrationFailed, PostcopyError, Refused
 from postcopy.image.options import Form, ImageOptions, SnapshotTimings
@@ -176,6 +177,9 @@ class SnapshotJob:
             ours = await self._machine.is_ours()
             if not ours:
                 await self._check_state()
+                process_id = self._machine.process_id
+                command = None if process_id is None else command_of(process_id)
+                self._wanted = replace(self._wanted, command=command)
             # A background snapshot of QEMU 10 never writes the bitmaps of mapped-ram: such a machine
             # writes a stream, which is converted here.
             mapped = ours and (self._wanted.chunked or self._wanted.form == "mapped-ram")

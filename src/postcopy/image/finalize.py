@@ -108,7 +108,8 @@ def finalize(
                 manifest = make_manifest(image, _NO_TIMES, check)
         commit_point.commit()
         times = Times(utc_now(), timings.pause_us, timings.longest_stall_us, timings.total_ms)
-        _publish(path, written if file is None else file.partial, replace(manifest, times=times))
+        manifest = replace(manifest, times=times, command=options.command)
+        _publish(path, written if file is None else file.partial, manifest)
     on_disk = path.stat().st_blocks * 512
     return FinalizedImage(Manifest.load(path), ram, data, ram - data, on_disk, packed)
 

@@ -109,6 +109,7 @@ def _told(manifest: Manifest) -> dict[str, Any]:
         "identity": manifest.identity,
         "times": asdict(manifest.times),
         "parent": None if manifest.parent is None else asdict(manifest.parent),
+        "command": manifest.command,
         "chunk_bytes": CHUNK_BYTES,
         "chunks_with_data": int(manifest.digests.present.sum()),
     }

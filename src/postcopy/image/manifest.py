@@ -88,6 +88,7 @@ class Manifest:
     :param form: the image's format.
     :param digests: of the image's file.
     :param stored: for the format ``chunks`` only.
+    :param command: the command line of the QEMU that was saved, as a shell would split it.
     """
 
     form: str
@@ -97,6 +98,7 @@ class Manifest:
     times: Times
     parent: Parent | None = None
     stored: Stored | None = None
+    command: str | None = None
 
     @property
     def identity(self) -> str:
@@ -136,6 +138,7 @@ class Manifest:
             "present": text_of_mask(self.digests.present),
             "digests": self.digests.text,
             "stored": None if stored is None else _encode_stored(stored),
+            "command": self.command,
         }
 
     @classmethod
@@ -155,6 +158,7 @@ class Manifest:
             times=_times(fields.object("times")),
             parent=_parent(fields),
             stored=_stored(fields, blocks),
+            command=fields.optional("command", str),
         )
         _check_identity(fields, manifest)
         return manifest

@@ -15,11 +15,13 @@ class ImageOptions:
     :ivar form: the format, unless the memory goes into a store of chunks.
     :ivar compressed: put the memory into a store beside the image.
     :ivar parent: put the memory into the store of this image.
+    :ivar command: QEMU's command line, for the manifest.
     """
 
     form: Form = "mapped-ram"
     compressed: bool = False
     parent: Path | None = None
+    command: str | None = None
 
     @property
     def chunked(self) -> bool:
