@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -24,9 +25,11 @@ TIMEOUT_S = 20.0
 def reserved(count: int) -> Iterator[None]:
     """``count`` free pages of 2 MiB, until the context ends; skips where the host has none to give.
 
-    Each process that runs this at the same time adds as many as it needs: none takes those of another.
+    One process at a time: a pool that is made smaller gives up pages that are free, whoever has added them,
+    before those of a guest that has just ended.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_TURN)
         if can_add():
             added, grown = _add(count)
             stack.callback(_remove, grown)
@@ -52,6 +55,33 @@ def mounted(place: Path) -> Iterator[str]:
         yield str(place)
     finally:
         subprocess.run(["umount", place], check=True)
+
+
+class _Turn:
+    """This process's turn with the pool, from the first that enters to the last that leaves."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # Under the lock, which others of this process wait for while it is another's turn.
+        self._inside = 0
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._file = (POOL / "free_hugepages").open()
+                fcntl.flock(self._file, fcntl.LOCK_EX)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside and self._file is not None:
+                fcntl.flock(self._file, fcntl.LOCK_UN)  # a child may have the descriptor, too
+                self._file.close()
+
+
+_TURN = _Turn()
 
 
 def can_add() -> bool:
