@@ -51,6 +51,7 @@ class Feature(StrEnum):
     LAZY = "`postcopy restore`: runs at once, and its memory comes later"
     IMAGES = "`postcopy inspect` and `verify` of what it saved"
     TAKEN = "`postcopy snapshot` of it"
+    RECEIVED = "`postcopy receive`: it migrates into an image"
     MOVED = "`postcopy migrate` from one to another of it"
     RECOVERED = "`postcopy recover`"
     RESTORED = "`postcopy restore --qemu`, at once or with all memory first"
@@ -64,6 +65,7 @@ ONE_WAY: Final[Mapping[Feature, Way]] = {
     Feature.LAZY: F,
     Feature.IMAGES: F,
     Feature.TAKEN: F,
+    Feature.RECEIVED: F,
     Feature.MOVED: F,
     Feature.RECOVERED: T,
     Feature.RESTORED: T,

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postcopy.errors import StreamError
-from postcopy.stream.encoded_records import EncodedRamRecords, MultifdFlush, XbzrlePage
+from postcopy.stream.encoded_records import EncodedRamRecords, apply_delta
 from postcopy.stream.layout import BlockLayout, Limits, Receiver
 from postcopy.stream.reader import Incomplete, StreamBuffer
-from postcopy.stream.records import Pages, ZeroPages
+from postcopy.stream.records import MultifdFlush, Pages, XbzrlePage, ZeroPages
 
 PAGE = 4096
 RECEIVER = Receiver({"ram": BlockLayout(16 * PAGE)})
@@ -59,7 +59,7 @@ def test_a_delta_gives_the_page(changes, seed):
     for at, count in changes:
         new[at : at + count] ^= 0x5A
     page = old.copy()
-    XbzrlePage("ram", 0, encode(old.tobytes(), new.tobytes()), 0).apply(page)
+    apply_delta(XbzrlePage("ram", 0, encode(old.tobytes(), new.tobytes()), 0), page)
     np.testing.assert_array_equal(page, new)
 
 
@@ -103,7 +103,7 @@ def test_wrong_records(parts, text, offset):
 def test_wrong_deltas(delta, at):
     page = np.zeros(PAGE, np.uint8)
     with pytest.raises(StreamError, match="decode error") as caught:
-        XbzrlePage("ram", 0, delta, 100).apply(page)
+        apply_delta(XbzrlePage("ram", 0, delta, 100), page)
     assert caught.value.offset == 100 + at
 
 

@@ -83,6 +83,12 @@ def test_pages_come_before_the_sync_of_their_packet():
     assert kinds == [MultifdInitial, tuple, ZeroPages, MultifdSync]
 
 
+def test_a_size_without_pages_means_nothing():
+    # QEMU 7.2 leaves there what it had in the packet before.
+    raw = initial() + changed(20, ">I", 524288, ChannelWriter().packet(sync=True))
+    assert list(read_all(raw))[1:] == [MultifdSync(0)]
+
+
 def test_neighbours_are_known():
     decoder = MultifdDecoder(lambda: LAYOUT)
     writer = ChannelWriter()

@@ -17,6 +17,7 @@ COMMANDS: Final = {
     "recover": "postcopy.cli.migrate",
     "snapshot": "postcopy.cli.snapshot",
     "restore": "postcopy.cli.run",
+    "receive": "postcopy.cli.receive",
     "serve": "postcopy.cli.serve",
     "reset": "postcopy.cli.reset",
     "verify": "postcopy.cli.image_commands",

@@ -109,12 +109,18 @@ def finalize(
         commit_point.commit()
         times = Times(utc_now(), timings.pause_us, timings.longest_stall_us, timings.total_ms)
         manifest = replace(manifest, times=times, command=options.command)
-        _publish(path, written if file is None else file.partial, manifest)
+        publish_image(path, written if file is None else file.partial, manifest)
     on_disk = path.stat().st_blocks * 512
     return FinalizedImage(Manifest.load(path), ram, data, ram - data, on_disk, packed)
 
 
-def _publish(path: Path, written: Path, manifest: Manifest) -> None:
+def publish_image(path: Path, written: Path, manifest: Manifest) -> None:
+    """Give an image that is whole its name, with its manifest beside it.
+
+    :param written: its file; it may have gone afterwards.
+    :raises Refused: a file of that name has been made meanwhile.
+    :raises OSError: the disk is full, or broken; no file has got the name.
+    """
     manifest.save(path, replacing=False)
     try:
         publish(written, path)

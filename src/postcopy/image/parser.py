@@ -8,10 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
-from postcopy.errors import StreamError
 from postcopy.image.base import LARGEST_RAM_BYTES, Contents, ImageBlock
 from postcopy.stream.configuration import read_any_configuration, read_header
-from postcopy.stream.description import DescribedFormats, parse_description
+from postcopy.stream.description import (
+    DESCRIPTION_HEAD_BYTES,
+    DescribedFormats,
+    description_at_end,
+    parse_description,
+)
 from postcopy.stream.file_records import Configuration, DeviceSection
 from postcopy.stream.layout import Limits
 from postcopy.stream.numbers import (
@@ -37,8 +41,7 @@ _HARMLESS: dict[int, int] = {
     Command.PING: 4,
     Command.SWITCHOVER_START: 0,
 }
-_HEAD_BYTES = 5  # of the description: type and length
-_TAILS = (64 << 10, 1 << 20, _LIMITS.description_bytes + _HEAD_BYTES)
+_TAILS = (64 << 10, 1 << 20, _LIMITS.description_bytes + DESCRIPTION_HEAD_BYTES)
 
 
 class RamReader(Protocol):
@@ -106,7 +109,7 @@ def read_elements(reader: FileBuffer, configuration: Configuration, ram: RamRead
     :raises Incomplete: the file is truncated.
     """
     text, end = find_description(reader)
-    formats = ImageFormats(_parsed(text))
+    formats = formats_of(text)
     found = _Found()
     while (kind := _next_type(reader)) != SectionType.EOF:
         match kind:
@@ -152,34 +155,23 @@ def find_description(reader: FileBuffer) -> tuple[str | None, int]:
     """
     for tail_bytes in _TAILS:
         tail = reader.tail(tail_bytes)
-        if (text := _description_at_end(tail, reader.position + reader.available)) is not None:
-            return text, reader.position + reader.available - len(text.encode()) - _HEAD_BYTES
+        if (text := description_at_end(tail, reader.position + reader.available)) is not None:
+            return text, reader.position + reader.available - len(
+                text.encode()
+            ) - DESCRIPTION_HEAD_BYTES
         if len(tail) < tail_bytes:
             break
     return None, reader.position + reader.available
 
 
-def _description_at_end(tail: bytes, file_bytes: int) -> str | None:
-    # JSON has no such byte; its length may have one, and then the byte before is the right one.
-    at = len(tail)
-    for _ in range(_HEAD_BYTES):
-        at = tail.rfind(SectionType.DESCRIPTION, 0, at)
-        if at < 0:
-            break
-        length = len(tail) - at - _HEAD_BYTES
-        if length < 0 or int.from_bytes(tail[at + 1 : at + _HEAD_BYTES], "big") != length:
-            continue
-        try:
-            return tail[at + _HEAD_BYTES :].decode()
-        except UnicodeDecodeError as error:
-            raise StreamError("description is not UTF-8", file_bytes - length) from error
-    return None
+def formats_of(text: str | None) -> ImageFormats:
+    """Make the lengths of sections of a description, or of none.
 
-
-def _parsed(text: str | None) -> Mapping[str, Any] | None:
+    :raises StreamError: it is not valid.
+    """
     if text is None or text.strip() == "{}":  # of writers that describe nothing
-        return None
-    return parse_description(text)
+        return ImageFormats(None)
+    return ImageFormats(parse_description(text))
 
 
 def _read_setup(reader: FileBuffer, ram: RamReader, found: _Found) -> None:

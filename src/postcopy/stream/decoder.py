@@ -190,8 +190,8 @@ class Decoder(DecoderInput):
         self._next(self._read_ram, "a section of ram")
         return RamBody(kind)
 
-    def _read_ram(self) -> Pages | ZeroPages | None:
-        record = self._ram.read(self._reader)
+    def _read_ram(self) -> Record | None:
+        record: Record | None = self._ram.read(self._reader)
         if record is None:
             self._next(self._end_body, "the footer of a section of ram")
         return record

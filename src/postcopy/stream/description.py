@@ -13,10 +13,14 @@ from typing import Any, TypeAlias, cast
 from postcopy.errors import StreamError
 from postcopy.stream.configuration import CAPABILITIES, encode_name
 from postcopy.stream.file_records import Configuration
-from postcopy.stream.numbers import TARGET_PAGE_BYTES
+from postcopy.stream.numbers import TARGET_PAGE_BYTES, SectionType
+from postcopy.stream.reader import BytesLike
 
 Device: TypeAlias = Mapping[str, Any]
 """One device of a description: ``name``, ``instance_id``, ``fields``, and so on."""
+
+DESCRIPTION_HEAD_BYTES = 5
+"""What stands before the JSON in a stream: type and length."""
 
 _SUBSECTION_HEAD_BYTES = 6  # type byte, the name's length, version; the name comes on top
 _DEEPEST = 64
@@ -73,6 +77,34 @@ def parse_description(text: str) -> Mapping[str, Any]:
     if not isinstance(devices, list) or not all(map(_has_identity, devices)):
         raise StreamError("description lists no devices by name and instance")
     return cast("Mapping[str, Any]", parsed)
+
+
+def description_at_end(tail: BytesLike, end: int) -> str | None:
+    """Find the description with which a stream ends.
+
+    :param tail: the last bytes of the stream, or of what has come of it.
+    :param end: where the last of them ends, for errors.
+    :return: its text; ``None``: no description ends there.
+    :raises StreamError: it is not UTF-8.
+    """
+    # JSON has no such byte; its length may have one, and then the byte before is the right one.
+    view = bytes(tail)
+    at = len(view)
+    for _ in range(DESCRIPTION_HEAD_BYTES):
+        at = view.rfind(SectionType.DESCRIPTION, 0, at)
+        if at < 0:
+            break
+        length = len(view) - at - DESCRIPTION_HEAD_BYTES
+        if (
+            length < 0
+            or int.from_bytes(view[at + 1 : at + DESCRIPTION_HEAD_BYTES], "big") != length
+        ):
+            continue
+        try:
+            return view[at + DESCRIPTION_HEAD_BYTES :].decode()
+        except UnicodeDecodeError as error:
+            raise StreamError("description is not UTF-8", end - length) from error
+    return None
 
 
 def _has_identity(device: object) -> bool:

@@ -3,7 +3,6 @@
 Source: QEMU's ``migration/xbzrle.c`` and ``migration/ram.c``.
 """
 
-from dataclasses import dataclass
 from typing import Final, NoReturn, TypeAlias
 
 import numpy as np
@@ -12,7 +11,7 @@ from postcopy.errors import StreamError
 from postcopy.stream.numbers import FLAGS_MASK, HEADER_BYTES, TARGET_PAGE_BYTES, RamFlag
 from postcopy.stream.ram_records import RamRecords
 from postcopy.stream.reader import StreamBuffer
-from postcopy.stream.records import PageRows, Pages, ZeroPages
+from postcopy.stream.records import MultifdFlush, PageRows, Pages, XbzrlePage, ZeroPages
 
 _ENCODING: Final = 1
 _XBZRLE = int(RamFlag.XBZRLE)
@@ -20,53 +19,38 @@ _CONTINUE = int(RamFlag.CONTINUE)
 _MULTIFD_FLUSH = int(RamFlag.MULTIFD_FLUSH)
 
 
-@dataclass(frozen=True, slots=True)
-class XbzrlePage:
-    """What has changed in a target page since its copy before.
+def apply_delta(record: XbzrlePage, page: PageRows) -> None:
+    """Change a page in place.
 
-    :ivar position: of the delta in the stream, for errors.
+    :param page: its content at the reader, shape ``(4096,)``.
+    :raises StreamError: the delta does not fit a page; the page may have been changed in part.
     """
-
-    block: str
-    offset: int
-    delta: bytes
-    position: int
-
-    def apply(self, page: PageRows) -> None:
-        """Change a page in place.
-
-        :param page: its content at the reader, shape ``(4096,)``.
-        :raises StreamError: the delta does not fit a page; the page may have been changed in part.
-        """
-        delta, at, place = self.delta, 0, 0
-        while at < len(delta):
-            unchanged, next_at = self._number(at)
-            if at and not unchanged:
-                self._fail(at)
-            changed, start = self._number(next_at)
-            place += unchanged
-            end = start + changed
-            if not changed or end > len(delta) or place + changed > TARGET_PAGE_BYTES:
-                self._fail(next_at)
-            page[place : place + changed] = np.frombuffer(delta, np.uint8, changed, start)
-            at, place = end, place + changed
-
-    def _number(self, at: int) -> tuple[int, int]:
-        """Read a number of one or two bytes; return it, and where it ends."""
-        raw = self.delta[at : at + 2]
-        if raw and raw[0] < 0x80:
-            return raw[0], at + 1
-        if len(raw) < 2 or raw[1] >= 0x80:
-            self._fail(at)
-        return raw[0] & 0x7F | raw[1] << 7, at + 2
-
-    def _fail(self, at: int) -> NoReturn:
-        raise StreamError("Failed to load XBZRLE page - decode error!", self.position + at)
+    delta, at, place = record.delta, 0, 0
+    while at < len(delta):
+        unchanged, next_at = _number(record, at)
+        if at and not unchanged:
+            _fail(record, at)
+        changed, start = _number(record, next_at)
+        place += unchanged
+        end = start + changed
+        if not changed or end > len(delta) or place + changed > TARGET_PAGE_BYTES:
+            _fail(record, next_at)
+        page[place : place + changed] = np.frombuffer(delta, np.uint8, changed, start)
+        at, place = end, place + changed
 
 
-@dataclass(frozen=True, slots=True)
-class MultifdFlush:
-    """Wait here until each channel of multifd has come to its next SYNC; they wait for this record."""
+def _number(record: XbzrlePage, at: int) -> tuple[int, int]:
+    """Read a number of one or two bytes; return it, and where it ends."""
+    raw = record.delta[at : at + 2]
+    if raw and raw[0] < 0x80:
+        return raw[0], at + 1
+    if len(raw) < 2 or raw[1] >= 0x80:
+        _fail(record, at)
+    return raw[0] & 0x7F | raw[1] << 7, at + 2
+
+
+def _fail(record: XbzrlePage, at: int) -> NoReturn:
+    raise StreamError("Failed to load XBZRLE page - decode error!", record.position + at)
 
 
 EncodedRecord: TypeAlias = Pages | ZeroPages | XbzrlePage | MultifdFlush

@@ -182,11 +182,11 @@ class MultifdDecoder(DecoderInput):
             self._wrong(f"multifd: packet of {slots} pages; at most {PACKET_PAGES} are taken", 12)
         if n + z > PACKET_PAGES:
             self._wrong(f"multifd: {n} pages and {z} zero pages in a packet", _PAGES_AT)
-        if not n and size:
-            self._wrong(f"multifd: {size} bytes of data for no page", _SIZE_AT)
         if n:
             self._choose(flags & _COMPRESSION)
             self._check_size(n, size)
+        else:
+            size = 0  # QEMU 7.2 leaves the size of the packet before there; nothing follows
         block, offsets = "", np.empty(0, np.uint64)
         if n or z:
             block = self._block(name)

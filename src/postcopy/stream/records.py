@@ -82,6 +82,31 @@ class ZeroPages:
 
 
 @dataclass(frozen=True, slots=True)
+class XbzrlePage:
+    """What has changed in a target page since its copy before; see ``encoded_records.apply_delta``.
+
+    ``position`` is that of the delta in the stream, for errors.
+    """
+
+    block: str
+    offset: int
+    delta: bytes
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class MultifdFlush:
+    """Wait here until each channel of multifd has come to its next SYNC; they wait for this record."""
+
+
+@dataclass(frozen=True, slots=True)
+class RamRecordsEnd:
+    """The records of a section of RAM have ended; the footer is still to come."""
+
+    kind: SectionType
+
+
+@dataclass(frozen=True, slots=True)
 class OpenReturnPath:
     """From now on the destination may answer on the same socket."""
 
@@ -190,6 +215,9 @@ Record: TypeAlias = (
     | RamBodyEnd
     | Pages
     | ZeroPages
+    | XbzrlePage
+    | MultifdFlush
+    | RamRecordsEnd
     | DeviceSection
     | CommandRecord
     | EndOfStream

@@ -1,0 +1,1 @@
+"""A migration of a stock QEMU that arrives as an image."""
