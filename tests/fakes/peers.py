@@ -45,6 +45,7 @@ class Feature(StrEnum):
     TCG = "the guest runs in TCG there"
     DRIVE = "with a drive, `virtio-blk` on virtio-mmio"
     VHOST_USER = "with a drive by vhost-user, each side with a back end of its own"
+    VHOST_USER_NET = "with a network by vhost-user, each side with a back end of its own"
     LARGE = "memory above 4 GiB"
     REFUSED = "refused there, and the guest runs on here"
     BLOCKTIME = "`postcopy-blocktime`"

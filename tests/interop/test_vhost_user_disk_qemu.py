@@ -17,9 +17,16 @@ from machine.machines import MIB, need
 pytestmark = [pytest.mark.qemu(*ALL), pytest.mark.kvm, pytest.mark.userfaultfd]
 
 
-def qemu_with(folder, back_end, vcpus=1, device=("-device", "vhost-user-blk,id=drive,chardev=c0")):
+DISK = ("-device", "vhost-user-blk,id=drive,chardev=c0")
+HUGE_PAGES = 3 * MEMORY_BYTES // (2 * MIB)
+"""Those of two machines, and some that are given back late."""
+
+
+def qemu_with(folder, back_end, vcpus=1, device=DISK, *, huge_pages=False):
     size = f"{MEMORY_BYTES // MIB}M"
     memory = f"memory-backend-memfd,id=microvm.ram,size={size},share=on"
+    if huge_pages:
+        memory += ",hugetlb=on,hugetlbsize=2M"
     more = ["-object", memory, "-machine", "memory-backend=microvm.ram"]
     more += ["-global", "virtio-mmio.force-legacy=off"]
     more += ["-chardev", f"socket,id=c0,path={back_end.path}"]
@@ -29,15 +36,16 @@ def qemu_with(folder, back_end, vcpus=1, device=("-device", "vhost-user-blk,id=d
 @pytest.mark.proves(Way.TO, Feature.VHOST_USER)
 @pytest.mark.proves(Way.FROM, Feature.VHOST_USER)
 @pytest.mark.parametrize(
-    ("postcopy", "qemus", "ours"),
+    ("postcopy", "huge", "qemus", "ours"),
     [
-        pytest.param(False, StorageDaemon, StorageDaemon, id="precopy"),
+        pytest.param(False, True, StorageDaemon, StorageDaemon, id="precopy-hugetlb"),
         # With QEMU as front end qemu-storage-daemon cannot do postcopy.
-        pytest.param(True, BackEnd, StorageDaemon, id="postcopy"),
+        pytest.param(True, False, BackEnd, StorageDaemon, id="postcopy"),
     ],
 )
-def test_to_qemu_and_back(tmp_path, postcopy, qemus, ours):
+def test_to_qemu_and_back(tmp_path, huge_pages, postcopy, huge, qemus, ours):
     need("kvm")
+    huge_pages(HUGE_PAGES * huge)
     vcpus = 2
     path = make_disk(tmp_path / "disk")
     workload = disk_workload(vcpus=vcpus, delay_cycles=0)
@@ -45,9 +53,10 @@ def test_to_qemu_and_back(tmp_path, postcopy, qemus, ours):
         enter = stack.enter_context
         theirs = enter(qemus(tmp_path / "theirs", path))
         first, last = (enter(ours(tmp_path / name, path)) for name in ("first", "last"))
-        qemu = enter(qemu_with(tmp_path / "qemu", theirs, vcpus))
-        back = enter(OurGuest.waiting(workload, "kvm", vhost_user_blk=str(last.path)))
-        with OurGuest.running(workload, "kvm", vhost_user_blk=str(first.path)) as leaving:
+        qemu = enter(qemu_with(tmp_path / "qemu", theirs, vcpus, huge_pages=huge))
+        first, last = ({"vhost_user_blk": str(x.path), "huge_pages": huge} for x in (first, last))
+        back = enter(OurGuest.waiting(workload, "kvm", **last))
+        with OurGuest.running(workload, "kvm", **first) as leaving:
             to_qemu(leaving, qemu, postcopy=postcopy)
             read = leaving.machine.read_memory
             left_at, requests = iterations(read, workload), writes_and_reads(read, workload)

@@ -72,7 +72,11 @@ def test_postcopy(journey, kind, tracking):
     assert "postcopy-active" in trip.destination.story()
 
 
-@pytest.mark.parametrize("tracking", ["pagemap", "kvm"])
+@pytest.mark.parametrize(
+    ("kind", "tracking"),
+    [("memfd", "kvm"), ("tmpfs", "pagemap"), ("hugetlb", "kvm"), ("mixed", "pagemap")],
+    indirect=["kind"],
+)
 def test_a_guest_with_a_drive(journey, kind, tracking, tmp_path):
     workload = disk_workload(vcpus=2, memory_bytes=MEMORY_BYTES, delay_cycles=0)
     trip = journey(
@@ -128,16 +132,22 @@ def test_recovery(journey, kind, preempt):
     trip.migrate()
     trip.source.control.start_postcopy()
     trip.source.wait(Status.POSTCOPY_ACTIVE)
+    pause_and_recover(trip)
+    trip.finish()
+
+
+def pause_and_recover(trip, meanwhile=lambda: None):
+    """Once a page has been asked for; the rest comes at once then."""
     wait_until(lambda: trip.source.control.info().ram.postcopy_requests, 20, "a request")
     trip.source.control.pause()
     for side in (trip.source, trip.destination):
         side.until(Status.POSTCOPY_PAUSED)
+    meanwhile()
     trip.source.set(parameters={"max-postcopy-bandwidth": 0})
     trip.destination.control.recover("tcp:127.0.0.1:0")
     (found,) = trip.destination.control.info().socket_address
     where = str(TcpAddress(found["host"], int(found["port"])))
     trip.source.control.migrate(where, resume=True)
-    trip.finish()
 
 
 def test_background_snapshot(kind, tmp_path):

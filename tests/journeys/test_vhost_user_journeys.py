@@ -11,8 +11,6 @@ from fakes.pair import NEVER_ENDS, POSTCOPY, QUICK
 from fakes.vhost_back_end import BackEnd, DiskOfJourney
 from fakes.waiting import wait_until
 from faults.recovering import LASTS, Recovering
-from journeys.test_memory_kinds import HUGE_PAGES, MEMORY_BYTES
-from journeys.test_memory_kinds import KINDS as MEMORIES
 from machine.drives import disk_workload, writes_and_reads
 from machine.machines import wait_for_progress
 from postcopy.status import Status
@@ -57,28 +55,6 @@ def test_postcopy_and_back_again(with_disk, kind):
         trip.finish()
         assert "postcopy-active" in trip.destination.story()
         trip.turn()
-    assert disk.said == ""
-
-
-@pytest.mark.parametrize("memory", ["tmpfs", "mixed"])
-def test_kinds_of_memory(with_disk, huge_pages, memory):
-    """The back end maps each block from its own file; pages of 2 MiB are missing as a whole."""
-    huge_pages(2 * HUGE_PAGES.get(memory, 0))
-    trip, disk = with_disk(
-        "qemu",
-        workload=disk_workload(vcpus=2, memory_bytes=MEMORY_BYTES, delay_cycles=0),
-        capabilities=POSTCOPY,
-        parameters=SLOW,
-        **MEMORIES[memory],
-    )
-    trip.migrate()
-    trip.source.wait_rounds(1)
-    trip.source.control.start_postcopy()
-    trip.finish()
-    trip.turn()
-    trip.source.set(parameters=QUICK)
-    trip.migrate()
-    trip.finish()
     assert disk.said == ""
 
 
@@ -173,9 +149,12 @@ def test_another_attempt_with_the_same_back_end(with_disk):
     assert disk.said == ""
 
 
-def test_it_wakes_while_nearly_all_is_missing(with_disk, tmp_path):
-    trip, _ = with_disk("qemu")
+def test_it_wakes_while_nearly_all_is_missing_and_its_back_end_dies(with_disk, tmp_path):
+    trip, disk = with_disk("qemu")
     side = half_awake(trip, tmp_path / "image")
+    for _ in range(2):
+        wait_for_progress(side.machine, trip.workload)
+        disk.kill(1)
     wait_for_progress(side.machine, trip.workload)
     side.set(parameters={"max-postcopy-bandwidth": 0})
     woken(trip)
