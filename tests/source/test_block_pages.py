@@ -54,3 +54,16 @@ def test_all_batches_of_a_stopped_guest_are_all_pages(pages):
         position = int(batch[-1]) + 1
     assert np.concatenate(found).tolist() == expected.tolist()
     assert pages.block.looks == [(0, 4096), (4096, 8192), (8192, COUNT)]
+
+
+def test_zero_pages_that_are_left_out_are_to_be_had_on_request(pages):
+    pages.pending[:6] = False  # sent before
+    pages.leave_zeros_out()
+    assert np.flatnonzero(pages.pending).tolist() == list(range(6, COUNT, 3))
+    assert pages.take(3, 10).tolist() == [6, 7, 8, 9]
+    assert pages.take(7, 8).tolist() == []
+    assert pages.take(10, 11).tolist() == [10]
+    pages.end_requests()
+    assert pages.take(11, 12).tolist() == []
+    assert pages.take(12, 13).tolist() == [12]
+    assert np.flatnonzero(pages.pending).tolist() == list(range(15, COUNT, 3))

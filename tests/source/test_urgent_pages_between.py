@@ -49,6 +49,8 @@ class HalfSent:
 class Urgent:
     """A preempt channel whose page takes as long as the push lets it."""
 
+    sends_end = False
+
     def __init__(self, order, begun, may_end):
         self._order, self._begun, self._may_end = order, begun, may_end
 

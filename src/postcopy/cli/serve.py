@@ -84,7 +84,7 @@ def show(path: Path, info: Any, *, as_json: bool) -> None:
         click.echo(json.dumps(figures))
         return
     click.echo(
-        f"{path}: all {ram.normal + ram.duplicate} pages sent in {info.total_time_ms / 1000:.2f} s: "
+        f"{path}: served in {info.total_time_ms / 1000:.2f} s: {ram.normal} pages with data, "
         f"{ram.duplicate} zero, {ram.postcopy_requests} requested"
     )
 

@@ -134,6 +134,10 @@ class SavedGuest:
     :raises Refused: the image has no such block, or the block is not made of such pages.
     """
 
+    leaves_zeros_out = (
+        True  # they are most of many images, and QEMU takes each in a call of its own
+    )
+
     def __init__(self, opened: RestoreImage, page_sizes: Mapping[str, int]) -> None:
         self._opened = opened
         self._page_sizes = page_sizes

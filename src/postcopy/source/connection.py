@@ -18,6 +18,7 @@ from postcopy.stream.commands import encode_command
 from postcopy.stream.layout import BlockLayout
 from postcopy.stream.pings import (
     ALL_SENT_PING,
+    IDENTITY_PING,
     KEEPALIVE_PING,
     PREEMPT_CHECK_PINGS,
     PREEMPT_PROBE_PING,
@@ -148,6 +149,11 @@ class Connection:
         trace("source.resume-sent")
         self.answers.wait_resume_ack()
         trace("source.resume-acknowledged")
+
+    def ask_identity(self) -> None:
+        """Find out whether the destination is one of ours, which a recovery does not tell."""
+        self.channel.send(encode_command(Ping(IDENTITY_PING)))
+        self.answers.wait_pong(IDENTITY_PING, answer(IDENTITY_PING))
 
     # --- a peer that falls silent
 

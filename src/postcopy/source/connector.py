@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from postcopy.channel.address import Address, ExecAddress
 from postcopy.channel.channel import Channel
 from postcopy.channel.connect import connect
-from postcopy.errors import ChannelBroken, MigrationCancelled
+from postcopy.errors import ChannelBroken, MigrationCancelled, Refused
 from postcopy.kernel import threads
 from postcopy.source.user_requests import UserRequests
 
@@ -72,6 +72,18 @@ class Connector:
             self._requests.interrupt.wait()
             self._requests.interrupt.clear()
         return made.result()
+
+
+def check_answers(channel: Channel) -> None:
+    """Refuse a channel on which nothing comes back, and close it.
+
+    :raises Refused: it is such a channel.
+    """
+    if not channel.can_return:
+        channel.close()
+        raise Refused(
+            f"postcopy needs a channel that answers, which {channel.description} does not"
+        )
 
 
 def _connect(address: Address, made: "Future[Channel]") -> None:

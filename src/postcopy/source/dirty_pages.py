@@ -30,7 +30,12 @@ _NONE: Indices = np.empty(0, np.int64)
 
 
 class SourceMemory(Protocol):
-    """The memory that a source sends."""
+    """The memory that a source sends.
+
+    :ivar leaves_zeros_out: whether zero pages are sent to a real QEMU only if it requests them.
+    """
+
+    leaves_zeros_out: bool
 
     def blocks(self) -> Sequence[PageBlock]:
         """Its blocks, in the order of the list that is sent; they become the caller's."""
@@ -45,6 +50,8 @@ class SourceMemory(Protocol):
 
 class GuestMemory:
     """The memory of a guest that runs until the switchover: a :class:`SourceMemory`."""
+
+    leaves_zeros_out = False  # precopy has sent nearly all of them
 
     def __init__(self, guest: Guest) -> None:
         self._guest = guest
@@ -69,6 +76,8 @@ class BlockPages:
         self.pending: Mask = np.ones(block.page_count, np.bool_)
         self.known_data: Mask = np.zeros(block.page_count, np.bool_)
         """Pages known to have memory behind them; the others were holes at the last scan."""
+        # Zero pages that are not pending, but are sent if they are requested; None: there are none.
+        self._left_out: Mask | None = None
         self._scanned = (0, 0)
         # Windows that were scanned after the guest had stopped here: nothing in them changes.
         self._final: Mask = np.zeros(-(-block.page_count // _WINDOW_PAGES), np.bool_)
@@ -152,6 +161,9 @@ class BlockPages:
 
     def take(self, first: int, end: int) -> Indices:
         """Take those of a few pages that are pending; they are not any more."""
+        if self._left_out is not None:
+            self.pending[first:end] |= self._left_out[first:end]
+            self._left_out[first:end] = False
         if end - first == 1:  # the usual request
             if not self.pending[first]:
                 return _NONE
@@ -160,6 +172,15 @@ class BlockPages:
         taken: Indices = self.pending[first:end].nonzero()[0] + first
         self.pending[taken] = False
         return taken
+
+    def leave_zeros_out(self) -> None:
+        """Send the zero pages of a guest that has stopped here only if they are requested."""
+        self._left_out = self.pending & ~self.block.has_data(0, self.block.page_count)
+        self.pending &= ~self._left_out
+
+    def end_requests(self) -> None:
+        """Leave out what is left out for good."""
+        self._left_out = None
 
     def keep_missing(self, received: Mask) -> None:
         """Make all pages pending but those that a destination has received.
@@ -177,7 +198,7 @@ class BlockPages:
             )
         # A huge page has been received when all of its pieces have.
         whole: Mask = np.logical_and.reduceat(received, np.arange(0, len(received), per_page))
-        self.pending = ~whole
+        self.pending, self._left_out = ~whole, None
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """First and end page of each chunk."""

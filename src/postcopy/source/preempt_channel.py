@@ -42,7 +42,7 @@ class PreemptChannel:
         self._acked = AckedBytes(channel)
         self._counters = counters
         self._on_break = on_break
-        self._says_end = sends_end
+        self.sends_end = sends_end
         self._records = PageRecords()
         self._sending = threading.Lock()  # the encoder knows one thread at a time
         self._ending = False
@@ -55,12 +55,16 @@ class PreemptChannel:
     def send(self, pages: BlockPages, wanted: Indices) -> None:
         """Send pages of a block, on the wire when it returns.
 
-        :raises ChannelBroken: the destination does not take them.
+        :raises ChannelBroken: the destination does not take them, before :meth:`expect_end`.
         """
-        with self._sending:
-            for encoded in self._records.encode(pages, wanted):
-                self._counters.preempt_bytes += send_records(self._channel, encoded)
-                self._counters.add_pages(encoded.normal_pages, encoded.zero_pages)
+        try:
+            with self._sending:
+                for encoded in self._records.encode(pages, wanted):
+                    self._counters.preempt_bytes += send_records(self._channel, encoded)
+                    self._counters.add_pages(encoded.normal_pages, encoded.zero_pages)
+        except ChannelBroken:
+            if not self._ending:
+                raise
 
     @property
     def taken_bytes(self) -> int:
@@ -73,7 +77,7 @@ class PreemptChannel:
         :raises ChannelBroken: the destination does not take the end of RAM.
         """
         self._ending = True
-        if self._says_end:
+        if self.sends_end:
             with self._sending:
                 self._channel.send(encoder.end_of_ram())
 

@@ -119,11 +119,17 @@ class PostcopyPush:
         """Send requested pages over this channel from now on."""
         self._preempt = channel
 
-    def run(self, answers: ReturnPath | None) -> None:
+    def run(self, answers: ReturnPath | None, *, leave_zeros_out: bool = False) -> None:
         """Push until nothing is pending.
 
         :param answers: the return path; None: there is none.
+        :param leave_zeros_out: zero pages are sent only if they are requested meanwhile.  A real QEMU has
+            emptied its memory, and takes what has not come at the end for zeros.
         """
+        if leave_zeros_out:
+            with self._lock:
+                for pages in self._dirty.blocks:
+                    pages.leave_zeros_out()
         self._let_guest_begin()
         waits = PushWaits(self._over, answers)
         try:
@@ -135,7 +141,19 @@ class PostcopyPush:
                 self._sender.pace(waits)
         finally:
             waits.read(here=False)
+        self._end_requests()
         self._yield_to_requests()  # pages that they took are not pending any more, but may not be sent yet
+
+    def _end_requests(self) -> None:
+        """Take what is left out for sent: the end of the stream lets all threads go on that wait there.
+
+        With a preempt channel QEMU first waits for each page that it has requested.
+        """
+        if self._preempt is not None and not self._preempt.sends_end:
+            return
+        with self._lock:
+            for pages in self._dirty.blocks:
+                pages.end_requests()
 
     def stop(self) -> None:
         """End the waits of the push: the channel is gone, and the next send raises."""

@@ -13,12 +13,12 @@ from postcopy.channel.address import parse
 from postcopy.channel.channel import Channel
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.channel.sockets import SocketChannel
-from postcopy.errors import ChannelBroken, MigrationCancelled, PostcopyError, Refused, WrongState
+from postcopy.errors import ChannelBroken, MigrationCancelled, PostcopyError, WrongState
 from postcopy.guest import DeviceState, LeavingGuest
 from postcopy.ownership import Move
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.source.connection import Connection
-from postcopy.source.connector import Connector
+from postcopy.source.connector import Connector, check_answers
 from postcopy.source.counters import Counters, Rate, StageTimes, describe
 from postcopy.source.dirty_pages import DirtyPages, SourceMemory
 from postcopy.source.flow_control import PushPolicy
@@ -215,7 +215,7 @@ class Source:
             raise
         postcopy = self._options.capabilities.enabled(Capability.POSTCOPY_RAM)
         if postcopy:
-            _check_answers(channel)
+            check_answers(channel)
         connection = self._connect(channel, dirty, answered=self._is_answered(channel))
         answered = connection.return_path is not None
         capabilities = self._options.capabilities
@@ -293,7 +293,8 @@ class Source:
         self._limiter.set_rate(self._parameters.max_postcopy_bandwidth)
         connection.channel.bound_buffers(self._policy.send_buffer_bytes)
         trace("source.pushing")
-        connection.push.run(connection.answers)
+        leave_zeros_out = self._memory.leaves_zeros_out and not connection.answers.peer_is_ours
+        connection.push.run(connection.answers, leave_zeros_out=leave_zeros_out)
         arrived = connection.wait_until_taken()
         if arrived:
             self._guest.move(Move.MOVED)
@@ -319,7 +320,7 @@ class Source:
         assert self._dirty is not None
         self._ran_there = True  # else the destination would not wait for a recovery
         channel = self._connector.connect(parse(uri), lambda: self._paused_by_user)
-        _check_answers(channel)
+        check_answers(channel)
         connection = self._connect(channel, self._dirty, answered=True)
         connection.push.begin()
         self._progress.move(Status.POSTCOPY_RECOVER)
@@ -329,6 +330,8 @@ class Source:
         )  # before the watch: a destination may be silent for that
         connection.begin_watch()
         connection.resume(self._dirty, lambda: self._open_preempt(connection, uri))
+        if self._memory.leaves_zeros_out:
+            connection.ask_identity()
         self._progress.move(Status.POSTCOPY_ACTIVE)
         self._complete_postcopy(connection)
         connection.sender.count()
@@ -390,11 +393,3 @@ class Source:
             return
         for pages in self._dirty.blocks:
             pages.block.close()
-
-
-def _check_answers(channel: Channel) -> None:
-    if not channel.can_return:
-        channel.close()
-        raise Refused(
-            f"postcopy needs a channel that answers, which {channel.description} does not"
-        )
