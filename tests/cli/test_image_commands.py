@@ -76,6 +76,26 @@ class TestInspect:
         told = postcopy("inspect", str(path)).stdout.splitlines()
         assert ["pause", "0.90", "ms"] in [line.split() for line in told]
 
+    def test_record_by_record(self, path):
+        lines = postcopy("inspect", "--records", str(path)).stdout.splitlines()
+        kinds = [line.split()[1] for line in lines]
+        assert [kinds[0], *kinds[-2:]] == ["configuration", "eof", "description"]
+        assert {"block", "end", "section"} <= set(kinds)
+        objects = postcopy("inspect", "--records", "--json", str(path)).stdout.splitlines()
+        offsets = [json.loads(each)["offset"] for each in objects]
+        assert offsets == [int(line.split()[0], 16) for line in lines] == sorted(offsets)
+        state = next(each for each in map(json.loads, objects) if each["kind"] == "section")
+        assert state["name"] == "timer"
+        assert "cpu_clock_offset" in state["fields"]
+
+    def test_devices_by_their_fields(self, path):
+        text = postcopy("inspect", "--fields", str(path)).stdout
+        assert "timer 0: cpu_clock_offset = " in text
+        (timer, _) = json.loads(postcopy("inspect", "--fields", "--json", str(path)).stdout)[
+            "devices"
+        ]
+        assert (timer["name"], timer["instance"]) == ("timer", 0)
+
     def test_for_a_program(self, path):
         identity = write_manifest(path).identity
         found = json.loads(postcopy("inspect", "--json", str(path)).stdout)

@@ -10,9 +10,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from image.images import memory, write_image
+from image.images import memory, stream_bytes, write_image
+from image.test_libvirt import header
 from postcopy.errors import ImageError
+from postcopy.image.device_fields import device_fields
+from postcopy.image.extract import choose_ranges
 from postcopy.image.formats import open_image
+from postcopy.image.records import read_records
 
 SPARE_BYTES = 256 << 20
 EXTREMES = (
@@ -100,6 +104,9 @@ def read_everything(path: Path) -> None:
             image.address(block.name)
         image.locate(0, 1 << 40)
         list(image.damages())
+        choose_ranges(image, None)
+        list(device_fields(image))
+    read_records(path, lambda _: None)
 
 
 def bound_memory() -> None:
@@ -109,7 +116,11 @@ def bound_memory() -> None:
 
 
 def main(folder: str, form: str, seed: str, count: str) -> None:
-    path = write_image(Path(folder) / "image", form, memory(pages=6, rom_pages=2))
+    path = Path(folder) / "image"
+    if form == "libvirt":
+        path.write_bytes(header() + stream_bytes(memory(pages=6, rom_pages=2)))
+    else:
+        write_image(path, form, memory(pages=6, rom_pages=2))
     read_everything(path)
     mutator = Mutator(path, int(seed))
     bound_memory()

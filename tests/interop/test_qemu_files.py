@@ -7,9 +7,12 @@ import pytest
 
 from fakes.peers import Feature, Way
 from fakes.qemu_versions import ALL
-from fakes.real_qemu import QemuProcess
+from fakes.real_qemu import MICROVM, QemuProcess, bios
 from fakes.waiting import wait_until
 from image.test_convert import convert
+from postcopy.errors import ImageError
+from postcopy.image.device_fields import device_fields
+from postcopy.image.extract import choose_ranges, extract
 from postcopy.image.formats import open_image
 from postcopy.stream.numbers import SectionType
 
@@ -76,16 +79,19 @@ def test_a_source_that_may_go_over_to_postcopy(tmp_path):
     with machine(tmp_path, "q35") as qemu:
         # It waits for an answer at the end of a stream that is whole.
         qemu.capabilities("postcopy-ram")
-        qemu("migrate", uri=f"exec:cat >{path}.part && mv {path}.part {path}")
-        wait_until(lambda: qemu.sent() and not remaining(qemu), 30, "all sent")
-    wait_until(path.exists, 30, "the command's end")
+        qemu("migrate", uri=f"exec:cat >{path}")
+        wait_until(lambda: is_whole(path), 30, "a whole stream")
     with open_image(path) as image:
         rows = image.read("pc.ram", LOADED_AT // 4096, 1024)
         np.testing.assert_array_equal(rows, contents())
 
 
-def remaining(qemu: QemuProcess) -> int:
-    return qemu("query-migrate")["ram"]["remaining"]
+def is_whole(path: Path) -> bool:
+    try:
+        open_image(path).close()
+    except ImageError:
+        return False
+    return True
 
 
 @pytest.mark.proves(Way.TO, Feature.SAVED)
@@ -101,3 +107,71 @@ def test_what_was_written_anew_loads(tmp_path):
         qemu.wait_migration("completed")
         qemu("pmemsave", val=LOADED_AT, size=4 * MIB, filename=str(dump))
     assert dump.read_bytes() == contents().tobytes()
+
+
+class TestPhysicalMemory:
+    """What ``extract`` writes is what QEMU's own ``pmemsave`` does."""
+
+    def compare(self, tmp_path, qemu, path, ranges) -> None:
+        flat = tmp_path / "flat"
+        with open_image(path) as image:
+            extract(image, choose_ranges(image, None), flat)
+        assert flat.stat().st_size == ranges[-1][1]
+        for start, end in ranges:
+            dump = tmp_path / "dump"
+            qemu("pmemsave", val=start, size=end - start, filename=str(dump))
+            with flat.open("rb") as file:
+                file.seek(start)
+                assert file.read(end - start) == dump.read_bytes()
+            dump.unlink()
+
+    @pytest.mark.parametrize("board", ["q35", "pc"])
+    @pytest.mark.proves(Way.FROM, Feature.IMAGES)
+    def test_in_two_parts_under_the_firmware(self, tmp_path, board):
+        with machine(tmp_path, f"{board},max-ram-below-4g=32M") as qemu:
+            qemu.save(tmp_path / "image")
+            ranges = [(0, 0xA0000), (0xC0000, 32 * MIB), (4 << 30, (4 << 30) + 32 * MIB)]
+            self.compare(tmp_path, qemu, tmp_path / "image", ranges)
+
+    @pytest.mark.proves(Way.FROM, Feature.IMAGES)
+    def test_of_a_microvm(self, tmp_path):
+        contents().tofile(tmp_path / "loaded")
+        loader = f"loader,file={tmp_path / 'loaded'},addr={LOADED_AT:#x},force-raw=on"
+        folder = tmp_path / "qemu"
+        line = ["-S", "-accel", "tcg", "-M", MICROVM, "-m", "32M", "-device", loader]
+        with QemuProcess(folder, [*line, *bios(folder)]) as qemu:
+            qemu.save(tmp_path / "image")
+            self.compare(tmp_path, qemu, tmp_path / "image", [(0, 32 * MIB)])
+
+    @pytest.mark.qemu("10.0")
+    def test_of_3_gib(self, tmp_path):
+        """By the rule of the board, where the hole is; the mapped file has next to no pages."""
+        contents().tofile(tmp_path / "loaded")
+        loader = f"loader,file={tmp_path / 'loaded'},addr={(4 << 30) + MIB:#x},force-raw=on"
+        line = ["-S", "-accel", "tcg", "-M", "q35", "-m", "3G", "-device", loader]
+        with QemuProcess(tmp_path / "qemu", line) as qemu:
+            mapped(qemu)
+            qemu.save(tmp_path / "image")
+        with open_image(tmp_path / "image") as image:
+            ranges = choose_ranges(image, None)
+            assert [(each.address, each.end) for each in ranges[-2:]] == [
+                (MIB, 2 << 30),
+                (4 << 30, 5 << 30),
+            ]
+            at = (ranges[-1].block_offset + MIB) // 4096
+            np.testing.assert_array_equal(image.read("pc.ram", at, 1024), contents())
+
+
+@pytest.mark.proves(Way.FROM, Feature.IMAGES)
+def test_devices_by_the_names_of_their_fields(tmp_path):
+    with machine(tmp_path, "q35") as qemu:
+        qemu.save(tmp_path / "image")
+        registers = qemu("human-monitor-command", **{"command-line": "info registers"})
+    with open_image(tmp_path / "image") as image:
+        devices = {each.name: each.fields for each in device_fields(image)}
+        assert len(devices) == len(image.sections)
+    cpu = devices["cpu 0"]
+    assert f"EIP={cpu['env.eip']:08x}" in registers
+    assert f"EDX={cpu['env.regs'][2]:08x}" in registers
+    assert f"CR0={cpu['env.cr[0]']:08x}" in registers
+    assert devices["mc146818rtc 0"]["cmos_data"][2 * 0x34 : 2 * 0x36] == "0003"  # 48 MiB above 16

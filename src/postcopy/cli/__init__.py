@@ -24,6 +24,7 @@ COMMANDS: Final = {
     "inspect": "postcopy.cli.image_commands",
     "diff": "postcopy.cli.image_commands",
     "extract": "postcopy.cli.image_commands",
+    "convert": "postcopy.cli.convert",
     "prune": "postcopy.cli.image_commands",
     "status": "postcopy.cli.status",
     "vhost-user-blk": "postcopy.cli.vhost_user",

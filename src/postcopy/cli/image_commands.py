@@ -11,13 +11,16 @@ import click
 from postcopy.cli.failures import CommandFailed
 
 if TYPE_CHECKING:
-    from postcopy.image.compare import BlockDifference, Difference
+    from postcopy.image.compare import BlockDifference, Difference, FieldDifference
     from postcopy.image.file import Damage
+    from postcopy.image.formats import Image
     from postcopy.image.info import ImageInfo
     from postcopy.image.store.prune import PruneResult
 
 _MIB = 1 << 20
 _SHOWN_RUNS = 20
+_SHOWN_FIELDS = 100
+_SHOWN_CHARACTERS = 40
 
 
 @click.command(short_help="Compare an image with its manifest, and locate damage.")
@@ -84,13 +87,26 @@ def _damage_as_object(damage: "Damage") -> dict[str, Any]:
 
 @click.command(short_help="Show machine, memory, devices and origin of an image.")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def inspect(path: Path, as_json: bool) -> None:
-    """Show machine, memory, devices and origin of an image, ours or a real QEMU's; pages are not read."""
+@click.option("--records", is_flag=True, help="Show the file record by record.")
+@click.option("--fields", is_flag=True, help="Show the state of the devices, field by field.")
+@click.option("--json", "as_json", is_flag=True, help="JSON: one object; of records, one a line.")
+def inspect(path: Path, records: bool, fields: bool, as_json: bool) -> None:
+    """Show machine, memory, devices and origin of an image.
+
+    PATH is an image of ours, a file that QEMU has saved, or one of "virsh save".
+    """
     from postcopy.image.formats import open_image
     from postcopy.image.info import image_info
 
+    if records and fields:
+        raise click.UsageError("--records --json has the fields, too; leave --fields out")
+    if records:
+        _show_records(path, as_json=as_json)
+        return
     with open_image(path) as image:
+        if fields:
+            _show_fields(image, as_json=as_json)
+            return
         found = image_info(image)
     if as_json:
         click.echo(json.dumps(found.to_json()))
@@ -98,12 +114,51 @@ def inspect(path: Path, as_json: bool) -> None:
     from postcopy.cli.progress_view import as_table
 
     click.echo(as_table(list(_inspect_rows(found))))
+    if found.libvirt is not None:
+        click.echo(found.libvirt["xml"])
+
+
+def _show_records(path: Path, *, as_json: bool) -> None:
+    from postcopy.image.records import ImageRecord, read_records
+
+    def as_line(record: ImageRecord) -> str:
+        if as_json:
+            return json.dumps({"offset": record.offset, "kind": record.kind} | record.values)
+        values = [f"{k}={v}" for k, v in record.values.items() if k not in {"fields", "xml"}]
+        return f"{record.offset:#012x} {record.kind:13} {' '.join(values)}".rstrip()
+
+    read_records(path, lambda record: click.echo(as_line(record)))
+
+
+def _show_fields(image: "Image", *, as_json: bool) -> None:
+    from postcopy.image.device_fields import device_fields
+    from postcopy.stream.described_state import flatten
+
+    devices = list(device_fields(image))
+    if as_json:
+        shown = [
+            {
+                "name": each.section.name,
+                "instance": each.section.instance,
+                "version": each.section.version,
+                "fields": each.fields,
+            }
+            for each in devices
+        ]
+        click.echo(json.dumps({"devices": shown}))
+        return
+    for device in devices:
+        for path, value in flatten(device.fields):
+            click.echo(f"{device.name}: {path} = {value}")
 
 
 def _inspect_rows(found: "ImageInfo") -> Iterator[tuple[str, str]]:
     """The image for a user."""
     yield "image", found.path
     yield "format", found.format
+    if found.libvirt is not None:
+        running = "running" if found.libvirt["was_running"] else "paused"
+        yield "libvirt", f"format {found.libvirt['stream_format']}, the domain was {running}"
     yield "machine", found.machine if found.uuid is None else f"{found.machine}, {found.uuid}"
     disk = f"{found.disk_bytes / _MIB:.1f} MiB on the disk"
     yield "file", f"{found.file_bytes / _MIB:.1f} MiB, {disk}"
@@ -151,14 +206,15 @@ def _manifest_rows(found: "ImageInfo") -> Iterator[tuple[str, str]]:
         yield "parent", f"{parent['path']} ({parent['identity'][:16]})"
 
 
-@click.command(short_help="Show which pages and devices of two images differ.")
+@click.command(short_help="Show which pages, devices and fields of two images differ.")
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, with every run.")
 def diff(a: Path, b: Path, as_json: bool) -> None:
     """Show which pages of 4 KiB differ between images A and B, block by block, in runs.
 
-    The images may be of different formats.  The exit code is 0 whether they differ or not.
+    Of devices that differ, it shows the fields. The images may be of different formats.  The exit code is 0
+    whether they differ or not.
     """
     from postcopy.image.compare import compare
     from postcopy.image.formats import open_image
@@ -187,6 +243,19 @@ def _differences(found: "Difference") -> Iterator[str]:
             yield from _runs(block)
     if found.devices:
         yield f"devices: {', '.join(found.devices)}"
+    for field in found.fields[:_SHOWN_FIELDS]:
+        yield _field(field)
+    if len(found.fields) > _SHOWN_FIELDS:
+        yield f"  and {len(found.fields) - _SHOWN_FIELDS} fields more; --json shows all"
+
+
+def _field(field: "FieldDifference") -> str:
+    a, b = (str(value) for value in (field.a, field.b))
+    where = f"  {field.device}: {field.field}"
+    if len(a) != len(b) or len(a) <= _SHOWN_CHARACTERS:
+        return f"{where}: {a[:_SHOWN_CHARACTERS]} and {b[:_SHOWN_CHARACTERS]}"
+    at = next(at for at in range(0, len(a), 2) if a[at : at + 2] != b[at : at + 2])
+    return f"{where}: byte {at // 2:#x}: {a[at : at + 2]} and {b[at : at + 2]}"
 
 
 def _runs(block: "BlockDifference") -> Iterator[str]:
@@ -200,9 +269,13 @@ def _runs(block: "BlockDifference") -> Iterator[str]:
 @click.command(short_help="Write an image's memory to a raw file.")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--ram", "out", required=True, type=click.Path(path_type=Path), metavar="OUT")
-@click.option("--block", metavar="NAME", help="Which block; without it, the largest.")
+@click.option("--block", metavar="NAME", help="One RAM block; without it, the physical memory.")
 def extract(path: Path, out: Path, block: str | None) -> None:
-    """Write the memory of one RAM block to OUT, byte for byte; zero pages become holes.
+    """Write the physical memory to OUT, each byte at its address, or one RAM block; zeros become holes.
+
+    A PC with much memory has a part of it from 4 GiB on, and a hole in front of that. Memory of devices,
+    such as a frame buffer, is not written. Of a machine that is no PC or microvm, the largest block is
+    written.
 
     An image with a manifest is verified first.
     """
@@ -215,10 +288,11 @@ def extract(path: Path, out: Path, block: str | None) -> None:
         for damage in find_damages(path, Manifest.load(path)):
             raise damage.error()
     with open_image(path) as image:
-        chosen = memory.choose_block(image, block)
-        written = memory.extract(image, chosen, out)
-    size = chosen.size_bytes / _MIB
-    click.echo(f"{out}: {size:g} MiB of {chosen.name}, {written / _MIB:.1f} MiB with data")
+        ranges = memory.choose_ranges(image, block)
+        written = memory.extract(image, ranges, out)
+    size = sum(each.length_bytes for each in ranges) / _MIB
+    names = ", ".join(dict.fromkeys(each.block.name for each in ranges))
+    click.echo(f"{out}: {size:g} MiB of {names}, {written / _MIB:.1f} MiB with data")
 
 
 @click.command(short_help="Remove the chunks of images that are gone from a store.")

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Mask
 from postcopy.stream.file_records import Configuration, DeviceSection
 from postcopy.stream.mapped_ram import CAPABILITY
+
+if TYPE_CHECKING:
+    from postcopy.image.libvirt import LibvirtHeader
 
 PageRows = npt.NDArray[np.uint8]
 
@@ -77,6 +80,7 @@ class Image(ABC):
     :ivar sections: every FULL section, payloads verbatim, in the order of the file.
     :ivar early_sections: how many of them a stream has in front of the memory (``virtio-mem``).
     :ivar ram_section_id: of the memory; no other section has it.
+    :ivar libvirt: what ``virsh save`` has put in front of the stream.
     """
 
     def __init__(self, path: Path, form: str, contents: Contents) -> None:
@@ -90,6 +94,7 @@ class Image(ABC):
         self.sections: Sequence[DeviceSection] = contents.sections
         self.early_sections = contents.early_sections
         self.ram_section_id = contents.ram_section_id
+        self.libvirt: LibvirtHeader | None = None
         self.devices: Sequence[DeviceState] = [
             DeviceState(each.name, each.instance, each.version, each.payload)
             for each in contents.sections

@@ -32,15 +32,17 @@ PAGES_PER_CHUNK: Final = CHUNK_BYTES // TARGET_PAGE_BYTES
 _KEPT_CHUNKS: Final = 64  # 4 MiB: a reader that goes page by page unpacks each chunk once
 
 
-class _NoPages:
+class NoPages:
     """Reads the memory's sections: see :class:`postcopy.image.parser.RamReader`."""
 
     def read_blocks(
         self, reader: FileBuffer, total_bytes: int, page_sizes: int
     ) -> list[ImageBlock]:
+        """See :meth:`postcopy.image.parser.RamReader.read_blocks`."""
         return read_plain_blocks(reader, total_bytes, page_sizes)
 
     def read_body(self, reader: FileBuffer) -> None:
+        """See :meth:`postcopy.image.parser.RamReader.read_body`."""
         if (word := reader.u64()) != RamFlag.EOS:
             refuse_flags(reader, word & FLAGS_MASK)
 
@@ -73,8 +75,7 @@ class ChunkImage(Image):
     """
 
     def __init__(self, path: Path, file: ImageFile, reader: FileBuffer) -> None:
-        reader.seek(len(MAGIC))
-        super().__init__(path, "chunks", read_elements(reader, read_start(reader), _NoPages()))
+        super().__init__(path, "chunks", read_elements(reader, read_start(reader), NoPages()))
         manifest = Manifest.load(path)
         stored = manifest.stored
         if stored is None or manifest.blocks != tuple(self.blocks):

@@ -67,14 +67,15 @@ class Damage:
 class ImageFile:
     """A file that is read at any place, by any thread.
 
+    :param fd: a descriptor of it, which is closed with it; the path is for messages then.
     :ivar size_bytes: its length when it was opened.
     :raises ImageError: there is no such file, it may not be read, or it is no regular file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, fd: int | None = None) -> None:
         self.path = path
         self._mapping: Mapping | None = None
-        self.fd = open_regular(path)
+        self.fd = open_regular(path) if fd is None else fd
         self.size_bytes = os.fstat(self.fd).st_size
         if not self.size_bytes:
             self.close()

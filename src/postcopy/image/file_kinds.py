@@ -17,7 +17,10 @@ CHUNK_IMAGE_MAGIC: Final = b"PCCHUNKS"
 PACK_MAGIC: Final = b"PCPACK01"
 PAGE_COPIES_MAGIC: Final = b"PCPAGES1"
 
-_LONGEST: Final = 8
+LIBVIRT_MAGIC: Final = b"LibvirtQemud"
+"""What the magic of a file of ``virsh save`` begins with."""
+
+_LONGEST: Final = 12
 _BY_NAME: Final = {
     MANIFEST_SUFFIX: "the manifest of an image",
     WORKING_SET_SUFFIX: "the working set of an image",
@@ -25,6 +28,7 @@ _BY_NAME: Final = {
 _BY_MAGIC: Final = {
     STREAM_MAGIC: "an image of a guest",
     CHUNK_IMAGE_MAGIC: "an image of a guest",
+    LIBVIRT_MAGIC: "an image of a guest",
     PAGE_COPIES_MAGIC: "the working set of an image",
     PACK_MAGIC: "a part of a store of chunks",
 }

@@ -10,16 +10,17 @@ from typing import Final
 
 from postcopy.channel.whole_file import WholeFile, kept, publish
 from postcopy.errors import ImageError, Refused
-from postcopy.image.convert import skeleton, write_mapped
+from postcopy.image.convert import skeleton, write_mapped, write_stream
 from postcopy.image.digests import take_digests
 from postcopy.image.file import ImageFile
-from postcopy.image.formats import Image, open_image
+from postcopy.image.formats import Image, open_image, open_unpacked
 from postcopy.image.manifest import Manifest, Parent, Stored, Times, beside
 from postcopy.image.options import ImageOptions, SnapshotTimings
-from postcopy.image.publish import CommitPoint, never_cancelled
+from postcopy.image.publish import CommitPoint, never_cancelled, reserved
 from postcopy.image.store.pack import Packed, pack, store_of
 from postcopy.image.store.prune import note_folder
 from postcopy.image.store.store import ChunkStore
+from postcopy.stream.numbers import TARGET_PAGE_BYTES
 
 _NO_TIMES: Final = Times("")  # filled in after all work that takes time
 
@@ -85,33 +86,81 @@ def finalize(
     :raises Refused: a file of that name has been made meanwhile.
     :raises OSError: the disk is full, or broken; no file has got the name.
     """
-    packed = None
     commit_point = commit_point or CommitPoint()
-    check = commit_point.check
     with contextlib.ExitStack() as held:
         with open_image(written) as image, kept(written):
-            data = sum(int(image.has_data(block.name).sum()) for block in image.blocks) * 4096
-            ram = image.ram_bytes
-            file = None  # in another form than the machine has written
-            if options.chunked:
-                store, parent = _store(path, options)
-                held.enter_context(store)
-                held.enter_context(store.held())  # until a manifest names the chunks
-                file = held.enter_context(WholeFile(path))
-                manifest, packed = _to_chunks(image, file, store, parent, check)
-            elif image.format != options.form:  # a stream is to become mapped-ram
-                file = held.enter_context(WholeFile(path))
-                write_mapped(image, file, check)
-                with open_image(file.partial) as mapped:
-                    manifest = make_manifest(mapped, _NO_TIMES, check)
-            else:
-                manifest = make_manifest(image, _NO_TIMES, check)
+            sizes = _Sizes.of(image)
+            same = not options.chunked and image.format == options.form
+            manifest, file, packed = (
+                (make_manifest(image, _NO_TIMES, commit_point.check), None, None)
+                if same
+                else _write(image, path, options, held, commit_point.check)
+            )
         commit_point.commit()
         times = Times(utc_now(), timings.pause_us, timings.longest_stall_us, timings.total_ms)
         manifest = replace(manifest, times=times, command=options.command)
         publish_image(path, written if file is None else file.partial, manifest)
-    on_disk = path.stat().st_blocks * 512
-    return FinalizedImage(Manifest.load(path), ram, data, ram - data, on_disk, packed)
+    return sizes.finalized(path, packed)
+
+
+def convert(source: Path, path: Path, options: ImageOptions) -> FinalizedImage:
+    """Write an image anew, in any format, with a manifest; a file that libvirt has compressed is unpacked.
+
+    The caller has verified it, if it has a manifest.
+
+    :raises ImageError: the source is no image.
+    :raises Refused: there is a file of that name.
+    :raises OSError: the disk is full, or broken; no file has got the name.
+    """
+    with reserved(path), contextlib.ExitStack() as held:
+        with open_unpacked(source, path.parent) as image:
+            sizes = _Sizes.of(image)
+            manifest, file, packed = _write(image, path, options, held, never_cancelled)
+        manifest = replace(manifest, times=Times(utc_now()), command=options.command)
+        publish_image(path, file.partial, manifest)
+    return sizes.finalized(path, packed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    ram_bytes: int
+    data_bytes: int
+
+    @classmethod
+    def of(cls, image: Image) -> "_Sizes":
+        data = sum(int(image.has_data(block.name).sum()) for block in image.blocks)
+        return cls(image.ram_bytes, data * TARGET_PAGE_BYTES)
+
+    def finalized(self, path: Path, packed: Packed | None) -> FinalizedImage:
+        zero = self.ram_bytes - self.data_bytes
+        on_disk = path.stat().st_blocks * 512
+        manifest = Manifest.load(path)
+        return FinalizedImage(manifest, self.ram_bytes, self.data_bytes, zero, on_disk, packed)
+
+
+def _write(
+    image: Image,
+    path: Path,
+    options: ImageOptions,
+    held: contextlib.ExitStack,
+    check: Callable[[], None],
+) -> tuple[Manifest, WholeFile, Packed | None]:
+    """Write an image in another format, to a file that has no name yet.
+
+    :param held: what stays open until the file is published.
+    """
+    if options.chunked:
+        store, parent = _store(path, options)
+        held.enter_context(store)
+        held.enter_context(store.held())  # until a manifest names the chunks
+        file = held.enter_context(WholeFile(path))
+        manifest, packed = _to_chunks(image, file, store, parent, check)
+        return manifest, file, packed
+    file = held.enter_context(WholeFile(path))
+    write = write_mapped if options.form == "mapped-ram" else write_stream
+    write(image, file, check)
+    with open_image(file.partial) as written:
+        return make_manifest(written, _NO_TIMES, check), file, None
 
 
 def publish_image(path: Path, written: Path, manifest: Manifest) -> None:

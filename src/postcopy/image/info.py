@@ -39,6 +39,7 @@ class ImageInfo:
     :ivar store: the folder of its chunks, of which it uses ``stored_chunks``.
     :ivar working_set: the file of the recorded working set, if there is one.
     :ivar manifest: further members of the manifest; ``None`` without a manifest.
+    :ivar libvirt: the header of ``virsh save``, with the domain's XML; ``None`` without one.
     """
 
     path: str
@@ -53,6 +54,7 @@ class ImageInfo:
     stored_chunks: int | None
     working_set: str | None
     manifest: dict[str, Any] | None
+    libvirt: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON can carry it."""
@@ -84,6 +86,7 @@ def image_info(image: Image) -> ImageInfo:
         stored_chunks=_stored_chunks(manifest) if chunked else None,
         working_set=str(recorded) if recorded.exists() else None,
         manifest=None if manifest is None else _told(manifest),
+        libvirt=None if image.libvirt is None else image.libvirt.to_json(),
     )
 
 

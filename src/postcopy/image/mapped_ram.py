@@ -19,7 +19,7 @@ from postcopy.stream.numbers import TARGET_PAGE_BYTES, RamFlag, refuse_flags
 from postcopy.stream.reader import FileBuffer
 
 
-class _MappedRam:
+class MappedRam:
     """Reads the memory's sections: see :class:`postcopy.image.parser.RamReader`."""
 
     def __init__(self, file: ImageFile) -> None:
@@ -29,6 +29,7 @@ class _MappedRam:
     def read_blocks(
         self, reader: FileBuffer, total_bytes: int, page_sizes: int
     ) -> list[ImageBlock]:
+        """See :meth:`postcopy.image.parser.RamReader.read_blocks`."""
         if page_sizes:
             reader.fail("postcopy is advised in a mapped-ram file")
         mapped, end = read_list(self._bytes, reader.position, total_bytes, self._file.size_bytes)
@@ -40,6 +41,7 @@ class _MappedRam:
         return self._file.read(offset, count).data
 
     def read_body(self, reader: FileBuffer) -> None:
+        """See :meth:`postcopy.image.parser.RamReader.read_body`."""
         # A live guest leaves long chains of such sections, all of them empty.
         if (word := reader.u64()) != RamFlag.EOS:
             refuse_flags(reader, word & (TARGET_PAGE_BYTES - 1))
@@ -53,7 +55,7 @@ class MappedImage(Image):
     """
 
     def __init__(self, path: Path, file: ImageFile, reader: FileBuffer) -> None:
-        ram = _MappedRam(file)
+        ram = MappedRam(file)
         contents = read_elements(reader, read_start(reader), ram)
         if not contents.ram_ended:
             # QEMU 10 writes the bitmaps with the last section, and a background snapshot has none.
@@ -128,7 +130,9 @@ class MappedImage(Image):
         return [(block.pages_offset, block.end_offset) for block in self._places.values()]
 
     def _copy(self, block: ImageBlock, first: int, rows: PageRows) -> None:
-        mask = self.has_data(block.name)[first : first + len(rows)]
+        bits = self.bits(block.name)[first // 8 : -(-(first + len(rows)) // 8)]
+        every = np.unpackbits(bits, bitorder="little").view(np.bool_)
+        mask = every[first % 8 : first % 8 + len(rows)]
         for start, stop in runs(mask).tolist():
             self.read_into(block.name, first + start, rows[start:stop])
 

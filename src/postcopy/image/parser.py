@@ -4,9 +4,9 @@ FULL sections have no length.  The description at the end of the file has it, so
 end; sections that it does not name are those of our own machine.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypeAlias
 
 from postcopy.image.base import LARGEST_RAM_BYTES, Contents, ImageBlock
 from postcopy.stream.configuration import read_any_configuration, read_header
@@ -41,7 +41,13 @@ _HARMLESS: dict[int, int] = {
     Command.PING: 4,
     Command.SWITCHOVER_START: 0,
 }
+_WITH_BODIES = frozenset(
+    {SectionType.START, SectionType.PART, SectionType.END, SectionType.COMMAND}
+)
 _TAILS = (64 << 10, 1 << 20, _LIMITS.description_bytes + DESCRIPTION_HEAD_BYTES)
+
+
+Note: TypeAlias = Callable[[int, SectionType, DeviceSection | None], None]
 
 
 class RamReader(Protocol):
@@ -102,9 +108,17 @@ def read_start(reader: FileBuffer) -> Configuration:
     return configuration
 
 
-def read_elements(reader: FileBuffer, configuration: Configuration, ram: RamReader) -> Contents:
+def ignore(offset: int, element: SectionType, section: DeviceSection | None) -> None:
+    """Stand in for what :func:`read_elements` tells of each element."""
+
+
+def read_elements(
+    reader: FileBuffer, configuration: Configuration, ram: RamReader, note: Note = ignore
+) -> Contents:
     """Read everything behind the configuration, to the end of the file.
 
+    :param note: called for each element with its offset: for a FULL section with that, for any other
+        element before its body is read.
     :raises StreamError: the file is not valid.
     :raises Incomplete: the file is truncated.
     """
@@ -112,6 +126,9 @@ def read_elements(reader: FileBuffer, configuration: Configuration, ram: RamRead
     formats = formats_of(text)
     found = _Found()
     while (kind := _next_type(reader)) != SectionType.EOF:
+        offset = reader.position - 1
+        if kind in _WITH_BODIES:
+            note(offset, SectionType(kind), None)
         match kind:
             case SectionType.START:
                 _read_setup(reader, ram, found)
@@ -123,10 +140,12 @@ def read_elements(reader: FileBuffer, configuration: Configuration, ram: RamRead
                 reader.need(min(_LIMITS.device_bytes + 1, reader.available))
                 section = read_device(reader, head, formats, _LIMITS.device_bytes)
                 found.sections.append(section)
+                note(offset, SectionType.FULL, section)
             case SectionType.COMMAND:
                 _read_command(reader, found)
             case _:
                 reader.fail(f"Unknown savevm section type {kind}", 1)
+    note(reader.position - 1, SectionType.EOF, None)
     if reader.position != end:
         reader.fail(f"{reader.available} bytes behind the end of the stream")
     if found.blocks is None:
@@ -169,9 +188,17 @@ def formats_of(text: str | None) -> ImageFormats:
 
     :raises StreamError: it is not valid.
     """
+    return ImageFormats(parsed_description(text))
+
+
+def parsed_description(text: str | None) -> Mapping[str, Any] | None:
+    """Parse the description of a stream; ``None`` if nothing is described.
+
+    :raises StreamError: it is not valid.
+    """
     if text is None or text.strip() == "{}":  # of writers that describe nothing
-        return ImageFormats(None)
-    return ImageFormats(parse_description(text))
+        return None
+    return parse_description(text)
 
 
 def _read_setup(reader: FileBuffer, ram: RamReader, found: _Found) -> None:

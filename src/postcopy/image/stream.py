@@ -39,11 +39,12 @@ _ZERO_PAGE = int(RamFlag.ZERO | RamFlag.CONTINUE)
 _PLAIN = frozenset({_PAGE, _ZERO_PAGE})
 _SHORT_RUN = 16
 
-_ZERO = 0  # no page lies at the start of the file
-
 
 class _BlockIndex:
-    """Offsets of the pages of one block; grows with the records of the file, not with its claims."""
+    """Offsets of the pages of one block; grows with the records of the file, not with its claims.
+
+    The offset of a page with data is that of its data; that of a zero page is negative.
+    """
 
     def __init__(self) -> None:
         self._pages: list[Indices] = []
@@ -61,11 +62,11 @@ class _BlockIndex:
         order = np.argsort(pages, kind="stable")
         pages, places = pages[order], places[order]
         last = np.append(pages[1:] != pages[:-1], True)
-        good = last & (places != _ZERO)
+        good = last & (places > 0)
         return pages[good], places[good]
 
 
-class _StreamRam:
+class StreamRam:
     """Reads the memory's sections: see :class:`postcopy.image.parser.RamReader`."""
 
     def __init__(self) -> None:
@@ -76,6 +77,7 @@ class _StreamRam:
     def read_blocks(
         self, reader: FileBuffer, total_bytes: int, page_sizes: int
     ) -> list[ImageBlock]:
+        """See :meth:`postcopy.image.parser.RamReader.read_blocks`."""
         file_bytes = reader.position + reader.available
         if total_bytes > _SPARSE_BYTES + file_bytes * TARGET_PAGE_BYTES:
             reader.fail(f"RAM of {total_bytes:#x} bytes in a file of {file_bytes:#x}", 8)
@@ -87,6 +89,7 @@ class _StreamRam:
         return blocks
 
     def read_body(self, reader: FileBuffer) -> None:
+        """See :meth:`postcopy.image.parser.RamReader.read_body`."""
         assert self._records is not None
         reader.commit()  # the reader goes back to the last commit at the start of a run
         while (record := self._records.read(reader)) is not None:
@@ -112,22 +115,29 @@ class _StreamRam:
             run = run + 1 if flags == kind else 0
             kind = flags
             pages.append(word >> TARGET_PAGE_BITS)
-            places.append(base + at + HEADER_BYTES if flags == _PAGE else _ZERO)
+            place = base + at + HEADER_BYTES
+            places.append(place if flags == _PAGE else -place)
             at += PAGE_RECORD_BYTES if flags == _PAGE else ZERO_RECORD_BYTES
         if pages:
-            self.index[block].add(np.array(pages, np.int64), np.array(places, np.int64))
+            self.add(block, np.array(pages, np.int64), np.array(places, np.int64))
             reader.skip(at)
             reader.commit()
 
     def _note(self, record: Pages | ZeroPages, end: int) -> None:
         pages = (record.offsets // np.uint64(TARGET_PAGE_BYTES)).astype(np.int64)
-        count = len(pages)
+        back = np.arange(len(pages) - 1, -1, -1, dtype=np.int64)
         if isinstance(record, Pages):
-            last = end - TARGET_PAGE_BYTES
-            places = last - PAGE_RECORD_BYTES * np.arange(count - 1, -1, -1, dtype=np.int64)
+            places = end - TARGET_PAGE_BYTES - PAGE_RECORD_BYTES * back
         else:
-            places = np.full(count, _ZERO, np.int64)
-        self.index[record.block].add(pages, places)
+            places = ZERO_RECORD_BYTES * back - (end - 1)
+        self.add(record.block, pages, places)
+
+    def add(self, block: str, pages: Indices, places: Indices) -> None:
+        """Take in pages of a block, in the order of the file.
+
+        :param places: the offset in the file of each page's data, or of the byte 0 of a zero page, negated.
+        """
+        self.index[block].add(pages, places)
 
 
 class StreamImage(Image):
@@ -138,7 +148,7 @@ class StreamImage(Image):
     """
 
     def __init__(self, path: Path, file: ImageFile, reader: FileBuffer) -> None:
-        ram = _StreamRam()
+        ram = StreamRam()
         super().__init__(path, "stream", read_elements(reader, read_start(reader), ram))
         self._file = file
         self._index = {name: index.finish() for name, index in ram.index.items()}
