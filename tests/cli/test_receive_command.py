@@ -66,8 +66,7 @@ def test_a_wrong_stream_is_one_line(start, tmp_path):
     assert not (tmp_path / "image").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("sent", [0, 100_000])
+@pytest.mark.parametrize(("number", "sent"), [(signal.SIGTERM, 0), (signal.SIGINT, 100_000)])
 def test_it_is_given_up(start, tmp_path, number, sent):
     process = start()
     if sent:

@@ -1,5 +1,6 @@
 """A running QEMU migrates into an image: each page, each device, whatever way the pages come."""
 
+import errno
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -10,7 +11,7 @@ import pytest
 
 from fakes.peers import Feature, Way
 from fakes.qemu_versions import ALL
-from fakes.real_qemu import QemuProcess
+from fakes.real_qemu import MICROVM, QemuProcess, bios
 from fakes.receiving import Receiving
 from fakes.waiting import wait_until
 from interop.arrival import check_goes_on, check_memory, iterations, send_to_qemu
@@ -21,11 +22,13 @@ from postcopy.image.formats import open_image
 from postcopy.image.manifest import Manifest
 from postcopy.image.verify import find_damages
 from postcopy.machine import workload as workloads
+from postcopy.receive.page_file import PageFile
 from postcopy.receive.receiver import ReceivedImage
 from postcopy.restore_options import RestoreOptions
 from postcopy.status import Status
 
 MEMORY_BYTES = 16 * MIB
+PC_BYTES = 64 * MIB
 PAGE = 4096
 
 
@@ -100,19 +103,19 @@ def receive(qemu: QemuProcess, how: How, uri: str, image: Path) -> tuple[Receive
         return receiving.result(), info
 
 
-def memory_of(qemu: QemuProcess, folder: Path, size: int) -> np.ndarray:
-    """The guest's memory, by QMP."""
+def memory_of(qemu: QemuProcess, folder: Path, size: int, start: int = 0) -> np.ndarray:
+    """The guest's memory up to ``size``, by QMP."""
     path = folder / "memory"
-    qemu("pmemsave", val=0, size=size, filename=str(path))
+    qemu("pmemsave", val=start, size=size - start, filename=str(path))
     return np.fromfile(path, np.uint8).reshape(-1, PAGE)
 
 
-def check_image(path: Path, block: str, memory: np.ndarray) -> None:
-    """It has this memory, no page of zeros in its file, and agrees with its manifest."""
+def check_image(path: Path, block: str, memory: np.ndarray, first: int = 0) -> None:
+    """It has this memory from a page on, no page of zeros there, and agrees with its manifest."""
     assert list(find_damages(path, Manifest.load(path))) == []
     with open_image(path) as image:
-        np.testing.assert_array_equal(image.read(block, 0, len(memory)), memory)
-        np.testing.assert_array_equal(image.has_data(block), memory.any(axis=1))
+        assert (image.read(block, first, len(memory)) == memory).all()
+        np.testing.assert_array_equal(image.has_data(block)[first:], memory.any(axis=1))
         names = {device.name for device in image.devices}
         assert {"timer", "cpu_common", "cpu", "globalstate"} <= names
         assert image.description is not None
@@ -146,3 +149,50 @@ def test_a_guest_that_writes_arrives_in_every_way_and_wakes(tmp_path):
         check_goes_on(ours.machine.read_memory, workload, left_at)
         ours.machine.stop()
         check_memory(ours.machine.read_memory, workload)
+
+
+@pytest.mark.qemu("10.0", "11.1")
+@pytest.mark.proves(Way.FROM, Feature.RECEIVED)
+def test_a_pc_arrives_and_goes_back_to_qemu(tmp_path):
+    """A q35 with devices, a firmware, and pages that its devices write: QEMU loads the image."""
+    chance = np.random.default_rng(5)
+    loaded = chance.integers(0, 256, (1024, PAGE), dtype=np.uint8)
+    loaded.tofile(tmp_path / "loaded")
+    line = ["-M", "q35", "-accel", "tcg", "-m", f"{PC_BYTES // MIB}M", "-vga", "std"]
+    line += ["-device", "virtio-rng-pci", "-device", "e1000e,romfile=", "-S"]
+    loader = ["-device", f"loader,file={tmp_path / 'loaded'},addr=0x200000,force-raw=on"]
+    image = tmp_path / "image"
+    with QemuProcess(tmp_path / "source", [*line, *loader]) as source:
+        how = multifd(4, "zstd", None, "return-path")
+        received, _ = receive(source, how, f"unix:{tmp_path / 'm'}", image)
+        memory = memory_of(source, tmp_path, PC_BYTES, MIB)  # below, other memory is in between
+    assert (memory[256 : 256 + 1024] == loaded).all()
+    check_image(image, "pc.ram", memory, MIB // PAGE)
+    assert received.machine.startswith("pc-q35-")
+    with QemuProcess(tmp_path / "target", [*line, "-incoming", "defer"]) as target:
+        target.capabilities("mapped-ram")
+        target("migrate-incoming", uri=f"file:{image}")
+        target.wait_migration("completed")
+        assert (memory_of(target, tmp_path, PC_BYTES, MIB) == memory).all()
+
+
+@pytest.mark.qemu(*ALL)
+def test_the_guest_stays_where_it_is_if_the_image_fails(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "image")
+
+    line = ["-accel", "tcg", "-M", MICROVM, "-m", "16M", *bios(tmp_path / "qemu")]
+    with QemuProcess(tmp_path / "qemu", line) as qemu:
+        qemu.capabilities("return-path")
+        for attribute in ("clear", "finish"):  # in the middle, and at the very end
+            with Receiving(f"unix:{tmp_path / 'm'}", tmp_path / "image") as receiving:
+                with monkeypatch.context() as broken:
+                    broken.setattr(PageFile, attribute, full)
+                    qemu("migrate", uri=receiving.uri)
+                    with pytest.raises(OSError, match="No space left"):
+                        receiving.result()
+                qemu.wait_migration("failed")
+                wait_until(
+                    lambda: qemu("query-status")["status"] == "running", TIMEOUT_S, "running"
+                )
+        assert [each.name for each in tmp_path.iterdir()] == ["qemu"]
