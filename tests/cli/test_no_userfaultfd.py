@@ -13,6 +13,8 @@ from fakes.waiting import wait_until
 from faults import trace_hooks
 from machine.machines import need
 from postcopy import trace
+from postcopy.machine import workload_records
+from postcopy.machine.workload import load
 
 WITHOUT = [sys.executable, fakes.without_userfaultfd.__file__]
 
@@ -52,6 +54,14 @@ def memory_of(machine, path):
     order = {"val": 0, "size": 64 << 20, "filename": str(path)}
     assert "error" not in machine.ask("pmemsave", **order)
     return path.read_bytes()
+
+
+def has_filled_its_memory(machine, path):
+    def read(address, size):
+        assert "error" not in machine.ask("pmemsave", val=address, size=size, filename=str(path))
+        return path.read_bytes()
+
+    return workload_records.is_running(read, load("hammer", 64 << 20))
 
 
 class Unprivileged(Running):
@@ -130,6 +140,7 @@ def test_a_damaged_image_is_not_woken(tmp_path):
     need_kvm()
     image = tmp_path / "image"
     with Deprived(tmp_path, "saved", "--workload", "hammer") as guest:
+        wait_until(lambda: has_filled_its_memory(guest, tmp_path / "part"), 20, "pages to damage")
         assert guest.ask("stop") == {"return": {}}
         taken = postcopy("snapshot", "--from", guest.qmp, str(image))
         assert taken.returncode == 0, taken.stderr
