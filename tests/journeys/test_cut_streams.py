@@ -98,10 +98,14 @@ def test_the_whole_stream_is_taken(stream):
     assert (status, error, calls) == (Status.COMPLETED, None, ["resume"])
 
 
-def test_cut_at_each_byte(stream):
+def test_cut_at_each_byte(stream, precopy):
     ours_from = end_of_ownership(stream)
     assert ours_from > EVERY_BYTE
-    points = [*range(EVERY_BYTE), *random.Random(2).sample(range(EVERY_BYTE, ours_from), AT_RANDOM)]
+    # Both begin with the same bytes: these are cut in the one of a precopy.
+    same = zip(stream, precopy, strict=False)
+    first = next((at for at, (ours, other) in enumerate(same) if ours != other), 0)
+    points = [*range(first, EVERY_BYTE)]
+    points += random.Random(2).sample(range(EVERY_BYTE, ours_from), AT_RANDOM)
     points += range(ours_from - 64, ours_from)
     for length in points:
         status, error, calls = feed(stream[:length])
