@@ -18,7 +18,14 @@ from fakes import engine_template
 from fakes.stacks import stacks
 from fakes.waiting import wait_until
 from machine.drives import check_disk
-from machine.machines import MIB, config_for, need, wait_for_progress, wait_for_work
+from machine.machines import (
+    MIB,
+    config_for,
+    need,
+    wait_for_progress,
+    wait_for_work,
+    wait_for_writes,
+)
 from machine.networks import check_net
 from postcopy.channel.address import TcpAddress
 from postcopy.events import Event, EventBus
@@ -258,6 +265,7 @@ class Journey:
         self.destination = self.new_destination()
         wait_for_work(self.source.machine, self.workload)
         if self.paused:
+            wait_for_writes(self.source.machine, self.workload)
             self.source.machine.stop()
 
     def __enter__(self) -> "Journey":

@@ -73,6 +73,19 @@ def wait_for_progress(machine: Machine, workload: Workload) -> None:
     wait_until(gone_on, 20, "a vCPU stands still")
 
 
+def wait_for_writes(machine: Machine, workload: Workload) -> None:
+    """Until a vCPU has written to its slice, which the oracle wants of all but an idle guest."""
+
+    def written() -> bool:
+        assert machine.failure is None, machine.failure
+        found = (
+            workload_records.read_record(machine.read_memory, n) for n in range(workload.vcpus)
+        )
+        return workload.name == "idle" or any(record and record.writes for record in found)
+
+    wait_until(written, 20, "the guest writes nothing")
+
+
 def iterations(machine: Machine, workload: Workload) -> list[int]:
     found = (workload_records.read_record(machine.read_memory, n) for n in range(workload.vcpus))
     return [0 if record is None else record.iterations for record in found]
