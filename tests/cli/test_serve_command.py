@@ -1,9 +1,12 @@
 """``serve`` and ``restore --qemu`` refuse what cannot be, before any machine hears of it."""
 
+import subprocess
+
 import pytest
 
-from fakes.commands import one_line, postcopy
+from fakes.commands import one_line
 from fakes.snapshots import Portrait
+from postcopy.cli import main
 from postcopy.machine.workload import load
 
 WORKLOAD = load("idle", 4 << 20, fill_bytes=1 << 20)
@@ -15,6 +18,14 @@ def image(tmp_path_factory):
     with Portrait(WORKLOAD) as portrait:
         portrait.take(f"file:{path}")
     return path
+
+
+def run(capfd, *arguments):
+    """Run a command in this process: it ends before there is a machine."""
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    said = capfd.readouterr()
+    return subprocess.CompletedProcess(arguments, end.value.code, said.out, said.err)
 
 
 @pytest.mark.parametrize(
@@ -29,16 +40,16 @@ def image(tmp_path_factory):
         (["unix:/nowhere", "--resume"], 4, "Failed to connect"),
     ],
 )
-def test_what_cannot_be(image, options, code, said):
-    outcome = postcopy("serve", str(image), *options)
+def test_what_cannot_be(capfd, image, options, code, said):
+    outcome = run(capfd, "serve", str(image), *options)
     assert (outcome.returncode, outcome.stdout) == (code, "")
     assert said in one_line(outcome)
 
 
-def test_no_image(tmp_path):
+def test_no_image(capfd, tmp_path):
     (tmp_path / "text").write_text("no image")
     for name in ("text", "missing"):
-        outcome = postcopy("serve", str(tmp_path / name), "unix:/nowhere")
+        outcome = run(capfd, "serve", str(tmp_path / name), "unix:/nowhere")
         assert outcome.returncode == 1
         assert str(tmp_path / name) in one_line(outcome)
 
@@ -58,7 +69,7 @@ def test_no_image(tmp_path):
         (["--qemu", "qemu", "--count", "2", "--qmp", "unix:qmp"], "write {n} into --qmp"),
     ],
 )
-def test_what_cannot_be_started(image, options, said):
-    outcome = postcopy("restore", str(image), *options)
+def test_what_cannot_be_started(capfd, image, options, said):
+    outcome = run(capfd, "restore", str(image), *options)
     assert outcome.returncode == 3
     assert said in one_line(outcome)

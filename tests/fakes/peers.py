@@ -55,7 +55,7 @@ class Feature(StrEnum):
     RECEIVED = "`postcopy receive`: it migrates into an image"
     MOVED = "`postcopy migrate` from one to another of it"
     RECOVERED = "`postcopy recover`"
-    RESTORED = "`postcopy restore --qemu`, at once or with all memory first"
+    RESTORED = "`postcopy restore --qemu`"
     SERVED = "`postcopy serve`: runs at once, and its memory comes later"
     SERVED_AGAIN = "`postcopy serve --resume`, after a server that was killed"
 

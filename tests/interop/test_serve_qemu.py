@@ -78,7 +78,7 @@ def test_every_block_arrives_in_a_machine_with_firmware(tmp_path, qemu_version):
         assert {"serial", "i8254"} <= {device.name for device in again.devices}
 
 
-@pytest.mark.qemu(*ALL)
+@pytest.mark.qemu(USUAL, NEWEST)
 def test_zero_pages_come_on_request_until_the_very_end(tmp_path, qemu_version):
     """A guest that fills its memory all the while: pages that it does not ask for are zero there."""
     need("kvm")
