@@ -14,8 +14,9 @@ from postcopy.errors import ImageError, KernelError
 from postcopy.image.base import LARGEST_RAM_BYTES
 from postcopy.image.file import ImageFile
 from postcopy.image.formats import open_image
+from postcopy.image.records import read_records
 from postcopy.stream.encoder import RamPart
-from postcopy.stream.numbers import SectionType
+from postcopy.stream.numbers import RamFlag, SectionType
 
 FORMS = ("stream", "mapped-ram")
 
@@ -200,3 +201,49 @@ def test_what_the_disk_says_once_is_asked_again(monkeypatch, tmp_path):
         failing_reads(monkeypatch, errno.EIO, errno.EIO)
         with pytest.raises(ImageError, match="cannot be read"):
             file.read(0, 4096)
+
+
+class TestXbzrle:
+    """What a source with the capability ``xbzrle`` sends of a page that it has sent before."""
+
+    def delta(self, page: int, at: int, new: bytes) -> bytes:
+        encoded = bytes([at & 0x7F | 0x80, at >> 7, len(new)]) + new
+        word = page * PAGE | RamFlag.XBZRLE | RamFlag.CONTINUE
+        return struct.pack(">QBH", word, 1, len(encoded)) + encoded
+
+    def image(self, tmp_path, blocks, *deltas):
+        raw = stream_bytes(blocks)
+        (end,) = (struct.pack(">QBI", 0x10, 0x7E, RAM_ID),)
+        at = raw.rindex(end)  # of the last section of the memory
+        (tmp_path / "image").write_bytes(raw[:at] + b"".join(deltas) + raw[at:])
+        return open_image(tmp_path / "image")
+
+    def test_deltas_change_the_last_whole_copy(self, tmp_path, blocks):
+        expected = {name: rows.copy() for name, rows in blocks.items()}
+        # The block named last is the rom.
+        data = int(np.flatnonzero(blocks["rom"].any(axis=1))[0])
+        blocks["rom"][3] = expected["rom"][3] = 0
+        expected["rom"][data][200:203] = (1, 2, 3)
+        expected["rom"][data][201] = 9
+        expected["rom"][3][4095] = 7
+        parts = [(data, 200, b"\1\2\3"), (3, 4095, b"\7"), (data, 201, b"\x09")]
+        with self.image(tmp_path, blocks, *(self.delta(*part) for part in parts)) as image:
+            for name, rows in expected.items():
+                np.testing.assert_array_equal(image.read(name, 0, len(rows)), rows)
+                np.testing.assert_array_equal(image.has_data(name), rows.any(axis=1))
+            for page in range(4):
+                np.testing.assert_array_equal(image.read("rom", page, 1)[0], expected["rom"][page])
+        found = []
+        read_records(tmp_path / "image", found.append)
+        pages = [each.values["pages"] for each in found if each.kind == "xbzrle"]
+        assert sum(pages) == 3
+
+    def test_a_delta_that_does_not_fit_is_refused(self, tmp_path, blocks):
+        with self.image(tmp_path, blocks, self.delta(1, 4095, b"\1\2")) as image:
+            image.read("rom", 2, 2)
+            with pytest.raises(ImageError, match=r"XBZRLE page.*\(at byte 0x"):
+                image.read("rom", 0, 4)
+
+    def test_pages_that_are_on_other_channels_are_not_in_the_file(self, tmp_path, blocks):
+        with pytest.raises(ImageError, match=r"multifd: the pages are not in this file \(at"):
+            self.image(tmp_path, blocks, struct.pack(">Q", RamFlag.MULTIFD_FLUSH))

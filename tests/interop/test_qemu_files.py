@@ -10,10 +10,16 @@ from fakes.qemu_versions import ALL
 from fakes.real_qemu import MICROVM, QemuProcess, bios
 from fakes.waiting import wait_until
 from image.test_convert import convert
+from interop.arrival import send_to_qemu
+from interop.qemu_guest import QemuGuest
+from interop.test_receive_qemu import MEMORY_BYTES, How, memory_of, migrate
+from machine.machines import need
 from postcopy.errors import ImageError
 from postcopy.image.device_fields import device_fields
 from postcopy.image.extract import choose_ranges, extract
 from postcopy.image.formats import open_image
+from postcopy.image.records import read_records
+from postcopy.machine import workload as workloads
 from postcopy.stream.numbers import SectionType
 
 pytestmark = pytest.mark.qemu(*ALL)
@@ -175,3 +181,25 @@ def test_devices_by_the_names_of_their_fields(tmp_path):
     assert f"EDX={cpu['env.regs'][2]:08x}" in registers
     assert f"CR0={cpu['env.cr[0]']:08x}" in registers
     assert devices["mc146818rtc 0"]["cmos_data"][2 * 0x34 : 2 * 0x36] == "0003"  # 48 MiB above 16
+
+
+@pytest.mark.qemu("10.0")
+def test_deltas_of_a_guest_that_writes(tmp_path):
+    """Of xbzrle: each is against what the stream has had of the page before."""
+    need("kvm")
+    path = tmp_path / "image"
+    workload = workloads.load("hammer", MEMORY_BYTES, 1, hot_bytes=4 * MIB)
+    with QemuGuest(tmp_path, "microvm", "kvm", MEMORY_BYTES) as qemu:
+        send_to_qemu(workload, qemu)
+        for _ in range(10):  # a busy host: the guest may have slept
+            migrate(qemu, How(("xbzrle",)), f"exec:cat >{path}")
+            wait_until(lambda: is_whole(path), 30, "the command's end")
+            records = []
+            read_records(path, records.append)
+            if deltas := [each for each in records if each.kind == "xbzrle"]:
+                break
+            qemu("cont")
+        assert deltas
+        memory = memory_of(qemu, tmp_path, MEMORY_BYTES)
+    with open_image(path) as image:
+        np.testing.assert_array_equal(image.read("microvm.ram", 0, len(memory)), memory)

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +16,7 @@ from postcopy.image.file import ImageFile
 from postcopy.image.formats import check_not_packed, locate_stream, naming
 from postcopy.image.mapped_ram import MappedRam
 from postcopy.image.parser import RamReader, find_description, read_elements, read_start
-from postcopy.image.stream import StreamRam
+from postcopy.image.stream import StreamRam, kinds_of, offset_of
 from postcopy.memory.runs import Indices
 from postcopy.stream.file_records import Configuration, DeviceSection, MappedBlock
 from postcopy.stream.mapped_ram import CAPABILITY, decode_bitmap
@@ -25,15 +25,17 @@ from postcopy.stream.reader import FileBuffer
 
 _COMMAND_BYTES: Final = 5
 _ID_BYTES: Final = 4
+_KINDS: Final = ("zeros", "pages", "xbzrle")
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
     """One record of an image's file.
 
-    :ivar offset: of its first byte in the file; of ``pages`` and ``zeros``, of the first page's contents.
+    :ivar offset: of its first byte in the file; of ``pages``, ``zeros`` and ``xbzrle``, of the
+        first page's contents.
     :ivar kind: ``libvirt``, ``configuration``, ``start``, ``block``, ``part``, ``end``, ``pages``,
-        ``zeros``, ``command``, ``section``, ``eof`` or ``description``.
+        ``zeros``, ``xbzrle``, ``command``, ``section``, ``eof`` or ``description``.
     :ivar values: what it says; JSON can carry them.
     """
 
@@ -179,15 +181,24 @@ class _MappedRecords(MappedRam):
         return blocks
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Neighbouring pages of one kind; ``end`` is the page behind them."""
+
+    block: str
+    kind: int
+    offset: int
+    first: int
+    end: int
+
+
 class _StreamRecords(StreamRam):
     """Tells of the pages of a stream, run by run."""
 
     def __init__(self, sink: Sink) -> None:
         super().__init__()
         self._sink = sink
-        self._run: tuple[str, int, int, int] | None = (
-            None  # block, first place, first page, end page
-        )
+        self._run: _Run | None = None
 
     def read_blocks(
         self, reader: FileBuffer, total_bytes: int, page_sizes: int
@@ -203,26 +214,26 @@ class _StreamRecords(StreamRam):
 
     def add(self, block: str, pages: Indices, places: Indices) -> None:
         """See :meth:`StreamRam.add`; nothing is kept but the run that may go on."""
-        ends = (np.diff(pages) != 1) | (np.diff(places > 0) != 0)
+        kinds = kinds_of(places)
+        ends = (np.diff(pages) != 1) | (np.diff(kinds) != 0)
         starts = [0, *(np.flatnonzero(ends) + 1).tolist(), len(pages)]
         for start, end in itertools.pairwise(starts):
-            place, first = int(places[start]), int(pages[start])
+            kind, first = int(kinds[start]), int(pages[start])
             run = self._run
-            if (
-                run is not None
-                and run[0] == block
-                and run[3] == first
-                and (run[1] > 0) == (place > 0)
-            ):
-                self._run = (block, run[1], run[2], first + end - start)
+            if run is not None and (run.block, run.kind, run.end) == (block, kind, first):
+                self._run = replace(run, end=first + end - start)
             else:
                 self._flush()
-                self._run = (block, place, first, first + end - start)
+                at = offset_of(int(places[start]))
+                self._run = _Run(block, kind, at, first, first + end - start)
 
     def _flush(self) -> None:
         if self._run is None:
             return
-        block, place, first, end = self._run
-        self._run = None
-        values = {"block": block, "block_offset": first * TARGET_PAGE_BYTES, "pages": end - first}
-        self._sink(ImageRecord(abs(place), "pages" if place > 0 else "zeros", values))
+        run, self._run = self._run, None
+        values = {
+            "block": run.block,
+            "block_offset": run.first * TARGET_PAGE_BYTES,
+            "pages": run.end - run.first,
+        }
+        self._sink(ImageRecord(run.offset, _KINDS[run.kind], values))
