@@ -11,7 +11,7 @@ from random import Random
 
 import pytest
 
-from fakes.odd_back_end import CLOSE, SILENT, Answer, OddBackEnd, config, number
+from fakes.odd_back_end import CLOSE, PROTOCOL, SILENT, Answer, OddBackEnd, config, number
 from fakes.vhost_front_end import (
     FLUSH,
     GET_CONFIG,
@@ -64,6 +64,26 @@ def named(value):
 
 def machine_with(back_end):
     return Machine(MachineConfig(32 * MIB, accel="unicorn", vhost_user_blk=str(back_end.path)))
+
+
+NETWORK = number(PROTOCOL | 1 << 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "answers", "why"),
+    [
+        (
+            "net",
+            {},
+            "is no network device: it offers what a disk does .*; give it by --vhost-user-blk",
+        ),
+        ("blk", {GET_PROTOCOL_FEATURES: NETWORK}, "is no disk: .*; give it by --vhost-user-net"),
+    ],
+)
+def test_a_back_end_of_the_other_kind_is_refused_by_name(odd, kind, answers, why):
+    back_end = odd(answers)
+    with pytest.raises(Refused, match=f"vhost-user back end {back_end.path} .* {why}"):
+        Machine(MachineConfig(32 * MIB, accel="unicorn", **{f"vhost_user_{kind}": back_end.path}))
 
 
 ANY = [

@@ -21,6 +21,7 @@ from postcopy.machine.virtio_state import (
 )
 from postcopy.vhost_user.back_end_process import ANSWER_S, BackEndProcess
 from postcopy.vhost_user.front_end import MemoryPart
+from postcopy.vhost_user.messages import ProtocolFeature
 from postcopy.virtio.block import SECTOR_BYTES, BlockFeature
 from postcopy.virtio.ring import Feature
 
@@ -44,6 +45,12 @@ _NET_MAC: Final = 1 << 5
 """``VIRTIO_NET_F_MAC`` (Virtual I/O Device 1.2, 5.1.3): the configuration space begins with the address."""
 _ADDRESS: Final = bytes.fromhex("525400123456")
 """As QEMU's first network device has it."""
+
+_NET_MRG_RXBUF: Final = 1 << 15
+"""``VIRTIO_NET_F_MRG_RXBUF`` (5.1.3); a block device has no such bit."""
+_DISK_SIGNS: Final = int(BlockFeature.SEG_MAX | BlockFeature.BLK_SIZE | BlockFeature.FLUSH)
+"""Of a network these bits are offloads, which come with merged buffers."""
+_NET_PROTOCOL: Final = ProtocolFeature.RARP | ProtocolFeature.MTU
 
 _CAPACITY_BYTES: Final = 8
 _NEXT_ANSWER_S: Final = 2.0
@@ -76,9 +83,29 @@ class DeviceKind:
     def config_of(self, process: BackEndProcess) -> bytes:
         """The configuration space of the device that a back end is.
 
-        :raises GuestError: the back end does not say.
+        :raises GuestError: the back end does not say, or is another device.
         """
+        self.check(process)
         return process.configuration(CONFIG_BYTES) if self.config is None else self.config
+
+    def check(self, process: BackEndProcess) -> None:
+        """Refuse a back end of the other kind, as far as that can be seen: the protocol does not say.
+
+        :raises GuestError: it offers what only the other kind has.
+        """
+        offers = f"{process.name} is no {self.name}: it offers"
+        is_net = process.features & _NET_MRG_RXBUF or process.offered & _NET_PROTOCOL
+        if is_net and self.device_id != NET.device_id:
+            raise GuestError(
+                f"{offers} merged buffers, RARP or an MTU, as a network device does; give it by "
+                "--vhost-user-net"
+            )
+        is_disk = not is_net and _DISK_SIGNS & process.features == _DISK_SIGNS
+        if is_disk and self.device_id != DISK.device_id:
+            raise GuestError(
+                f"{offers} what a disk does (SEG_MAX, BLK_SIZE, FLUSH), and nothing of a network; give "
+                "it by --vhost-user-blk"
+            )
 
 
 DISK: Final = DeviceKind("disk", 2, VHOST_USER_BLK, 1, DEFAULT_VHOST_USER_ENTRIES, _DISK_FEATURES)
@@ -260,6 +287,7 @@ def disk_bytes(path: str) -> int:
     try:
         process = BackEndProcess(path, ())
         with contextlib.closing(process):
+            DISK.check(process)
             config = process.configuration(_CAPACITY_BYTES)
     except PostcopyError as error:
         raise Refused(str(error)) from error

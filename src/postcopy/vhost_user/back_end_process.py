@@ -74,6 +74,11 @@ class BackEndProcess:
         """The virtio features that it offers."""
         return self._front_end.features
 
+    @property
+    def offered(self) -> ProtocolFeature:
+        """The features of the protocol that it offers; some tell of which kind of device it is."""
+        return self._front_end.offered
+
     def configuration(self, length_bytes: int) -> bytes:
         """The beginning of the device's configuration space.
 

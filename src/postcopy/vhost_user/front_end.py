@@ -92,7 +92,8 @@ class Ring:
 class FrontEnd:
     """One connection; one thread at a time.
 
-    :ivar features: the virtio features that the back end offers; ``protocol``: what is agreed on.
+    :ivar features: the virtio features that the back end offers; ``protocol``: what is agreed on;
+        ``offered``: what it offers of that.
     :ivar connection: for waits on it.
     """
 
@@ -100,7 +101,7 @@ class FrontEnd:
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self.connection = Connection(connected, FRONT_END)
         self.features = 0
-        self.protocol = ProtocolFeature(0)
+        self.protocol = self.offered = ProtocolFeature(0)
 
     @classmethod
     def connect(cls, path: str, timeout_s: float) -> "FrontEnd":
@@ -142,8 +143,8 @@ class FrontEnd:
         self.features = self._ask_number(Request.GET_FEATURES)
         if lacking := _REQUIRED & ~self.features:
             raise VhostUserError(f"GET_FEATURES: {lacking:#x} are required, and not offered", 12)
-        offered = self._ask_number(Request.GET_PROTOCOL_FEATURES)
-        wanted = _PROTOCOL & ProtocolFeature(offered & int(_PROTOCOL))
+        self.offered = ProtocolFeature(self._ask_number(Request.GET_PROTOCOL_FEATURES))
+        wanted = _PROTOCOL & self.offered
         self._send(Request.SET_PROTOCOL_FEATURES, Number(int(wanted)))
         self.protocol = wanted
         self.do(Request.SET_OWNER)
