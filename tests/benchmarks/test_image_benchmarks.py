@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks import campaign, restores, snapshots, waking, working_sets
+from benchmarks import campaign, receives, restores, snapshots, waking, working_sets
 from benchmarks.clock import Clock
 from benchmarks.images import Image, first_access, times, verify_image
 from benchmarks.report import Finding, median
@@ -268,3 +268,11 @@ def test_an_image_is_one_moment_of_its_guests_life(tmp_path, form, fault):
             ram[work.fill_at + 12345] ^= 1
     path = write_image(tmp_path / "image", form, {"microvm.ram": ram.reshape(-1, 4096)})
     assert verify_image(path, work)["ok"] is (fault == "none")
+
+
+def test_cases_of_receiving():
+    cases = receives.cases([64, 1536])
+    assert [receives.channels_of(case) for case in cases] == [0, 1, 4] * 2
+    last = cases[-1]
+    assert (last.workload.hot_bytes + last.workload.fill_bytes) // MIB == 1536
+    assert "4 channels of multifd" in last.title

@@ -72,7 +72,8 @@ class SourceChannels:
         :raises StreamError: one is missing.
         :raises ChannelBroken: :meth:`close` has been called.
         """
-        until = time.monotonic() + _IDENTIFY_S
+        # A connection that never says what it is is given up before.
+        until = time.monotonic() + 2 * _IDENTIFY_S
         with self._changed:
             idle = self._idle + 2  # the next look may have been taken before now
             while not self._is_settled(idle, multifd_is_on=multifd_is_on):
