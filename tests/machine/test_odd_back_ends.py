@@ -1,6 +1,7 @@
 """Back ends that answer what cannot be, or not at all: refused by name, and the guest runs on."""
 
 import contextlib
+import gc
 import os
 import socket
 import struct
@@ -176,17 +177,24 @@ def test_the_ring_stops_where_the_used_ring_says(odd, caplog, answer, why):
         assert machine.save_devices()
 
 
-def test_a_request_that_ends_after_the_connection_is_not_done_again(odd):
+@pytest.mark.parametrize("done", [0, 2], ids=["in order", "out of order"])
+def test_the_used_index_says_what_is_done_again(odd, done):
+    """It may have ended after the connection.  Out of order the first is never done: docs/drive.md."""
     back_end = odd()
     with machine_with(back_end) as machine:
         driver = Driver(machine)
         driver.begin()
         machine._drive.runner.want()
         wait_until(lambda: SET_VRING_ENABLE in back_end.heard, 10)
-        driver.requests.submit(FLUSH, kick=False)
+        for _ in range(3):
+            driver.requests.submit(FLUSH, kick=False)
         back_end.gate.clear()
         back_end.disconnect()
         wait_until(lambda: not machine.shared_with(), 10)
+        available, used = driver.ring.available + 4, driver.ring.used + 4
+        driver.bytes[used : used + 2] = driver.bytes[
+            available + 2 * done : available + 2 * done + 2
+        ]
         driver.bytes[driver.ring.used + 2] = 1
         back_end.gate.set()
         wait_until(lambda: back_end.heard.count(SET_VRING_ENABLE) == 2, 10)
@@ -368,6 +376,7 @@ def right(part):
 def test_no_answer_does_anything_but_be_taken_or_refused(seed):
     random = Random(seed)
     log = os.memfd_create("log")
+    gc.collect()  # descriptors of earlier tests
     before, refused = len(list(Path("/proc/self/fd").iterdir())), set()
     for _ in range(MESSAGES // 10):
         answers = right(random.choice([0, 0, 0, 3, 7]))
