@@ -13,7 +13,7 @@ help:
 	@echo "make soak   break migrations at random for MINUTES=10, one line a minute"
 	@echo "make check  format, lint, types, layers, spelling"
 	@echo "make bench  measure, side by side with a real QEMU; bench-all: that and all that follows"
-	@echo "make bench-snapshots, bench-restores, bench-receives, bench-working_sets, bench-recoveries, bench-block_reads, bench-back_ends   a part each"
+	@echo "make bench-snapshots, bench-restores, bench-receives, bench-working_sets, bench-recoveries, bench-block_reads, bench-back_ends, bench-inspecting   a part each"
 
 venv: $(VENV)/.ready
 
@@ -57,7 +57,7 @@ bench: venv
 	PATH="$(QEMU):$$PATH" $(BIN)/python -m benchmarks $(BENCH)
 
 # One after the other, whichever fails: make -k bench-all.
-bench-all: bench bench-snapshots bench-restores bench-receives bench-working_sets bench-recoveries bench-block_reads bench-back_ends
+bench-all: bench bench-snapshots bench-restores bench-receives bench-working_sets bench-recoveries bench-block_reads bench-back_ends bench-inspecting
 
 # bench-recoveries and so on: the other commands in benchmarks/.
 bench-%: venv
