@@ -29,12 +29,15 @@ $(VENV)/.ready: pyproject.toml scripts/requirements.py
 demo: venv
 	$(BIN)/postcopy demo
 
+# Processes that tests run in, side by side; 0: pytest's own alone.
+WORKERS ?= 2
+
 test: venv
 	.ci/install-tools --if-root
 	.ci/install-qemu --if-possible
 	.ci/install-peers --if-possible
 	.ci/install-headers --if-possible
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
 
 MINUTES ?= 10
 
