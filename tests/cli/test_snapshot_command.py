@@ -110,3 +110,9 @@ def test_capabilities_are_put_back_as_they_were(guest, tmp_path):
     states = guest.ask("query-migrate-capabilities")["return"]
     found = {each["capability"] for each in states if each["state"]}
     assert found == {"events", "postcopy-ram"}
+
+
+def test_disks_are_those_of_a_real_qemu(guest, tmp_path):
+    line = ["snapshot", "--from", guest.qmp, str(tmp_path / "image"), "--disks", str(tmp_path)]
+    assert "leave --disks out" in one_line(postcopy(*line))
+    assert not list(tmp_path.glob("image*"))

@@ -30,7 +30,8 @@ _SHOWN_CHARACTERS = 40
 def verify(path: Path, adopt: bool, as_json: bool) -> None:
     """Compare all of an image with its manifest, and the manifest with its own digest.
 
-    Exit code 1 for a flipped bit or a missing byte; each damage is one line.
+    Exit code 1 for a flipped bit or a missing byte; each damage is one line.  Disks that were taken with
+    the image are compared by size and time.
     """
     from postcopy.errors import Refused
     from postcopy.image.file import ImageFile
@@ -51,12 +52,19 @@ def verify(path: Path, adopt: bool, as_json: bool) -> None:
         damages.append(damage)
         if not as_json:
             click.echo(str(damage.error()))
+    changed = [text for disk in manifest.disks if (text := disk.damage()) is not None]
     if as_json:
-        whole = {"path": str(path), "identity": manifest.identity, "whole": not damages}
-        click.echo(json.dumps(whole | {"damages": [_damage_as_object(each) for each in damages]}))
+        whole = not damages and not changed
+        told = {"path": str(path), "identity": manifest.identity, "whole": whole, "disks": changed}
+        click.echo(json.dumps(told | {"damages": [_damage_as_object(each) for each in damages]}))
+    else:
+        for text in changed:
+            click.echo(text)
     if damages:
         where = "one place" if len(damages) == 1 else f"{len(damages)} places"
         raise CommandFailed(f"{path} is damaged in {where}; take it from a copy")
+    if changed:
+        raise CommandFailed(f"{path} is whole, and its disks are not; take them from a copy")
     if not as_json:
         click.echo(f"{path}: whole; identity {manifest.identity}")
 
@@ -204,6 +212,9 @@ def _manifest_rows(found: "ImageInfo") -> Iterator[tuple[str, str]]:
     parent = found.manifest["parent"]
     if parent is not None:
         yield "parent", f"{parent['path']} ({parent['identity'][:16]})"
+    for disk in found.manifest["disks"]:
+        size = f"{disk['format']}, {disk['size_bytes'] / _MIB:g} MiB"
+        yield f"disk {disk['name']}", f"{disk['path']} ({size})"
 
 
 @click.command(short_help="Show which pages, devices and fields of two images differ.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from postcopy.client.snapshot import Snapshot
+    from postcopy.client.snapshot_result import Snapshot
 
 _MIB = 1 << 20
 
@@ -32,12 +32,21 @@ _MIB = 1 << 20
     metavar="PATH",
     help="An image whose store of chunks is shared: only changed memory takes space.",
 )
+@click.option(
+    "--disks",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Take the disks of a QEMU's guest at the same moment; it goes on with overlays in DIR.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def snapshot(**options: Any) -> None:
     """Take an image of a guest, which goes on running, and show its figures.
 
     PATH is a path of this host, on which the machine must run too.  Ctrl-C cancels the snapshot; the guest
     runs on in any case.
+
+    With --disks the guest stands still for some milliseconds.  Its disks' files then belong to the image,
+    and are not written any more.
     """
     from postcopy.cli import interrupts
 
@@ -80,6 +89,11 @@ def lines(taken: "Snapshot") -> Iterator[tuple[str, str]]:
         f"{taken.ram_bytes / _MIB:.0f} MiB: {taken.data_bytes / _MIB:.1f} with data, "
         f"{taken.zero_bytes / _MIB:.1f} zero",
     )
+    for disk in taken.disks:
+        yield (
+            f"disk {disk.name}",
+            f"{disk.path}; the guest goes on with {taken.overlays[disk.name]}",
+        )
     if taken.device_bytes is not None:
         yield "devices", f"{taken.device_bytes} bytes"
     yield "file", f"{taken.file_bytes / _MIB:.1f} MiB on the disk"

@@ -15,7 +15,8 @@ from postcopy.cli.progress_view import View
 from postcopy.client.migration import Migration
 from postcopy.client.progress import Phase, name_of
 from postcopy.client.result import Result
-from postcopy.client.snapshot import Snapshot, SnapshotJob
+from postcopy.client.snapshot import SnapshotJob
+from postcopy.client.snapshot_result import Snapshot
 from postcopy.errors import MigrationFailed, NeedsRecovery, PostcopyError, Refused
 
 _AFTER_SWITCHOVER: Final = frozenset(

@@ -10,7 +10,8 @@ from postcopy.client.progress import Phase, Progress
 from postcopy.client.reset_point import Reset, ResetPoint
 from postcopy.client.restored_machine import Restored, RestoredMachine, RestoreOptions, restore
 from postcopy.client.result import FaultLatency, Result
-from postcopy.client.snapshot import Snapshot, SnapshotJob, SnapshotOptions
+from postcopy.client.snapshot import SnapshotJob, SnapshotOptions
+from postcopy.client.snapshot_result import Snapshot
 
 __all__ = [
     "Machine",

@@ -14,7 +14,8 @@ from postcopy.client.migration_order import MigrateOptions, MigrationOrder, list
 from postcopy.client.qmp import QmpConnection
 from postcopy.client.reconnect import address_of, bring_together
 from postcopy.client.reset_point import Reset, ResetPoint
-from postcopy.client.snapshot import Snapshot, SnapshotJob, SnapshotOptions, wanted
+from postcopy.client.snapshot import SnapshotJob, SnapshotOptions
+from postcopy.client.snapshot_result import Snapshot
 from postcopy.errors import PostcopyError, Refused
 
 
@@ -237,9 +238,10 @@ class Machine:
         :param path: of the new image; a path of this host, on which the machine must run too.
         :param options: ``form`` is ``mapped-ram`` (pages at fixed offsets: for restores) or ``stream``
             (which a QEMU of any version reads).  With ``compress`` = ``zstd`` or a ``parent`` the memory
-            goes into a store of chunks beside the image, or into the parent's.
+            goes into a store of chunks beside the image, or into the parent's.  With ``disks``, a folder,
+            the disks of a real QEMU's guest are taken at the same moment: it goes on with overlays there.
         """
-        return SnapshotJob(self._connection, Path(path), wanted(options))
+        return SnapshotJob(self._connection, Path(path), options)
 
     async def snapshot(self, path: str | Path, **options: Unpack[SnapshotOptions]) -> Snapshot:
         """Take a snapshot of the guest, which goes on running; see :meth:`start_snapshot`.

@@ -5,14 +5,16 @@ import contextlib
 import os
 import time
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
 
+from postcopy.client.disk_overlays import DiskOverlays
 from postcopy.client.order_settings import BorrowedSettings
 from postcopy.client.progress import STOPPED, Phase, Progress, ProgressTracker, status_of
 from postcopy.client.qemu_command import command_of
 from postcopy.client.qmp import QmpConnection
+from postcopy.client.snapshot_result import Measured, Snapshot
 from postcopy.errors import MigrationCancelled, MigrationFailed, PostcopyError, Refused
 from postcopy.image.options import Form, ImageOptions, SnapshotTimings
 from postcopy.image.publish import CommitPoint, reserved
@@ -22,8 +24,10 @@ if TYPE_CHECKING:
     from postcopy.image.finalize import FinalizedImage
 
 _INTERVAL_S: Final = 0.02
+_BRIEFLY_S: Final = 0.001
 _CANCEL_TIMEOUT_S: Final = 30.0
 _STATES_OF_QEMU: Final = frozenset({"running", "paused"})
+_CANCELS_SNAPSHOTS: Final = 10
 _KNOWS_FILES: Final = (8, 2)
 _FD_NAME: Final = "postcopy"
 _MODE: Final = 0o600  # guest memory holds keys and passwords
@@ -35,9 +39,10 @@ class SnapshotOptions(TypedDict, total=False):
     form: Form
     compress: Literal["zstd"] | None
     parent: str | Path | None
+    disks: str | Path | None
 
 
-def wanted(options: SnapshotOptions) -> ImageOptions:
+def _wanted(options: SnapshotOptions) -> ImageOptions:
     """Convert the options."""
     parent = options.get("parent")
     return ImageOptions(
@@ -45,50 +50,6 @@ def wanted(options: SnapshotOptions) -> ImageOptions:
         options.get("compress") is not None,
         None if parent is None else Path(parent).absolute(),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The figures of a snapshot.  Times that the machine has not measured are ``None``.
-
-    :ivar pause_us: how long the guest was stopped.
-    :ivar longest_stall_us, stall_p99_us: how long single writes of the guest waited afterwards;
-        ``write_faults`` is their number.
-    :ivar saving_ms: until the machine had written its memory.
-    :ivar total_ms: until the image was published.
-    :ivar data_bytes, zero_bytes: of the ``ram_bytes``, counted in pages.
-    :ivar device_bytes: the size of the devices' state.
-    :ivar file_bytes: the space of the file on the disk.
-    :ivar new_bytes, reused_bytes, stored_bytes: of a store of chunks: memory that was new to it, memory
-        that it had, and the space of the new chunks.
-    :ivar source: the last answer to ``query-migrate``, whole.
-    """
-
-    path: Path
-    format: str
-    identity: str
-    pause_us: int | None
-    longest_stall_us: int | None
-    stall_p99_us: int | None
-    write_faults: int | None
-    saving_ms: int
-    total_ms: int
-    ram_bytes: int
-    data_bytes: int
-    zero_bytes: int
-    device_bytes: int | None
-    file_bytes: int
-    new_bytes: int | None = None
-    reused_bytes: int | None = None
-    stored_bytes: int | None = None
-    parent: str | None = None
-    source: Mapping[str, Any] = field(default_factory=dict, repr=False)
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON can carry it, without the raw answer."""
-        figures = asdict(self) | {"path": str(self.path)}
-        del figures["source"]
-        return figures
 
 
 def _finalize() -> Any:
@@ -103,16 +64,20 @@ class SnapshotJob:
     One task of the running event loop carries it out.
     """
 
-    def __init__(self, machine: QmpConnection, path: Path, wanted: ImageOptions) -> None:
+    def __init__(self, machine: QmpConnection, path: Path, options: SnapshotOptions) -> None:
         self._machine = machine
         self._path = path.absolute()
         self._written = self._path  # until the name of the partial file is known
-        self._wanted = wanted
+        self._wanted = _wanted(options)
+        folder = options.get("disks")
+        self._disks = None if folder is None else DiskOverlays(machine, Path(folder), self._path)
         self._tracker = ProgressTracker()
         self._last = self._tracker.take({})
         self._changed = asyncio.Condition()
         self._started = time.monotonic()
         self._commit_point = CommitPoint()
+        self._ordering = asyncio.Lock()  # held until the machine has answered the order
+        self._ordered = False
         self._task = asyncio.create_task(self._run(), name="snapshot")
         # Without this asyncio logs an exception that no caller has retrieved.
         self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
@@ -162,7 +127,23 @@ class SnapshotJob:
         """
         if not self._commit_point.cancel():
             raise Refused(f"the snapshot is complete; remove {self._path} if you do not need it")
+        async with self._ordering:
+            if not self._ordered:
+                return  # and it will not be
+        if not await self._machine.is_ours():
+            if await self._cannot_cancel():
+                return  # it ends by itself, and its file is removed
+            await self._until_protected()  # QEMU may do so behind a cancel
         await self._machine.execute("migrate_cancel")
+
+    async def _cannot_cancel(self) -> bool:
+        """Whether a cancel would leave the memory write-protected for ever, and the vCPUs waiting.
+
+        QEMU 7.2 does so, 10.0 does not; those in between have not been tried.
+        """
+        version = (await self._machine.version())["qemu"]
+        major: int = version["major"]
+        return major < _CANCELS_SNAPSHOTS
 
     async def give_up(self) -> None:
         """Cancel the task, and wait for its end; an image that is not published yet never will be."""
@@ -175,6 +156,11 @@ class SnapshotJob:
             if self._wanted.parent is not None:
                 await asyncio.to_thread(lambda: _finalize().check_parent(self._wanted.parent))
             ours = await self._machine.is_ours()
+            if ours and self._disks is not None:
+                raise Refused(
+                    "the machine is postcopy's, whose drives have no overlays; leave --disks out, and copy "
+                    "the drive's file while the machine is stopped"
+                )
             if not ours:
                 await self._check_state()
                 process_id = self._machine.process_id
@@ -183,11 +169,25 @@ class SnapshotJob:
             # A background snapshot of QEMU 10 never writes the bitmaps of mapped-ram: such a machine
             # writes a stream, which is converted here.
             mapped = ours and (self._wanted.chunked or self._wanted.form == "mapped-ram")
-            answer = await self._save_ours(mapped=mapped) if ours else await self._save_qemus()
-            finished = await self._finish(answer)
+            async with self._disks_put_back():
+                answer = await self._save_ours(mapped=mapped) if ours else await self._save_qemus()
+                finished = await self._finish(answer)
         result = self._outcome(answer, finished)
         await self._publish(replace(self._last, phase=Phase.COMPLETED, fraction=1.0))
         return result
+
+    @contextlib.asynccontextmanager
+    async def _disks_put_back(self) -> AsyncGenerator[None, None]:
+        """Take the overlays away if the snapshot fails."""
+        try:
+            yield
+        except BaseException as error:
+            if self._disks is None or not self._disks.paths:
+                raise
+            became = await self._disks.put_back()
+            if isinstance(error, MigrationFailed | MigrationCancelled | Refused):
+                raise type(error)(f"{error}; {became}") from error
+            raise
 
     async def _check_state(self) -> None:
         state = (await self._machine.execute("query-status"))["status"]
@@ -203,6 +203,8 @@ class SnapshotJob:
     async def _save_qemus(self) -> Mapping[str, Any]:
         borrowed = await BorrowedSettings.take(self._machine, mapped=False)
         try:
+            if self._disks is not None:
+                await self._disks.make()
             return await self._save("migrate", {}, borrowed)
         finally:
             await borrowed.put_back()
@@ -214,9 +216,17 @@ class SnapshotJob:
         loading.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             uri = await _file_uri(self._machine, self._written)
-            await self._machine.execute(order, {"uri": uri, **more})
+            if self._disks is not None:
+                await self._disks.freeze()
+            async with self._ordering:
+                self._commit_point.check()
+                self._ordered = True
+                await self._machine.execute(order, {"uri": uri, **more})
             if borrowed is not None:
                 await self._check(borrowed)
+            if self._disks is not None:
+                await self._until_protected()
+                await self._disks.resume()
             answer = await self._until_stopped()
         except asyncio.CancelledError:
             await self._cancel_quietly()
@@ -252,21 +262,34 @@ class SnapshotJob:
                 return answer
             await asyncio.sleep(_INTERVAL_S)
 
+    async def _until_protected(self) -> None:
+        """Wait until a QEMU has write-protected the memory; pages are sent from then on only."""
+        while True:
+            answer: Mapping[str, Any] = await self._machine.execute("query-migrate")
+            ram = answer.get("ram", {})
+            if ram.get("normal", 0) + ram.get("duplicate", 0) > 0:
+                return
+            if status_of(answer) not in {Status.SETUP, Status.ACTIVE}:
+                return
+            await asyncio.sleep(_BRIEFLY_S)
+
     async def _cancel_quietly(self) -> None:
         with contextlib.suppress(PostcopyError, TimeoutError):
-            async with asyncio.timeout(_CANCEL_TIMEOUT_S):
-                await self.cancel()
+            await self.cancel()
+            slow = not await self._machine.is_ours() and await self._cannot_cancel()
+            async with asyncio.timeout(None if slow else _CANCEL_TIMEOUT_S):
                 await self._until_stopped()
 
     async def _finish(self, answer: Mapping[str, Any]) -> "FinalizedImage":
         last = self._tracker.take(answer)
         await self._publish(replace(last, phase=Phase.DIGESTS, fraction=0.95))
-        measured = _Measured.of(answer)
+        measured = self._measured(answer)
         timings = SnapshotTimings(self._started, measured.pause_us, measured.longest_stall_us)
+        disks = None if self._disks is None else self._disks.frozen
         finishing = asyncio.create_task(
             asyncio.to_thread(
                 lambda: _finalize().finalize(
-                    self._path, self._written, self._wanted, timings, self._commit_point
+                    self._path, self._written, self._wanted, timings, self._commit_point, disks
                 )
             )
         )
@@ -287,8 +310,15 @@ class SnapshotJob:
     def _elapsed_ms(self) -> int:
         return SnapshotTimings(self._started).total_ms
 
+    def _measured(self, answer: Mapping[str, Any]) -> "Measured":
+        measured = Measured.of(answer)
+        # The pause for the disks contains the machine's own.
+        pause_us = None if self._disks is None else self._disks.pause_us
+        return measured if pause_us is None else replace(measured, pause_us=pause_us)
+
     def _outcome(self, answer: Mapping[str, Any], finished: "FinalizedImage") -> Snapshot:
-        measured, manifest, packed = _Measured.of(answer), finished.manifest, finished.packed
+        measured, manifest, packed = self._measured(answer), finished.manifest, finished.packed
+        overlays = {} if self._disks is None else self._disks.paths
         return Snapshot(
             path=self._path,
             format=manifest.form,
@@ -308,6 +338,8 @@ class SnapshotJob:
             reused_bytes=None if packed is None else packed.reused_bytes,
             stored_bytes=None if packed is None else packed.stored_bytes,
             parent=None if manifest.parent is None else manifest.parent.path,
+            disks=manifest.disks,
+            overlays={name: str(path) for name, path in overlays.items()},
             source=answer,
         )
 
@@ -331,28 +363,3 @@ async def _file_uri(machine: QmpConnection, path: Path) -> str:
     finally:
         os.close(fd)
     return f"fd:{_FD_NAME}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    """The machine's own measurements of a snapshot."""
-
-    pause_us: int | None
-    longest_stall_us: int | None
-    stall_p99_us: int | None
-    write_faults: int | None
-    device_bytes: int | None
-
-    @classmethod
-    def of(cls, answer: Mapping[str, Any]) -> "_Measured":
-        figures = answer.get("x-postcopy", {})
-        downtime_ms = answer.get(
-            "downtime"
-        )  # the only figure of a real QEMU, in whole milliseconds
-        return cls(
-            figures.get("pause-us", None if downtime_ms is None else downtime_ms * 1000),
-            figures.get("write-stall-max-us"),
-            figures.get("write-stall-p99-us"),
-            figures.get("write-faults"),
-            figures.get("device-bytes"),
-        )

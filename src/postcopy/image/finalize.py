@@ -12,6 +12,7 @@ from postcopy.channel.whole_file import WholeFile, kept, publish
 from postcopy.errors import ImageError, Refused
 from postcopy.image.convert import skeleton, write_mapped, write_stream
 from postcopy.image.digests import take_digests
+from postcopy.image.disks import FrozenDisks
 from postcopy.image.file import ImageFile
 from postcopy.image.formats import Image, open_image, open_unpacked
 from postcopy.image.manifest import Manifest, Parent, Stored, Times, beside
@@ -76,11 +77,13 @@ def finalize(
     options: ImageOptions,
     timings: SnapshotTimings,
     commit_point: CommitPoint | None = None,
+    disks: FrozenDisks | None = None,
 ) -> FinalizedImage:
     """Make an image of the file that a machine has written.
 
     :param written: that file, beside ``path``; it may have gone afterwards.
     :param commit_point: until there the work may be cancelled.
+    :param disks: those that were taken at the same moment.
     :raises MigrationCancelled: it was cancelled.
     :raises ImageError: the file that the machine has written is no image.
     :raises Refused: a file of that name has been made meanwhile.
@@ -99,6 +102,8 @@ def finalize(
         commit_point.commit()
         times = Times(utc_now(), timings.pause_us, timings.longest_stall_us, timings.total_ms)
         manifest = replace(manifest, times=times, command=options.command)
+        if disks is not None:
+            manifest = replace(manifest, disks=disks.disks, was_running=disks.was_running)
         publish_image(path, written if file is None else file.partial, manifest)
     return sizes.finalized(path, packed)
 
@@ -116,9 +121,19 @@ def convert(source: Path, path: Path, options: ImageOptions) -> FinalizedImage:
         with open_unpacked(source, path.parent) as image:
             sizes = _Sizes.of(image)
             manifest, file, packed = _write(image, path, options, held, never_cancelled)
-        manifest = replace(manifest, times=Times(utc_now()), command=options.command)
+        manifest = _of_the_same_guest(source, replace(manifest, times=Times(utc_now())))
         publish_image(path, file.partial, manifest)
     return sizes.finalized(path, packed)
+
+
+def _of_the_same_guest(source: Path, manifest: Manifest) -> Manifest:
+    """Take over what only the source's manifest knows."""
+    if not beside(source).exists():
+        return manifest
+    known = Manifest.load(source)
+    return replace(
+        manifest, command=known.command, disks=known.disks, was_running=known.was_running
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from typing import Any
 from postcopy.image import working_set
 from postcopy.image.chunked import ChunkImage
 from postcopy.image.digests import CHUNK_BYTES
+from postcopy.image.disks import encode_disks
 from postcopy.image.formats import Image
 from postcopy.image.manifest import Manifest, beside
 
@@ -113,6 +114,7 @@ def _told(manifest: Manifest) -> dict[str, Any]:
         "times": asdict(manifest.times),
         "parent": None if manifest.parent is None else asdict(manifest.parent),
         "command": manifest.command,
+        "disks": encode_disks(manifest.disks),
         "chunk_bytes": CHUNK_BYTES,
         "chunks_with_data": int(manifest.digests.present.sum()),
     }

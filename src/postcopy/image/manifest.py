@@ -21,6 +21,7 @@ from postcopy.image.digests import (
     ChunkDigests,
     chunk_count,
 )
+from postcopy.image.disks import Disk, decode_disks, encode_disks
 from postcopy.image.file_kinds import MANIFEST_SUFFIX
 from postcopy.image.manifest_file import Fields, decode, encode, text_of, text_of_mask
 from postcopy.memory.runs import Mask
@@ -89,6 +90,9 @@ class Manifest:
     :param digests: of the image's file.
     :param stored: for the format ``chunks`` only.
     :param command: the command line of the QEMU that was saved, as a shell would split it.
+    :param disks: those that were taken at the same moment.
+    :param was_running: whether the guest runs after a restore, whatever its own state says: a guest that
+        was stopped for its disks is ``paused`` in its image.
     """
 
     form: str
@@ -99,6 +103,8 @@ class Manifest:
     parent: Parent | None = None
     stored: Stored | None = None
     command: str | None = None
+    disks: tuple[Disk, ...] = ()
+    was_running: bool | None = None
 
     @property
     def identity(self) -> str:
@@ -139,6 +145,8 @@ class Manifest:
             "digests": self.digests.text,
             "stored": None if stored is None else _encode_stored(stored),
             "command": self.command,
+            "disks": encode_disks(self.disks),
+            "was_running": self.was_running,
         }
 
     @classmethod
@@ -159,6 +167,8 @@ class Manifest:
             parent=_parent(fields),
             stored=_stored(fields, blocks),
             command=fields.optional("command", str),
+            disks=decode_disks(fields),
+            was_running=fields.flag("was_running"),
         )
         _check_identity(fields, manifest)
         return manifest

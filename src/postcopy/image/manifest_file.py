@@ -86,6 +86,13 @@ class Fields:
         """Return a member that may be missing or null."""
         return None if self._members.get(name) is None else self.get(name, kind)
 
+    def flag(self, name: str) -> bool | None:
+        """Return a truth value that may be missing or null."""
+        value = self._members.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise self.wrong(f"'{name}' is neither true nor false")
+        return value
+
     def object(self, name: str) -> "Fields":
         """Return a member that is an object."""
         return Fields(self._path, self.get(name, dict))
