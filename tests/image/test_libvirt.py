@@ -77,7 +77,7 @@ def test_a_compressed_file_is_converted_first(tmp_path, form):
     saved, new = tmp_path / "saved", tmp_path / "new"
     if form == "lzop":
         if shutil.which("lzop") is None:
-            pytest.skip("needs lzop: apt-get install lzop")
+            pytest.skip("needs lzop: run .ci/install-tools")
         done = subprocess.run(["lzop"], input=stream_bytes(memory()), stdout=-1, check=True)
         packed = done.stdout
     else:
