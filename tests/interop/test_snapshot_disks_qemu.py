@@ -4,15 +4,19 @@ import asyncio
 import json
 import os
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from fakes.commands import one_line, postcopy
 from fakes.qemu_versions import ALL
+from fakes.waiting import wait_until
 from interop.arrival import check_memory, iterations
 from interop.our_guest import OurGuest
 from interop.qemu_guest import QemuGuest
 from interop.test_drive_qemu import check_works_on, drive_options, to_qemu
+from interop.test_restore_in_qemu import Restoring
 from machine.drives import MEMORY_BYTES, check_disk, disk_workload, make_disk, writes_and_reads
 from postcopy import Machine, MigrationCancelled
 
@@ -171,3 +175,90 @@ def test_nothing_is_touched_where_an_overlay_cannot_be_made(tmp_path, qmp, at_wo
     assert (disks_of(qemu), nodes_of(qemu)) == (before, nodes)
     check_goes_on(qemu, workload)
     check_all(qemu, workload, path)
+
+
+@pytest.fixture
+def taken(tmp_path, qmp, at_work):
+    """The image of a guest that goes on, and its disk's file."""
+    _, _, path = at_work
+    (tmp_path / "overlays").mkdir()
+    line = ["snapshot", "--from", qmp, "--disks", str(tmp_path / "overlays")]
+    outcome = postcopy(*line, str(tmp_path / "image"))
+    assert outcome.returncode == 0, outcome.stderr
+    return tmp_path / "image", path
+
+
+def check_clone(restoring, workload, copy):
+    """Let it do some work, and compare all of its memory and of its disk."""
+    read = restoring.memory()
+    before = iterations(read, workload), writes_and_reads(read, workload)
+    restoring.ask(("cont", {}))
+
+    def beyond():
+        read = restoring.memory()
+        after = iterations(read, workload), writes_and_reads(read, workload)
+        restoring.ask(("cont", {}))
+        return all(
+            a > b for x, y in zip(after, before, strict=True) for a, b in zip(x, y, strict=True)
+        )
+
+    wait_until(beyond, 30, "the guest goes on, with its disk")
+    read = restoring.memory()
+    (disks,) = restoring.ask(("query-block", {}))
+    (node,) = (each["inserted"]["node-name"] for each in disks if "inserted" in each)
+    target = {"job-id": "copy", "device": node, "sync": "full", "format": "raw"}
+    restoring.ask(("drive-backup", target | {"target": str(copy)}))
+    wait_until(lambda: restoring.ask(("query-block-jobs", {})) == [[]], 30, "its disk is copied")
+    check_memory(read, workload)
+    check_disk(read, workload, copy)
+    restoring.ask(("cont", {}))
+
+
+def test_clones_have_overlays_of_their_own(tmp_path, at_work, taken):
+    """All of them and the guest that was saved write to one disk, each for itself."""
+    (qemu, workload, path), (image, _) = at_work, taken
+    before = Path(path).read_bytes()
+    (tmp_path / "clones").mkdir()
+    options = ["--lazy", "--count", "2", "--overlay-dir", str(tmp_path / "clones")]
+    with Restoring(tmp_path, image, *options, qmp="clone{n}.qmp", saved=True) as clones:
+        for _ in range(2):
+            clones.wait_line("has all memory")
+        for number in range(2):
+            clones.qmp = tmp_path / f"clone{number}.qmp"
+            check_clone(clones, workload, tmp_path / f"copy{number}")
+        assert len(list((tmp_path / "clones").iterdir())) == 2
+        check_goes_on(qemu, workload)
+    assert Path(path).read_bytes() == before
+    assert len(list((tmp_path / "clones").iterdir())) == 2
+    assert postcopy("verify", str(image)).returncode == 0
+
+
+def test_a_clone_that_leaves_nothing_behind(tmp_path, at_work, taken):
+    """And runs, though the guest was stopped for its disks; without ``--lazy`` too."""
+    (_, workload, _), (image, _) = at_work, taken
+    with Restoring(tmp_path, image, "--ephemeral", saved=True) as clone:
+        clone.wait_line("has all memory")
+        (status, disks) = clone.ask(("query-status", {}), ("query-block", {}))
+        assert status["status"] == "running"
+        check_clone(clone, workload, tmp_path / "copy")
+        (node,) = (each["inserted"] for each in disks if "inserted" in each)
+        assert Path(node["file"]).exists() or "overlays-" in node["file"]
+        clone.ask(("quit", {}))
+        assert clone.process.wait(30) == 0
+    assert not list(Path(tempfile.gettempdir()).glob("postcopy-overlays-*/image.*"))
+    assert postcopy("verify", str(image)).returncode == 0
+
+
+def test_a_disk_of_an_image_is_never_written_to(tmp_path, taken):
+    image, path = taken
+    line = ["restore", str(image), "--lazy", "--qemu", "saved"]
+    assert "which must stay as they are" in one_line_of(postcopy(*line))
+    os.utime(path, ns=(0, 0))
+    outcome = postcopy(*line, "--ephemeral")
+    assert "has been written since the image was taken" in one_line_of(outcome)
+
+
+def one_line_of(outcome):
+    """The error, behind the line that tells the command."""
+    assert outcome.returncode != 0
+    return outcome.stderr.splitlines()[-1]

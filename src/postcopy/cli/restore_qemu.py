@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import os
 import signal
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,14 +17,17 @@ from postcopy.cli import interrupts
 from postcopy.cli.failures import FAILED, CommandFailed
 from postcopy.cli.process import notice
 from postcopy.errors import PostcopyError, Refused
+from postcopy.image.disks import Disk
 from postcopy.image.manifest import Manifest, beside
 from postcopy.lazy_restore.restore_image import RestoreImage
+from postcopy.serve.clone_disks import Overlay, check_disks, make_overlays, names_any, plan
 from postcopy.serve.restored_qemu import QemuOptions, RestoredQemu
 from postcopy.serve.server import ServeOptions
 from postcopy.statistics import RamStatistics
 
 _TAKEN: Final = frozenset({
-    "path", "qemu", "lazy", "paused", "qmps", "preempt", "bandwidth", "count", "on_running"
+    "path", "qemu", "lazy", "paused", "qmps", "preempt", "bandwidth", "count", "on_running",
+    "overlay_dir", "ephemeral",
 })  # fmt: skip
 _SAVED: Final = "saved"
 _NUMBER: Final = "{n}"
@@ -42,6 +46,8 @@ class _Clone:
     about: str
     options: QemuOptions
     hook: str | None
+    disks: tuple[Overlay, ...]
+    ephemeral: bool
 
 
 def check_options(context: click.Context) -> None:
@@ -62,30 +68,71 @@ def check_options(context: click.Context) -> None:
 
 def run(given: Mapping[str, Any]) -> int:
     """Start QEMU with the guest, and stay until its end; return its exit code."""
-    command = given["qemu"]
+    path, command = Path(given["path"]), given["qemu"]
     if command == _SAVED:
-        command = _saved_command(Path(given["path"]))
+        command = _saved_command(path)
         notice(f"starting: {command}")
+    with contextlib.ExitStack() as folders:
+        disks = _Disks.choose(path, command, given, folders)
+        clones = [_clone(given, command, number, disks) for number in range(given["count"])]
+        return interrupts.run(_run(path, clones))
+
+
+@dataclass(frozen=True, slots=True)
+class _Disks:
+    """The image's disks, and where the overlays over them are to be.
+
+    :ivar kept: of an image without disks, or of a command line that does not use them, there are none.
+    """
+
+    image: Path
+    kept: tuple[Disk, ...]
+    folder: Path
+    ephemeral: bool
+
+    @classmethod
+    def choose(
+        cls, path: Path, command: str, given: Mapping[str, Any], folders: contextlib.ExitStack
+    ) -> "_Disks":
+        """Find out which overlays are wanted.
+
+        :raises Refused: none are, and QEMU would write to the image's disks.
+        :raises ImageError: a disk is not as it was.
+        """
+        disks = Manifest.load(path).disks if beside(path).exists() else ()
+        folder, ephemeral = given["overlay_dir"], given["ephemeral"]
+        if not disks and (folder is not None or ephemeral):
+            raise Refused(
+                f"{path} has no disks to put overlays over; take it with 'postcopy snapshot --disks'"
+            )
+        wanted = folder is not None or ephemeral
+        if not wanted and names_any(command.replace(_NUMBER, "0"), disks):
+            raise Refused(
+                f"QEMU would write to the disks of {path}, which must stay as they are; give "
+                "--overlay-dir DIR or --ephemeral"
+            )
+        if not wanted:
+            return cls(path, (), path, ephemeral=False)
+        check_disks(disks, path)
+        if folder is None:
+            made = tempfile.TemporaryDirectory(prefix="postcopy-overlays-")
+            folder = Path(folders.enter_context(made))
+        if not folder.is_dir():
+            raise Refused(f"{folder} is no folder; make it, or give another")
+        return cls(path, disks, folder.absolute(), ephemeral)
+
+
+def _clone(given: Mapping[str, Any], command: str, number: int, disks: _Disks) -> _Clone:
+    command = command.replace(_NUMBER, str(number))
+    command, overlays = plan(command, disks.kept, disks.folder, disks.image, number)
     options = QemuOptions(
         command=command,
         paused=given["paused"],
-        qmps=tuple(given["qmps"]),
+        qmps=tuple(qmp.replace(_NUMBER, str(number)) for qmp in given["qmps"]),
         serve=ServeOptions(given["lazy"], given["preempt"], given["bandwidth"] or 0),
     )
-    clones = [
-        _Clone(
-            number,
-            "QEMU" if given["count"] == 1 else f"clone {number}: QEMU",
-            replace(
-                options,
-                command=options.command.replace(_NUMBER, str(number)),
-                qmps=tuple(qmp.replace(_NUMBER, str(number)) for qmp in options.qmps),
-            ),
-            given["on_running"],
-        )
-        for number in range(given["count"])
-    ]
-    return interrupts.run(_run(Path(given["path"]), clones))
+    about = "QEMU" if given["count"] == 1 else f"clone {number}: QEMU"
+    return _Clone(number, about, options, given["on_running"], tuple(overlays), disks.ephemeral)
 
 
 def _saved_command(path: Path) -> str:
@@ -126,6 +173,16 @@ async def _one_of_many(opened: RestoreImage, clone: _Clone) -> int:
 
 
 async def _one(opened: RestoreImage, clone: _Clone) -> int:
+    if clone.disks:
+        await make_overlays(clone.options.command, clone.disks)
+    try:
+        return await _with_disks(opened, clone)
+    finally:
+        for overlay in clone.disks if clone.ephemeral else ():
+            overlay.path.unlink(missing_ok=True)
+
+
+async def _with_disks(opened: RestoreImage, clone: _Clone) -> int:
     async with RestoredQemu(opened, clone.options) as qemu:
         await qemu.start()
         about = f"{clone.about} {qemu.pid}"

@@ -1,5 +1,6 @@
 """``postcopy run`` and ``postcopy restore``: one guest with its monitors."""
 
+import pathlib
 from typing import Any
 
 import click
@@ -15,7 +16,7 @@ _WORKLOADS = (
     "sweep",
 )  # of machine/workload.py, which takes long to import
 _LOAD_ADDRESS = 0x10000
-_FOR_QEMU = ("preempt", "bandwidth", "count", "on_running")
+_FOR_QEMU = ("preempt", "bandwidth", "count", "on_running", "overlay_dir", "ephemeral")
 
 
 @click.command(short_help="Run a guest, or wait for an incoming one.")
@@ -85,6 +86,13 @@ def run(context: click.Context, /, **given: Any) -> None:
     metavar="N",
     help="With --qemu: so many clones; {n} in COMMAND and ADDRESS is the number of each.",
 )
+@click.option(
+    "--overlay-dir",
+    type=click.Path(path_type=pathlib.Path),
+    metavar="DIR",
+    help="With --qemu: each QEMU writes to overlays of its own, here, over the image's disks.",
+)
+@click.option("--ephemeral", is_flag=True, help="With --qemu: the overlays are removed at the end.")
 @click.option("--on-running", metavar="COMMAND", help="With --qemu: run this when a guest runs.")
 @click.option("--preempt", is_flag=True, help="With --qemu --lazy: use postcopy-preempt.")
 @click.option(

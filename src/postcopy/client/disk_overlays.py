@@ -4,22 +4,21 @@ While the guest stands still, each disk that it may write to gets an empty overl
 all of them in one ``transaction``).  The files below keep what was on the disks at that moment.
 """
 
-import asyncio
 import contextlib
 import json
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from postcopy.client.qemu_jobs import run_job
 from postcopy.client.qmp import QmpConnection
 from postcopy.errors import PostcopyError, Refused
-from postcopy.image.disks import Disk, FrozenDisks
+from postcopy.image.disks import Disk, FrozenDisks, file_name_of
 
-_POLL_S: Final = 0.002
 _FILES: Final = frozenset({"file", "host_device"})
 _FILTERS: Final = frozenset({
     "blkdebug", "blklogwrites", "blkreplay", "blkverify", "compress", "copy-before-write", "copy-on-read",
@@ -49,7 +48,8 @@ class _Overlay:
         return size
 
     def disk(self) -> Disk:
-        return Disk.of_file(self.name, self.base, self.inserted["drv"], self.size_bytes)
+        form, below = self.inserted["drv"], tuple(_below(self.inserted["image"]))
+        return Disk(self.name, self.base, form, self.size_bytes, below=below).as_it_is()
 
 
 class DiskOverlays:
@@ -160,8 +160,7 @@ class DiskOverlays:
                     "found; start QEMU with the absolute path"
                 )
             base = str((folder / base).resolve())
-        part = name.strip("/").replace("/", "-")
-        path = self._folder.absolute() / f"{self._image.name}.{part}.qcow2"
+        path = self._folder.absolute() / f"{self._image.name}.{file_name_of(name)}.qcow2"
         return _Overlay(
             name, inserted["node-name"], inserted, base, path, f"postcopy-{secrets.token_hex(4)}"
         )
@@ -170,37 +169,29 @@ class DiskOverlays:
         inserted, path = overlay.inserted, str(overlay.path)
         cache = {key: inserted["cache"][key] for key in ("direct", "no-flush")}
         common = {"cache": cache, "discard": "unmap"}
-        await self._create({"driver": "file", "filename": path, "size": 0})
+        await self._create(driver="file", filename=path, size=0)
         file = {"driver": "file", "filename": path, "node-name": overlay.file_node}
         await self._machine.execute("blockdev-add", common | file)
-        await self._create({
-            "driver": "qcow2", "file": overlay.file_node, "size": overlay.size_bytes,
-            "backing-file": overlay.base, "backing-fmt": inserted["drv"],
-        })  # fmt: skip
+        backing = {"backing-file": overlay.base, "backing-fmt": inserted["drv"]}
+        size = overlay.size_bytes
+        await self._create(driver="qcow2", file=overlay.file_node, size=size, **backing)
         node = {"driver": "qcow2", "node-name": overlay.overlay_node, "file": overlay.file_node}
         more = {"backing": None, "detect-zeroes": inserted["detect_zeroes"]}
         await self._machine.execute("blockdev-add", common | node | more)
         with contextlib.suppress(OSError):  # it is another user's, or the disk is no file
             overlay.path.chmod(Path(overlay.base).stat().st_mode & 0o777)
 
-    async def _create(self, options: Mapping[str, Any]) -> None:
-        job = f"postcopy-{secrets.token_hex(4)}"
-        await self._machine.execute("blockdev-create", {"job-id": job, "options": options})
-        while (state := await self._job(job)) is not None and state["status"] != "concluded":
-            await asyncio.sleep(_POLL_S)
-        await self._machine.execute("job-dismiss", {"id": job})
-        if state is not None and "error" in state:
-            raise Refused(
-                f"QEMU cannot make {options.get('filename', 'an overlay')}: {state['error']}"
-            )
-
-    async def _job(self, name: str) -> Mapping[str, Any] | None:
-        jobs = await self._machine.execute("query-jobs")
-        return next((job for job in jobs if job["id"] == name), None)
+    async def _create(self, **options: Any) -> None:
+        await run_job(self._machine, "blockdev-create", options=options)
 
     async def _remove(self, overlay: _Overlay) -> None:
         if self.frozen is not None:
-            await self._commit(overlay)
+            await run_job(
+                self._machine,
+                "block-commit",
+                device=overlay.overlay_node,
+                **{"auto-dismiss": False},
+            )
         nodes = {each["node-name"] for each in await self._nodes()}
         for node in (overlay.overlay_node, overlay.file_node):
             if node in nodes:
@@ -214,18 +205,10 @@ class DiskOverlays:
         )
         return nodes
 
-    async def _commit(self, overlay: _Overlay) -> None:
-        job = f"postcopy-{secrets.token_hex(4)}"
-        arguments = {"job-id": job, "device": overlay.overlay_node, "auto-dismiss": False}
-        await self._machine.execute("block-commit", arguments)
-        while (state := await self._job(job)) is not None and state["status"] != "concluded":
-            if state["status"] == "ready":
-                with contextlib.suppress(Refused):  # it has been told before
-                    await self._machine.execute("job-complete", {"id": job})
-            await asyncio.sleep(_POLL_S)
-        await self._machine.execute("job-dismiss", {"id": job})
-        if state is not None and "error" in state:
-            raise Refused(f"disk {overlay.name} cannot be put back: {state['error']}")
+
+def _below(image: Mapping[str, Any]) -> Iterator[str]:
+    while (image := image.get("backing-image") or {}) and "filename" in image:
+        yield _file_of(image["filename"])
 
 
 def _working_folder(machine: QmpConnection) -> Path | None:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from postcopy.errors import Refused
+
 _QEMU: Final = ("qemu-system-", "qemu-kvm", "kvm")
 _LOADER: Final = "ld-linux"
 """The dynamic linker, by which a QEMU may be started."""
@@ -31,12 +33,26 @@ def command_of(process_id: int) -> str | None:
         words = raw.decode().split("\0")[:-1]
     except (OSError, UnicodeDecodeError):
         return None
-    begin = _program(words)
+    begin = program_of(words)
     return shlex.join(words[:begin] + without_monitors(words[begin:])) if begin >= 0 else None
 
 
-def _program(words: Sequence[str]) -> int:
-    """Which word is the QEMU; -1: it is none."""
+def split_command(command: str) -> list[str]:
+    """Split a command line as a shell would.
+
+    :raises Refused: it cannot be, or is empty.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise Refused(f"--qemu {command!r} is no command: {error}") from error
+    if not words:
+        raise Refused("--qemu is empty; give QEMU's command, such as 'qemu-system-x86_64 -M pc'")
+    return words
+
+
+def program_of(words: Sequence[str]) -> int:
+    """Which word of a command line is the QEMU, since the dynamic linker may start it; -1: none is."""
     names = [Path(word).name for word in words]
     if not names or not names[0].startswith((*_QEMU, _LOADER)):
         return -1

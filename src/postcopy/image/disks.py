@@ -6,7 +6,7 @@ here are the disks as they were.  They belong to the image, and must not be chan
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ class Disk:
     :ivar path: the file, or the name by which QEMU opens something that is no file of this host.
     :ivar format: its driver in QEMU: ``raw``, ``qcow2``...
     :ivar size_bytes: of the disk, as the guest sees it.
+    :ivar below: the files that it is an overlay of, the nearest first.
     :ivar file_bytes, modified_ns: of the file, at that moment; ``None``: it is no file of this host.
     """
 
@@ -31,15 +32,20 @@ class Disk:
     size_bytes: int
     file_bytes: int | None = None
     modified_ns: int | None = None
+    below: tuple[str, ...] = ()
 
-    @classmethod
-    def of_file(cls, name: str, path: str, form: str, size_bytes: int) -> "Disk":
-        """Note the size and the time of a file, if it is one."""
+    def as_it_is(self) -> "Disk":
+        """Note the size and the time of the file, if it is one."""
         try:
-            status = os.stat(path)  # noqa: PTH116 - it may be no path at all
+            status = os.stat(self.path)  # noqa: PTH116 - it may be no path at all
         except (OSError, ValueError):
-            return cls(name, path, form, size_bytes)
-        return cls(name, path, form, size_bytes, status.st_size, status.st_mtime_ns)
+            return self
+        return replace(self, file_bytes=status.st_size, modified_ns=status.st_mtime_ns)
+
+    @property
+    def file_name(self) -> str:
+        """Its name as a part of the name of a file."""
+        return file_name_of(self.name)
 
     def damage(self) -> str | None:
         """Return what shows that the file is not as it was; ``None``: nothing does."""
@@ -55,6 +61,11 @@ class Disk:
         if status.st_mtime_ns != self.modified_ns:
             return f"disk {self.name}: {self.path} has been written since the image was taken"
         return None
+
+
+def file_name_of(disk: str) -> str:
+    """The name of a disk, which may be a path in QEMU's object tree, as a part of a file's name."""
+    return disk.strip("/").replace("/", "-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,4 +102,5 @@ def _decoded(fields: "Fields") -> Iterator[Disk]:
             each.count("size_bytes"),
             each.count("file_bytes") if of_file else None,
             each.count("modified_ns") if of_file else None,
+            tuple(each.texts("below")),
         )

@@ -101,6 +101,13 @@ class Fields:
         """Return a member that is a list of objects."""
         return [Fields(self._path, each) for each in self.get(name, list)]
 
+    def texts(self, name: str) -> list[str]:
+        """Return a member that is a list of strings."""
+        values = self.get(name, list)
+        if not all(isinstance(value, str) for value in values):
+            raise self.wrong(f"'{name}' is no list of strings")
+        return values
+
     def raw(self, name: str) -> bytes:
         """Return bytes that are in base64."""
         try:

@@ -38,6 +38,8 @@ class RestoreImage:
         else:
             self.identity = working_set.identity_of(path)
         self._has_digests = manifest is not None
+        self.was_running = None if manifest is None else manifest.was_running
+        """Whether the guest is to run, whatever its state in the image; ``None``: that state says."""
         self._copies: PageCopies | None = None
         self._check: ChunkVerifier | None = None
         if manifest is not None and isinstance(self.image, MappedImage):

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import os
-import shlex
 import shutil
 import socket
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
+from postcopy.client.qemu_command import split_command
 from postcopy.client.qmp import QmpConnection
 from postcopy.errors import GuestError, ImageError, NeedsRecovery, PostcopyError, Refused
 from postcopy.lazy_restore.restore_image import RestoreImage
@@ -119,6 +119,9 @@ class RestoredQemu:
         runs.cancel()
         if not self._server.runs_there:
             await self.complete()
+        if self._server.ran and not self._options.paused:
+            # One that was stopped for its disks is paused in its image.
+            await self._explaining(monitor.execute("cont"))
         self.running_s = time.monotonic() - self._began
 
     async def complete(self) -> MigrationInfo:
@@ -249,12 +252,7 @@ class RestoredQemu:
 
 
 def _words(command: str) -> list[str]:
-    try:
-        words = shlex.split(command)
-    except ValueError as error:
-        raise Refused(f"--qemu {command!r} is no command: {error}") from error
-    if not words:
-        raise Refused("--qemu is empty; give QEMU's command, such as 'qemu-system-x86_64 -M pc'")
+    words = split_command(command)
     for word in words[1:]:
         if word.startswith("-") and word.lstrip("-") in _OURS:
             raise Refused(f"--qemu has '{word}': leave it out, the restore has its own way in")

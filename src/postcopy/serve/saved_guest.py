@@ -160,6 +160,8 @@ class SavedGuest:
     @property
     def ran(self) -> bool:
         """Whether it ran when it was saved; that is assumed if the image does not tell."""
+        if self._opened.was_running is not None:
+            return self._opened.was_running
         for device in self._opened.image.devices:
             if device.name == "globalstate":
                 return device.payload[_STATE].split(b"\0")[0] == b"running"
