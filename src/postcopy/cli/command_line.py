@@ -106,6 +106,26 @@ class Seconds(click.ParamType[float]):
         return seconds
 
 
+class Time(click.ParamType[float]):
+    """A time with its unit: ``300ms``, ``60s``, ``5min``."""
+
+    name = "time"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The seconds."""
+        if isinstance(value, float):
+            return value
+        units = {"ms": 0.001, "min": 60.0, "s": 1.0}
+        unit = next((unit for unit in units if str(value).endswith(unit)), None)
+        seconds = 0.0 if unit is None else _seconds(str(value).removesuffix(unit)) * units[unit]
+        if not seconds > 0:
+            hint = "give it with its unit, such as 300ms, 60s or 5min"
+            self.fail(f"{_short(value)} is no time; {hint}", param, ctx)
+        return seconds
+
+
 class PostcopyTime(click.ParamType[str | float]):
     """When to switch to postcopy: ``now``, ``after=first-round`` or ``after=5s``."""
 

@@ -1,11 +1,14 @@
 """``postcopy migrate`` and ``postcopy recover``: migrate a running guest, and watch the migration."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from postcopy.cli.command_line import PostcopyTime, Seconds, Size
+from postcopy.cli.command_line import PostcopyTime, Seconds, Size, Time
 from postcopy.cli.failures import CommandFailed
+
+if TYPE_CHECKING:
+    from postcopy.client.deadline import Then
 
 
 @click.command(short_help="Migrate a running guest over QMP, ours or QEMU's.")
@@ -17,6 +20,27 @@ from postcopy.cli.failures import CommandFailed
 @click.option("--postcopy", type=PostcopyTime(), metavar="after=first-round|after=5s|now")
 @click.option("--bandwidth", type=Size("M"), metavar="SIZE", help="Limit a second, such as 1G.")
 @click.option("--downtime-limit", type=click.IntRange(0), metavar="MS")
+@click.option(
+    "--within",
+    type=Time(),
+    metavar="TIME",
+    help="Judge after each round whether it ends in that time, such as 60s or 5min.",
+)
+@click.option(
+    "--max-downtime",
+    type=Time(),
+    default="300ms",
+    show_default=True,
+    metavar="TIME",
+    help="With --within: the longest stop.",
+)
+@click.option(
+    "--then",
+    type=click.Choice(["postcopy", "cancel", "force"]),
+    default="postcopy",
+    show_default=True,
+    help="With --within: what to do if it does not; force stops the guest for as long as the rest takes.",
+)
 @click.option("--timeout", type=Seconds(), metavar="S")
 @click.option(
     "--auto-recover",
@@ -42,6 +66,9 @@ async def _migrate(
     source: str,
     destination: str | None,
     timeout: float | None,
+    within: float | None,
+    max_downtime: float,
+    then: "Then",
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -50,8 +77,10 @@ async def _migrate(
 
     from postcopy.cli.watch import show_to_the_end
     from postcopy.client import Machine
+    from postcopy.client.deadline import Deadline
     from postcopy.errors import Refused
 
+    deadline = within and Deadline(within, round(1000 * max_downtime), then)
     if options["auto_recover"] and destination is None:
         raise Refused("--auto-recover needs the destination; give --to QMP-ADDRESS")
     clock = asyncio.get_running_loop().time
@@ -67,6 +96,7 @@ async def _migrate(
                     uri,
                     to=theirs,
                     postcopy=options["postcopy"],
+                    deadline=deadline or None,
                     bandwidth=options["bandwidth"],
                     downtime_limit_ms=options["downtime_limit"],
                     auto_recover=options["auto_recover"],

@@ -208,10 +208,12 @@ class Machine:
             listens, and the result has its figures.
         :param options: ``postcopy`` is when to switch over (see :data:`Postcopy`), ``bandwidth`` the
             limit in bytes a second before that, ``downtime_limit_ms`` the longest stop to aim at.  They
+            With a ``deadline`` (:class:`~postcopy.client.deadline.Deadline`) it is judged after each round
+            whether the migration ends in time, and what the deadline says is done if not.  They
             apply to this migration only, as do ``capabilities`` and ``parameters``, on both sides.
         :raises Refused: one of the machines refuses; nothing has moved.
         """
-        postcopy = options.get("postcopy")
+        postcopy, deadline = options.get("postcopy"), options.get("deadline")
         if uri is None and to is None:
             raise Refused("no destination: give a URI, or the machine to go to")
         theirs = None if to is None else to._connection  # noqa: SLF001 - one of our own class
@@ -220,11 +222,12 @@ class Machine:
         migration = Migration(
             self._connection,
             theirs,
-            postcopy,
+            "manual" if postcopy is None and deadline and deadline.then == "postcopy" else postcopy,
             uri=order.uri,
             auto_recover=options.get("auto_recover"),
             notes=order.notes,
             at_the_end=order.put_back,
+            deadline=deadline,
         )
         if postcopy == "now":
             await self.execute("migrate-start-postcopy")

@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, Literal
 
+from postcopy.client.deadline import Deadline, DeadlineJudge, Judgement
 from postcopy.client.explain import explain
 from postcopy.client.progress import STOPPED, Phase, Progress, ProgressTracker, status_of
 from postcopy.client.qmp import QmpConnection
@@ -48,10 +49,15 @@ class Migration:
         auto_recover: float | None = None,
         notes: Sequence[str] = (),
         at_the_end: Callable[[], Awaitable[None]] | None = None,
+        deadline: Deadline | None = None,
     ) -> None:
         self.notes = tuple(notes)
         """Notes for the user: settings of the machine that do not apply to this migration."""
         self._at_the_end = at_the_end
+        self._deadline = deadline
+        self._judge = None if deadline is None else DeadlineJudge(deadline)
+        self._judgement: Judgement | None = None
+        self._limit_before: int | None = None
         self._destination_is_gone = False
         self._source = source
         self._destination = destination
@@ -166,6 +172,7 @@ class Migration:
                         await self._recover_unasked(broken)
         finally:
             pump.cancel()
+            await self._put_limit_back()
             if self._at_the_end is not None:
                 await self._at_the_end()
             for queue in self._listeners:
@@ -193,6 +200,7 @@ class Migration:
                     return answer
                 if self._postcopy_is_due(progress):
                     await self.start_postcopy()
+                await self._keep_to_the_deadline(progress)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), _INTERVAL_S)
 
@@ -200,6 +208,32 @@ class Migration:
         self._last = progress
         for queue in self._listeners:
             queue.put_nowait(progress)
+
+    async def _keep_to_the_deadline(self, progress: Progress) -> None:
+        judgement = None if self._judge is None else self._judge.judge(progress)
+        if judgement is None:
+            return
+        assert self._deadline is not None
+        self._judgement = judgement
+        with contextlib.suppress(Refused):  # it goes over to the other side by itself just now
+            match self._deadline.then:
+                case "postcopy":
+                    await self.start_postcopy()
+                case "cancel":
+                    await self.cancel()
+                case "force":
+                    await self._force(judgement.stop_ms)
+
+    async def _force(self, stop_ms: int) -> None:
+        parameters = await self._source.execute("query-migrate-parameters")
+        await self._source.execute("migrate-set-parameters", {"downtime-limit": stop_ms})
+        self._limit_before = parameters["downtime-limit"]
+
+    async def _put_limit_back(self) -> None:
+        before, self._limit_before = self._limit_before, None
+        if before is not None:
+            with contextlib.suppress(PostcopyError):  # its process has ended
+                await self._source.execute("migrate-set-parameters", {"downtime-limit": before})
 
     def _postcopy_is_due(self, progress: Progress) -> bool:
         if progress.phase is not Phase.PRECOPY:
@@ -272,7 +306,14 @@ class Migration:
         if status is Status.COMPLETED and _may_have_arrived(destination):
             return Result.of(source, destination)
         if status is Status.CANCELLED:
-            raise MigrationCancelled("the migration was cancelled; the guest runs on at the source")
+            why = (
+                ""
+                if self._judgement is None
+                else f", since it would not end in time: {self._judgement.why}"
+            )
+            raise MigrationCancelled(
+                f"the migration was cancelled{why}; the guest runs on at the source"
+            )
         if status is Status.FAILED:
             raise MigrationFailed(f"the migration failed: {why}; the guest is at the source")
         there = None if self._destination is None else self._destination.address

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final, TypedDict
 
+from postcopy.client.deadline import Deadline
 from postcopy.client.machine_settings import capabilities_of
 from postcopy.client.memory_check import check_same_memory
 from postcopy.client.migration import Postcopy
@@ -21,11 +22,13 @@ class MigrateOptions(TypedDict, total=False):
     """How to migrate; see :meth:`postcopy.client.Machine.migrate`.
 
     ``auto_recover``: recover a broken postcopy automatically, for so many seconds after each break.
+    ``deadline``: when it is to have ended, and what is done otherwise.
     ``capabilities``, ``parameters``: by QEMU's names, in addition to those that the migration needs.
     """
 
     auto_recover: float | None
     postcopy: Postcopy
+    deadline: Deadline | None
     bandwidth: int | None
     downtime_limit_ms: int | None
     capabilities: Mapping[str, bool]
@@ -79,7 +82,7 @@ class MigrationOrder:
         """
         try:
             if self._destination is not None:
-                postcopy = self._options.get("postcopy") is not None
+                postcopy = self._may_go_over()
                 await check_same_memory(self._source, self._destination, postcopy=postcopy)
                 await self._expect(self._destination)
             await self._begin()
@@ -92,13 +95,23 @@ class MigrationOrder:
         for borrowed in self._borrowed:
             await borrowed.put_back()
 
+    def _may_go_over(self) -> bool:
+        deadline = self._options.get("deadline")
+        by_deadline = deadline is not None and deadline.then == "postcopy"
+        return by_deadline or self._options.get("postcopy") is not None
+
+    def _downtime_limit_ms(self) -> int | None:
+        deadline = self._options.get("deadline")
+        own = self._options.get("downtime_limit_ms")
+        return own if deadline is None or own is not None else deadline.downtime_ms
+
     async def _needs(self, machine: QmpConnection) -> OrderSettings:
         destination = machine is self._destination
-        postcopy = self._options.get("postcopy") is not None
+        postcopy = self._may_go_over()
         needs = of_a_migration(self.uri, postcopy=postcopy, destination=destination)
         limits: Mapping[str, Any] = {
             "max-bandwidth": self._options.get("bandwidth"),
-            "downtime-limit": self._options.get("downtime_limit_ms"),
+            "downtime-limit": self._downtime_limit_ms(),
         }
         own = {} if destination else {k: v for k, v in limits.items() if v is not None}
         needs = replace(
