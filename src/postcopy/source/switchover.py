@@ -6,6 +6,7 @@ run on here.  From then on only the destination's own word that it does not run 
 answers the second alone does, and a file, from which no machine starts by itself.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 
@@ -48,8 +49,11 @@ OURS_ONLY = frozenset({"serial"})
 FIRST_DEVICE_ID = 10
 _RANGES_PER_COMMAND = 4000  # 64 KiB, less the name
 _FEW_PAGES = 1000
+_LARGE_PAGE_BYTES = 1 << 30
 _REST_BYTES = 1 << 20
 """Sent at a time: the watch for silence counts what has gone out, batch by batch."""
+
+_log = logging.getLogger(__name__)
 
 
 class Switchover:
@@ -165,6 +169,12 @@ class Switchover:
 
     def start_postcopy(self) -> None:
         """Send the discards and the package, which hands the guest over."""
+        rate = self._sender.rate.bytes_per_second
+        for pages in self._dirty.blocks:
+            if (
+                text := stall_warning(pages.block.name, pages.block.page_size_bytes, rate)
+            ) is not None:
+                _log.warning("%s", text)
         self._send_discards()
         trace("source.discards-sent")
         states = self._devices()
@@ -244,6 +254,20 @@ class Switchover:
     def _check_cancelled(self) -> None:
         if self._requests.cancelled:
             raise MigrationCancelled("cancelled by the user")
+
+
+def stall_warning(block: str, page_size_bytes: int, bytes_per_second: float) -> str | None:
+    """What to tell the user of a block: how long a vCPU waits for one of its pages, if that is seconds.
+
+    :param bytes_per_second: measured in precopy; 0: nothing has been sent yet.
+    """
+    if not bytes_per_second or page_size_bytes < _LARGE_PAGE_BYTES:
+        return None
+    return (
+        f"RAM block '{block}' has pages of {page_size_bytes >> 30} GiB: at the "
+        f"{bytes_per_second / (1 << 20):.0f} MiB/s that were sent until now, a vCPU that touches one that "
+        f"has not come stands still for {page_size_bytes / bytes_per_second:.1f} s"
+    )
 
 
 def device_sections(states: Sequence[DeviceState]) -> bytes:
