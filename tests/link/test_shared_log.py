@@ -107,9 +107,7 @@ def address_of(block, page):
 numbers = st.integers(0, 1 << 12)
 writes = st.tuples(st.sampled_from(["write", "write late"]), st.integers(0, 2), numbers)
 looks = st.tuples(st.sampled_from(["round", "look"]), st.integers(0, 2), numbers)
-deaths = st.tuples(
-    st.sampled_from(["death", "birth", "engine", "failed look"]), st.integers(0, 2), numbers
-)
+deaths = st.tuples(st.sampled_from(["death", "birth", "engine"]), st.integers(0, 2), numbers)
 
 
 class Story:
@@ -138,13 +136,6 @@ class Story:
             self.unsent[block.name][:end] &= ~told
         return told
 
-    def fail_a_look(self, process, block):
-        """One process does not answer; others may have been given the other file before it is asked."""
-        process.failure = GuestError("it does not answer")
-        with pytest.raises(GuestError, match="it does not answer"):
-            self.tracker.collect(block, 0, 1, protect=True)
-        process.failure = None
-
     def take(self, step, block, number):
         processes = self.guest.processes
         process = processes[number % len(processes)] if processes else None
@@ -158,8 +149,6 @@ class Story:
             self.begin()
         elif process is None:
             pass
-        elif step == "failed look":
-            self.fail_a_look(process, block)
         elif step == "write":
             process.log.mark(address_of(block, target), 1)
             self.unsent[block.name][page] = True

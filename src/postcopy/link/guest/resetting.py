@@ -227,9 +227,10 @@ class Resetting:
         raise EngineDied("engine processes die one after the other") from died
 
     def _engine(self, point: _Point) -> Link:
-        link = self._engines.link
-        if link is not None:
-            return link
+        engine = self._engines.current
+        if engine is not None and engine.link is not None and not engine.is_dead:
+            return engine.link
+        self._engines.end()  # its end may not have been noticed yet; it has put nothing back
         copies, order = sent(point.copies), ResetCommands.adopt_reset
         link, _ = self._engines.adopt(order, copies, point.path, point.identity)
         self._engines.prepare()
