@@ -19,6 +19,7 @@ COMMANDS: Final = {
     "restore": "postcopy.cli.run",
     "receive": "postcopy.cli.receive",
     "serve": "postcopy.cli.serve",
+    "preflight": "postcopy.cli.preflight",
     "reset": "postcopy.cli.reset",
     "verify": "postcopy.cli.image_commands",
     "inspect": "postcopy.cli.image_commands",

@@ -70,7 +70,7 @@ def run(given: Mapping[str, Any]) -> int:
     """Start QEMU with the guest, and stay until its end; return its exit code."""
     path, command = Path(given["path"]), given["qemu"]
     if command == _SAVED:
-        command = _saved_command(path)
+        command = saved_command(path)
         notice(f"starting: {command}")
     with contextlib.ExitStack() as folders:
         disks = _Disks.choose(path, command, given, folders)
@@ -135,7 +135,7 @@ def _clone(given: Mapping[str, Any], command: str, number: int, disks: _Disks) -
     return _Clone(number, about, options, given["on_running"], tuple(overlays), disks.ephemeral)
 
 
-def _saved_command(path: Path) -> str:
+def saved_command(path: Path) -> str:
     """The command line that the image was saved with.
 
     :raises Refused: the image does not have it.

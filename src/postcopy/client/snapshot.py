@@ -215,7 +215,7 @@ class SnapshotJob:
         loading = asyncio.create_task(asyncio.to_thread(_finalize))  # while the machine writes
         loading.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
-            uri = await _file_uri(self._machine, self._written)
+            uri = await file_uri(self._machine, self._written)
             if self._disks is not None:
                 await self._disks.freeze()
             async with self._ordering:
@@ -344,7 +344,7 @@ class SnapshotJob:
         )
 
 
-async def _file_uri(machine: QmpConnection, path: Path) -> str:
+async def file_uri(machine: QmpConnection, path: Path) -> str:
     """Return the URI by which a machine writes to a file.
 
     A QEMU before 8.2 has no ``file:``: this process opens the file and passes the descriptor.

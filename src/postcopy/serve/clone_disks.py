@@ -4,11 +4,9 @@ The files of the image stay as they are.  QEMU's command line names them, as it 
 taken; each name is replaced by that of an overlay.
 """
 
-import asyncio
 import json
 import os
 import shlex
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +17,11 @@ from postcopy.client.qemu_jobs import run_job
 from postcopy.client.qmp import QmpConnection
 from postcopy.errors import ImageError, Refused
 from postcopy.image.disks import Disk
+from postcopy.serve.brief_qemu import brief_qemu
 
 _FORMAT: Final = "qcow2"
 _PATHS: Final = frozenset({"hda", "hdb", "hdc", "hdd", "sd", "mtdblock", "pflash", ""})
 """Options whose value is a path and no more; one without a name is a disk, too."""
-_START_S: Final = 60.0
 
 Edit = Callable[[str], "Overlay | None"]
 
@@ -105,30 +103,15 @@ async def make_overlays(command: str, overlays: Sequence[Overlay]) -> None:
         if os.path.lexists(overlay.path):
             raise Refused(f"{overlay.path} exists; remove it, or give another folder")
     words = split_command(command)
-    ours, theirs = socket.socketpair()
     line = [*words[: program_of(words) + 1], "-M", "none", "-display", "none", "-nodefaults", "-S"]
-    line += ["-chardev", f"socket,id=make,fd={theirs.fileno()}", "-mon", "make,mode=control"]
     try:
-        process = await asyncio.create_subprocess_exec(*line, pass_fds=[theirs.fileno()])
-    except OSError as error:
-        ours.close()
-        raise Refused(f"cannot start '{line[0]}': {error.strerror}; look at --qemu") from error
-    finally:
-        theirs.close()
-    try:
-        machine = await QmpConnection.over(ours, words[0], timeout_s=_START_S)
-        try:
+        async with brief_qemu(line) as machine:
             for overlay in overlays:
                 await _make(machine, overlay)
-        finally:
-            await machine.close()
     except BaseException:
         for overlay in overlays:
             overlay.path.unlink(missing_ok=True)  # it was not there before
         raise
-    finally:
-        process.kill()  # it has no guest
-        await process.wait()
 
 
 async def _make(machine: QmpConnection, overlay: Overlay) -> None:

@@ -66,7 +66,7 @@ class RestoredQemu:
     """
 
     def __init__(self, opened: RestoreImage, options: QemuOptions) -> None:
-        self._words = _words(options.command)
+        self._words = words_of(options.command)
         self._loop = asyncio.get_running_loop()
         self._runs = asyncio.Event()
         self._ending = False
@@ -251,7 +251,11 @@ class RestoredQemu:
                 self._reason = text
 
 
-def _words(command: str) -> list[str]:
+def words_of(command: str) -> list[str]:
+    """Split QEMU's command line.
+
+    :raises Refused: it cannot be, or has an option that a restore gives itself.
+    """
     words = split_command(command)
     for word in words[1:]:
         if word.startswith("-") and word.lstrip("-") in _OURS:
