@@ -64,7 +64,7 @@ def test_both_processes_of_both_sides_write_one_file(tmp_path):
     assert set(trace.SOURCE_POSTCOPY) <= set(taken)
     assert set(trace.DESTINATION_POSTCOPY) <= set(taken)
     assert taken.index("guest.order") < taken.index("source.active")
-    assert taken.index("source.package-sent") < taken.index("destination.running")
+    assert taken.index("source.before-package") < taken.index("destination.running")
     assert len({line["pid"] for line in lines(file)}) == 4
     assert next(line for line in lines(file) if line["point"] == "source.package-sent")["bytes"] > 0
 

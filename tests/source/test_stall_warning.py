@@ -1,7 +1,5 @@
 """What a user is told of pages that take seconds to come."""
 
-import pytest
-
 from postcopy.source.switchover import stall_warning
 
 
@@ -12,6 +10,5 @@ def test_pages_of_1_gib_at_the_bandwidth_that_was_measured():
     )
 
 
-@pytest.mark.parametrize(("page", "rate"), [(4096, 1), (2 << 20, 1), (1 << 30, 0)])
-def test_nothing_of_smaller_pages_or_before_anything_was_measured(page, rate):
-    assert stall_warning("ram", page, rate) is None
+def test_nothing_before_anything_was_measured():
+    assert stall_warning("ram", 1 << 30, 0) is None

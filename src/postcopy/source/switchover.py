@@ -169,12 +169,9 @@ class Switchover:
 
     def start_postcopy(self) -> None:
         """Send the discards and the package, which hands the guest over."""
-        rate = self._sender.rate.bytes_per_second
-        for pages in self._dirty.blocks:
-            if (
-                text := stall_warning(pages.block.name, pages.block.page_size_bytes, rate)
-            ) is not None:
-                _log.warning("%s", text)
+        for block in (pages.block for pages in self._dirty.blocks):
+            if block.page_size_bytes >= _LARGE_PAGE_BYTES:
+                self._warn_of_stalls(block.name, block.page_size_bytes)
         self._send_discards()
         trace("source.discards-sent")
         states = self._devices()
@@ -201,6 +198,11 @@ class Switchover:
         trace("source.package-sent", bytes=len(package))
         self._clock.handed_over = time.monotonic()
         self._channel.send(encode_command(Ping(AFTER_PACKAGE_PING)))
+
+    def _warn_of_stalls(self, name: str, page_size_bytes: int) -> None:
+        text = stall_warning(name, page_size_bytes, self._sender.rate.bytes_per_second)
+        if text is not None:
+            _log.warning("%s", text)
 
     def settle(self) -> None:
         """Wait until the stop is done: then the guest may run again."""
@@ -257,11 +259,11 @@ class Switchover:
 
 
 def stall_warning(block: str, page_size_bytes: int, bytes_per_second: float) -> str | None:
-    """What to tell the user of a block: how long a vCPU waits for one of its pages, if that is seconds.
+    """What to tell the user of a block of huge pages: how long a vCPU waits for one of them.
 
     :param bytes_per_second: measured in precopy; 0: nothing has been sent yet.
     """
-    if not bytes_per_second or page_size_bytes < _LARGE_PAGE_BYTES:
+    if not bytes_per_second:
         return None
     return (
         f"RAM block '{block}' has pages of {page_size_bytes >> 30} GiB: at the "
