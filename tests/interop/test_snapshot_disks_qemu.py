@@ -126,6 +126,8 @@ def test_a_second_snapshot_goes_on_from_the_overlay_of_the_first(tmp_path, qmp, 
         assert outcome.returncode == 0, outcome.stderr
         taken.append(json.loads(outcome.stdout.splitlines()[-1]))
         check_goes_on(qemu, workload)
+    for number in range(2):  # the second disk is a qcow2, which QEMU has closed for writing
+        assert postcopy("verify", str(tmp_path / f"image{number}")).returncode == 0
     (first,), (second,) = (list(each["overlays"].values()) for each in taken)
     assert [each["disks"][0]["path"] for each in taken] == [path, first]
     ((_, file),) = disks_of(qemu).values()

@@ -150,7 +150,12 @@ async def _run(path: Path, clones: list[_Clone]) -> int:
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    with contextlib.closing(RestoreImage(path)) as opened:
+    overlays = [overlay for clone in clones for overlay in clone.disks]
+    with contextlib.closing(RestoreImage(path)) as opened, contextlib.ExitStack() as left:
+        if overlays:
+            await make_overlays(clones[0].options.command, overlays)
+        for clone in clones:
+            left.callback(_remove_ephemeral, clone)
         if len(clones) == 1:
             return await _one(opened, clones[0])
         tasks = [asyncio.create_task(_one_of_many(opened, clone)) for clone in clones]
@@ -173,16 +178,18 @@ async def _one_of_many(opened: RestoreImage, clone: _Clone) -> int:
 
 
 async def _one(opened: RestoreImage, clone: _Clone) -> int:
-    if clone.disks:
-        await make_overlays(clone.options.command, clone.disks)
     try:
-        return await _with_disks(opened, clone)
+        return await _until_its_end(opened, clone)
     finally:
-        for overlay in clone.disks if clone.ephemeral else ():
-            overlay.path.unlink(missing_ok=True)
+        _remove_ephemeral(clone)  # the others may run for long
 
 
-async def _with_disks(opened: RestoreImage, clone: _Clone) -> int:
+def _remove_ephemeral(clone: _Clone) -> None:
+    for overlay in clone.disks if clone.ephemeral else ():
+        overlay.path.unlink(missing_ok=True)
+
+
+async def _until_its_end(opened: RestoreImage, clone: _Clone) -> int:
     async with RestoredQemu(opened, clone.options) as qemu:
         await qemu.start()
         about = f"{clone.about} {qemu.pid}"

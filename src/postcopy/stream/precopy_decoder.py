@@ -7,6 +7,7 @@ description, at the very end: so what is behind the memory is kept until that ha
 from collections.abc import Callable
 from typing import Final
 
+from postcopy.errors import StreamError
 from postcopy.stream.block_list import read_total
 from postcopy.stream.commands import FIXED_LENGTHS
 from postcopy.stream.configuration import read_any_configuration
@@ -187,8 +188,9 @@ class PrecopyDecoder(Decoder):
 
 
 class _NoFormats:
-    """Before the devices are reached."""
+    """Before the devices are reached: their description has not come."""
 
     def payload_length(self, name: str, instance: int, version: int, data: memoryview) -> None:
-        """See :class:`postcopy.stream.layout.DeviceFormats`; never called."""
-        raise NotImplementedError
+        """See :class:`postcopy.stream.layout.DeviceFormats`."""
+        del version, data
+        raise StreamError(f"device '{name}' {instance} comes before the memory", 0)
