@@ -4,13 +4,14 @@ import asyncio
 import json
 import os
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
 import pytest
 
 from fakes.commands import one_line, postcopy
-from fakes.qemu_versions import ALL
+from fakes.qemu_versions import ALL, OLDEST
 from fakes.waiting import wait_until
 from interop.arrival import check_memory, iterations
 from interop.our_guest import OurGuest
@@ -161,6 +162,36 @@ def test_a_snapshot_that_is_cancelled_leaves_the_guest_as_it_was(
     asyncio.run(cancel())
     assert disks_of(qemu) == before
     assert nodes_of(qemu) == nodes
+    assert not list(tmp_path.glob("image*"))
+    check_goes_on(qemu, workload)
+    check_all(qemu, workload, path)
+
+
+@pytest.mark.qemu(*ALL)
+def test_a_full_disk(tmp_path, qmp, at_work, qemu_version):
+    """The guest goes on as it was; QEMU 7.2's would hang, and is refused before."""
+    qemu, workload, path = at_work
+    before, nodes = disks_of(qemu), nodes_of(qemu)
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(small)], check=False
+    )
+    if mounted.returncode:
+        pytest.skip("needs to mount a tmpfs: run as root with CAP_SYS_ADMIN")
+    try:
+        line = ["snapshot", "--from", qmp, "--disks", str(tmp_path), str(small / "image")]
+        why = one_line(outcome := postcopy(*line))
+        if qemu_version == OLDEST:
+            assert outcome.returncode == 3
+            assert "would hang on a full disk; make room" in why
+        else:
+            assert outcome.returncode == 1
+            assert "No space left on device; the guest runs on; its disks are as before" in why
+        assert not list(small.iterdir())
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+    assert (disks_of(qemu), nodes_of(qemu)) == (before, nodes)
     assert not list(tmp_path.glob("image*"))
     check_goes_on(qemu, workload)
     check_all(qemu, workload, path)

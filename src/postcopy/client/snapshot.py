@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import shutil
 import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
@@ -27,7 +28,9 @@ _INTERVAL_S: Final = 0.02
 _BRIEFLY_S: Final = 0.001
 _CANCEL_TIMEOUT_S: Final = 30.0
 _STATES_OF_QEMU: Final = frozenset({"running", "paused"})
-_CANCELS_SNAPSHOTS: Final = 10
+_FAILS_SAFELY: Final = 10
+_DEVICES_BYTES: Final = 64 << 20
+"""Of an image, for all but the guest's RAM: video memory, firmware, devices."""
 _KNOWS_FILES: Final = (8, 2)
 _FD_NAME: Final = "postcopy"
 _MODE: Final = 0o600  # guest memory holds keys and passwords
@@ -131,19 +134,32 @@ class SnapshotJob:
             if not self._ordered:
                 return  # and it will not be
         if not await self._machine.is_ours():
-            if await self._cannot_cancel():
+            if await self._hangs_on_failure():
                 return  # it ends by itself, and its file is removed
             await self._until_protected()  # QEMU may do so behind a cancel
         await self._machine.execute("migrate_cancel")
 
-    async def _cannot_cancel(self) -> bool:
-        """Whether a cancel would leave the memory write-protected for ever, and the vCPUs waiting.
+    async def _hangs_on_failure(self) -> bool:
+        """Whether a cancel, or a full disk, leaves the memory write-protected and the vCPUs waiting.
 
         QEMU 7.2 does so, 10.0 does not; those in between have not been tried.
         """
         version = (await self._machine.version())["qemu"]
         major: int = version["major"]
-        return major < _CANCELS_SNAPSHOTS
+        return major < _FAILS_SAFELY
+
+    async def _check_room(self) -> None:
+        """Refuse to have such a QEMU write to a disk that may become full."""
+        if not await self._hangs_on_failure():
+            return
+        sizes = await self._machine.execute("query-memory-size-summary")
+        most = sizes["base-memory"] + sizes.get("plugged-memory", 0) + _DEVICES_BYTES
+        free = shutil.disk_usage(self._path.parent).free
+        if free < most:
+            raise Refused(
+                f"{self._path.parent} has {free >> 20} MiB free, and the image may take {most >> 20}: this "
+                "QEMU's guest would hang on a full disk; make room, or use QEMU 10"
+            )
 
     async def give_up(self) -> None:
         """Cancel the task, and wait for its end; an image that is not published yet never will be."""
@@ -163,6 +179,7 @@ class SnapshotJob:
                 )
             if not ours:
                 await self._check_state()
+                await self._check_room()
                 process_id = self._machine.process_id
                 command = None if process_id is None else command_of(process_id)
                 self._wanted = replace(self._wanted, command=command)
@@ -276,7 +293,7 @@ class SnapshotJob:
     async def _cancel_quietly(self) -> None:
         with contextlib.suppress(PostcopyError, TimeoutError):
             await self.cancel()
-            slow = not await self._machine.is_ours() and await self._cannot_cancel()
+            slow = not await self._machine.is_ours() and await self._hangs_on_failure()
             async with asyncio.timeout(None if slow else _CANCEL_TIMEOUT_S):
                 await self._until_stopped()
 
