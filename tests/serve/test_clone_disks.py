@@ -27,6 +27,7 @@ def planned(*words):
     [
         (["-hda", "/disks/root.raw"], ["-hda", OVERLAY]),
         (["/disks/root.raw", "-m", "1G"], [OVERLAY, "-m", "1G"]),
+        (["-nographic", "/disks/root.raw"], ["-nographic", OVERLAY]),
         (
             ["-drive", "file=/disks/root.raw,format=raw,if=virtio"],
             ["-drive", f"file={OVERLAY},format=qcow2,if=virtio"],
@@ -87,6 +88,19 @@ def test_commas_in_names():
 def test_what_cannot_be_replaced_is_refused(words, why):
     with pytest.raises(Refused, match=why):
         planned(*words)
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["file:/disks/root.raw", "x=/disks/../disks/older.raw", '{"a": ["/disks/root.raw"]}'],
+)
+def test_a_disk_is_seen_wherever_it_is_named(word):
+    assert names_any(shlex.join(["qemu", "-new-option", word]), [DISK])
+
+
+def test_other_files_are_not_disks():
+    line = "qemu -hda /disks/other.raw -hdb /disks/root.raw.mine -drive file=/disks/root.raw2,if=virtio"
+    assert not names_any(line, [DISK])
 
 
 def test_a_disk_that_has_gone(tmp_path):

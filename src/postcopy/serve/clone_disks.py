@@ -6,6 +6,7 @@ taken; each name is replaced by that of an overlay.
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,7 @@ from postcopy.image.disks import Disk
 from postcopy.serve.brief_qemu import brief_qemu
 
 _FORMAT: Final = "qcow2"
-_PATHS: Final = frozenset({"hda", "hdb", "hdc", "hdd", "sd", "mtdblock", "pflash", ""})
-"""Options whose value is a path and no more; one without a name is a disk, too."""
+_SEPARATORS: Final = re.compile(r"""[,=:"{}\[\]\s]""")
 
 Edit = Callable[[str], "Overlay | None"]
 
@@ -77,16 +77,15 @@ def plan(
 
 
 def names_any(command: str, disks: Sequence[Disk]) -> bool:
-    """Whether a command line names one of the disks, so that its QEMU would write to it."""
+    """Whether a command line names one of the disks anywhere, so that its QEMU may write to it."""
     files = _files(disks)
-    named: list[str] = []
-
-    def note(path: str) -> None:
-        if Path(path).resolve() in files:
-            named.append(path)
-
-    _Words(split_command(command), note).edited()
-    return bool(named)
+    for word in split_command(command):
+        plain = word.replace(",,", ",")
+        if any(re.search(rf"{re.escape(str(file))}($|[,\"])", plain) for file in files):
+            return True  # with a comma in its name
+        if any(Path(part).resolve() in files for part in _SEPARATORS.split(word) if part):
+            return True
+    return False
 
 
 def _files(disks: Sequence[Disk]) -> set[Path]:
@@ -158,14 +157,13 @@ class _Words:
         return found
 
     def _paths(self, option: str, word: str) -> str:
-        if option in _PATHS:
-            overlay = self._edit(word)
-            return word if overlay is None else str(overlay.path)
         if option == "drive":
             return self._drive(word)
         if option == "blockdev":
             return self._node(word)
-        return word
+        # -hda and the like, or a disk without an option, whatever stands in front of it.
+        overlay = self._edit(word)
+        return word if overlay is None else str(overlay.path)
 
     def _drive(self, word: str) -> str:
         values = _split(word)
