@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from postcopy import events
 from postcopy.errors import Reason
-from postcopy.monitor.commands import Command
+from postcopy.monitor.command import Command
 from postcopy.monitor.hmp import COMMANDS as HMP
 from postcopy.monitor.qmp_session import COMMANDS as QMP
 from postcopy.ownership import Owner

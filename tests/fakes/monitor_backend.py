@@ -8,6 +8,7 @@ import threading
 from postcopy.errors import Refused, WrongState
 from postcopy.events import EventBus
 from postcopy.guest import Region
+from postcopy.machine.dirty_rate import DirtyRate
 from postcopy.monitor.controls import Backend
 from postcopy.ownership import Ownership
 from postcopy.parameters import NO_OVERRIDES, Capabilities, Capability, Parameters
@@ -24,6 +25,7 @@ class FakeMachine:
     def __init__(self, events):
         self._events = events
         self.ownership = Ownership()
+        self.dirty_rate = DirtyRate(self)
         self.run_state = "running"
         self.ram = bytearray(self.memory_bytes)
         self.page_is_there = threading.Event()

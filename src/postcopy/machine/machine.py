@@ -12,6 +12,8 @@ from postcopy.guest import DeviceState, Region, SharingProcess, VcpuThread
 from postcopy.kernel.mapping import Buffer
 from postcopy.machine import accelerator, boot, sections
 from postcopy.machine.config import MachineConfig
+from postcopy.machine.dirty_log import MIGRATION, DirtyLog
+from postcopy.machine.dirty_rate import DirtyRate
 from postcopy.machine.drive import open_device
 from postcopy.machine.guest_memory import GuestMemory
 from postcopy.machine.mapped_blocks import Ram
@@ -64,6 +66,8 @@ class Machine:
             self._ram.close()
             raise
         self.run_control = RunControl(self._runners, on_event)
+        self._dirty_log = DirtyLog(self._accelerator, self._memory, config.memory_bytes)
+        self.dirty_rate = DirtyRate(self)
         self._serial = SerialPort(on_serial)
         self._closed = False
         try:
@@ -104,7 +108,8 @@ class Machine:
         :raises WrongState: the machine has been started.
         :raises Refused: there is nothing to boot.
         """
-        prepare = self._nothing if incoming else self._boot
+        # An arriving guest finds memory untouched and vCPUs in their reset state.
+        prepare = (lambda: None) if incoming else self._boot
         self.run_control.start(prepare, paused=paused, incoming=incoming)
 
     @property
@@ -326,35 +331,32 @@ class Machine:
         """
         return self._ram.name_at(self._addresses.offset_of(guest_address, 1))
 
-    def start_dirty_log(self) -> None:
-        """Begin to note which pages the vCPUs and the drive write.
+    def start_dirty_log(self, user: str = MIGRATION) -> None:
+        """Begin to note, for one user, which pages the vCPUs and the drive write.
 
         :raises HostCannot: the accelerator has no such log.
         """
-        self._accelerator.start_dirty_log()
-        self._memory.start_log()
+        self._dirty_log.start(user)
 
-    def stop_dirty_log(self) -> None:
-        """Stop noting."""
-        self._accelerator.stop_dirty_log()
-        self._memory.stop_log()
+    def stop_dirty_log(self, user: str = MIGRATION) -> None:
+        """Stop noting for that user."""
+        self._dirty_log.stop(user)
 
-    def fetch_dirty_log(self, block: str) -> "npt.NDArray[np.uint8]":
+    def fetch_dirty_log(self, block: str, user: str = MIGRATION) -> "npt.NDArray[np.uint8]":
         """Fetch and clear a block's log: one bit for each 4 KiB page, page 0 in bit 0 of byte 0.
 
         Only the guest's own writes are in it, not those of :meth:`write_memory` or of an engine.
 
         :raises Refused: there is no such block.
         """
-        start, length = self._ram.range_of(block)
-        written = self._accelerator.fetch_dirty_log(start, length)
-        return written | self._memory.fetch_log(start, length)
+        return self._dirty_log.fetch(user, *self._ram.range_of(block))
 
     def close(self) -> None:
         """Stop for good and give everything back; harmless when done."""
         if self._closed:
             return
         self._closed = True
+        self.dirty_rate.close()
         self.run_control.close()
         for vcpu in self._vcpus:
             vcpu.close()
@@ -368,9 +370,6 @@ class Machine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _nothing(self) -> None:
-        """An arriving guest finds memory untouched and vCPUs in their reset state."""
 
     def _boot(self) -> None:
         config = self.config

@@ -4,7 +4,8 @@ import logging
 
 from postcopy.errors import PostcopyError
 from postcopy.monitor.argument_types import Arguments
-from postcopy.monitor.commands import TABLE, Command, Human
+from postcopy.monitor.command import Command, Human
+from postcopy.monitor.commands import TABLE
 from postcopy.monitor.controls import Backend
 from postcopy.monitor.hmp_arguments import Argument, BadUsage, parse, words
 from postcopy.monitor.hmp_info import Context, Lines
@@ -48,8 +49,9 @@ class Hmp:
             yield from human.show(self._context, answer, arguments)
         except BadUsage as error:
             yield str(error)
-            first = command.human_name.partition("|")[0]
-            yield f'Try "help {first}" for more information'
+            if error.hint:
+                first = command.human_name.partition("|")[0]
+                yield f'Try "help {first}" for more information'
         except PostcopyError as error:
             yield f"Error: {error}"
         except Exception as error:

@@ -15,7 +15,14 @@ _FORMATS, _SIZES = "oduxci", {"b": 1, "h": 2, "w": 4, "g": 8, "L": 8}
 
 
 class BadUsage(Exception):
-    """The line does not fit the command; the text is QEMU's."""
+    """The line does not fit the command; the text is QEMU's.
+
+    :param hint: whether QEMU points to ``help`` behind it.
+    """
+
+    def __init__(self, text: str, *, hint: bool = True) -> None:
+        super().__init__(text)
+        self.hint = hint
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +91,11 @@ def number(line: str, command: str) -> tuple[int, str]:  # noqa: ARG001  the sig
     except Refused as error:
         raise BadUsage(str(error)) from error
     return expression.value, expression.rest
+
+
+def optional_number(line: str, command: str) -> tuple[int | None, str]:
+    """An expression of 64 bits, or None when there is none."""
+    return number(line, command) if line.strip() else (None, "")
 
 
 def dump_format(line: str, command: str) -> tuple[DumpFormat, str]:  # noqa: ARG001

@@ -23,7 +23,8 @@ from postcopy.events import Event
 from postcopy.kernel import threads
 from postcopy.monitor import version
 from postcopy.monitor.argument_types import Arguments, Struct, array, enumeration, integer, string
-from postcopy.monitor.commands import TABLE, Command
+from postcopy.monitor.command import Command
+from postcopy.monitor.commands import TABLE
 from postcopy.monitor.controls import Backend
 from postcopy.monitor.hmp import Hmp
 from postcopy.monitor.json_stream import JsonError, JsonStream
