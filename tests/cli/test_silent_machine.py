@@ -91,9 +91,10 @@ def test_ctrl_c_leaves_a_migration(tmp_path):
 def test_ctrl_c_leaves_a_snapshot(tmp_path):
     with Running(tmp_path, "machine", "--workload", "hammer") as machine:
         machine.ask("migrate-set-parameters", **{"max-bandwidth": 256 << 10})
-        with begun("snapshot", "--from", machine.qmp, str(tmp_path / "image")) as command:
-            wait_until(lambda: machine.migration_status() == "active", DEADLINE_S, "active")
-            with stopped(machine):
+        line = ["snapshot", "--json", "--from", machine.qmp, str(tmp_path / "image")]
+        with begun(*line) as command:
+            wait_until(lambda: '"saving"' in command.stdout.readline(), DEADLINE_S, "saving")
+            with stopped(machine):  # which has answered the order
                 said = end_by_ctrl_c(command)
                 assert f"interrupted: {machine.qmp} does not answer" in said
                 assert re.search(r"/image\.[0-9a-f]{16}\.partial may remain", said)
