@@ -11,6 +11,7 @@ import pytest
 
 from cli.test_run import children
 from fakes.commands import DEADLINE_S, POSTCOPY, Running
+from fakes.stopping import stop_process
 from fakes.waiting import wait_until
 
 pytestmark = pytest.mark.kvm
@@ -25,7 +26,7 @@ def stop():
     stopped = []
 
     def stop_it(pid):
-        os.kill(pid, signal.SIGSTOP)
+        stop_process(pid)
         stopped.append(pid)
 
     yield stop_it

@@ -10,6 +10,7 @@ import subprocess
 import pytest
 
 from fakes.commands import DEADLINE_S, POSTCOPY, Running, one_line, pair, postcopy
+from fakes.stopping import stop_process
 from fakes.waiting import wait_until
 
 pytestmark = pytest.mark.kvm
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.kvm
 @contextlib.contextmanager
 def stopped(machine):
     """The process of a machine stands still; the kernel takes its connections all the same."""
-    machine.process.send_signal(signal.SIGSTOP)
+    stop_process(machine.process.pid)
     try:
         yield
     finally:

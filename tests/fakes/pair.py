@@ -4,10 +4,8 @@ The engines are processes of their own, as always.  Everything waits with a dead
 :class:`Journey` ends all of it, also when the test has failed half-way.
 """
 
-import contextlib
 import itertools
 import os
-import signal
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 
 from fakes import engine_template
 from fakes.stacks import stacks
+from fakes.stopping import stop_process
 from fakes.waiting import wait_until
 from machine.drives import check_disk
 from machine.machines import (
@@ -187,14 +186,9 @@ class Side:
         return self.engine.process_id
 
     def stop_engine(self) -> int:
-        """As a debugger does; return its process.
-
-        The signal alone stops one thread at some time, and that one then stops the others: until all have,
-        some may still answer.
-        """
+        """As a debugger does; return its process."""
         process_id = self.engine_process_id()
-        os.kill(process_id, signal.SIGSTOP)
-        wait_until(lambda: _all_stopped(process_id), DEADLINE_S, "it stands still")
+        stop_process(process_id)
         return process_id
 
     def received(self) -> np.ndarray:
@@ -401,15 +395,6 @@ def engines(of: int | None = None) -> list[int]:
         for number, parent in parents.items()
         if number not in templates and parent in {of or os.getpid(), *templates}
     ]
-
-
-def _all_stopped(process_id: int) -> bool:
-    """Whether each thread of a process stands still by a signal, or has ended."""
-    states = set()
-    with contextlib.suppress(OSError):  # one has just ended
-        for task in Path(f"/proc/{process_id}/task").iterdir():
-            states.add((task / "stat").read_text(errors="replace").rpartition(")")[2].split()[0])
-    return states <= set("TtZX")
 
 
 def _data_extents(fd: int, size: int, start: int = 0) -> Iterable[tuple[int, int]]:

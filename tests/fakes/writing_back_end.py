@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from fakes.back_end import ANSWER_S, BackEnd, _Process
+from fakes.stopping import stop_process
 from fakes.waiting import wait_until
 from postcopy.errors import GuestError
 from postcopy.events import Event
@@ -160,7 +161,7 @@ class WritingBackEnd(BackEnd):
 
     def freeze(self) -> None:
         """Hang, and answer nothing."""
-        os.kill(self.process_id, signal.SIGSTOP)
+        stop_process(self.process_id)
 
     def thaw(self) -> None:
         os.kill(self.process_id, signal.SIGCONT)

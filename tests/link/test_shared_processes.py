@@ -7,6 +7,7 @@ import pytest
 
 from fakes.back_end import BackEnd
 from fakes.guest import FakeGuest
+from fakes.stopping import stop_process
 from fakes.uffd_events import read_events
 from fakes.waiting import wait_until
 from machine.machines import MIB
@@ -127,7 +128,7 @@ def test_one_that_hangs_holds_up_nothing(scene):
     """Its pages are let go of without it; what it is told it hears when it goes on."""
     back_end = scene.add()
     _, watch = scene.watch()
-    os.kill(back_end.process_id, signal.SIGSTOP)
+    stop_process(back_end.process_id)
     scene.keeper.unwatch_missing()
     assert back_end.watched == 1
     assert not scene.keeper.watches_missing
