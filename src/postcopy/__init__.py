@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from postcopy.client import (
+        Estimate,
         FaultLatency,
         Machine,
         MigrateOptions,
@@ -70,6 +71,7 @@ __all__ = [
     "ResetPoint",
     "Reset",
     "RunOptions",
+    "Estimate",
     "MigrateOptions",
     "SnapshotOptions",
     "RestoreOptions",

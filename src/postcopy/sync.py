@@ -207,6 +207,7 @@ class Machine:
         """As :meth:`postcopy.client.Machine.reset_point`; also for ``with``."""
         return ResetPoint(_wait(_opened(self.asynchronous.reset_point(path))))
 
+    estimate = _blocking(AsyncMachine.estimate)
     reset = _blocking(AsyncMachine.reset)
     reset_end = _blocking(AsyncMachine.reset_end)
     close = _blocking(AsyncMachine.close)

@@ -1,5 +1,7 @@
 """Two stock QEMUs, a guest that writes faster than its memory is sent, and a time to be ended in."""
 
+import json
+
 import pytest
 
 from fakes.commands import postcopy
@@ -39,3 +41,27 @@ def test_it_is_done_as_was_said(tmp_path, then):
         wait_until_beyond(owner.read_memory, WORKLOAD, iterations(owner.read_memory, WORKLOAD))
         owner("stop")
         check_memory(owner.read_memory, WORKLOAD)
+
+
+@pytest.mark.kvm
+@pytest.mark.qemu("7.2", "10.0", "11.1")
+def test_what_it_would_take_is_told_before(tmp_path):
+    with qemu(tmp_path, "a") as source:
+        before = source("query-migrate-parameters")
+        line = [
+            "migrate",
+            "--from",
+            f"unix:{tmp_path}/a.qmp",
+            "--estimate",
+            "--max-downtime",
+            "10ms",
+        ]
+        still = json.loads(postcopy(*line, "--json").stdout)
+        assert (still["converges"], still["rounds"]) == (True, 1)
+        assert still["ram_bytes"] >= WORKLOAD.memory_bytes
+        assert still["bandwidth_from"] == "max-bandwidth"
+        send_to_qemu(WORKLOAD, source)
+        told = json.loads(postcopy(*line, "--json", "--bandwidth", "8M").stdout)
+        assert not told["converges"]  # 32 MiB are written again and again
+        assert told["writes"]["mode"] == "dirty-bitmap"
+        assert source("query-migrate-parameters") == before

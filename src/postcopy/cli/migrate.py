@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Migrate a running guest over QMP, ours or QEMU's.")
-@click.argument("uri")
+@click.argument("uri", required=False)
 @click.option("--from", "source", required=True, metavar="QMP-ADDRESS", help="The source.")
 @click.option(
     "--to", "destination", metavar="QMP-ADDRESS", help="The destination, to be driven as well."
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     default="300ms",
     show_default=True,
     metavar="TIME",
-    help="With --within: the longest stop.",
+    help="With --within and --estimate: the longest stop.",
 )
 @click.option(
     "--then",
@@ -48,6 +48,12 @@ if TYPE_CHECKING:
     metavar="SECONDS",
     help="After a break, try to recover for so long; needs --to.",
 )
+@click.option(
+    "--estimate",
+    "only_estimate",
+    is_flag=True,
+    help="Change nothing: say whether a precopy converges, and what it and a postcopy would take.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def migrate(**options: Any) -> None:
     """Migrate the guest of one machine to URI, such as tcp:HOST:PORT or unix:PATH.
@@ -62,13 +68,14 @@ def migrate(**options: Any) -> None:
 
 async def _migrate(
     *,
-    uri: str,
+    uri: str | None,
     source: str,
     destination: str | None,
     timeout: float | None,
     within: float | None,
     max_downtime: float,
     then: "Then",
+    only_estimate: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -80,6 +87,11 @@ async def _migrate(
     from postcopy.client.deadline import Deadline
     from postcopy.errors import Refused
 
+    if only_estimate:
+        await _estimate(source, options["bandwidth"], max_downtime, within, as_json=as_json)
+        return
+    if uri is None:
+        raise Refused("no destination; give its URI, such as tcp:HOST:PORT, or --estimate")
     deadline = within and Deadline(within, round(1000 * max_downtime), then)
     if options["auto_recover"] and destination is None:
         raise Refused("--auto-recover needs the destination; give --to QMP-ADDRESS")
@@ -109,6 +121,21 @@ async def _migrate(
         await show_to_the_end(
             migration, as_json=as_json, timeout_s=timeout, left_s=until and until - clock()
         )
+
+
+async def _estimate(
+    source: str, bandwidth: int | None, max_downtime: float, within: float | None, *, as_json: bool
+) -> None:
+    import json
+
+    from postcopy.client import Machine
+
+    async with await Machine.connect(source) as machine:
+        found = await machine.estimate(
+            bandwidth=bandwidth, max_downtime_ms=round(1000 * max_downtime), within_s=within
+        )
+    for line in [json.dumps(found.to_json())] if as_json else found.lines():
+        click.echo(line)
 
 
 @click.command(short_help="Recover a postcopy that broke.")

@@ -3,6 +3,7 @@
 :mod:`postcopy.sync` has the same names for scripts without an event loop.
 """
 
+from postcopy.client.estimate import Estimate
 from postcopy.client.machine import Machine, RunOptions
 from postcopy.client.migration import Migration, Postcopy
 from postcopy.client.migration_order import MigrateOptions
@@ -32,4 +33,5 @@ __all__ = [
     "Reset",
     "RunOptions",
     "MigrateOptions",
+    "Estimate",
 ]

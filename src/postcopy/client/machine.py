@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Generic, Literal, Protocol, Self, TypedDict, TypeVar, Unpack
 
+from postcopy.client.estimate import Estimate, estimate
 from postcopy.client.launch import MachineProcess
 from postcopy.client.machine_settings import set_capabilities
 from postcopy.client.migration import Migration
@@ -232,6 +233,25 @@ class Machine:
         if postcopy == "now":
             await self.execute("migrate-start-postcopy")
         return migration
+
+    async def estimate(
+        self,
+        *,
+        bandwidth: int | None = None,
+        max_downtime_ms: int = 300,
+        within_s: float | None = None,
+    ) -> Estimate:
+        """Estimate what a migration of the guest would take; nothing is changed.
+
+        :param bandwidth: bytes a second; None: what the machine's parameters say.
+        :raises Refused: a migration is under way, or the machine does not tell what is needed.
+        """
+        return await estimate(
+            self._connection,
+            bandwidth=bandwidth,
+            max_downtime_ms=max_downtime_ms,
+            within_s=within_s,
+        )
 
     async def start_snapshot(
         self, path: str | Path, **options: Unpack[SnapshotOptions]

@@ -59,6 +59,19 @@ async def check_same_memory(
         raise _refused("the RAM blocks have another order at the destination", theirs)
 
 
+async def ram_bytes(machine: QmpConnection) -> int:
+    """How much RAM the guest of a machine has, in all blocks.
+
+    :raises Refused: the machine does not tell.
+    """
+    blocks = await _blocks_of(machine)
+    if not blocks:
+        raise Refused(
+            "the machine does not tell its RAM blocks (x-query-ramblock); use QEMU 6.2 on"
+        )
+    return sum(block.size_bytes for block in blocks.values())
+
+
 async def _blocks_of(machine: QmpConnection) -> dict[str, _Block]:
     """Its blocks in their order; none if it does not tell."""
     try:
