@@ -20,11 +20,15 @@ _SHIFTS: Final = {"K": 10, "M": 20, "G": 30}
 
 
 @dataclass(frozen=True, slots=True)
-class _Block:
+class Block:
+    """A RAM block as a machine tells of it; page size 0: not told."""
+
     size_bytes: int
     page_size_bytes: int
 
     def __str__(self) -> str:
+        if not self.page_size_bytes:
+            return f"{self.size_bytes >> 20} MiB"
         return f"{self.size_bytes >> 20} MiB in pages of {self.page_size_bytes >> 10} KiB"
 
 
@@ -41,7 +45,7 @@ async def check_same_memory(
     both_ours = await source.is_ours() and await destination.is_ours()
     if not both_ours and not (await source.is_ours() or await destination.is_ours()):
         return
-    theirs, ours = await _blocks_of(source), await _blocks_of(destination)
+    theirs, ours = await blocks_of(source), await blocks_of(destination)
     if not theirs or not ours:
         return  # a machine that does not tell
     for name, block in theirs.items():
@@ -64,7 +68,7 @@ async def ram_bytes(machine: QmpConnection) -> int:
 
     :raises Refused: the machine does not tell.
     """
-    blocks = await _blocks_of(machine)
+    blocks = await blocks_of(machine)
     if not blocks:
         raise Refused(
             "the machine does not tell its RAM blocks (x-query-ramblock); use QEMU 6.2 on"
@@ -72,20 +76,20 @@ async def ram_bytes(machine: QmpConnection) -> int:
     return sum(block.size_bytes for block in blocks.values())
 
 
-async def _blocks_of(machine: QmpConnection) -> dict[str, _Block]:
-    """Its blocks in their order; none if it does not tell."""
+async def blocks_of(machine: QmpConnection) -> dict[str, Block]:
+    """The blocks of a machine by name, in their order; none if it does not tell."""
     try:
         answer = await machine.execute("x-query-ramblock")
     except Refused:
         return {}
     return {
-        name: _Block(int(used, 16), int(number) << _SHIFTS[unit])
+        name: Block(int(used, 16), int(number) << _SHIFTS[unit])
         for name, number, unit, used in _ROW.findall(answer.get("human-readable-text", ""))
         if name not in IGNORED_BLOCKS
     }
 
 
-def _refused(what: str, blocks: Mapping[str, _Block]) -> Refused:
+def _refused(what: str, blocks: Mapping[str, Block]) -> Refused:
     options = " ".join(
         f"--memory-block name={name},size={block.size_bytes >> 20}M,"
         f"page-size={block.page_size_bytes >> 10}K"
