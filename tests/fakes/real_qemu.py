@@ -89,6 +89,14 @@ class QemuProcess:
         """What QEMU has written to its standard output and error."""
         return self._log.read_text()
 
+    def is_running(self) -> bool:
+        """Whether its process has not ended."""
+        return self._process.poll() is None
+
+    def wait_end(self) -> None:
+        """Wait until its guest has switched it off."""
+        assert self._process.wait(2 * TIMEOUT_S) == 0, self.log
+
     def kill(self) -> None:
         """End it at once, as a crash would."""
         self._process.kill()

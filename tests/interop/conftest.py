@@ -6,6 +6,7 @@ from fakes.qemu_versions import USUAL
 from fakes.vhost_back_end import BackEnd
 from interop.disk_guest import DISK_BYTES
 from interop.saved_in_qemu import SavedInQemu
+from interop.saved_linux import SavedLinux
 
 
 @pytest.fixture
@@ -22,6 +23,21 @@ def sides(tmp_path, disk):
     """Two back ends on one file."""
     with BackEnd(tmp_path / "source", disk) as source, BackEnd(tmp_path / "target", disk) as target:
         yield source, target
+
+
+@pytest.fixture(scope="session")
+def saved_linuxes():
+    """One of each QEMU that a test has asked for."""
+    return {}
+
+
+@pytest.fixture
+def linux(saved_linuxes, qemu_version, tmp_path_factory):
+    """A Linux guest that was saved in the QEMU of the test; not to be changed."""
+    if qemu_version not in saved_linuxes:
+        machine = "q35" if qemu_version == USUAL else "pc"
+        saved_linuxes[qemu_version] = SavedLinux(tmp_path_factory.mktemp("linux"), machine)
+    return saved_linuxes[qemu_version]
 
 
 @pytest.fixture(scope="session")

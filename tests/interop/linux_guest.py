@@ -8,8 +8,10 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -22,23 +24,45 @@ from interop.disk_guest import BLOCK, DISK_BYTES, FACTOR
 TIMEOUT_S = 90.0
 """Linux boots within 4 s where the host is idle."""
 
+OUTPUT, SOCKET = "console", "console.socket"
+
 WORDS = BLOCK // 8
 WORKERS, MOST = 4, 8
 
 _SOURCE = Path(__file__).parent / "linux_guest" / "init.c"
 _SAID = re.compile(rb"^(writes|stopped) (\d+) (\d+) (\d+) (\d+) wrong (\d+)\r*$", re.MULTILINE)
+_MEMORY_SAID = re.compile(
+    rb"^memory (\d+) wrong (\d+) clocks (\d+) (\d+) (\d+)\r*\n(?:writes|stopped) .*$", re.MULTILINE
+)
 _PC_DRIVERS = ("virtio", "virtio_ring", "virtio_pci_modern_dev", "virtio_pci_legacy_dev",
                "virtio_pci", "virtio_blk")  # fmt: skip
 _FAULT = "vhost_user_postcopy_fault_handler_found"
 _MEMORY = "128M"
 
 
+class Said(NamedTuple):
+    """What the guest says of its memory and its clocks.
+
+    :ivar writes: how many pages of its memory it has written, all right before.
+    :ivar monotonic_ms: ``CLOCK_MONOTONIC``, and so on.
+    :ivar pc_ms: the PC's own clock, in whole seconds; 0: the guest sees none.
+    """
+
+    writes: int
+    monotonic_ms: int
+    realtime_ms: int
+    pc_ms: int
+
+
 class Console:
-    """What a guest says, and the pipe by which it is told to stop."""
+    """What a guest says, and the way by which it is told to stop: QEMU's socket, or a pipe."""
 
     def __init__(self, folder: Path) -> None:
-        self.output = folder / "console"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.output = folder / OUTPUT
         self.output.touch()
+        self.socket = folder / SOCKET
         self.input = folder / "console.in"
         os.mkfifo(self.input)
         self._input = os.open(self.input, os.O_RDWR)
@@ -56,12 +80,38 @@ class Console:
 
         wait_until(done, TIMEOUT_S, lambda: f"{count} writes of each worker; {self.tail()}")
 
+    def memory(self) -> Said | None:
+        """What it has said last of its memory, if it writes any; all was right so far."""
+        said = _MEMORY_SAID.findall(self.output.read_bytes())
+        if not said:
+            return None
+        writes, wrong, *clocks = map(int, said[-1])
+        assert wrong == 0, f"{wrong} words of the memory were wrong; {self.tail()}"
+        return Said(writes, *clocks)
+
+    def wait_memory(self, beyond: int = 0) -> Said:
+        """Wait until it has written more than so many pages."""
+
+        def further() -> bool:
+            said = self.memory()
+            return said is not None and said.writes > beyond
+
+        wait_until(further, TIMEOUT_S, lambda: f"{beyond} pages written; {self.tail()}")
+        found = self.memory()
+        assert found is not None
+        return found
+
     def stop(self) -> tuple[int, ...]:
-        """Have the guest stop, read all of its disk, and end.
+        """Have the guest stop, read all of its disk and of its memory, and end.
 
         :return: how many writes each worker has done.
         """
-        os.write(self._input, b"stop\n")
+        if self.socket.exists():
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(str(self.socket))
+                connection.sendall(b"stop\n")
+        else:
+            os.write(self._input, b"stop\n")
 
         def last() -> list[tuple[bytes, ...]]:
             return [
@@ -69,6 +119,7 @@ class Console:
             ]
 
         wait_until(last, TIMEOUT_S, lambda: f"the guest's last word; {self.tail()}")
+        self.memory()
         return self._checked(last()[0])
 
     def tail(self) -> str:
@@ -96,16 +147,11 @@ class LinuxGuest(QemuProcess):
     def __init__(
         self, folder: Path, back_end: Path, machine: str, *, incoming: bool = False, more: str = ""
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.console = Console(folder)
-        drivers = [peer(f"drivers/pc/{name}.ko") for name in _PC_DRIVERS]
         memory = f"memory-backend-memfd,id=memory,size={_MEMORY},share=on"
         command = ["-M", f"{machine},memory-backend=memory", "-m", _MEMORY, "-object", memory]
-        command += ["-accel", "tcg", "-no-reboot", "-trace", f"{_FAULT}*"]
-        command += ["-kernel", str(peer("boot/vmlinuz")), "-initrd", str(initrd(folder, drivers))]
-        command += ["-append", "console=ttyS0 quiet panic=-1", "-serial", "chardev:console"]
-        command += ["-chardev", f"file,id=console,path={self.console.output},"
-                    f"input-path={self.console.input}"]  # fmt: skip
+        command += ["-accel", "tcg", "-trace", f"{_FAULT}*"]
+        command += [*booting(pc_initrd(folder)), *speaking(folder)]
         command += ["-chardev", f"socket,id=disk,path={back_end}{more}"]
         command += ["-device", "vhost-user-blk-pci,id=disk0,chardev=disk"]
         super().__init__(folder, [*command, *(["-incoming", "defer"] if incoming else [])])
@@ -117,7 +163,7 @@ class LinuxGuest(QemuProcess):
     def stop(self) -> tuple[int, ...]:
         """Have the guest stop, and wait until it has switched the machine off."""
         counts = self.console.stop()
-        assert self._process.wait(TIMEOUT_S) == 0, self.log
+        self.wait_end()
         return counts
 
     def close(self) -> None:
@@ -132,7 +178,6 @@ class UserModeLinux:
     """
 
     def __init__(self, folder: Path, back_end: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.console = Console(folder)
         command = [peer("usr/bin/linux.uml"), "mem=64M", "quiet", "con0=fd:0,fd:1", "con=null"]
         command += [f"initrd={initrd(folder, [peer('drivers/uml/virtio_blk.ko')])}"]
@@ -161,6 +206,27 @@ class UserModeLinux:
         counts = self.console.stop()
         assert self._process.wait(TIMEOUT_S) == 0, self.console.tail()
         return counts
+
+
+def booting(archive: Path, *, more: str = "") -> list[str]:
+    """The arguments of a QEMU that boots the guest; its disk and console are for the caller to add.
+
+    :param archive: from :func:`pc_initrd`.
+    :param more: what the kernel's command line has besides, such as ``memory=32``.
+    """
+    line = ["-no-reboot", "-kernel", str(peer("boot/vmlinuz")), "-initrd", str(archive)]
+    return [*line, "-append", f"console=ttyS0 quiet panic=-1 {more}".rstrip()]
+
+
+def speaking(folder: Path) -> list[str]:
+    """The arguments of a QEMU whose serial line is the console of a folder."""
+    way = f"path={folder}/{SOCKET},server=on,wait=off,logfile={folder}/{OUTPUT}"
+    return ["-serial", "chardev:console", "-chardev", f"socket,id=console,{way}"]
+
+
+def pc_initrd(folder: Path) -> Path:
+    """The archive of a guest of QEMU's ``pc`` or ``q35``."""
+    return initrd(folder, [peer(f"drivers/pc/{name}.ko") for name in _PC_DRIVERS])
 
 
 def initrd(folder: Path, drivers: list[Path]) -> Path:

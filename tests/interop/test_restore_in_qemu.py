@@ -7,6 +7,7 @@ import shlex
 import signal
 import socket
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,10 @@ TIMEOUT_S = 30.0
 
 
 class Restoring:
-    """The command with QEMU's, and a client of that QEMU's QMP."""
+    """The command with QEMU's, and a client of that QEMU's QMP.
+
+    :param line: QEMU's, if it is not that of the usual microvm.
+    """
 
     def __init__(
         self,
@@ -35,11 +39,13 @@ class Restoring:
         memory_bytes: int = MEMORY_BYTES,
         qmp: str = "user.qmp",
         saved: bool = False,
+        line: Sequence[str] = (),
     ) -> None:
         self._folder = folder
         self.qmp = folder / qmp
-        line = [BINARY, "-M", MICROVM, "-accel", "kvm", "-m", f"{memory_bytes >> 20}M"]
-        line += ["-display", "none", "-nodefaults", *bios(folder)]
+        if not line:
+            line = ["-M", MICROVM, "-accel", "kvm", "-m", f"{memory_bytes >> 20}M", *bios(folder)]
+        line = [BINARY, "-display", "none", "-nodefaults", *line]
         command = [
             "restore",
             str(image),

@@ -5,22 +5,30 @@
  * The data of a write is prepared AHEAD writes before, so in a postcopy the back end finds it missing.
  * What has been read into a buffer is compared again before the buffer is used the next time: in a precopy
  * only the back end's log has the page moved.
+ *
+ * With "memory=MIB" on the kernel's command line one process more writes that much memory, page by page in an
+ * order that jumps.  Write n of it makes word w of its page n (FACTOR + 2 w).  Before, all words of the page must be
+ * what they were made one round before.  The guest then tells its clocks, too, in milliseconds: CLOCK_MONOTONIC,
+ * CLOCK_REALTIME and the PC's own clock (0: it has none).
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/rtc.h>
 #include <poll.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #define WORKERS 4
@@ -36,11 +44,12 @@ struct worker {
 };
 static struct {
     volatile int stop;
-    struct worker workers[WORKERS];
+    struct worker workers[WORKERS], memory;
 } *shared;
 
 static long disk_blocks;
-static int disk;
+static int disk, clock_of_pc = -1;
+static long memory_bytes;
 
 /* Say why the guest cannot go on, and end it. */
 static void give_up(const char *format, ...)
@@ -174,6 +183,38 @@ static void work(struct worker *own, long first, long blocks)
         own->wrong += read_and_check(&readings[0], table + at, first + at);
 }
 
+/* The step is a prime, so each page is written once in a round. */
+static uint64_t *page_of(uint64_t *memory, uint64_t n, uint64_t count)
+{
+    return memory + n * 40961 % count * WORDS;
+}
+
+static uint64_t check_page(const uint64_t *page, uint64_t n)
+{
+    uint64_t wrong = 0;
+
+    for (uint64_t i = 0; i < WORDS; i++)
+        wrong += page[i] != n * (FACTOR + 2 * i);
+    return wrong;
+}
+
+static void work_in_memory(struct worker *own)
+{
+    uint64_t count = memory_bytes / BLOCK, n;
+    uint64_t *memory = pages(memory_bytes, MAP_PRIVATE);
+
+    for (n = 1; !shared->stop; n++) {
+        uint64_t *page = page_of(memory, n, count);
+
+        own->wrong += check_page(page, n > count ? n - count : 0);
+        for (uint64_t i = 0; i < WORDS; i++)
+            page[i] = n * (FACTOR + 2 * i);
+        own->writes = n;
+    }
+    for (uint64_t last = n; n < last + count; n++)
+        own->wrong += check_page(page_of(memory, n, count), n > count ? n - count : 0);
+}
+
 static int told_to_stop(void)
 {
     struct pollfd console = {.fd = 0, .events = POLLIN};
@@ -182,10 +223,35 @@ static int told_to_stop(void)
     return poll(&console, 1, 50) > 0 && read(0, line, sizeof(line)) > 0;
 }
 
+static long milliseconds(int clock)
+{
+    struct timespec now;
+
+    clock_gettime(clock, &now);
+    return now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+static long pc_milliseconds(void)
+{
+    struct rtc_time read;
+
+    if (clock_of_pc < 0)
+        return 0;
+    if (ioctl(clock_of_pc, RTC_RD_TIME, &read))
+        give_up("the PC's clock");
+    struct tm now = {.tm_sec = read.tm_sec, .tm_min = read.tm_min, .tm_hour = read.tm_hour,
+                     .tm_mday = read.tm_mday, .tm_mon = read.tm_mon, .tm_year = read.tm_year};
+    return timegm(&now) * 1000;
+}
+
 static void say(const char *what)
 {
     uint64_t wrong = 0;
 
+    if (memory_bytes)
+        printf("memory %lu wrong %lu clocks %ld %ld %ld\n", shared->memory.writes,
+               shared->memory.wrong, milliseconds(CLOCK_MONOTONIC), milliseconds(CLOCK_REALTIME),
+               pc_milliseconds());
     printf("%s", what);
     for (int i = 0; i < WORKERS; i++) {
         printf(" %lu", shared->workers[i].writes);
@@ -193,6 +259,23 @@ static void say(const char *what)
     }
     printf(" wrong %lu\n", wrong);
     fflush(stdout);
+}
+
+static void begin_memory(void)
+{
+    const char *wanted = getenv("memory");
+
+    memory_bytes = wanted ? atol(wanted) << 20 : 0;
+    if (!memory_bytes)
+        return;
+    clock_of_pc = open("/dev/rtc0", O_RDONLY);
+    pid_t made = fork();
+    if (made < 0)
+        give_up("fork");
+    if (!made) {
+        work_in_memory(&shared->memory);
+        _exit(0);
+    }
 }
 
 int main(void)
@@ -220,13 +303,12 @@ int main(void)
             _exit(0);
         }
     }
+    begin_memory();
     while (!told_to_stop())
         say("writes");
     shared->stop = 1;
-    for (int i = 0; i < WORKERS; i++) {
-        int status;
-
-        if (wait(&status) < 0 || status)
+    for (int status; wait(&status) > 0;) {
+        if (status)
             give_up("a worker ended with %d", status);
     }
     say("stopped");
