@@ -30,9 +30,12 @@ class QemuGone(AssertionError):
 
 
 class QemuProcess:
-    """One QEMU, whatever its machine; ``events`` keeps all that came while answers were read."""
+    """One QEMU, whatever its machine; ``events`` keeps all that came while answers were read.
 
-    def __init__(self, folder: Path, arguments: Sequence[str]) -> None:
+    :param oob: commands can be given by :meth:`oob`, too.
+    """
+
+    def __init__(self, folder: Path, arguments: Sequence[str], *, oob: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._ours, theirs = socket.socketpair()
         self._ours.settimeout(TIMEOUT_S)
@@ -48,7 +51,7 @@ class QemuProcess:
         self._ids = itertools.count()
         self.events: list[dict] = []
         try:
-            self("qmp_capabilities")
+            self("qmp_capabilities", **({"enable": ["oob"]} if oob else {}))
         except BaseException:
             self.close()
             raise
@@ -61,8 +64,15 @@ class QemuProcess:
 
     def __call__(self, command: str, **arguments):
         """Do one QMP command and give what it returns; events are put aside."""
+        return self._do("execute", command, arguments)
+
+    def oob(self, command: str, **arguments):
+        """Do one out of band: QEMU answers it even if its main loop waits for a page."""
+        return self._do("exec-oob", command, arguments)
+
+    def _do(self, how: str, command: str, arguments: dict):
         number = next(self._ids)
-        order = {"execute": command, "id": number, "arguments": arguments}
+        order = {how: command, "id": number, "arguments": arguments}
         try:
             self._ours.sendall(json.dumps(order).encode() + b"\n")
             for line in self._lines:
