@@ -4,7 +4,7 @@ The figures are those of QEMU 11.1's ``query-migrate`` (``MigrationInfo`` in ``q
 What QEMU does not measure is apart, in :class:`Measured`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -73,6 +73,9 @@ class Measured:
     fault_latency_p50_us: int | None = _measured("half of the page faults took no longer")
     fault_latency_p99_us: int | None = _measured("99 of 100 page faults took no longer")
     fault_latency_max_us: int | None = _measured("the longest page fault")
+    fault_latency_dist: tuple[int, ...] = _measured(
+        "page faults by latency: how many took [1, 2) us, [2, 4) us, and so on", ()
+    )
     pause_us: int | None = _measured("how long a background snapshot stopped the vCPUs")
     write_faults: int | None = _measured("writes of the guest that had to wait for the snapshot")
     write_stall_p50_us: int | None = _measured("half of these waited no longer")
@@ -179,3 +182,59 @@ class MigrationInfo:
 
 def _present(values: Mapping[str, int | None]) -> dict[str, int]:
     return {name: value for name, value in values.items() if value is not None}
+
+
+MAP_CELLS = 2048
+"""Most cells of a :class:`MemoryMap`."""
+
+MAP_STATES = {
+    "s": "at-source",
+    "w": "on-its-way",
+    "i": "in-place",
+    "d": "dirty-again",
+    "a": "asked-for",
+    "z": "zero",
+    "l": "lost",
+}
+"""The letter of each state that a page may have in a :class:`MemoryMap`, and its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryMap:
+    """Where the guest's memory is, as one letter for each run of pages; never what is in it.
+
+    :ivar incoming: the side that says so.
+    :ivar cells: a letter of :data:`MAP_STATES` for each cell, of all RAM blocks one after the other.
+        A cell with a page that is lost, or asked for, says so; else it has the state of most of its pages.
+    :ivar pages: pages of 4 KiB in each state, by the state's name; exact.
+    :ivar blocks: RAM blocks: name, how many cells it has, its pages of 4 KiB.
+    :ivar cost_us: how long it took to make it.
+    """
+
+    incoming: bool
+    cells: str
+    pages: Mapping[str, int]
+    blocks: tuple[tuple[str, int, int], ...]
+    cost_us: int = 0
+
+    def to_qapi(self) -> dict[str, Any]:
+        """The answer to ``x-query-memory-map``."""
+        return {
+            "side": "destination" if self.incoming else "source",
+            "cells": self.cells,
+            "pages": dict(self.pages),
+            "blocks": [
+                {"name": name, "cells": cells, "pages": pages} for name, cells, pages in self.blocks
+            ],
+        }
+
+
+def cells_of(blocks: Sequence[tuple[str, int]], most: int = MAP_CELLS) -> tuple[int, list[int]]:
+    """How a map divides RAM blocks.
+
+    :param blocks: name and pages of 4 KiB of each.
+    :return: pages of 4 KiB of one cell, and how many cells each block has.
+    """
+    room = max(1, most - len(blocks))  # each block's last cell may be short
+    run = max(1, -(-sum(pages for _, pages in blocks) // room))
+    return run, [-(-pages // run) for _, pages in blocks]

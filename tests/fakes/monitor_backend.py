@@ -12,7 +12,7 @@ from postcopy.machine.dirty_rate import DirtyRate
 from postcopy.monitor.controls import Backend
 from postcopy.ownership import Ownership
 from postcopy.parameters import NO_OVERRIDES, Capabilities, Capability, Parameters
-from postcopy.statistics import MigrationInfo
+from postcopy.statistics import MemoryMap, MigrationInfo
 from postcopy.status import Status
 
 
@@ -148,6 +148,9 @@ class FakeMigration:
 
     def info(self):
         return self.now
+
+    def memory_map(self):
+        return MemoryMap(False, "si", {"at-source": 3, "in-place": 1}, (("ram", 2, 4),))
 
 
 def make_backend():

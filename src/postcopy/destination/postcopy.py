@@ -230,6 +230,7 @@ class Postcopy:
             fault_latency_p50_us=report.p50_us,
             fault_latency_p99_us=report.p99_us,
             fault_latency_max_us=report.max_us,
+            fault_latency_dist=report.distribution,
         )
         return replace(
             info,

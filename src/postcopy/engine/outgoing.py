@@ -1,5 +1,6 @@
 """An engine's orders about a guest that leaves: by migration, or into an image."""
 
+import time
 from collections.abc import Callable, Sequence
 
 from postcopy.channel.descriptor_check import received_uri
@@ -9,10 +10,13 @@ from postcopy.guest import DeviceState
 from postcopy.link.protocol import EngineReports, OutgoingCommands
 from postcopy.link.values import Fd
 from postcopy.machine import sections
+from postcopy.memory import memory_map
+from postcopy.memory.memory_map import PendingLook
 from postcopy.parameters import Capabilities, Capability, Settings
 from postcopy.snapshot.background import BackgroundSnapshot
 from postcopy.source.dirty_pages import GuestMemory
 from postcopy.source.source import MigrationOptions, Source
+from postcopy.statistics import MemoryMap
 from postcopy.status import Status
 from postcopy.stream.description import build_description
 from postcopy.stream.encoder import configuration
@@ -24,6 +28,7 @@ class Outgoing(OutgoingCommands):
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._resume_at = ""
+        self._looks: list[PendingLook] = []
         self._cancelled = False  # which may be said before there is anything to cancel
 
     def start_source(self, uri: str, settings: Settings, fds: Sequence[Fd] = ()) -> None:
@@ -100,6 +105,22 @@ class Outgoing(OutgoingCommands):
         self._cancelled = True
         if isinstance(self._engine.job, Source | BackgroundSnapshot):
             self._engine.job.cancel()
+
+    def memory_map(self) -> MemoryMap:
+        begin_s, dirty = time.monotonic(), self._source.dirty
+        if dirty is None:
+            raise WrongState("no memory has been sent yet")
+        if not self._looks:
+            self._looks = [PendingLook() for _ in dirty.blocks]
+        blocks = [
+            (
+                pages.block.name,
+                pages.block.target_pages_per_page,
+                look.codes(pages.pending, pages.known_data, passed=dirty.passed),
+            )
+            for pages, look in zip(dirty.blocks, self._looks, strict=True)
+        ]
+        return memory_map.draw(blocks, incoming=False, begin_s=begin_s)
 
     def end_command(self) -> bool:
         return isinstance(self._engine.job, Source) and self._engine.job.end_command()

@@ -87,6 +87,7 @@ class RestoreStatistics:
             fault_latency_p50_us=latencies.p50_us if latencies is not None else None,
             fault_latency_p99_us=latencies.p99_us if latencies is not None else None,
             fault_latency_max_us=latencies.max_us if latencies is not None else None,
+            fault_latency_dist=latencies.distribution if latencies is not None else (),
             restore_running_us=self._since(self._running_ns),
             restore_ready_us=self._since(self._ready_ns()),
             restore_complete_us=self._since(self._complete_ns),

@@ -24,7 +24,7 @@ from postcopy.link.values import Codec, Fd
 from postcopy.ownership import Move
 from postcopy.parameters import Capabilities, Capability, Parameters, Settings
 from postcopy.restore_options import RestoreOptions
-from postcopy.statistics import Measured, MigrationInfo, RamStatistics
+from postcopy.statistics import Measured, MemoryMap, MigrationInfo, RamStatistics
 from postcopy.status import Status
 
 BEAT_S: Final = 0.5
@@ -151,6 +151,12 @@ class OutgoingCommands(Protocol):
     def cancel(self) -> None:
         """Give up."""
 
+    def memory_map(self) -> MemoryMap:
+        """Where the memory is, for a watcher.
+
+        :raises WrongState: no migration has begun.
+        """
+
     def end_command(self) -> bool:
         """End a command (``exec:``) that goes on although it has been sent the whole guest.
 
@@ -260,6 +266,7 @@ CODEC: Final = Codec(
         ImagePoint,
         MappedRange,
         Measured,
+        MemoryMap,
         MigrationInfo,
         Move,
         Parameters,

@@ -142,6 +142,10 @@ TABLE = (
         human=Human(flags=(Flag("a", "all of it"),), show=hmp_info.migrate),
     ),
     Command(
+        "x-query-memory-map", "where the memory is: one letter for a run of pages",
+        lambda b, _: b.migration.memory_map().to_qapi(),
+    ),
+    Command(
         "migrate", "send the guest to URI", _migrate,
         Struct(optional=_URI_OR_CHANNELS | _OVERRIDES | {"resume": boolean}),
         Human(

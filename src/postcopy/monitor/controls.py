@@ -15,7 +15,7 @@ from postcopy.machine.dirty_rate import DirtyRate
 from postcopy.ownership import Ownership
 from postcopy.parameters import NO_OVERRIDES, Capabilities, Capability, Overrides, Parameters
 from postcopy.restore_options import RestoreOptions
-from postcopy.statistics import MigrationInfo
+from postcopy.statistics import MemoryMap, MigrationInfo
 from postcopy.status import Status
 
 
@@ -209,6 +209,12 @@ class MigrationControl(Protocol):
 
     def info(self) -> MigrationInfo:
         """How it stands."""
+
+    def memory_map(self) -> MemoryMap:
+        """Where the memory is, for a watcher; a moment old at most, and shared by all that ask.
+
+        :raises WrongState: it is not known.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -214,6 +214,8 @@ class DirtyPages:
         self._tracker = tracker
         self.blocks = [BlockPages(block) for block in blocks]
         self.syncs = 0
+        self.passed = False
+        """Whether every page has been sent once: those that are pending have been written since."""
         self._lock = threading.Lock()
         # Under the lock, together with the pending pages that they become: bytes that the chunks
         # still to come in this round will add to those.
@@ -249,6 +251,7 @@ class DirtyPages:
         left_bytes = sum(self._left_bytes(pages) for pages in self.blocks)
         with self._lock:
             self.syncs += 1
+            self.passed = True
             self._expected_bytes = left_bytes - self._pending_bytes()
             self._redirtied.next_round(left_bytes)
         return left_bytes

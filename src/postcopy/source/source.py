@@ -116,9 +116,13 @@ class Source:
         """Take over parameters that the user has changed meanwhile."""
         self._parameters = parameters
         after = self._progress.status in GIVEN_UP
-        self._limiter.set_rate(
-            parameters.max_postcopy_bandwidth if after else parameters.max_bandwidth
-        )
+        rate = parameters.max_postcopy_bandwidth if after else parameters.max_bandwidth
+        self._limiter.set_rate(rate)
+
+    @property
+    def dirty(self) -> DirtyPages | None:
+        """What is still to send; None before the memory is mapped."""
+        return self._dirty
 
     def info(self) -> MigrationInfo:
         """The figures as they are now."""

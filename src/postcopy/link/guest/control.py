@@ -9,13 +9,14 @@ from contextlib import contextmanager, suppress
 
 from postcopy.channel.address import parse
 from postcopy.channel.descriptor_check import Use, descriptors_for
-from postcopy.errors import EngineDied, WrongState
+from postcopy.errors import EngineDied, PostcopyError, WrongState
 from postcopy.events import EventBus
 from postcopy.link.guest.engine_process import EngineProcess
 from postcopy.link.guest.engine_slot import EnginePool, EngineSlot
 from postcopy.link.guest.incoming import IncomingJob, IncomingMigration
 from postcopy.link.guest.job import Job, MigrationState, check_host, refuse_busy
 from postcopy.link.guest.keeper import GuestKeeper, OwnedGuest
+from postcopy.link.guest.memory_maps import MemoryMaps
 from postcopy.link.guest.outgoing import OutgoingMigration, check_movable, outgoing
 from postcopy.link.guest.resetting import Resetting
 from postcopy.link.guest.restoring import IncomingRestore
@@ -32,7 +33,7 @@ from postcopy.parameters import (
     Settings,
 )
 from postcopy.restore_options import RestoreOptions
-from postcopy.statistics import MigrationInfo
+from postcopy.statistics import MemoryMap, MigrationInfo
 from postcopy.status import Status, StatusMachine
 from postcopy.trace import trace
 
@@ -80,6 +81,7 @@ class MigrationControl:
             incoming,
         )
         self._lock = state.lock
+        self._maps = MemoryMaps(state)
         state.shown = (IncomingMigration if incoming else OutgoingMigration)(state, self.settings)
         check, complete = self._check_can_start, self._complete_restore
         self.resetting = Resetting(guest, self._keeper, pool, self._lock, check, complete)
@@ -262,6 +264,8 @@ class MigrationControl:
 
     def lost(self) -> None:
         self._show_paused_restore()
+        with suppress(PostcopyError):
+            self._maps.look()  # what is missing now: nothing tells of it afterwards
         self._state.shown.lost()
 
     def _show_paused_restore(self) -> None:
@@ -287,6 +291,9 @@ class MigrationControl:
         if job is self._state.work:
             job.ask()
         return job.info()
+
+    def memory_map(self) -> MemoryMap:
+        return self._maps.look()
 
     @property
     def progress(self) -> StatusMachine:

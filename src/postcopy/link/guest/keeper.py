@@ -277,9 +277,10 @@ class GuestKeeper:
         """Unmap, here alone, what the page maps do not have as received; the memory stays."""
         from postcopy.link.guest import missing_pages
 
-        missing_pages.unmap_missing(*self._paged())
+        missing_pages.unmap_missing(*self.paged())
 
-    def _paged(self) -> tuple[Sequence[Region], Sequence[int]]:
+    def paged(self) -> tuple[Sequence[Region], Sequence[int]]:
+        """The RAM blocks, and their page maps while a guest arrives."""
         with self._lock:
             return self._guest.regions(), list(self._page_maps)
 

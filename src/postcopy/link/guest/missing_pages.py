@@ -1,6 +1,7 @@
 """What the guest's process does with the pages that its page maps say are missing."""
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -11,8 +12,9 @@ from postcopy.errors import PageExists
 from postcopy.guest import AddressSpace, MappedRange, Region
 from postcopy.kernel.pagemap import PagemapScanner, unmap
 from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.memory import page_map
+from postcopy.memory import memory_map, page_map
 from postcopy.memory.runs import Mask, runs
+from postcopy.statistics import MemoryMap
 
 
 def unmap_missing(regions: Sequence[Region], page_maps: Sequence[int]) -> None:
@@ -40,6 +42,16 @@ def poison(
         for first, end in runs(pages.missing()).tolist():
             for done in _poison(watch, region, first, end):
                 counts[region.name] += done
+
+
+def draw_map(regions: Sequence[Region], page_maps: Sequence[int]) -> MemoryMap:
+    """Make the map of a guest that arrives, for a watcher."""
+    begin_s = time.monotonic()
+    blocks = [
+        (region.name, region.page_size_bytes >> 12, memory_map.codes_of_page_map(pages.states))
+        for region, pages in _opened(regions, page_maps)
+    ]
+    return memory_map.draw(blocks, incoming=True, begin_s=begin_s)
 
 
 def mapped(space: AddressSpace, regions: Sequence[Region], page_maps: Sequence[int]) -> int:
