@@ -47,6 +47,7 @@ MEANINGS: Mapping[Capability, str] = {
     C.POSTCOPY_RAM: "the guest may run at the destination before its memory is there",
     C.RETURN_PATH: "the destination answers the source, in precopy too",
     C.PAUSE_BEFORE_SWITCHOVER: "precopy waits in `pre-switchover` for `migrate-continue`",
+    C.MULTIFD: "pages go over `multifd-channels` connections of their own, compressed or not",
     C.POSTCOPY_BLOCKTIME: "how long vCPUs waited for pages is measured, and told by the destination",
     C.LATE_BLOCK_ACTIVATE: "accepted; it is about disks, and there are none",
     C.BACKGROUND_SNAPSHOT: "`migrate` writes an image of a guest that goes on",
@@ -173,8 +174,8 @@ def _percent(default: int, most: int) -> Any:
     )
 
 
-def _uint8(default: int, least: int, most: int) -> Any:
-    return _parameter(Kind.UINT8, default, least=least, most=most)
+def _uint8(default: int, least: int, most: int, **rule: Any) -> Any:
+    return _parameter(Kind.UINT8, default, least=least, most=most, **rule)
 
 
 def _choice(*choices: str, default: str, **rule: Any) -> Any:
@@ -216,7 +217,9 @@ class Parameters:
         help="longest time in ms for which a precopy may stop the guest at the switchover",
     )
     x_checkpoint_delay: int = _parameter(Kind.UINT32, 20000)
-    multifd_channels: int = _uint8(2, 1, 255)
+    multifd_channels: int = _uint8(
+        2, 1, 255, help="connections of `multifd`, as many at both sides"
+    )
     xbzrle_cache_size: int = _size(
         64 << 20,
         least=4096,

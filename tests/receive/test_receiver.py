@@ -41,6 +41,7 @@ from postcopy.errors import (
 from postcopy.image.formats import open_image
 from postcopy.image.manifest import Manifest
 from postcopy.image.verify import find_damages
+from postcopy.multifd import group
 from postcopy.receive import source_channels
 from postcopy.stream.commands import command
 from postcopy.stream.configuration import encode_name
@@ -294,7 +295,8 @@ BAD_CHANNELS = {
 @pytest.mark.parametrize(("channels", "text"), BAD_CHANNELS.values(), ids=BAD_CHANNELS.keys())
 def test_bad_channels_leave_nothing(receiving, folder, monkeypatch, channels, text):
     if "not opened" in text:
-        monkeypatch.setattr(source_channels, "_IDENTIFY_S", 0.3)
+        monkeypatch.setattr(source_channels, "IDENTIFY_S", 0.3)
+        monkeypatch.setattr(group, "IDENTIFY_S", 0.3)
     main = START + FLUSHED_SETUP + body(FLUSH) + TAIL
     send([main, *channels], receiving.uri)
     with pytest.raises(StreamError, match=re.escape(text)):

@@ -84,7 +84,7 @@ def test_all_kinds_of_records():
         ([word(16 * PAGE, 0x40), b"\3ram"], "Illegal RAM offset 10000", 0),
         ([word(0, 0x40), b"\3ram\2\0\0"], "wrong compression! (2)", 12),
         ([word(0, 0x40), b"\3ram\1\x10\1"], "len overflow!", 13),
-        ([word(PAGE, 0x200)], "multifd is not supported", 0),
+        ([word(PAGE, 0x200)], "multifd is off here", 0),
     ],
 )
 def test_wrong_records(parts, text, offset):

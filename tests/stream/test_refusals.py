@@ -178,7 +178,7 @@ WRONG = {
     ),
     "multifd in the list": (
         START + listed(("ram", 64 * PAGE), ("rom", 16 * PAGE), end=0x200),
-        "multifd is not supported; switch the capability off at the source",
+        "multifd is off here; switch the capability on here too, or off at the source",
         None,
     ),
     "page outside": (
@@ -226,7 +226,7 @@ WRONG = {
         None,
     ),
     "XBZRLE continued": (READY + part(record(0, 0x60)), "xbzrle is not supported", None),
-    "MULTIFD_FLUSH": (READY + part(record(0, 0x200)), "multifd is not supported", None),
+    "MULTIFD_FLUSH": (READY + part(record(0, 0x200)), "multifd is off here", None),
     "HOOK": (READY + part(record(0, 0x80)), "RDMA is not supported", None),
     "no footer": (READY + part()[:-5] + b"\0", "Missing section footer for ram", None),
     "footer of another": (

@@ -17,6 +17,7 @@ from postcopy.channel.sockets import SocketChannel
 from postcopy.destination.incoming_channels import IncomingChannels
 from postcopy.destination.incoming_ram import Populating
 from postcopy.destination.loadvm import RECEIVE_BUFFER_BYTES, RecordLoader, layout_of
+from postcopy.destination.multifd import IncomingMultifd
 from postcopy.destination.postcopy import Postcopy
 from postcopy.destination.preempt_channel import PreemptChannel
 from postcopy.destination.return_path import ReturnPath
@@ -62,9 +63,8 @@ class Destination:
         self.error: PostcopyError | None = None
         self._parameters = parameters or Parameters()
         self._channel: Channel | None = None
-        self._meeting = (
-            threading.Lock()
-        )  # held while the source is waited for, until the channel is known
+        # Held while the source is waited for, until the channel is known.
+        self._meeting = threading.Lock()
         self._peer_timeout: PeerTimeout | None = None
         self._silent: ChannelBroken | None = None
         self._paused_by_user = False
@@ -75,8 +75,12 @@ class Destination:
         self._postcopy = Postcopy(guest, ram, faults, self._return_path, progress, self._break)
         self._layout = layout_of(ram)
         self._formats = formats
+        timeout_ms = self._link_timeout_ms
         self._preempt_channel = PreemptChannel(
-            ram, faults, self._layout, self._preempt, self._link_timeout_ms, self._break
+            ram, faults, self._layout, self._preempt, timeout_ms, self._break
+        )
+        self._multifd = IncomingMultifd(
+            ram, faults, self._layout, self._channel_count, timeout_ms, self._break
         )
         self._loader = RecordLoader(
             guest,
@@ -85,17 +89,18 @@ class Destination:
             self._placement,
             self._postcopy,
             self._preempt_channel,
+            self._multifd,
             self._return_path,
             progress,
             lambda: self._capabilities,
         )
-        self._decoder = Decoder(
-            formats,
-            self._layout,
-            expect=Expected(machine=guest.machine_name),
-            ignored_blocks=IGNORED_BLOCKS,
-        )
+        self._decoder = self._new_decoder(multifd=False)
         self.set_capabilities(capabilities)
+
+    def _new_decoder(self, *, multifd: bool) -> Decoder:
+        expect, ignored = Expected(machine=self._guest.machine_name), IGNORED_BLOCKS
+        layout, formats = self._layout, self._formats
+        return Decoder(formats, layout, multifd=multifd, expect=expect, ignored_blocks=ignored)
 
     # --- called by the monitor, from other threads
 
@@ -120,6 +125,9 @@ class Destination:
     def _preempt(self) -> bool:
         return self._capabilities.enabled(Capability.POSTCOPY_PREEMPT)
 
+    def _channel_count(self) -> int:
+        return self._parameters.multifd_channels
+
     def _link_timeout_ms(self) -> int:
         return self._parameters.x_link_timeout
 
@@ -141,6 +149,7 @@ class Destination:
 
     def _break(self) -> None:
         self._preempt_channel.shutdown()
+        self._multifd.shutdown()
         channel = self._channel  # the thread `destination` may close it meanwhile
         if channel is not None:
             channel.shutdown()
@@ -174,9 +183,12 @@ class Destination:
             self._let_go()
 
     def _take_in(self) -> None:
-        channel = self._meet()
+        channel, first = self._meet(with_multifd=True)
         if self._capabilities.enabled(Capability.MAPPED_RAM):
             self._decoder = self._mapped_decoder(channel)
+        elif self._multifd.group is not None:
+            self._decoder = self._new_decoder(multifd=True)
+            self._decoder.feed(first)
         trace("destination.connected")
         self._populating.stop()
         self._progress.move(Status.ACTIVE)
@@ -194,7 +206,7 @@ class Destination:
         )
 
     def _go_on(self) -> None:
-        channel = self._meet()
+        channel, _ = self._meet(with_multifd=False)
         self.error = self._silent = None
         self._paused_by_user = False
         channel.bound_buffers(RECEIVE_BUFFER_BYTES)
@@ -209,10 +221,17 @@ class Destination:
         trace("destination.recovery-connected")
         self._receive(channel)
 
-    def _meet(self) -> Channel:
-        """Wait for the source, and begin to watch whether it is silent."""
+    def _meet(self, *, with_multifd: bool) -> tuple[Channel, bytes]:
+        """Wait for the source, and begin to watch whether it is silent.
+
+        :return: the main channel, and what has been received of it.
+        """
+        on = self._capabilities.on
+        wanted = with_multifd and Capability.MULTIFD in on and Capability.MAPPED_RAM not in on
+        group = self._multifd.switch_on() if wanted else None
         with self._meeting:
-            self._loader.channel = self._channel = channel = self._incoming.main()
+            channel, first = self._incoming.main_beside(group)
+            self._loader.channel = self._channel = channel
         channel.watch(self._link_timeout_ms() / 1000)
         self._preempt_channel.expect(self._incoming)
         taken = AckedBytes(channel)
@@ -223,7 +242,7 @@ class Destination:
             self._fell_silent,
         )
         self._peer_timeout.start()
-        return channel
+        return channel, first
 
     def _signs(self, channel: Channel, taken: AckedBytes) -> tuple[int, int]:
         """What shows that the source is alive; in a recovery it also reads our bitmaps."""
@@ -262,6 +281,7 @@ class Destination:
             trace("destination.unwatched")
         else:
             trace("destination.all-received")
+            self._multifd.end()
             self._complete_precopy()
             trace("destination.resumed")
         self._say_that_it_has_arrived()
@@ -318,7 +338,11 @@ class Destination:
                 self._end(Status.COMPLETED)  # only the end of the stream has not come
             return
         self.error = error = (
-            self._postcopy.failure or self._silent or self._preempt_channel.failure or error
+            self._postcopy.failure
+            or self._silent
+            or self._preempt_channel.failure
+            or self._multifd.failure
+            or error
         )
         if self._progress.status in AFTER_SWITCHOVER:
             if self._paused_by_user:
@@ -353,7 +377,9 @@ class Destination:
         if self._peer_timeout is not None:
             self._peer_timeout.stop()
         self._preempt_channel.close()
+        self._multifd.shutdown()
         self._incoming.close()
+        self._incoming.close_others()
         if self._channel is not None:
             self._close(self._channel)
             self._channel = None

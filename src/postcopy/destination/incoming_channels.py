@@ -1,7 +1,8 @@
-"""Accepts the connections of one source: first the main channel, then the preempt channel.
+"""Accepts the connections of one source: the main channel, those of multifd, and the preempt channel.
 
-A source sends no header on the preempt channel, so only the order tells the two apart, as in QEMU.  Every
-other connection is closed.
+Without multifd a source sends no header on its second connection, the preempt channel: only the order tells
+the two apart, as in QEMU.  With multifd the first bytes of a connection say what it is, in any order, until
+all of these are there; the next one is the preempt channel.  Every other connection is closed.
 """
 
 import sys
@@ -12,6 +13,8 @@ from postcopy.channel.channel import Channel
 from postcopy.channel.listen import Listener
 from postcopy.errors import ChannelBroken, HostCannot, PostcopyError, StreamError
 from postcopy.kernel import threads
+from postcopy.multifd.group import MAGIC_BYTES, MOST_CHANNELS, MultifdGroup, first_bytes
+from postcopy.stream import multifd, numbers
 
 
 class IncomingChannels:
@@ -23,28 +26,54 @@ class IncomingChannels:
     def __init__(self, listener: Listener, preempt_wanted: Callable[[], bool]) -> None:
         self._listener = listener
         self._preempt_wanted = preempt_wanted
+        self._group: MultifdGroup | None = None
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
-        # Under `_changed`: the preempt channel, until :meth:`preempt` returns it.
+        # Under `_changed`: the main channel, and what has been received of it.
+        self._main: tuple[Channel, bytes] | None = None
+        # The preempt channel, until :meth:`preempt` returns it.
         self._preempt: Channel | None = None
         self._had_preempt = False
         self._closed = False
         self._failure: PostcopyError | None = None
+        # With multifd: the other connections, and their threads.
+        self._others: list[tuple[Channel, threading.Thread]] = []
 
     def main(self) -> Channel:
-        """Wait for the main channel.
+        """Wait for the main channel of a source without multifd.
 
         :raises ChannelBroken: :meth:`close` has been called.
         :raises HostCannot: there can be no more threads.
         """
         channel = self._listener.accept()
-        thread = threading.Thread(target=self._run, name="accept", daemon=True)
         try:
-            self._thread = threads.start(thread)  # from here `close` may wait for its end
+            self._start()
         except HostCannot:
             channel.close()
             raise
         return channel
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._run, name="accept", daemon=True)
+        self._thread = threads.start(thread)  # from here `close` may wait for its end
+
+    def main_beside(self, group: MultifdGroup | None) -> tuple[Channel, bytes]:
+        """As :meth:`main`, beside channels of multifd, which may come before it.
+
+        :param group: runs these; None: multifd is off.
+        :return: the main channel, and what has been received of it already.
+        """
+        if group is None:
+            return self.main(), b""
+        self._group = group
+        self._start()
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._main is not None or self._closed or self._failure is not None
+            )
+            if self._main is not None:
+                return self._main
+            raise self._failure or ChannelBroken("no longer waiting for a source")
 
     def preempt(self, timeout_s: float) -> Channel:
         """Wait for the preempt channel.
@@ -87,6 +116,15 @@ class IncomingChannels:
         if untaken is not None:
             untaken.close()
 
+    def close_others(self) -> None:
+        """Break and close all connections but the main and the preempt channel; after :meth:`close`."""
+        others, self._others = self._others, []
+        for channel, _ in others:
+            channel.shutdown()
+        for channel, thread in others:
+            thread.join()
+            channel.close()
+
     def _run(self) -> None:
         try:
             while True:
@@ -95,15 +133,59 @@ class IncomingChannels:
             pass  # closed
         except PostcopyError as error:
             with self._changed:
-                self._failure = error  # for a thread that waits for the preempt channel
+                self._failure = error  # for a thread that waits for a channel
                 self._changed.notify_all()
 
     def _sort(self, channel: Channel) -> None:
         with self._changed:
+            if self._group is not None and not self._all_there(self._group):
+                self._identify_later(channel, self._group)
+                return
             if self._preempt_wanted() and not self._had_preempt and not self._closed:
                 self._preempt = channel
                 self._had_preempt = True
                 self._changed.notify_all()
                 return
-        sys.stderr.write("postcopy: Extra incoming migration connection; ignoring\n")
-        channel.close()
+        _ignore(channel, "Extra incoming migration connection")
+
+    # --- with multifd
+
+    def _all_there(self, group: MultifdGroup) -> bool:
+        """Whether only the preempt channel can come; otherwise one channel too many has to be named."""
+        return self._main is not None and group.all_there and self._preempt_wanted()
+
+    def _identify_later(self, channel: Channel, group: MultifdGroup) -> None:
+        if len(self._others) > MOST_CHANNELS + 1:
+            _ignore(channel, "Extra incoming migration connection")
+            return
+        thread = threading.Thread(
+            target=self._identify, args=(channel, group), name="multifd", daemon=True
+        )
+        self._others.append((channel, thread))
+        threads.start(thread)
+
+    def _identify(self, channel: Channel, group: MultifdGroup) -> None:
+        try:
+            first = first_bytes(channel)
+        except ChannelBroken:
+            return
+        magic = int.from_bytes(first, "big") if len(first) == MAGIC_BYTES else None
+        if magic == multifd.MAGIC:
+            group.run(channel, first, lambda: None)
+            return
+        with self._changed:
+            is_main = magic == numbers.MAGIC and self._main is None and not self._closed
+            if is_main:
+                self._main = channel, first
+                self._others = [other for other in self._others if other[0] is not channel]
+                self._changed.notify_all()
+        if not is_main:
+            _ignore(
+                channel,
+                "Not a migration stream" if magic != numbers.MAGIC else "Extra main channel",
+            )
+
+
+def _ignore(channel: Channel, why: str) -> None:
+    sys.stderr.write(f"postcopy: {why}; ignoring\n")
+    channel.close()

@@ -11,6 +11,7 @@ import numpy as np
 from postcopy.channel.channel import Channel
 from postcopy.channel.files import FileChannel
 from postcopy.destination.incoming_ram import discard, read_pages
+from postcopy.destination.multifd import IncomingMultifd
 from postcopy.destination.postcopy import Postcopy
 from postcopy.destination.preempt_channel import PreemptChannel
 from postcopy.destination.return_path import ReturnPath
@@ -55,6 +56,7 @@ class RecordLoader:
         placement: Placement,
         postcopy: Postcopy,
         preempt_channel: PreemptChannel,
+        multifd: IncomingMultifd,
         return_path: ReturnPath,
         progress: StatusMachine,
         capabilities: Callable[[], Capabilities],
@@ -65,6 +67,7 @@ class RecordLoader:
         self._placement = placement
         self._postcopy = postcopy
         self._preempt_channel = preempt_channel
+        self._multifd = multifd
         self._return_path = return_path
         self._progress = progress
         self._capabilities = capabilities
@@ -79,6 +82,8 @@ class RecordLoader:
             records.RamSetup: self._ram_setup,
             records.MappedBlock: self._mapped_block,
             records.Pages: self._pages,
+            records.MultifdFlush: lambda _: multifd.flush(),
+            records.RamRecordsEnd: lambda _: multifd.section_ended(),
             records.RamBodyEnd: self._ram_body_end,
             records.ZeroPages: lambda r: placement.zeros(r.block, r.offsets),
             records.DeviceSection: self._device,
@@ -119,7 +124,8 @@ class RecordLoader:
         self.ram_seen = True
         self._their_sizes = theirs = {entry.name: entry.size_bytes for entry in setup.blocks}
         ours = layout_of(self._ram)
-        if ignored := {name: size for name, size in theirs.items() if name not in ours}:
+        ignored = {name: size for name, size in theirs.items() if name not in ours}
+        if ignored:
             self._guest.keep_stream(setup.section_id, ignored)
         for paged in self._ram:
             if paged.block.name not in theirs:
@@ -131,6 +137,7 @@ class RecordLoader:
                 f"the source has its RAM blocks in the order {', '.join(order)}, and this side "
                 f"{', '.join(ours)}; give --memory-block in the source's order"
             )
+        self._multifd.begin(setup, ignored)
 
     def _mapped_block(self, block: records.MappedBlock) -> None:
         channel = self.channel
@@ -155,6 +162,7 @@ class RecordLoader:
     def _open_return_path(self, _: records.OpenReturnPath) -> None:
         assert self.channel is not None
         self._return_path.open(self.channel)
+        self._multifd.settle()  # now a source can be told why it is refused
 
     def _ping(self, ping: records.Ping) -> None:
         if not self._return_path.is_open:
@@ -204,6 +212,7 @@ class RecordLoader:
         if not self.advised:
             raise StreamError("CMD_POSTCOPY_LISTEN in wrong postcopy state (0)")
         trace("destination.package-received")
+        self._multifd.end()
         decoder = Decoder(self._formats, layout_of(self._ram), package=True)
         assert self.channel is not None
         self.channel.bound_buffers(RECEIVE_BUFFER_BYTES)

@@ -22,8 +22,8 @@ from postcopy.image.finalize import publish_image, utc_now
 from postcopy.image.manifest import Manifest, Times
 from postcopy.image.parser import formats_of
 from postcopy.image.publish import CommitPoint, reserved
+from postcopy.multifd.group import MultifdGroup
 from postcopy.parameters import Parameters
-from postcopy.receive.multifd_group import MultifdGroup
 from postcopy.receive.page_file import PageFile, WrittenImage
 from postcopy.receive.source_channels import SourceChannels
 from postcopy.stream.numbers import SectionType

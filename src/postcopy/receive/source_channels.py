@@ -4,7 +4,6 @@ They may come in any order.  All of them are there when the main channel has tol
 a source does not go on without them.
 """
 
-import select
 import threading
 import time
 from collections.abc import Callable
@@ -14,13 +13,11 @@ from postcopy.channel.channel import Channel
 from postcopy.channel.listen import Listener
 from postcopy.errors import ChannelBroken, PostcopyError, StreamError
 from postcopy.kernel import threads
-from postcopy.receive.multifd_group import MOST_CHANNELS, MultifdGroup
+from postcopy.multifd.group import IDENTIFY_S, MAGIC_BYTES, MOST_CHANNELS, MultifdGroup, first_bytes
 from postcopy.stream import multifd, numbers
 
-_MAGIC_BYTES: Final = 4
 _LOOK_S: Final = 0.02
 """While a source connects: how often it is looked whether no connection waits any more."""
-_IDENTIFY_S: Final = 10.0
 
 
 class SourceChannels:
@@ -73,7 +70,7 @@ class SourceChannels:
         :raises ChannelBroken: :meth:`close` has been called.
         """
         # A connection that never says what it is is given up before.
-        until = time.monotonic() + 2 * _IDENTIFY_S
+        until = time.monotonic() + 2 * IDENTIFY_S
         with self._changed:
             idle = self._idle + 2  # the next look may have been taken before now
             while not self._is_settled(idle, multifd_is_on=multifd_is_on):
@@ -147,10 +144,10 @@ class SourceChannels:
     def _identify(self, channel: Channel) -> None:
         first = b""
         try:
-            first = _first_bytes(channel)
+            first = first_bytes(channel)
         except ChannelBroken:
             pass
-        magic = int.from_bytes(first, "big") if len(first) == _MAGIC_BYTES else None
+        magic = int.from_bytes(first, "big") if len(first) == MAGIC_BYTES else None
         with self._changed:
             is_main = magic == numbers.MAGIC and self._main is None
             if is_main:
@@ -177,22 +174,3 @@ class SourceChannels:
         if not closed:
             self._note(f"{channel.description}: {why}; ignored")
         channel.close()
-
-
-def _first_bytes(channel: Channel) -> bytes:
-    """Receive the first four bytes; fewer if they do not come in time."""
-    poll = select.poll()
-    for fd in channel.input_fds:
-        poll.register(fd, select.POLLIN)
-    found = bytearray()
-    until = time.monotonic() + _IDENTIFY_S
-    while len(found) < _MAGIC_BYTES:
-        left_ms = max(0.0, until - time.monotonic()) * 1000
-        if not poll.poll(left_ms):
-            break
-        piece = bytearray(_MAGIC_BYTES - len(found))
-        count = channel.receive_into(memoryview(piece))
-        if not count:
-            break
-        found += piece[:count]
-    return bytes(found)

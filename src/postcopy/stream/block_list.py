@@ -42,6 +42,7 @@ def encode_block_list(setup: RamSetup, form: EntryForm) -> bytes:
     parts = [
         encode_list_start(setup.section_id, sum(block.size_bytes for block in setup.blocks)),
         *(_encode_entry(block, form) for block in setup.blocks),
+        struct.pack(">Q", RamFlag.MULTIFD_FLUSH) if setup.multifd_flush else b"",
         encode_list_end(setup.section_id),
     ]
     return b"".join(parts)
@@ -74,16 +75,18 @@ def _encode_entry(block: BlockEntry, form: EntryForm) -> bytes:
 
 
 def read_block_list(
-    reader: StreamBuffer, receiver: Receiver, form: EntryForm
-) -> tuple[BlockEntry, ...]:
+    reader: StreamBuffer, receiver: Receiver, form: EntryForm, *, multifd: bool = False
+) -> tuple[tuple[BlockEntry, ...], bool]:
     """Read the body of the section from the total to its EOS.
 
+    :param multifd: a flush of multifd's channels may stand behind the blocks.
+    :return: the blocks, and whether there is such a flush.
     :raises StreamError: the blocks are not the receiver's, or do not add up.
     """
     blocks = BlockList(receiver, form, read_total(reader))
     while not blocks.complete:
         blocks.add(reader, blocks.read_entry(reader))
-    return blocks.end(reader)
+    return blocks.end(reader, multifd=multifd), blocks.multifd_flush
 
 
 def read_total(reader: StreamBuffer) -> int:
@@ -102,6 +105,7 @@ class BlockList:
         self._form = form
         self._total = self._left = total_bytes
         self._blocks: dict[str, BlockEntry] = {}
+        self.multifd_flush = False
 
     @property
     def complete(self) -> bool:
@@ -122,11 +126,15 @@ class BlockList:
             added = self._total - self._left
             reader.fail(f"RAM blocks add up to {added:#x} bytes, not {self._total:#x}")
 
-    def end(self, reader: StreamBuffer) -> tuple[BlockEntry, ...]:
-        """Read the end of the list."""
+    def end(self, reader: StreamBuffer, *, multifd: bool = False) -> tuple[BlockEntry, ...]:
+        """Read the end of the list, and with multifd the flush before it, which may be missing."""
         if missing := self._receiver.layout.keys() - self._blocks.keys():
             reader.fail(f'RAM block "{min(missing)}" of this side is not in the list')
-        if (word := reader.u64()) != RamFlag.EOS:
+        word = reader.u64()
+        self.multifd_flush = multifd and word == RamFlag.MULTIFD_FLUSH
+        if self.multifd_flush:
+            word = reader.u64()
+        if word != RamFlag.EOS:
             refuse_flags(reader, word & FLAGS_MASK)
         return tuple(self._blocks.values())
 

@@ -34,6 +34,7 @@ from postcopy.stream.records import (
     PostcopyRun,
     RamBody,
     RamBodyEnd,
+    RamRecordsEnd,
     RamSetup,
     Record,
     ZeroPages,
@@ -64,6 +65,7 @@ class Decoder(DecoderInput):
         layout: Layout,
         *,
         package: bool = False,
+        multifd: bool = False,
         expect: Expected | None = None,
         limits: Limits | None = None,
         ignored_blocks: Collection[str] = (),
@@ -72,6 +74,7 @@ class Decoder(DecoderInput):
 
         :param layout: the receiver's blocks.
         :param package: the elements of a package: no header; nothing counts behind ``RUN``.
+        :param multifd: flushes of multifd's channels may come.
         :param expect: what the configuration section must agree with.
         :param ignored_blocks: blocks the peer may have, whose pages are dropped.
         :raises Refused: ``mapped-ram`` is expected, which :class:`MappedDecoder` is for.
@@ -83,6 +86,7 @@ class Decoder(DecoderInput):
         self._package = package
         self._receiver = Receiver(layout, frozenset(ignored_blocks))
         self._commands = CommandContext(self._receiver, self._limits.package_bytes, package)
+        self._multifd = multifd
         self._ram = RamRecords(self._receiver, self._limits)
         self._ram_section_id: int | None = None
         self._body = SectionType.PART  # of the RAM section that we are in
@@ -191,9 +195,11 @@ class Decoder(DecoderInput):
         return RamBody(kind)
 
     def _read_ram(self) -> Record | None:
-        record: Record | None = self._ram.read(self._reader)
+        read = self._ram.read_or_flush if self._multifd else self._ram.read
+        record: Record | None = read(self._reader)
         if record is None:
             self._next(self._end_body, "the footer of a section of ram")
+            return RamRecordsEnd(self._body) if self._multifd else None
         return record
 
     def _end_body(self) -> RamBodyEnd:
@@ -251,10 +257,16 @@ class Decoder(DecoderInput):
         head = self._read_ram_head()
         advised = self._advised is not None and self._advised.page_sizes is not None
         form = EntryForm(advised, "x-ignore-shared" in self._expect.capabilities)
-        blocks = read_block_list(self._reader, self._receiver, form)
-        read_footer(self._reader, head.name, head.section_id)
+        blocks, flush = read_block_list(self._reader, self._receiver, form, multifd=self._multifd)
         self._ram_section_id = head.section_id
-        return RamSetup(head.section_id, blocks)
+        # QEMU sends the footer late: with multifd not before the flush has been obeyed.
+        self._next(self._end_setup, "the footer of section ram")
+        return RamSetup(head.section_id, blocks, flush)
+
+    def _end_setup(self) -> None:
+        assert self._ram_section_id is not None
+        read_footer(self._reader, RAM_SECTION_NAME, self._ram_section_id)
+        self._next(self._read_element, "an element")
 
     def _read_device(self) -> DeviceSection:
         head = read_head(self._reader)

@@ -109,7 +109,7 @@ VALIDATED_CAPABILITIES = ("x-ignore-shared", "mapped-ram")
 
 _REFUSED = {
     RamFlag.XBZRLE: "xbzrle is not supported; switch the capability off at the source",
-    RamFlag.MULTIFD_FLUSH: "multifd is not supported; switch the capability off at the source",
+    RamFlag.MULTIFD_FLUSH: "multifd is off here; switch the capability on here too, or off at the source",
     RamFlag.HOOK: "RDMA is not supported; migrate over a socket or into a file",
 }
 

@@ -23,7 +23,7 @@ from postcopy.stream.numbers import (
     refuse_flags,
 )
 from postcopy.stream.reader import Incomplete, StreamBuffer
-from postcopy.stream.records import Offsets, Pages, ZeroPages
+from postcopy.stream.records import MultifdFlush, Offsets, Pages, ZeroPages
 
 _PAGE = int(RamFlag.PAGE)
 _ZERO = int(RamFlag.ZERO)
@@ -61,23 +61,39 @@ class RamRecords:
         :raises StreamError: the next record is wrong.
         """
         while True:
-            word = reader.u64()
-            flags = word & FLAGS_MASK
-            if word == _EOS:
-                reader.commit()
-                return None
-            kind = flags & ~_CONTINUE
-            if kind not in {_PAGE, _ZERO}:
-                self._refuse(reader, word)
-            if flags & _CONTINUE:
-                if self.block is None:
-                    reader.fail("Ack, bad migration stream!", HEADER_BYTES)
-                reader.rollback()
-                record = self._read_run(reader, kind)
-            else:
-                record = self._read_named(reader, word & ~FLAGS_MASK, kind)
+            record = self._read_next(reader)
+            if record is None or not self._dropping:
+                return record
+
+    def _read_next(self, reader: StreamBuffer) -> Pages | ZeroPages | None:
+        """As :meth:`read`, pages to be dropped too."""
+        word = reader.u64()
+        flags = word & FLAGS_MASK
+        if word == _EOS:
             reader.commit()
-            if not self._dropping:
+            return None
+        kind = flags & ~_CONTINUE
+        if kind not in {_PAGE, _ZERO}:
+            self._refuse(reader, word)
+        if flags & _CONTINUE:
+            if self.block is None:
+                reader.fail("Ack, bad migration stream!", HEADER_BYTES)
+            reader.rollback()
+            record = self._read_run(reader, kind)
+        else:
+            record = self._read_named(reader, word & ~FLAGS_MASK, kind)
+        reader.commit()
+        return record
+
+    def read_or_flush(self, reader: StreamBuffer) -> Pages | ZeroPages | MultifdFlush | None:
+        """As :meth:`read`, of a main channel beside which channels of multifd are open."""
+        while True:
+            if reader.u64() == RamFlag.MULTIFD_FLUSH:
+                reader.commit()
+                return MultifdFlush()
+            reader.rollback()
+            record = self._read_next(reader)
+            if record is None or not self._dropping:
                 return record
 
     def _refuse(self, reader: StreamBuffer, word: int) -> NoReturn:

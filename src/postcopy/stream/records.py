@@ -38,10 +38,14 @@ class BlockEntry:
 
 @dataclass(frozen=True, slots=True)
 class RamSetup:
-    """RAM's START section, whole: the blocks that the source has."""
+    """RAM's START section, whole: the blocks that the source has.
+
+    ``multifd_flush``: behind them stands a :class:`MultifdFlush`.
+    """
 
     section_id: int
     blocks: tuple[BlockEntry, ...]
+    multifd_flush: bool = False
 
 
 @dataclass(frozen=True, slots=True)

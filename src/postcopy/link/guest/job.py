@@ -143,9 +143,13 @@ class Job:
         address, settings = parse(uri), self.settings
         if settings.enabled(Capability.MAPPED_RAM) and not isinstance(address, FileAddress):
             raise Refused("Migration requires seekable transport (e.g. file)")
-        if settings.enabled(Capability.POSTCOPY_PREEMPT) and not isinstance(
-            address, TcpAddress | UnixAddress
-        ):
+        if settings.enabled(Capability.MULTIFD) and not self.incoming:
+            raise Refused("multifd is not implemented at the source yet")
+        several = {Capability.POSTCOPY_PREEMPT, Capability.MULTIFD} & settings.capabilities.on
+        opens_several = isinstance(address, TcpAddress | UnixAddress) or (
+            isinstance(address, FileAddress) and settings.enabled(Capability.MAPPED_RAM)
+        )
+        if several and not opens_several:
             raise Refused("Migration requires multi-channel URIs (e.g. tcp)")
         if isinstance(address, FdAddress):
             check_descriptor(address.number, Use.RECEIVE if self.incoming else Use.SEND)

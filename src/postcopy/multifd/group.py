@@ -7,8 +7,12 @@ is placed when all that comes before any of them has been.
 QEMU 8.0 and older send no flush: each end of records on the main channel is one.
 """
 
+import select
 import threading
+import time
+import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 from postcopy.channel.channel import Channel
@@ -21,6 +25,21 @@ MOST_CHANNELS: Final = 255
 """As many as QEMU can be told to have."""
 
 _SILENT_S: Final = 60.0
+MAGIC_BYTES: Final = 4
+IDENTIFY_S: Final = 10.0
+"""How long a connection may take to say what it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedChannels:
+    """What a reader that knows its source expects.
+
+    :ivar count: returns the number of the channels; asked when one comes.
+    :ivar uuid: of the machine, 16 bytes; all zero if it has none.
+    """
+
+    count: Callable[[], int]
+    uuid: bytes = bytes(16)
 
 
 class PageTarget(Protocol):
@@ -47,10 +66,14 @@ class MultifdGroup:
     """All channels of multifd.
 
     :param on_failure: called in the thread of a channel that has failed.
+    :param expected: None: any number of channels of any machine.
     """
 
-    def __init__(self, on_failure: Callable[[Exception], None]) -> None:
+    def __init__(
+        self, on_failure: Callable[[Exception], None], expected: ExpectedChannels | None = None
+    ) -> None:
         self._on_failure = on_failure
+        self._expected = expected
         self._changed = threading.Condition()
         # Under `_changed`:
         self._members: dict[int, _Member] = {}
@@ -72,10 +95,39 @@ class MultifdGroup:
             return set(self._members) == set(range(len(self._members)))
 
     @property
+    def all_there(self) -> bool:
+        """Whether all channels that are expected have come."""
+        assert self._expected is not None
+        return len(self._members) >= self._expected.count()
+
+    def wait_for_all(self, timeout_s: float) -> None:
+        """Wait until all channels that are expected have come.
+
+        :raises StreamError: they have not, within the time.
+        :raises ChannelBroken: :meth:`close` has been called.
+        """
+        assert self._expected is not None
+        with self._changed:
+            self._changed.wait_for(lambda: self.all_there or self._closed, timeout_s)
+            self._check_open()
+            have, want = len(self._members), self._expected.count()
+        if have < want:
+            raise StreamError(
+                f"multifd: the source has opened {have} of {want} channels within {timeout_s:g} s; set "
+                "multifd and multifd-channels to the same at both sides"
+            )
+
+    @property
     def received_bytes(self) -> int:
         """What has come on all of them."""
         with self._changed:
             return sum(member.channel.received_bytes for member in self._members.values())
+
+    @property
+    def channels(self) -> list[Channel]:
+        """The channels that have come."""
+        with self._changed:
+            return [member.channel for member in self._members.values()]
 
     def begin(self, layout: Layout, target: PageTarget) -> None:
         """Let pages be placed: the main channel has told of the blocks."""
@@ -161,6 +213,8 @@ class MultifdGroup:
     def _register(self, channel: Channel, initial: MultifdInitial) -> _Member:
         with self._changed:
             number = initial.channel
+            if self._expected is not None:
+                self._check_expected(initial, self._expected)
             if number in self._members:
                 raise StreamError(f"multifd: two channels have the number {number}", 24)
             if self._uuid not in {None, initial.uuid}:
@@ -169,6 +223,21 @@ class MultifdGroup:
             member = self._members[number] = _Member(channel, number)
             self._changed.notify_all()
             return member
+
+    def _check_expected(self, initial: MultifdInitial, expected: ExpectedChannels) -> None:
+        if initial.channel >= (count := expected.count()):
+            raise StreamError(
+                f"multifd: received channel id {initial.channel} is greater than number of channels "
+                f"{count}; set multifd-channels to the same at both sides",
+                24,
+            )
+        if initial.uuid != expected.uuid:
+            raise StreamError(
+                f"multifd: received uuid '{uuid.UUID(bytes=initial.uuid)}' and expected uuid "
+                f"'{uuid.UUID(bytes=expected.uuid)}' for channel {initial.channel}; give both machines "
+                "the same -uuid",
+                8,
+            )
 
     def _obey(self, member: _Member, record: MultifdRecord) -> None:
         target = self._target
@@ -195,3 +264,25 @@ class MultifdGroup:
     def _check_open(self) -> None:
         if self._closed:
             raise ChannelBroken("multifd: closed on this side")
+
+
+def first_bytes(channel: Channel) -> bytes:
+    """Receive the first four bytes of a channel; fewer if they do not come within ten seconds.
+
+    :raises ChannelBroken: it has broken.
+    """
+    poll = select.poll()
+    for fd in channel.input_fds:
+        poll.register(fd, select.POLLIN)
+    found = bytearray()
+    until = time.monotonic() + IDENTIFY_S
+    while len(found) < MAGIC_BYTES:
+        left_ms = max(0.0, until - time.monotonic()) * 1000
+        if not poll.poll(left_ms):
+            break
+        piece = bytearray(MAGIC_BYTES - len(found))
+        count = channel.receive_into(memoryview(piece))
+        if not count:
+            break
+        found += piece[:count]
+    return bytes(found)

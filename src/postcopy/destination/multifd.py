@@ -1,0 +1,131 @@
+"""Multifd at the destination: where the pages go, and when the main channel waits for the others.
+
+All of this is over before the guest can run here: the main channel waits at the last flush for all that was
+sent before it.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+from postcopy.errors import ChannelBroken, PostcopyError
+from postcopy.multifd.group import ExpectedChannels, MultifdGroup
+from postcopy.paging.fault_table import FaultTable
+from postcopy.paging.placement import Placement
+from postcopy.paging.ram import IncomingRam
+from postcopy.stream.layout import BlockLayout, Layout
+from postcopy.stream.records import Pages, RamSetup, ZeroPages
+
+_PATIENCE_S = 30.0
+"""How long to wait for the channels without ``x-link-timeout``."""
+
+
+class _Placing:
+    """Places the pages of all channels, before the guest runs; drops those of blocks not of this side."""
+
+    def __init__(self, placement: Placement, names: Iterable[str]) -> None:
+        self._placement = placement
+        self._names = frozenset(names)
+
+    def write(self, pages: Pages) -> None:
+        if pages.block in self._names:
+            self._placement.pages(
+                pages.block, pages.offsets, pages.data, neighbours=pages.neighbours
+            )
+
+    def clear(self, zeros: ZeroPages) -> None:
+        if zeros.block in self._names:
+            self._placement.zeros(zeros.block, zeros.offsets)
+
+
+class IncomingMultifd:
+    """The channels of one source.  Does nothing until :meth:`switch_on` has been called.
+
+    :param layout: the blocks of this side.
+    :param count: the parameter ``multifd-channels``.
+    :param timeout_ms: how long the source may take to open all of them; 0: half a minute.
+    :param on_failure: called when a channel has failed, to wake the main channel's reader.
+    """
+
+    def __init__(
+        self,
+        ram: IncomingRam,
+        faults: FaultTable,
+        layout: Layout,
+        count: Callable[[], int],
+        timeout_ms: Callable[[], int],
+        on_failure: Callable[[], None],
+    ) -> None:
+        self._ram = ram
+        self._faults = faults
+        self._layout = layout
+        self._count = count
+        self._timeout_ms = timeout_ms
+        self._on_failure = on_failure
+        self._over = False  # what happens to a channel is of no consequence any more
+        self._settled = False
+        # QEMU 8.0 and older send no flushes: the end of each section is one.
+        self._flush_is_said = False
+        self.group: MultifdGroup | None = None
+        self.failure: PostcopyError | None = None
+
+    def switch_on(self) -> MultifdGroup:
+        """Expect channels; return what is to run them."""
+        self.group = MultifdGroup(self._failed, ExpectedChannels(self._count))
+        return self.group
+
+    def settle(self) -> None:
+        """Wait until all channels are there: a source opens them before it sends any page.
+
+        :raises StreamError: one is missing.
+        :raises ChannelBroken: the migration ends.
+        """
+        if self.group is None or self._settled:
+            return
+        timeout_s = self._timeout_ms() / 1000
+        self.group.wait_for_all(timeout_s or _PATIENCE_S)
+        self._settled = True
+        for channel in self.group.channels:
+            channel.watch(timeout_s)
+
+    def begin(self, setup: RamSetup, ignored: Mapping[str, int]) -> None:
+        """The source has told of its blocks: let pages be placed.
+
+        :param ignored: blocks whose pages are dropped, with their sizes in bytes.
+        """
+        if self.group is None:
+            return
+        self.settle()
+        dropped = {name: BlockLayout(size) for name, size in ignored.items()}
+        placing = _Placing(Placement(self._ram, self._faults), self._layout)
+        self.group.begin({**self._layout, **dropped}, placing)
+        self._flush_is_said = setup.multifd_flush
+        self.flush()
+
+    def flush(self) -> None:
+        """Wait until all pages are in place that were sent before here."""
+        if self.group is not None:
+            self.group.rendezvous()
+
+    def section_ended(self) -> None:
+        """The records of a section of RAM have ended on the main channel."""
+        if not self._flush_is_said:
+            self.flush()
+
+    def end(self) -> None:
+        """The last page has been placed; the source may close its channels."""
+        self._over = True
+
+    @property
+    def received_bytes(self) -> int:
+        """What has come on all channels."""
+        return self.group.received_bytes if self.group is not None else 0
+
+    def shutdown(self) -> None:
+        """Break all channels; any number of times, from any thread."""
+        if self.group is not None:
+            self.group.close()
+
+    def _failed(self, error: Exception) -> None:
+        if self._over or self.failure is not None:
+            return
+        self.failure = error if isinstance(error, PostcopyError) else ChannelBroken(str(error))
+        self._on_failure()

@@ -1,0 +1,1 @@
+"""The channels of multifd at both ends."""

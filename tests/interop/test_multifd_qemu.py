@@ -1,0 +1,68 @@
+"""Channels of multifd between us and a real QEMU, in both roles."""
+
+import pytest
+
+from interop.arrival import check_goes_on, check_memory, iterations, send_to_qemu
+from interop.our_guest import OurGuest
+from interop.qemu_guest import QemuGuest
+from machine.machines import MIB, need
+from postcopy.machine import workload as workloads
+from postcopy.parameters import Capability
+from postcopy.status import Status
+
+pytestmark = pytest.mark.qemu("10.0", "11.1")
+
+MEMORY_BYTES = 32 * MIB
+
+
+@pytest.fixture
+def workload():
+    need("kvm")
+    return workloads.load("hammer", MEMORY_BYTES, 2, hot_bytes=8 * MIB)
+
+
+def parameters(channels, compression, zeros):
+    return {
+        "multifd-channels": channels,
+        "multifd-compression": compression,
+        "multifd-zlib-level": 2,
+        "multifd-zstd-level": 3,
+        "zero-page-detection": zeros,
+    }
+
+
+def check_back(ours, workload, qemu):
+    assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
+    qemu.wait_migration("completed")
+    read = ours.machine.read_memory
+    check_goes_on(read, workload, iterations(qemu.read_memory, workload))
+    assert ours.machine.owned
+    ours.machine.stop()
+    check_memory(read, workload)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "channels", "compression", "zeros"),
+    [
+        ("kvm", 2, "none", "multifd"),
+        ("kvm", 4, "zlib", "legacy"),
+        ("tcg", 16, "zstd", "none"),
+    ],
+)
+def test_back_from_qemu(tmp_path, workload, accelerator, channels, compression, zeros):
+    settings = parameters(channels, compression, zeros)
+    with (
+        QemuGuest(tmp_path, "microvm", accelerator, MEMORY_BYTES, 2) as qemu,
+        OurGuest.waiting(workload, "kvm") as ours,
+    ):
+        send_to_qemu(workload, qemu)
+        qemu.capabilities("multifd")
+        qemu(
+            "migrate-set-parameters",
+            **settings,
+            **{"max-bandwidth": 1 << 40, "downtime-limit": 5000},
+        )
+        ours.switch_on(Capability.MULTIFD)
+        ours.migration.set_parameters({"multifd-channels": channels})
+        qemu("migrate", uri=ours.listen("tcp:127.0.0.1:0"))
+        check_back(ours, workload, qemu)
