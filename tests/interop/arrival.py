@@ -48,6 +48,17 @@ def check_arrived(qemu, workload, ours) -> None:
     check_memory(qemu.read_memory, workload)
 
 
+def check_back(ours, workload, qemu) -> None:
+    """A guest has come back from QEMU, whole, and runs here; it stands still then."""
+    assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
+    qemu.wait_migration("completed")
+    read = ours.machine.read_memory
+    check_goes_on(read, workload, iterations(qemu.read_memory, workload))
+    assert ours.machine.owned
+    ours.machine.stop()
+    check_memory(read, workload)
+
+
 def send_to_qemu(workload, qemu):
     """Bring our guest into QEMU, where it works on."""
     with OurGuest.running(workload, "kvm") as ours:

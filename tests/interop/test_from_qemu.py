@@ -5,18 +5,12 @@ import pytest
 from fakes.peers import Feature, Way
 from fakes.qemu_versions import ALL
 from fakes.waiting import wait_until
-from interop.arrival import (
-    check_goes_on,
-    check_memory,
-    iterations,
-    send_to_qemu,
-)
+from interop.arrival import check_back, send_to_qemu
 from interop.our_guest import OurGuest
 from interop.qemu_guest import QemuGuest
 from machine.machines import MIB, need
 from postcopy.machine import workload as workloads
 from postcopy.parameters import Capability
-from postcopy.status import Status
 
 pytestmark = pytest.mark.qemu(*ALL)
 
@@ -26,16 +20,6 @@ KVM = pytest.mark.proves(Way.FROM, Feature.KVM)
 TCG = pytest.mark.proves(Way.FROM, Feature.TCG)
 TCP = pytest.mark.proves(Way.FROM, Feature.TCP)
 UNIX = pytest.mark.proves(Way.FROM, Feature.UNIX)
-
-
-def check_back(ours, workload, qemu):
-    assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
-    qemu.wait_migration("completed")
-    read = ours.machine.read_memory
-    check_goes_on(read, workload, iterations(qemu.read_memory, workload))
-    assert ours.machine.owned
-    ours.machine.stop()
-    check_memory(read, workload)
 
 
 @pytest.mark.parametrize(
