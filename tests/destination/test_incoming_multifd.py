@@ -101,9 +101,10 @@ def test_any_order_and_the_newer_copy_counts(incoming, capsys):
     peers[1].sendall(writers[1].packet(sync=True) + writers[1].packet(
         "ram", [(page * PAGE, new[page]) for page in range(20, 60)], [60 * PAGE]))  # fmt: skip
     incoming.group.begin(LAYOUT, incoming.memory)
-    peers[0].sendall(writers[0].packet(sync=True) + writers[0].packet(sync=True))
-    peers[1].sendall(writers[1].packet(sync=True))
+    peers[0].sendall(writers[0].packet(sync=True))
     incoming.group.rendezvous()
+    for peer, writer in zip(peers, writers, strict=True):
+        peer.sendall(writer.packet(sync=True))
     incoming.group.rendezvous()
     wanted = np.full((PAGES, PAGE), 7, np.uint8)
     wanted[:20], wanted[20:60], wanted[60] = old[:20], new[20:60], 0

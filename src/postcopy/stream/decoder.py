@@ -260,7 +260,7 @@ class Decoder(DecoderInput):
         blocks, flush = read_block_list(self._reader, self._receiver, form, multifd=self._multifd)
         self._ram_section_id = head.section_id
         # QEMU sends the footer late: with multifd not before the flush has been obeyed.
-        self._next(self._end_setup, "the footer of section ram")
+        self._next(self._end_setup, "section ram")
         return RamSetup(head.section_id, blocks, flush)
 
     def _end_setup(self) -> None:
