@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 CODE := src tests benchmarks scripts
 
-.PHONY: help venv demo test soak check bench bench-all clean
+.PHONY: help venv demo test soak fuzz check bench bench-all clean
 
 help:
 	@echo "make demo   a running guest moves, and you watch"
 	@echo "make test   the whole test suite (installs what it needs when root)"
 	@echo "make soak   break migrations at random for MINUTES=10, one line a minute"
+	@echo "make fuzz   mutate what is read from peers and files until stopped, or MUTATIONS=1000000 times"
 	@echo "make check  format, lint, types, layers, spelling"
 	@echo "make bench  measure, side by side with a real QEMU; bench-all: that and all that follows"
 	@echo "make bench-snapshots, bench-restores, bench-receives, bench-working_sets, bench-recoveries, bench-block_reads, bench-back_ends, bench-inspecting   a part each"
@@ -44,6 +45,12 @@ MINUTES ?= 10
 
 soak: venv
 	PYTHONPATH=tests:. $(BIN)/python -m faults.soak --minutes $(MINUTES) $(SOAK)
+
+MUTATIONS ?= 0
+
+# READERS="precopy pack" chooses; SEED=1 begins there, and else at random.
+fuzz: venv
+	PYTHONPATH=src:tests $(BIN)/python -m fuzzing --mutations $(MUTATIONS) $(if $(SEED),--seed $(SEED)) $(READERS)
 
 check: venv
 	$(BIN)/ruff format --check .

@@ -145,6 +145,22 @@ class ChannelBroken(ChannelError):
     """The channel worked and then broke, or the peer closed it too early."""
 
 
+_MOST_CHARACTERS = 400
+
+
+def on_one_line(text: str) -> str:
+    """Make a text of others, or with one in it, fit for a message.
+
+    What cannot be printed, such as the end of a line or the beginning of an order to a terminal, is
+    escaped as Python writes it; a long text is cut.
+    """
+    if len(text) > _MOST_CHARACTERS:
+        text = f"{text[:_MOST_CHARACTERS]}..."
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
 class _WrongBytes(PostcopyError):
     """What others have written is wrong, and where.
 
@@ -153,8 +169,9 @@ class _WrongBytes(PostcopyError):
     """
 
     def __init__(self, message: str, offset: int | None = None) -> None:
-        super().__init__(message if offset is None else f"{message} (at byte {offset:#x})")
-        self.message = message
+        self.message = on_one_line(message)
+        where = "" if offset is None else f" (at byte {offset:#x})"
+        super().__init__(f"{self.message}{where}")
         self.offset = offset
 
 
@@ -181,10 +198,10 @@ class ImageError(PostcopyError):
     def __init__(
         self, path: str | os.PathLike[str], message: str, offset: int | None = None
     ) -> None:
-        where = "" if offset is None else f" (at byte {offset:#x})"
-        super().__init__(f"{os.fspath(path)}: {message}{where}")
         self.path = os.fspath(path)
-        self.message = message
+        self.message = on_one_line(message)
+        where = "" if offset is None else f" (at byte {offset:#x})"
+        super().__init__(f"{self.path}: {self.message}{where}")
         self.offset = offset
 
 

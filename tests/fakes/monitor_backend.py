@@ -17,12 +17,12 @@ from postcopy.status import Status
 
 
 class FakeMachine:
-    """64 MiB of RAM; ``hold`` makes a reader of memory wait, as a missing page does."""
+    """Its RAM is there; ``page_is_there`` cleared makes a reader wait, as a missing page does."""
 
-    memory_bytes = 64 << 20
     vcpus = ()
 
-    def __init__(self, events):
+    def __init__(self, events, memory_bytes):
+        self.memory_bytes = memory_bytes
         self._events = events
         self.ownership = Ownership()
         self.dirty_rate = DirtyRate(self)
@@ -153,6 +153,6 @@ class FakeMigration:
         return MemoryMap(False, "si", {"at-source": 3, "in-place": 1}, (("ram", 2, 4),))
 
 
-def make_backend():
+def make_backend(memory_bytes=64 << 20):
     events = EventBus()
-    return Backend(FakeMachine(events), FakeMigration(), events)
+    return Backend(FakeMachine(events, memory_bytes), FakeMigration(), events)

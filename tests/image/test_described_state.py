@@ -82,3 +82,10 @@ def test_a_description_cannot_make_much_of_little(monkeypatch):
         deep = device(field("a", "struct", 0, struct=deep))
     with pytest.raises(StreamError, match="nested too deep"):
         decode_state(deep, b"")
+
+
+def test_many_fields_of_one_name_take_time_by_their_number_only():
+    """By its square, these would take minutes."""
+    count = 200_000
+    described = device(*[field("one", "uint8", 1, index=0)] * count)
+    assert decode_state(described, bytes(count)) == {"one": [0] * count}

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from image.images import PAGE, TIMES, flip, memory, open_below, write_image, write_manifest
-from postcopy.errors import ImageError
+from postcopy.errors import ImageError, StreamError
 from postcopy.image.chunk_verifier import ChunkVerifier
 from postcopy.image.digests import CHUNK_BYTES, take_digests
+from postcopy.image.disks import Disk
 from postcopy.image.file import ImageFile
 from postcopy.image.formats import open_image
 from postcopy.image.manifest import Manifest, Parent, beside
@@ -202,6 +203,32 @@ def test_a_manifest_that_agrees_with_itself_may_still_be_nonsense(path, change):
     beside(path).write_bytes(encode(body | change))
     with pytest.raises(ImageError, match="makes no sense"):
         Manifest.load(path)
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "\ud800", "x" * 256, "x/" * 1025])
+def test_a_path_that_no_file_can_have_is_refused(path, name):
+    manifest = write_manifest(path)
+    dataclasses.replace(manifest, parent=Parent(name, "00ff")).save(path)
+    with pytest.raises(ImageError, match="'path' is no path"):
+        Manifest.load(path)
+
+
+def test_a_disk_whose_name_is_no_path_is_damaged():
+    assert "disk d: a\0b: embedded null byte" in Disk("d", "a\0b", "raw", 1, 1, 1).damage()
+
+
+def test_nothing_is_read_behind_the_end_of_a_file(path):
+    with ImageFile(path) as file:
+        for start in (file.size_bytes, 1 << 62, 1 << 63, (1 << 64) - 1):
+            assert len(file.read(start, 10)) == 0
+
+
+def test_an_error_is_one_line_whatever_it_quotes(path):
+    quoted = "a\nb\x1b[2J\udcff" + "c" * 9000
+    for error in (ImageError(path, quoted, 3), StreamError(quoted, 3)):
+        assert str(error).isprintable()
+        assert len(str(error)) < 1000
+        assert r"a\nb\x1b[2J\udcffccc" in str(error)
 
 
 def test_a_restore_refuses_what_describes_the_machine(path):

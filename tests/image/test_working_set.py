@@ -5,6 +5,7 @@ import json
 import os
 import stat
 import threading
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -59,6 +60,16 @@ def test_one_of_another_image_is_replaced(tmp_path):
         load(path)
     assert working_set.record(path, touched(6)).restores == 1
     assert load(path).count == 1
+
+
+def test_no_more_memory_is_taken_than_the_file_has(tmp_path):
+    touched(1).save(tmp_path / "set")
+    tracemalloc.start()
+    try:
+        load(tmp_path / "set")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_two_images_do_not_unite():

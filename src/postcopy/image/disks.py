@@ -53,8 +53,9 @@ class Disk:
             return None
         try:
             status = Path(self.path).stat()
-        except OSError as error:
-            return f"disk {self.name}: {self.path}: {error.strerror}"
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            return f"disk {self.name}: {self.path}: {why}"
         if status.st_size != self.file_bytes:
             size = f"{status.st_size} bytes, and was of {self.file_bytes}"
             return f"disk {self.name}: {self.path} is of {size} when the image was taken"

@@ -88,6 +88,8 @@ class ImageFile:
         :raises KernelError: they cannot be read now; the file may be intact.
         """
         count = max(0, min(count, self.size_bytes - start))
+        if not count:
+            return np.empty(0, np.uint8)  # the kernel would refuse some offsets
         if count <= _PIECE_BYTES:
             try:
                 raw = _twice(os.pread, self.fd, count, start)

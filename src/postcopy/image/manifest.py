@@ -238,7 +238,7 @@ def _parent(fields: Fields) -> Parent | None:
     if fields.optional("parent", dict) is None:
         return None
     parent = fields.object("parent")
-    return Parent(parent.get("path", str), parent.get("identity", str))
+    return Parent(parent.path("path"), parent.get("identity", str))
 
 
 def _encode_stored(stored: Stored) -> dict[str, Any]:
@@ -270,4 +270,4 @@ def _stored(fields: Fields, blocks: tuple[ImageBlock, ...]) -> Stored | None:
         found[name] = StoredBlock(present, addresses)
     if found.keys() != sizes.keys():
         raise fields.wrong("a block has no stored chunks")
-    return Stored(stored.get("store", str), found)
+    return Stored(stored.path("store"), found)

@@ -7,6 +7,7 @@ file is found.
 import base64
 import binascii
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -19,6 +20,9 @@ from postcopy.image.file import ImageFile
 from postcopy.memory.runs import Mask
 
 LARGEST_BYTES: Final = 1 << 30
+
+_NAME_BYTES: Final = 255
+_PATH_BYTES: Final = 2048  # the folder of the image comes before it
 
 _TAIL: Final = ', "manifest_digest": "{}"}}\n'
 _TAIL_BYTES: Final = len(_TAIL.format("0" * 64))
@@ -107,6 +111,21 @@ class Fields:
         if not all(isinstance(value, str) for value in values):
             raise self.wrong(f"'{name}' is no list of strings")
         return values
+
+    def path(self, name: str) -> str:
+        """Return a string that can be the path of a file.
+
+        :raises ImageError: no file system takes it.
+        """
+        value = self.get(name, str)
+        try:
+            raw = os.fsencode(value)
+        except UnicodeEncodeError as error:
+            raise self.wrong(f"'{name}' is no path") from error
+        longest = max(map(len, raw.split(b"/")))
+        if not raw or b"\0" in raw or len(raw) > _PATH_BYTES or longest > _NAME_BYTES:
+            raise self.wrong(f"'{name}' is no path")
+        return value
 
     def raw(self, name: str) -> bytes:
         """Return bytes that are in base64."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol, TypeAlias
 
+from postcopy.errors import StreamError
 from postcopy.image.base import LARGEST_RAM_BYTES, Contents, ImageBlock
 from postcopy.stream.configuration import read_any_configuration, read_header
 from postcopy.stream.description import (
@@ -123,7 +124,10 @@ def read_elements(
     :raises Incomplete: the file is truncated.
     """
     text, end = find_description(reader)
-    formats = formats_of(text)
+    try:
+        formats = formats_of(text)
+    except StreamError as error:
+        raise StreamError(error.message, end + DESCRIPTION_HEAD_BYTES) from error
     found = _Found()
     while (kind := _next_type(reader)) != SectionType.EOF:
         offset = reader.position - 1

@@ -20,7 +20,7 @@ from typing import Any, Final
 import numpy as np
 
 from postcopy.channel.whole_file import write_whole
-from postcopy.errors import ImageError, KernelError, PostcopyError, Refused
+from postcopy.errors import ImageError, KernelError, PostcopyError, Refused, on_one_line
 from postcopy.image.file import open_regular
 from postcopy.image.file_kinds import WORKING_SET_SUFFIX
 from postcopy.kernel.patience import persist
@@ -104,7 +104,8 @@ def load(path: Path, identity: str, blocks: Mapping[str, int]) -> WorkingSet | N
         if not path.exists():
             return None
         with os.fdopen(open_regular(path), "rb") as file:
-            raw = file.read(_LARGEST_FILE_BYTES + 1)
+            size = os.fstat(file.fileno()).st_size  # as much is reserved before anything is read
+            raw = file.read(min(size, _LARGEST_FILE_BYTES) + 1)
     except OSError as error:
         raise BadWorkingSet(f"working set {path} cannot be read: {error.strerror}") from error
     except KernelError as error:
@@ -114,9 +115,11 @@ def load(path: Path, identity: str, blocks: Mapping[str, int]) -> WorkingSet | N
     try:
         return _parse(raw, identity, blocks)
     except _NONSENSE as error:
-        raise BadWorkingSet(f"{path} is no working set: {error}; record it again") from error
+        why = on_one_line(str(error))
+        raise BadWorkingSet(f"{path} is no working set: {why}; record it again") from error
     except BadWorkingSet as error:
-        raise BadWorkingSet(f"working set {path} {error}; record it again") from error
+        why = on_one_line(str(error))
+        raise BadWorkingSet(f"working set {path} {why}; record it again") from error
 
 
 def identity_of(path: Path) -> str:

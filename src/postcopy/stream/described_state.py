@@ -87,9 +87,10 @@ class _State:
             count = min(count, 1)
         found = [self._element(entry, size, depth) for _ in range(count)]
         if name in values or "array_len" in entry or "index" in entry:
-            known = values.get(name, [])
-            found = [*(known if isinstance(known, list) else [known]), *found]
-            values[name] = found
+            known = values.setdefault(name, [])
+            if not isinstance(known, list):
+                known = values[name] = [known]
+            known += found
         elif found:
             values[name] = found[0]
 

@@ -177,7 +177,11 @@ class PrecopyDecoder(Decoder):
             text = description_at_end(rest, reader.position + len(rest))
         if text is None and not self._input_ended:
             raise Incomplete
-        self._devices = self._formats(text)
+        try:
+            self._devices = self._formats(text)
+        except StreamError as error:
+            at = reader.position + len(rest) - len((text or "").encode())
+            raise StreamError(error.message, at) from error
         self._next(self._read_described, "the devices")
 
     def _read_described(self) -> Record | None:
