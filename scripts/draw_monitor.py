@@ -128,6 +128,8 @@ def _parameter(name: str) -> tuple[str, ...]:
 def _values(rule: Rule) -> str:
     if rule.kind is Kind.CHOICE:
         return _listed(rule.choices)
+    if rule.kind is Kind.BOOLEAN:
+        return "on or off"
     unit = "; MiB in HMP without a suffix" if rule.mebibytes else ""
     most = "" if rule.most == Rule(rule.kind).most else f" to {rule.most}"
     return f"{rule.least}{most or ' or more'}{unit}"

@@ -186,6 +186,15 @@ class RunControl(Protocol):
     def wake(self, states: Sequence[DeviceState]) -> None:
         """Give the devices their state and let the guest run, unless an engine before us has done it."""
 
+    def throttle(self, percent: int) -> None:
+        """Hold the vCPUs for so much of the time, until 0 is asked for or the engine has ended."""
+
+    def limit_dirty_rate(self, mebibytes: int, period_ms: int) -> None:
+        """Hold each vCPU to so many MiB a second, until 0 is asked for or the engine has ended.
+
+        :raises Refused: the guest has no dirty log.
+        """
+
 
 class Ownership(Protocol):
     """What an engine knows of where the guest runs: see :mod:`postcopy.ownership`."""
@@ -318,6 +327,12 @@ class LeavingGuest(Ownership, Protocol):
 
     def resume(self) -> None:
         """See :meth:`RunControl.resume`."""
+
+    def throttle(self, percent: int) -> None:
+        """See :meth:`RunControl.throttle`."""
+
+    def limit_dirty_rate(self, mebibytes: int, period_ms: int) -> None:
+        """See :meth:`RunControl.limit_dirty_rate`."""
 
 
 class Guest(RunControl, LeavingGuest, Keeper, Protocol):

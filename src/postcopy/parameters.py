@@ -43,6 +43,7 @@ class Capability(enum.StrEnum):
 C = Capability
 
 MEANINGS: Mapping[Capability, str] = {
+    C.AUTO_CONVERGE: "the vCPUs of a guest that writes too fast are held for a share of the time",
     C.EVENTS: "the event `MIGRATION` at each change of the status",
     C.POSTCOPY_RAM: "the guest may run at the destination before its memory is there",
     C.RETURN_PATH: "the destination answers the source, in precopy too",
@@ -52,6 +53,7 @@ MEANINGS: Mapping[Capability, str] = {
     C.LATE_BLOCK_ACTIVATE: "accepted; it is about disks, and there are none",
     C.BACKGROUND_SNAPSHOT: "`migrate` writes an image of a guest that goes on",
     C.POSTCOPY_PREEMPT: "pages that are asked for have a connection of their own",
+    C.DIRTY_LIMIT: "a guest that writes too fast is held to `vcpu-dirty-limit`; needs KVM",
     C.MAPPED_RAM: "each page has a fixed place in the file",
 }
 """What this version can do, and what it is; switching on any other capability is refused by name."""
@@ -164,12 +166,13 @@ def _size(default: int, **rule: Any) -> Any:
     return _parameter(Kind.SIZE, default, **rule)
 
 
-def _percent(default: int, most: int) -> Any:
+def _percent(default: int, most: int, meaning: str) -> Any:
     return _parameter(
         Kind.UINT8,
         default,
         least=1,
         most=most,
+        help=meaning,
         complaint="Option {name} expects an integer in the range of {least} to {most}",
     )
 
@@ -196,10 +199,14 @@ class Parameters:
     announce_step: int = _size(
         100, least=1, most=10000, complaint="Option {name} expects a value between 0 and {most}"
     )
-    throttle_trigger_threshold: int = _percent(50, most=100)
-    cpu_throttle_initial: int = _percent(20, most=99)
-    cpu_throttle_increment: int = _percent(10, most=99)
-    cpu_throttle_tailslow: bool = _parameter(Kind.BOOLEAN, default=False)
+    throttle_trigger_threshold: int = _percent(
+        50, 100, "of the bytes sent: a guest that writes more is slowed down"
+    )
+    cpu_throttle_initial: int = _percent(20, 99, "of the time: how long vCPUs are held at first")
+    cpu_throttle_increment: int = _percent(10, 99, "of the time: more at each step")
+    cpu_throttle_tailslow: bool = _parameter(
+        Kind.BOOLEAN, default=False, help="steps no larger than are needed, by what was written"
+    )
     # A stream that its user thinks is secret must never go out in the clear.
     tls_creds: str = _parameter(Kind.STRING, "", only=("",))
     tls_hostname: str = _parameter(Kind.STRING, "")
@@ -229,15 +236,18 @@ class Parameters:
     max_postcopy_bandwidth: int = _size(
         0, help="most bytes a second of pages that nothing waits for, after it; 0: no limit"
     )
-    max_cpu_throttle: int = _parameter(Kind.UINT8, 99)
+    max_cpu_throttle: int = _parameter(Kind.UINT8, 99, help="of the time: the most")
     multifd_compression: str = _choice("none", "zlib", "zstd", default="none")
     multifd_zlib_level: int = _uint8(1, 0, 9)
     multifd_qatzip_level: int = _uint8(1, 1, 9)
     multifd_zstd_level: int = _uint8(1, 0, 20)
-    x_vcpu_dirty_limit_period: int = _size(1000, least=1, most=1000)
-    vcpu_dirty_limit: int = _size(
-        1, least=1, complaint="Parameter '{name}' must be greater than 1 MB/s"
+    x_vcpu_dirty_limit_period: int = _size(
+        1000, least=1, most=1000, help="ms over which `dirty-limit` measures"
     )
+    vcpu_dirty_limit: int = _size(
+        1, least=1, complaint="Parameter '{name}' must be greater than 1 MB/s",
+        help="MiB a second that `dirty-limit` lets the vCPUs write",
+    )  # fmt: skip
     mode: str = _choice(
         "normal", "cpr-reboot", "cpr-transfer", "cpr-exec", default="normal", only=("normal",)
     )

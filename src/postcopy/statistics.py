@@ -120,6 +120,7 @@ class MigrationInfo:
     setup_time_ms: int | None = None
     error_desc: str | None = None
     blocked_reasons: tuple[str, ...] = ()
+    cpu_throttle_percentage: int | None = None
     postcopy_blocktime_ms: int | None = None
     postcopy_vcpu_blocktime_ms: tuple[int, ...] = ()
     postcopy_latency_ns: int | None = None
@@ -155,6 +156,7 @@ class MigrationInfo:
         else:
             times["expected-downtime"] = self.expected_downtime_ms
         answer: dict[str, Any] = _present(times)
+        answer |= _present({"cpu-throttle-percentage": self.cpu_throttle_percentage})
         if self.ram is not None:
             answer["ram"] = self.ram.to_qapi()
             if self.status is not Status.COMPLETED:

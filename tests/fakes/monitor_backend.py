@@ -9,6 +9,7 @@ from postcopy.errors import Refused, WrongState
 from postcopy.events import EventBus
 from postcopy.guest import Region
 from postcopy.machine.dirty_rate import DirtyRate
+from postcopy.machine.vcpu_throttle import DirtyLimit, VcpuThrottle
 from postcopy.monitor.controls import Backend
 from postcopy.ownership import Ownership
 from postcopy.parameters import NO_OVERRIDES, Capabilities, Capability, Parameters
@@ -26,6 +27,7 @@ class FakeMachine:
         self._events = events
         self.ownership = Ownership()
         self.dirty_rate = DirtyRate(self)
+        self.dirty_limit = DirtyLimit(self, VcpuThrottle(()), ())
         self.run_state = "running"
         self.ram = bytearray(self.memory_bytes)
         self.page_is_there = threading.Event()

@@ -1,10 +1,13 @@
 """Precopy: the guest runs while its memory goes over, stands still for a moment, and runs there."""
 
+import os
+import signal
 from dataclasses import replace
 
 import pytest
 
 from fakes.pair import NEVER_ENDS, POSTCOPY, QUICK, hammer, idle, tiny
+from fakes.waiting import wait_until
 from postcopy.parameters import Capability
 from postcopy.status import Status
 
@@ -111,3 +114,47 @@ def test_a_guest_whose_wall_clock_kvm_writes_while_its_devices_are_loaded(journe
     (arrived,) = trip.destination.machine._vcpus
     trip.destination.machine.stop()
     assert arrived.get_state().wall_clock_msr == last_page
+
+
+@pytest.mark.parametrize("vcpus", [1, 2])
+def test_a_guest_that_writes_too_fast_is_slowed_down(journey, vcpus):
+    steps = {"cpu-throttle-initial": 40, "cpu-throttle-increment": 30, "max-cpu-throttle": 90}
+    trip = journey(
+        hammer(vcpus=vcpus),
+        capabilities=[Capability.AUTO_CONVERGE],
+        parameters=NEVER_ENDS | steps,
+    )
+    trip.migrate()
+    seen = []
+
+    def at_its_most():
+        seen.append(trip.source.control.info().cpu_throttle_percentage)
+        return seen[-1] == 90
+
+    wait_until(at_its_most)
+    assert {*seen} <= {None, 40, 70, 90}
+    trip.source.set(parameters=QUICK)
+    trip.finish()
+    assert trip.source.control.info().cpu_throttle_percentage is None
+
+
+def test_a_guest_that_was_slowed_down_runs_freely_when_its_engine_dies(journey):
+    trip = journey(hammer(), capabilities=[Capability.AUTO_CONVERGE], parameters=NEVER_ENDS)
+    trip.migrate()
+    wait_until(lambda: trip.source.control.info().cpu_throttle_percentage)
+    assert trip.source.keeper.slowed
+    os.kill(trip.source.engine_process_id(), signal.SIGKILL)
+    trip.source.wait(Status.FAILED)
+    wait_until(lambda: not trip.source.keeper.slowed)
+    trip.verify_source()
+
+
+def test_a_guest_that_writes_too_fast_is_held_to_a_rate(journey):
+    parameters = NEVER_ENDS | {"vcpu-dirty-limit": 1, "x-vcpu-dirty-limit-period": 100}
+    trip = journey(hammer(), capabilities=[Capability.DIRTY_LIMIT], parameters=parameters)
+    trip.migrate()
+    limit = trip.source.machine.dirty_limit
+    wait_until(limit.query)
+    trip.source.set(parameters=QUICK)
+    trip.finish()
+    assert limit.query() == []

@@ -25,10 +25,16 @@ Addresses beyond the RAM are not mapped: touching one ends the guest.  (Intel SD
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
+from postcopy.errors import Refused
 from postcopy.kernel.mapping import Mapping
 from postcopy.machine.address_map import AddressMap
 from postcopy.machine.cpu_state import CpuState, DescriptorTable, flat_long_mode
+
+if TYPE_CHECKING:
+    from postcopy.machine.config import MachineConfig
+    from postcopy.machine.vcpu import Vcpu
 
 GDT_ADDRESS = 0x500
 PML4_ADDRESS = 0x1000
@@ -121,6 +127,28 @@ def _directory_address(number: int) -> int:
 
 def _words(values: Iterable[int]) -> bytes:
     return array("Q", values).tobytes()
+
+
+def boot_guest(
+    config: "MachineConfig", ram: Mapping, addresses: AddressMap, vcpus: "Iterable[Vcpu]"
+) -> None:
+    """Make memory and vCPUs ready for the first instruction of the image.
+
+    :raises Refused: there is no image.
+    """
+    if config.image is None:
+        raise Refused("a machine without an image has nothing to boot; give an image")
+    drive = config.has_device
+    prepare_memory(ram, addresses, config.image, config.load_address, drive=drive)
+    for vcpu in vcpus:
+        vcpu.set_state(
+            boot_state(
+                index=vcpu.index,
+                memory_bytes=config.memory_bytes,
+                entry=config.entry,
+                privilege=config.privilege,
+            )
+        )
 
 
 def boot_state(*, index: int, memory_bytes: int, entry: int, privilege: int) -> CpuState:

@@ -20,6 +20,7 @@ from postcopy.machine.mapped_blocks import Ram
 from postcopy.machine.ports import PortBus, SerialPort
 from postcopy.machine.run_control import OnEvent, RunControl, RunState
 from postcopy.machine.vcpu import Runner, Vcpu, install_kick_handler
+from postcopy.machine.vcpu_throttle import DirtyLimit, VcpuThrottle
 from postcopy.machine.virtio_mmio import NOTIFY_ADDRESS, VirtioMmio, check_state
 from postcopy.ownership import Ownership
 
@@ -68,6 +69,8 @@ class Machine:
         self.run_control = RunControl(self._runners, on_event)
         self._dirty_log = DirtyLog(self._accelerator, self._memory, config.memory_bytes)
         self.dirty_rate = DirtyRate(self)
+        self._throttle = VcpuThrottle(self._vcpus)
+        self.dirty_limit = DirtyLimit(self, self._throttle, self._vcpus)
         self._serial = SerialPort(on_serial)
         self._closed = False
         try:
@@ -108,8 +111,12 @@ class Machine:
         :raises WrongState: the machine has been started.
         :raises Refused: there is nothing to boot.
         """
+
         # An arriving guest finds memory untouched and vCPUs in their reset state.
-        prepare = (lambda: None) if incoming else self._boot
+        def prepare() -> None:
+            if not incoming:
+                boot.boot_guest(self.config, self._ram.mapping, self._addresses, self._vcpus)
+
         self.run_control.start(prepare, paused=paused, incoming=incoming)
 
     @property
@@ -237,6 +244,17 @@ class Machine:
         """
         self.run_control.resume(arrival)
 
+    def throttle(self, percent: int) -> None:
+        """Hold the vCPUs for so much of the time, in slices of some milliseconds; 0: no more."""
+        self._throttle.set(percent)
+
+    def limit_dirty_rate(self, mebibytes: int, period_ms: int) -> None:
+        """Hold each vCPU to so many MiB a second, measured over a period; 0: no more.
+
+        :raises Refused: there is no dirty log.
+        """
+        self.dirty_limit.set(mebibytes, period_ms=period_ms)
+
     def save_devices(self) -> Sequence[DeviceState]:
         """The sections of a stopped machine, ``globalstate`` last.
 
@@ -357,6 +375,8 @@ class Machine:
             return
         self._closed = True
         self.dirty_rate.close()
+        self.dirty_limit.close()
+        self._throttle.close()
         self.run_control.close()
         for vcpu in self._vcpus:
             vcpu.close()
@@ -370,27 +390,6 @@ class Machine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _boot(self) -> None:
-        config = self.config
-        if config.image is None:
-            raise Refused("a machine without an image has nothing to boot; give an image")
-        boot.prepare_memory(
-            self._ram.mapping,
-            self._addresses,
-            config.image,
-            config.load_address,
-            drive=config.has_device,
-        )
-        for vcpu in self._vcpus:
-            vcpu.set_state(
-                boot.boot_state(
-                    index=vcpu.index,
-                    memory_bytes=config.memory_bytes,
-                    entry=config.entry,
-                    privilege=config.privilege,
-                )
-            )
 
     def _check_ram(self, address: int, length: int) -> None:
         end = self.config.memory_bytes

@@ -80,6 +80,8 @@ class Vcpu:
         self._on_end = on_end
         self._changed = threading.Condition()
         self._wanted = False
+        self._held = False
+        self._left_to_be_held = False
         self._inside = False
         self._halted = False
         self._ended = False
@@ -126,7 +128,7 @@ class Vcpu:
         """Let the vCPU run, unless the guest has halted it or it has ended."""
         with self._changed:
             self._wanted = True
-            if not self._over:
+            if not self._over and not self._held:
                 self._cpu.unkick()
             self._changed.notify_all()
 
@@ -136,6 +138,21 @@ class Vcpu:
             self._wanted = False
             if not self._over:
                 self._cpu.kick()
+            self._changed.notify_all()
+
+    def hold(self) -> None:
+        """Let the vCPU leave the guest until :meth:`release`, wanted or not; does not wait."""
+        with self._changed:
+            self._held = self._left_to_be_held = True
+            if not self._over:
+                self._cpu.kick()
+
+    def release(self) -> None:
+        """Let the vCPU run again, if it is wanted."""
+        with self._changed:
+            self._held = False
+            if self._wanted and not self._over:
+                self._cpu.unkick()
             self._changed.notify_all()
 
     def wait_parked(self, timeout_s: float | None = None) -> bool:
@@ -180,12 +197,15 @@ class Vcpu:
             return self._inside
 
     def _may_run(self) -> bool:
-        return self._wanted and not (self._halted or self._ended or self._closing)
+        return self._wanted and not (self._held or self._halted or self._ended or self._closing)
 
     def _unless_in_vain(self, exit_: Exit) -> Exit:
         # A vCPU that touches a poisoned page is interrupted by SIGBUS each time it tries.  The
         # kernel does not tell us the page, but there is no way past that instruction.
         if exit_.reason is not ExitReason.INTERRUPTED or not self._wanted:
+            return exit_
+        if self._left_to_be_held:
+            self._left_to_be_held = False
             return exit_
         address = self._cpu.get_state().rip
         if address != self._vain_address:

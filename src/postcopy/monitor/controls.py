@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from postcopy.events import EventBus
 from postcopy.guest import Region, VcpuThread
 from postcopy.machine.dirty_rate import DirtyRate
+from postcopy.machine.vcpu_throttle import DirtyLimit
 from postcopy.ownership import Ownership
 from postcopy.parameters import NO_OVERRIDES, Capabilities, Capability, Overrides, Parameters
 from postcopy.restore_options import RestoreOptions
@@ -22,10 +23,11 @@ from postcopy.status import Status
 class MachineControl(Protocol):
     """The guest as a user controls it.
 
-    :ivar dirty_rate: measures how fast it writes to its memory.
+    :ivar dirty_rate: measures how fast it writes to its memory; ``dirty_limit`` limits that.
     """
 
     dirty_rate: DirtyRate
+    dirty_limit: DirtyLimit
 
     @property
     def run_state(self) -> str:

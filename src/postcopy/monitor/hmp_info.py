@@ -103,6 +103,8 @@ def migrate(_context: Context, info: Mapping[str, Any], arguments: Arguments) ->
         yield "]"
     if "ram" in info:
         yield from _ram(info["ram"])
+    if held := info.get("cpu-throttle-percentage"):
+        yield f"CPU Throttle (%): {held}"
     if ours := info.get("x-postcopy"):
         yield "x-postcopy:"
         yield from (f"  {name}: {value}" for name, value in ours.items())

@@ -1,6 +1,6 @@
 """The commands about how fast a guest writes to its memory; rows of the table of all commands."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from postcopy.errors import WrongState
@@ -12,19 +12,20 @@ from postcopy.machine.dirty_rate import (
     PAGE_SAMPLING,
     Order,
 )
-from postcopy.monitor.argument_types import Arguments, Struct, enumeration, integer
+from postcopy.monitor.argument_types import Arguments, Struct, enumeration, integer, size
 from postcopy.monitor.command import Command, Flag, Human
 from postcopy.monitor.controls import Backend
 from postcopy.monitor.hmp_arguments import Argument, BadUsage, number, optional_number
 from postcopy.monitor.hmp_info import Context, Lines
+from postcopy.parameters import Capability
 from postcopy.status import Status
 
-_ARRIVED = frozenset({Status.NONE, Status.COMPLETED, Status.FAILED})
+_ENDED = frozenset({Status.NONE, Status.COMPLETED, Status.FAILED, Status.CANCELLED})
 
 
 def _calc(backend: Backend, arguments: Arguments) -> None:
     info = backend.migration.info()
-    if info.incoming and info.status not in _ARRIVED:
+    if info.incoming and info.status not in _ENDED:
         raise WrongState(
             "the guest's memory is still arriving: that would be measured; measure when it is here"
         )
@@ -36,6 +37,25 @@ def _calc(backend: Backend, arguments: Arguments) -> None:
             arguments.get("mode", PAGE_SAMPLING),
         )
     )
+
+
+def _set_limit(backend: Backend, arguments: Arguments) -> None:
+    _check_free(backend, "set")
+    backend.machine.dirty_limit.set(arguments["dirty-rate"], arguments.get("cpu-index"))
+
+
+def _cancel_limit(backend: Backend, arguments: Arguments) -> None:
+    _check_free(backend, "cancel")
+    backend.machine.dirty_limit.cancel(arguments.get("cpu-index"))
+
+
+def _check_free(backend: Backend, what: str) -> None:
+    """Refuse to change a limit that a migration has set."""
+    info = backend.migration.info()
+    under_way = not info.incoming and info.status not in _ENDED
+    limited = backend.migration.capabilities.enabled(Capability.DIRTY_LIMIT)
+    if under_way and limited and backend.machine.dirty_limit.query():
+        raise WrongState(f"can't {what} dirty page rate limit while migration is running")
 
 
 def _calc_arguments(line: Arguments) -> Arguments:
@@ -70,6 +90,21 @@ def _rate(_context: Context, found: Mapping[str, Any], _line: Arguments) -> Line
         yield f"vcpu[{vcpu['id']}], Dirty rate: {vcpu['dirty-rate']} (MB/s)"
 
 
+def _cpu(line: Arguments) -> Arguments:
+    return {} if line["cpu_index"] is None else {"cpu-index": line["cpu_index"]}
+
+
+def _limits(_context: Context, found: Sequence[Mapping[str, Any]], _line: Arguments) -> Lines:
+    if not found:
+        yield "Dirty page limit not enabled!"
+    for each in found:
+        yield (
+            f"vcpu[{each['cpu-index']}], limit rate {each['limit-rate']} (MB/s), "
+            f"current rate {each['current-rate']} (MB/s)"
+        )
+
+
+_CPU_INDEX = Argument("cpu_index", optional_number, "[cpu_index]")
 _UNIT = enumeration(*MILLISECONDS)
 
 RATES = (
@@ -96,6 +131,31 @@ RATES = (
         lambda b, a: b.machine.dirty_rate.query(a.get("calc-time-unit", "second")),
         Struct(optional={"calc-time-unit": _UNIT}),
         Human(show=_rate),
+    ),
+    Command(
+        "set-vcpu-dirty-limit", "hold vCPUs to a dirty rate, in MiB a second; 0: no more",
+        _set_limit,
+        Struct({"dirty-rate": size}, {"cpu-index": integer}),
+        Human(
+            arguments=(Argument("dirty_rate", number), _CPU_INDEX),
+            members=lambda line: {"dirty-rate": line["dirty_rate"], **_cpu(line)},
+        ),
+    ),
+    Command(
+        "cancel-vcpu-dirty-limit", "hold vCPUs to no dirty rate any more",
+        _cancel_limit,
+        Struct(optional={"cpu-index": integer}),
+        Human(
+            arguments=(_CPU_INDEX,), members=_cpu,
+            show=lambda _c, _a, _l: (
+                "[Please use 'info vcpu_dirty_limit' to query dirty limit for virtual CPU]",
+            ),
+        ),
+    ),
+    Command(
+        "query-vcpu-dirty-limit", "the limits of dirty rates, and the present rate of all vCPUs together",
+        lambda b, _: b.machine.dirty_limit.query(),
+        human=Human(show=_limits),
     ),
 )  # fmt: skip
 """Rows for :data:`postcopy.monitor.commands.TABLE`."""

@@ -196,6 +196,12 @@ class SavedGuest:
     def resume(self) -> None:
         """An image does not run: after a failure it is as it was."""
 
+    def throttle(self, percent: int) -> None:
+        """An image writes nothing: it is not slowed down."""
+
+    def limit_dirty_rate(self, mebibytes: int, period_ms: int) -> None:
+        """See :meth:`throttle`."""
+
     def move(self, move: Move) -> None:
         """An image has no owner: each destination gets a guest of its own."""
         del move

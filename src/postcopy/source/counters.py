@@ -123,7 +123,12 @@ class StageTimes:
 
 
 def describe(
-    counters: Counters, rate: Rate, clock: StageTimes, status: Status, remaining_bytes: int
+    counters: Counters,
+    rate: Rate,
+    clock: StageTimes,
+    status: Status,
+    remaining_bytes: int,
+    held_percent: int = 0,
 ) -> MigrationInfo:
     """Put the figures together as ``query-migrate`` wants them."""
     postcopy_bytes = counters.postcopy_bytes + counters.preempt_bytes
@@ -159,5 +164,6 @@ def describe(
         setup_time_ms=clock.milliseconds(clock.started, clock.set_up) or 0,
         downtime_ms=clock.milliseconds(clock.stopped, clock.handed_over),
         expected_downtime_ms=expected,
+        cpu_throttle_percentage=held_percent or None,
         measured=Measured(guest_downtime_us=silence_us),
     )

@@ -21,6 +21,7 @@ from typing import Final
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Mask
 from postcopy.parameters import Parameters
+from postcopy.source.auto_converge import Convergence
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages, DirtyPages
 from postcopy.source.flow_control import BatchSize
@@ -45,6 +46,7 @@ class Precopy:
 
     :param parameters: read anew each time, since the user may change them meanwhile.
     :param on_pass: called with the number of passes over the dirty log, as QEMU counts them.
+    :param convergence: slows the guest down if it writes too fast.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Precopy:
         requests: UserRequests,
         parameters: Callable[[], Parameters],
         on_pass: Callable[[int], None],
+        convergence: Convergence | None = None,
     ) -> None:
         self._dirty = dirty
         self._sender = sender
@@ -62,13 +65,14 @@ class Precopy:
         self._requests = requests
         self._parameters = parameters
         self._on_pass = on_pass
+        self._convergence = convergence
         self._batch_size = BatchSize(BATCH_PAGES * TARGET_PAGE_BYTES)
 
     def run(self) -> Outcome:
         """Send round after round until there is a reason to stop."""
         while True:
             self._counters.syncs = self._dirty.syncs
-            began = time.monotonic()
+            began, before = time.monotonic(), self._counters.precopy_bytes
             outcome = self._round(is_first=self._dirty.syncs == 1)
             if outcome is not None:
                 return outcome
@@ -78,6 +82,8 @@ class Precopy:
             self._note_dirty_rate(left_bytes, time.monotonic() - began)
             if left_bytes <= self._affordable_bytes():
                 return Outcome.SMALL_ENOUGH
+            if self._convergence is not None:
+                self._convergence.round_ended(self._counters.precopy_bytes - before, left_bytes)
 
     def _round(self, *, is_first: bool) -> Outcome | None:
         chunks = [(pages, *chunk) for pages in self._dirty.blocks for chunk in pages.chunks()]

@@ -17,6 +17,7 @@ from postcopy.errors import ChannelBroken, MigrationCancelled, PostcopyError, Wr
 from postcopy.guest import DeviceState, LeavingGuest
 from postcopy.ownership import Move
 from postcopy.parameters import Capabilities, Capability, Parameters
+from postcopy.source.auto_converge import Convergence
 from postcopy.source.connection import Connection
 from postcopy.source.connector import Connector, check_answers
 from postcopy.source.counters import Counters, Rate, StageTimes, describe
@@ -66,11 +67,11 @@ class Source:
         self._on_pass = on_pass
         self.requests = UserRequests()
         self._connector = Connector(self.requests)
+        self._preempt = options.capabilities.enabled(Capability.POSTCOPY_PREEMPT)
         self.error: PostcopyError | None = None
-        self._counters = Counters()
-        self._clock = StageTimes()
-        self._limiter = RateLimiter(parameters.max_bandwidth)
-        self._policy = PushPolicy()
+        self._counters, self._clock = Counters(), StageTimes()
+        self._limiter, self._policy = RateLimiter(parameters.max_bandwidth), PushPolicy()
+        self._convergence = Convergence(guest, options.capabilities, lambda: self._parameters)
         # Made by the steps of the migration, in this order; a recovery makes another connection.
         self._dirty: DirtyPages | None = None
         self._connection: Connection | None = None
@@ -128,7 +129,8 @@ class Source:
         """The figures as they are now."""
         remaining = self._dirty.remaining_bytes if self._dirty is not None else 0
         rate = self._connection.sender.rate if self._connection is not None else Rate()
-        return describe(self._counters, rate, self._clock, self._progress.status, remaining)
+        status, held = self._progress.status, self._convergence.percent
+        return describe(self._counters, rate, self._clock, status, remaining, held)
 
     # --- the thread of the source
 
@@ -160,6 +162,7 @@ class Source:
         except PostcopyError as error:
             self._fail(error)
         finally:
+            self._convergence.stop()
             self._let_go()
 
     def _migrate(self) -> None:
@@ -171,6 +174,7 @@ class Source:
             self.requests,
             lambda: self._parameters,
             self._on_pass,
+            self._convergence,
         )
         outcome = precopy.run()
         if outcome is Outcome.CANCELLED:
@@ -183,6 +187,7 @@ class Source:
         if outcome is Outcome.POSTCOPY:
             switchover.discard_ahead()
         switchover.stop_guest()
+        self._convergence.stop()
         trace("source.guest-stopped")
         connection.sender.phase = "downtime_bytes"
         self._on_pass(dirty.syncs)
@@ -241,10 +246,6 @@ class Source:
         on = self._options.capabilities.on
         told = Capability.POSTCOPY_RAM in on or Capability.RETURN_PATH in on
         return channel.can_return and (told or isinstance(channel, SocketChannel))
-
-    @property
-    def _preempt(self) -> bool:
-        return self._options.capabilities.enabled(Capability.POSTCOPY_PREEMPT)
 
     def _open_preempt_if_awaited(self, connection: Connection, uri: str) -> None:
         if self._preempt and self._reads_after_both is None:
@@ -376,8 +377,8 @@ class Source:
 
     def _runs_nowhere_else(self) -> bool:
         """Whether no other machine runs the guest by itself, although it has been given up."""
-        connection = self._connection
-        return connection is not None and (connection.refused or connection.channel.stores)
+        at = self._connection
+        return at is not None and (at.refused or at.channel.stores)
 
     def _never_ran_there(self) -> bool:
         """Whether the destination never got the package, or has reported that it could not take it.

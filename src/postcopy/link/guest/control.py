@@ -15,9 +15,10 @@ from postcopy.link.guest.engine_process import EngineProcess
 from postcopy.link.guest.engine_slot import EnginePool, EngineSlot
 from postcopy.link.guest.incoming import IncomingJob, IncomingMigration
 from postcopy.link.guest.job import Job, MigrationState, check_host, refuse_busy
-from postcopy.link.guest.keeper import GuestKeeper, OwnedGuest
+from postcopy.link.guest.keeper import GuestKeeper
 from postcopy.link.guest.memory_maps import MemoryMaps
 from postcopy.link.guest.outgoing import OutgoingMigration, check_movable, outgoing
+from postcopy.link.guest.owned_guest import OwnedGuest
 from postcopy.link.guest.resetting import Resetting
 from postcopy.link.guest.restoring import IncomingRestore
 from postcopy.link.guest.watchdog import HANG_LOOKS
@@ -131,7 +132,7 @@ class MigrationControl:
 
             def switched(before: Settings) -> Settings:
                 changed = before.capabilities.with_changes(changes, incoming_started=started)
-                check_host(changed, awaits=state.awaits, running=self._guest.running)
+                check_host(changed, self._guest, awaits=state.awaits)
                 return Settings(changed, before.parameters)
 
             _change_all([job, self] if job.busy else [self], switched)
@@ -213,7 +214,7 @@ class MigrationControl:
         parse(uri)  # refused before anything is done
         with self._expecting(exit_on_error, "migrate-incoming", uri) as link:
             job = IncomingMigration(self._state, self.settings.overridden(overrides), uri)
-            check_host(job.settings.capabilities, awaits=True, running=False)
+            check_host(job.settings.capabilities, self._guest, awaits=True)
             job.check_address(uri)
             self._begin(job, link)
 
@@ -327,6 +328,7 @@ class MigrationControl:
         trace("guest.engine-ended", engine=engine.process_id)
         with self._lock:
             if self._engines.current is engine:
+                self._keeper.run_freely()
                 self._state.work.engine_died(engine)
 
 

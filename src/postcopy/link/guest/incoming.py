@@ -22,7 +22,7 @@ from postcopy.kernel.userfaultfd import Userfaultfd
 from postcopy.link.guest.engine_process import EngineProcess
 from postcopy.link.guest.engine_slot import AHEAD_S
 from postcopy.link.guest.job import Job, MigrationState
-from postcopy.link.guest.keeper import OwnedGuest
+from postcopy.link.guest.owned_guest import OwnedGuest
 from postcopy.link.protocol import IncomingCommands, JobCommands
 from postcopy.link.rpc import Link
 from postcopy.link.values import sent

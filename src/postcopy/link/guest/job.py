@@ -18,7 +18,8 @@ from postcopy.kernel.userfaultfd import MISSING_FEATURES, SNAPSHOT_FEATURES, Use
 from postcopy.link.guest.background_order import BackgroundOrder
 from postcopy.link.guest.engine_process import EngineProcess
 from postcopy.link.guest.engine_slot import AHEAD_S, EngineSlot
-from postcopy.link.guest.keeper import GuestKeeper, OwnedGuest
+from postcopy.link.guest.keeper import GuestKeeper
+from postcopy.link.guest.owned_guest import OwnedGuest
 from postcopy.link.protocol import JobCommands
 from postcopy.ownership import Move, Owner, Ownership
 from postcopy.parameters import Capabilities, Capability, Overrides, Settings
@@ -361,16 +362,19 @@ def refuse_busy() -> NoReturn:
     raise WrongState("There's a migration process in progress", Reason.BUSY)
 
 
-def check_host(capabilities: Capabilities, *, awaits: bool, running: bool) -> None:
+def check_host(capabilities: Capabilities, guest: OwnedGuest, *, awaits: bool) -> None:
     """Refuse capabilities that this host cannot do, in QEMU's words and before anything moves.
 
+    :param guest: if it runs, it writes to its memory while it is saved.
     :param awaits: a guest is to come here.
-    :param running: the guest runs, and writes to its memory while it is saved.
-    :raises HostCannot: there is no userfaultfd for it.
+    :raises HostCannot: there is no userfaultfd for it, or no dirty log.
     """
+    if capabilities.enabled(Capability.DIRTY_LIMIT) and guest.accelerator_name != "kvm":
+        what = "dirty-limit requires KVM with accelerator property 'dirty-ring-size' set"
+        raise HostCannot(what, "run the guest with KVM: ours needs no ring")
     if awaits and capabilities.enabled(Capability.POSTCOPY_RAM):
         _check_userfaultfd(MISSING_FEATURES, "Postcopy is not supported")
-    if running and capabilities.enabled(Capability.BACKGROUND_SNAPSHOT):
+    if guest.running and capabilities.enabled(Capability.BACKGROUND_SNAPSHOT):
         _check_userfaultfd(SNAPSHOT_FEATURES, "Background-snapshot is not supported by host kernel")
 
 

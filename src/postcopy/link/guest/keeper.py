@@ -9,9 +9,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
 
-from postcopy import ownership
 from postcopy.abi import linux
 from postcopy.abi.userfaultfd import Feature, RegisterMode
 from postcopy.errors import KernelError, WrongState
@@ -25,7 +23,6 @@ from postcopy.guest import (
     Region,
     RunControl,
     SharingProcess,
-    VcpuThread,
 )
 from postcopy.kernel import calls, memfd, patience
 from postcopy.kernel.calls import close_all, open_all
@@ -36,78 +33,13 @@ from postcopy.kernel.userfaultfd import (
     WRITE_FEATURES,
     Userfaultfd,
 )
+from postcopy.link.guest.owned_guest import OwnedGuest
 from postcopy.link.guest.shared_log import SharedLog
-from postcopy.link.guest.sharing import STEP_BYTES, SharingGuest, WatchedProcesses
+from postcopy.link.guest.sharing import STEP_BYTES, WatchedProcesses
 from postcopy.link.rpc import Handler, handlers
 from postcopy.link.values import Fd, sent
 from postcopy.memory import page_map_file
 from postcopy.ownership import MOVES_OF_ENGINES, Move, Owner
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-
-class OwnedGuest(SharingGuest, Protocol):
-    """A guest in this process, which knows whether it may run here; any thread may call any method."""
-
-    @property
-    def machine_name(self) -> str:
-        """What the configuration section says, such as ``microvm``."""
-
-    @property
-    def accelerator_name(self) -> str:
-        """``kvm`` if KVM can keep a dirty log of it."""
-
-    @property
-    def ownership(self) -> ownership.Ownership:
-        """Whose it is: every decision about that is made there."""
-
-    @property
-    def owned(self) -> bool:
-        """Whether it is ours."""
-
-    @property
-    def running(self) -> bool:
-        """Whether the vCPUs run."""
-
-    @property
-    def has_drive(self) -> bool:
-        """Whether it has a drive, whose bytes no reset takes back."""
-
-    def vcpu_threads(self) -> Sequence[VcpuThread]:
-        """The threads that run vCPUs, in order of the vCPUs' numbers."""
-
-    def pause(self, *, to_move: bool = False) -> None:
-        """See :meth:`postcopy.guest.RunControl.pause`."""
-
-    def resume(self, arrival: int | None = None) -> None:
-        """See :meth:`postcopy.guest.RunControl.resume`.
-
-        :param arrival: which guest was awaited when this one was loaded.
-        """
-
-    def save_devices(self) -> Sequence[DeviceState]:
-        """The state of all devices of a stopped guest, ``globalstate`` last."""
-
-    def load_devices(self, states: Sequence[DeviceState]) -> None:
-        """See :meth:`postcopy.guest.RunControl.load_devices`."""
-
-    def way_back(self, states: Sequence[DeviceState]) -> Callable[[], None]:
-        """What takes the stopped guest back to an earlier point of its life, whatever it did since.
-
-        :raises GuestError: a device refuses its state.
-        """
-
-    def start_dirty_log(self) -> None:
-        """Begin to note the writes of the vCPUs."""
-
-    def stop_dirty_log(self) -> None:
-        """Stop noting."""
-
-    def fetch_dirty_log(self, block: str) -> "npt.NDArray[np.uint8]":
-        """Fetch and clear the log of one RAM block: packed bits, one a 4 KiB page."""
-
 
 _REST_S = 50e-6
 """Between two such calls, for a guest that runs on as before: KVM begins a fault anew when anything has
@@ -150,6 +82,8 @@ class GuestKeeper:
         """How many pages of each block are lost."""
         # What has been poisoned of a guest whose missing pages are being given up.
         self._poisoned: dict[str, int] | None = None
+        self.slowed = False
+        """Whether an engine may have had the vCPUs held."""
         self.reset_point = False
         """Whether the writes are being tracked so that the guest can go back to a point."""
 
@@ -212,6 +146,13 @@ class GuestKeeper:
         if not self._guest.owned:
             for region in self._guest.regions():
                 memfd.empty(region.fd, region.fd_offset, region.size_bytes)
+
+    def run_freely(self) -> None:
+        """Let the vCPUs run all the time: the engine that had them held has ended."""
+        if self.slowed:
+            self.slowed = False
+            self._guest.throttle(0)
+            self._guest.limit_dirty_rate(0, 0)
 
     def abandon(self) -> bool:
         """No guest comes: it is never let run, and only then its memory is watched no more.
@@ -388,6 +329,14 @@ class _EngineCalls(RunControl, Ownership):
                 self._ownership.check(Move.ARRIVE)  # an arrival given up loads nothing
                 self._guest.load_devices(states)
                 self._guest.resume(self._arrival)
+
+    def throttle(self, percent: int) -> None:
+        self._keeper.slowed = True
+        self._guest.throttle(percent)
+
+    def limit_dirty_rate(self, mebibytes: int, period_ms: int) -> None:
+        self._keeper.slowed = True
+        self._guest.limit_dirty_rate(mebibytes, period_ms)
 
     def move(self, move: Move) -> None:
         if move not in MOVES_OF_ENGINES:

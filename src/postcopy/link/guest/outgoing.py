@@ -20,7 +20,8 @@ from postcopy.kernel import threads
 from postcopy.kernel.calls import close_all, open_all
 from postcopy.link.guest.engine_process import EngineProcess
 from postcopy.link.guest.job import Job, MigrationState, check_host
-from postcopy.link.guest.keeper import GuestKeeper, OwnedGuest
+from postcopy.link.guest.keeper import GuestKeeper
+from postcopy.link.guest.owned_guest import OwnedGuest
 from postcopy.link.guest.restoring import IncomingRestore
 from postcopy.link.protocol import JobCommands, OutgoingCommands
 from postcopy.link.rpc import Link
@@ -350,7 +351,7 @@ def outgoing(
     is_snapshot = settings.enabled(Capability.BACKGROUND_SNAPSHOT)
     job = (OutgoingSnapshot if is_snapshot else OutgoingMigration)(state, settings, uri)
     job.check_address(uri)
-    check_host(settings.capabilities, awaits=False, running=state.guest.running)
+    check_host(settings.capabilities, state.guest, awaits=False)
     if not is_snapshot:
         check_logged(state.guest)
     if is_snapshot and not overrides.capabilities.get(Capability.BACKGROUND_SNAPSHOT):

@@ -30,8 +30,9 @@ from postcopy.kernel.calls import close_all, open_all
 from postcopy.kernel.userfaultfd import WRITE_FEATURES, Userfaultfd
 from postcopy.link.guest.engine_process import EngineProcess
 from postcopy.link.guest.engine_slot import EnginePool, EngineSlot
-from postcopy.link.guest.keeper import GuestKeeper, OwnedGuest
+from postcopy.link.guest.keeper import GuestKeeper
 from postcopy.link.guest.outgoing import check_logged
+from postcopy.link.guest.owned_guest import OwnedGuest
 from postcopy.link.protocol import ResetCommands
 from postcopy.link.rpc import Link
 from postcopy.link.values import sent
