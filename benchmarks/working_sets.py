@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from benchmarks import campaign, waking
+from benchmarks import campaign
 from benchmarks.clock import Clock
 from benchmarks.engines import Postcopy
 from benchmarks.images import Images, Woken, data_mib, times, wake
 from benchmarks.scenario import Case, Contender, Figure, Target
+from benchmarks.woken import Life
+from benchmarks.woken import figures as guest_figures
 from benchmarks.workload import MIB, Workload, of_size
 from postcopy.image.working_set import SUFFIX
 
@@ -89,8 +91,8 @@ def look(woken: Woken) -> dict[str, Any]:
     said = times(woken.info)
     whole = woken.engine.began + clock.cycles((said["complete_ms"] or 0.0) / 1e3)
     time.sleep(_LOOK_S)
-    life = waking.Life(woken.engine.began, woken.first, whole, woken.offset)
-    seen = waking.figures(woken.records.events(), woken.records.series(), life, clock)
+    life = Life(woken.engine.began, woken.first, whole, woken.offset)
+    seen = guest_figures(woken.records.events(), woken.records.series(), life, clock)
     figures = {"first_ms": woken.ms(woken.first)} | said | seen | woken.load
     if said["ready_ms"] is not None and said["running_ms"] is not None:
         figures["after_running_ms"] = said["ready_ms"] - said["running_ms"]

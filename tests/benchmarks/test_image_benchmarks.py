@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks import campaign, receives, restores, snapshots, waking, working_sets
+from benchmarks import campaign, linux, receives, restores, snapshots, waking, woken, working_sets
 from benchmarks.clock import Clock
 from benchmarks.images import Image, first_access, times, verify_image
 from benchmarks.report import Finding, median
@@ -166,7 +166,7 @@ def test_times_of_a_restore_are_milliseconds_and_may_be_missing():
 
 
 def test_waits_are_those_from_the_first_access_to_the_last_page():
-    life = waking.Life(began=1000 * MS, first=1300 * MS, whole=1800 * MS, offset=5000 * MS)
+    life = woken.Life(began=1000 * MS, first=1300 * MS, whole=1800 * MS, offset=5000 * MS)
     events = rows(
         *(
             (at * MS + life.offset, 0, us * US, 0)
@@ -180,7 +180,7 @@ def test_waits_are_those_from_the_first_access_to_the_last_page():
             )
         )
     )
-    found = waking.figures(events, rows(), life, CLOCK)
+    found = woken.figures(events, rows(), life, CLOCK)
     assert (found["waits"], found["long_waits"]) == (3, 2)
     assert found["wait_p50_us"] == pytest.approx(150)
     assert found["blocked_ms"] == pytest.approx(0.45)
@@ -192,8 +192,8 @@ def test_the_guest_works_when_it_does_half_of_what_it_settles_to():
     for at in range(1300 * MS, 3000 * MS, 10 * MS):
         done += 10 if at <= 1500 * MS else 1000
         lines.append((at, done, 0, 0))
-    life = waking.Life(1000 * MS, 1300 * MS, 1800 * MS, 0)
-    assert waking.figures(rows(), rows(*lines), life, CLOCK)["working_ms"] == pytest.approx(510)
+    life = woken.Life(1000 * MS, 1300 * MS, 1800 * MS, 0)
+    assert woken.figures(rows(), rows(*lines), life, CLOCK)["working_ms"] == pytest.approx(510)
 
 
 def test_contenders_take_turns_and_cases_can_be_ended_one_by_one():
@@ -276,3 +276,21 @@ def test_cases_of_receiving():
     last = cases[-1]
     assert (last.workload.hot_bytes + last.workload.fill_bytes) // MIB == 1536
     assert "4 channels of multifd" in last.title
+
+
+def test_the_time_to_running_is_compared_over_sizes_for_each_version_and_cache():
+    cases = waking.cases(["10.0", "11.1"], [1024, 4096])
+    assert len({case.name for case in cases}) == 8
+    results = [
+        {"case": f"10.0-{size}-warm", "contender": "postcopy", "figures": {"running_s": seconds}}
+        for size, seconds in ((1024, 0.5), (4096, 0.7))
+    ]
+    (found,) = waking.flatness(cases, results)
+    assert (found.title.split(":")[0], found.value) == ("QEMU 10.0, warm", "1.40")
+    assert not found.reached
+
+
+def test_each_case_of_the_linux_guest_compares_contenders_that_it_has():
+    for case in linux.cases(1024):
+        assert set(case.compared) <= {contender.name for contender in case.contenders}
+        assert set(case.targets) <= {figure.key for figure in case.figures}

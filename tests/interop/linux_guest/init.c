@@ -9,7 +9,7 @@
  * With "memory=MIB" on the kernel's command line one process more writes that much memory, page by page in an
  * order that jumps.  Write n of it makes word w of its page n (FACTOR + 2 w).  Before, all words of the page must be
  * what they were made one round before.  The guest then tells its clocks, too, in milliseconds: CLOCK_MONOTONIC,
- * CLOCK_REALTIME and the PC's own clock (0: it has none).
+ * CLOCK_REALTIME and the PC's own clock (0: it has none).  "every=MS" is how often it tells of its work.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -48,7 +48,7 @@ static struct {
 } *shared;
 
 static long disk_blocks;
-static int disk, clock_of_pc = -1;
+static int disk, clock_of_pc = -1, every_ms = 50;
 static long memory_bytes;
 
 /* Say why the guest cannot go on, and end it. */
@@ -220,7 +220,7 @@ static int told_to_stop(void)
     struct pollfd console = {.fd = 0, .events = POLLIN};
     char line[64];
 
-    return poll(&console, 1, 50) > 0 && read(0, line, sizeof(line)) > 0;
+    return poll(&console, 1, every_ms) > 0 && read(0, line, sizeof(line)) > 0;
 }
 
 static long milliseconds(int clock)
@@ -287,6 +287,8 @@ int main(void)
     console = open("/dev/console", O_RDWR);
     for (int fd = 0; fd < 3; fd++)
         dup2(console, fd);
+    if (getenv("every"))
+        every_ms = atoi(getenv("every"));
     load_modules();
     open_disk();
     part = disk_blocks / WORKERS;
