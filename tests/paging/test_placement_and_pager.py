@@ -193,6 +193,19 @@ def test_a_huge_page_is_placed_with_its_last_piece(huge):
     ]  # fmt: skip
 
 
+def test_zeros_of_a_huge_page_win_over_what_was_there(huge):
+    """Memory that has never been written is not cleared again; what has been, is."""
+    huge.place(list(range(512, 1024)), 5)
+    discard(huge.ram, RAM, np.array([[HUGE, HUGE]], np.uint64))
+    huge.listen()
+    huge.place(list(range(100, 200)), 7)
+    for first in (0, 512, 1024):
+        huge.placement.zeros(RAM, offsets(list(range(first + 100, first + 512))))
+        huge.placement.zeros(RAM, offsets(list(range(first, first + 100))))
+    assert huge.received() == huge.mapped() == [0, 1, 2]
+    assert not any(any(huge.page(n)) for n in range(3 * 512))
+
+
 def test_a_huge_page_that_comes_again_is_left_alone(huge):
     huge.listen()
     for value in (1, 2):

@@ -58,3 +58,13 @@ def test_what_passes_in_between_does_not_count():
     way = Way()
     way.now_s = 100.0
     assert way.send(LEAST_BYTES, 16e9) == 2 * LEAST_BYTES
+
+
+def test_what_passes_in_the_middle_does_not_count_if_nothing_was_sent():
+    way = Way()
+    way.size.begin()
+    way.now_s += 50.0
+    way.size.waited(50.0)
+    way.now_s += 1e-4
+    way.size.end(LEAST_BYTES)
+    assert way.size.bytes == 2 * LEAST_BYTES

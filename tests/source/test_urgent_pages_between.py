@@ -35,7 +35,10 @@ class HalfSent:
             self._order.append("half")
             self.is_half.set()
             assert self.urgent_begun.wait(DEADLINE_S)
-            between()
+            if between is None:
+                self._order.append("uncut")
+            else:
+                between()
             self._order.append("rest")
         return len(batch) * HUGE
 
@@ -106,3 +109,10 @@ def test_for_a_bounded_time(block):
     order_of_rest.set()
     end(push, threads)
     assert order == ["half", "rest", [URGENT]]
+
+
+def test_no_page_is_cut_that_goes_out_in_a_moment(block):
+    policy = PushPolicy(begin_s=0.0, interrupt_s=DEADLINE_S, least_batch_bytes=HUGE)
+    push, order, threads = begin(block, policy)
+    end(push, threads)
+    assert "uncut" in order

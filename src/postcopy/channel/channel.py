@@ -11,6 +11,7 @@ from postcopy.kernel.patience import PASSES, Patience
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
+Target = TypeVar("Target")
 
 if TYPE_CHECKING:
     import numpy as np
@@ -123,9 +124,19 @@ class Channel(abc.ABC):
         :return: the number of bytes; 0 = the peer has ended the stream.
         :raises ChannelBroken: the peer is gone, or ``shutdown`` was called.
         """
+        return self._receive_with(self._receive_some, view)
+
+    def receive_pieces(self, left: PendingPieces) -> int:
+        """As :meth:`receive_into`, into many pieces of memory, one after the other; sockets only.
+
+        The memory is the caller's, and stays until this returns.
+        """
+        return self._receive_with(lambda pieces: pieces.read(self.fileno()), left)
+
+    def _receive_with(self, call: Callable[[Target], int], target: Target) -> int:
         with self._receiving:
             try:
-                n_received = self._persist(self._receive_some, view)
+                n_received = self._persist(call, target)
             except (OSError, ValueError) as failure:
                 raise self._broken(failure) from failure
             # A socket shut down on this side reads as ended, which would look like a peer's end.

@@ -6,7 +6,7 @@ to copy them together.  Here the kernel reads the array of pieces as numpy has w
 
 from typing import TYPE_CHECKING
 
-from postcopy.kernel.calls import write_pieces
+from postcopy.kernel.calls import read_pieces, write_pieces
 
 # Only for types: numpy takes long to import, and a restored guest does not run before that.
 if TYPE_CHECKING:
@@ -36,18 +36,25 @@ class PendingPieces:
 
         :raises OSError: as :func:`os.writev`.
         """
-        return self._passed(write_pieces(fd, self._left.ctypes.data, self._count))
+        return self.passed(write_pieces(fd, self._left.ctypes.data, self._count))
+
+    def read(self, fd: int) -> int:
+        """Fill one byte or more from a socket, in one call; return how many, 0 = it has ended.
+
+        :raises OSError: as :func:`os.readv`.
+        """
+        return self.passed(read_pieces(fd, self._left.ctypes.data, self._count))
 
     def write_at(self, fd: int, position: int) -> int:
         """As :meth:`write`, from a byte of the file on."""
-        return self._passed(write_pieces(fd, self._left.ctypes.data, self._count, position))
+        return self.passed(write_pieces(fd, self._left.ctypes.data, self._count, position))
 
     @property
     def _count(self) -> int:
         return min(len(self._left), IOV_MAX)
 
-    def _passed(self, n_bytes: int) -> int:
-        """Drop the pieces that have been written."""
+    def passed(self, n_bytes: int) -> int:
+        """Leave so many bytes out, which are done; return their number."""
         self._gone_bytes += n_bytes
         whole = self._count
         if self._gone_bytes != int(self._ends[whole - 1]):

@@ -21,6 +21,7 @@ from postcopy.destination.multifd import IncomingMultifd
 from postcopy.destination.postcopy import Postcopy
 from postcopy.destination.preempt_channel import PreemptChannel
 from postcopy.destination.return_path import ReturnPath
+from postcopy.destination.whole_pages import PageReceiver
 from postcopy.errors import ChannelBroken, PostcopyError, StreamError
 from postcopy.guest import AddressSpace, Guest
 from postcopy.paging.blocktime import Blocktime
@@ -74,6 +75,7 @@ class Destination:
         self._return_path = ReturnPath()
         self._postcopy = Postcopy(guest, ram, faults, self._return_path, progress, self._break)
         self._layout = layout_of(ram)
+        self._receiver = PageReceiver(ram, self._layout, self._placement)
         self._formats = formats
         timeout_ms = self._link_timeout_ms
         self._preempt_channel = PreemptChannel(
@@ -267,9 +269,7 @@ class Destination:
         while not isinstance(record := decoder.next_record(), records.EndOfStream):
             if record is not None:
                 self._loader.load(record)
-            elif count := channel.receive_into(decoder.buffer()):
-                decoder.received(count)
-            else:
+            elif not self._receiver.receive(channel, decoder):
                 decoder.finish()
         if self._progress.status is Status.POSTCOPY_RECOVER:
             # Another peer could end the stream with one zero byte, and all missing pages would be zero.

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from postcopy.channel.channel import Channel
 from postcopy.destination.incoming_channels import IncomingChannels
+from postcopy.destination.whole_pages import PageReceiver
 from postcopy.errors import ChannelBroken, PostcopyError
 from postcopy.kernel import threads
 from postcopy.kernel.threads import run_soon
@@ -135,8 +136,8 @@ class PreemptChannel:
         run_soon()
         failure: PostcopyError | None = None
         try:
-            while count := channel.receive_into(decoder.buffer()):
-                decoder.received(count)
+            receiver = PageReceiver(self._ram, self._layout, placement)
+            while receiver.receive(channel, decoder):
                 self._place(decoder, placement)
             decoder.finish()
         except PostcopyError as error:

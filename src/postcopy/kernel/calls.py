@@ -55,6 +55,7 @@ _vm_arguments = (
 _process_vm_readv = _declare("process_vm_readv", ctypes.c_ssize_t, *_vm_arguments)
 _memmove = _declare("memmove", ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _process_vm_writev = _declare("process_vm_writev", ctypes.c_ssize_t, *_vm_arguments)
+_readv = _declare("readv", ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
 _writev = _declare("writev", ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
 _pwritev = _declare(
     "pwritev", ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_long
@@ -205,6 +206,21 @@ def write_pieces(fd: int, pieces: int, count: int, position: int | None = None) 
         error = ctypes.get_errno()
         if error != errno.EINTR:
             raise OSError(error, _LOST if error == errno.EFAULT else os.strerror(error))
+
+
+def read_pieces(fd: int, pieces: int, count: int) -> int:
+    """Read into pieces of memory, one after the other, in one call; return how many bytes, 0 = the end.
+
+    :param pieces: as :func:`write_pieces`.
+    :raises OSError: as :func:`os.readv`.
+    """
+    while True:
+        result: int = _readv(fd, pieces, count)
+        if result >= 0:
+            return result
+        error = ctypes.get_errno()
+        if error != errno.EINTR:
+            raise OSError(error, os.strerror(error))
 
 
 def mincore(address: int, length_bytes: int, result_address: int) -> None:

@@ -1,16 +1,19 @@
 """RAM blocks: as a sender reads them, and as an engine has those of a guest mapped."""
 
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
 
-from postcopy.errors import GuestError
+from postcopy.errors import GuestError, HostCannot, KernelError
 from postcopy.guest import MappedRange, Region
 from postcopy.kernel import memfd
 from postcopy.kernel.mapping import Mapping
+from postcopy.memory.file_pages import FilePages
 from postcopy.memory.runs import Indices, runs
 
 TARGET_PAGE_BYTES = 4096
@@ -95,6 +98,10 @@ class RamBlock(PageBlock):
         self._fd_offset = region.fd_offset
         self._mapping = Mapping.shared(region.fd, region.size_bytes, region.fd_offset)
         self.pages: npt.NDArray[np.uint8] = self._mapping.view().reshape(-1, TARGET_PAGE_BYTES)
+        self._looking = threading.Lock()
+        # Under the lock until it is made, with the first look at huge pages; None: not to be had here.
+        self._file_pages: FilePages | None = None
+        self._has_looked = False
 
     def within(self, start: int, end: int) -> tuple[int, int]:
         """Which pages lie within addresses of the guest's process: first and end, equal if none do."""
@@ -124,10 +131,12 @@ class RamBlock(PageBlock):
         The kernel tells at once which pages are in memory.  The others may be swapped out, or a hole, and
         are looked up run by run.
 
-        Of huge pages only those that are mapped here are told from holes: a hugetlb file is all data to
-        ``lseek``.  The others count as if they were there.
+        Of huge pages :class:`postcopy.memory.file_pages.FilePages` tells; where that cannot be had, all
+        count as if they were there.
         """
         size = self.page_size_bytes
+        if self.target_pages_per_page > 1 and (files := self._pages_of_file()) is not None:
+            return files.found(start, end)
         per_page = self.target_pages_per_page
         resident = self._mapping.resident(start * size, (end - start) * size)
         found: npt.NDArray[np.bool_] = resident
@@ -170,8 +179,20 @@ class RamBlock(PageBlock):
         """Allocate memory now, so that the first touch of a page costs nothing later."""
         self._mapping.populate(offset_bytes, length_bytes)
 
+    def _pages_of_file(self) -> FilePages | None:
+        with self._looking:
+            if not self._has_looked:
+                self._has_looked = True
+                with suppress(HostCannot, KernelError):
+                    self._file_pages = FilePages(
+                        self._fd, self.size_bytes, self.page_size_bytes, self._fd_offset
+                    )
+        return self._file_pages
+
     def close(self) -> None:
         """Unmap and close; the guest keeps its memory."""
+        if self._file_pages is not None:
+            self._file_pages.close()
         self.pages = np.empty((0, TARGET_PAGE_BYTES), np.uint8)
         self._mapping.close()
         os.close(self._fd)

@@ -63,6 +63,11 @@ class HostPageAssembler:
             at = stop
         return whole
 
+    def begun(self, page: int, pieces: int) -> None:
+        """The first pieces of a page that is claimed have been written."""
+        come = self._come[page] = np.zeros(self._per_page, np.bool_)
+        come[:pieces] = True
+
     def clear(self) -> None:
         """Forget the pages that have not come whole: all claims have been taken back."""
         self._come.clear()
@@ -74,12 +79,19 @@ class HostPageAssembler:
             if not self._paged.pages.claim_run(page, page + 1):
                 return False
             come = self._come[page] = np.zeros(self._per_page, np.bool_)
-        self._paged.block.pages[where] = 0 if data is None else data
         start = page * self._per_page
-        if isinstance(where, slice):
-            come[where.start - start : where.stop - start] = True
-        else:
-            come[where - start] = True
+        pieces = (
+            slice(where.start - start, where.stop - start)
+            if isinstance(where, slice)
+            else where - start
+        )
+        if data is not None:
+            self._paged.block.pages[where] = data
+        elif self._paged.stale[page] or come[pieces].any():
+            self._paged.block.pages[where] = 0
+        else:  # it reads as zeros: that there is memory is enough
+            self._paged.block.pages[where, 0] = 0
+        come[pieces] = True
         if not come.all():
             return False
         del self._come[page]

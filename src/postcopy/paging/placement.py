@@ -83,6 +83,32 @@ class Placement:
         else:
             self._place(paged, target, data)
 
+    def begin_page(self, paged: IncomingBlock, page: int) -> bool:
+        """Claim a huge page of which nothing has come; its bytes are then written without this object.
+
+        :return: whether that may be done: :meth:`end_page` or :meth:`leave_page` is to follow.
+        """
+        if self._placers is not None:
+            return paged.pages.claim_run(page, page + 1)
+        if paged.pages.states[page] == RECEIVED or paged.stale[page]:
+            return False
+        paged.pages.receive(slice(page, page + 1))
+        return True
+
+    def end_page(self, paged: IncomingBlock, page: int) -> None:
+        """All of a page has been written since :meth:`begin_page`."""
+        if self._placers is not None:
+            self._map_written(paged, page, page + 1)
+
+    def leave_page(self, paged: IncomingBlock, page: int, pieces: int) -> None:
+        """Only the first pieces of the page have come; what was written behind them belongs elsewhere."""
+        if self._placers is not None:
+            paged.stale[page] = True
+            self._assemblers[paged.block.name].begun(page, pieces)
+        else:
+            per_page = paged.block.target_pages_per_page
+            paged.block.pages[page * per_page + pieces : (page + 1) * per_page] = 0
+
     def zeros(self, name: str, offsets: npt.NDArray[np.uint64]) -> None:
         """Place target pages that are all zero."""
         paged = self._ram[name]

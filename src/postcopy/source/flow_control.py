@@ -114,6 +114,10 @@ class BatchSize:
         """A batch is being sent from now on."""
         self._began = self._clock()
 
+    def waited(self, seconds: float) -> None:
+        """For so long nothing was sent since :meth:`begin`: that does not count."""
+        self._began += seconds
+
     def end(self, sent_bytes: int) -> None:
         """So much has gone out since :meth:`begin`, which may be less than :attr:`bytes`."""
         elapsed_s = self._clock() - self._began

@@ -10,6 +10,7 @@ anyway, and a request then does not wait for a CPU or for the interpreter (docs/
 
 import threading
 import time
+from collections.abc import Callable
 
 from postcopy.errors import StreamError
 from postcopy.kernel.cpu_latency import CpusAwake
@@ -225,8 +226,10 @@ class PostcopyPush:
     def _let_urgent_pages_pass(self) -> None:
         """A huge page is half sent: requested ones go out first, over the preempt channel."""
         if self._serving:
+            began = time.monotonic()
             with self._served:
                 self._served.wait_for(lambda: not self._serving, self._policy.interrupt_s)
+            self._size.waited(time.monotonic() - began)
 
     def _push_batch(self, most_bytes: int | None = None) -> bool:
         """Send the next batch; return whether there was one."""
@@ -239,12 +242,18 @@ class PostcopyPush:
     def _send(self, pages: BlockPages, batch: Indices) -> None:
         with self._sending:
             self._size.begin()
-            between = None if self._preempt is None else self._let_urgent_pages_pass
-            sent_bytes = self._sender.send(pages, batch, between)
+            sent_bytes = self._sender.send(pages, batch, self._between(pages))
             self._size.end(sent_bytes)
             ping = self.window.sent(sent_bytes)
             if ping is not None:
                 self._sender.send_command(encode_command(Ping(ping)))
+
+    def _between(self, pages: BlockPages) -> Callable[[], None] | None:
+        """What to do between two pieces of a page; None: a page goes out so soon that it is not cut."""
+        is_soon = pages.block.page_size_bytes <= 2 * self._size.bytes  # twice a batch's time
+        if self._preempt is None or is_soon:
+            return None
+        return self._let_urgent_pages_pass
 
     def _batch_bytes(self) -> int:
         calm_s = time.monotonic() - self._last_request

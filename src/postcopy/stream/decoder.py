@@ -26,6 +26,7 @@ from postcopy.stream.numbers import RAM_SECTION_NAME, SectionType
 from postcopy.stream.ram_records import RamRecords
 from postcopy.stream.reader import DecoderInput, Incomplete
 from postcopy.stream.records import (
+    BegunPage,
     Description,
     DeviceSection,
     EndOfStream,
@@ -141,6 +142,20 @@ class Decoder(DecoderInput):
             reader.commit()
             if record is not None:
                 return record
+
+    def begun_page(self) -> BegunPage | None:
+        """What there is of a page that has not come whole, when :meth:`next_record` gave ``None``.
+
+        With multifd never: other channels may bring the pages behind it.
+        """
+        if self._multifd or self._step != self._read_ram:
+            return None
+        return self._ram.begun(self._reader)
+
+    @property
+    def page_read(self) -> tuple[str | None, int | None]:
+        """The block named last, and the byte offset of the page read last; None: that was a zero page."""
+        return self._ram.block, self._ram.page_read
 
     def finish(self) -> None:
         """Say that no more bytes will come; call it when :meth:`next_record` gives ``None``.
@@ -305,6 +320,15 @@ class PreemptDecoder(DecoderInput):
             self._reader.rollback()
             return None
         return record
+
+    def begun_page(self) -> BegunPage | None:
+        """As :meth:`Decoder.begun_page`."""
+        return self._ram.begun(self._reader)
+
+    @property
+    def page_read(self) -> tuple[str | None, int | None]:
+        """As :attr:`Decoder.page_read`."""
+        return self._ram.block, self._ram.page_read
 
     def finish(self) -> None:
         """Say that no more bytes will come.

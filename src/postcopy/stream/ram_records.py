@@ -23,7 +23,7 @@ from postcopy.stream.numbers import (
     refuse_flags,
 )
 from postcopy.stream.reader import Incomplete, StreamBuffer
-from postcopy.stream.records import MultifdFlush, Offsets, Pages, ZeroPages
+from postcopy.stream.records import BegunPage, MultifdFlush, Offsets, Pages, ZeroPages
 
 _PAGE = int(RamFlag.PAGE)
 _ZERO = int(RamFlag.ZERO)
@@ -45,11 +45,28 @@ class RamRecords:
         self._limits = limits
         self.block: str | None = None
         self._last_offset = 0  # of the last page in the block
+        self.page_read: int | None = None
+        """The byte offset of the page read last; None: that was a zero page."""
         self._dropping = False
 
     def forget(self) -> None:
         """Forget the block named last: a new connection names its blocks afresh."""
         self.block = None
+
+    def begun(self, reader: StreamBuffer) -> BegunPage | None:
+        """What there is of a page that has not come whole, if its header has."""
+        rest = reader.rest()
+        if (
+            self.block is None
+            or self._dropping
+            or not HEADER_BYTES <= len(rest) < PAGE_RECORD_BYTES
+        ):
+            return None
+        word = int.from_bytes(rest[:HEADER_BYTES], "big")
+        offset = word & ~FLAGS_MASK
+        if word & FLAGS_MASK != _PAGE | _CONTINUE or offset > self._last_offset:
+            return None
+        return BegunPage(self.block, offset, bytes(rest[HEADER_BYTES:]))
 
     def read(self, reader: StreamBuffer) -> Pages | ZeroPages | None:
         """Read the pages that are there, as many of one kind and block as follow one another.
@@ -120,7 +137,9 @@ class RamRecords:
         if kind == _PAGE:
             record = Pages(name, offsets, reader.rows(1, TARGET_PAGE_BYTES, 0, TARGET_PAGE_BYTES))
             reader.skip(TARGET_PAGE_BYTES)
+            self.page_read = offset
         else:
+            self.page_read = None
             if value := reader.u8():
                 reader.fail(f"Found a zero page with value {value}", 1)
             record = ZeroPages(name, offsets)
@@ -133,10 +152,12 @@ class RamRecords:
             count = len(offsets)
             rows = reader.rows(count, PAGE_RECORD_BYTES, HEADER_BYTES, TARGET_PAGE_BYTES)
             reader.skip(count * PAGE_RECORD_BYTES)
+            self.page_read = int(offsets[-1])
             return Pages(self.block, offsets, rows, neighbours)
         offsets = self._offsets(reader, kind, ZERO_RECORD_BYTES, self._limits.zero_pages_per_record)
         self._check_zeros(reader, len(offsets))
         reader.skip(len(offsets) * ZERO_RECORD_BYTES)
+        self.page_read = None
         return ZeroPages(self.block, offsets)
 
     def _page_offsets(self, reader: StreamBuffer) -> tuple[Offsets, bool]:

@@ -298,6 +298,18 @@ class DecoderInput:
         """Take a copy of ``data``; to receive into :meth:`buffer` saves the copy."""
         self._reader.feed(data)
 
+    def taken(self, count: int) -> None:
+        """Say that ``count`` bytes, from the last consumed one on, have been received elsewhere.
+
+        Those of them that are here are dropped, and no others may be here.
+        """
+        self._reader.jump(self._reader.consumed + count)
+
+    @property
+    def pending(self) -> int:
+        """Bytes that have been received and not been consumed."""
+        return self._reader.pending
+
     @property
     def position(self) -> int:
         """Bytes consumed, from the start of the stream or package."""

@@ -77,6 +77,15 @@ class Pages:
     neighbours: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class BegunPage:
+    """The beginning of the page at byte ``offset`` of a block: ``data`` is what has come of it."""
+
+    block: str
+    offset: int
+    data: bytes
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ZeroPages:
     """Target pages of one block that are all zero."""
