@@ -14,7 +14,7 @@
     │   └── ChannelBroken    it worked and then broke: pause and recover, or fail before switchover
     ├── StreamError          the peer's (or a file's) bytes are wrong; ``offset`` says where
     │   └── StreamCut        they end too early
-    ├── ImageError           a file of a snapshot is not what it must be: which file, what, and where
+    ├── ImageError           a file is not what it must be: which file, what, and where
     ├── RingError            what a driver wrote into a virtqueue is wrong: which, and where
     ├── VhostUserError       a vhost-user peer's message is wrong: which, and where
     ├── GuestError           the guest itself cannot go on: a vCPU failed, a device refused its state
@@ -188,7 +188,7 @@ class StreamCut(StreamError):
 
 
 class ImageError(PostcopyError):
-    """A file of a snapshot (image, manifest, chunk, working set) is not what it must be.
+    """An image, manifest, chunk, working set or recorded run is not what it must be.
 
     :param path: the file.
     :param message: what is wrong.

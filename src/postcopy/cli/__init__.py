@@ -28,6 +28,8 @@ COMMANDS: Final = {
     "convert": "postcopy.cli.convert",
     "prune": "postcopy.cli.image_commands",
     "status": "postcopy.cli.status",
+    "watch": "postcopy.cli.watch_command",
+    "report": "postcopy.cli.watch_command",
     "vhost-user-blk": "postcopy.cli.vhost_user",
     "doctor": "postcopy.cli.doctor",
     "demo": "postcopy.cli.demo",
