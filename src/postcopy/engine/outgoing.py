@@ -12,6 +12,8 @@ from postcopy.link.values import Fd
 from postcopy.machine import sections
 from postcopy.memory import memory_map
 from postcopy.memory.memory_map import PendingLook
+from postcopy.memory.ram_block import PageBlock
+from postcopy.memory.runs import Mask
 from postcopy.parameters import Capabilities, Capability, Settings
 from postcopy.snapshot.background import BackgroundSnapshot
 from postcopy.source.dirty_pages import GuestMemory
@@ -107,20 +109,28 @@ class Outgoing(OutgoingCommands):
             self._engine.job.cancel()
 
     def memory_map(self) -> MemoryMap:
-        begin_s, dirty = time.monotonic(), self._source.dirty
-        if dirty is None:
+        begin_s, (masks, passed) = time.monotonic(), self._masks()
+        if not masks:
             raise WrongState("no memory has been sent yet")
         if not self._looks:
-            self._looks = [PendingLook() for _ in dirty.blocks]
+            self._looks = [PendingLook() for _ in masks]
         blocks = [
-            (
-                pages.block.name,
-                pages.block.target_pages_per_page,
-                look.codes(pages.pending, pages.known_data, passed=dirty.passed),
-            )
-            for pages, look in zip(dirty.blocks, self._looks, strict=True)
+            (block.name, block.target_pages_per_page, look.codes(pending, data, passed=passed))
+            for look, (block, pending, data) in zip(self._looks, masks, strict=True)
         ]
         return memory_map.draw(blocks, incoming=False, begin_s=begin_s)
+
+    def _masks(self) -> tuple[Sequence[tuple[PageBlock, Mask, Mask]], bool]:
+        """Of each block the pages to be sent and those that have data; and whether each was sent once."""
+        if isinstance(self._engine.job, BackgroundSnapshot):
+            bitmap = self._engine.job.bitmap
+            blocks = () if bitmap is None else bitmap.blocks
+            return [(block, *bitmap.masks(block)) for block in blocks if bitmap is not None], False
+        dirty = self._source.dirty
+        if dirty is None:
+            return (), False
+        found = [(pages.block, pages.pending, pages.known_data) for pages in dirty.blocks]
+        return found, dirty.passed
 
     def end_command(self) -> bool:
         return isinstance(self._engine.job, Source) and self._engine.job.end_command()

@@ -98,6 +98,11 @@ class BackgroundSnapshot:
         self._connector.leave()
         self._file.end()
 
+    @property
+    def bitmap(self) -> SnapshotBitmap | None:
+        """The pages that are still to be copied; None before the memory is mapped."""
+        return self._bitmap
+
     def info(self) -> MigrationInfo:
         """Return the current figures."""
         remaining = self._bitmap.remaining_bytes if self._bitmap is not None else 0

@@ -88,6 +88,10 @@ class SnapshotBitmap:
         """Whether a page is still to be copied; without the lock it may be copied at any time."""
         return bool(self._masks[block.name][page])
 
+    def masks(self, block: RamBlock) -> tuple[Mask, Mask]:
+        """Which pages are unsaved, and which have data; both change, and are not to be changed."""
+        return self._masks[block.name], self._has_data[block.name]
+
     @property
     def remaining_bytes(self) -> int:
         """Memory that is still to be copied."""

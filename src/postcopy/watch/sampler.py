@@ -19,7 +19,7 @@ from postcopy.watch.sample import Sample
 INTERVAL_S: Final = 0.25
 _AGAIN_S: Final = 1.0
 _STALL_S: Final = 2.5
-_MOVING: Final = frozenset({Phase.PRECOPY, Phase.SWITCHOVER, Phase.POSTCOPY})
+_MOVING: Final = frozenset({Phase.PRECOPY, Phase.SWITCHOVER, Phase.POSTCOPY, Phase.SAVING})
 _AFTER: Final = frozenset({Phase.POSTCOPY, Phase.PAUSED, Phase.RECOVERY})
 _NO_MAP: Final = "no map of the memory: a stock QEMU does not tell where its pages are"
 _NO_LATENCY: Final = (
@@ -102,6 +102,12 @@ class WatchedSide:
     def info(self) -> Mapping[str, Any]:
         """Its last answer to ``query-migrate``; empty before the first."""
         return self.answers.info if self.answers is not None else {}
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether its last order was a snapshot; a QEMU does not tell."""
+        state = self.answers.state if self.answers is not None else {}
+        return bool(state.get("x-last-order", {}).get("name") == "snapshot")
 
     async def close(self) -> None:
         """Disconnect; harmless when done."""
@@ -251,6 +257,8 @@ class Sampler:
             found = before
         if found.phase is Phase.COMPLETED:
             found = replace(found, remaining_bytes=0)
+        if found.phase is Phase.PRECOPY and side.is_saving:
+            found = replace(found, phase=Phase.SAVING)
         self._progress = found
         return found
 

@@ -68,7 +68,7 @@ class MemoryMaps:
             if link is not None:
                 return link.ask(OutgoingCommands.memory_map).wait(_ANSWER_S)
         except WrongState:
-            return self._all("at-source")  # it has not begun yet, or is a snapshot
+            return self._all("at-source")  # it has not begun yet
         except (PostcopyError, TimeoutError) as error:
             raise WrongState(f"{_GONE}: {error}") from error
         raise WrongState(_GONE)
