@@ -8,7 +8,7 @@ CODE := src tests benchmarks scripts
 .PHONY: help venv demo test soak fuzz check bench bench-all clean
 
 help:
-	@echo "make demo   a running guest moves, and you watch"
+	@echo "make demo   a running guest moves, and you watch; make demo WATCH=1: in a browser"
 	@echo "make test   the whole test suite (installs what it needs when root)"
 	@echo "make soak   break migrations at random for MINUTES=10, one line a minute"
 	@echo "make fuzz   mutate what is read from peers and files until stopped, or MUTATIONS=1000000 times"
@@ -28,7 +28,13 @@ $(VENV)/.ready: pyproject.toml scripts/requirements.py
 	touch $@
 
 demo: venv
-	$(BIN)/postcopy demo
+	$(BIN)/postcopy demo $(if $(WATCH),--watch)
+
+# The picture in the README, of a run made for it.
+.PHONY: picture
+picture: venv
+	.ci/install-browser
+	$(BIN)/python scripts/draw_watch.py
 
 # Processes that tests run in, side by side; 0: pytest's own alone.  Two take 17 minutes on two CPUs in place
 # of about 30, but each guest and each QEMU then has half a CPU, on which one test in 5000 has been late.
@@ -69,6 +75,8 @@ bench: venv
 
 # One after the other, whichever fails: make -k bench-all.
 bench-all: bench bench-snapshots bench-restores bench-receives bench-working_sets bench-recoveries bench-block_reads bench-back_ends bench-inspecting bench-waking bench-linux
+
+bench-all: bench-watching
 
 # bench-recoveries and so on: the other commands in benchmarks/.
 bench-%: venv

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -9,8 +10,6 @@ import click
 from postcopy.cli.failures import CommandFailed
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from postcopy.cli.demo_guest import DemoGuest
     from postcopy.client import Machine, Migration, Result
 
@@ -21,35 +20,51 @@ _SOFTWARE = "no KVM here: a software CPU runs a smaller guest (see 'postcopy doc
 
 
 @click.command(short_help="Migrate a busy guest, and check its memory.")
-def demo() -> None:
+@click.option("--watch", is_flag=True, help="Show it as a page in a browser, until Ctrl-C.")
+@click.option(
+    "--record",
+    type=click.Path(path_type=Path),
+    help="Write the run to a file, for 'postcopy watch' and 'postcopy report'.",
+)
+def demo(watch: bool, record: Path | None) -> None:
     """Migrate a guest that never stops writing from one process to another.
 
     Precopy cannot converge, so after two rounds postcopy begins.  At the end every page is checked.
     """
     from postcopy.cli import interrupts
 
-    interrupts.run(_demo())
+    interrupts.run(_demo(record, with_page=watch))
 
 
-async def _demo() -> None:
+async def _demo(record: Path | None, *, with_page: bool) -> None:
     import tempfile
-    from pathlib import Path
 
     from postcopy.cli.demo_guest import DemoGuest
     from postcopy.machine import workload
 
     memory, vcpus, bandwidth = _size()
     guest = DemoGuest(workload.load("hammer", memory << 20, vcpus))
-    async with _machines(memory, vcpus) as (source, destination):
+    async with contextlib.AsyncExitStack() as stack:
+        source, destination = await stack.enter_async_context(_machines(memory, vcpus))
         click.echo("the guest fills its memory ...")
         await guest.wait_until_running(source)
         await guest.calibrate(source)
+        watching = None
+        if with_page or record is not None:
+            from postcopy.cli.watch_command import WatchBeside
+
+            sides = source.address, destination.address
+            watching = await stack.enter_async_context(
+                WatchBeside(*sides, record, with_page=with_page)
+            )
         result = await _move(source, destination, bandwidth)
         stops = await guest.longest_stops_ms(destination)
         await destination.stop()
         _report(result, stops)
         with tempfile.TemporaryDirectory(prefix="postcopy-demo-") as folder:
             await _check(guest, destination, source, Path(folder))
+        if watching is not None:
+            await watching.until_end()
 
 
 def _size() -> tuple[int, int, int | None]:
@@ -134,7 +149,7 @@ def _report(result: "Result", stops: tuple[float, float]) -> None:
 
 
 async def _check(
-    guest: "DemoGuest", destination: "Machine", source: "Machine", folder: "Path"
+    guest: "DemoGuest", destination: "Machine", source: "Machine", folder: Path
 ) -> None:
     found = await guest.check(destination, source, folder)
     if not found.ok:

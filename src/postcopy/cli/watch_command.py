@@ -2,17 +2,23 @@
 
 import contextlib
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import click
 
 from postcopy.cli.command_line import Seconds
 
 if TYPE_CHECKING:
+    import asyncio
+
     from postcopy.watch.recording import Header, Recording
     from postcopy.watch.sample import Sample
+    from postcopy.watch.server import PageServer
+
+_INTERVAL_S: Final = 0.05
+"""Between two looks at a migration that may take a second in all."""
 
 
 @click.command(short_help="Show a migration as it happens, or play a recorded one.")
@@ -26,7 +32,14 @@ if TYPE_CHECKING:
 @click.option(
     "--interval", type=Seconds(), default=0.25, show_default=True, help="Seconds between two looks."
 )
-@click.option("--speed", type=Seconds(), default=1.0, show_default=True, help="Of a recorded run.")
+@click.option(
+    "--speed",
+    type=Seconds(),
+    metavar="N",
+    default=1.0,
+    show_default=True,
+    help="Play a recorded run N times as fast.",
+)
 def watch(file: Path | None, source: str | None, destination: str | None, **options: Any) -> None:
     """Show where a guest's memory is, what the migration waits for, and how fast it goes.
 
@@ -119,9 +132,78 @@ async def _show(
                 page.add(sample)
             view.show(sample)
     if page is not None:
-        page.end()
-        click.echo("the run has ended; the page stays until Ctrl-C")
+        await _stay(page)
+
+
+async def _stay(page: "PageServer") -> None:
+    """Go on serving a run that has ended; Ctrl-C is how that ends, and no failure."""
+    import asyncio
+
+    page.end()
+    click.echo("the run has ended; the page stays until Ctrl-C")
+    with contextlib.suppress(asyncio.CancelledError):
         await page.serve_until_cancelled()
+
+
+class WatchBeside:
+    """A watch beside a command that moves the guest itself; used in ``async with``.
+
+    :param record: the file to write the run to.
+    :param with_page: serve the page at a free port, and open it in the user's browser.
+    """
+
+    def __init__(
+        self, source: str, destination: str, record: Path | None, *, with_page: bool
+    ) -> None:
+        self._addresses = source, destination
+        self._record = record
+        self._with_page = with_page
+        self._stack = contextlib.AsyncExitStack()
+        self._page: PageServer | None = None
+        self._following: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        import asyncio
+        import webbrowser
+
+        from postcopy.watch.recording import Recorder
+        from postcopy.watch.server import PageServer
+
+        header, samples = await _live(self._stack, *self._addresses, _INTERVAL_S)
+        takers = []
+        if self._record is not None:
+            recorder = Recorder(self._record, header)
+            self._stack.callback(recorder.close)
+            takers.append(recorder.add)
+        if self._with_page:
+            self._page = page = PageServer(header)
+            self._stack.push_async_callback(page.close)
+            url = await page.start("127.0.0.1:0")
+            takers.append(page.add)
+            opened = await asyncio.to_thread(webbrowser.open, url)
+            click.echo(f"the page is at {url}{'' if opened else '; open it in a browser'}")
+        self._following = asyncio.create_task(_give(samples, takers))
+        return self
+
+    async def until_end(self) -> None:
+        """Wait for the last sample, and with a page for Ctrl-C."""
+        if self._following is not None:
+            await self._following
+        if self._page is not None:
+            await _stay(self._page)
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._following is not None:
+            self._following.cancel()
+        await self._stack.aclose()
+
+
+async def _give(
+    samples: AsyncIterator["Sample"], takers: Sequence[Callable[["Sample"], None]]
+) -> None:
+    async for sample in samples:
+        for take in takers:
+            take(sample)
 
 
 def tell_of_cut(file: Path, found: "Recording") -> None:
