@@ -42,6 +42,7 @@ def derive(apt_dir):
     common = {tuple(entries_of(apt_dir, "install-qemu", SUITES))}
     common.add(tuple(entries_of(apt_dir, "install-headers", SUITES[-1:])))
     common.add(tuple(entries_of(apt_dir, "install-peers", SUITES[:1])))
+    common.add(tuple(entries_of(apt_dir, "install-browser", SUITES[:1])))
     (found,) = common
     return list(found) or None
 
@@ -126,7 +127,9 @@ def test_it_brings_what_the_suite_has_as_peers():
     assert tuple(brought) == qemu_versions.ALL
 
 
-@pytest.mark.parametrize("script", ["install-qemu", "install-peers", "install-headers"])
+@pytest.mark.parametrize(
+    "script", ["install-qemu", "install-peers", "install-headers", "install-browser"]
+)
 @pytest.mark.parametrize(("option", "code"), [((), 1), (("--if-possible",), 0)])
 def test_a_home_that_cannot_be_written_is_named(script, option, code):
     environment = {"PATH": os.environ["PATH"], "HOME": "/proc/none"}

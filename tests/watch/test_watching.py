@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 import subprocess
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from fakes.commands import POSTCOPY, Running, one_line, pair, postcopy
 from fakes.real_qemu import QemuProcess
 from fakes.waiting import wait_until
+from postcopy.cli.watch_command import WatchBeside
 from postcopy.statistics import MAP_STATES
 from postcopy.watch import sampler as sampling
 from postcopy.watch.recording import read
@@ -103,6 +105,27 @@ def test_it_survives_the_end_of_either_machine(tmp_path):
     assert len(found[-1].notes) == 2
 
 
+@pytest.mark.kvm
+@pytest.mark.userfaultfd
+def test_the_samples_of_a_snapshot(tmp_path):
+    with Running(tmp_path, "guest", "--workload", "hammer") as guest:
+        guest.ask("migrate-set-parameters", **{"max-bandwidth": 8 << 20})
+
+        def act(count):
+            if count == 1:
+                guest.ask("x-snapshot", uri=f"file:{tmp_path}/image")
+            if count == 12:
+                guest.ask("migrate-set-parameters", **{"max-bandwidth": 0})
+
+        found = watch(guest.qmp, None, act)
+    assert "saving" in {sample.phase for sample in found}
+    assert found[-1].status == "completed"
+    assert "a snapshot has been taken" in found[-1].source
+    assert all(sum(sample.map["pages"].values()) == PAGES for sample in found)
+    during = [sample.map["pages"] for sample in found if sample.phase == "saving"]
+    assert any(0 < pages.get("at-source", 0) < PAGES for pages in during)
+
+
 @pytest.mark.qemu("7.2", "11.1")
 def test_a_stock_qemu_has_no_map(tmp_path):
     arguments = ["-machine", "none", "-qmp", f"unix:{tmp_path}/q,server=on,wait=off"]
@@ -129,6 +152,27 @@ def test_the_command_records_and_ends_when_no_machine_answers(tmp_path):
     found = read(tmp_path / "run")
     assert found.cut_at is None
     assert found.samples[0].map["pages"] == {"at-source": PAGES}
+
+
+@pytest.mark.kvm
+def test_a_watch_beside_a_command_opens_its_page_and_records(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+
+    async def run(qmp):
+        async with WatchBeside(qmp, qmp, tmp_path / "run", with_page=True):
+            lines = (tmp_path / "run").read_text
+            await asyncio.to_thread(wait_until, lambda: lines().count("\n") > 3, 20, "samples")
+            return await asyncio.to_thread(page_at, opened[0])
+
+    with Running(tmp_path, "guest", "--workload", "idle") as guest:
+        assert "<h1>Migration</h1>" in asyncio.run(run(guest.qmp))
+    assert len(read(tmp_path / "run").samples) >= 3
+
+
+def page_at(url):
+    with urllib.request.urlopen(url) as answer:
+        return answer.read().decode()
 
 
 def test_a_machine_that_is_not_there_is_refused(tmp_path):

@@ -112,7 +112,8 @@ function draw() {
 }
 
 function drawWords(sample, newest) {
-  const words = [`${sample.phase}: ${sample.source || sample.destination || sample.status}`];
+  const meaning = sample.source || sample.destination || sample.status;
+  const words = [meaning.startsWith(sample.phase) ? meaning : `${sample.phase}: ${meaning}`];
   if (sample.destination && sample.source) words.push(`at the destination: ${sample.destination}`);
   if (sample.waits_for) words.push(`waits for ${sample.waits_for}`);
   // Screen readers say each change, so a number that counts up is left out.
