@@ -14,7 +14,7 @@ help:
 	@echo "make fuzz   mutate what is read from peers and files until stopped, or MUTATIONS=1000000 times"
 	@echo "make check  format, lint, types, layers, spelling"
 	@echo "make bench  measure, side by side with a real QEMU; bench-all: that and all that follows"
-	@echo "make bench-snapshots, bench-restores, bench-receives, bench-working_sets, bench-recoveries, bench-block_reads, bench-back_ends, bench-inspecting, bench-waking, bench-linux   a part each"
+	@echo "make bench-snapshots, bench-snapshotting, bench-restores, bench-receives, bench-working_sets, bench-recoveries, bench-block_reads, bench-back_ends, bench-inspecting, bench-waking, bench-linux   a part each"
 
 venv: $(VENV)/.ready
 
@@ -74,7 +74,7 @@ bench: venv
 	PATH="$(QEMU):$$PATH" $(BIN)/python -m benchmarks $(BENCH)
 
 # One after the other, whichever fails: make -k bench-all.
-bench-all: bench bench-snapshots bench-restores bench-receives bench-working_sets bench-recoveries bench-block_reads bench-back_ends bench-inspecting bench-waking bench-linux
+bench-all: bench bench-snapshots bench-snapshotting bench-restores bench-receives bench-working_sets bench-recoveries bench-block_reads bench-back_ends bench-inspecting bench-waking bench-linux
 
 bench-all: bench-watching
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import shutil
 import time
 from collections.abc import AsyncGenerator, Mapping
@@ -14,26 +13,24 @@ from postcopy.client.disk_overlays import DiskOverlays
 from postcopy.client.order_settings import BorrowedSettings
 from postcopy.client.progress import STOPPED, Phase, Progress, ProgressTracker, status_of
 from postcopy.client.qemu_command import command_of
+from postcopy.client.qemu_jobs import file_uri, hangs_on_failure, until_protected
 from postcopy.client.qmp import QmpConnection
 from postcopy.client.snapshot_result import Measured, Snapshot
 from postcopy.errors import MigrationCancelled, MigrationFailed, PostcopyError, Refused
+from postcopy.image.disks import FrozenDisks
 from postcopy.image.options import Form, ImageOptions, SnapshotTimings
 from postcopy.image.publish import CommitPoint, reserved
 from postcopy.status import Status
 
 if TYPE_CHECKING:
     from postcopy.image.finalize import FinalizedImage
+    from postcopy.receive.arriving import ArrivingImage
 
 _INTERVAL_S: Final = 0.02
-_BRIEFLY_S: Final = 0.001
 _CANCEL_TIMEOUT_S: Final = 30.0
 _STATES_OF_QEMU: Final = frozenset({"running", "paused"})
-_FAILS_SAFELY: Final = 10
 _DEVICES_BYTES: Final = 64 << 20
 """Of an image, for all but the guest's RAM: video memory, firmware, devices."""
-_KNOWS_FILES: Final = (8, 2)
-_FD_NAME: Final = "postcopy"
-_MODE: Final = 0o600  # guest memory holds keys and passwords
 
 
 class SnapshotOptions(TypedDict, total=False):
@@ -73,6 +70,7 @@ class SnapshotJob:
         self._written = self._path  # until the name of the partial file is known
         self._wanted = _wanted(options)
         folder = options.get("disks")
+        self._arriving: ArrivingImage | None = None
         self._disks = None if folder is None else DiskOverlays(machine, Path(folder), self._path)
         self._tracker = ProgressTracker()
         self._last = self._tracker.take({})
@@ -134,26 +132,16 @@ class SnapshotJob:
             if not self._ordered:
                 return  # and it will not be
         if not await self._machine.is_ours():
-            if await self._hangs_on_failure():
+            if await hangs_on_failure(self._machine):
                 return  # it ends by itself, and its file is removed
-            await self._until_protected()  # QEMU may do so behind a cancel
+            await until_protected(self._machine)  # QEMU may do so behind a cancel
         await self._machine.execute("migrate_cancel")
-
-    async def _hangs_on_failure(self) -> bool:
-        """Whether a cancel, or a full disk, leaves the memory write-protected and the vCPUs waiting.
-
-        QEMU 7.2 does so, 10.0 does not; those in between have not been tried.
-        """
-        version = (await self._machine.version())["qemu"]
-        major: int = version["major"]
-        return major < _FAILS_SAFELY
 
     async def _check_room(self) -> None:
         """Refuse to have such a QEMU write to a disk that may become full."""
-        if not await self._hangs_on_failure():
+        if not await hangs_on_failure(self._machine):
             return
-        sizes = await self._machine.execute("query-memory-size-summary")
-        most = sizes["base-memory"] + sizes.get("plugged-memory", 0) + _DEVICES_BYTES
+        most = await self._most_bytes()
         free = shutil.disk_usage(self._path.parent).free
         if free < most:
             raise Refused(
@@ -186,7 +174,7 @@ class SnapshotJob:
             # A background snapshot of QEMU 10 never writes the bitmaps of mapped-ram: such a machine
             # writes a stream, which is converted here.
             mapped = ours and (self._wanted.chunked or self._wanted.form == "mapped-ram")
-            async with self._disks_put_back():
+            async with self._disks_put_back(), self._made_on_the_way(ours=ours):
                 answer = await self._save_ours(mapped=mapped) if ours else await self._save_qemus()
                 finished = await self._finish(answer)
         result = self._outcome(answer, finished)
@@ -205,6 +193,33 @@ class SnapshotJob:
             if isinstance(error, MigrationFailed | MigrationCancelled | Refused):
                 raise type(error)(f"{error}; {became}") from error
             raise
+
+    @contextlib.asynccontextmanager
+    async def _made_on_the_way(self, *, ours: bool) -> AsyncGenerator[None, None]:
+        """Take digests and write the pages anew while a QEMU writes; ours does so itself."""
+        if ours or self._wanted.chunked or await self._is_narrow():
+            yield
+            return
+        from postcopy.receive.arriving import ArrivingImage
+
+        arriving = ArrivingImage(self._written, self._path, self._wanted.form)
+        with arriving as self._arriving:
+            try:
+                yield
+            finally:
+                await asyncio.to_thread(arriving.give_up)
+
+    async def _is_narrow(self) -> bool:
+        """Whether two files may fill the disk of a QEMU that would hang then."""
+        if self._wanted.form == "stream" or not await hangs_on_failure(self._machine):
+            return False
+        return shutil.disk_usage(self._path.parent).free < 2 * await self._most_bytes()
+
+    async def _most_bytes(self) -> int:
+        """How large the file of a QEMU may become."""
+        sizes = await self._machine.execute("query-memory-size-summary")
+        most: int = sizes["base-memory"] + sizes.get("plugged-memory", 0) + _DEVICES_BYTES
+        return most
 
     async def _check_state(self) -> None:
         state = (await self._machine.execute("query-status"))["status"]
@@ -242,7 +257,7 @@ class SnapshotJob:
             if borrowed is not None:
                 await self._check(borrowed)
             if self._disks is not None:
-                await self._until_protected()
+                await until_protected(self._machine)
                 await self._disks.resume()
             answer = await self._until_stopped()
         except asyncio.CancelledError:
@@ -279,21 +294,10 @@ class SnapshotJob:
                 return answer
             await asyncio.sleep(_INTERVAL_S)
 
-    async def _until_protected(self) -> None:
-        """Wait until a QEMU has write-protected the memory; pages are sent from then on only."""
-        while True:
-            answer: Mapping[str, Any] = await self._machine.execute("query-migrate")
-            ram = answer.get("ram", {})
-            if ram.get("normal", 0) + ram.get("duplicate", 0) > 0:
-                return
-            if status_of(answer) not in {Status.SETUP, Status.ACTIVE}:
-                return
-            await asyncio.sleep(_BRIEFLY_S)
-
     async def _cancel_quietly(self) -> None:
         with contextlib.suppress(PostcopyError, TimeoutError):
             await self.cancel()
-            slow = not await self._machine.is_ours() and await self._hangs_on_failure()
+            slow = not await self._machine.is_ours() and await hangs_on_failure(self._machine)
             async with asyncio.timeout(None if slow else _CANCEL_TIMEOUT_S):
                 await self._until_stopped()
 
@@ -303,13 +307,7 @@ class SnapshotJob:
         measured = self._measured(answer)
         timings = SnapshotTimings(self._started, measured.pause_us, measured.longest_stall_us)
         disks = None if self._disks is None else self._disks.frozen
-        finishing = asyncio.create_task(
-            asyncio.to_thread(
-                lambda: _finalize().finalize(
-                    self._path, self._written, self._wanted, timings, self._commit_point, disks
-                )
-            )
-        )
+        finishing = asyncio.create_task(asyncio.to_thread(self._finalize, timings, disks))
         try:
             return await asyncio.shield(finishing)
         except asyncio.CancelledError:
@@ -317,6 +315,13 @@ class SnapshotJob:
             await asyncio.wait({finishing})
             finishing.exception()
             raise
+
+    def _finalize(self, timings: SnapshotTimings, disks: FrozenDisks | None) -> "FinalizedImage":
+        prepared = None if self._arriving is None else self._arriving.finish()
+        found: FinalizedImage = _finalize().finalize(
+            self._path, self._written, self._wanted, timings, self._commit_point, disks, prepared
+        )
+        return found
 
     async def _publish(self, progress: Progress) -> None:
         elapsed = max(progress.elapsed_ms, self._elapsed_ms())
@@ -359,24 +364,3 @@ class SnapshotJob:
             overlays={name: str(path) for name, path in overlays.items()},
             source=answer,
         )
-
-
-async def file_uri(machine: QmpConnection, path: Path) -> str:
-    """Return the URI by which a machine writes to a file.
-
-    A QEMU before 8.2 has no ``file:``: this process opens the file and passes the descriptor.
-
-    :raises Refused: the file cannot be made, or its descriptor not be passed.
-    """
-    version = (await machine.version())["qemu"]
-    if await machine.is_ours() or (version["major"], version["minor"]) >= _KNOWS_FILES:
-        return f"file:{path}"
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, _MODE)
-    except OSError as error:
-        raise Refused(f"Failed to open {path}: {error.strerror}; give another path") from error
-    try:
-        await machine.give(_FD_NAME, fd)
-    finally:
-        os.close(fd)
-    return f"fd:{_FD_NAME}"

@@ -11,7 +11,7 @@ from typing import Final
 from postcopy.channel.whole_file import WholeFile, kept, publish
 from postcopy.errors import ImageError, Refused
 from postcopy.image.convert import skeleton, write_mapped, write_stream
-from postcopy.image.digests import take_digests
+from postcopy.image.digests import ChunkDigests, take_digests
 from postcopy.image.disks import FrozenDisks
 from postcopy.image.file import ImageFile
 from postcopy.image.formats import Image, open_image, open_unpacked
@@ -23,7 +23,8 @@ from postcopy.image.store.prune import note_folder
 from postcopy.image.store.store import ChunkStore
 from postcopy.stream.numbers import TARGET_PAGE_BYTES
 
-_NO_TIMES: Final = Times("")  # filled in after all work that takes time
+NO_TIMES: Final = Times("")
+"""Of a manifest that is not complete; the times are filled in after all work that takes time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +44,36 @@ class FinalizedImage:
     packed: Packed | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What has been done while a machine wrote its file.
+
+    :ivar digests: of the file that will be published.
+    :ivar manifest, file, data_bytes: of a file that has been written anew; ``None``: the machine's own file
+        is published.
+    """
+
+    digests: ChunkDigests
+    manifest: Manifest | None = None
+    file: WholeFile | None = None
+    data_bytes: int = 0
+
+
 def make_manifest(
-    image: Image, times: Times, check: Callable[[], None] = never_cancelled
+    image: Image,
+    times: Times,
+    check: Callable[[], None] = never_cancelled,
+    digests: ChunkDigests | None = None,
 ) -> Manifest:
     """Read all of an image, and make its manifest.
 
     :param check: called now and then; an exception of it ends the work.
+    :param digests: of its file, if they have been taken.
     :raises ImageError: the file has gone.
     """
-    with ImageFile(image.path) as file:
-        digests = take_digests(file, check)
+    if digests is None:
+        with ImageFile(image.path) as file:
+            digests = take_digests(file, check)
     return Manifest(image.format, image.machine_name, tuple(image.blocks), digests, times)
 
 
@@ -78,12 +99,14 @@ def finalize(
     timings: SnapshotTimings,
     commit_point: CommitPoint | None = None,
     disks: FrozenDisks | None = None,
+    prepared: Prepared | None = None,
 ) -> FinalizedImage:
     """Make an image of the file that a machine has written.
 
     :param written: that file, beside ``path``; it may have gone afterwards.
     :param commit_point: until there the work may be cancelled.
     :param disks: those that were taken at the same moment.
+    :param prepared: what has been done already.
     :raises MigrationCancelled: it was cancelled.
     :raises ImageError: the file that the machine has written is no image.
     :raises Refused: a file of that name has been made meanwhile.
@@ -91,14 +114,9 @@ def finalize(
     """
     commit_point = commit_point or CommitPoint()
     with contextlib.ExitStack() as held:
-        with open_image(written) as image, kept(written):
-            sizes = _Sizes.of(image)
-            same = not options.chunked and image.format == options.form
-            manifest, file, packed = (
-                (make_manifest(image, _NO_TIMES, commit_point.check), None, None)
-                if same
-                else _write(image, path, options, held, commit_point.check)
-            )
+        sizes, manifest, file, packed = _made(
+            path, written, options, held, commit_point.check, prepared
+        )
         commit_point.commit()
         times = Times(utc_now(), timings.pause_us, timings.longest_stall_us, timings.total_ms)
         manifest = replace(manifest, times=times, command=options.command)
@@ -106,6 +124,26 @@ def finalize(
             manifest = replace(manifest, disks=disks.disks, was_running=disks.was_running)
         publish_image(path, written if file is None else file.partial, manifest)
     return sizes.finalized(path, packed)
+
+
+def _made(
+    path: Path,
+    written: Path,
+    options: ImageOptions,
+    held: contextlib.ExitStack,
+    check: Callable[[], None],
+    prepared: Prepared | None,
+) -> "tuple[_Sizes, Manifest, WholeFile | None, Packed | None]":
+    """Write the image anew if need be: sizes, manifest, the new file, and the figures of the store."""
+    if prepared is not None and prepared.manifest is not None:
+        ram = sum(block.size_bytes for block in prepared.manifest.blocks)
+        return _Sizes(ram, prepared.data_bytes), prepared.manifest, prepared.file, None
+    with open_image(written) as image, kept(written):
+        sizes = _Sizes.of(image)
+        if not options.chunked and image.format == options.form:
+            digests = None if prepared is None else prepared.digests
+            return sizes, make_manifest(image, NO_TIMES, check, digests), None, None
+        return sizes, *_write(image, path, options, held, check)
 
 
 def convert(source: Path, path: Path, options: ImageOptions) -> FinalizedImage:
@@ -175,7 +213,7 @@ def _write(
     write = write_mapped if options.form == "mapped-ram" else write_stream
     write(image, file, check)
     with open_image(file.partial) as written:
-        return make_manifest(written, _NO_TIMES, check), file, None
+        return make_manifest(written, NO_TIMES, check), file, None
 
 
 def publish_image(path: Path, written: Path, manifest: Manifest) -> None:
@@ -222,7 +260,7 @@ def _to_chunks(
         image.machine_name,
         tuple(image.blocks),
         digests,
-        _NO_TIMES,
+        NO_TIMES,
         parent,
         stored=stored,
     ), packed

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from postcopy.client.qemu_jobs import file_uri
 from postcopy.client.qmp import QmpConnection
-from postcopy.client.snapshot import file_uri
 from postcopy.errors import MigrationFailed, PostcopyError, Refused
 from postcopy.image.base import Image
 from postcopy.image.disks import Disk
