@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -37,6 +37,7 @@ class Side:
     standing: "StatusHelp"
     last_order: str | None = None
     tells_owner: bool = True
+    put_back: tuple[str, ...] = ()
 
 
 @click.command(short_help="Show the state of a migration, and what to type next.")
@@ -44,7 +45,10 @@ class Side:
 @click.option("--to", "destination", metavar="QMP-ADDRESS", help="The destination.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def status(source: str | None, destination: str | None, *, as_json: bool) -> None:
-    """Show the state of a migration, the owner of the guest, and what to type next."""
+    """Show the state of a migration, the owner of the guest, and what to type next.
+
+    What a killed 'postcopy snapshot --disks' has left at a QEMU is put back first.
+    """
     from postcopy.cli import interrupts
 
     if source is None and destination is None:
@@ -75,6 +79,7 @@ async def _ask(source: str | None, destination: str | None) -> list[Side]:
         if address is not None:
             try:
                 async with await Machine.connect(address) as machine:
+                    put_back = tuple(await machine.put_back_snapshot())
                     state, info = (
                         await machine.execute("query-status"),
                         await machine.migration_info(),
@@ -82,7 +87,7 @@ async def _ask(source: str | None, destination: str | None) -> list[Side]:
             except (CannotConnect, ChannelBroken) as error:
                 sides.append(unreachable(name, address, str(error)))
             else:
-                sides.append(side_of(name, address, info, state))
+                sides.append(replace(side_of(name, address, info, state), put_back=put_back))
     return sides
 
 
@@ -135,6 +140,8 @@ def lines(side: Side) -> Iterator[str]:
     yield f"{side.name:<12} {side.standing.meaning}"
     left = "" if not side.remaining_bytes else f", {side.remaining_bytes / _MIB:.1f} MiB remaining"
     yield f"  status     {side.status}; the machine is {side.run_state}{left}"
+    for note in side.put_back:
+        yield f"  note       {note}"
     if side.why:
         yield f"  because    {side.why}"
     if side.last_order:

@@ -207,6 +207,8 @@ class SnapshotWatch:
     async def _show(self) -> Snapshot:
         async for look in self._job.events():
             self._view.show(look)
+        for note in self._job.notes:
+            self._view.note(note)
         return await self._job.result()
 
     def _interrupted(self) -> None:

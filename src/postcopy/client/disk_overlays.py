@@ -9,11 +9,12 @@ import json
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from postcopy.client.left_over import LeftOver, Overlay
 from postcopy.client.qemu_jobs import run_job
 from postcopy.client.qmp import QmpConnection
 from postcopy.errors import PostcopyError, Refused
@@ -39,8 +40,8 @@ class _Overlay:
     overlay_node: str
 
     @property
-    def file_node(self) -> str:
-        return f"{self.overlay_node}-file"
+    def left_over(self) -> Overlay:
+        return Overlay(self.overlay_node, self.node, str(self.path))
 
     @property
     def size_bytes(self) -> int:
@@ -66,6 +67,9 @@ class DiskOverlays:
         self._overlays: list[_Overlay] = []
         self._was_running = False
         self._stopped_s = 0.0
+        self._left = LeftOver(str(image))
+        self.note: Callable[[LeftOver | None], None] = lambda _: None
+        """Notes what the next command has to put back if this one is killed; ``None``: nothing."""
         self.frozen: FrozenDisks | None = None
         """The disks as they are kept, once the guest stands still."""
         self.pause_us: int | None = None
@@ -75,6 +79,11 @@ class DiskOverlays:
     def paths(self) -> dict[str, Path]:
         """The overlay of each disk, by the disk's name."""
         return {overlay.name: overlay.path for overlay in self._overlays}
+
+    @property
+    def untouched(self) -> bool:
+        """Whether there is nothing to put back."""
+        return not self._overlays and not self._was_running
 
     async def make(self) -> None:
         """Make an empty overlay for each disk that the guest may write to; the disks are not touched.
@@ -89,6 +98,8 @@ class DiskOverlays:
                 raise Refused(f"{overlay.path} exists; remove it, or give another folder")
         for overlay in wanted:
             self._overlays.append(overlay)
+            self._left.overlays.append(overlay.left_over)
+            self.note(self._left)
             await self._make(overlay)
 
     async def freeze(self) -> None:
@@ -96,6 +107,8 @@ class DiskOverlays:
         self._was_running = bool((await self._machine.execute("query-status"))["running"])
         self._stopped_s = time.monotonic()
         if self._was_running:
+            self._left.stopped = True
+            self.note(self._left)
             await self._machine.execute("stop")
         actions = [
             {
@@ -114,6 +127,8 @@ class DiskOverlays:
         was_running, self._was_running = self._was_running, False
         if was_running:
             await self._machine.execute("cont")
+            self._left.stopped = False
+            self.note(self._left)
             self.pause_us = round((time.monotonic() - self._stopped_s) * 1e6)
 
     async def put_back(self) -> str:
@@ -124,7 +139,8 @@ class DiskOverlays:
         try:
             await self.resume()
             for overlay in reversed(self._overlays):
-                await self._remove(overlay)
+                await overlay.left_over.remove(self._machine)
+            self.note(None)
         except PostcopyError as error:
             left = ", ".join(str(path) for path in self.paths.values() if path.exists())
             return (
@@ -170,12 +186,16 @@ class DiskOverlays:
         cache = {key: inserted["cache"][key] for key in ("direct", "no-flush")}
         common = {"cache": cache, "discard": "unmap"}
         await self._create(driver="file", filename=path, size=0)
-        file = {"driver": "file", "filename": path, "node-name": overlay.file_node}
+        file = {"driver": "file", "filename": path, "node-name": overlay.left_over.file_node}
         await self._machine.execute("blockdev-add", common | file)
         backing = {"backing-file": overlay.base, "backing-fmt": inserted["drv"]}
         size = overlay.size_bytes
-        await self._create(driver="qcow2", file=overlay.file_node, size=size, **backing)
-        node = {"driver": "qcow2", "node-name": overlay.overlay_node, "file": overlay.file_node}
+        await self._create(driver="qcow2", file=overlay.left_over.file_node, size=size, **backing)
+        node = {
+            "driver": "qcow2",
+            "node-name": overlay.overlay_node,
+            "file": overlay.left_over.file_node,
+        }
         more = {"backing": None, "detect-zeroes": inserted["detect_zeroes"]}
         await self._machine.execute("blockdev-add", common | node | more)
         with contextlib.suppress(OSError):  # it is another user's, or the disk is no file
@@ -183,27 +203,6 @@ class DiskOverlays:
 
     async def _create(self, **options: Any) -> None:
         await run_job(self._machine, "blockdev-create", options=options)
-
-    async def _remove(self, overlay: _Overlay) -> None:
-        if self.frozen is not None:
-            await run_job(
-                self._machine,
-                "block-commit",
-                device=overlay.overlay_node,
-                **{"auto-dismiss": False},
-            )
-        nodes = {each["node-name"] for each in await self._nodes()}
-        for node in (overlay.overlay_node, overlay.file_node):
-            if node in nodes:
-                await self._machine.execute("blockdev-del", {"node-name": node})
-        with contextlib.suppress(FileNotFoundError):
-            overlay.path.unlink()
-
-    async def _nodes(self) -> list[Mapping[str, Any]]:
-        nodes: list[Mapping[str, Any]] = await self._machine.execute(
-            "query-named-block-nodes", {"flat": True}
-        )
-        return nodes
 
 
 def _below(image: Mapping[str, Any]) -> Iterator[str]:

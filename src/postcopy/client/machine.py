@@ -12,6 +12,7 @@ from postcopy.client.launch import MachineProcess
 from postcopy.client.machine_settings import set_capabilities
 from postcopy.client.migration import Migration
 from postcopy.client.migration_order import MigrateOptions, MigrationOrder, listen, listens
+from postcopy.client.order_settings import BorrowedSettings
 from postcopy.client.qmp import QmpConnection
 from postcopy.client.reconnect import address_of, bring_together
 from postcopy.client.reset_point import Reset, ResetPoint
@@ -141,6 +142,15 @@ class Machine:
         :raises Refused: the machine refuses it; the text is the machine's own.
         """
         return await self._connection.execute(command, arguments)
+
+    async def put_back_snapshot(self) -> list[str]:
+        """Put back what a killed snapshot with disks has left at a QEMU: the guest goes on, on its disks.
+
+        Nothing is done while another command of this user drives the machine.
+
+        :return: what has been done, or why it cannot be done now; usually nothing.
+        """
+        return await BorrowedSettings.put_back_snapshot(self._connection)
 
     async def run_state(self) -> str:
         """QEMU's ``RunState``, such as ``running``, ``paused`` or ``postmigrate``."""

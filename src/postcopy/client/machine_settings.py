@@ -39,11 +39,13 @@ class SettingsChanges:
     """Changed settings by QEMU's names, each as its old and its new value.
 
     :ivar machine: the identity of the machine, see :func:`machine_identity`.
+    :ivar snapshot: what else a snapshot has changed, see :class:`postcopy.client.left_over.LeftOver`.
     """
 
     machine: str
     capabilities: dict[str, tuple[bool, bool]] = field(default_factory=dict)
     parameters: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    snapshot: dict[str, Any] | None = None
 
     async def undo(self, machine: QmpConnection) -> list[str]:
         """Restore the old value of each setting that still has the new one; other changes stay.
@@ -68,14 +70,16 @@ class SettingsChanges:
 
     def encode(self) -> bytes:
         """Encode for a file; empty without changes."""
-        return json.dumps(asdict(self)).encode() if self.capabilities or self.parameters else b""
+        changed = self.capabilities or self.parameters or self.snapshot
+        return json.dumps(asdict(self)).encode() if changed else b""
 
     @classmethod
     def decode(cls, text: bytes, machine: str) -> "SettingsChanges":
         """Decode the result of :meth:`encode`; no changes if it is of another machine or invalid."""
         try:
             told = json.loads(text)
-            found = cls(told["machine"], _pairs(told["capabilities"]), _pairs(told["parameters"]))
+            changed = _pairs(told["capabilities"]), _pairs(told["parameters"])
+            found = cls(told["machine"], *changed, told.get("snapshot"))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return cls(machine)
         return found if found.machine == machine else cls(machine)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
+from postcopy.client.left_over import LeftOver
 from postcopy.client.machine_lock import MachineLock
 from postcopy.client.machine_settings import (
     SettingsChanges,
@@ -131,6 +132,7 @@ class BorrowedSettings:
     async def _undo_left_over(self) -> None:
         """Undo the changes of a command that was killed."""
         self._changes = SettingsChanges.decode(self._lock.read(), self._changes.machine)
+        await self._undo_snapshot()
         names = await self._changes.undo(self._machine)
         self._note()
         if names:
@@ -138,6 +140,43 @@ class BorrowedSettings:
                 f"a killed command had changed {', '.join(sorted(names))} at {self._machine.address}; the "
                 "old values are restored"
             )
+
+    async def _undo_snapshot(self) -> None:
+        told = self._changes.snapshot
+        left = None if told is None else LeftOver.decode(told)
+        if left is None:
+            return
+        try:
+            note = await left.undo(self._machine)
+        except PostcopyError:
+            self.note_snapshot(left)  # as far as it has come
+            raise
+        self.notes += [note] if note else []
+        self.note_snapshot(None)
+
+    def note_snapshot(self, left: LeftOver | None) -> None:
+        """Note what the next command has to put back if this one is killed."""
+        self._changes.snapshot = None if left is None else left.encode()
+        self._note()
+
+    @classmethod
+    async def put_back_snapshot(cls, machine: QmpConnection) -> list[str]:
+        """Put back what a killed snapshot has left; nothing while another command drives the machine.
+
+        :return: what has been done, or why it cannot be done now.
+        """
+        lock = MachineLock.take_at_once(machine.address)
+        if lock is None:
+            return []
+        taken = cls(machine, lock)
+        try:
+            taken._changes = SettingsChanges.decode(lock.read(), taken._changes.machine)
+            await taken._undo_snapshot()
+        except Refused as error:
+            return [str(error)]
+        finally:
+            lock.release()
+        return taken.notes
 
     async def _change(self, before: Mapping[str, bool], needs: OrderSettings) -> None:
         self._needed = {name: on for name, on in needs.capabilities.items() if on or name in before}
@@ -184,8 +223,10 @@ class BorrowedSettings:
                 "meantime; the order is cancelled: try again"
             )
 
-    async def put_back(self) -> None:
+    async def put_back(self, *, release: bool = True) -> None:
         """Restore the old values, except where another client has set new ones; harmless when done.
+
+        :param release: let other commands drive the machine; else :meth:`release` does later.
 
         ``background-snapshot`` stays off: only a killed command leaves it on, and the next migration
         would then leave the guest running at both sides.
@@ -196,7 +237,12 @@ class BorrowedSettings:
             ):  # the machine is gone, or paused: the first error is reported
                 await self._put_back_when_idle()
         finally:
-            self._lock.release()
+            if release:
+                self.release()
+
+    def release(self) -> None:
+        """Let other commands drive the machine; harmless when done."""
+        self._lock.release()
 
     async def _put_back_when_idle(self) -> None:
         """Retry while an order of another client is under way."""

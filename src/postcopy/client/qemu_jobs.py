@@ -14,6 +14,7 @@ from postcopy.errors import Refused
 from postcopy.status import Status
 
 _POLL_S: Final = 0.002
+_PREFIX: Final = "postcopy-"
 _FAILS_SAFELY: Final = 10
 _KNOWS_FILES: Final = (8, 2)
 _FD_NAME: Final = "postcopy"
@@ -25,16 +26,28 @@ async def run_job(machine: QmpConnection, command: str, **arguments: Any) -> Non
 
     :raises Refused: QEMU refuses it, or it has failed, with QEMU's words.
     """
-    name = f"postcopy-{secrets.token_hex(4)}"
+    name = f"{_PREFIX}{secrets.token_hex(4)}"
     await machine.execute(command, {"job-id": name, **arguments})
+    job = await _until_ended(machine, name)
+    if job is not None and "error" in job:
+        raise Refused(f"QEMU's {command} has failed: {job['error']}")
+
+
+async def end_jobs(machine: QmpConnection) -> None:
+    """Wait for the ends of the jobs that a killed command has begun."""
+    for job in await machine.execute("query-jobs"):
+        if job["id"].startswith(_PREFIX):
+            await _until_ended(machine, job["id"])
+
+
+async def _until_ended(machine: QmpConnection, name: str) -> Mapping[str, Any] | None:
     while (job := await _find(machine, name)) is not None and job["status"] != "concluded":
         if job["status"] == "ready":
             with contextlib.suppress(Refused):  # it has been told before
                 await machine.execute("job-complete", {"id": name})
         await asyncio.sleep(_POLL_S)
     await machine.execute("job-dismiss", {"id": name})
-    if job is not None and "error" in job:
-        raise Refused(f"QEMU's {command} has failed: {job['error']}")
+    return job
 
 
 async def _find(machine: QmpConnection, name: str) -> Mapping[str, Any] | None:

@@ -71,6 +71,9 @@ class SnapshotJob:
         self._wanted = _wanted(options)
         folder = options.get("disks")
         self._arriving: ArrivingImage | None = None
+        self._borrowed: BorrowedSettings | None = None  # with disks, until the image is published
+        self.notes: tuple[str, ...] = ()
+        """For the user: what a killed command had changed at the machine, and has been put back."""
         self._disks = None if folder is None else DiskOverlays(machine, Path(folder), self._path)
         self._tracker = ProgressTracker()
         self._last = self._tracker.take({})
@@ -183,16 +186,21 @@ class SnapshotJob:
 
     @contextlib.asynccontextmanager
     async def _disks_put_back(self) -> AsyncGenerator[None, None]:
-        """Take the overlays away if the snapshot fails."""
+        """Take the overlays away if the snapshot fails; if it is killed, the next command does."""
         try:
             yield
+            if self._disks is not None:
+                self._disks.note(None)  # they belong to the image
         except BaseException as error:
-            if self._disks is None or not self._disks.paths:
+            if self._disks is None or self._disks.untouched:
                 raise
             became = await self._disks.put_back()
             if isinstance(error, MigrationFailed | MigrationCancelled | Refused):
                 raise type(error)(f"{error}; {became}") from error
             raise
+        finally:
+            if self._borrowed is not None:
+                self._borrowed.release()
 
     @contextlib.asynccontextmanager
     async def _made_on_the_way(self, *, ours: bool) -> AsyncGenerator[None, None]:
@@ -234,12 +242,15 @@ class SnapshotJob:
 
     async def _save_qemus(self) -> Mapping[str, Any]:
         borrowed = await BorrowedSettings.take(self._machine, mapped=False)
+        self.notes = tuple(borrowed.notes)
         try:
             if self._disks is not None:
+                self._borrowed = borrowed
+                self._disks.note = borrowed.note_snapshot
                 await self._disks.make()
             return await self._save("migrate", {}, borrowed)
         finally:
-            await borrowed.put_back()
+            await borrowed.put_back(release=self._disks is None)
 
     async def _save(
         self, order: str, more: Mapping[str, Any], borrowed: BorrowedSettings | None = None
