@@ -161,6 +161,26 @@ def test_a_break_is_mended_by_itself(saved, tmp_path):
         restoring.check_guest(saved)
 
 
+@pytest.mark.qemu(OLDEST, NEWEST)
+def test_a_guest_outlives_a_command_that_is_killed(saved, tmp_path):
+    """It waits for the pages that it has not, and another server brings them."""
+    again = f"unix:{tmp_path}/again"
+    with Restoring(tmp_path, saved.path, "--lazy", "--bandwidth", "1M") as restoring:
+        pid = restoring.pid()
+        try:
+            restoring.process.kill()
+            wait_until(
+                lambda: restoring.ask(("query-migrate", {}))[0]["status"] == "postcopy-paused",
+                TIMEOUT_S,
+                "QEMU does not notice the end of its server",
+            )
+            restoring.ask(("migrate-recover", {"uri": again}))
+            assert postcopy("serve", str(saved.path), again, "--resume").returncode == 0
+            restoring.check_guest(saved)
+        finally:
+            os.kill(pid, signal.SIGKILL)
+
+
 @pytest.mark.qemu
 def test_each_failure_ends_the_qemu(saved, tmp_path):
     with Restoring(tmp_path, saved.path, "--lazy", memory_bytes=2 * MEMORY_BYTES) as restoring:
