@@ -8,6 +8,7 @@ from pathlib import Path
 from fakes.real_qemu import QemuProcess
 from postcopy.channel.address import bound_uri, parse
 from postcopy.channel.listen import Listener
+from postcopy.image.options import ImageOptions
 from postcopy.receive.receiver import ReceivedImage, Receiver
 
 TIMEOUT_S = 30.0
@@ -16,11 +17,11 @@ TIMEOUT_S = 30.0
 class Receiving:
     """A receiver that waits for a source, in a thread."""
 
-    def __init__(self, uri: str, image: Path) -> None:
+    def __init__(self, uri: str, image: Path, wanted: ImageOptions | None = None) -> None:
         self.notes: list[str] = []
         self._listener = Listener(parse(uri))
         self.uri = bound_uri(uri, self._listener.described())
-        self.receiver = Receiver(self._listener, image, self.notes.append)
+        self.receiver = Receiver(self._listener, image, self.notes.append, wanted)
         self._image: ReceivedImage | None = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="receiver")

@@ -40,6 +40,7 @@ from postcopy.errors import (
 )
 from postcopy.image.formats import open_image
 from postcopy.image.manifest import Manifest
+from postcopy.image.options import ImageOptions
 from postcopy.image.verify import find_damages
 from postcopy.multifd import group
 from postcopy.receive import source_channels
@@ -363,3 +364,32 @@ def test_mutations_of_all_channels(tmp_path, folder):
             else:
                 assert list(find_damages(path, Manifest.load(path))) == []
     assert not [name for name in names(folder) if name.endswith(".partial")]
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [("stream", ImageOptions("stream")), ("chunks", ImageOptions(compressed=True))],
+)
+def test_an_image_of_another_form(tmp_path, folder, form, options):
+    with Receiving(f"unix:{tmp_path / 'm'}", folder / "image", options) as receiving:
+        assert answers(receiving.uri, precopy(answered=True)) == PONG + SHUT_FINE
+        received = receiving.result()
+    assert received.format == form
+    assert (received.data_bytes, received.zero_bytes) == (RAM.size, 0)
+    manifest = Manifest.load(folder / "image")
+    assert received.identity == manifest.identity
+    assert list(find_damages(folder / "image", manifest)) == []
+    with open_image(folder / "image") as image:
+        np.testing.assert_array_equal(image.read("microvm.ram", 0, len(RAM)), RAM)
+    assert not [name for name in names(folder) if name.endswith(".partial")]
+
+
+def test_a_parent_without_a_store_is_refused_at_once(tmp_path, folder):
+    with Receiving(f"unix:{tmp_path / 'm'}", folder / "parent") as receiving:
+        answers(receiving.uri, precopy())
+        receiving.result()
+    options = ImageOptions(parent=folder / "parent")
+    refused = pytest.raises(Refused, match="has no store of chunks to share")
+    with Receiving(f"unix:{tmp_path / 'n'}", folder / "image", options) as receiving, refused:
+        receiving.result()
+    assert "image" not in names(folder)

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable
 from functools import reduce
+from pathlib import Path
 from typing import Any, Final
 
 import click
@@ -257,3 +258,31 @@ MONITORS: Final = (
 def options(wanted: tuple[Callable[[Command], Command], ...]) -> Callable[[Command], Command]:
     """Decorate a command with these options."""
     return lambda command: reduce(lambda made, option: option(made), reversed(wanted), command)
+
+
+_FORM_OF_IMAGE = (
+    click.option(
+        "--format",
+        "form",
+        type=click.Choice(["mapped-ram", "stream"]),
+        default="mapped-ram",
+        show_default=True,
+        help="Pages at fixed offsets, for restores; or a plain stream.",
+    ),
+    click.option(
+        "--compress", type=click.Choice(["zstd"]), help="Put the memory into a store of chunks."
+    ),
+    click.option(
+        "--parent",
+        type=click.Path(path_type=Path),
+        metavar="PATH",
+        help="An image whose store of chunks is shared: only changed memory takes space.",
+    ),
+)
+
+
+def form_of_image(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say in which form an image is written."""
+    for option in reversed(_FORM_OF_IMAGE):
+        command = option(command)
+    return command

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from postcopy.cli.command_line import form_of_image
+
 if TYPE_CHECKING:
     from postcopy.cli.progress_view import View
     from postcopy.client.progress import Progress
+    from postcopy.image.options import Form, ImageOptions
     from postcopy.receive.receiver import ReceivedImage, ReceiveProgress, Receiver
 
 _MIB = 1 << 20
@@ -23,8 +26,11 @@ _RECEIVED: Final = 0.95
 @click.command(short_help="Receive the migration of a running QEMU as an image.")
 @click.argument("uri")
 @click.argument("image", type=click.Path(path_type=Path))
+@form_of_image
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-def receive(uri: str, image: Path, as_json: bool) -> None:
+def receive(
+    uri: str, image: Path, form: "Form", compress: str | None, parent: Path | None, as_json: bool
+) -> None:
     """Wait at URI for a migration, and make an image of what arrives, with its manifest.
 
     The source is a stock QEMU, or a machine of ours, that is told to 'migrate' there; with xbzrle, and
@@ -36,11 +42,13 @@ def receive(uri: str, image: Path, as_json: bool) -> None:
     URI: tcp:HOST:PORT, unix:PATH, fd:N, exec:COMMAND or file:PATH.
     """  # noqa: D301 - click reads the backspace
     from postcopy.cli import interrupts
+    from postcopy.image.options import ImageOptions
 
-    interrupts.run(_receive(uri, image, as_json=as_json))
+    wanted = ImageOptions(form, compress is not None, parent and parent.absolute())
+    interrupts.run(_receive(uri, image, wanted, as_json=as_json))
 
 
-async def _receive(uri: str, image: Path, *, as_json: bool) -> None:
+async def _receive(uri: str, image: Path, wanted: "ImageOptions", *, as_json: bool) -> None:
     from postcopy.channel.address import bound_uri, parse
     from postcopy.channel.listen import Listener
     from postcopy.cli import progress_view
@@ -51,7 +59,7 @@ async def _receive(uri: str, image: Path, *, as_json: bool) -> None:
     check_free(image.absolute())
     view = progress_view.choose(as_json=as_json)
     with Listener(parse(uri)) as listener:
-        receiver = Receiver(listener, image, view.note)
+        receiver = Receiver(listener, image, view.note, wanted)
         try:
             with view, _on_end(receiver.cancel):
                 view.note(f"waiting for a migration to {bound_uri(uri, listener.described())}")

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from postcopy.cli.command_line import form_of_image
+
 if TYPE_CHECKING:
     from postcopy.client.snapshot_result import Snapshot
 
@@ -15,23 +17,7 @@ _MIB = 1 << 20
 @click.command(short_help="Take an image of a running guest, ours or QEMU's, over QMP.")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--from", "source", required=True, metavar="QMP-ADDRESS", help="The machine.")
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["mapped-ram", "stream"]),
-    default="mapped-ram",
-    show_default=True,
-    help="Pages at fixed offsets, for restores; or a plain stream.",
-)
-@click.option(
-    "--compress", type=click.Choice(["zstd"]), help="Put the memory into a store of chunks."
-)
-@click.option(
-    "--parent",
-    type=click.Path(path_type=Path),
-    metavar="PATH",
-    help="An image whose store of chunks is shared: only changed memory takes space.",
-)
+@form_of_image
 @click.option(
     "--disks",
     type=click.Path(path_type=Path),

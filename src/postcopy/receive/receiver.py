@@ -18,8 +18,9 @@ from postcopy.channel.listen import Listener
 from postcopy.channel.whole_file import WholeFile
 from postcopy.errors import ChannelBroken, HostCannot, MigrationCancelled, PostcopyError
 from postcopy.image.base import LARGEST_RAM_BYTES, ImageBlock
-from postcopy.image.finalize import publish_image, utc_now
-from postcopy.image.manifest import Manifest, Times
+from postcopy.image.finalize import NO_TIMES, Prepared, check_parent, finalize
+from postcopy.image.manifest import Manifest
+from postcopy.image.options import ImageOptions, SnapshotTimings
 from postcopy.image.parser import formats_of
 from postcopy.image.publish import CommitPoint, reserved
 from postcopy.multifd.group import MultifdGroup
@@ -111,10 +112,18 @@ class Receiver:
     :param listener: where the source connects; closed by :meth:`run`.
     :param path: of the image.
     :param note: takes a line for the user; from any thread.
+    :param wanted: the form of the image.
     """
 
-    def __init__(self, listener: Listener, path: Path, note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        listener: Listener,
+        path: Path,
+        note: Callable[[str], None],
+        wanted: ImageOptions | None = None,
+    ) -> None:
         self._path = path.absolute()
+        self._wanted = wanted or ImageOptions()
         self._listener = listener
         self._commit_point = CommitPoint()
         self._group = MultifdGroup(self._fail)
@@ -157,13 +166,15 @@ class Receiver:
     def run(self) -> ReceivedImage:
         """Receive it, and publish the image.
 
-        :raises Refused: the name is not free.
+        :raises Refused: the name is not free, or the parent has no store of chunks.
         :raises StreamError: what the source sends is wrong; at its offset in the channel.
         :raises ChannelBroken: the source has gone.
         :raises MigrationCancelled: :meth:`cancel` has been called.
         :raises OSError: the disk is full, or broken.
         """
         try:
+            if self._wanted.parent is not None:
+                check_parent(self._wanted.parent)
             with reserved(self._path), WholeFile(self._path) as file:
                 return self._receive(file)
         finally:
@@ -193,7 +204,6 @@ class Receiver:
         self._ended = time.monotonic()
         assert self._pages is not None
         written = self._pages.finish(self._devices, self._description)
-        self._commit_point.commit()
         found = self._publish(written)
         if self._say(Shut(0)):
             _wait_for_end(channel)
@@ -283,13 +293,22 @@ class Receiver:
         self._flush(said=False)
 
     def _publish(self, written: WrittenImage) -> ReceivedImage:
+        """Publish it, in the form that is wanted; until then it may be given up."""
         assert self._configuration is not None
         assert self._pages is not None
-        times = Times(utc_now(), total_ms=_ms_since(self._began))
-        manifest = Manifest(
-            "mapped-ram", self._configuration.machine, self._blocks, written.digests, times
+        assert self._began is not None
+        kept = not self._wanted.chunked and self._wanted.form == "mapped-ram"
+        machine, digests = self._configuration.machine, written.digests
+        manifest = Manifest("mapped-ram", machine, self._blocks, digests, NO_TIMES)
+        made = finalize(
+            self._path,
+            self._file.partial,
+            self._wanted,
+            SnapshotTimings(self._began),
+            self._commit_point,
+            prepared=Prepared(digests, manifest, self._file, written.data_bytes) if kept else None,
         )
-        publish_image(self._path, self._file.partial, manifest)
+        manifest = made.manifest
         ram = sum(block.size_bytes for block in self._blocks)
         return ReceivedImage(
             path=self._path,
