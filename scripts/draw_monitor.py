@@ -12,7 +12,7 @@ from postcopy.monitor.hmp import COMMANDS as HMP
 from postcopy.monitor.qmp_session import COMMANDS as QMP
 from postcopy.ownership import Owner
 from postcopy.parameter_rules import Kind, Rule
-from postcopy.parameters import MEANINGS, SUPPORTED, Capability, Parameters, rules
+from postcopy.parameters import MEANINGS, REASONS, SUPPORTED, Capability, Parameters, rules
 from postcopy.statistics import Measured
 
 PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "monitor.md"
@@ -55,9 +55,15 @@ def page() -> str:
             _table(
                 ("capability", ""), ((f"`{c}`", MEANINGS[c]) for c in Capability if c in SUPPORTED)
             ),
-            f"\nKnown, and refused by name: {_listed(c for c in Capability if c not in SUPPORTED)}.\n",
+            "\nThese have no meaning here, and are refused with the reason:\n",
+            _table(("capability", ""), ((f"`{c}`", reason) for c, reason in REASONS.items())),
+            f"\nKnown, and refused by name: {_listed(_later())}.\n",
         ]
     )
+
+
+def _later() -> list[Capability]:
+    return [each for each in Capability if each not in SUPPORTED and each not in REASONS]
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

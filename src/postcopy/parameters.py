@@ -43,6 +43,7 @@ class Capability(enum.StrEnum):
 C = Capability
 
 MEANINGS: Mapping[Capability, str] = {
+    C.XBZRLE: "a page that is sent again goes as what has changed in it, if it is in a cache",
     C.AUTO_CONVERGE: "the vCPUs of a guest that writes too fast are held for a share of the time",
     C.EVENTS: "the event `MIGRATION` at each change of the status",
     C.POSTCOPY_RAM: "the guest may run at the destination before its memory is there",
@@ -52,12 +53,22 @@ MEANINGS: Mapping[Capability, str] = {
     C.POSTCOPY_BLOCKTIME: "how long vCPUs waited for pages is measured, and told by the destination",
     C.LATE_BLOCK_ACTIVATE: "accepted; it is about disks, and there are none",
     C.BACKGROUND_SNAPSHOT: "`migrate` writes an image of a guest that goes on",
+    C.VALIDATE_UUID: "accepted; the machine has no UUID, and takes a guest of any, as a QEMU without one",
     C.POSTCOPY_PREEMPT: "pages that are asked for have a connection of their own",
     C.DIRTY_LIMIT: "a guest that writes too fast is held to `vcpu-dirty-limit`; needs KVM",
     C.MAPPED_RAM: "each page has a fixed place in the file",
 }
 """What this version can do, and what it is; switching on any other capability is refused by name."""
 SUPPORTED = frozenset(MEANINGS)
+REASONS: Mapping[Capability, str] = {
+    C.RDMA_PIN_ALL: "pages go over sockets and into files, and not by RDMA",
+    C.X_COLO: "no second machine is kept in step with this one",
+    C.RELEASE_RAM: "pages are kept until the destination has them: a recovery sends them again",
+    C.DIRTY_BITMAPS: "the drive is a raw file, which has no dirty bitmaps",
+    C.SWITCHOVER_ACK: "no device here has to be made ready for the switchover, or asks for it",
+    C.X_IGNORE_SHARED: "no memory is shared with the destination, so all of it is sent",
+}
+"""Why a capability has no meaning for this machine."""
 
 _NOT_WITH_BACKGROUND_SNAPSHOT = (
     C.POSTCOPY_RAM,
@@ -141,6 +152,9 @@ class Capabilities:
         for complaint in self._complaints(wanted, incoming_started=incoming_started):
             raise Refused(complaint)
         for capability in Capability:
+            if capability in wanted - self.on and capability in REASONS:
+                reason = REASONS[capability]
+                raise Refused(f"Capability '{capability}' has no meaning here: {reason}")
             if capability in wanted - self.on - SUPPORTED:
                 raise Refused(f"Capability '{capability}' is not implemented by postcopy yet")
         return Capabilities(frozenset(wanted))
@@ -232,6 +246,7 @@ class Parameters:
         least=4096,
         power_of_two=True,
         complaint="Option {name} expects a power of two no less than the target page size",
+        help="bytes of copies of pages that `xbzrle` keeps",
     )
     max_postcopy_bandwidth: int = _size(
         0, help="most bytes a second of pages that nothing waits for, after it; 0: no limit"

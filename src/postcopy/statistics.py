@@ -54,6 +54,27 @@ class RamStatistics:
         return {f.name.replace("_", "-"): getattr(self, f.name) for f in fields(self)}
 
 
+@dataclass(frozen=True, slots=True)
+class XbzrleStatistics:
+    """What the capability ``xbzrle`` has spared; the ``xbzrle-cache`` member of ``query-migrate``.
+
+    ``cache_size`` and ``bytes`` (of deltas) are bytes; ``pages`` (sent as deltas), ``cache_miss`` and
+    ``overflow`` (deltas that were longer than a page) are pages.  The two rates are of the whole migration.
+    """
+
+    cache_size: int
+    bytes: int = 0
+    pages: int = 0
+    cache_miss: int = 0
+    cache_miss_rate: float = 0.0
+    encoding_rate: float = 0.0
+    overflow: int = 0
+
+    def to_qapi(self) -> dict[str, Any]:
+        """The ``xbzrle-cache`` member by QEMU's names."""
+        return {f.name.replace("_", "-"): getattr(self, f.name) for f in fields(self)}
+
+
 def _measured(meaning: str, default: object = None) -> Any:
     return field(default=default, metadata={"meaning": meaning})
 
@@ -121,6 +142,7 @@ class MigrationInfo:
     error_desc: str | None = None
     blocked_reasons: tuple[str, ...] = ()
     cpu_throttle_percentage: int | None = None
+    xbzrle_cache: XbzrleStatistics | None = None
     postcopy_blocktime_ms: int | None = None
     postcopy_vcpu_blocktime_ms: tuple[int, ...] = ()
     postcopy_latency_ns: int | None = None
@@ -157,6 +179,8 @@ class MigrationInfo:
             times["expected-downtime"] = self.expected_downtime_ms
         answer: dict[str, Any] = _present(times)
         answer |= _present({"cpu-throttle-percentage": self.cpu_throttle_percentage})
+        if self.xbzrle_cache is not None:
+            answer["xbzrle-cache"] = self.xbzrle_cache.to_qapi()
         if self.ram is not None:
             answer["ram"] = self.ram.to_qapi()
             if self.status is not Status.COMPLETED:

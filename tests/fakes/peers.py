@@ -29,6 +29,7 @@ class Feature(StrEnum):
 
     PRECOPY = "precopy"
     ANSWERED = "precopy with `return-path`"
+    XBZRLE = "precopy with `xbzrle`"
     POSTCOPY = "postcopy"
     PREEMPT = "postcopy with `postcopy-preempt`"
     RECOVERY = "recovery"

@@ -71,5 +71,26 @@ class TestBackFromQemu:
             assert len(info.postcopy_vcpu_blocktime_ms) == vcpus
 
 
+@pytest.mark.proves(Way.FROM, Feature.XBZRLE)
+def test_pages_that_are_sent_again_come_as_deltas(tmp_path):
+    need("kvm")
+    workload = workloads.load("hammer", MEMORY_BYTES, 1, hot_bytes=HOT_BYTES)
+    with (
+        QemuGuest(tmp_path, "microvm", "kvm", MEMORY_BYTES, 1) as qemu,
+        OurGuest.waiting(workload, "kvm") as ours,
+    ):
+        send_to_qemu(workload, qemu)
+        qemu.capabilities("xbzrle")
+        qemu.parameters(max_bandwidth=40 * MIB, downtime_limit=1)
+        qemu("migrate", uri=ours.listen(f"unix:{tmp_path / 'back'}"))
+        wait_until(lambda: deltas(qemu) > 100, 30, "no deltas")
+        qemu.parameters(max_bandwidth=1 << 40, downtime_limit=2000)
+        check_back(ours, workload, qemu)
+
+
+def deltas(qemu):
+    return qemu("query-migrate").get("xbzrle-cache", {}).get("pages", 0)
+
+
 def rounds(qemu):
     return qemu("query-migrate").get("ram", {}).get("dirty-sync-count", 0)

@@ -88,3 +88,24 @@ class TestOurRunningGuest:
             info = qemu("query-migrate")
             assert len(info["postcopy-vcpu-blocktime"]) == vcpus
             assert info["postcopy-blocktime"] >= 0
+
+
+def deltas(migration):
+    cache = migration.info().xbzrle_cache
+    return 0 if cache is None else cache.pages
+
+
+@pytest.mark.proves(Way.TO, Feature.XBZRLE)
+def test_pages_that_are_sent_again_go_as_deltas(tmp_path):
+    workload = hammer(1)
+    with (
+        QemuGuest(tmp_path, "microvm", "kvm", MEMORY_BYTES, 1) as qemu,
+        our_guest(workload, "kvm", qemu) as ours,
+    ):
+        ours.switch_on(Capability.XBZRLE)
+        ours.migration.set_parameters({"downtime-limit": 0, "max-bandwidth": 40 * MIB})
+        ours.migration.migrate(qemu.listen(f"unix:{tmp_path / 'migration'}"))
+        wait_until(lambda: deltas(ours.migration) > 100, 30, "no deltas")
+        ours.migration.set_parameters({"downtime-limit": 2000, "max-bandwidth": 0})
+        assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
+        check_arrived(qemu, workload, ours)

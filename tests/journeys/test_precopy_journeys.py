@@ -158,3 +158,29 @@ def test_a_guest_that_writes_too_fast_is_held_to_a_rate(journey):
     trip.source.set(parameters=QUICK)
     trip.finish()
     assert limit.query() == []
+
+
+def deltas(side):
+    cache = side.control.info().xbzrle_cache
+    return 0 if cache is None else cache.pages
+
+
+def test_pages_that_are_sent_again_go_as_deltas(journey):
+    parameters = NEVER_ENDS | {"xbzrle-cache-size": 16 << 20}
+    trip = journey(hammer(vcpus=2), capabilities=[Capability.XBZRLE], parameters=parameters)
+    trip.migrate()
+    wait_until(lambda: deltas(trip.source) > 100)
+    trip.source.set(parameters=QUICK)
+    trip.finish()
+    told = trip.source.control.info().to_qapi()["xbzrle-cache"]
+    assert told["encoding-rate"] > 1
+    assert told["cache-size"] == 16 << 20
+
+
+def test_deltas_before_postcopy(journey):
+    both = [Capability.XBZRLE, Capability.POSTCOPY_RAM]
+    trip = journey(hammer(), capabilities=both, parameters=NEVER_ENDS)
+    trip.migrate()
+    wait_until(lambda: deltas(trip.source) > 100)
+    trip.source.control.start_postcopy()
+    trip.finish()

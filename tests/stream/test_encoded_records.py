@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from postcopy.errors import StreamError
-from postcopy.stream.encoded_records import EncodedRamRecords, apply_delta
+from postcopy.stream.encoded_records import EncodedRamRecords, apply_delta, encode_delta
 from postcopy.stream.layout import BlockLayout, Limits, Receiver
 from postcopy.stream.reader import Incomplete, StreamBuffer
 from postcopy.stream.records import MultifdFlush, Pages, XbzrlePage, ZeroPages
@@ -61,6 +61,27 @@ def test_a_delta_gives_the_page(changes, seed):
     page = old.copy()
     apply_delta(XbzrlePage("ram", 0, encode(old.tobytes(), new.tobytes()), 0), page)
     np.testing.assert_array_equal(page, new)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, PAGE - 1), st.integers(1, 3000)), max_size=20),
+    st.booleans(),
+    st.integers(0, 9),
+)
+def test_what_is_encoded_is_applied(changes, every_other, seed):
+    old = np.random.default_rng(seed).integers(0, 256, PAGE, dtype=np.uint8)
+    new = old.copy()
+    for at, count in changes:
+        new[at : at + count] ^= 0x5A
+    if every_other:
+        new[::2] ^= 0x33
+    delta = encode_delta(old != new, new)
+    if delta is None:  # only what would be no shorter
+        assert len(encode(old.tobytes(), new.tobytes())) >= PAGE
+        return
+    assert len(delta) < PAGE
+    apply_delta(XbzrlePage("ram", 0, delta, 0), old)
+    np.testing.assert_array_equal(old, new)
 
 
 def test_all_kinds_of_records():

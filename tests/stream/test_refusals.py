@@ -220,12 +220,12 @@ WRONG = {
         "Found a zero page with value 3",
         len(READY) + 5 + 13 + 8,
     ),
-    "XBZRLE": (
-        READY + part(record(0, 0x40, "ram", b"\1\0\1\0")),
-        "xbzrle is not supported; switch the capability off at the source",
+    "XBZRLE of another encoding": (
+        READY + part(record(0, 0x40, "ram", b"\2\0\1\0")),
+        "wrong compression! (2)",
         None,
     ),
-    "XBZRLE continued": (READY + part(record(0, 0x60)), "xbzrle is not supported", None),
+    "XBZRLE of no block": (READY + part(record(0, 0x60)), "Ack, bad migration stream!", None),
     "MULTIFD_FLUSH": (READY + part(record(0, 0x200)), "multifd is off here", None),
     "HOOK": (READY + part(record(0, 0x80)), "RDMA is not supported", None),
     "no footer": (READY + part()[:-5] + b"\0", "Missing section footer for ram", None),

@@ -17,6 +17,7 @@ from postcopy.destination.preempt_channel import PreemptChannel
 from postcopy.destination.return_path import ReturnPath
 from postcopy.errors import StreamError
 from postcopy.guest import DeviceState, Guest
+from postcopy.memory.page_map import RECEIVED
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Mask
 from postcopy.paging.placement import Placement
@@ -25,6 +26,7 @@ from postcopy.parameters import Capabilities, Capability
 from postcopy.status import Status, StatusMachine
 from postcopy.stream import records
 from postcopy.stream.decoder import Decoder
+from postcopy.stream.encoded_records import apply_delta
 from postcopy.stream.layout import BlockLayout, DeviceFormats, Layout
 from postcopy.stream.numbers import FIRMWARE_PAGE_BYTES, SectionType
 from postcopy.stream.pings import ALL_SENT_PING
@@ -82,6 +84,7 @@ class RecordLoader:
             records.RamSetup: self._ram_setup,
             records.MappedBlock: self._mapped_block,
             records.Pages: self._pages,
+            records.XbzrlePage: self._delta,
             records.MultifdFlush: lambda _: multifd.flush(),
             records.RamRecordsEnd: lambda _: multifd.section_ended(),
             records.RamBodyEnd: self._ram_body_end,
@@ -151,6 +154,18 @@ class RecordLoader:
 
     def _pages(self, pages: records.Pages) -> None:
         self._placement.pages(pages.block, pages.offsets, pages.data, neighbours=pages.neighbours)
+
+    def _delta(self, record: records.XbzrlePage) -> None:
+        if self._postcopy.listening:
+            raise StreamError("an XBZRLE page while the guest runs here", record.position)
+        paged = self._ram[record.block]
+        page = record.offset // TARGET_PAGE_BYTES
+        if paged.pages.states[page // paged.block.target_pages_per_page] != RECEIVED:
+            raise StreamError(
+                f"an XBZRLE page at {record.offset:#x} of block '{record.block}' that has not come yet",
+                record.position,
+            )
+        apply_delta(record, paged.block.pages[page])
 
     def _device(self, section: records.DeviceSection) -> None:
         if self._postcopy.listening:

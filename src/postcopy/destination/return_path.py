@@ -13,7 +13,13 @@ from postcopy.memory.ram_block import RamBlock
 from postcopy.memory.runs import Mask
 from postcopy.stream import return_path as wire
 from postcopy.stream.pings import answer
-from postcopy.stream.records import Pong, RecvBitmapReply, RequestPages, ResumeAck, Shut
+from postcopy.stream.records import (
+    Pong,
+    RecvBitmapReply,
+    RequestPages,
+    ResumeAck,
+    Shut,
+)
 
 
 class ReturnPath:

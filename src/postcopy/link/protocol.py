@@ -24,7 +24,7 @@ from postcopy.link.values import Codec, Fd
 from postcopy.ownership import Move
 from postcopy.parameters import Capabilities, Capability, Parameters, Settings
 from postcopy.restore_options import RestoreOptions
-from postcopy.statistics import Measured, MemoryMap, MigrationInfo, RamStatistics
+from postcopy.statistics import Measured, MemoryMap, MigrationInfo, RamStatistics, XbzrleStatistics
 from postcopy.status import Status
 
 BEAT_S: Final = 0.5
@@ -271,6 +271,7 @@ CODEC: Final = Codec(
         Move,
         Parameters,
         RamStatistics,
+        XbzrleStatistics,
         Region,
         RestoreOptions,
         Settings,

@@ -103,14 +103,23 @@ def migrate(_context: Context, info: Mapping[str, Any], arguments: Arguments) ->
         yield "]"
     if "ram" in info:
         yield from _ram(info["ram"])
-    if held := info.get("cpu-throttle-percentage"):
-        yield f"CPU Throttle (%): {held}"
+    yield from _savings(info)
     if ours := info.get("x-postcopy"):
         yield "x-postcopy:"
         yield from (f"  {name}: {value}" for name, value in ours.items())
     if arguments["a"]:
         yield from _GLOBALS
         yield from _postcopy(info)
+
+
+def _savings(info: Mapping[str, Any]) -> Iterator[str]:
+    if cache := info.get("xbzrle-cache"):
+        figures = "size={cache-size}, transferred={bytes}, pages={pages}, miss={cache-miss}"
+        rates = "miss_rate={cache-miss-rate:.2f}, encode_rate={encoding-rate:.2f}"
+        yield f"XBZRLE: {figures.format(**cache)}"
+        yield f"  {rates.format(**cache)}, overflow={cache['overflow']}"
+    if held := info.get("cpu-throttle-percentage"):
+        yield f"CPU Throttle (%): {held}"
 
 
 def _ram(ram: Mapping[str, Any]) -> Iterator[str]:

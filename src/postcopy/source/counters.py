@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from postcopy.statistics import Measured, MigrationInfo, RamStatistics
+from postcopy.statistics import Measured, MigrationInfo, RamStatistics, XbzrleStatistics
 from postcopy.status import Status
 
 _WINDOW_S = 0.1
@@ -33,6 +33,7 @@ class Counters:
     preempt_bytes: int = 0
     """What has gone over the preempt channel; part of no phase's figure."""
     page_bytes: int = 4096
+    xbzrle: XbzrleStatistics | None = None
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -165,5 +166,6 @@ def describe(
         downtime_ms=clock.milliseconds(clock.stopped, clock.handed_over),
         expected_downtime_ms=expected,
         cpu_throttle_percentage=held_percent or None,
+        xbzrle_cache=counters.xbzrle,
         measured=Measured(guest_downtime_us=silence_us),
     )

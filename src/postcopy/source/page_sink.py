@@ -1,6 +1,6 @@
 """Where pages go: as records onto a stream, or to their places in a file (mapped-ram)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from postcopy.channel.channel import Channel
@@ -13,6 +13,7 @@ from postcopy.source.counters import Counters, Rate
 from postcopy.source.dirty_pages import BlockPages
 from postcopy.source.file_sink import FileSink
 from postcopy.source.wire_sink import Between, WireSink
+from postcopy.source.xbzrle_sink import XbzrleSink
 from postcopy.stream.records import PageRows
 
 
@@ -69,12 +70,19 @@ class PageSink(Protocol):
 
 
 def page_sink_for(
-    channel: Channel, capabilities: Capabilities, limiter: RateLimiter, counters: Counters
+    channel: Channel,
+    capabilities: Capabilities,
+    limiter: RateLimiter,
+    counters: Counters,
+    cache_bytes: Callable[[], int] = lambda: 0,
 ) -> PageSink:
     """Return the sink that these capabilities ask for.
 
+    :param cache_bytes: the parameter ``xbzrle-cache-size`` as it is.
     :raises Refused: this channel cannot be one; it has been closed.
     """
+    if capabilities.enabled(Capability.XBZRLE):
+        return XbzrleSink(channel, limiter, counters, cache_bytes)
     if not capabilities.enabled(Capability.MAPPED_RAM):
         return WireSink(channel, limiter, counters)
     return FileSink(check_seekable(channel), limiter, counters)

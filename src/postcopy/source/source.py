@@ -78,8 +78,7 @@ class Source:
         self._switchover: Switchover | None = None
         self._reads_after_both: bool | None = None
         """Whether the destination reads nothing before the second connection is there; None: not known."""
-        self._ran_there = False
-        self._paused_by_user = False
+        self._ran_there = self._paused_by_user = False
 
     # --- called by the monitor, from other threads
 
@@ -143,9 +142,7 @@ class Source:
 
         :raises WrongState: it is not paused, or another recovery has begun.
         """
-        self.error = None
-        self._paused_by_user = False
-        self._clock.ended = 0.0
+        self.error, self._paused_by_user, self._clock.ended = None, False, 0.0
         paused = frozenset({Status.POSTCOPY_PAUSED})
         if not self._progress.move(Status.POSTCOPY_RECOVER_SETUP, only_from=paused):
             raise WrongState("Cannot resume if there is no paused migration")
@@ -211,9 +208,8 @@ class Source:
             self._guest.move(Move.SAVE)
 
     def _set_up(self) -> tuple[Connection, DirtyPages]:
-        address = parse(self._options.uri)
         tracker = self._memory.tracker(self._parameters.x_dirty_tracking)
-        channel = self._connector.connect(address)
+        channel = self._connector.connect(parse(self._options.uri))
         trace("source.connected")
         try:
             blocks = self._memory.blocks()
@@ -264,10 +260,12 @@ class Source:
 
     def _connect(self, channel: Channel, dirty: DirtyPages, *, answered: bool) -> Connection:
         channel.watch(self._parameters.x_link_timeout / 1000)
+        on, cache = self._options.capabilities, lambda: self._parameters.xbzrle_cache_size
+        sink = page_sink_for(channel, on, self._limiter, self._counters, cache)
         self._connection = Connection(
             channel,
             dirty,
-            page_sink_for(channel, self._options.capabilities, self._limiter, self._counters),
+            sink,
             self._counters,
             self._policy,
             self.requests.interrupt,

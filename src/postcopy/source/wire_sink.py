@@ -105,6 +105,10 @@ class PageRecords:
     def __init__(self) -> None:
         self._encoder = PageEncoder(BATCH_PAGES)
 
+    def forget(self) -> None:
+        """Name the next block, whatever it is: something else has written to the channel."""
+        self._encoder.forget()
+
     def encode(
         self, pages: BlockPages, batch: Indices, most: int | None = None
     ) -> Iterator[EncodedPages]:

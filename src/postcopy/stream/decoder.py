@@ -20,6 +20,7 @@ from postcopy.errors import Refused, StreamError
 from postcopy.stream.block_list import EntryForm, read_block_list
 from postcopy.stream.commands import CommandContext, name_command, read_command
 from postcopy.stream.configuration import read_configuration, read_header
+from postcopy.stream.encoded_records import EncodedRamRecords
 from postcopy.stream.layout import DeviceFormats, Expected, Layout, Limits, Receiver
 from postcopy.stream.mapped_ram import CAPABILITY
 from postcopy.stream.numbers import RAM_SECTION_NAME, SectionType
@@ -88,7 +89,7 @@ class Decoder(DecoderInput):
         self._receiver = Receiver(layout, frozenset(ignored_blocks))
         self._commands = CommandContext(self._receiver, self._limits.package_bytes, package)
         self._multifd = multifd
-        self._ram = RamRecords(self._receiver, self._limits)
+        self._ram = EncodedRamRecords(self._receiver, self._limits)
         self._ram_section_id: int | None = None
         self._body = SectionType.PART  # of the RAM section that we are in
         self._advised: PostcopyAdvise | None = None
@@ -210,7 +211,7 @@ class Decoder(DecoderInput):
         return RamBody(kind)
 
     def _read_ram(self) -> Record | None:
-        read = self._ram.read_or_flush if self._multifd else self._ram.read
+        read = self._ram.read_or_flush if self._multifd else self._ram.read_or_delta
         record: Record | None = read(self._reader)
         if record is None:
             self._next(self._end_body, "the footer of a section of ram")

@@ -6,6 +6,7 @@ Source: QEMU's ``migration/xbzrle.c`` and ``migration/ram.c``.
 from typing import Final, NoReturn, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from postcopy.errors import StreamError
 from postcopy.stream.numbers import FLAGS_MASK, HEADER_BYTES, TARGET_PAGE_BYTES, RamFlag
@@ -17,6 +18,32 @@ _ENCODING: Final = 1
 _XBZRLE = int(RamFlag.XBZRLE)
 _CONTINUE = int(RamFlag.CONTINUE)
 _MULTIFD_FLUSH = int(RamFlag.MULTIFD_FLUSH)
+
+
+def encode_delta(changed: npt.NDArray[np.bool_], page: PageRows) -> bytes | None:
+    """What :func:`apply_delta` makes a page of, from its content before.
+
+    :param changed: which bytes differ, shape ``(4096,)``.
+    :param page: its content now, shape ``(4096,)``.
+    :return: ``None``: it would not be shorter than the page.
+    """
+    ends = np.flatnonzero(changed[1:] != changed[:-1]) + 1
+    edges = [*([0] if changed[0] else []), *ends.tolist()]
+    if len(edges) % 2:
+        edges.append(TARGET_PAGE_BYTES)
+    # At least a byte for each number.
+    if int(changed.sum()) + len(edges) >= TARGET_PAGE_BYTES:
+        return None
+    data, pieces, at = page.tobytes(), [], 0
+    for start, end in zip(edges[::2], edges[1::2], strict=True):
+        pieces += [_encode_number(start - at), _encode_number(end - start), data[start:end]]
+        at = end
+    delta = b"".join(pieces)
+    return delta if len(delta) < TARGET_PAGE_BYTES else None
+
+
+def _encode_number(value: int) -> bytes:
+    return bytes((value,)) if value < 0x80 else bytes((value & 0x7F | 0x80, value >> 7))
 
 
 def apply_delta(record: XbzrlePage, page: PageRows) -> None:
@@ -58,6 +85,20 @@ EncodedRecord: TypeAlias = Pages | ZeroPages | XbzrlePage | MultifdFlush
 
 class EncodedRamRecords(RamRecords):
     """The RAM records of a main channel whose source may use ``xbzrle`` or ``multifd``."""
+
+    def read_or_delta(self, reader: StreamBuffer) -> Pages | ZeroPages | XbzrlePage | None:
+        """As :meth:`RamRecords.read`, with deltas."""
+        while True:
+            word = reader.u64()
+            record: Pages | ZeroPages | XbzrlePage | None
+            if word & FLAGS_MASK & ~_CONTINUE == _XBZRLE:
+                record = self._read_delta(reader, word)
+                reader.commit()
+            else:
+                reader.rollback()
+                record = self._read_next(reader)
+            if record is None or not self._dropping:
+                return record
 
     def read_any(self, reader: StreamBuffer) -> EncodedRecord | None:
         """As :meth:`RamRecords.read`, with the other records.

@@ -90,6 +90,8 @@ def are_zero(rows: PageRows, numbers: npt.NDArray[np.integer]) -> npt.NDArray[np
 
 _WORD = struct.Struct(">Q")
 _PAGE, _CONTINUE = int(RamFlag.PAGE), int(RamFlag.CONTINUE)
+_XBZRLE, _XBZRLE_ENCODING = int(RamFlag.XBZRLE), 1
+_DELTA = struct.Struct(">BH")
 
 
 class PageEncoder:
@@ -113,6 +115,10 @@ class PageEncoder:
         self._table = table.reshape(-1, 2)
         self._first_word = self._table[0].copy()
         self._ramp = ramp << np.uint64(TARGET_PAGE_BITS)
+
+    def forget(self) -> None:
+        """Name the next block, whatever it is: another encoder has written to the channel."""
+        self._block = None
 
     def pages(
         self, block: str, offsets: Offsets, source: PageRows, places: Offsets | None = None
@@ -167,6 +173,14 @@ class PageEncoder:
             return [_WORD.pack(word | _CONTINUE), data]
         self._block = block
         return [_WORD.pack(word), encode_name(block), data]
+
+    def delta(self, block: str, offset: int, delta: bytes) -> bytes:
+        """Write what has changed in a page: see :func:`postcopy.stream.encoded_records.encode_delta`."""
+        head = _DELTA.pack(_XBZRLE_ENCODING, len(delta))
+        if block == self._block:
+            return _WORD.pack(offset | _XBZRLE | _CONTINUE) + head + delta
+        self._block = block
+        return _WORD.pack(offset | _XBZRLE) + encode_name(block) + head + delta
 
     def zeros(self, block: str, offsets: Offsets) -> bytes:
         """Write zero pages of a block, in the order of ``offsets``; any number of them.
