@@ -10,6 +10,7 @@ import os
 import hypothesis
 import pytest
 
+from fakes.certificates import Certificates
 from fakes.commands import Running, need_kvm, need_userfaultfd
 from fakes.engine_template import EngineTemplate
 from fakes.huge_pages import reserved
@@ -59,6 +60,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [item for item in items if can_prove(item)]
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory):
+    """A certificate authority, and hosts of it, for the asking."""
+    return Certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="session")
+def tls_host(certificates):
+    """A folder with good certificates for ``localhost``."""
+    return certificates.host()
 
 
 @pytest.fixture(autouse=True)

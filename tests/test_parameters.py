@@ -46,7 +46,6 @@ def test_parameters_are_ours_and_qemus_in_one_table():
         ({"multifd-channels": 0}, "Option multifd-channels expects a value between 1 and 255"),
         ({"x-dirty-tracking": "magic"}, "Parameter 'x-dirty-tracking' does not accept value"),
         ({"mode": "cpr-reboot"}, "'cpr-reboot' of parameter 'mode' is not implemented"),
-        ({"tls-creds": "x"}, "not implemented"),
         ({"max-bandwidth": 1, "no-such": 1}, "Parameter 'no-such' is unexpected"),
     ],
 )

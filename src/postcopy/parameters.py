@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from postcopy.errors import Refused
 from postcopy.parameter_rules import Kind, Rule
+from postcopy.tls_options import TlsOptions
 
 
 class Capability(enum.StrEnum):
@@ -221,10 +222,15 @@ class Parameters:
     cpu_throttle_tailslow: bool = _parameter(
         Kind.BOOLEAN, default=False, help="steps no larger than are needed, by what was written"
     )
-    # A stream that its user thinks is secret must never go out in the clear.
-    tls_creds: str = _parameter(Kind.STRING, "", only=("",))
-    tls_hostname: str = _parameter(Kind.STRING, "")
-    tls_authz: str = _parameter(Kind.STRING, "")
+    tls_creds: str = _parameter(
+        Kind.STRING, "", help="the object with the certificates (`tls-creds-x509`); empty: no TLS"
+    )
+    tls_hostname: str = _parameter(
+        Kind.STRING, "", help="name in the destination's certificate; empty: that of the address"
+    )
+    tls_authz: str = _parameter(
+        Kind.STRING, "", help="the object that says which sources may connect; empty: all of the CA"
+    )
     max_bandwidth: int = _size(
         128 << 20, mebibytes=True, help="most bytes a second before the switchover; 0: no limit"
     )
@@ -347,10 +353,14 @@ NO_OVERRIDES = Overrides()
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Capabilities and parameters of a guest's process, or of one job; immutable, as its parts are."""
+    """Capabilities and parameters of a guest's process, or of one job; immutable, as its parts are.
+
+    :ivar tls: of a job, what the parameters about TLS meant when it began.
+    """
 
     capabilities: Capabilities = field(default_factory=Capabilities)
     parameters: Parameters = field(default_factory=Parameters)
+    tls: TlsOptions | None = None
 
     def enabled(self, capability: Capability) -> bool:
         """Whether it is on."""
@@ -361,9 +371,10 @@ class Settings:
 
         :raises Refused: see :meth:`Capabilities.with_changes` and :meth:`Parameters.with_changes`.
         """
-        return Settings(
-            self.capabilities.with_changes(overrides.capabilities),
-            self.parameters.with_changes(overrides.parameters),
+        return replace(
+            self,
+            capabilities=self.capabilities.with_changes(overrides.capabilities),
+            parameters=self.parameters.with_changes(overrides.parameters),
         )
 
 

@@ -8,6 +8,7 @@ import threading
 from postcopy.errors import Refused, WrongState
 from postcopy.events import EventBus
 from postcopy.guest import Region
+from postcopy.link.guest.user_objects import UserObjects
 from postcopy.machine.dirty_rate import DirtyRate
 from postcopy.machine.vcpu_throttle import DirtyLimit, VcpuThrottle
 from postcopy.monitor.controls import Backend
@@ -82,6 +83,7 @@ class FakeMigration:
         self.breaks = False
         self.recovers = threading.Event()
         self.recovers.set()
+        self.objects = UserObjects()
 
     def set_capabilities(self, changes):
         self.capabilities = self.capabilities.with_changes(changes)

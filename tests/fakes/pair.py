@@ -88,6 +88,7 @@ class Side:
         kind=Machine,
         hang_looks: int = HANG_LOOKS,
     ) -> None:
+        self.incoming = incoming
         self.events: list[Event] = []
         self.failures: list[str] = []
         self.bus = bus = EventBus()
@@ -114,6 +115,13 @@ class Side:
             self.control.set_capabilities(changes)
         if parameters:
             self.control.set_parameters(parameters)
+
+    def use_tls(self, folder: Path, **parameters: object) -> None:
+        """Encrypt the next migration with the certificates in a folder."""
+        endpoint = "server" if self.incoming else "client"
+        arguments = {"dir": str(folder), "endpoint": endpoint}
+        self.control.objects.add("tls-creds-x509", "tls", arguments)
+        self.set(parameters={"tls-creds": "tls", "tls-hostname": "localhost"} | parameters)
 
     @property
     def status(self) -> Status:
@@ -240,6 +248,8 @@ class Journey:
     drive: str | None = None
     back_ends: Sequence[str] = ()
     """Sockets at which a source and a destination, in turn, find the drive, or the network."""
+    tls: Path | None = None
+    """A folder of certificates: all channels are encrypted."""
 
     def __post_init__(self) -> None:
         self.sides: list[Side] = []
@@ -256,6 +266,8 @@ class Journey:
         )
         self.source = self._add(Side(config, hang_looks=self.hang_looks))
         self.source.set(self.capabilities, self.parameters)
+        if self.tls is not None:
+            self.source.use_tls(self.tls)
         self.destination = self.new_destination()
         wait_for_work(self.source.machine, self.workload)
         if self.paused:
@@ -290,6 +302,8 @@ class Journey:
             Side(config, incoming=True, kind=self.kind, hang_looks=self.hang_looks)
         )
         self.destination.set(self.capabilities)
+        if self.tls is not None:
+            self.destination.use_tls(self.tls)
         return self.destination
 
     def migrate(self, uri: str = "tcp:127.0.0.1:0") -> None:

@@ -34,6 +34,8 @@ class Feature(StrEnum):
     PREEMPT = "postcopy with `postcopy-preempt`"
     RECOVERY = "recovery"
     PREEMPT_RECOVERY = "recovery with `postcopy-preempt`"
+    TLS = "precopy with `tls-creds`"
+    TLS_RECOVERY = "postcopy with `tls-creds`, and its recovery"
     SNAPSHOT = "background snapshot, loaded at the other side"
     SAVED = "saved as a stream, loaded later"
     MAPPED = "saved with `mapped-ram`, loaded later"

@@ -8,6 +8,7 @@ import contextlib
 import os
 import random
 
+from fakes.certificates import Certificates
 from fakes.huge_pages import reserved
 from fakes.pair import POSTCOPY, hammer
 from fakes.waiting import wait_until
@@ -40,6 +41,8 @@ MIXED = {
     "parameters": HUGE["parameters"],
 }
 """A block of each page size, and the guest writes to both."""
+TLS = ("tls", "tls-preempt")
+"""The folder of certificates is made for each test."""
 VARIANTS = {
     "plain": {},
     "preempt": PREEMPT,
@@ -48,6 +51,8 @@ VARIANTS = {
     "huge-preempt": HUGE | PREEMPT,
     "mixed": MIXED,
     "mixed-preempt": MIXED | PREEMPT,
+    "tls": {},
+    "tls-preempt": PREEMPT,
 }
 _SMALL = ("plain", "preempt", "drive")
 TURNS = (*_SMALL, "mixed", "huge", *_SMALL, "mixed-preempt", "huge-preempt")
@@ -63,6 +68,12 @@ def tests():
     first = int(os.environ.get("POSTCOPY_SEED", "1"))
     count = -(-faults() // PER_TEST)
     return [(seed, variant_of(seed)) for seed in range(first, first + count)]
+
+
+def tls_tests():
+    """As :func:`tests`, a fifth of them: what differs is how the channels break."""
+    found = tests()
+    return [(seed, TLS[seed % 2]) for seed, _ in found[: -(-len(found) // 5)]]
 
 
 def variant_of(seed):
@@ -99,6 +110,8 @@ def _storm(one, journey, folder, rng, variant):
         here.mkdir()
         drive = make_disk(here / "disk") if variant == "drive" else None
         made = {"parameters": WITH_ROUNDS, "drive": drive} | VARIANTS[variant]
+        if variant in TLS:
+            made["tls"] = Certificates(here / "certificates").host()
         trip = broken_journey(journey, **made)
         with contextlib.closing(trip), Recovering(trip, here) as broken:
             left -= one(rng, broken, min(left, MOST_BREAKS))

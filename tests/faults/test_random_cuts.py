@@ -10,3 +10,9 @@ def test_random_cuts(journey, tmp_path, seed, variant):
     storm.say_how_to_repeat(seed)
     with storm.host_pages(variant):
         storm.cuts(journey, tmp_path, seed, variant)
+
+
+@pytest.mark.parametrize(("seed", "variant"), storm.tls_tests())
+def test_random_cuts_with_tls(journey, tmp_path, seed, variant):
+    storm.say_how_to_repeat(seed)
+    storm.cuts(journey, tmp_path, seed, variant)

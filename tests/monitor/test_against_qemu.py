@@ -318,8 +318,6 @@ def test_parameters_accept_and_refuse_the_same(both):
     ours, theirs = both
     names = [n for n in Parameters().to_qapi() if n not in OURS]
     for name, value in itertools.product(names, VALUES):
-        if name == "tls-creds" and isinstance(value, str):
-            continue  # refused: we have no TLS
         request = {"execute": "migrate-set-parameters", "arguments": {name: value}}
         assert ours.ask(request) == theirs.ask(request), request
     answer = ours.execute("query-migrate-parameters")["return"]
@@ -334,7 +332,7 @@ HMP_VALUES = ["nope", "-1", "5", "0x10", "1.5", "1.5M", "0.5k", "300000", "99999
 
 def test_human_parameters(both):
     ours, theirs = both
-    names = [n for n in Parameters().to_qapi() if n not in {*OURS, "tls-creds"}]
+    names = [n for n in Parameters().to_qapi() if n not in OURS]
     for name, value in itertools.product([*names, "foo"], HMP_VALUES):
         line = f"migrate_set_parameter {name} {value}"
         assert ours.human(line) == theirs.human(line), line

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from postcopy.errors import Refused
 from postcopy.sizes import OutOfRange, parse_size
+from postcopy.tls_options import TlsOptions
 
 SUN_PATH_BYTES = 108
 """Room for a Unix socket's path and its closing zero, see unix(7)."""
@@ -222,6 +223,24 @@ def bound_uri(uri: str, addresses: Sequence[Mapping[str, object]]) -> str:
     if addresses and addresses[0].get("type") == "inet":
         return f"tcp:{addresses[0]['host']}:{addresses[0]['port']}"
     return uri
+
+
+def check_tls_address(tls: TlsOptions, address: Address) -> None:
+    """Refuse an address over which nothing would be encrypted, or to which no certificate can belong.
+
+    :raises Refused: it is such an address.
+    """
+    if not isinstance(address, TcpAddress | UnixAddress | FdAddress):
+        raise Refused(
+            f"tls-creds is set, and {address} cannot be encrypted; use tcp:, unix: or fd:, or clear "
+            "tls-creds"
+        )
+    is_named = isinstance(address, TcpAddress) or tls.hostname or not tls.verify_peer
+    if not tls.is_server and not is_named:
+        raise Refused(
+            f"{address} has no host name to check the destination's certificate against; set "
+            "tls-hostname"
+        )
 
 
 class SocketPath:

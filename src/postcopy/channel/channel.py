@@ -57,6 +57,11 @@ class Channel(abc.ABC):
         """Whether what is sent is stored until it is read: no machine runs it by itself."""
         return False
 
+    @property
+    def encrypted(self) -> bool:
+        """Whether only the peer can read what is sent (TLS)."""
+        return False
+
     def wait_for_room(self) -> None:  # noqa: B027  only a pipe needs it
         """Wait until a byte can be sent without a wait, as long as there is one sender.
 
@@ -144,6 +149,13 @@ class Channel(abc.ABC):
                 raise self._broken(None)
             self.received_bytes += n_received
             return n_received
+
+    def receive_ready_into(self, view: memoryview) -> int | None:
+        """As :meth:`receive_into`, once one of :attr:`input_fds` is readable.
+
+        :return: None: nothing has come after all, which only an encrypted channel may find.
+        """
+        return self.receive_into(view)
 
     def shutdown(self) -> None:
         """Break the channel: threads that wait in ``send`` or ``receive_into`` raise.

@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from postcopy.channel.address import Address, FdAddress, parse
+from postcopy.channel.address import Address, FdAddress, FileAddress, parse
 from postcopy.errors import Refused, WrongState
 
 
@@ -117,3 +117,10 @@ def received_uri(uri: str, fds: Sequence[int]) -> str:
             f"what '{uri}' was has gone with the engine process that had it; use another address"
         )
     return f"fd:{fds[0]}" if fds else uri
+
+
+def answers(address: Address) -> bool:
+    """Whether something can come back from there."""
+    if isinstance(address, FdAddress):
+        return can_answer(address.number)
+    return not isinstance(address, FileAddress)

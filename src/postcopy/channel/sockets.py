@@ -43,6 +43,12 @@ class SocketChannel(Channel):
         """The socket's descriptor."""
         return self._socket.fileno()
 
+    def detach(self) -> socket.socket:
+        """Give the socket away; this channel is closed then, and the socket is not."""
+        with self._sending, self._receiving, self._ending:
+            self._closed = True
+            return socket.socket(fileno=self._socket.detach())
+
     def bound_buffers(self, n_bytes: int) -> None:
         """See :meth:`Channel.bound_buffers`; the kernel doubles it for its own book-keeping.
 

@@ -231,6 +231,24 @@ DRIVE: Final = (
         help="A vhost-user back end as the guest's network device, in place of a disk.",
     ),
 )
+TLS: Final = click.option(
+    "--tls", metavar="DIR", help="Encrypt with the certificates there; see 'postcopy tls init'."
+)
+TLS_HOSTNAME: Final = click.option(
+    "--tls-hostname",
+    metavar="NAME",
+    help="With --tls: the name in the destination's certificate; default: that of the URI.",
+)
+OBJECTS: Final = (
+    TLS,
+    click.option(
+        "--object",
+        "objects",
+        multiple=True,
+        metavar="tls-creds-x509,id=NAME,dir=DIR,endpoint=client|server|...",
+        help="An object, as QEMU's --object makes it.",
+    ),
+)
 MONITORS: Final = (
     click.option("--paused", "-S", is_flag=True, help="Do not run before 'cont'."),
     click.option(

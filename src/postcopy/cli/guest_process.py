@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from postcopy.cli import tls
 from postcopy.cli.failures import DONE, FAILED
 from postcopy.cli.process import notice
 from postcopy.cli.run_settings import DEFER, NONE, STDIO, RunSettings
@@ -136,6 +137,8 @@ class GuestProcess:
         )
         self._cleanup.callback(control.kill_engines)
         self._cleanup.callback(_try, control.close)
+        if settings.restore is None:
+            tls.set_up(control, settings)
         machine.start(paused=settings.paused, incoming=incoming)
         if settings.restore is not None:
             self._restore(control, settings.restore)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from postcopy.cli.command_line import PostcopyTime, Seconds, Size, Time
+from postcopy.cli.command_line import TLS, TLS_HOSTNAME, PostcopyTime, Seconds, Size, Time
 from postcopy.cli.failures import CommandFailed
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     show_default=True,
     help="With --within: what to do if it does not; force stops the guest for as long as the rest takes.",
 )
+@TLS
+@TLS_HOSTNAME
 @click.option("--timeout", type=Seconds(), metavar="S")
 @click.option(
     "--auto-recover",
@@ -59,7 +61,7 @@ def migrate(**options: Any) -> None:
     """Migrate the guest of one machine to URI, such as tcp:HOST:PORT or unix:PATH.
 
     Ctrl-C cancels before the switchover.  With --to the command sets the destination's capabilities, makes
-    it listen, and reports how long its vCPUs waited for pages.
+    it listen, and reports how long its vCPUs waited for pages.  DIR of --tls is a folder of both hosts.
     """
     from postcopy.cli import interrupts
 
@@ -112,6 +114,8 @@ async def _migrate(
                     bandwidth=options["bandwidth"],
                     downtime_limit_ms=options["downtime_limit"],
                     auto_recover=options["auto_recover"],
+                    tls=options["tls"],
+                    tls_hostname=options["tls_hostname"],
                 )
         except TimeoutError:
             raise CommandFailed(

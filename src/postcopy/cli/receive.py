@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from postcopy.cli.command_line import form_of_image
+from postcopy.cli.command_line import TLS, form_of_image
 
 if TYPE_CHECKING:
     from postcopy.cli.progress_view import View
@@ -27,9 +27,16 @@ _RECEIVED: Final = 0.95
 @click.argument("uri")
 @click.argument("image", type=click.Path(path_type=Path))
 @form_of_image
+@TLS
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def receive(
-    uri: str, image: Path, form: "Form", compress: str | None, parent: Path | None, as_json: bool
+    uri: str,
+    image: Path,
+    form: "Form",
+    compress: str | None,
+    parent: Path | None,
+    tls: str | None,
+    as_json: bool,
 ) -> None:
     """Wait at URI for a migration, and make an image of what arrives, with its manifest.
 
@@ -45,20 +52,26 @@ def receive(
     from postcopy.image.options import ImageOptions
 
     wanted = ImageOptions(form, compress is not None, parent and parent.absolute())
-    interrupts.run(_receive(uri, image, wanted, as_json=as_json))
+    interrupts.run(_receive(uri, image, wanted, tls, as_json=as_json))
 
 
-async def _receive(uri: str, image: Path, wanted: "ImageOptions", *, as_json: bool) -> None:
+async def _receive(
+    uri: str, image: Path, wanted: "ImageOptions", tls: str | None, *, as_json: bool
+) -> None:
     from postcopy.channel.address import bound_uri, parse
     from postcopy.channel.listen import Listener
+    from postcopy.channel.tls_listener import TlsListener
     from postcopy.cli import progress_view
+    from postcopy.cli.tls import options_of
     from postcopy.errors import PostcopyError
     from postcopy.image.publish import check_free
     from postcopy.receive.receiver import Receiver
 
     check_free(image.absolute())
     view = progress_view.choose(as_json=as_json)
-    with Listener(parse(uri)) as listener:
+    options, address = options_of(tls, server=True, hostname=None), parse(uri)
+    made = Listener(address) if options is None else TlsListener(address, options, view.note)
+    with made as listener:
         receiver = Receiver(listener, image, view.note, wanted)
         try:
             with view, _on_end(receiver.cancel):

@@ -6,7 +6,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from postcopy.cli.command_line import ACCELERATION, DRIVE, MONITORS, Number, Size, options
+from postcopy.cli.command_line import ACCELERATION, DRIVE, MONITORS, OBJECTS, Number, Size, options
 
 _WORKLOADS = (
     "disk",
@@ -46,6 +46,7 @@ _FOR_QEMU = ("preempt", "bandwidth", "count", "on_running", "overlay_dir", "ephe
 @click.option("--smp", type=click.IntRange(1), default=1, show_default=True, help="vCPUs.")
 @options(ACCELERATION)
 @options(DRIVE)
+@options(OBJECTS)
 @click.option("--incoming", metavar="URI|defer", help="Wait for a guest at this URI.")
 @options(MONITORS)
 @click.pass_context

@@ -37,6 +37,8 @@ class RunSettings:
     :param monitors: addresses of HMP monitors; ``stdio`` at most once.
     :param qmps: addresses of QMP monitors.
     :param serial: ``stdio``, ``none`` or ``file:PATH``.
+    :param objects: as QEMU's ``--object`` writes them.
+    :param tls: a folder of certificates, with which migrations are encrypted.
     :param restore: the image from which the guest runs, in place of ``incoming``.
     """
 
@@ -48,6 +50,8 @@ class RunSettings:
     name: str | None
     serial: str
     restore: RestoreOptions | None = None
+    objects: tuple[str, ...] = ()
+    tls: str | None = None
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Self:
@@ -63,6 +67,8 @@ class RunSettings:
             qmps=tuple(place for place in options["qmps"] if place != NONE),
             name=options["name"],
             serial=options["serial"],
+            objects=tuple(options["objects"]),
+            tls=options["tls"],
         )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from postcopy.cli.command_line import Size
+from postcopy.cli.command_line import TLS, TLS_HOSTNAME, Size
 
 
 @click.command(short_help="Wake a saved guest in a waiting QEMU before its memory is there.")
@@ -21,6 +21,8 @@ from postcopy.cli.command_line import Size
     metavar="BLOCK=SIZE",
     help="A RAM block that has huge pages there.",
 )
+@TLS
+@TLS_HOSTNAME
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def serve(**options: Any) -> None:
     """Serve the image PATH to the machine that waits at URI, such as tcp:HOST:PORT or unix:PATH.
@@ -43,12 +45,15 @@ async def _serve(
     preempt: bool,
     bandwidth: int | None,
     page_sizes: tuple[str, ...],
+    tls: str | None,
+    tls_hostname: str | None,
     as_json: bool,
 ) -> None:
     import asyncio
     import contextlib
 
     from postcopy.cli import interrupts
+    from postcopy.cli.tls import options_of
     from postcopy.lazy_restore.restore_image import RestoreImage
     from postcopy.serve.server import ImageServer, ServeOptions
 
@@ -56,6 +61,7 @@ async def _serve(
         preempt=preempt,
         bandwidth=bandwidth or 0,
         page_sizes=dict(map(_page_size, page_sizes)),
+        tls=options_of(tls, server=False, hostname=tls_hostname),
     )
     with contextlib.closing(RestoreImage(path)) as opened:
         server = ImageServer(opened, options)

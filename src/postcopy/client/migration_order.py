@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final, TypedDict
 
 from postcopy.client.deadline import Deadline
@@ -23,6 +25,8 @@ class MigrateOptions(TypedDict, total=False):
 
     ``auto_recover``: recover a broken postcopy automatically, for so many seconds after each break.
     ``deadline``: when it is to have ended, and what is done otherwise.
+    ``tls``: a folder of certificates of both hosts, with which the channels are encrypted.
+    ``tls_hostname``: the name in the destination's certificate, where it is not that of the URI.
     ``capabilities``, ``parameters``: by QEMU's names, in addition to those that the migration needs.
     """
 
@@ -33,6 +37,8 @@ class MigrateOptions(TypedDict, total=False):
     downtime_limit_ms: int | None
     capabilities: Mapping[str, bool]
     parameters: Mapping[str, Any]
+    tls: str | None
+    tls_hostname: str | None
 
 
 async def listens(machine: QmpConnection) -> bool:
@@ -72,6 +78,8 @@ class MigrationOrder:
         self._destination = destination
         self._options = options
         self._borrowed: list[BorrowedSettings] = []
+        self._credentials: list[QmpConnection] = []  # the machines that have ours
+        self._credentials_name = f"postcopy-{os.urandom(4).hex()}"
         self.uri = uri
         self.notes: list[str] = []
 
@@ -94,6 +102,10 @@ class MigrationOrder:
         """Restore the settings of both sides; harmless when done."""
         for borrowed in self._borrowed:
             await borrowed.put_back()
+        machines, self._credentials = self._credentials, []
+        for machine in machines:
+            with contextlib.suppress(PostcopyError):  # it is gone, or has ended
+                await machine.execute("object-del", {"id": self._credentials_name})
 
     def _may_go_over(self) -> bool:
         deadline = self._options.get("deadline")
@@ -117,7 +129,11 @@ class MigrationOrder:
         needs = replace(
             needs,
             capabilities={**needs.capabilities, **self._options.get("capabilities", {})},
-            parameters={**own, **self._options.get("parameters", {})},
+            parameters={
+                **own,
+                **await self._tls_of(machine),
+                **self._options.get("parameters", {}),
+            },
         )
         on = await capabilities_of(machine)
         self.notes += needs.notes(on, machine.address)
@@ -125,6 +141,24 @@ class MigrationOrder:
             limits = {} if destination else await machine.execute("query-migrate-parameters")
             self.notes += needs.counting(on, limits, machine.address)
         return needs
+
+    async def _tls_of(self, machine: QmpConnection) -> Mapping[str, Any]:
+        """Give the machine its credentials; return the parameters that use them."""
+        folder = self._options.get("tls")
+        if folder is None:
+            return {}
+        destination = machine is self._destination
+        arguments = {
+            "qom-type": "tls-creds-x509",
+            "id": self._credentials_name,
+            "dir": str(Path(folder).absolute()),
+            "endpoint": "server" if destination else "client",
+            "verify-peer": True,
+        }
+        await machine.execute("object-add", arguments)
+        self._credentials.append(machine)
+        hostname = "" if destination else self._options.get("tls_hostname") or ""
+        return {"tls-creds": self._credentials_name, "tls-hostname": hostname}
 
     async def _borrow(self, machine: QmpConnection, needs: OrderSettings) -> BorrowedSettings:
         borrowed = await BorrowedSettings.take(machine, needs)

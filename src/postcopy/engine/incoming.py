@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from postcopy.channel.address import parse
+from postcopy.channel.address import Address, parse
 from postcopy.channel.descriptor_check import received_uri
 from postcopy.channel.listen import Listener
 from postcopy.destination.destination import Destination
@@ -14,6 +14,7 @@ from postcopy.link.values import Fd
 from postcopy.machine.device_formats import FORMATS
 from postcopy.parameters import Settings
 from postcopy.status import Status
+from postcopy.tls_options import TlsOptions
 
 _LOOK_S = 0.05
 
@@ -23,6 +24,7 @@ class Incoming(IncomingCommands):
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._tls: TlsOptions | None = None
 
     def prepare_destination(self) -> None:
         ram = self._engine.take_ram()
@@ -31,10 +33,18 @@ class Incoming(IncomingCommands):
         populating.start()
 
     def listen(self, uri: str, settings: Settings, fds: Sequence[Fd] = ()) -> Addresses:
-        listener = Listener(parse(received_uri(uri, fds)))
+        self._tls = settings.tls
+        listener = self._listener(parse(received_uri(uri, fds)))
         if self._engine.populating is None:
             self.prepare_destination()
         return self._make(listener, settings)
+
+    def _listener(self, address: Address) -> Listener:
+        if self._tls is None:
+            return Listener(address)
+        from postcopy.channel.tls_listener import TlsListener  # `ssl` takes long to import
+
+        return TlsListener(address, self._tls)
 
     def _make(self, listener: Listener, settings: Settings) -> Addresses:
         engine = self._engine
@@ -65,7 +75,7 @@ class Incoming(IncomingCommands):
         self._destination.stop_waiting()
         while not self._engine.join(_LOOK_S):
             self._engine.check_paused()  # the source may have come back that very moment
-        listener = Listener(address)
+        listener = self._listener(address)
         self._recover_at(listener)
         return listener.described()
 
@@ -76,7 +86,8 @@ class Incoming(IncomingCommands):
     def adopt_destination(self, uri: str, settings: Settings, fds: Sequence[Fd] = ()) -> Addresses:
         self._engine.take_over(Status.POSTCOPY_PAUSED)
         self._engine.populating = Populating(self._engine.guest(), self._engine.take_ram(), 0)
-        listener = Listener(parse(received_uri(uri, fds)))
+        self._tls = settings.tls
+        listener = self._listener(parse(received_uri(uri, fds)))
         addresses = self._make(listener, settings)
         self._destination.adopt()
         self._recover_at(listener)

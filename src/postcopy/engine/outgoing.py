@@ -54,6 +54,7 @@ class Outgoing(OutgoingCommands):
             settings.parameters,
             self._engine.progress,
             self._describing(settings.capabilities),
+            settings.tls,
         )
 
     def _make_source(self, uri: str, settings: Settings) -> None:
@@ -61,7 +62,7 @@ class Outgoing(OutgoingCommands):
         source = Source(
             guest,
             GuestMemory(guest),
-            MigrationOptions(uri, settings.capabilities),
+            MigrationOptions(uri, settings.capabilities, tls=settings.tls),
             settings.parameters,
             self._engine.progress,
             self._describing(settings.capabilities),

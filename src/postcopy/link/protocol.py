@@ -26,6 +26,7 @@ from postcopy.parameters import Capabilities, Capability, Parameters, Settings
 from postcopy.restore_options import RestoreOptions
 from postcopy.statistics import Measured, MemoryMap, MigrationInfo, RamStatistics, XbzrleStatistics
 from postcopy.status import Status
+from postcopy.tls_options import Authorization, AuthorizationRule, TlsOptions
 
 BEAT_S: Final = 0.5
 """How often an engine says that it lives."""
@@ -258,6 +259,8 @@ class ResetCommands(Protocol):
 CODEC: Final = Codec(
     (
         AddressSpace,
+        Authorization,
+        AuthorizationRule,
         Capabilities,
         Capability,
         Description,
@@ -276,6 +279,7 @@ CODEC: Final = Codec(
         RestoreOptions,
         Settings,
         Status,
+        TlsOptions,
         VcpuThread,
     )
 )

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
-from postcopy.monitor import hmp_info, hmp_values, memory_dump, version
+from postcopy.monitor import hmp_info, hmp_values, memory_dump, objects, version
 from postcopy.monitor.addresses import CHANNELS, uri_of_call
 from postcopy.monitor.argument_types import (
     Arguments,
@@ -259,6 +259,7 @@ TABLE = (
         lambda b, _: b.migration.parameters.to_qapi(), human=Human(show=hmp_info.parameters),
     ),
     *RATES,
+    *objects.COMMANDS,
     Command("stop", "stop the guest", lambda b, _: b.machine.stop(), human=Human("stop|s")),
     Command("cont", "let the guest run", lambda b, _: b.machine.cont(), human=Human("cont|c")),
     Command(

@@ -106,12 +106,32 @@ class ResetControl(Protocol):
         """
 
 
+class ObjectControl(Protocol):
+    """What ``object-add`` has made."""
+
+    def add(self, kind: str, name: str, properties: Mapping[str, Any]) -> None:
+        """Make an object.
+
+        :raises Refused: it cannot be made, or the name is taken.
+        """
+
+    def remove(self, name: str) -> None:
+        """Forget one.
+
+        :raises Refused: there is none of this name.
+        """
+
+
 class MigrationControl(Protocol):
     """The migration subsystem of one guest, in both directions."""
 
     @property
     def resetting(self) -> ResetControl:
         """Its reset point."""
+
+    @property
+    def objects(self) -> ObjectControl:
+        """The objects of its user."""
 
     @property
     def capabilities(self) -> Capabilities:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from postcopy.channel.address import FileAddress, parse
+from postcopy.channel.address import FileAddress, check_tls_address, parse
 from postcopy.errors import ImageError, MigrationFailed, NeedsRecovery, PostcopyError, Refused
 from postcopy.lazy_restore.restore_image import RestoreImage
 from postcopy.parameters import Capabilities, Capability, Parameters
@@ -11,6 +11,7 @@ from postcopy.serve.saved_guest import SavedGuest
 from postcopy.source.source import MigrationOptions, Source
 from postcopy.statistics import MigrationInfo
 from postcopy.status import AFTER_SWITCHOVER, Status, StatusMachine
+from postcopy.tls_options import TlsOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +22,14 @@ class ServeOptions:
     :ivar preempt: requested pages have a connection of their own (``postcopy-preempt``).
     :ivar bandwidth: limit of the push, in bytes a second; 0: none.  Requested pages are not limited.
     :ivar page_sizes: in bytes, of blocks of huge pages at the destination.
+    :ivar tls: encrypt with this; None: not at all.
     """
 
     lazy: bool = True
     preempt: bool = False
     bandwidth: int = 0
     page_sizes: Mapping[str, int] = field(default_factory=dict)
+    tls: TlsOptions | None = None
 
 
 class ImageServer:
@@ -51,6 +54,7 @@ class ImageServer:
         self._opened = opened
         self._guest = SavedGuest(opened, options.page_sizes)
         self._lazy = options.lazy
+        self._tls = options.tls
         self.capabilities = _capabilities(options)
         self._parameters = Parameters(
             max_bandwidth=options.bandwidth, max_postcopy_bandwidth=options.bandwidth
@@ -86,7 +90,7 @@ class ImageServer:
         :raises MigrationFailed: the guest does not run there, and may be served to another.
         :raises ImageError: a page of the image cannot be had; no wrong one has been sent.
         """
-        _check(uri)
+        _check(uri, self._tls)
         self._progress.move(Status.SETUP)
         self._source = source = self._make(uri)
         if self._lazy:
@@ -99,7 +103,7 @@ class ImageServer:
 
         Errors are those of :meth:`serve`.
         """
-        _check(uri)
+        _check(uri, self._tls)
         if self._source is None or self.status is not Status.POSTCOPY_PAUSED:
             self._progress = StatusMachine(self._on_status, Status.POSTCOPY_PAUSED)
             self._source = self._make(uri)
@@ -121,7 +125,7 @@ class ImageServer:
         return Source(
             self._guest,
             self._guest,
-            MigrationOptions(uri, self.capabilities, self._guest.ours_only),
+            MigrationOptions(uri, self.capabilities, self._guest.ours_only, self._tls),
             self._parameters,
             self._progress,
             lambda _: self._opened.image.description or "{}",
@@ -151,6 +155,8 @@ def _capabilities(options: ServeOptions) -> Capabilities:
     return Capabilities(frozenset({Capability.POSTCOPY_RAM} | preempt))
 
 
-def _check(uri: str) -> None:
+def _check(uri: str, tls: TlsOptions | None) -> None:
+    if tls is not None:
+        check_tls_address(tls, parse(uri))
     if isinstance(parse(uri), FileAddress):
         raise Refused(f"a destination cannot answer at '{uri}'; give tcp:HOST:PORT or unix:PATH")

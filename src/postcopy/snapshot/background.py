@@ -34,6 +34,7 @@ from postcopy.statistics import Measured, MigrationInfo
 from postcopy.status import Status, StatusMachine
 from postcopy.stream import encoder
 from postcopy.stream.encoder import stream_header
+from postcopy.tls_options import TlsOptions
 from postcopy.trace import trace
 
 UNLIMITED = 0
@@ -51,6 +52,7 @@ class BackgroundSnapshot:
         parameters: Parameters,
         progress: StatusMachine,
         describe_devices: Callable[[Sequence[DeviceState]], str],
+        tls: TlsOptions | None = None,
     ) -> None:
         self._guest = guest
         self._address = parse(uri)
@@ -61,7 +63,7 @@ class BackgroundSnapshot:
         self._progress = progress
         self._describe_devices = describe_devices
         self.requests = UserRequests()
-        self._connector = Connector(self.requests)
+        self._connector = Connector(self.requests, tls)
         self.error: PostcopyError | None = None
         self._counters = Counters()
         self._clock = StageTimes()

@@ -18,6 +18,7 @@ from postcopy.stream.commands import encode_command
 from postcopy.stream.layout import BlockLayout
 from postcopy.stream.pings import (
     ALL_SENT_PING,
+    HEADER_PING,
     IDENTITY_PING,
     KEEPALIVE_PING,
     PREEMPT_CHECK_PINGS,
@@ -90,6 +91,16 @@ class Connection:
         """The return path of a connection that must have one."""
         assert self.return_path is not None
         return self.return_path
+
+    def wait_until_let_in(self) -> None:
+        """Wait until an encrypted destination has answered, if it can, after the header has been sent.
+
+        In TLS 1.3 it may refuse this side's certificate after this side's handshake has ended.
+
+        :raises ChannelBroken: it has closed the connection.
+        """
+        if self.channel.encrypted and self.return_path is not None:
+            self.return_path.wait_pong(HEADER_PING)
 
     # --- the second connection
 

@@ -4,22 +4,25 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from postcopy.channel.address import Address, ExecAddress
+from postcopy.channel.address import Address, ExecAddress, TcpAddress
 from postcopy.channel.channel import Channel
 from postcopy.channel.connect import connect
 from postcopy.errors import ChannelBroken, MigrationCancelled, Refused
 from postcopy.kernel import threads
 from postcopy.source.user_requests import UserRequests
+from postcopy.tls_options import TlsOptions
 
 
 class Connector:
     """Opens channels, for one thread; :meth:`leave` is for any.
 
     :param requests: of the user.
+    :param tls: encrypt each channel with this; None: none.
     """
 
-    def __init__(self, requests: UserRequests) -> None:
+    def __init__(self, requests: UserRequests, tls: TlsOptions | None = None) -> None:
         self._requests = requests
+        self._tls = tls
         self._starting = threading.Lock()
         # Under the lock: the command that has been started last, and whether none may be any more.
         self._command: Channel | None = None
@@ -30,7 +33,7 @@ class Connector:
 
         :param in_vain: whether the channel is not needed any more; a change of it sets
             ``requests.interrupt``.
-        :raises CannotConnect: the destination does not listen.
+        :raises CannotConnect: the destination does not listen, or is refused, or refuses this side.
         :raises MigrationCancelled: by the user; a channel that is opened later is closed.
         :raises ChannelBroken: ``in_vain`` is true.
         :raises HostCannot: no thread can be started.
@@ -57,7 +60,7 @@ class Connector:
         """The thread ``connect`` opens it: the kernel may try for minutes to reach a host."""
         made: Future[Channel] = Future()
         made.add_done_callback(lambda _: self._requests.interrupt.set())
-        arguments = (address, made)
+        arguments = (address, self._tls, made)
         threads.start(
             threading.Thread(target=_connect, args=arguments, name="connect", daemon=True)
         )
@@ -86,11 +89,19 @@ def check_answers(channel: Channel) -> None:
         )
 
 
-def _connect(address: Address, made: "Future[Channel]") -> None:
+def _connect(address: Address, tls: TlsOptions | None, made: "Future[Channel]") -> None:
     try:
-        made.set_result(connect(address))
+        channel = connect(address)
+        made.set_result(channel if tls is None else _secured(channel, address, tls))
     except BaseException as error:
         made.set_exception(error)
+
+
+def _secured(channel: Channel, address: Address, tls: TlsOptions) -> Channel:
+    from postcopy.channel.tls_channel import secure  # `ssl` takes long to import
+
+    host = address.endpoint[0] if isinstance(address, TcpAddress) else ""
+    return secure(channel, tls, host)
 
 
 def _close(made: "Future[Channel]") -> None:

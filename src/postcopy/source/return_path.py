@@ -186,7 +186,10 @@ class ReturnPath:
             raise self._failure
         if self._shut is not None:
             return False
-        if not (count := self._channel.receive_into(self._decoder.buffer())):
+        count = self._channel.receive_ready_into(self._decoder.buffer())
+        if count is None:
+            return True
+        if not count:
             return False
         self._decoder.received(count)
         while (message := self._decoder.next_message()) is not None:

@@ -32,6 +32,7 @@ from postcopy.status import GIVEN_UP, Status, StatusMachine
 from postcopy.stream import encoder
 from postcopy.stream.encoder import stream_header
 from postcopy.stream.pings import HEADER_PING, PACKAGE_PING
+from postcopy.tls_options import TlsOptions
 from postcopy.trace import trace
 
 
@@ -43,6 +44,7 @@ class MigrationOptions:
     capabilities: Capabilities
     ours_only: frozenset[str] = OURS_ONLY
     """Device sections that a real QEMU would refuse."""
+    tls: TlsOptions | None = None
 
 
 class Source:
@@ -66,7 +68,7 @@ class Source:
         self._describe_devices = describe_devices
         self._on_pass = on_pass
         self.requests = UserRequests()
-        self._connector = Connector(self.requests)
+        self._connector = Connector(self.requests, options.tls)
         self._preempt = options.capabilities.enabled(Capability.POSTCOPY_PREEMPT)
         self.error: PostcopyError | None = None
         self._counters, self._clock = Counters(), StageTimes()
@@ -225,10 +227,10 @@ class Source:
         answered = connection.return_path is not None
         capabilities = self._options.capabilities
         page_sizes = [block.page_size_bytes for block in blocks]
-        channel.send(
-            stream_header(self._guest.machine_name, page_sizes, capabilities, answered=answered)
-        )
+        name = self._guest.machine_name
+        channel.send(stream_header(name, page_sizes, capabilities, answered=answered))
         self._open_preempt_if_awaited(connection, self._options.uri)
+        connection.wait_until_let_in()
         connection.sender.begin(blocks, postcopy=postcopy)
         dirty.start()
         self._on_pass(dirty.syncs)

@@ -14,6 +14,7 @@ from postcopy.stream.numbers import (
     LONGEST_NAME,
     MAGIC,
     RETIRED_VERSION,
+    TLS_HANDSHAKE,
     VALIDATED_CAPABILITIES,
     VERSION,
     SectionType,
@@ -68,7 +69,13 @@ def read_header(reader: StreamBuffer) -> None:
 
     :raises StreamError: it is something else, or another version.
     """
-    if reader.u32() != MAGIC:
+    magic = reader.u32()
+    if magic >> 16 == TLS_HANDSHAKE:
+        reader.fail(
+            "Not a migration stream: the source speaks TLS; set tls-creds here too, or clear it there",
+            4,
+        )
+    if magic != MAGIC:
         reader.fail("Not a migration stream", 4)
     version = reader.u32()
     if version == RETIRED_VERSION:

@@ -120,3 +120,8 @@ def refuse_flags(reader: "StreamBuffer", flags: int) -> NoReturn:
         if flags & ~RamFlag.CONTINUE == flag:
             reader.fail(message, HEADER_BYTES)
     reader.fail(f"Unknown combination of migration flags: {flags:#x}", HEADER_BYTES)
+
+
+TLS_HANDSHAKE = 0x1603
+TLS_ALERT = 0x1503
+"""How a record of TLS begins (RFC 8446): what a peer that is set otherwise sends."""

@@ -18,6 +18,8 @@ from postcopy.stream.numbers import (
     LONGEST_RETURN_PAYLOAD,
     RESUME_ACK_VALUE,
     TARGET_PAGE_BYTES,
+    TLS_ALERT,
+    TLS_HANDSHAKE,
     ReturnPathType,
 )
 from postcopy.stream.reader import DecoderInput, Incomplete
@@ -149,6 +151,11 @@ class ReturnPathDecoder(DecoderInput):
     def _read_head(self) -> tuple[ReturnPathType, int]:
         reader = self._reader
         number, length = divmod(reader.u32(), 1 << 16)
+        if number in {TLS_ALERT, TLS_HANDSHAKE}:
+            reader.fail(
+                "RP: the destination speaks TLS; set tls-creds here too, or clear it there",
+                _HEAD_BYTES,
+            )
         if number == ReturnPathType.INVALID or number > _LAST_TYPE:
             reader.fail(
                 f"RP: Received invalid message {number:#06x} length {length:#06x}", _HEAD_BYTES

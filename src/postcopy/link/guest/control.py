@@ -6,6 +6,7 @@ It checks what may be asked when, and hands each order to the job that it is abo
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 from postcopy.channel.address import parse
 from postcopy.channel.descriptor_check import Use, descriptors_for
@@ -83,6 +84,7 @@ class MigrationControl:
         )
         self._lock = state.lock
         self._maps = MemoryMaps(state)
+        self.objects = state.objects
         state.shown = (IncomingMigration if incoming else OutgoingMigration)(state, self.settings)
         check, complete = self._check_can_start, self._complete_restore
         self.resetting = Resetting(guest, self._keeper, pool, self._lock, check, complete)
@@ -133,7 +135,7 @@ class MigrationControl:
             def switched(before: Settings) -> Settings:
                 changed = before.capabilities.with_changes(changes, incoming_started=started)
                 check_host(changed, self._guest, awaits=state.awaits)
-                return Settings(changed, before.parameters)
+                return replace(before, capabilities=changed)
 
             _change_all([job, self] if job.busy else [self], switched)
             if state.listening:
@@ -213,7 +215,9 @@ class MigrationControl:
     ) -> None:
         parse(uri)  # refused before anything is done
         with self._expecting(exit_on_error, "migrate-incoming", uri) as link:
-            job = IncomingMigration(self._state, self.settings.overridden(overrides), uri)
+            settings = self.settings.overridden(overrides)
+            tls = self.objects.tls(settings.parameters, incoming=True)
+            job = IncomingMigration(self._state, replace(settings, tls=tls), uri)
             check_host(job.settings.capabilities, self._guest, awaits=True)
             job.check_address(uri)
             self._begin(job, link)

@@ -11,8 +11,15 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from postcopy.abi.userfaultfd import Feature
-from postcopy.channel.address import Address, FdAddress, FileAddress, TcpAddress, UnixAddress, parse
-from postcopy.channel.descriptor_check import Use, can_answer, check_descriptor
+from postcopy.channel.address import (
+    FdAddress,
+    FileAddress,
+    TcpAddress,
+    UnixAddress,
+    check_tls_address,
+    parse,
+)
+from postcopy.channel.descriptor_check import Use, answers, check_descriptor
 from postcopy.errors import EngineDied, HostCannot, PostcopyError, Reason, Refused, WrongState
 from postcopy.kernel.userfaultfd import MISSING_FEATURES, SNAPSHOT_FEATURES, Userfaultfd
 from postcopy.link.guest.background_order import BackgroundOrder
@@ -20,6 +27,7 @@ from postcopy.link.guest.engine_process import EngineProcess
 from postcopy.link.guest.engine_slot import AHEAD_S, EngineSlot
 from postcopy.link.guest.keeper import GuestKeeper
 from postcopy.link.guest.owned_guest import OwnedGuest
+from postcopy.link.guest.user_objects import UserObjects
 from postcopy.link.protocol import JobCommands
 from postcopy.ownership import Move, Owner, Ownership
 from postcopy.parameters import Capabilities, Capability, Overrides, Settings
@@ -76,6 +84,7 @@ class MigrationState:
     :ivar listening: and has been told.
     :ivar exit_on_error: the process ends when no guest comes.
     :ivar closed: the process is leaving.
+    :ivar objects: that the user has made.
     :ivar lock: no engine is called under it, since what an engine says meanwhile is taken under it.
     """
 
@@ -93,6 +102,7 @@ class MigrationState:
     exit_on_error: bool = False
     closed: bool = False
     background: BackgroundOrder = field(default_factory=BackgroundOrder)
+    objects: UserObjects = field(default_factory=UserObjects)
     lock: OrderLock = field(default_factory=OrderLock)
 
     @property
@@ -154,7 +164,9 @@ class Job:
             raise Refused("Migration requires multi-channel URIs (e.g. tcp)")
         if isinstance(address, FdAddress):
             check_descriptor(address.number, Use.RECEIVE if self.incoming else Use.SEND)
-        if self.incoming or _answers(address):
+        if settings.tls is not None:
+            check_tls_address(settings.tls, address)
+        if self.incoming or answers(address):
             return
         if settings.enabled(Capability.POSTCOPY_RAM):
             raise Refused(f"postcopy needs a channel that answers, which {address} does not")
@@ -383,9 +395,3 @@ def _check_userfaultfd(features: Feature, what: str) -> None:
         Userfaultfd.open(features).close()
     except HostCannot as error:
         raise error.because(what) from error
-
-
-def _answers(address: Address) -> bool:
-    if isinstance(address, FdAddress):
-        return can_answer(address.number)
-    return not isinstance(address, FileAddress)

@@ -348,6 +348,8 @@ def outgoing(
     :raises WrongState: see :func:`check_logged`.
     """
     settings = settings.overridden(overrides)
+    tls = state.objects.tls(settings.parameters, incoming=False)
+    settings = replace(settings, tls=tls)
     is_snapshot = settings.enabled(Capability.BACKGROUND_SNAPSHOT)
     job = (OutgoingSnapshot if is_snapshot else OutgoingMigration)(state, settings, uri)
     job.check_address(uri)

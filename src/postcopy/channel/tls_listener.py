@@ -1,0 +1,134 @@
+"""Wait for encrypted channels: a peer that stalls in its handshake, or fails in it, holds up no other."""
+
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+from postcopy.channel.address import Address
+from postcopy.channel.channel import Channel
+from postcopy.channel.listen import Listener
+from postcopy.channel.tls_channel import TlsChannel, secure
+from postcopy.channel.tls_session import context_for
+from postcopy.errors import ChannelBroken, PostcopyError
+from postcopy.kernel import threads
+from postcopy.tls_options import TlsOptions
+
+MOST_HANDSHAKES: Final = 32
+"""At the same time; a connection that comes then is closed."""
+
+
+def _to_standard_error(text: str) -> None:
+    sys.stderr.write(f"postcopy: {text}\n")
+
+
+class TlsListener(Listener):
+    """Gives the channels whose handshakes have succeeded, in that order, as QEMU does.
+
+    A peer that is refused is named to ``note``, and the listener goes on.
+
+    :param note: takes a line for the user; from any thread.
+    :raises Refused: a certificate or key cannot be used.
+    :raises HostCannot: there can be no more threads.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        options: TlsOptions,
+        note: Callable[[str], None] = _to_standard_error,
+    ) -> None:
+        context_for(options)  # what is wrong is said before any peer comes
+        super().__init__(address)
+        self._options = options
+        self._note = note
+        self._changed = threading.Condition()
+        # Under `_changed`.
+        self._ready: deque[TlsChannel] = deque()
+        self._shaking: dict[Channel, threading.Thread] = {}
+        self._over: PostcopyError | None = None
+        self._ended = False
+        self._acceptor = threading.Thread(target=self._accept_all, name="tls-accept", daemon=True)
+        try:
+            threads.start(self._acceptor)
+        except PostcopyError:
+            super().close()
+            raise
+
+    def accept(self, timeout_s: float | None = None) -> Channel:
+        """See :meth:`Listener.accept`; the time counts while no handshake is under way."""
+        with self._changed:
+            while not self._changed.wait_for(self._has_news, timeout_s):
+                if not self._shaking:
+                    raise TimeoutError(f"no peer connected within {timeout_s} s")
+            if self._ready and not self._ended:
+                return self._ready.popleft()
+            raise self._over or ChannelBroken("no longer listened on")
+
+    def _has_news(self) -> bool:
+        return bool(self._ready or self._over or self._ended)
+
+    def close(self) -> None:
+        """See :meth:`Listener.close`; handshakes that are under way end, too."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+        super().close()
+        with self._changed:
+            running = [self._acceptor, *self._shaking.values()]
+            for channel in self._shaking:
+                channel.shutdown()
+        for thread in running:
+            if thread is not threading.current_thread():
+                thread.join()
+        with self._changed:
+            unused, self._ready = list(self._ready), deque()
+        for ready in unused:
+            ready.close()
+
+    # --- threads of its own
+
+    def _accept_all(self) -> None:
+        try:
+            while True:
+                self._begin(super().accept())
+        except PostcopyError as error:
+            with self._changed:
+                self._over = error
+                self._changed.notify_all()
+
+    def _begin(self, channel: Channel) -> None:
+        thread = threading.Thread(
+            target=partial(self._shake_hands, channel), name="tls-handshake", daemon=True
+        )
+        with self._changed:
+            if len(self._shaking) >= MOST_HANDSHAKES or self._ended:
+                self._note(f"{channel.description}: too many TLS handshakes at once; ignored")
+                channel.close()
+                return
+            self._shaking[channel] = thread
+            try:
+                threads.start(thread)
+            except PostcopyError as error:
+                del self._shaking[channel]
+                self._note(f"{channel.description}: {error}; ignored")
+                channel.close()
+
+    def _shake_hands(self, channel: Channel) -> None:
+        secured, why = None, ""
+        try:
+            secured = secure(channel, self._options)
+        except (PostcopyError, OSError) as error:
+            why = str(error)
+        with self._changed:
+            del self._shaking[channel]
+            if secured is not None and not self._ended:
+                self._ready.append(secured)
+                secured = None
+            elif why and not self._ended:
+                self._note(f"{why}; the connection is ignored")
+            self._changed.notify_all()
+        if secured is not None:
+            secured.close()
