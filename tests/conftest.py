@@ -6,6 +6,7 @@ A thread that dies of an exception fails its test: pytest makes a warning of it
 
 import contextlib
 import os
+import signal
 
 import hypothesis
 import pytest
@@ -34,6 +35,9 @@ hypothesis.settings.load_profile("untimed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell starts commands in its background so; those of tests would ignore it, too.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # A busy host may stop a test for seconds; how fast something is, benchmarks say.
     slow = [hypothesis.HealthCheck.too_slow]
     # In a checkout of another user there is no place for examples; hypothesis warns of that.

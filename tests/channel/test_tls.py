@@ -51,6 +51,11 @@ def raw(listener):
     return socket.create_connection(listener.addresses[0].endpoint, timeout=10)
 
 
+def to_door(door, folder):
+    near = connect(TcpAddress("127.0.0.1", door.getsockname()[1]))
+    return secure(near, client(folder), "localhost")
+
+
 @pytest.fixture
 def pair(listening, tls_host):
     near = opened(listening, client(tls_host))
@@ -260,13 +265,7 @@ def test_session_tickets_wake_no_reader_in_vain(tls_host):
         thread = in_background(
             lambda: found.append(context.wrap_socket(door.accept()[0], server_side=True))
         )
-        near = stack.enter_context(
-            secure(
-                connect(TcpAddress("127.0.0.1", door.getsockname()[1])),
-                client(tls_host),
-                "localhost",
-            )
-        )
+        near = stack.enter_context(to_door(door, tls_host))
         thread.join()
         peer = stack.enter_context(found[0])
         view = memoryview(bytearray(10))
@@ -404,11 +403,7 @@ def test_a_plain_destination_is_refused_by_name(tls_host):
 
         thread = in_background(answer)
         with pytest.raises(CannotConnect, match="the peer speaks no TLS"):
-            secure(
-                connect(TcpAddress("127.0.0.1", door.getsockname()[1])),
-                client(tls_host),
-                "localhost",
-            )
+            to_door(door, tls_host)
         thread.join()
 
 
@@ -420,12 +415,33 @@ def test_a_destination_that_closes_at_once_is_named(tls_host):
 
         thread = in_background(close)
         with pytest.raises(CannotConnect, match="see that tls-creds is set there"):
-            secure(
-                connect(TcpAddress("127.0.0.1", door.getsockname()[1])),
-                client(tls_host),
-                "localhost",
-            )
+            to_door(door, tls_host)
         thread.join()
+
+
+def test_channels_come_in_the_order_in_which_they_have_connected(listening, tls_host):
+    """The first one's handshake has begun, and ends after that of the second."""
+    context = ssl.create_default_context(cafile=tls_host / "ca-cert.pem")
+    context.load_cert_chain(tls_host / "client-cert.pem", tls_host / "client-key.pem")
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    first = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
+    with raw(listening) as plain:
+        with pytest.raises(ssl.SSLWantReadError):
+            first.do_handshake()
+        plain.sendall(outgoing.read())
+        incoming.write(plain.recv(65536))
+        with opened(listening, client(tls_host)) as second:
+            second.send(b"second")
+            while True:
+                try:
+                    first.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    incoming.write(plain.recv(65536))
+            first.write(b"first!")
+            plain.sendall(outgoing.read())
+            with listening.accept(10) as one, listening.accept(10) as two:
+                assert (received(one, 6), received(two, 6)) == (b"first!", b"second")
 
 
 @pytest.mark.parametrize("begins", [b"", b"\x16\x03\x01\x02\x00"], ids=["silent", "half-hello"])
@@ -446,10 +462,11 @@ def test_a_peer_that_stalls_in_its_handshake_is_given_up(
 def test_a_destination_that_stalls_is_given_up(tls_host, monkeypatch):
     assert tls_channel.HANDSHAKE_S < 5
     monkeypatch.setattr(tls_channel, "HANDSHAKE_S", 0.3)
-    with socket.create_server(("127.0.0.1", 0)) as door:
-        near = connect(TcpAddress("127.0.0.1", door.getsockname()[1]))
-        with pytest.raises(CannotConnect, match=r"took longer than 0\.3 s"):
-            secure(near, client(tls_host), "localhost")
+    with (
+        socket.create_server(("127.0.0.1", 0)) as door,
+        pytest.raises(CannotConnect, match=r"took longer than 0\.3 s"),
+    ):
+        to_door(door, tls_host)
 
 
 def test_a_handshake_has_a_bound(listening, said):

@@ -2,7 +2,6 @@
 
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Final
@@ -25,7 +24,11 @@ def _to_standard_error(text: str) -> None:
 
 
 class TlsListener(Listener):
-    """Gives the channels whose handshakes have succeeded, in that order, as QEMU does.
+    """Gives the channels whose handshakes have succeeded, in the order in which they have connected.
+
+    A connection that has begun its handshake holds up those after it, until its end or its deadline.  QEMU
+    7.2 opens its second connection while the handshake of the first ends here, and only the order tells
+    the two apart.  A connection that has said nothing holds up no other.
 
     A peer that is refused is named to ``note``, and the listener goes on.
 
@@ -46,8 +49,9 @@ class TlsListener(Listener):
         self._note = note
         self._changed = threading.Condition()
         # Under `_changed`.
-        self._ready: deque[TlsChannel] = deque()
-        self._shaking: dict[Channel, threading.Thread] = {}
+        self._connections = 0
+        self._ready: dict[int, TlsChannel] = {}  # by the number of the connection, as the next
+        self._shaking: dict[int, tuple[Channel, threading.Thread]] = {}
         self._over: PostcopyError | None = None
         self._ended = False
         self._acceptor = threading.Thread(target=self._accept_all, name="tls-accept", daemon=True)
@@ -63,12 +67,22 @@ class TlsListener(Listener):
             while not self._changed.wait_for(self._has_news, timeout_s):
                 if not self._shaking:
                     raise TimeoutError(f"no peer connected within {timeout_s} s")
-            if self._ready and not self._ended:
-                return self._ready.popleft()
+                self._changed.wait_for(lambda: self._has_news() or not self._shaking)
+            number = self._next()
+            if number is not None and not self._ended:
+                return self._ready.pop(number)
             raise self._over or ChannelBroken("no longer listened on")
 
     def _has_news(self) -> bool:
-        return bool(self._ready or self._over or self._ended)
+        return bool(self._next() is not None or self._over or self._ended)
+
+    def _next(self) -> int | None:
+        """The number of the connection to give next; None: there is none, or it has to wait."""
+        number = min(self._ready, default=None)
+        if number is None:
+            return None
+        begun = (each for each, (channel, _) in self._shaking.items() if channel.received_bytes)
+        return None if any(each < number for each in begun) else number
 
     def close(self) -> None:
         """See :meth:`Listener.close`; handshakes that are under way end, too."""
@@ -77,14 +91,14 @@ class TlsListener(Listener):
             self._changed.notify_all()
         super().close()
         with self._changed:
-            running = [self._acceptor, *self._shaking.values()]
-            for channel in self._shaking:
+            running = [self._acceptor, *(thread for _, thread in self._shaking.values())]
+            for channel, _ in self._shaking.values():
                 channel.shutdown()
         for thread in running:
             if thread is not threading.current_thread():
                 thread.join()
         with self._changed:
-            unused, self._ready = list(self._ready), deque()
+            unused, self._ready = list(self._ready.values()), {}
         for ready in unused:
             ready.close()
 
@@ -100,32 +114,32 @@ class TlsListener(Listener):
                 self._changed.notify_all()
 
     def _begin(self, channel: Channel) -> None:
-        thread = threading.Thread(
-            target=partial(self._shake_hands, channel), name="tls-handshake", daemon=True
-        )
         with self._changed:
+            number = self._connections = self._connections + 1
+            work = partial(self._shake_hands, number, channel)
+            thread = threading.Thread(target=work, name="tls-handshake", daemon=True)
             if len(self._shaking) >= MOST_HANDSHAKES or self._ended:
                 self._note(f"{channel.description}: too many TLS handshakes at once; ignored")
                 channel.close()
                 return
-            self._shaking[channel] = thread
+            self._shaking[number] = channel, thread
             try:
                 threads.start(thread)
             except PostcopyError as error:
-                del self._shaking[channel]
+                del self._shaking[number]
                 self._note(f"{channel.description}: {error}; ignored")
                 channel.close()
 
-    def _shake_hands(self, channel: Channel) -> None:
+    def _shake_hands(self, number: int, channel: Channel) -> None:
         secured, why = None, ""
         try:
             secured = secure(channel, self._options)
         except (PostcopyError, OSError) as error:
             why = str(error)
         with self._changed:
-            del self._shaking[channel]
+            del self._shaking[number]
             if secured is not None and not self._ended:
-                self._ready.append(secured)
+                self._ready[number] = secured
                 secured = None
             elif why and not self._ended:
                 self._note(f"{why}; the connection is ignored")
