@@ -258,10 +258,14 @@ class Parameters:
         0, help="most bytes a second of pages that nothing waits for, after it; 0: no limit"
     )
     max_cpu_throttle: int = _parameter(Kind.UINT8, 99, help="of the time: the most")
-    multifd_compression: str = _choice("none", "zlib", "zstd", default="none")
-    multifd_zlib_level: int = _uint8(1, 0, 9)
+    multifd_compression: str = _choice(
+        *("none", "zlib", "zstd"),
+        default="none",
+        help="how `multifd` compresses pages, at both sides",
+    )
+    multifd_zlib_level: int = _uint8(1, 0, 9, help="0: not at all, 1: fastest, 9: smallest")
     multifd_qatzip_level: int = _uint8(1, 1, 9)
-    multifd_zstd_level: int = _uint8(1, 0, 20)
+    multifd_zstd_level: int = _uint8(1, 0, 20, help="1: fastest, 20: smallest; 0: that of zstd")
     x_vcpu_dirty_limit_period: int = _size(
         1000, least=1, most=1000, help="ms over which `dirty-limit` measures"
     )
@@ -272,7 +276,10 @@ class Parameters:
     mode: str = _choice(
         "normal", "cpr-reboot", "cpr-transfer", "cpr-exec", default="normal", only=("normal",)
     )
-    zero_page_detection: str = _choice("none", "legacy", "multifd", default="multifd")
+    zero_page_detection: str = _choice(
+        *("none", "legacy", "multifd"), default="multifd",
+        help="with `multifd`: zero pages are told on its channels, on the main one, or sent whole",
+    )  # fmt: skip
     direct_io: bool = _parameter(Kind.BOOLEAN, default=False)
     # These two wait in vain for their use: for RDMA, and for the mode cpr-exec.
     x_rdma_chunk_size: int = _size(

@@ -2,12 +2,13 @@
 
 import pytest
 
-from interop.arrival import check_back, send_to_qemu
+from interop.arrival import check_arrived, check_back, send_to_qemu
 from interop.our_guest import OurGuest
 from interop.qemu_guest import QemuGuest
 from machine.machines import MIB, need
 from postcopy.machine import workload as workloads
 from postcopy.parameters import Capability
+from postcopy.status import Status
 
 pytestmark = pytest.mark.qemu("10.0", "11.1")
 
@@ -55,3 +56,27 @@ def test_back_from_qemu(tmp_path, workload, accelerator, channels, compression, 
         ours.migration.set_parameters({"multifd-channels": channels})
         qemu("migrate", uri=ours.listen("tcp:127.0.0.1:0"))
         check_back(ours, workload, qemu)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "channels", "compression", "zeros"),
+    [
+        ("kvm", 16, "none", "multifd"),
+        ("tcg", 2, "zlib", "legacy"),
+        ("kvm", 4, "zstd", "none"),
+    ],
+)
+def test_to_qemu(tmp_path, workload, accelerator, channels, compression, zeros):
+    settings = parameters(channels, compression, zeros)
+    with (
+        QemuGuest(tmp_path, "microvm", accelerator, MEMORY_BYTES, 2) as qemu,
+        OurGuest.running(workload, "kvm") as ours,
+    ):
+        qemu.capabilities("multifd")
+        qemu("migrate-set-parameters", **settings)
+        ours.switch_on(Capability.MULTIFD)
+        ours.migration.set_parameters(settings | {"downtime-limit": 5000})
+        ours.migration.migrate(qemu.listen("tcp:127.0.0.1:0"))
+        assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
+        check_arrived(qemu, workload, ours)
+        assert ours.migration.info().ram.multifd_bytes > 0

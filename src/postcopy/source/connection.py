@@ -4,9 +4,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from postcopy.channel.address import Address
 from postcopy.channel.channel import Channel
 from postcopy.channel.peer_timeout import AckedBytes, PeerTimeout
 from postcopy.errors import ChannelBroken, PostcopyError
+from postcopy.multifd.sender import MultifdSender
+from postcopy.source.connector import Connector
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import DirtyPages
 from postcopy.source.flow_control import PushPolicy
@@ -45,6 +48,7 @@ class Connection:
     :param sender: the sink of this channel.
     :param interrupt: set when the connection ends: ends a wait for the bandwidth limit.
     :param timeout_ms: how long the destination may be silent, 0 = without a bound; may change.
+    :param multifd: the channels beside it; they become the connection's.
     :param answered: whether the destination answers on the channel.
     """
 
@@ -57,6 +61,7 @@ class Connection:
         policy: PushPolicy,
         interrupt: threading.Event,
         timeout_ms: Callable[[], int],
+        multifd: MultifdSender | None = None,
         *,
         answered: bool,
     ) -> None:
@@ -69,6 +74,9 @@ class Connection:
         self._timeout_ms = timeout_ms
         self._cause: PostcopyError | None = None
         self.sender = sender
+        self._multifd = multifd
+        if multifd is not None:
+            multifd.on_failure = self._break_off
         self.push = PostcopyPush(dirty, sender, counters, policy)
         self._interrupt = interrupt
         self.return_path: ReturnPath | None = None
@@ -101,6 +109,17 @@ class Connection:
         """
         if self.channel.encrypted and self.return_path is not None:
             self.return_path.wait_pong(HEADER_PING)
+
+    # --- the channels of multifd
+
+    def open_multifd(self, connector: Connector, address: Address, count: int) -> None:
+        """Open all of them, if there are to be any: a QEMU reads nothing of any channel before."""
+        ended = self.answers.has_ended if self.return_path is not None else lambda: False
+        for _ in range(count if self._multifd is not None else 0):
+            channel = connector.connect(address, ended)
+            channel.watch(self._timeout_ms() / 1000)
+            assert self._multifd is not None
+            self._multifd.add(channel)
 
     # --- the second connection
 
@@ -202,8 +221,9 @@ class Connection:
         self._peer_timeout.start()
 
     def _signs(self) -> tuple[int, int, int]:
-        preempt = self._preempt.taken_bytes if self._preempt is not None else 0
-        return self.channel.received_bytes, self._acked.of(self.sender.sent_bytes), preempt
+        beside = self._preempt.taken_bytes if self._preempt is not None else 0
+        beside += self._multifd.taken_bytes if self._multifd is not None else 0
+        return self.channel.received_bytes, self._acked.of(self.sender.sent_bytes), beside
 
     def _ask_for_life(self) -> bool:
         try:
@@ -262,6 +282,8 @@ class Connection:
     def shutdown(self) -> None:
         """Break it, from any thread; sends and receives on it raise."""
         self.channel.shutdown()
+        if self._multifd is not None:
+            self._multifd.shutdown()
         if self._preempt is not None:
             self._preempt.shutdown()
 
@@ -270,6 +292,8 @@ class Connection:
 
         A destination with a return path has reported its result already.
         """
+        if self._multifd is not None:
+            self._multifd.close()
         if self._preempt is not None:
             self._preempt.close()
         if self.return_path is not None:
@@ -290,6 +314,9 @@ class Connection:
         self.channel.shutdown()
         if self._peer_timeout is not None:
             self._peer_timeout.stop()
+        if self._multifd is not None:
+            self._multifd.shutdown()
+            self._multifd.close()
         if self._preempt is not None:
             self._preempt.close()
         if self.return_path is not None:

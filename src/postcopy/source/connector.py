@@ -7,8 +7,10 @@ from concurrent.futures import Future
 from postcopy.channel.address import Address, ExecAddress, TcpAddress
 from postcopy.channel.channel import Channel
 from postcopy.channel.connect import connect
+from postcopy.channel.sockets import SocketChannel
 from postcopy.errors import ChannelBroken, MigrationCancelled, Refused
 from postcopy.kernel import threads
+from postcopy.parameters import Capabilities, Capability
 from postcopy.source.user_requests import UserRequests
 from postcopy.tls_options import TlsOptions
 
@@ -75,6 +77,17 @@ class Connector:
             self._requests.interrupt.wait()
             self._requests.interrupt.clear()
         return made.result()
+
+
+def is_answered(channel: Channel, capabilities: Capabilities) -> bool:
+    """Whether there is a return path; a command (``gzip > file``) has one only if the user says so.
+
+    :raises Refused: postcopy needs one; the channel has been closed.
+    """
+    if Capability.POSTCOPY_RAM in capabilities.on:
+        check_answers(channel)
+    told = {Capability.POSTCOPY_RAM, Capability.RETURN_PATH} & capabilities.on
+    return channel.can_return and (bool(told) or isinstance(channel, SocketChannel))
 
 
 def check_answers(channel: Channel) -> None:

@@ -29,6 +29,8 @@ class Counters:
     postcopy_bytes: int = 0
     syncs: int = 0
     requests: int = 0
+    multifd_bytes: int = 0
+    """What has gone over the channels of multifd; part of the phases' figures, too."""
     dirty_pages_per_second: int = 0
     preempt_bytes: int = 0
     """What has gone over the preempt channel; part of no phase's figure."""
@@ -149,6 +151,7 @@ def describe(
         dirty_sync_count=counters.syncs,
         postcopy_requests=counters.requests,
         page_size=counters.page_bytes,
+        multifd_bytes=counters.multifd_bytes,
         pages_per_second=round(per_second / counters.page_bytes),
         precopy_bytes=counters.precopy_bytes,
         downtime_bytes=counters.downtime_bytes,

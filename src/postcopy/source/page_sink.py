@@ -8,10 +8,12 @@ from postcopy.channel.files import check_seekable
 from postcopy.channel.rate_limit import Interrupt, RateLimiter
 from postcopy.memory.ram_block import PageBlock
 from postcopy.memory.runs import Indices
+from postcopy.multifd.sender import MultifdSender
 from postcopy.parameters import Capabilities, Capability
 from postcopy.source.counters import Counters, Rate
 from postcopy.source.dirty_pages import BlockPages
 from postcopy.source.file_sink import FileSink
+from postcopy.source.multifd_sink import MultifdSink
 from postcopy.source.wire_sink import Between, WireSink
 from postcopy.source.xbzrle_sink import XbzrleSink
 from postcopy.stream.records import PageRows
@@ -62,6 +64,12 @@ class PageSink(Protocol):
     def pace(self, interrupt: Interrupt) -> None:
         """Wait as long as the bandwidth limit requires, unless interrupted."""
 
+    def end_of_round(self) -> None:
+        """All pages have been sent once: from here on one may be sent again."""
+
+    def end_of_precopy(self) -> None:
+        """The guest is about to run at the destination, which requests pages from now on."""
+
     def end_of_ram(self) -> bytes:
         """Finish all that is not in the stream, and return RAM's END section, to be sent next."""
 
@@ -75,12 +83,16 @@ def page_sink_for(
     limiter: RateLimiter,
     counters: Counters,
     cache_bytes: Callable[[], int] = lambda: 0,
+    multifd: MultifdSender | None = None,
 ) -> PageSink:
     """Return the sink that these capabilities ask for.
 
     :param cache_bytes: the parameter ``xbzrle-cache-size`` as it is.
+    :param multifd: the channels for precopy, if there are any.
     :raises Refused: this channel cannot be one; it has been closed.
     """
+    if multifd is not None:
+        return MultifdSink(channel, limiter, counters, multifd)
     if capabilities.enabled(Capability.XBZRLE):
         return XbzrleSink(channel, limiter, counters, cache_bytes)
     if not capabilities.enabled(Capability.MAPPED_RAM):

@@ -76,6 +76,7 @@ class Precopy:
             outcome = self._round(is_first=self._dirty.syncs == 1)
             if outcome is not None:
                 return outcome
+            self._sender.end_of_round()
             left_bytes = self._dirty.estimate_bytes()
             self._counters.syncs = self._dirty.syncs
             self._on_pass(self._dirty.syncs)

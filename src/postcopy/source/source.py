@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from postcopy.channel.address import parse
 from postcopy.channel.channel import Channel
 from postcopy.channel.rate_limit import RateLimiter
-from postcopy.channel.sockets import SocketChannel
 from postcopy.errors import ChannelBroken, MigrationCancelled, PostcopyError, WrongState
 from postcopy.guest import DeviceState, LeavingGuest
+from postcopy.multifd.sender import MultifdSender, sender_for
 from postcopy.ownership import Move
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.source.auto_converge import Convergence
 from postcopy.source.connection import Connection
-from postcopy.source.connector import Connector, check_answers
+from postcopy.source.connector import Connector, check_answers, is_answered
 from postcopy.source.counters import Counters, Rate, StageTimes, describe
 from postcopy.source.dirty_pages import DirtyPages, SourceMemory
 from postcopy.source.flow_control import PushPolicy
@@ -220,15 +220,15 @@ class Source:
         except BaseException:
             channel.close()
             raise
-        postcopy = self._options.capabilities.enabled(Capability.POSTCOPY_RAM)
-        if postcopy:
-            check_answers(channel)
-        connection = self._connect(channel, dirty, answered=self._is_answered(channel))
-        answered = connection.return_path is not None
         capabilities = self._options.capabilities
+        postcopy = capabilities.enabled(Capability.POSTCOPY_RAM)
+        answered = is_answered(channel, capabilities)
+        multifd = sender_for(capabilities, self._parameters)
+        connection = self._connect(channel, multifd, answered=answered)
         page_sizes = [block.page_size_bytes for block in blocks]
         name = self._guest.machine_name
         channel.send(stream_header(name, page_sizes, capabilities, answered=answered))
+        connection.open_multifd(self._connector, address, self._parameters.multifd_channels)
         self._open_preempt_if_awaited(connection, self._options.uri)
         connection.wait_until_let_in()
         connection.sender.begin(blocks, postcopy=postcopy)
@@ -239,11 +239,6 @@ class Source:
         trace("source.active")
         return connection, dirty
 
-    def _is_answered(self, channel: Channel) -> bool:
-        """Whether there is a return path; a command (``gzip > file``) has one only if the user says so."""
-        on = self._options.capabilities.on
-        told = Capability.POSTCOPY_RAM in on or Capability.RETURN_PATH in on
-        return channel.can_return and (told or isinstance(channel, SocketChannel))
 
     def _open_preempt_if_awaited(self, connection: Connection, uri: str) -> None:
         if self._preempt and self._reads_after_both is None:
@@ -260,18 +255,22 @@ class Source:
         channel.watch(self._parameters.x_link_timeout / 1000)
         connection.open_preempt(channel, sends_end=bool(self._reads_after_both))
 
-    def _connect(self, channel: Channel, dirty: DirtyPages, *, answered: bool) -> Connection:
+    def _connect(
+        self, channel: Channel, beside: MultifdSender | None = None, *, answered: bool
+    ) -> Connection:
+        assert self._dirty is not None
         channel.watch(self._parameters.x_link_timeout / 1000)
         on, cache = self._options.capabilities, lambda: self._parameters.xbzrle_cache_size
-        sink = page_sink_for(channel, on, self._limiter, self._counters, cache)
+        sink = page_sink_for(channel, on, self._limiter, self._counters, cache, beside)
         self._connection = Connection(
             channel,
-            dirty,
+            self._dirty,
             sink,
             self._counters,
             self._policy,
             self.requests.interrupt,
             lambda: self._parameters.x_link_timeout,
+            beside,
             answered=answered,
         )
         if self.requests.cancelled or self._paused_by_user:
@@ -326,7 +325,7 @@ class Source:
         self._ran_there = True  # else the destination would not wait for a recovery
         channel = self._connector.connect(parse(uri), lambda: self._paused_by_user)
         check_answers(channel)
-        connection = self._connect(channel, self._dirty, answered=True)
+        connection = self._connect(channel, answered=True)
         connection.push.begin()
         self._progress.move(Status.POSTCOPY_RECOVER)
         trace("source.recovery-connected")

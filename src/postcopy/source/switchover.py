@@ -97,6 +97,7 @@ class Switchover:
         is left for the downtime.
         """
         assert self._return_path is not None
+        self._sender.end_of_precopy()
         self._connection.begin_watch()  # the destination may not even read the package
         self._connection.push.expect()
         # The guest writes meanwhile: less with each pass, since each is shorter.

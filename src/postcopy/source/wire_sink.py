@@ -87,10 +87,19 @@ class PacedChannel:
 
     def count(self) -> None:
         """Bring the counters up to what the channel has sent."""
-        sent = self._channel.sent_bytes - self._counted_bytes
+        sent = self._all_sent_bytes() - self._counted_bytes
         self._counted_bytes += sent
         self.rate.add(sent)
         setattr(self._counters, self.phase, getattr(self._counters, self.phase) + sent)
+
+    def _all_sent_bytes(self) -> int:
+        return self._channel.sent_bytes
+
+    def end_of_round(self) -> None:
+        """All pages have been sent once: from here on one may be sent again."""
+
+    def end_of_precopy(self) -> None:
+        """The guest is about to run at the destination, which requests pages from now on."""
 
     def _spent(self, sent_bytes: int) -> int:
         """Count bytes of pages; return them."""
@@ -141,14 +150,14 @@ class PageRecords:
         """
         for first in range(0, len(target), BATCH_PAGES):
             part = slice(first, first + BATCH_PAGES)
-            offsets = _offsets(target[part])
+            offsets = page_offsets(target[part])
             data, zero = self._encoder.nonzero_copies(block, offsets, contents[part])
             zeros = offsets[zero]
             yield self._with_zeros(block, data, len(offsets) - len(zeros), zeros)
 
     def encode_zeros(self, block: str, target: Indices) -> EncodedPages:
         """Encode pages of the wire that are known to be zero."""
-        return EncodedPages([self._encoder.zeros(block, _offsets(target))], 0, len(target))
+        return EncodedPages([self._encoder.zeros(block, page_offsets(target))], 0, len(target))
 
     def _page(self, pages: BlockPages, page: int) -> EncodedPages:
         block = pages.block
@@ -166,16 +175,16 @@ class PageRecords:
         """
         if not len(data):
             return self.encode_zeros(block.name, holes)
-        offsets = _offsets(data)
+        offsets = page_offsets(data)
         source, rows = block.gather(data)
-        places = offsets if rows is data else _offsets(rows)
+        places = offsets if rows is data else page_offsets(rows)
         if block.target_pages_per_page > 1:
             # The pieces of a huge page must go out in their order, whatever they hold.
             records = self._encoder.pages(block.name, offsets, source, places)
-            return self._with_zeros(block.name, records, len(data), _offsets(holes))
+            return self._with_zeros(block.name, records, len(data), page_offsets(holes))
         records, zero = self._encoder.nonzero_pages(block.name, offsets, source, places)
         found = offsets[zero]
-        zeros = np.concatenate((found, _offsets(holes)))
+        zeros = np.concatenate((found, page_offsets(holes)))
         return self._with_zeros(block.name, records, len(data) - len(found), zeros)
 
     def _with_zeros(
@@ -201,8 +210,14 @@ class WireSink(PacedChannel):
 
         :param postcopy: it has been advised, so blocks of huge pages say their page size.
         """
+        self._send_list(blocks, postcopy=postcopy)
+
+    def _send_list(
+        self, blocks: Sequence[PageBlock], *, postcopy: bool, multifd_flush: bool = False
+    ) -> None:
         entries = tuple(_entry(block, postcopy=postcopy) for block in blocks)
-        self._channel.send(ram_setup(RamSetup(RAM_SECTION_ID, entries), postcopy=postcopy))
+        setup = RamSetup(RAM_SECTION_ID, entries, multifd_flush)
+        self._channel.send(ram_setup(setup, postcopy=postcopy))
 
     def send(self, pages: BlockPages, batch: Indices, between: Between | None = None) -> int:
         """Send these pages of a block; return how many bytes that took.
@@ -263,5 +278,6 @@ def _without_zeros(block: PageBlock, batch: Indices, has_data: Mask) -> Mask:
     return has_data
 
 
-def _offsets(target: Indices) -> Offsets:
+def page_offsets(target: Indices) -> Offsets:
+    """Byte offsets in a block of its pages of the wire."""
     return target.astype(np.uint64) * np.uint64(TARGET_PAGE_BYTES)

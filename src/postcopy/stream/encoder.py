@@ -78,6 +78,11 @@ def end_of_ram() -> bytes:
     return struct.pack(">Q", RamFlag.EOS)
 
 
+def multifd_flush() -> bytes:
+    """What of RAM's records lets a reader wait until each channel of multifd has come to its next SYNC."""
+    return struct.pack(">Q", RamFlag.MULTIFD_FLUSH)
+
+
 def end_of_stream() -> bytes:
     """Write the end; in precopy a description follows."""
     return bytes((SectionType.EOF,))

@@ -154,8 +154,6 @@ class Job:
         address, settings = parse(uri), self.settings
         if settings.enabled(Capability.MAPPED_RAM) and not isinstance(address, FileAddress):
             raise Refused("Migration requires seekable transport (e.g. file)")
-        if settings.enabled(Capability.MULTIFD) and not self.incoming:
-            raise Refused("multifd is not implemented at the source yet")
         several = {Capability.POSTCOPY_PREEMPT, Capability.MULTIFD} & settings.capabilities.on
         opens_several = isinstance(address, TcpAddress | UnixAddress) or (
             isinstance(address, FileAddress) and settings.enabled(Capability.MAPPED_RAM)

@@ -1,0 +1,257 @@
+"""The channels of multifd at a source: a thread each, which take packets from one queue.
+
+The pages of a packet are read when they are sent, so that one which is written to meanwhile may go out
+torn: it is dirty then, and is sent again in a later round.  Between two rounds comes a SYNC on each channel
+(:meth:`MultifdSender.sync`): no page of an earlier round is placed over one of a later.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from postcopy.channel.channel import Channel
+from postcopy.channel.peer_timeout import AckedBytes
+from postcopy.errors import ChannelBroken, PostcopyError
+from postcopy.kernel import threads
+from postcopy.parameters import Capabilities, Capability, Parameters
+from postcopy.stream.multifd import PACKET_PAGES
+from postcopy.stream.multifd_encoder import (
+    COMPRESSORS,
+    Headers,
+    encode_initial,
+    encode_sync,
+    gathered,
+    page_headers,
+    zero_headers,
+)
+from postcopy.stream.records import Offsets, PageRows
+
+_JOB_PAGES: Final = 8 * PACKET_PAGES
+"""Sent by a channel before it looks for more: 4 MiB."""
+
+_NO_ROWS: Final = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Compression:
+    """How the pages are compressed: ``multifd-compression``, and the level for it."""
+
+    name: str = "none"
+    level: int = 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    """Packets for one channel: those of the pages ``rows`` of ``source``, or of zero pages."""
+
+    headers: Headers
+    source: PageRows | None
+    rows: npt.NDArray[np.int64]
+
+
+class _Member:
+    """One channel, used by its own thread."""
+
+    def __init__(self, channel: Channel, number: int, compression: Compression) -> None:
+        self.channel = channel
+        self.number = number
+        self.acked = AckedBytes(channel)
+        self.syncs = 0  # under the sender's lock
+        self.thread: threading.Thread | None = None
+        make = COMPRESSORS.get(compression.name)
+        self._compress = None if make is None else make(compression.level)
+
+    def send(self, job: _Job) -> None:
+        if job.source is None:
+            self.channel.send(job.headers.tobytes())
+        elif self._compress is None:
+            self.channel.send_gathered(gathered(job.headers, job.source, job.rows))
+        else:
+            for number in range(len(job.headers)):
+                rows = job.rows[number * PACKET_PAGES : (number + 1) * PACKET_PAGES]
+                data = self._compress(job.source[rows].data.cast("B"))
+                header = job.headers[number : number + 1]
+                header["size"] = len(data)
+                self.channel.send_many((header.tobytes(), data))
+
+
+class MultifdSender:
+    """Sends pages over several channels.  One thread calls all but :meth:`shutdown`.
+
+    :ivar zero_pages: the parameter ``zero-page-detection``.
+    :ivar on_failure: called in the thread of a channel that has failed.
+    """
+
+    def __init__(self, compression: Compression, zero_pages: str = "multifd") -> None:
+        self.zero_pages = zero_pages
+        self._compression = compression
+        self.on_failure: Callable[[PostcopyError], None] = lambda _: None
+        self._members: list[_Member] = []
+        self._changed = threading.Condition()
+        # Under `_changed`:
+        self._jobs: deque[_Job] = deque()
+        self._syncs = 0  # that each channel has to send
+        self._packets = 0
+        self._failure: PostcopyError | None = None
+        self._closed = False
+        self._unsynced = (
+            False  # for the one thread that calls: whether there are pages since the last
+        )
+
+    def add(self, channel: Channel) -> None:
+        """Use one more channel, which becomes ours; its destination is told at once what it is.
+
+        :raises ChannelBroken: it has broken already.
+        :raises HostCannot: there can be no more threads.
+        """
+        member = _Member(channel, len(self._members), self._compression)
+        self._members.append(member)
+        channel.send(encode_initial(member.number))
+        thread = threading.Thread(
+            target=self._run, args=(member,), name=f"multifd-{member.number}", daemon=True
+        )
+        member.thread = threads.start(thread)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes sent so far, on all channels."""
+        return sum(member.channel.sent_bytes for member in self._members)
+
+    @property
+    def taken_bytes(self) -> int:
+        """Bytes that the destination has taken, as far as is known."""
+        return sum(member.acked.of(member.channel.sent_bytes) for member in self._members)
+
+    def queue_pages(
+        self, block: str, offsets: Offsets, source: PageRows, rows: npt.NDArray[np.int64]
+    ) -> None:
+        """Send pages of a block by and by.
+
+        :param offsets: byte offsets in the block.
+        :param source: rows of 4096 bytes, contiguous; they must stay until :meth:`sync` or :meth:`close`.
+        :param rows: which of these are the pages.
+        :raises PostcopyError: a channel has failed.
+        """
+        for first in range(0, len(offsets), _JOB_PAGES):
+            part = slice(first, first + _JOB_PAGES)
+            headers = page_headers(block, offsets[part], self._compression.name)
+            self._queue(_Job(headers, source, rows[part]))
+
+    def queue_zeros(self, block: str, offsets: Offsets) -> None:
+        """As :meth:`queue_pages`, of pages that are zero."""
+        if len(offsets):
+            self._queue(_Job(zero_headers(block, offsets, self._compression.name), None, _NO_ROWS))
+
+    def _queue(self, job: _Job) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._jobs) < len(self._members) or self._is_over())
+            self._check()
+            job.headers["number"] = np.arange(len(job.headers)) + self._packets
+            self._packets += len(job.headers)
+            self._jobs.append(job)
+            self._unsynced = True
+            self._changed.notify_all()
+
+    @property
+    def unsynced(self) -> bool:
+        """Whether pages have been queued since the last :meth:`sync`."""
+        return self._unsynced
+
+    def sync(self) -> None:
+        """Send all that is queued, and then a SYNC on each channel.
+
+        :raises PostcopyError: a channel has failed.
+        """
+        with self._changed:
+            self._syncs += 1
+            self._unsynced = False
+            self._changed.notify_all()
+            self._changed.wait_for(
+                lambda: (
+                    all(member.syncs == self._syncs for member in self._members) or self._is_over()
+                )
+            )
+            self._check()
+
+    def shutdown(self) -> None:
+        """Break all channels; any number of times, from any thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for member in tuple(self._members):
+            member.channel.shutdown()
+
+    def close(self) -> None:
+        """Close all channels; on return no page is touched any more.  What has been sent still arrives."""
+        with self._changed:
+            self._closed = True
+            self._jobs.clear()
+            self._changed.notify_all()
+        for member in self._members:
+            if member.thread is not None:
+                member.thread.join()
+            member.channel.close()
+
+    def _is_over(self) -> bool:
+        return self._closed or self._failure is not None
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if self._closed:
+            raise ChannelBroken("multifd: closed on this side")
+
+    # --- the threads "multifd-N"
+
+    def _run(self, member: _Member) -> None:
+        try:
+            while self._send_next(member):
+                pass
+        except PostcopyError as error:
+            if not member.syncs and isinstance(error, ChannelBroken):
+                error = ChannelBroken(
+                    f"{error}; is multifd switched on there, with as many multifd-channels?"
+                )
+            with self._changed:
+                first = not self._is_over()
+                self._failure = self._failure or error
+                self._changed.notify_all()
+            if first:
+                self.on_failure(error)
+
+    def _send_next(self, member: _Member) -> bool:
+        """Send the next packets, or a SYNC; return False when there is nothing more to send."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._jobs or member.syncs < self._syncs or self._is_over()
+            )
+            if self._is_over():
+                return False
+            job = self._jobs.popleft() if self._jobs else None
+            number = self._packets
+            if job is None:
+                self._packets += 1
+            self._changed.notify_all()
+        if job is not None:
+            member.send(job)
+            return True
+        member.channel.send(encode_sync(number))
+        with self._changed:
+            member.syncs += 1
+            self._changed.notify_all()
+        return True
+
+
+def sender_for(capabilities: Capabilities, parameters: Parameters) -> MultifdSender | None:
+    """Return what sends as the user wants it, without a channel yet; None: over no channels."""
+    if Capability.MULTIFD not in capabilities.on or Capability.MAPPED_RAM in capabilities.on:
+        return None
+    name = parameters.multifd_compression
+    levels = {"zlib": parameters.multifd_zlib_level, "zstd": parameters.multifd_zstd_level}
+    compression = Compression(name, levels.get(name, 1))
+    return MultifdSender(compression, parameters.zero_page_detection)

@@ -1,0 +1,152 @@
+"""Precopy over several channels (``multifd``), and what becomes of it in postcopy."""
+
+import pytest
+
+from fakes.pair import NEVER_ENDS, POSTCOPY, QUICK, TRICKLE, hammer
+from fakes.waiting import wait_until
+from faults.relay import Relay
+from postcopy.channel.address import TcpAddress
+from postcopy.errors import Refused
+from postcopy.parameters import Capability
+from postcopy.status import Status
+
+MULTIFD = (Capability.MULTIFD,)
+BOTH = (*POSTCOPY, Capability.MULTIFD)
+PREEMPT = (*BOTH, Capability.POSTCOPY_PREEMPT)
+
+
+@pytest.fixture
+def relay():
+    with Relay("tcp:127.0.0.1:0", "tcp:127.0.0.1:1") as relay:
+        yield relay
+
+
+def begin(trip, relay):
+    relay.target = trip.destination.listen()
+    trip.source.control.migrate(relay.uri)
+
+
+def set_channels(trip, source, destination):
+    trip.source.set(parameters={"multifd-channels": source})
+    trip.destination.set(parameters={"multifd-channels": destination, "x-link-timeout": 500})
+
+
+def refused_at_both(trip, complaint):
+    for side in (trip.source, trip.destination):
+        side.until(Status.FAILED)
+    assert complaint in trip.destination.error
+    trip.verify_source()
+
+
+@pytest.mark.parametrize(
+    ("channels", "compression", "zeros", "way"),
+    [
+        (1, "none", "multifd", "tcp"),
+        (2, "zstd", "multifd", "unix"),
+        (4, "zlib", "legacy", "tcp"),
+        (16, "none", "none", "tcp"),
+    ],
+)
+def test_moves(journey, tmp_path, channels, compression, zeros, way):
+    parameters = QUICK | {"multifd-compression": compression, "zero-page-detection": zeros}
+    trip = journey(hammer(vcpus=2), capabilities=MULTIFD, parameters=parameters)
+    set_channels(trip, channels, channels)
+    trip.migrate("tcp:127.0.0.1:0" if way == "tcp" else f"unix:{tmp_path}/socket")
+    trip.finish()
+    ram = trip.source.control.info().ram
+    assert 0 < ram.multifd_bytes < ram.transferred
+    assert ram.transferred == ram.precopy_bytes + ram.downtime_bytes
+    if zeros == "none":
+        assert ram.duplicate == 0 or ram.multifd_bytes > 4096 * ram.duplicate
+
+
+def test_rounds_over_a_guest_that_writes(journey, relay):
+    trip = journey(hammer(vcpus=2), capabilities=MULTIFD, parameters=NEVER_ENDS)
+    begin(trip, relay)
+    trip.source.wait_rounds(4)
+    trip.source.set(parameters=QUICK)
+    trip.finish()
+    assert len(relay.connections) == 3
+
+
+@pytest.mark.parametrize("capabilities", [BOTH, PREEMPT], ids=["plain", "preempt"])
+def test_postcopy_follows_and_recovers_without_them(journey, relay, capabilities):
+    trip = journey(hammer(vcpus=2), capabilities=capabilities, parameters=TRICKLE)
+    begin(trip, relay)
+    wait_until(lambda: trip.source.control.info().ram.multifd_bytes > 1 << 20, 20, "pages")
+    sent = trip.source.control.info().ram.multifd_bytes
+    trip.source.control.start_postcopy()
+    trip.source.wait(Status.POSTCOPY_ACTIVE)
+    relay.connections[0].close()
+    for side in (trip.source, trip.destination):
+        side.until(Status.POSTCOPY_PAUSED)
+    trip.source.set(parameters={"max-postcopy-bandwidth": 0})
+    before = len(relay.connections)
+    trip.destination.control.recover("tcp:127.0.0.1:0")
+    (found,) = trip.destination.control.info().socket_address
+    relay.target = str(TcpAddress(found["host"], int(found["port"])))
+    trip.source.control.migrate(relay.uri, resume=True)
+    trip.finish()
+    preempt = Capability.POSTCOPY_PREEMPT in capabilities
+    assert before == (4 if preempt else 3)
+    assert len(relay.connections) - before == (2 if preempt else 1)
+    assert trip.source.control.info().ram.multifd_bytes >= sent
+
+
+@pytest.mark.parametrize("connection", [0, 2], ids=["main", "multifd"])
+def test_a_cut_channel_leaves_the_guest_at_the_source(journey, relay, connection):
+    trip = journey(hammer(), capabilities=MULTIFD, parameters=NEVER_ENDS)
+    begin(trip, relay)
+    trip.source.wait_rounds(2)
+    relay.connections[connection].close()
+    for side in (trip.source, trip.destination):
+        side.until(Status.FAILED)
+    assert trip.source.error
+    trip.verify_source()
+
+
+def test_cancel(journey):
+    trip = journey(hammer(), capabilities=MULTIFD, parameters=NEVER_ENDS)
+    trip.migrate()
+    trip.source.wait_rounds(2)
+    trip.source.control.cancel()
+    trip.source.until(Status.CANCELLED)
+    trip.destination.until(Status.FAILED)
+    trip.verify_source()
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "complaint"),
+    [
+        (4, 2, "is greater than number of channels 2; set multifd-channels to the same"),
+        (
+            2,
+            4,
+            "the source has opened 2 of 4 channels within 0.5 s; set multifd and multifd-channels",
+        ),
+    ],
+)
+def test_another_number_of_channels_is_refused(journey, source, destination, complaint):
+    trip = journey(hammer(), capabilities=MULTIFD)
+    set_channels(trip, source, destination)
+    trip.migrate()
+    refused_at_both(trip, complaint)
+
+
+@pytest.mark.parametrize("where", ["source", "destination"])
+def test_only_at_one_side_is_refused(journey, where):
+    trip = journey(hammer())
+    getattr(trip, where).set(MULTIFD)
+    set_channels(trip, 2, 2)
+    trip.migrate()
+    refused_at_both(trip, "opened 0 of 2 channels" if where == "destination" else "")
+    assert where == "destination" or "is multifd switched on there" in trip.source.error
+
+
+@pytest.mark.parametrize("uri", ["exec:cat", "file:/nowhere", "fd:1"])
+def test_a_transport_of_one_connection_is_refused(journey, uri):
+    trip = journey(hammer(), capabilities=MULTIFD)
+    for order in (trip.source.control.migrate, trip.destination.control.incoming):
+        with pytest.raises(Refused, match=r"^Migration requires multi-channel URIs"):
+            order(uri)
+    assert trip.source.status is Status.NONE
