@@ -70,6 +70,9 @@ class Destination:
             self._guest.write(self.writes_left.pop(0))
         return 0
 
+    def end_of_round(self):
+        pass
+
     def pace(self, interrupt):
         pass
 

@@ -56,6 +56,9 @@ class NotingSender:
         self._after(self)
         return 0
 
+    def end_of_round(self):
+        pass
+
     def pace(self, interrupt):
         pass
 
