@@ -13,6 +13,7 @@ from postcopy.status import Status
 pytestmark = pytest.mark.qemu("10.0", "11.1")
 
 MEMORY_BYTES = 32 * MIB
+LIMITS = {"max-bandwidth": 1 << 40, "downtime-limit": 5000}
 
 
 @pytest.fixture
@@ -40,20 +41,25 @@ def parameters(channels, compression, zeros):
     ],
 )
 def test_back_from_qemu(tmp_path, workload, accelerator, channels, compression, zeros):
-    settings = parameters(channels, compression, zeros)
+    come_back(tmp_path, workload, accelerator, parameters(channels, compression, zeros))
+
+
+@pytest.mark.qemu("7.2")
+def test_back_from_a_qemu_that_sends_no_flushes(tmp_path, workload):
+    """The end of each section is one, and the main channel has all zero pages."""
+    come_back(tmp_path, workload, "kvm", {"multifd-channels": 2})
+
+
+def come_back(folder, workload, accelerator, settings):
     with (
-        QemuGuest(tmp_path, "microvm", accelerator, MEMORY_BYTES, 2) as qemu,
+        QemuGuest(folder, "microvm", accelerator, MEMORY_BYTES, 2) as qemu,
         OurGuest.waiting(workload, "kvm") as ours,
     ):
         send_to_qemu(workload, qemu)
         qemu.capabilities("multifd")
-        qemu(
-            "migrate-set-parameters",
-            **settings,
-            **{"max-bandwidth": 1 << 40, "downtime-limit": 5000},
-        )
+        qemu("migrate-set-parameters", **settings, **LIMITS)
         ours.switch_on(Capability.MULTIFD)
-        ours.migration.set_parameters({"multifd-channels": channels})
+        ours.migration.set_parameters({"multifd-channels": settings["multifd-channels"]})
         qemu("migrate", uri=ours.listen("tcp:127.0.0.1:0"))
         check_back(ours, workload, qemu)
 

@@ -37,6 +37,7 @@ class Channel(abc.ABC):
         self._sending = threading.Lock()
         self._receiving = threading.Lock()
         self._ending = threading.Lock()  # no thread wakes a descriptor that is being closed
+        self._waits_for_all = False  # of the thread that receives
         self._aborted = False  # shutdown was called
         self._shut = False  # calls are refused from here
         self._closed = False
@@ -123,12 +124,14 @@ class Channel(abc.ABC):
             self._sending.release()
         return True
 
-    def receive_into(self, view: memoryview) -> int:
+    def receive_into(self, view: memoryview, *, whole: bool = False) -> int:
         """Receive at least one byte into ``view``, as many as there are and fit.
 
+        :param whole: wait in the kernel until ``view`` is full, where that can be.
         :return: the number of bytes; 0 = the peer has ended the stream.
         :raises ChannelBroken: the peer is gone, or ``shutdown`` was called.
         """
+        self._waits_for_all = whole
         return self._receive_with(self._receive_some, view)
 
     def receive_pieces(self, left: PendingPieces) -> int:
@@ -156,6 +159,18 @@ class Channel(abc.ABC):
         :return: None: nothing has come after all, which only an encrypted channel may find.
         """
         return self.receive_into(view)
+
+    def receive_all(self, view: memoryview) -> bool:
+        """Receive until all of ``view`` is full, in few calls.
+
+        :return: False: the peer has ended the stream before.
+        :raises ChannelBroken: as :meth:`receive_into`.
+        """
+        while len(view):
+            if not (count := self.receive_into(view, whole=True)):
+                return False
+            view = view[count:]
+        return True
 
     def shutdown(self) -> None:
         """Break the channel: threads that wait in ``send`` or ``receive_into`` raise.

@@ -110,7 +110,7 @@ class SocketChannel(Channel):
         return left.write(self._socket.fileno())
 
     def _receive_some(self, view: memoryview) -> int:
-        return self._socket.recv_into(view)
+        return self._socket.recv_into(view, 0, socket.MSG_WAITALL if self._waits_for_all else 0)
 
     def _wake(self) -> None:
         try:

@@ -35,6 +35,9 @@ class _Placing:
         if zeros.block in self._names:
             self._placement.zeros(zeros.block, zeros.offsets)
 
+    def place(self, block: str, offset: int, length: int) -> memoryview | None:
+        return self._placement.place(block, offset, length) if block in self._names else None
+
 
 class IncomingMultifd:
     """The channels of one source.  Does nothing until :meth:`switch_on` has been called.
@@ -57,7 +60,7 @@ class IncomingMultifd:
         self._ram = ram
         self._faults = faults
         self._layout = layout
-        self._count = count
+        self.count = count
         self._timeout_ms = timeout_ms
         self._on_failure = on_failure
         self._over = False  # what happens to a channel is of no consequence any more
@@ -69,7 +72,7 @@ class IncomingMultifd:
 
     def switch_on(self) -> MultifdGroup:
         """Expect channels; return what is to run them."""
-        self.group = MultifdGroup(self._failed, ExpectedChannels(self._count))
+        self.group = MultifdGroup(self._failed, ExpectedChannels(self.count))
         return self.group
 
     def settle(self) -> None:
@@ -96,7 +99,7 @@ class IncomingMultifd:
         self.settle()
         dropped = {name: BlockLayout(size) for name, size in ignored.items()}
         placing = _Placing(Placement(self._ram, self._faults), self._layout)
-        self.group.begin({**self._layout, **dropped}, placing)
+        self.group.begin({**self._layout, **dropped}, placing, placing.place)
         self._flush_is_said = setup.multifd_flush
         self.flush()
 

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
 from postcopy.channel.channel import Channel
 from postcopy.errors import ChannelBroken, PostcopyError, StreamCut, StreamError
@@ -52,6 +52,11 @@ class PageTarget(Protocol):
         """Make pages zero."""
 
 
+Place: TypeAlias = Callable[[str, int, int], memoryview | None]
+"""``place(block, offset, length)`` gives the memory of neighbouring pages, to be received there, in bytes;
+None: they belong nowhere."""
+
+
 class _Member:
     """A channel that has said that it is one of multifd's."""
 
@@ -80,6 +85,7 @@ class MultifdGroup:
         self._uuid: bytes | None = None
         self._layout: Layout | None = None
         self._target: PageTarget | None = None
+        self._place: Place | None = None
         self._released = 0  # the number of rendezvous that are over
         self._closed = False
 
@@ -129,10 +135,13 @@ class MultifdGroup:
         with self._changed:
             return [member.channel for member in self._members.values()]
 
-    def begin(self, layout: Layout, target: PageTarget) -> None:
-        """Let pages be placed: the main channel has told of the blocks."""
+    def begin(self, layout: Layout, target: PageTarget, place: Place | None = None) -> None:
+        """Let pages be placed: the main channel has told of the blocks.
+
+        :param place: where plain neighbouring pages are received at once, without the target.
+        """
         with self._changed:
-            self._layout, self._target = layout, target
+            self._layout, self._target, self._place = layout, target, place
             self._changed.notify_all()
 
     def rendezvous(self) -> None:
@@ -188,6 +197,8 @@ class MultifdGroup:
                 elif record is not None:
                     assert member is not None
                     self._obey(member, record)
+                elif self._receive_in_place(channel, decoder):
+                    pass
                 elif count := channel.receive_into(decoder.buffer()[: decoder.wanted]):
                     decoder.received(count)
                 else:
@@ -202,6 +213,16 @@ class MultifdGroup:
                 self._changed.notify_all()
             if member is None:
                 on_known()
+
+    def _receive_in_place(self, channel: Channel, decoder: MultifdDecoder) -> bool:
+        """Receive the pages of a packet where they belong; return False if that is not possible."""
+        run = decoder.plain_run()
+        if run is None or self._place is None or (memory := self._place(*run)) is None:
+            return False
+        if not channel.receive_all(memory):
+            decoder.finish()  # which raises
+        decoder.run_placed()
+        return True
 
     def _fail(self, member: _Member | None, error: PostcopyError | OSError) -> None:
         if isinstance(error, StreamError):

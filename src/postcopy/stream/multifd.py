@@ -50,6 +50,8 @@ _KNOWN_FLAGS: Final = _SYNC | _COMPRESSION | _DEVICE_STATE
 
 _INITIAL = struct.Struct(">II16sB39x")
 _HEADER = struct.Struct(">IIIIIIQI28x256s")
+_RAMP: Final = np.arange(PACKET_PAGES, dtype=np.uint64) * np.uint64(TARGET_PAGE_BYTES)
+_NO_OFFSETS: Final = np.empty(0, np.uint64)
 _NUMBER_AT, _PAGES_AT, _SIZE_AT, _NAME_AT = 24, 16, 20, 64
 
 
@@ -87,6 +89,7 @@ class _Packet:
     number: int
     block: str
     offsets: Offsets
+    neighbours: bool
 
 
 class MultifdDecoder(DecoderInput):
@@ -103,6 +106,7 @@ class MultifdDecoder(DecoderInput):
         self._compression: int | None = None  # of the channel, once a packet with pages has come
         self._data: PageData = plain_pages
         self._begun = False
+        self._name, self._named = b"", ""  # the last block
         self._packet: _Packet | None = None
         self._ready: deque[MultifdRecord] = deque()
 
@@ -133,6 +137,23 @@ class MultifdDecoder(DecoderInput):
             self._reader.rollback()
             return None
         return self._ready.popleft()
+
+    def plain_run(self) -> tuple[str, int, int] | None:
+        """Give block, byte offset and length of plain neighbouring pages whose bytes come next.
+
+        A reader may receive these bytes itself, and then says so with :meth:`run_placed`.
+        """
+        packet = self._packet
+        if packet is None or not packet.neighbours or self._compression or self._reader.pending:
+            return None
+        return packet.block, int(packet.offsets[0]), packet.size
+
+    def run_placed(self) -> None:
+        """All bytes of :meth:`plain_run` have been received elsewhere, and are in place."""
+        assert self._packet is not None
+        self._reader.jump(self._reader.consumed + self._packet.size)
+        self._end_packet(self._packet)
+        self._packet = None
 
     def finish(self) -> None:
         """Say that no more bytes will come.
@@ -187,12 +208,20 @@ class MultifdDecoder(DecoderInput):
             self._check_size(n, size)
         else:
             size = 0  # QEMU 7.2 leaves the size of the packet before there; nothing follows
-        block, offsets = "", np.empty(0, np.uint64)
+        block, offsets, neighbours = "", _NO_OFFSETS, False
         if n or z:
             block = self._block(name)
             offsets = np.frombuffer(raw, ">u8", n + z, HEADER_BYTES).astype(np.uint64)
-            self._check_offsets(block, offsets)
-        return _Packet(flags, n, z, size, number, block, offsets)
+            run = offsets[0] + _RAMP[:n]  # looked at first: the usual case, in few steps
+            neighbours = bool(n) and np.array_equal(run, offsets[:n])
+            if z or not neighbours or not self._fits(block, int(offsets[0]), n):
+                self._check_offsets(block, offsets)
+        return _Packet(flags, n, z, size, number, block, offsets, neighbours)
+
+    def _fits(self, block: str, offset: int, n_pages: int) -> bool:
+        assert self._layout is not None
+        end = offset + n_pages * TARGET_PAGE_BYTES
+        return not offset & FLAGS_MASK and end <= self._layout[block].size_bytes
 
     def _wrong(self, message: str, at: int) -> NoReturn:
         """Refuse the header that has just been read, for the field at this byte of it."""
@@ -226,6 +255,11 @@ class MultifdDecoder(DecoderInput):
             self._wrong(f"multifd: {size} bytes of data for {n_pages} pages", _SIZE_AT)
 
     def _block(self, raw: bytes) -> str:
+        if raw != self._name:
+            self._named, self._name = self._find_block(raw), raw
+        return self._named
+
+    def _find_block(self, raw: bytes) -> str:
         name, zero, _ = raw.partition(b"\0")
         if not zero:
             self._wrong("multifd: the name of the block does not end", _NAME_AT)
@@ -254,9 +288,12 @@ class MultifdDecoder(DecoderInput):
         ready, n, offsets = self._ready, packet.n_pages, packet.offsets
         if n:
             rows = self._data(self._reader, packet.size, n)
-            neighbours = bool((offsets[1:n] - offsets[: n - 1] == TARGET_PAGE_BYTES).all())
-            ready.append(Pages(packet.block, offsets[:n], rows, neighbours))
+            ready.append(Pages(packet.block, offsets[:n], rows, packet.neighbours))
+        self._end_packet(packet)
+
+    def _end_packet(self, packet: _Packet) -> None:
+        """Give out what follows the pages of a packet."""
         if packet.n_zeros:
-            ready.append(ZeroPages(packet.block, offsets[n:]))
+            self._ready.append(ZeroPages(packet.block, packet.offsets[packet.n_pages :]))
         if packet.flags & _SYNC:
-            ready.append(MultifdSync(packet.number))
+            self._ready.append(MultifdSync(packet.number))
