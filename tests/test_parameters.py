@@ -26,6 +26,28 @@ def test_what_is_not_implemented_is_refused_by_name_and_may_be_off(capability):
     assert list(Capabilities().with_changes({capability: False})) == []
 
 
+def test_multifd_goes_with_postcopy_as_in_qemu_11_1():
+    wanted = dict.fromkeys((C.POSTCOPY_RAM, C.POSTCOPY_PREEMPT, C.MULTIFD), True)
+    assert set(Capabilities().with_changes(wanted)) == set(wanted)
+
+
+@pytest.mark.parametrize(
+    ("other", "complaint"),
+    [
+        (C.XBZRLE, "Multifd is not compatible with xbzrle"),
+        (C.BACKGROUND_SNAPSHOT, "Background-snapshot is not compatible with multifd"),
+    ],
+)
+def test_multifd_does_not_go_with(other, complaint):
+    with pytest.raises(Refused, match=f"^{complaint}$"):
+        Capabilities().with_changes({C.MULTIFD: True, other: True})
+
+
+def test_multifd_must_be_set_before():
+    with pytest.raises(Refused, match=r"^Multifd must be set before incoming starts$"):
+        Capabilities().with_changes({C.MULTIFD: True}, incoming_started=True)
+
+
 def test_what_the_listener_must_know_before():
     changes = {C.POSTCOPY_RAM: True, C.POSTCOPY_PREEMPT: True}
     with pytest.raises(Refused, match="Postcopy preempt must be set before incoming starts"):

@@ -66,6 +66,7 @@ def test_qemu_runs_what_we_saved(tmp_path, machine, accelerator, vcpus, offset, 
     workload = hammer(vcpus)
     uri = f"file:{tmp_path}/saved{offset}"
     with ours_running(workload, machine_type=machine) as ours:
+        ours.switch_on(*map(Capability, extra))
         left_at = save(ours, uri)
     with QemuGuest(tmp_path, machine, accelerator, MEMORY_BYTES, vcpus) as qemu:
         qemu.capabilities("mapped-ram", *extra)
@@ -111,7 +112,7 @@ def test_we_run_what_qemu_saved(tmp_path, accelerator, vcpus, stopped, extra):
         left_at = iterations(qemu.read_memory, workload)
         memory = qemu.read_memory(0, MEMORY_BYTES)
     with OurGuest.waiting(workload, "kvm") as ours:
-        ours.switch_on(Capability.MAPPED_RAM)
+        ours.switch_on(Capability.MAPPED_RAM, *map(Capability, extra))
         ours.listen(f"file:{path}")
         assert ours.wait_end() is Status.COMPLETED, ours.error
         if stopped:

@@ -65,14 +65,24 @@ def test_the_file_is_sparse_and_pages_are_where_they_should_be(journey, tmp_path
     assert ram.transferred < ram.normal_bytes + MIB
 
 
-def test_over_many_rounds_no_write_is_lost(journey, tmp_path):
-    trip = journey(hammer(vcpus=2), capabilities=MAPPED, parameters=NEVER_ENDS)
+@pytest.mark.parametrize("more", [(), (Capability.MULTIFD,)], ids=["one thread", "multifd"])
+def test_over_many_rounds_no_write_is_lost(journey, tmp_path, more):
+    trip = journey(hammer(vcpus=2), capabilities=(*MAPPED, *more), parameters=NEVER_ENDS)
     uri = f"file:{tmp_path}/saved"
     trip.source.control.migrate(uri)
     trip.source.wait_rounds(3)
     trip.source.set(parameters=QUICK)
     trip.source.wait(Status.COMPLETED)
+    assert bool(trip.source.control.info().ram.multifd_bytes) == bool(more)
     load(trip, uri)
+
+
+def test_compression_is_refused_in_qemus_words(journey, tmp_path):
+    trip = journey(idle(), capabilities=(*MAPPED, Capability.MULTIFD))
+    trip.source.set(parameters={"multifd-compression": "zlib"})
+    with pytest.raises(Refused, match=r"^Cannot use compression with mapped-ram$"):
+        trip.source.control.migrate(f"file:{tmp_path}/saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_behind_an_offset(journey, tmp_path):

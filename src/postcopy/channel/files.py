@@ -43,6 +43,17 @@ class FileChannel(Channel):
         """How long the file is now."""
         return os.lseek(self._fd, 0, os.SEEK_END)
 
+    def duplicate(self) -> "FileChannel":
+        """Another channel over the same file, for places; the stream goes on over this one alone.
+
+        :raises ChannelBroken: there can be no more descriptors.
+        """
+        try:
+            fd = self._persist(os.dup, self._fd)
+        except OSError as failure:
+            raise self._broken(failure) from failure
+        return FileChannel(self.description, fd, writable=self._writable)
+
     def write_at(self, position: int, data: Buffer) -> None:
         """Write all of ``data`` from a byte of the file on; the stream goes on where it was.
 

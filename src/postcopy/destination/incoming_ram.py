@@ -1,6 +1,7 @@
 """The destination's memory before and at switchover: allocated early, read from a file, discarded."""
 
 import threading
+from contextlib import closing
 
 import numpy as np
 import numpy.typing as npt
@@ -11,11 +12,14 @@ from postcopy.guest import Guest
 from postcopy.kernel import threads
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import numbers_in, runs
+from postcopy.multifd.file_threads import FileThreads, FileWork
 from postcopy.paging.ram import IncomingBlock, IncomingRam
 from postcopy.stream.mapped_ram import decode_bitmap
 from postcopy.stream.records import MappedBlock
 
 _STEP_BYTES = 32 << 20
+_PIECE_PAGES = 4096
+"""Read in one piece: 16 MiB."""
 
 
 class Populating:
@@ -111,9 +115,12 @@ def empty_missing(ram: IncomingRam) -> None:
             paged.block.discard(first, end)
 
 
-def read_pages(channel: FileChannel, paged: IncomingBlock, block: MappedBlock) -> None:
+def read_pages(
+    channel: FileChannel, paged: IncomingBlock, block: MappedBlock, threads: int = 0
+) -> None:
     """Read all pages of one block from a mapped-ram file; of a guest that does not run yet.
 
+    :param threads: how many read at the same time; 0: the caller alone.
     :raises StreamError: the bitmap is wrong.
     :raises StreamCut: the file ends too early.
     """
@@ -126,8 +133,27 @@ def read_pages(channel: FileChannel, paged: IncomingBlock, block: MappedBlock) -
     for first, end in runs(received & ~present).tolist():
         memory[first:end] = 0
     paged.pages.receive(slice(None))
-    for first, end in runs(present).tolist():
+    pieces = (
+        (start, min(start + _PIECE_PAGES, end))
+        for first, end in runs(present).tolist()
+        for start in range(first, end, _PIECE_PAGES)
+    )
+
+    def reading(first: int, end: int) -> FileWork:
         offset = block.pages_offset + first * TARGET_PAGE_BYTES
         into = memory[first:end].reshape(-1).data
-        if (done := channel.read_at(offset, into)) < len(into):
-            raise StreamCut(f"The file ends in the pages of {block.name}", offset + done)
+
+        def read(file: FileChannel) -> None:
+            if (done := file.read_at(offset, into)) < len(into):
+                raise StreamCut(f"The file ends in the pages of {block.name}", offset + done)
+
+        return read
+
+    if not threads:
+        for piece in pieces:
+            reading(*piece)(channel)
+        return
+    with closing(FileThreads(channel, threads)) as several:
+        for piece in pieces:
+            several.do(reading(*piece))
+        several.flush()

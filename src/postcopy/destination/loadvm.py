@@ -146,7 +146,9 @@ class RecordLoader:
         channel = self.channel
         assert isinstance(channel, FileChannel)
         if block.name in layout_of(self._ram):
-            read_pages(channel, self._ram[block.name], block)
+            several = self._capabilities().enabled(Capability.MULTIFD)
+            count = self._multifd.count() if several else 0
+            read_pages(channel, self._ram[block.name], block, count)
         channel.seek(block.end_offset)
 
     def _ram_body_end(self, end: records.RamBodyEnd) -> None:

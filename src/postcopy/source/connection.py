@@ -317,6 +317,7 @@ class Connection:
         if self._multifd is not None:
             self._multifd.shutdown()
             self._multifd.close()
+        self.sender.abandon()
         if self._preempt is not None:
             self._preempt.close()
         if self.return_path is not None:

@@ -7,6 +7,7 @@ finished has none.  On the stream itself stand no pages, and so no sections but 
 
 import itertools
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from postcopy.channel.files import FileChannel
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES, PageBlock
 from postcopy.memory.runs import Indices, Mask, index_runs
+from postcopy.multifd.file_threads import FileThreads
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages
 from postcopy.source.wire_sink import Between, PacedChannel
@@ -24,13 +26,26 @@ from postcopy.stream.numbers import RAM_SECTION_ID, SectionType
 from postcopy.stream.ram_encoder import are_zero
 from postcopy.stream.records import PageRows
 
+_PIECE_PAGES: Final = 1024
+"""Written by a thread before it looks for more: 4 MiB."""
+
 
 class FileSink(PacedChannel):
-    """A :class:`postcopy.source.page_sink.PageSink` for a file; one thread at a time."""
+    """A :class:`postcopy.source.page_sink.PageSink` for a file; one thread at a time.
 
-    def __init__(self, channel: FileChannel, limiter: RateLimiter, counters: Counters) -> None:
+    :param threads: write the pages; what they write is in the file at the end of the round.
+    """
+
+    def __init__(
+        self,
+        channel: FileChannel,
+        limiter: RateLimiter,
+        counters: Counters,
+        threads: FileThreads | None = None,
+    ) -> None:
         super().__init__(channel, limiter, counters)
         self._file = channel
+        self._threads = threads
         self._places: dict[str, MappedBlock] = {}
         self._present: dict[str, Mask] = {}
 
@@ -99,7 +114,38 @@ class FileSink(PacedChannel):
 
     def _write(self, block: str, first: int, contents: PageRows) -> None:
         place = self._places[block]
-        self._file.write_at(place.pages_offset + first * place.page_bytes, contents.data)
+        position = place.pages_offset + first * place.page_bytes
+        if self._threads is None:
+            self._file.write_at(position, contents.data)
+            return
+        for start in range(0, len(contents), _PIECE_PAGES):
+            self._queue(
+                self._threads, position + start * place.page_bytes, contents[start:][:_PIECE_PAGES]
+            )
+
+    @staticmethod
+    def _queue(threads: FileThreads, position: int, contents: PageRows) -> None:
+        threads.do(lambda file: file.write_at(position, contents.data))
+
+    def _all_sent_bytes(self) -> int:
+        beside = self._threads.moved_bytes if self._threads is not None else 0
+        return super()._all_sent_bytes() + beside
+
+    def count(self) -> None:
+        """See :meth:`PacedChannel.count`; what the threads have written counts, too."""
+        super().count()
+        if self._threads is not None:
+            self._counters.multifd_bytes = self._threads.moved_bytes
+
+    def end_of_round(self) -> None:
+        """Wait until all is written: a page may be written again from now on."""
+        if self._threads is not None:
+            self._threads.flush()
+
+    def abandon(self) -> None:
+        """See :meth:`PacedChannel.abandon`."""
+        if self._threads is not None:
+            self._threads.close()
 
     def _count_sent(self, normal_pages: int, zero_pages: int) -> int:
         sent_bytes = normal_pages * TARGET_PAGE_BYTES
@@ -108,6 +154,7 @@ class FileSink(PacedChannel):
 
     def end_of_ram(self) -> bytes:
         """Write the bitmaps, and return RAM's END section, which marks the file as complete."""
+        self.end_of_round()
         for name, place in self._places.items():
             self._file.write_at(place.bitmap_offset, encode_bitmap(self._present[name]))
         return RamPart(RAM_SECTION_ID, SectionType.END).around()

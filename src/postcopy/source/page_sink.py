@@ -8,6 +8,7 @@ from postcopy.channel.files import check_seekable
 from postcopy.channel.rate_limit import Interrupt, RateLimiter
 from postcopy.memory.ram_block import PageBlock
 from postcopy.memory.runs import Indices
+from postcopy.multifd.file_threads import FileThreads
 from postcopy.multifd.sender import MultifdSender
 from postcopy.parameters import Capabilities, Capability
 from postcopy.source.counters import Counters, Rate
@@ -64,6 +65,9 @@ class PageSink(Protocol):
     def pace(self, interrupt: Interrupt) -> None:
         """Wait as long as the bandwidth limit requires, unless interrupted."""
 
+    def abandon(self) -> None:
+        """Touch no page any more; any number of times."""
+
     def end_of_round(self) -> None:
         """All pages have been sent once: from here on one may be sent again."""
 
@@ -84,11 +88,13 @@ def page_sink_for(
     counters: Counters,
     cache_bytes: Callable[[], int] = lambda: 0,
     multifd: MultifdSender | None = None,
+    channels: int = 0,
 ) -> PageSink:
     """Return the sink that these capabilities ask for.
 
     :param cache_bytes: the parameter ``xbzrle-cache-size`` as it is.
     :param multifd: the channels for precopy, if there are any.
+    :param channels: ``multifd-channels``: threads that write a file with mapped-ram and multifd.
     :raises Refused: this channel cannot be one; it has been closed.
     """
     if multifd is not None:
@@ -97,4 +103,6 @@ def page_sink_for(
         return XbzrleSink(channel, limiter, counters, cache_bytes)
     if not capabilities.enabled(Capability.MAPPED_RAM):
         return WireSink(channel, limiter, counters)
-    return FileSink(check_seekable(channel), limiter, counters)
+    file = check_seekable(channel)
+    several = channels if capabilities.enabled(Capability.MULTIFD) else 0
+    return FileSink(file, limiter, counters, FileThreads(file, several) if several else None)

@@ -261,7 +261,8 @@ class Source:
         assert self._dirty is not None
         channel.watch(self._parameters.x_link_timeout / 1000)
         on, cache = self._options.capabilities, lambda: self._parameters.xbzrle_cache_size
-        sink = page_sink_for(channel, on, self._limiter, self._counters, cache, beside)
+        count = self._parameters.multifd_channels
+        sink = page_sink_for(channel, on, self._limiter, self._counters, cache, beside, count)
         self._connection = Connection(
             channel,
             self._dirty,

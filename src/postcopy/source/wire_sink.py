@@ -95,6 +95,9 @@ class PacedChannel:
     def _all_sent_bytes(self) -> int:
         return self._channel.sent_bytes
 
+    def abandon(self) -> None:
+        """Touch no page any more; any number of times."""
+
     def end_of_round(self) -> None:
         """All pages have been sent once: from here on one may be sent again."""
 

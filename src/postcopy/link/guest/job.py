@@ -154,6 +154,9 @@ class Job:
         address, settings = parse(uri), self.settings
         if settings.enabled(Capability.MAPPED_RAM) and not isinstance(address, FileAddress):
             raise Refused("Migration requires seekable transport (e.g. file)")
+        mapped = {Capability.MAPPED_RAM, Capability.MULTIFD} <= settings.capabilities.on
+        if mapped and settings.parameters.multifd_compression != "none":
+            raise Refused("Cannot use compression with mapped-ram")
         several = {Capability.POSTCOPY_PREEMPT, Capability.MULTIFD} & settings.capabilities.on
         opens_several = isinstance(address, TcpAddress | UnixAddress) or (
             isinstance(address, FileAddress) and settings.enabled(Capability.MAPPED_RAM)
