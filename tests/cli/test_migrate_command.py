@@ -29,6 +29,28 @@ def test_one_command_drives_both_and_reports(tmp_path):
         assert target.ask("query-status")["return"]["status"] == "running"
 
 
+def test_over_several_connections_compressed(tmp_path):
+    with pair(tmp_path) as (source, target):
+        outcome = postcopy(
+            "migrate", "--from", source.qmp, "--to", target.qmp, f"unix:{tmp_path}/way",
+            "--multifd", "3", "--compress", "zstd",
+        )  # fmt: skip
+        assert (outcome.returncode, outcome.stderr) == (0, "")
+        ram = source.ask("query-migrate")["return"]["ram"]
+        assert 0 < ram["multifd-bytes"] < ram["normal-bytes"]
+        states = source.ask("query-migrate-capabilities")["return"]
+        assert {"capability": "multifd", "state": False} in states  # it was of this order
+
+
+def test_pages_are_compressed_on_such_connections_only(tmp_path):
+    with Running(tmp_path, "source", "--workload", "idle") as source:
+        outcome = postcopy(
+            "migrate", "--from", source.qmp, f"unix:{tmp_path}/way", "--compress", "zlib"
+        )
+        assert outcome.returncode == 3
+        assert "compressed on channels of multifd only; give --multifd N" in one_line(outcome)
+
+
 def test_json_is_an_object_a_line_and_never_runs_backwards(tmp_path):
     with pair(tmp_path) as (source, target):
         outcome = postcopy(

@@ -45,6 +45,17 @@ if TYPE_CHECKING:
 @TLS_HOSTNAME
 @click.option("--timeout", type=Seconds(), metavar="S")
 @click.option(
+    "--multifd",
+    type=click.IntRange(1, 255),
+    metavar="N",
+    help="Precopy over N more connections; without --to the destination must be set so, too.",
+)
+@click.option(
+    "--compress",
+    type=click.Choice(["zlib", "zstd"]),
+    help="With --multifd: compress the pages.",
+)
+@click.option(
     "--auto-recover",
     type=Seconds(),
     metavar="SECONDS",
@@ -116,6 +127,8 @@ async def _migrate(
                     auto_recover=options["auto_recover"],
                     tls=options["tls"],
                     tls_hostname=options["tls_hostname"],
+                    multifd=options["multifd"],
+                    compress=options["compress"],
                 )
         except TimeoutError:
             raise CommandFailed(

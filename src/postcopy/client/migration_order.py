@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, TypedDict
+from typing import Any, Final, Literal, TypedDict
 
 from postcopy.client.deadline import Deadline
 from postcopy.client.machine_settings import capabilities_of
@@ -16,6 +16,7 @@ from postcopy.client.order_settings import BorrowedSettings, OrderSettings, of_a
 from postcopy.client.qmp import QmpConnection
 from postcopy.client.reconnect import address_of
 from postcopy.errors import PostcopyError, Refused
+from postcopy.parameters import Capability
 
 _LISTENING: Final = frozenset({"setup", "active"})
 
@@ -27,6 +28,7 @@ class MigrateOptions(TypedDict, total=False):
     ``deadline``: when it is to have ended, and what is done otherwise.
     ``tls``: a folder of certificates of both hosts, with which the channels are encrypted.
     ``tls_hostname``: the name in the destination's certificate, where it is not that of the URI.
+    ``multifd``: over how many more connections precopy goes; ``compress``: how pages are compressed there.
     ``capabilities``, ``parameters``: by QEMU's names, in addition to those that the migration needs.
     """
 
@@ -35,6 +37,8 @@ class MigrateOptions(TypedDict, total=False):
     deadline: Deadline | None
     bandwidth: int | None
     downtime_limit_ms: int | None
+    multifd: int | None
+    compress: Literal["zlib", "zstd"] | None
     capabilities: Mapping[str, bool]
     parameters: Mapping[str, Any]
     tls: str | None
@@ -126,11 +130,17 @@ class MigrationOrder:
             "downtime-limit": self._downtime_limit_ms(),
         }
         own = {} if destination else {k: v for k, v in limits.items() if v is not None}
+        channels = self._channels()
         needs = replace(
             needs,
-            capabilities={**needs.capabilities, **self._options.get("capabilities", {})},
+            capabilities={
+                **needs.capabilities,
+                **({Capability.MULTIFD.value: True} if channels else {}),
+                **self._options.get("capabilities", {}),
+            },
             parameters={
                 **own,
+                **channels,
                 **await self._tls_of(machine),
                 **self._options.get("parameters", {}),
             },
@@ -159,6 +169,20 @@ class MigrationOrder:
         self._credentials.append(machine)
         hostname = "" if destination else self._options.get("tls_hostname") or ""
         return {"tls-creds": self._credentials_name, "tls-hostname": hostname}
+
+    def _channels(self) -> dict[str, Any]:
+        """The parameters of ``multifd``; empty: it is left as it is set.
+
+        :raises Refused: pages are to be compressed, and there are no channels for that.
+        """
+        count, compress = self._options.get("multifd"), self._options.get("compress")
+        if count is None:
+            if compress is not None:
+                raise Refused(
+                    f"pages are compressed on channels of multifd only; give --multifd N with {compress}"
+                )
+            return {}
+        return {"multifd-channels": count, "multifd-compression": compress or "none"}
 
     async def _borrow(self, machine: QmpConnection, needs: OrderSettings) -> BorrowedSettings:
         borrowed = await BorrowedSettings.take(machine, needs)
