@@ -89,6 +89,8 @@ class Run:
             figures["requests"] = lifted[1]
         figures["total_ms"] = self._clock.ms(moments.completed - command)
         figures["mib_s"] = _rate(figures["sent_mib"], figures["total_ms"])
+        for side in ("source", "destination"):
+            figures[f"{side}_cpu_s_gib"] = _each_gib(figures[f"{side}_cpu_s"], figures["sent_mib"])
         if not self._case.stop_first:
             observation = self._observe(moments)
             asked_for = lifted[1] if lifted else 0
@@ -98,6 +100,10 @@ class Run:
 
     def _prepare(self) -> None:
         """Capabilities and parameters on both sides; the destination listens."""
+        if self._case.channels:
+            for engine in (self._source, self._destination):
+                engine.set_capabilities("multifd")
+                engine.qmp.execute("migrate-set-parameters", multifd_channels=self._case.channels)
         if self._case.is_postcopy:
             names = ("postcopy-ram", *self._contender.capabilities)
             self._source.set_capabilities(*names)
@@ -243,6 +249,10 @@ def _reported(info: dict[str, Any]) -> Figures:
 
 def _rate(mib: float | None, ms: float | None) -> float | None:
     return mib / ms * 1e3 if mib is not None and ms else None
+
+
+def _each_gib(seconds: float | None, mib: float | None) -> float | None:
+    return seconds * 1024 / mib if seconds is not None and mib else None
 
 
 def _brief(info: dict[str, Any]) -> str:

@@ -74,6 +74,7 @@ class Case:
     :param push_limit: ``max-postcopy-bandwidth``, bytes a second, for :data:`CAPPED_S` of postcopy;
         figures are of that time alone, and then the cap is lifted so that the run ends; 0: no cap.
     :param huge_pages: the guest's memory is of 2 MiB pages from the host's pool.
+    :param channels: of multifd, on both sides; 0: it is off.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Case:
     compared: tuple[str, ...] = (OURS.name, QEMU.name)
     push_limit: int = 0
     huge_pages: bool = False
+    channels: int = 0
 
     @property
     def is_postcopy(self) -> bool:
@@ -105,6 +107,10 @@ _LOAD: Final = (
     Figure("source_cpu_s", "CPU time of the source, s"),
     Figure("destination_cpu_s", "CPU time of the destination, s"),
     Figure("others_cpus", "CPUs busy with others", compared=False),
+)
+_CPU_OF_DATA: Final = (
+    Figure("source_cpu_s_gib", "CPU time of the source for each GiB sent, s"),
+    Figure("destination_cpu_s_gib", "CPU time of the destination for each GiB sent, s"),
 )
 _PRECOPY: Final = (
     *_STREAM,
@@ -198,6 +204,7 @@ def cases(scale: float = 1.0) -> dict[str, Case]:
         Case("now", "postcopy at once, hot set written at random", hammer, _POSTCOPY, _ONE_CHANNEL,
              _POSTCOPY_TARGETS, switch_after_passes=0),
         *(_capped(mb_s, hammer) for mb_s in (20, 50)),
+        *(case for channels in (2, 4) for case in _multifd(channels, walker)),
         Case("uncapped-preempt", "postcopy at once, hot set written at random, both with preempt",
              hammer, _POSTCOPY, _TWO_CHANNELS, _UNCAPPED_PREEMPT_TARGETS, switch_after_passes=0,
              compared=(OURS_PREEMPT.name, QEMU_PREEMPT.name)),
@@ -211,6 +218,18 @@ def cases(scale: float = 1.0) -> dict[str, Case]:
              compared=(OURS_PREEMPT.name, QEMU_PREEMPT.name)),
     )  # fmt: skip
     return {case.name: case for case in found}
+
+
+def _multifd(channels: int, workload: Workload) -> tuple[Case, Case]:
+    faster = {"mib_s": Target(1.0, at_least=True)}
+    kept = {"rate_kept": Target(1.0, at_least=True)}
+    figures = (*_STREAM, *_CPU_OF_DATA, *_LOAD)
+    return (
+        Case(f"multifd-{channels}-stopped", f"as stopped, {channels} channels of multifd", workload,
+             figures, _TWO, faster, stop_first=True, channels=channels),
+        Case(f"multifd-{channels}", f"as precopy, {channels} channels of multifd", workload,
+             (*_PRECOPY, *_CPU_OF_DATA), _TWO, faster | kept, channels=channels),
+    )  # fmt: skip
 
 
 def _capped(mb_s: int, workload: Workload) -> Case:
