@@ -114,12 +114,16 @@ class Connection:
 
     def open_multifd(self, connector: Connector, address: Address, count: int) -> None:
         """Open all of them, if there are to be any: a QEMU reads nothing of any channel before."""
+        if self._multifd is not None:
+            for _ in range(count):
+                self._multifd.add(self.connect_beside(connector, address))
+
+    def connect_beside(self, connector: Connector, address: Address) -> Channel:
+        """Open one more channel, unless this connection ends meanwhile; it is the caller's."""
         ended = self.answers.has_ended if self.return_path is not None else lambda: False
-        for _ in range(count if self._multifd is not None else 0):
-            channel = connector.connect(address, ended)
-            channel.watch(self._timeout_ms() / 1000)
-            assert self._multifd is not None
-            self._multifd.add(channel)
+        channel = connector.connect(address, ended)
+        channel.watch(self._timeout_ms() / 1000)
+        return channel
 
     # --- the second connection
 

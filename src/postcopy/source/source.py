@@ -239,7 +239,6 @@ class Source:
         trace("source.active")
         return connection, dirty
 
-
     def _open_preempt_if_awaited(self, connection: Connection, uri: str) -> None:
         if self._preempt and self._reads_after_both is None:
             self._reads_after_both = connection.reads_after_both()
@@ -250,9 +249,7 @@ class Source:
         """Connect once more; the destination knows the two connections by their order."""
         if not self._preempt or connection.has_preempt:
             return
-        ended = connection.answers.has_ended
-        channel = self._connector.connect(parse(uri), ended)
-        channel.watch(self._parameters.x_link_timeout / 1000)
+        channel = connection.connect_beside(self._connector, parse(uri))
         connection.open_preempt(channel, sends_end=bool(self._reads_after_both))
 
     def _connect(
