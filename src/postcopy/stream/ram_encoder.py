@@ -74,17 +74,28 @@ def address_of(data: npt.NDArray[Any]) -> int:
     return address
 
 
+_SAMPLES = (511, 256, 64)
+_COPIED_PAGES = 32
+
+
 def are_zero(rows: PageRows, numbers: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
-    """Tell which of these pages are all zero; a bit in the first word settles it for most.
+    """Tell which of these pages are all zero; a bit in one of a few words settles it for most.
 
     :param rows: pages, shape ``(n, 4096)``, each contiguous.
     :param numbers: of the rows to look at.
     """
     words = rows.view(np.uint64)
     zero: npt.NDArray[np.bool_] = words[numbers, 0] == 0
-    if zero.any():
-        candidates = np.flatnonzero(zero)
-        zero[candidates] = np.bitwise_or.reduce(words[numbers[candidates]], axis=1) == 0
+    if not zero.any():
+        return zero
+    candidates = np.flatnonzero(zero)
+    for word in _SAMPLES:
+        candidates = candidates[words[numbers[candidates], word] == 0]
+    zero[:] = False
+    # Few at a time: a copy of many is in fresh memory each time, which the kernel has to clear.
+    for start in range(0, len(candidates), _COPIED_PAGES):
+        some = candidates[start : start + _COPIED_PAGES]
+        zero[some] = np.bitwise_or.reduce(words[numbers[some]], axis=1) == 0
     return zero
 
 
