@@ -51,7 +51,7 @@ def test_it_is_noticed_whether_or_not_the_kernel_takes_all_of_it(more_bytes):
     connection = Connection(
         SocketChannel(near, "unread"),
         dirty,
-        SimpleNamespace(sent_bytes=0),
+        SimpleNamespace(sent_bytes=0, abandon=lambda: None, end_of_precopy=lambda: None),
         counters,
         PushPolicy(),
         requests.interrupt,
