@@ -211,7 +211,8 @@ class Source:
 
     def _set_up(self) -> tuple[Connection, DirtyPages]:
         tracker = self._memory.tracker(self._parameters.x_dirty_tracking)
-        channel = self._connector.connect(parse(self._options.uri))
+        address = parse(self._options.uri)
+        channel = self._connector.connect(address)
         trace("source.connected")
         try:
             blocks = self._memory.blocks()
