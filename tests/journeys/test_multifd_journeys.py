@@ -60,6 +60,17 @@ def test_moves(journey, tmp_path, channels, compression, zeros, way):
         assert ram.duplicate == 0 or ram.multifd_bytes > 4096 * ram.duplicate
 
 
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_with_tls_each_connection_has_its_own_handshake(journey, tls_host, compression):
+    parameters = QUICK | {"multifd-compression": compression}
+    trip = journey(hammer(vcpus=2), capabilities=MULTIFD, parameters=parameters, tls=tls_host)
+    set_channels(trip, 4, 4)
+    trip.destination.set(parameters={"x-link-timeout": 5000})
+    trip.migrate()
+    trip.finish()
+    assert trip.source.control.info().ram.multifd_bytes > 0
+
+
 def test_rounds_over_a_guest_that_writes(journey, relay):
     trip = journey(hammer(vcpus=2), capabilities=MULTIFD, parameters=NEVER_ENDS)
     begin(trip, relay)
