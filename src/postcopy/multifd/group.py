@@ -299,7 +299,8 @@ def first_bytes(channel: Channel) -> bytes:
     until = time.monotonic() + IDENTIFY_S
     while len(found) < MAGIC_BYTES:
         left_ms = max(0.0, until - time.monotonic()) * 1000
-        if not poll.poll(left_ms):
+        # An encrypted channel may have taken these bytes already, with the end of its handshake.
+        if not channel.encrypted and not poll.poll(left_ms):
             break
         piece = bytearray(MAGIC_BYTES - len(found))
         count = channel.receive_into(memoryview(piece))
