@@ -2,8 +2,10 @@
 
 The list of RAM blocks stands at the beginning.  The lengths of the device sections stand in the
 description, at the very end: so what is behind the memory is kept until that has come, and read then.
+A source of ours asks before it sends the end whether all has arrived: its devices are known without.
 """
 
+import struct
 from collections.abc import Callable
 from typing import Final
 
@@ -36,6 +38,12 @@ _REFUSED: Final = {
     Command.PACKAGED: _POSTCOPY,
     Command.ENABLE_COLO: "switch x-colo off at the source, and migrate again",
 }
+
+
+_PING_HEAD: Final = struct.pack(
+    ">BHH", SectionType.COMMAND, Command.PING, FIXED_LENGTHS[Command.PING]
+)
+_PING_BYTES: Final = len(_PING_HEAD) + FIXED_LENGTHS[Command.PING]
 
 
 class PrecopyDecoder(Decoder):
@@ -175,7 +183,7 @@ class PrecopyDecoder(Decoder):
         text = None
         if len(rest) and rest[-1] == ord("}"):  # to look for it takes a copy
             text = description_at_end(rest, reader.position + len(rest))
-        if text is None and not self._input_ended:
+        if text is None and not self._input_ended and not _ends_with_ping(rest):
             raise Incomplete
         try:
             self._devices = self._formats(text)
@@ -186,9 +194,16 @@ class PrecopyDecoder(Decoder):
 
     def _read_described(self) -> Record | None:
         kind = self._reader.peek()
-        if kind not in {SectionType.FULL, SectionType.EOF}:
+        if kind == SectionType.COMMAND:
+            self._check_command()
+        elif kind not in {SectionType.FULL, SectionType.EOF}:
             self._reader.fail(f"Unknown savevm section type {kind} behind the memory")
         return super()._read_element()
+
+
+def _ends_with_ping(data: memoryview) -> bool:
+    """Whether the source waits for an answer to what it has sent."""
+    return bytes(data[-_PING_BYTES:][: len(_PING_HEAD)]) == _PING_HEAD
 
 
 class _NoFormats:
