@@ -45,6 +45,7 @@ test: venv
 	.ci/install-qemu --if-possible
 	.ci/install-peers --if-possible
 	.ci/install-headers --if-possible
+	.ci/install-browser --if-possible
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
 
 MINUTES ?= 10

@@ -71,6 +71,12 @@ def test_each_module_says_what_it_is():
     assert bare == []
 
 
+def test_each_file_of_tests_has_a_name_of_its_own():
+    """Pytest imports all of them at the top level, and ends at the second of a name."""
+    names = [path.name for path in files() if path.match("tests/**/test_*.py")]
+    assert [name for name in set(names) if names.count(name) > 1] == []
+
+
 def test_no_test_sleeps():
     sleeping = [
         f"{path}:{line}"
