@@ -265,11 +265,11 @@ class SnapshotJob:
                 self._commit_point.check()
                 self._ordered = True
                 await self._machine.execute(order, {"uri": uri, **more})
-            if borrowed is not None:
-                await self._check(borrowed)
             if self._disks is not None:
                 await until_protected(self._machine)
                 await self._disks.resume()
+            if borrowed is not None:  # now: the guest does not stand still for it
+                await self._check(borrowed)
             answer = await self._until_stopped()
         except asyncio.CancelledError:
             await self._cancel_quietly()
