@@ -208,6 +208,7 @@ class Machine:
         return ResetPoint(_wait(_opened(self.asynchronous.reset_point(path))))
 
     estimate = _blocking(AsyncMachine.estimate)
+    put_back_snapshot = _blocking(AsyncMachine.put_back_snapshot)
     reset = _blocking(AsyncMachine.reset)
     reset_end = _blocking(AsyncMachine.reset_end)
     close = _blocking(AsyncMachine.close)
