@@ -47,8 +47,25 @@ def test_a_guest_goes_on_with_the_next_back_end(tmp_path, disk, accelerator):
         assert qemu.check(disk) >= 400
 
 
+# QEMU 11.1 in TCG does not see all that this guest writes while it sends: in 6 of 40 precopies to another
+# QEMU 11.1 whose guest did not start, a page that only the guest writes was not as at the source; in none
+# of 40 of 10.0 (docs/peers.md).
 @ACCELERATORS
-def test_a_guest_moves_by_precopy(tmp_path, sides, disk, accelerator):
+@pytest.mark.qemu("10.0")
+@pytest.mark.parametrize("way", ["precopy", "postcopy"])
+def test_a_guest_moves(tmp_path, sides, disk, accelerator, way):
+    move = move_by_precopy if way == "precopy" else move_by_postcopy
+    move(tmp_path, sides, disk, accelerator)
+
+
+@pytest.mark.qemu("11.1")
+@pytest.mark.parametrize("way", ["precopy", "postcopy"])
+def test_a_guest_in_kvm_moves(tmp_path, sides, disk, way):
+    move = move_by_precopy if way == "precopy" else move_by_postcopy
+    move(tmp_path, sides, disk, "kvm")
+
+
+def move_by_precopy(tmp_path, sides, disk, accelerator):
     ours, theirs = sides
     with (
         DiskGuest(tmp_path / "a", ours.path, accelerator) as source,
@@ -63,8 +80,7 @@ def test_a_guest_moves_by_precopy(tmp_path, sides, disk, accelerator):
     assert ours.said == theirs.said == ""
 
 
-@ACCELERATORS
-def test_a_guest_moves_by_postcopy(tmp_path, sides, disk, accelerator):
+def move_by_postcopy(tmp_path, sides, disk, accelerator):
     ours, theirs = sides
     with (
         DiskGuest(tmp_path / "a", ours.path, accelerator) as source,
