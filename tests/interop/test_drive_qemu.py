@@ -52,12 +52,10 @@ def from_qemu(qemu, back, *, postcopy):
     if postcopy:
         qemu.capabilities("postcopy-ram")
         back.switch_on(Capability.POSTCOPY_RAM)
-        qemu.parameters(max_bandwidth=40 * MIB, downtime_limit=1)
+        qemu.send_by_postcopy(back.listen("tcp:127.0.0.1:0"))
     else:
         qemu.parameters(max_bandwidth=1 << 40)
-    qemu("migrate", uri=back.listen("tcp:127.0.0.1:0"))
-    if postcopy:
-        qemu("migrate-start-postcopy")
+        qemu("migrate", uri=back.listen("tcp:127.0.0.1:0"))
     assert back.wait_end() is Status.COMPLETED, (back.error, qemu.log)
     qemu.wait_migration("completed")
     assert ("postcopy-active" in back.events) is postcopy

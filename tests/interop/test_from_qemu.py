@@ -58,13 +58,15 @@ class TestBackFromQemu:
             send_to_qemu(workload, qemu)
             qemu.capabilities("postcopy-ram")
             ours.switch_on(Capability.POSTCOPY_RAM, Capability.POSTCOPY_BLOCKTIME)
-            # QEMU takes a limit of 0 for "now"; with this one it could never send the hot set.
-            qemu.parameters(max_bandwidth=40 * MIB, downtime_limit=1)
-            where = f"unix:{tmp_path / 'back'}" if way == "unix" else "tcp:127.0.0.1:0"
-            qemu("migrate", uri=ours.listen(where))
+            uri = ours.listen(f"unix:{tmp_path / 'back'}" if way == "unix" else "tcp:127.0.0.1:0")
             if when == "after a round":
+                # QEMU takes a limit of 0 for "now"; with this one it could never send the hot set.
+                qemu.parameters(max_bandwidth=40 * MIB, downtime_limit=1)
+                qemu("migrate", uri=uri)
                 wait_until(lambda: rounds(qemu) > 1, 20, "no second round")
-            qemu("migrate-start-postcopy")
+                qemu("migrate-start-postcopy")
+            else:
+                qemu.send_by_postcopy(uri)
             check_back(ours, workload, qemu)
             assert "postcopy-active" in ours.events
             info = ours.migration.info()

@@ -37,11 +37,9 @@ def test_there_and_back(huge_pages, tmp_path, more):
             assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
             check_arrived(qemu, workload, ours)
         qemu("cont")
-        qemu.parameters(max_bandwidth=20 * MIB, downtime_limit=1)
         with OurGuest.waiting(workload, "kvm", huge_pages=True) as ours:
             ours.switch_on(*capabilities)
-            qemu("migrate", uri=ours.listen("tcp:127.0.0.1:0"))
-            qemu("migrate-start-postcopy")
+            qemu.send_by_postcopy(ours.listen("tcp:127.0.0.1:0"))
             assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
             qemu.wait_migration("completed")
             read = ours.machine.read_memory

@@ -118,11 +118,9 @@ def test_from_qemu(tmp_path, workload, qemu, relay, broken):
             qemu.read_memory, workload, iterations(first.machine.read_memory, workload)
         )
         qemu.capabilities("postcopy-ram", "postcopy-preempt")
-        qemu.parameters(max_bandwidth=40 * MIB, downtime_limit=1, max_postcopy_bandwidth=MIB)
         ours.switch_on(*PREEMPT)
         relay.target = ours.listen("tcp:127.0.0.1:0")
-        qemu("migrate", uri=relay.uri)
-        qemu("migrate-start-postcopy")
+        qemu.send_by_postcopy(relay.uri, max_postcopy_bandwidth=MIB)
         ours.migration.progress.wait(Status.POSTCOPY_ACTIVE, timeout=20)
         if broken:
             wait_until(lambda: len(relay.recorded(connection=1)) > 40_000, 20, "requested pages")

@@ -86,10 +86,8 @@ def test_qemus_guest_goes_on_with_us(tmp_path, channels, what):
         send_to_qemu(workload, qemu)
         qemu.capabilities("events", "postcopy-ram")
         ours.switch_on(Capability.POSTCOPY_RAM)
-        qemu.parameters(max_bandwidth=40 * MIB, downtime_limit=1, max_postcopy_bandwidth=SLOW)
         channel = channels(ours.listen(f"unix:{tmp_path}/first"))
-        qemu("migrate", uri=channel.uri)
-        qemu("migrate-start-postcopy")
+        qemu.send_by_postcopy(channel.uri, max_postcopy_bandwidth=SLOW)
         qemu.wait_migration("postcopy-active")
         ours.migration.progress.wait(Status.POSTCOPY_ACTIVE, timeout=TIMEOUT_S)
         if what == "engine":

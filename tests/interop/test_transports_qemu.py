@@ -108,15 +108,19 @@ def test_back_from_qemu(tmp_path, way, on):
             qemu("migrate", uri=uri)
             qemu.wait_migration("completed")
             ours.listen(uri)
-        elif way == "exec":
-            qemu("migrate", uri=carry.command(ours.listen(f"unix:{tmp_path}/door")))
         else:
-            ours.migration.incoming("tcp:[::1]:0")
-            qemu("migrate", uri=f"tcp:[::1]:{ours.migration.info().socket_address[0]['port']}")
-        if on is POSTCOPY:
-            qemu("migrate-start-postcopy")
+            if way == "exec":
+                uri = carry.command(ours.listen(f"unix:{tmp_path}/door"))
+            else:
+                ours.migration.incoming("tcp:[::1]:0")
+                uri = f"tcp:[::1]:{ours.migration.info().socket_address[0]['port']}"
+            if on is POSTCOPY:
+                qemu.send_by_postcopy(uri)
+            else:
+                qemu("migrate", uri=uri)
         assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
         qemu.wait_migration("completed")
+        assert ("postcopy-active" in ours.events) is (on is POSTCOPY)
         check_goes_on(ours.machine.read_memory, workload, iterations(qemu.read_memory, workload))
         assert ours.machine.owned
         ours.machine.stop()
