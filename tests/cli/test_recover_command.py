@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from fakes.commands import DEADLINE_S, POSTCOPY, one_line, pair, postcopy
+from fakes.pair import NEVER_ENDS
 from fakes.waiting import wait_until
 from faults.fault_channel import NOTHING_MISSING, FaultChannel
 
@@ -20,7 +21,7 @@ def broken(tmp_path):
         for side in (source, target):
             wanted = [{"capability": "postcopy-ram", "state": True}]
             side.ask("migrate-set-capabilities", capabilities=wanted)
-        source.ask("migrate-set-parameters", **{"max-postcopy-bandwidth": 256 << 10})
+        source.ask("migrate-set-parameters", **NEVER_ENDS, **{"max-postcopy-bandwidth": 256 << 10})
         target.ask("migrate-incoming", uri=f"unix:{tmp_path}/way")
         source.ask("migrate", uri=f"unix:{tmp_path}/way")
         source.ask("migrate-start-postcopy")
@@ -63,6 +64,7 @@ def test_a_source_that_cannot_know_is_told_that_all_has_arrived(tmp_path):
         for side in (source, target):
             wanted = [{"capability": "postcopy-ram", "state": True}]
             side.ask("migrate-set-capabilities", capabilities=wanted)
+        source.ask("migrate-set-parameters", **NEVER_ENDS)
         target.ask("migrate-incoming", uri=f"unix:{tmp_path}/way")
         with FaultChannel(f"unix:{tmp_path}/relay", f"unix:{tmp_path}/way") as channel:
             fault = channel.cut(NOTHING_MISSING, at=0)
@@ -103,7 +105,7 @@ def test_what_does_not_come_to_recovery_needs_it_still(broken, tmp_path):
 
 def test_a_pull_of_the_cable_is_mended_unasked(tmp_path):
     with pair(tmp_path, "hammer") as (source, target):
-        source.ask("migrate-set-parameters", **{"max-postcopy-bandwidth": 256 << 10})
+        source.ask("migrate-set-parameters", **NEVER_ENDS, **{"max-postcopy-bandwidth": 256 << 10})
         line = ["migrate", "--json", "--from", source.qmp, "--to", target.qmp, "--postcopy", "now",
                 "--auto-recover", "20", f"unix:{tmp_path}/way"]  # fmt: skip
         with subprocess.Popen([*POSTCOPY, *line], stdout=subprocess.PIPE, text=True) as command:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from fakes.commands import Running, pair, postcopy
+from fakes.pair import TRICKLE
 from fakes.waiting import wait_until
 
 pytestmark = pytest.mark.kvm
@@ -110,7 +111,7 @@ def test_the_destination_is_gone_in_the_midst_of_postcopy(tmp_path):
         on = [{"capability": "postcopy-ram", "state": True}]
         own = {"x-capabilities": on}
         target.ask("migrate-incoming", uri=f"unix:{tmp_path}/way", **own)
-        slow = {"max-bandwidth": 1 << 20, "max-postcopy-bandwidth": 64 << 10}
+        slow = dict(TRICKLE)
         source.ask("migrate", uri=f"unix:{tmp_path}/way", **own, **{"x-parameters": slow})
         source.ask("migrate-start-postcopy")
         wait_until(lambda: target.migration_status() == "postcopy-active", 30, "there")

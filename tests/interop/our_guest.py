@@ -67,6 +67,15 @@ class OurGuest:
             return uri
         return f"tcp:127.0.0.1:{self.migration.info().socket_address[0]['port']}"
 
+    def send_by_postcopy(self, uri: str, **parameters: int) -> None:
+        """Send the guest there, by postcopy from the start: so slowly that precopy cannot end first."""
+        limits = {"max-bandwidth": 8 << 20, "downtime-limit": 0}
+        self.migration.set_parameters(
+            limits | {k.replace("_", "-"): v for k, v in parameters.items()}
+        )
+        self.migration.migrate(uri)
+        self.migration.start_postcopy()
+
     def wait_end(self) -> Status:
         """The status in which the migration ends, one way or another."""
         return self.migration.progress.wait(

@@ -9,7 +9,7 @@ from interop.arrival import check_goes_on, check_memory, iterations
 from interop.our_guest import TIMEOUT_S, OurGuest
 from interop.qemu_guest import QemuGuest
 from machine.drives import MEMORY_BYTES, check_disk, disk_workload, make_disk, writes_and_reads
-from machine.machines import MIB, need
+from machine.machines import need
 from postcopy.parameters import Capability
 from postcopy.restore_options import RestoreOptions
 from postcopy.status import Status
@@ -37,10 +37,9 @@ def to_qemu(ours, qemu, *, postcopy):
     if postcopy:
         qemu.capabilities("postcopy-ram")
         ours.switch_on(Capability.POSTCOPY_RAM)
-        ours.migration.set_parameters({"downtime-limit": 0, "max-bandwidth": 40 * MIB})
-    ours.migration.migrate(qemu.listen("tcp:127.0.0.1:0"))
-    if postcopy:
-        ours.migration.start_postcopy()
+        ours.send_by_postcopy(qemu.listen("tcp:127.0.0.1:0"))
+    else:
+        ours.migration.migrate(qemu.listen("tcp:127.0.0.1:0"))
     assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
     qemu.wait_migration("completed")
     assert ("postcopy-active" in ours.events) is postcopy

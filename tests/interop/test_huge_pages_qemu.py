@@ -15,7 +15,6 @@ pytestmark = pytest.mark.qemu
 MEMORY_BYTES = 32 * MIB
 HUGE_BYTES = 2 * MIB
 BACKEND = f"memory-backend-memfd,id=microvm.ram,size={MEMORY_BYTES},hugetlb=on,hugetlbsize=2M"
-SLOW = {"max-bandwidth": 20 * MIB, "downtime-limit": 0}
 PREEMPT = Capability.POSTCOPY_PREEMPT
 
 
@@ -31,9 +30,7 @@ def test_there_and_back(huge_pages, tmp_path, more):
         qemu.capabilities(*capabilities)
         with OurGuest.running(workload, "kvm", huge_pages=True) as ours:
             ours.switch_on(*capabilities)
-            ours.migration.set_parameters(SLOW)
-            ours.migration.migrate(qemu.listen("tcp:127.0.0.1:0"))
-            ours.migration.start_postcopy()
+            ours.send_by_postcopy(qemu.listen("tcp:127.0.0.1:0"))
             assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
             check_arrived(qemu, workload, ours)
         qemu("cont")

@@ -3,6 +3,7 @@
 import pytest
 
 from fakes.commands import Running, postcopy
+from fakes.pair import NEVER_ENDS
 from fakes.peers import Feature, Way
 from fakes.qemu_versions import ALL
 from fakes.waiting import wait_until
@@ -24,7 +25,7 @@ def test_one_command_recovers_our_guest_at_qemu(tmp_path):
         qemu.capabilities("postcopy-ram")
         wanted = [{"capability": "postcopy-ram", "state": True}]
         source.ask("migrate-set-capabilities", capabilities=wanted)
-        slow = {"max-postcopy-bandwidth": 256 << 10}
+        slow = {**NEVER_ENDS, "max-postcopy-bandwidth": 256 << 10}
         source.ask("migrate-set-parameters", **slow)
         source.ask("migrate", uri=qemu.listen(f"unix:{tmp_path}/way"))
         source.ask("migrate-start-postcopy")

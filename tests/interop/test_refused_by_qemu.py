@@ -75,8 +75,7 @@ def test_one_without_postcopy_and_then_with_it(ours, workload, qemu, tmp_path):
     assert "RAM postcopy is disabled but have 16 byte advise" in qemu.why_failed()
     with QemuGuest(tmp_path / "next", "microvm", "tcg", MEMORY_BYTES) as other:
         other.capabilities("postcopy-ram")
-        ours.migration.migrate(other.listen("tcp:127.0.0.1:0"))
-        ours.migration.start_postcopy()
+        ours.send_by_postcopy(other.listen("tcp:127.0.0.1:0"))
         assert ours.wait_end() is Status.COMPLETED, (ours.error, other.log)
         other.wait_migration("completed")
 
@@ -126,8 +125,7 @@ def test_one_with_fewer_vcpus_in_postcopy(tmp_path):
     ):
         qemu.capabilities("postcopy-ram")
         ours.switch_on(Capability.POSTCOPY_RAM)
-        ours.migration.migrate(qemu.listen("tcp:127.0.0.1:0", exit_on_error=False))
-        ours.migration.start_postcopy()
+        ours.send_by_postcopy(qemu.listen("tcp:127.0.0.1:0", exit_on_error=False))
         # Once, of some thousand, it did not know what had become of the guest.
         assert ours.wait_end() is Status.FAILED, (ours.error, ours.events, qemu.log)
         check_failed(ours, workload, "destination")
@@ -139,9 +137,7 @@ def test_one_that_is_killed_in_postcopy(ours, workload, qemu):
     """It may have been running the guest: we keep it, stopped, and do not run it again."""
     qemu.capabilities("postcopy-ram")
     ours.switch_on(Capability.POSTCOPY_RAM)
-    ours.migration.set_parameters({"max-postcopy-bandwidth": MIB})
-    ours.migration.migrate(qemu.listen("tcp:127.0.0.1:0"))
-    ours.migration.start_postcopy()
+    ours.send_by_postcopy(qemu.listen("tcp:127.0.0.1:0"), max_postcopy_bandwidth=MIB)
     wait_until(lambda: qemu("query-status")["running"], 20, "the guest does not run there")
     qemu.kill()
     assert ours.wait_end() is Status.POSTCOPY_PAUSED

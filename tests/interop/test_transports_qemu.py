@@ -54,11 +54,13 @@ def test_to_qemu(tmp_path, way, on):
         qemu.capabilities(*(name.value for name in on))
         ours.switch_on(*on)
         if way == "exec":
-            ours.migration.migrate(carry.command(qemu.listen(f"unix:{tmp_path}/door")))
+            uri = carry.command(qemu.listen(f"unix:{tmp_path}/door"))
         else:
-            ours.migration.migrate(qemu.listen("tcp:[::1]:0"))
+            uri = qemu.listen("tcp:[::1]:0")
         if on is POSTCOPY:
-            ours.migration.start_postcopy()
+            ours.send_by_postcopy(uri)
+        else:
+            ours.migration.migrate(uri)
         assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
         check_arrived(qemu, workload, ours)
 

@@ -26,8 +26,7 @@ def test_postcopy_of_a_hammered_guest(tmp_path):
     ):
         qemu.capabilities("postcopy-ram", "postcopy-blocktime")
         ours.switch_on(Capability.POSTCOPY_RAM)
-        ours.migration.migrate(qemu.listen("tcp:127.0.0.1:0"))
-        ours.migration.start_postcopy()
+        ours.send_by_postcopy(qemu.listen("tcp:127.0.0.1:0"))
         assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
         check_arrived(qemu, workload, ours)
         ram = ours.migration.info().ram

@@ -46,7 +46,8 @@ def test_postcopy_on_both_sides_by_the_orders_alone(journey):
     trip = journey(hammer(), parameters={})
     trip.destination.control.incoming("tcp:127.0.0.1:0", exit_on_error=False, overrides=POSTCOPY)
     port = trip.destination.control.info().socket_address[0]["port"]
-    trip.source.control.migrate(f"tcp:127.0.0.1:{port}", overrides=POSTCOPY)
+    slow = Overrides(POSTCOPY.capabilities, NEVER_ENDS)
+    trip.source.control.migrate(f"tcp:127.0.0.1:{port}", overrides=slow)
     trip.source.control.start_postcopy()
     trip.finish()
     for side in (trip.source, trip.destination):

@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 from fakes.commands import POSTCOPY, pair, postcopy
+from fakes.pair import NEVER_ENDS
 from fakes.waiting import wait_until
 from fakes.watching import HEADER, browser_program, record, samples
 from postcopy.watch.recording import Header
@@ -119,7 +120,7 @@ def test_a_migration_as_it_happens_and_the_end_of_both_machines(tmp_path, pages)
                 "migrate-set-capabilities",
                 capabilities=[{"capability": name, "state": True} for name in names],
             )
-        limits = {"max-bandwidth": 16 << 20, "max-postcopy-bandwidth": 16 << 20}
+        limits = {**NEVER_ENDS, "max-postcopy-bandwidth": 16 << 20}
         source.ask("migrate-set-parameters", **limits)
         with serving("--from", source.qmp, "--to", target.qmp) as (process, url):
             page = pages.open(url)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fakes.commands import POSTCOPY, Running, one_line, pair, postcopy
+from fakes.pair import NEVER_ENDS
 from fakes.real_qemu import QemuProcess
 from fakes.waiting import wait_until
 from postcopy.cli.watch_command import WatchBeside
@@ -53,7 +54,7 @@ def test_the_samples_of_a_postcopy(tmp_path):
         switched = [{"capability": name, "state": True} for name in capabilities]
         for side in (source, target):
             side.ask("migrate-set-capabilities", capabilities=switched)
-        limits = {"max-bandwidth": 16 << 20, "max-postcopy-bandwidth": 16 << 20}
+        limits = {**NEVER_ENDS, "max-postcopy-bandwidth": 16 << 20}
         source.ask("migrate-set-parameters", **limits)
 
         def act(count):
