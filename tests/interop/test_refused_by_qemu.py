@@ -53,6 +53,15 @@ def check_failed(ours, workload, *words):
     ours.machine.cont()
 
 
+def check_kept(ours, workload):
+    """The destination may have run the guest: ours is as it was, and does not run."""
+    assert ours.wait_end() is Status.POSTCOPY_PAUSED
+    assert "the destination" in ours.error
+    assert not ours.machine.running
+    assert not ours.machine.owned
+    check_memory(ours.machine.read_memory, workload)
+
+
 def test_one_with_less_memory(ours, workload, tmp_path):
     with QemuGuest(tmp_path, "microvm", "tcg", MEMORY_BYTES // 2) as qemu:
         ours.migration.migrate(qemu.listen("tcp:127.0.0.1:0", exit_on_error=False))
@@ -113,9 +122,11 @@ def test_nobody_there(ours, workload, qemu):
 
 @pytest.mark.qemu(USUAL, NEWEST)
 def test_one_with_fewer_vcpus_in_postcopy(tmp_path):
-    """The package has gone out, and the destination has said that it cannot take what is in it.
+    """The package has gone out, and the destination cannot take what is in it.
 
-    QEMU 7.2 says nothing and ends, as one does that is killed: see there.
+    Most runs end with its message that it cannot.  In 8 of 220 it sent none: the load fails in one thread
+    while another reads the same connection, whereupon QEMU 10.0 crashes, and 11.1 closes the connection
+    first.  The source then cannot know, and keeps the guest stopped.  QEMU 7.2 never says anything.
     """
     need("kvm")
     workload = workloads.load("hammer", MEMORY_BYTES, 2, hot_bytes=8 * MIB)
@@ -126,9 +137,10 @@ def test_one_with_fewer_vcpus_in_postcopy(tmp_path):
         qemu.capabilities("postcopy-ram")
         ours.switch_on(Capability.POSTCOPY_RAM)
         ours.send_by_postcopy(qemu.listen("tcp:127.0.0.1:0", exit_on_error=False))
-        # Once, of some thousand, it did not know what had become of the guest.
-        assert ours.wait_end() is Status.FAILED, (ours.error, ours.events, qemu.log)
-        check_failed(ours, workload, "destination")
+        if ours.wait_end() is Status.POSTCOPY_PAUSED:
+            check_kept(ours, workload)
+        else:
+            check_failed(ours, workload, "destination")
         said = "section or instance 'cpu_common' 1|loadvm failed during postcopy"
         assert re.search(said, qemu.why_failed())
 
@@ -140,7 +152,4 @@ def test_one_that_is_killed_in_postcopy(ours, workload, qemu):
     ours.send_by_postcopy(qemu.listen("tcp:127.0.0.1:0"), max_postcopy_bandwidth=MIB)
     wait_until(lambda: qemu("query-status")["running"], 20, "the guest does not run there")
     qemu.kill()
-    assert ours.wait_end() is Status.POSTCOPY_PAUSED
-    assert "the destination" in ours.error
-    assert not ours.machine.running
-    assert not ours.machine.owned
+    check_kept(ours, workload)
