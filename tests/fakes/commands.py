@@ -138,10 +138,13 @@ class Running:
 
 
 @contextlib.contextmanager
-def pair(folder: Path, workload: str = "idle"):
-    """A source with a guest that runs, and a destination that waits to be told."""
+def pair(folder: Path, workload: str = "idle", options=lambda name: ()):
+    """A source with a guest that runs, and a destination that waits to be told.
+
+    :param options: more of them for the machine of a name.
+    """
     with (
-        Running(folder, "source", "--workload", workload) as source,
-        Running(folder, "target", "--incoming", "defer") as target,
+        Running(folder, "source", "--workload", workload, *options("source")) as source,
+        Running(folder, "target", "--incoming", "defer", *options("target")) as target,
     ):
         yield source, target

@@ -81,6 +81,7 @@ class FakeMigration:
         self.calls = []
         self.now = MigrationInfo()
         self.breaks = False
+        self.engine_restarts = 0
         self.recovers = threading.Event()
         self.recovers.set()
         self.objects = UserObjects()

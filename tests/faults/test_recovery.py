@@ -209,8 +209,10 @@ def notice_late(monkeypatch):
 def test_engines_that_have_just_died_are_no_reason_to_refuse(broken, notice_late):
     notice_late(broken.destination)
     notice_late(broken.source)
+    assert [side.control.engine_restarts for side in (broken.source, broken.destination)] == [0, 0]
     broken.resume()
     arrive(broken)
+    assert [side.control.engine_restarts for side in (broken.source, broken.destination)] == [1, 1]
     assert broken.source.error is None
     with pytest.raises(WrongState):
         broken.source.machine.cont()

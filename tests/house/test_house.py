@@ -150,7 +150,7 @@ def test_imports_go_down_only():
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
 
 
-@pytest.mark.parametrize("page", ["status", "ownership", "tracing", "cli", "monitor"])
+@pytest.mark.parametrize("page", ["status", "ownership", "tracing", "cli", "monitor", "metrics"])
 def test_the_drawn_pages_are_current(page):
     drawn = subprocess.run(
         [sys.executable, f"scripts/draw_{page}.py", "--check"],

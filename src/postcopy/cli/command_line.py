@@ -262,6 +262,12 @@ MONITORS: Final = (
         "--qmp", "qmps", multiple=True, metavar="unix:PATH|tcp:HOST:PORT", help="A QMP monitor."
     ),
     click.option(
+        "--metrics",
+        multiple=True,
+        metavar="tcp:[HOST]:PORT|unix:PATH",
+        help="Serve metrics to Prometheus; the default HOST is 127.0.0.1.",
+    ),
+    click.option(
         "--trace",
         metavar="FILE",
         callback=_subscribe,

@@ -172,11 +172,22 @@ class GuestProcess:
     def _serve(self, backend: "Backend") -> None:
         from postcopy.monitor.server import serve_hmp, serve_qmp
 
+        if self._settings.metrics:  # before QMP: a client of QMP finds these
+            self._serve_metrics(backend)
         for address in self._settings.qmps:
             self._cleanup.callback(_try, serve_qmp(address, backend).close)
         for address in self._settings.monitors:
             if address != STDIO:
                 self._cleanup.callback(_try, serve_hmp(address, backend).close)
+
+    def _serve_metrics(self, backend: "Backend") -> None:
+        from postcopy.monitor.scrape import serve_metrics  # its library takes a third of a second
+
+        for address in self._settings.metrics:
+            server = serve_metrics(address, backend)
+            self._cleanup.callback(_try, server.close)
+            if server.address != address:  # such as a port that the kernel has chosen
+                notice(f"metrics are served at {server.address}")
 
     def _open_console(self, backend: "Backend") -> None:
         """Start a thread for the console: the main thread must handle signals."""

@@ -36,6 +36,7 @@ class RunSettings:
     :param incoming: a URI to listen at, ``defer``, or None for a guest that boots.
     :param monitors: addresses of HMP monitors; ``stdio`` at most once.
     :param qmps: addresses of QMP monitors.
+    :param metrics: addresses at which Prometheus finds metrics.
     :param serial: ``stdio``, ``none`` or ``file:PATH``.
     :param objects: as QEMU's ``--object`` writes them.
     :param tls: a folder of certificates, with which migrations are encrypted.
@@ -52,6 +53,7 @@ class RunSettings:
     restore: RestoreOptions | None = None
     objects: tuple[str, ...] = ()
     tls: str | None = None
+    metrics: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Self:
@@ -69,6 +71,7 @@ class RunSettings:
             serial=options["serial"],
             objects=tuple(options["objects"]),
             tls=options["tls"],
+            metrics=tuple(options["metrics"]),
         )
 
 
@@ -185,6 +188,7 @@ def restore_settings(options: Mapping[str, Any], engines: EnginePool) -> RunSett
             record=options["record"],
             began_ns=process_start_ns(),
         ),
+        metrics=tuple(options["metrics"]),
     )
 
 

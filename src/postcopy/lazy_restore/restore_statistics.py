@@ -10,6 +10,7 @@ from postcopy.lazy_restore.block_restorer import BlockRestorer
 from postcopy.lazy_restore.restore_pager import RestorePager
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Mask
+from postcopy.paging.latencies import LatencyFigures
 from postcopy.paging.ram import IncomingBlock
 from postcopy.statistics import Measured, MigrationInfo, RamStatistics
 from postcopy.status import Status
@@ -56,13 +57,15 @@ class RestoreStatistics:
     def info(self, status: Status, error: str | None) -> MigrationInfo:
         """What ``query-migrate`` says."""
         end_ns = self._complete_ns or time.monotonic_ns()
+        latencies = self._latencies()
         return MigrationInfo(
             status=status,
             incoming=True,
             ram=self._ram() if self._restorers else None,
             total_time_ms=(end_ns - self._began_ns) // 1_000_000,
             error_desc=error,
-            measured=self._measured(),
+            postcopy_latency_ns=latencies.mean_ns if latencies is not None else None,
+            measured=self._measured(latencies),
         )
 
     def _ram(self) -> RamStatistics:
@@ -78,11 +81,12 @@ class RestoreStatistics:
             page_size=TARGET_PAGE_BYTES,
         )
 
-    def _measured(self) -> Measured:
+    def _latencies(self) -> LatencyFigures | None:
+        figures = self._pager.latencies.figures() if self._pager is not None else None
+        return figures if figures is not None and figures.count else None
+
+    def _measured(self, latencies: LatencyFigures | None) -> Measured:
         pager = self._pager
-        latencies = pager.latencies.figures() if pager is not None else None
-        if latencies is not None and not latencies.count:
-            latencies = None
         return Measured(
             fault_latency_p50_us=latencies.p50_us if latencies is not None else None,
             fault_latency_p99_us=latencies.p99_us if latencies is not None else None,

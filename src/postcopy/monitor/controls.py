@@ -229,6 +229,10 @@ class MigrationControl(Protocol):
         :raises HostCannot: this host, or this guest's accelerator, cannot poison pages.
         """
 
+    @property
+    def engine_restarts(self) -> int:
+        """Engines that were put in place of one that had died, since the process began."""
+
     def info(self) -> MigrationInfo:
         """How it stands."""
 

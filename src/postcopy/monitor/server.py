@@ -8,7 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from postcopy.channel.address import SocketPath, UnixAddress, parse_socket, remove_stale, tcp_uri
+from postcopy.channel.address import (
+    SocketPath,
+    UnixAddress,
+    parse_socket,
+    remove_stale,
+    tcp_uri,
+)
 from postcopy.errors import CannotListen, HostCannot
 from postcopy.kernel import threads
 from postcopy.monitor.controls import Backend
@@ -35,16 +41,25 @@ class MonitorServer:
     directory, or a loopback address.
 
     :param address: as :func:`~postcopy.channel.address.parse_socket` reads it (port 0: the kernel chooses).
+    :param whose: what the address is called in errors.
+    :param most: sessions at a time; a client that comes then is disconnected.
     :raises Refused: not such an address.
     :raises CannotListen: another process listens there, or the address is not of this host.
     """
 
     def __init__(
-        self, address: str, backend: Backend, session: Callable[[socket.socket, Backend], Session]
+        self,
+        address: str,
+        backend: Backend,
+        session: Callable[[socket.socket, Backend], Session],
+        *,
+        whose: str = "monitor",
+        most: int | None = None,
     ) -> None:
         self._backend = backend
         self._make_session = session
-        self._listener, self._path = _listen(address)
+        self._most = most
+        self._listener, self._path = _listen(address, whose)
         self._taken = None if self._path is None else SocketPath(self._path)
         # Guards the next two; a session is in the set from its accept to its end.
         self._lock = threading.Lock()
@@ -88,12 +103,16 @@ class MonitorServer:
                 continue
             session = self._make_session(connection, self._backend)
             with self._lock:
-                self._sessions.add(session)
+                full = self._most is not None and len(self._sessions) >= self._most
+                if not full:
+                    self._sessions.add(session)
                 closed = self._closed
-            if closed:
+            if closed or full:
                 connection.close()
+            if closed:
                 return
-            self._begin(session, connection)
+            if not full:
+                self._begin(session, connection)
 
     def _begin(self, session: Session, connection: socket.socket) -> None:
         thread = threading.Thread(target=self._serve, args=(session,), name="monitor-client")
@@ -126,8 +145,8 @@ def serve_hmp(address: str, backend: Backend) -> MonitorServer:
     return MonitorServer(address, backend, HmpSession)
 
 
-def _listen(address: str) -> tuple[socket.socket, Path | None]:
-    where = parse_socket(address, "monitor")
+def _listen(address: str, whose: str) -> tuple[socket.socket, Path | None]:
+    where = parse_socket(address, whose)
     try:
         if isinstance(where, UnixAddress):
             return _listen_unix(Path(where.path)), Path(where.path)

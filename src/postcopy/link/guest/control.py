@@ -291,6 +291,10 @@ class MigrationControl:
     def pause(self) -> None:
         self._state.work.pause()
 
+    @property
+    def engine_restarts(self) -> int:
+        return self._engines.restarts
+
     def info(self) -> MigrationInfo:
         job = self._state.shown
         if job is self._state.work:

@@ -148,6 +148,9 @@ class EngineSlot:
         # Under the lock: the one at work, and whether there may be any.
         self.current: EngineProcess | None = None
         self._closed = False
+        # Adopting has one order at a time.
+        self.restarts = 0
+        """Engines that went on in place of one that had died."""
 
     def prepare(self, delay_s: float = 0.0) -> None:
         """Have one ready, after a while."""
@@ -219,11 +222,13 @@ class EngineSlot:
         """
         link = self.start()
         try:
-            return link, link.call(order, *args, **kwargs)
+            found = link.call(order, *args, **kwargs)
         except PostcopyError:
             self.end()
             link.wait_over()  # its end is not to be taken for that of the next
             raise
+        self.restarts += 1
+        return link, found
 
     @property
     def link(self) -> Link | None:
