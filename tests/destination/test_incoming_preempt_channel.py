@@ -10,7 +10,7 @@ from fakes.waiting import wait_until
 from postcopy.channel.address import parse
 from postcopy.channel.connect import connect
 from postcopy.channel.listen import Listener
-from postcopy.destination.incoming_channels import IncomingChannels
+from postcopy.destination.incoming_channels import IncomingChannels, Surroundings
 from postcopy.destination.loadvm import layout_of
 from postcopy.destination.preempt_channel import PreemptChannel
 from postcopy.errors import ChannelBroken, HostCannot, StreamCut, StreamError
@@ -41,14 +41,14 @@ class Bench:
         (self.paged,) = self.ram
         self.address = parse(f"unix:{folder}/door")
         self.channels = IncomingChannels(Listener(self.address), lambda: self.wanted)
-        self.preempt = PreemptChannel(
+        surroundings = Surroundings(
             self.ram,
             FaultTable(Blocktime({})),
             layout_of(self.ram),
-            lambda: self.wanted,
             lambda: self.timeout_ms,
             self.failed.set,
         )
+        self.preempt = PreemptChannel(surroundings, lambda: self.wanted)
         try:
             self.userfaultfd = self.guest.open_userfaultfd()
         except HostCannot as reason:

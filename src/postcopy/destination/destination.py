@@ -14,7 +14,7 @@ from postcopy.channel.files import check_seekable
 from postcopy.channel.listen import Listener
 from postcopy.channel.peer_timeout import AckedBytes, PeerTimeout
 from postcopy.channel.sockets import SocketChannel
-from postcopy.destination.incoming_channels import IncomingChannels
+from postcopy.destination.incoming_channels import IncomingChannels, Surroundings
 from postcopy.destination.incoming_ram import Populating
 from postcopy.destination.loadvm import RECEIVE_BUFFER_BYTES, RecordLoader, layout_of
 from postcopy.destination.multifd import IncomingMultifd
@@ -77,13 +77,9 @@ class Destination:
         self._layout = layout_of(ram)
         self._receiver = PageReceiver(ram, self._layout, self._placement)
         self._formats = formats
-        timeout_ms = self._link_timeout_ms
-        self._preempt_channel = PreemptChannel(
-            ram, faults, self._layout, self._preempt, timeout_ms, self._break
-        )
-        self._multifd = IncomingMultifd(
-            ram, faults, self._layout, self._channel_count, timeout_ms, self._break
-        )
+        surroundings = Surroundings(ram, faults, self._layout, self._link_timeout_ms, self._break)
+        self._preempt_channel = PreemptChannel(surroundings, self._preempt)
+        self._multifd = IncomingMultifd(surroundings, self._channel_count)
         self._loader = RecordLoader(
             guest,
             formats,

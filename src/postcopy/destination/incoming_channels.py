@@ -8,13 +8,52 @@ all of these are there; the next one is the preempt channel.  Every other connec
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
 
 from postcopy.channel.channel import Channel
 from postcopy.channel.listen import Listener
 from postcopy.errors import ChannelBroken, HostCannot, PostcopyError, StreamError
 from postcopy.kernel import threads
 from postcopy.multifd.group import MAGIC_BYTES, MOST_CHANNELS, MultifdGroup, first_bytes
+from postcopy.paging.fault_table import FaultTable
+from postcopy.paging.placement import Placement
+from postcopy.paging.ram import IncomingRam
 from postcopy.stream import multifd, numbers
+from postcopy.stream.layout import Layout
+
+_PATIENCE_S: Final = 30.0
+"""How long to wait for a channel without ``x-link-timeout``: a stopped guest waits meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the channels beside the main one have to do with.
+
+    :ivar layout: the blocks of this side.
+    :ivar timeout_ms: returns how long the source may take to open them; 0: half a minute.
+    :ivar on_failure: called when one has failed, to wake the main channel's reader.
+    """
+
+    ram: IncomingRam
+    faults: FaultTable
+    layout: Layout
+    timeout_ms: Callable[[], int]
+    on_failure: Callable[[], None]
+
+    @property
+    def timeout_s(self) -> float:
+        """Of a silent source; 0: none."""
+        return self.timeout_ms() / 1000
+
+    @property
+    def patience_s(self) -> float:
+        """How long the source may take to open a channel."""
+        return self.timeout_s or _PATIENCE_S
+
+    def placement(self) -> Placement:
+        """What places the pages of one channel."""
+        return Placement(self.ram, self.faults)
 
 
 class IncomingChannels:

@@ -12,7 +12,7 @@ from postcopy.guest import Guest
 from postcopy.kernel import threads
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import numbers_in, runs
-from postcopy.multifd.file_threads import FileThreads, FileWork
+from postcopy.multifd.threads import FileThreads, FileWork
 from postcopy.paging.ram import IncomingBlock, IncomingRam
 from postcopy.stream.mapped_ram import decode_bitmap
 from postcopy.stream.records import MappedBlock

@@ -6,16 +6,12 @@ sent before it.
 
 from collections.abc import Callable, Iterable, Mapping
 
+from postcopy.destination.incoming_channels import Surroundings
 from postcopy.errors import ChannelBroken, PostcopyError
 from postcopy.multifd.group import ExpectedChannels, MultifdGroup
-from postcopy.paging.fault_table import FaultTable
 from postcopy.paging.placement import Placement
-from postcopy.paging.ram import IncomingRam
-from postcopy.stream.layout import BlockLayout, Layout
+from postcopy.stream.layout import BlockLayout
 from postcopy.stream.records import Pages, RamSetup, ZeroPages
-
-_PATIENCE_S = 30.0
-"""How long to wait for the channels without ``x-link-timeout``."""
 
 
 class _Placing:
@@ -42,27 +38,12 @@ class _Placing:
 class IncomingMultifd:
     """The channels of one source.  Does nothing until :meth:`switch_on` has been called.
 
-    :param layout: the blocks of this side.
     :param count: the parameter ``multifd-channels``.
-    :param timeout_ms: how long the source may take to open all of them; 0: half a minute.
-    :param on_failure: called when a channel has failed, to wake the main channel's reader.
     """
 
-    def __init__(
-        self,
-        ram: IncomingRam,
-        faults: FaultTable,
-        layout: Layout,
-        count: Callable[[], int],
-        timeout_ms: Callable[[], int],
-        on_failure: Callable[[], None],
-    ) -> None:
-        self._ram = ram
-        self._faults = faults
-        self._layout = layout
+    def __init__(self, surroundings: Surroundings, count: Callable[[], int]) -> None:
+        self._surroundings = surroundings
         self.count = count
-        self._timeout_ms = timeout_ms
-        self._on_failure = on_failure
         self._over = False  # what happens to a channel is of no consequence any more
         self._settled = False
         # QEMU 8.0 and older send no flushes: the end of each section is one.
@@ -83,11 +64,10 @@ class IncomingMultifd:
         """
         if self.group is None or self._settled:
             return
-        timeout_s = self._timeout_ms() / 1000
-        self.group.wait_for_all(timeout_s or _PATIENCE_S)
+        self.group.wait_for_all(self._surroundings.patience_s)
         self._settled = True
         for channel in self.group.channels:
-            channel.watch(timeout_s)
+            channel.watch(self._surroundings.timeout_s)
 
     def begin(self, setup: RamSetup, ignored: Mapping[str, int]) -> None:
         """The source has told of its blocks: let pages be placed.
@@ -98,8 +78,9 @@ class IncomingMultifd:
             return
         self.settle()
         dropped = {name: BlockLayout(size) for name, size in ignored.items()}
-        placing = _Placing(Placement(self._ram, self._faults), self._layout)
-        self.group.begin({**self._layout, **dropped}, placing, placing.place)
+        layout = self._surroundings.layout
+        placing = _Placing(self._surroundings.placement(), layout)
+        self.group.begin({**layout, **dropped}, placing, placing.place)
         self._flush_is_said = setup.multifd_flush
         self.flush()
 
@@ -131,4 +112,4 @@ class IncomingMultifd:
         if self._over or self.failure is not None:
             return
         self.failure = error if isinstance(error, PostcopyError) else ChannelBroken(str(error))
-        self._on_failure()
+        self._surroundings.on_failure()

@@ -8,46 +8,27 @@ import threading
 from collections.abc import Callable
 
 from postcopy.channel.channel import Channel
-from postcopy.destination.incoming_channels import IncomingChannels
+from postcopy.destination.incoming_channels import IncomingChannels, Surroundings
 from postcopy.destination.whole_pages import PageReceiver
 from postcopy.errors import ChannelBroken, PostcopyError
 from postcopy.kernel import threads
 from postcopy.kernel.threads import run_soon
 from postcopy.kernel.userfaultfd import Userfaultfd
-from postcopy.paging.fault_table import FaultTable
 from postcopy.paging.placement import Placement
-from postcopy.paging.ram import IncomingRam
 from postcopy.stream.decoder import PreemptDecoder
-from postcopy.stream.layout import Layout
 from postcopy.stream.records import Pages
-
-_PATIENCE_S = 30.0
-"""How long to wait for the preempt channel without ``x-link-timeout``: a stopped guest waits meanwhile."""
 
 
 class PreemptChannel:
     """The preempt channel, one for each connection of the source; does nothing while it is switched off.
 
     :param wanted: whether it is switched on.
-    :param timeout_ms: how long the source may take to connect; 0: half a minute.
-    :param on_failure: called when the channel breaks, to wake the main channel's reader.
     """
 
-    def __init__(
-        self,
-        ram: IncomingRam,
-        faults: FaultTable,
-        layout: Layout,
-        wanted: Callable[[], bool],
-        timeout_ms: Callable[[], int],
-        on_failure: Callable[[], None],
-    ) -> None:
-        self._ram = ram
-        self._faults = faults
-        self._layout = layout
+    def __init__(self, surroundings: Surroundings, wanted: Callable[[], bool]) -> None:
+        self._surroundings = surroundings
+        self._ram = surroundings.ram
         self._wanted = wanted
-        self._timeout_ms = timeout_ms
-        self._on_failure = on_failure
         self._incoming: IncomingChannels | None = None
         self._channel: Channel | None = None
         self._thread: threading.Thread | None = None
@@ -71,17 +52,16 @@ class PreemptChannel:
         if not self._wanted():
             return
         assert self._incoming is not None
-        timeout_s = self._timeout_ms() / 1000
-        self._channel = channel = self._incoming.preempt(timeout_s or _PATIENCE_S)
-        channel.watch(timeout_s)
+        self._channel = channel = self._incoming.preempt(self._surroundings.patience_s)
+        channel.watch(self._surroundings.timeout_s)
 
     def start(self, userfaultfd: Userfaultfd) -> None:
         """Place what comes from now on."""
         if self._channel is None:
             return
-        placement = Placement(self._ram, self._faults)
+        placement = self._surroundings.placement()
         placement.listen(userfaultfd)
-        arguments = (self._channel, PreemptDecoder(self._layout), placement)
+        arguments = (self._channel, PreemptDecoder(self._surroundings.layout), placement)
         thread = threading.Thread(target=self._run, args=arguments, name="preempt", daemon=True)
         self._thread = threads.start(thread)
 
@@ -136,7 +116,7 @@ class PreemptChannel:
         run_soon()
         failure: PostcopyError | None = None
         try:
-            receiver = PageReceiver(self._ram, self._layout, placement)
+            receiver = PageReceiver(self._ram, self._surroundings.layout, placement)
             while receiver.receive(channel, decoder):
                 self._place(decoder, placement)
             decoder.finish()
@@ -150,11 +130,11 @@ class PreemptChannel:
                 self.failure = failure
             self._changed.notify_all()
         if self.failure is not None:
-            self._on_failure()
+            self._surroundings.on_failure()
 
     def _early_end(self, channel: Channel) -> PostcopyError | None:
         """Why the end of the channel is an error, unless the main channel ends soon as well."""
-        timeout_s = self._timeout_ms() / 1000
+        timeout_s = self._surroundings.timeout_s
         if not timeout_s or self._changed.wait_for(lambda: self._closing, timeout_s):
             return None
         return ChannelBroken(f"{channel.description}: the source closed the second connection")

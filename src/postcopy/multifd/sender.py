@@ -5,10 +5,10 @@ torn: it is dirty then, and is sent again in a later round.  Between two rounds 
 (:meth:`MultifdSender.sync`): no page of an earlier round is placed over one of a later.
 """
 
-import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from postcopy.channel.channel import Channel
 from postcopy.channel.peer_timeout import AckedBytes
 from postcopy.errors import ChannelBroken, PostcopyError
-from postcopy.kernel import threads
+from postcopy.multifd.threads import MultifdThreads
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.stream.multifd import PACKET_PAGES
 from postcopy.stream.multifd_encoder import (
@@ -62,7 +62,6 @@ class _Member:
         self.number = number
         self.acked = AckedBytes(channel)
         self.syncs = 0  # under the sender's lock
-        self.thread: threading.Thread | None = None
         make = COMPRESSORS.get(compression.name)
         self._compress = None if make is None else make(compression.level)
 
@@ -80,7 +79,7 @@ class _Member:
                 self.channel.send_many((header.tobytes(), data))
 
 
-class MultifdSender:
+class MultifdSender(MultifdThreads):
     """Sends pages over several channels.  One thread calls all but :meth:`shutdown`.
 
     :ivar zero_pages: the parameter ``zero-page-detection``.
@@ -88,17 +87,15 @@ class MultifdSender:
     """
 
     def __init__(self, compression: Compression, zero_pages: str = "multifd") -> None:
+        super().__init__()
         self.zero_pages = zero_pages
         self._compression = compression
         self.on_failure: Callable[[PostcopyError], None] = lambda _: None
         self._members: list[_Member] = []
-        self._changed = threading.Condition()
         # Under `_changed`:
         self._jobs: deque[_Job] = deque()
         self._syncs = 0  # that each channel has to send
         self._packets = 0
-        self._failure: PostcopyError | None = None
-        self._closed = False
         self._unsynced = (
             False  # for the one thread that calls: whether there are pages since the last
         )
@@ -112,10 +109,7 @@ class MultifdSender:
         member = _Member(channel, len(self._members), self._compression)
         self._members.append(member)
         channel.send(encode_initial(member.number))
-        thread = threading.Thread(
-            target=self._run, args=(member,), name=f"multifd-{member.number}", daemon=True
-        )
-        member.thread = threads.start(thread)
+        self._start(partial(self._run, member))
 
     @property
     def sent_bytes(self) -> int:
@@ -149,8 +143,7 @@ class MultifdSender:
 
     def _queue(self, job: _Job) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: len(self._jobs) < len(self._members) or self._is_over())
-            self._check()
+            self._wait_until(lambda: len(self._jobs) < len(self._members))
             job.headers["number"] = np.arange(len(job.headers)) + self._packets
             self._packets += len(job.headers)
             self._jobs.append(job)
@@ -171,12 +164,7 @@ class MultifdSender:
             self._syncs += 1
             self._unsynced = False
             self._changed.notify_all()
-            self._changed.wait_for(
-                lambda: (
-                    all(member.syncs == self._syncs for member in self._members) or self._is_over()
-                )
-            )
-            self._check()
+            self._wait_until(lambda: all(member.syncs == self._syncs for member in self._members))
 
     def shutdown(self) -> None:
         """Break all channels; any number of times, from any thread."""
@@ -192,19 +180,9 @@ class MultifdSender:
             self._closed = True
             self._jobs.clear()
             self._changed.notify_all()
+        self._join()
         for member in self._members:
-            if member.thread is not None:
-                member.thread.join()
             member.channel.close()
-
-    def _is_over(self) -> bool:
-        return self._closed or self._failure is not None
-
-    def _check(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-        if self._closed:
-            raise ChannelBroken("multifd: closed on this side")
 
     # --- the threads "multifd-N"
 
@@ -227,10 +205,7 @@ class MultifdSender:
     def _send_next(self, member: _Member) -> bool:
         """Send the next packets, or a SYNC; return False when there is nothing more to send."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._jobs or member.syncs < self._syncs or self._is_over()
-            )
-            if self._is_over():
+            if not self._wait_for_work(lambda: bool(self._jobs) or member.syncs < self._syncs):
                 return False
             job = self._jobs.popleft() if self._jobs else None
             number = self._packets

@@ -15,7 +15,7 @@ from postcopy.channel.files import FileChannel
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES, PageBlock
 from postcopy.memory.runs import Indices, Mask, index_runs
-from postcopy.multifd.file_threads import FileThreads
+from postcopy.multifd.threads import FileThreads
 from postcopy.source.counters import Counters
 from postcopy.source.dirty_pages import BlockPages
 from postcopy.source.wire_sink import Between, PacedChannel

@@ -8,8 +8,8 @@ from postcopy.channel.files import check_seekable
 from postcopy.channel.rate_limit import Interrupt, RateLimiter
 from postcopy.memory.ram_block import PageBlock
 from postcopy.memory.runs import Indices
-from postcopy.multifd.file_threads import FileThreads
 from postcopy.multifd.sender import MultifdSender
+from postcopy.multifd.threads import FileThreads
 from postcopy.parameters import Capabilities, Capability
 from postcopy.source.counters import Counters, Rate
 from postcopy.source.dirty_pages import BlockPages

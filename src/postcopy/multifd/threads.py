@@ -1,8 +1,12 @@
-"""Threads that read or write the pages of a mapped-ram file, each over a descriptor of its own."""
+"""Threads that are given work until one of them fails: what those of channels and of files have in common.
+
+:class:`FileThreads` read or write the pages of a mapped-ram file, each over a descriptor of its own.
+"""
 
 import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias
 
 from postcopy.channel.files import FileChannel
@@ -13,7 +17,51 @@ FileWork: TypeAlias = Callable[[FileChannel], None]
 """What one thread does with its descriptor."""
 
 
-class FileThreads:
+class MultifdThreads:
+    """Threads ``multifd-N``, one for each channel or file, and what may end them."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        # Under `_changed`:
+        self._failure: PostcopyError | None = None
+        self._closed = False
+        self._threads: list[threading.Thread] = []
+
+    def _start(self, run: Callable[[], None]) -> None:
+        """Start the next thread.
+
+        :raises HostCannot: there can be no more threads.
+        """
+        name = f"multifd-{len(self._threads)}"
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        self._threads.append(threads.start(thread))
+
+    def _is_over(self) -> bool:
+        return self._closed or self._failure is not None
+
+    def _wait_until(self, reached: Callable[[], bool]) -> None:
+        """Wait, under ``_changed``, for the other threads to come so far.
+
+        :raises PostcopyError: one has failed.
+        :raises ChannelBroken: this side has been closed.
+        """
+        self._changed.wait_for(lambda: reached() or self._is_over())
+        if self._failure is not None:
+            raise self._failure
+        if self._closed:
+            raise ChannelBroken("multifd: closed on this side")
+
+    def _wait_for_work(self, there_is: Callable[[], bool]) -> bool:
+        """Wait, under ``_changed``, for something to do; return False if nothing will come."""
+        self._changed.wait_for(lambda: there_is() or self._is_over())
+        return not self._is_over()
+
+    def _join(self) -> None:
+        for thread in self._threads:
+            thread.join()
+
+
+class FileThreads(MultifdThreads):
     """Does what it is given, in any order, until :meth:`flush`.  One thread calls all but :meth:`shutdown`.
 
     :param file: the threads get duplicates of it.
@@ -21,24 +69,15 @@ class FileThreads:
     """
 
     def __init__(self, file: FileChannel, count: int) -> None:
-        self._changed = threading.Condition()
+        super().__init__()
         # Under `_changed`:
         self._work: deque[FileWork] = deque()
         self._busy = 0
-        self._failure: PostcopyError | None = None
-        self._closed = False
         self._files: list[FileChannel] = []
-        self._threads: list[threading.Thread] = []
         try:
-            for number in range(count):
+            for _ in range(count):
                 self._files.append(file.duplicate())
-                thread = threading.Thread(
-                    target=self._run,
-                    args=(self._files[-1],),
-                    name=f"multifd-{number}",
-                    daemon=True,
-                )
-                self._threads.append(threads.start(thread))
+                self._start(partial(self._run, self._files[-1]))
         except BaseException:
             self.close()
             raise
@@ -54,10 +93,7 @@ class FileThreads:
         :raises PostcopyError: something before has failed.
         """
         with self._changed:
-            self._changed.wait_for(
-                lambda: len(self._work) < 2 * len(self._files) or self._is_over()
-            )
-            self._check()
+            self._wait_until(lambda: len(self._work) < 2 * len(self._files))
             self._work.append(work)
             self._changed.notify_all()
 
@@ -67,8 +103,7 @@ class FileThreads:
         :raises PostcopyError: something has failed.
         """
         with self._changed:
-            self._changed.wait_for(lambda: not (self._work or self._busy) or self._is_over())
-            self._check()
+            self._wait_until(lambda: not (self._work or self._busy))
 
     def shutdown(self) -> None:
         """Begin nothing more, and end the calls that are under way; from any thread."""
@@ -82,19 +117,9 @@ class FileThreads:
     def close(self) -> None:
         """End; on return no memory is touched any more.  Any number of times."""
         self.shutdown()
-        for thread in self._threads:
-            thread.join()
+        self._join()
         for file in self._files:
             file.close()
-
-    def _is_over(self) -> bool:
-        return self._closed or self._failure is not None
-
-    def _check(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-        if self._closed:
-            raise ChannelBroken("multifd: closed on this side")
 
     # --- the threads "multifd-N"
 
@@ -104,8 +129,7 @@ class FileThreads:
 
     def _do_next(self, file: FileChannel) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self._work or self._is_over())
-            if self._is_over():
+            if not self._wait_for_work(lambda: bool(self._work)):
                 return False
             work = self._work.popleft()
             self._busy += 1
