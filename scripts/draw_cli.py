@@ -16,6 +16,7 @@ Made by `scripts/draw_cli.py` from the commands themselves; do not edit it here.
 
 A command that drives a machine takes the address of its QMP monitor: `unix:PATH` or `tcp:HOST:PORT`, of a
 machine of ours or of a stock QEMU. An error is one line on standard error: what, why and the cure.
+`postcopy --install-completion` has bash, zsh or fish complete commands and options.
 
 | exit code | meaning |
 | --- | --- |

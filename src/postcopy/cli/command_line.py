@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import click
 
-from postcopy.cli import COMMANDS
+from postcopy.cli import COMMANDS, completion
 from postcopy.errors import Refused
 from postcopy.sizes import parse_size
 from postcopy.trace import FILE_VARIABLE
@@ -43,6 +43,7 @@ class _Subcommands(click.Group):
 
 @click.command(cls=_Subcommands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@completion.INSTALL
 @click.version_option(package_name="postcopy", prog_name="postcopy")
 @click.pass_context
 def cli(context: click.Context, debug: bool) -> None:
