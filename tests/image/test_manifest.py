@@ -290,3 +290,45 @@ class TestCheckedPages:
             # What has been found good is not looked at again.
             good = [checked.is_good("ram", page) for page in (0, 20, 40, 60)]
             assert good == [False, True, True, False]
+
+    def test_pages_are_read_and_checked_from_one_copy(self, path):
+        image, manifest = open_for_restore(path)
+        wanted = np.array([3, 4, 17, 30, 35])
+        with image:
+            checked = ChunkVerifier(image, manifest)
+            for _ in range(2):  # checked now, and known to be good
+                rows, good = checked.read("ram", wanted)
+                np.testing.assert_array_equal(
+                    rows[wanted - 3], image.read("ram", 3, 33)[wanted - 3]
+                )
+                assert len(rows) == 33
+                assert good.all()
+            rows, good = checked.read("rom", np.array([3]))  # in the last chunk, which is shorter
+            np.testing.assert_array_equal(rows, image.read("rom", 3, 1))
+            assert good.all()
+
+    def test_a_page_of_a_damaged_chunk_is_told_and_only_if_it_is_wanted(self, path):
+        with open_image(path) as image:
+            at = image.place("ram").pages_offset + 20 * PAGE
+        flip(path, at * 8 + 3)
+        image, manifest = open_for_restore(path)
+        with image:
+            checked = ChunkVerifier(image, manifest)
+            assert checked.read("ram", np.array([15, 32]))[1].tolist() == [True, True]
+            assert checked.damages() == []
+            for _ in range(2):
+                good = checked.read("ram", np.array([15, 16, 31, 32, 40]))[1]
+                assert good.tolist() == [True, False, False, True, True]
+            (damage,) = checked.damages()
+            assert (damage.block, damage.block_offset) == ("ram", 16 * PAGE)
+
+    def test_what_is_no_zero_any_more_is_bad(self, path):
+        with open_image(path) as image:
+            first = image.place("ram").pages_offset // CHUNK_BYTES
+        flip(path, (first - 1) * CHUNK_BYTES * 8)  # between the list of blocks and the pages
+        digests = Manifest.load(path).digests
+        assert digests.present[first - 1 : first + 2].tolist() == [False, True, True]
+        with ImageFile(path) as file:
+            data = file.read((first - 1) * CHUNK_BYTES, 3 * CHUNK_BYTES)
+            chunks = np.arange(first - 1, first + 2)
+            assert digests.wrong(chunks, data, (first - 1) * CHUNK_BYTES) == [first - 1]

@@ -68,3 +68,17 @@ def test_what_passes_in_the_middle_does_not_count_if_nothing_was_sent():
     way.now_s += 1e-4
     way.size.end(LEAST_BYTES)
     assert way.size.bytes == 2 * LEAST_BYTES
+
+
+def test_it_grows_again_from_a_size_that_is_no_number_of_whole_pages():
+    way = Way()
+    way.send(LEAST_BYTES, 16e9)
+    assert way.send(2 * LEAST_BYTES, 1.3e8) == 1_300_000
+    grown = way.send(1_300_000 // 4096 * 4104, 16e9)
+    assert grown == 2_600_000
+
+
+def test_a_small_part_of_a_batch_does_not_let_it_grow():
+    way = Way()
+    assert way.send(LEAST_BYTES // 2 - 1, 16e9) == LEAST_BYTES
+    assert way.send(LEAST_BYTES // 2, LEAST_BYTES / MOMENT_S) == LEAST_BYTES

@@ -6,12 +6,13 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from postcopy.image.base import PageRows
 from postcopy.image.digests import CHUNK_BYTES, complaint
-from postcopy.image.file import Damage
+from postcopy.image.file import WRONG_DIGEST, Damage
 from postcopy.image.manifest import Manifest
 from postcopy.image.mapped_ram import MappedImage
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
-from postcopy.memory.runs import Mask
+from postcopy.memory.runs import Indices, Mask
 
 _MANY_PAGES = CHUNK_BYTES // TARGET_PAGE_BYTES // 2
 _UNKNOWN, _GOOD, _BAD = 0, 1, 2
@@ -47,6 +48,33 @@ class ChunkVerifier:
         good: Mask = self._verdicts[chunks] == _GOOD
         return good
 
+    def read(self, block_name: str, wanted: Indices) -> tuple[PageRows, Mask]:
+        """Read pages that lie near to each other and check them, from one copy of their bytes.
+
+        :param wanted: pages of 4096 bytes, ascending, at least one.
+        :return: all pages from the first to the last of ``wanted``, shape ``(n, 4096)``; and which of
+            ``wanted`` may be served.
+        :raises KeyError: there is no such block.
+        :raises ImageError: some of the bytes cannot be read, perhaps such as lie between those pages.
+        """
+        offsets = self._image.place(block_name).pages_offset + wanted * TARGET_PAGE_BYTES
+        chunks = offsets // CHUNK_BYTES
+        new = np.unique(chunks[self._verdicts[chunks] == _UNKNOWN])
+        first = start = int(offsets[0])
+        last = end = int(offsets[-1]) + TARGET_PAGE_BYTES
+        if len(new):
+            start = min(start, int(new[0]) * CHUNK_BYTES)
+            end = max(end, min((int(new[-1]) + 1) * CHUNK_BYTES, self._image.file.size_bytes))
+        data = np.empty(end - start, np.uint8)
+        self._image.file.read_into(start, data)
+        if len(new):
+            wrong = self._manifest.digests.wrong(new, data, start)
+            self._verdicts[np.setdiff1d(new, wrong, assume_unique=True)] = _GOOD
+            for chunk in wrong:
+                self._note_damage(chunk, WRONG_DIGEST)
+        good: Mask = self._verdicts[chunks] == _GOOD
+        return data[first - start : last - start].reshape(-1, TARGET_PAGE_BYTES), good
+
     def is_good(self, block_name: str, page: int) -> bool:
         """Return whether this page may be served: the fast path for a page that a vCPU waits for."""
         offset = self._image.place(block_name).pages_offset + page * TARGET_PAGE_BYTES
@@ -81,7 +109,10 @@ class ChunkVerifier:
         reason = complaint(self._image.file, self._manifest.digests, chunk)
         if reason is None:
             self._verdicts[chunk] = _GOOD
-            return
+        else:
+            self._note_damage(chunk, reason)
+
+    def _note_damage(self, chunk: int, reason: str) -> None:
         start = chunk * CHUNK_BYTES
         end = min(start + CHUNK_BYTES, self._image.file.size_bytes)
         block, offset = self._image.locate(start, end) or (None, None)

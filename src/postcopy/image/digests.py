@@ -20,7 +20,7 @@ from postcopy.errors import ImageError
 from postcopy.image.file import WRONG_DIGEST, ImageFile
 from postcopy.image.publish import never_cancelled
 from postcopy.kernel import memfd
-from postcopy.memory.runs import Mask, runs
+from postcopy.memory.runs import Indices, Mask, runs
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
@@ -106,6 +106,33 @@ class ChunkDigests:
         except ValueError:
             return False
         return is_zero(data) if expected is None else digest(data) == expected
+
+    def wrong(self, chunks: Indices, data: npt.NDArray[np.uint8], start: int) -> list[int]:
+        """Find those of a few chunks that do not agree with their digests; for any thread.
+
+        :param chunks: ascending, near to each other, at least one.
+        :param data: bytes of the file in which all of them are whole. :param start: where these begin.
+        """
+        present = chunks[self.present[chunks]]
+        slots = self._slots[present]
+        first = int(slots[0]) // _GROUP if len(slots) else 0
+        end = int(slots[-1]) // _GROUP + 1 if len(slots) else 0
+        text = self.text[first * _GROUP_CHARACTERS : end * _GROUP_CHARACTERS]
+        view, found = data.data, list[int]()
+        try:
+            raw = binascii.a2b_base64(text)
+        except ValueError:
+            return [int(chunk) for chunk in present]
+        for chunk, slot in zip(present.tolist(), slots.tolist(), strict=True):
+            at, expected = chunk * CHUNK_BYTES - start, (slot - first * _GROUP) * DIGEST_BYTES
+            taken = blake3(view[at : at + CHUNK_BYTES]).digest(DIGEST_BYTES)
+            if taken != raw[expected : expected + DIGEST_BYTES]:
+                found.append(chunk)
+        for chunk in chunks[~self.present[chunks]].tolist():
+            at = chunk * CHUNK_BYTES - start
+            if data[at : at + CHUNK_BYTES].any():
+                found.append(chunk)
+        return found
 
     @property
     def identity(self) -> str:

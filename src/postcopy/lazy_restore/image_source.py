@@ -10,7 +10,7 @@ from postcopy.image.chunk_verifier import ChunkVerifier
 from postcopy.image.digests import CHUNK_BYTES
 from postcopy.image.mapped_ram import MappedImage
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES, PageBlock
-from postcopy.memory.runs import Mask
+from postcopy.memory.runs import Indices, Mask
 
 
 class ImagePageSource:
@@ -78,6 +78,23 @@ class ImagePageSource:
         first, pages = page * self._per_page, count * self._per_page
         good = self._check.good(self._name, first, pages)
         return count if good.all() else int(good.argmin()) // self._per_page
+
+    def read_good(self, wanted: Indices) -> tuple[PageRows, Mask] | None:
+        """Read pages at fixed places that lie near to each other, and check them.
+
+        :param wanted: ascending, at least one.
+        :return: all pages from the first to the last of ``wanted``, as rows of 4096 bytes; and which of
+            ``wanted`` are good.  None: the pages of this image have no fixed places, or are of another
+            size.
+        :raises ImageError: they cannot be read all at once.
+        """
+        if self._mapped is None or self._per_page > 1:
+            return None
+        if self._check is not None:
+            return self._check.read(self._name, wanted)
+        rows = np.empty((int(wanted[-1] - wanted[0]) + 1, TARGET_PAGE_BYTES), np.uint8)
+        self._mapped.read_into(self._name, int(wanted[0]), rows)
+        return rows, np.ones(len(wanted), np.bool_)
 
     def look_ahead(self, wanted: Mask, ended: Callable[[], bool]) -> None:
         """Check pages that will be used, on a thread beside the one that uses them.

@@ -119,12 +119,17 @@ class BatchSize:
         self._began += seconds
 
     def end(self, sent_bytes: int) -> None:
-        """So much has gone out since :meth:`begin`, which may be less than :attr:`bytes`."""
+        """So much has gone out since :meth:`begin`, which may be less than :attr:`bytes`.
+
+        It is less in most batches, by a part of a page or by pages that were zero.
+        """
         elapsed_s = self._clock() - self._began
         if elapsed_s > self._moment_s:
             fitting = int(sent_bytes * self._moment_s / elapsed_s)
             self.bytes = max(self._least_bytes, min(self.bytes, fitting))
-        elif elapsed_s < self._moment_s / 2 and sent_bytes >= self.bytes:
+        elif sent_bytes >= self.bytes // 2 and (
+            elapsed_s * 2 * self.bytes < self._moment_s * sent_bytes
+        ):
             self.bytes = min(2 * self.bytes, self._most_bytes)
 
 
