@@ -17,6 +17,7 @@ FORMS = ["mapped-ram", "stream"]
 def arrive(path, written, pieces, form):
     """What is prepared of a file that is written in pieces, and the image that is made of it."""
     with ArrivingImage(written, path, form) as arriving:
+        arriving.begin()
         with written.open("wb", buffering=0) as file:
             for piece in pieces:
                 file.write(piece)
@@ -55,6 +56,7 @@ def test_what_cannot_be_made_on_the_way_is_told_by_the_whole_file(tmp_path, form
     for wrong in (raw[:-1], raw[: len(raw) // 2], raw + b"x", b"nothing", b""):
         written = tmp_path / "written"
         with ArrivingImage(written, tmp_path / "image", form) as arriving:
+            arriving.begin()
             written.write_bytes(wrong)
             prepared = arriving.finish()
         assert prepared is None or prepared.manifest is None
@@ -64,7 +66,19 @@ def test_what_cannot_be_made_on_the_way_is_told_by_the_whole_file(tmp_path, form
 @pytest.mark.parametrize("form", FORMS)
 def test_nothing_is_left_of_one_that_is_given_up(tmp_path, form):
     for raw in (None, precopy()[:5000]):
-        with ArrivingImage(tmp_path / "written", tmp_path / "image", form):
+        with ArrivingImage(tmp_path / "written", tmp_path / "image", form) as arriving:
+            arriving.begin()
             if raw is not None:
                 (tmp_path / "written").write_bytes(raw)
     assert [each.name for each in tmp_path.iterdir()] == ["written"]
+
+
+def test_without_room_for_a_second_file_it_is_made_of_the_whole_file(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("postcopy.receive.arriving.WholeFile", full)
+    prepared, made = arrive(tmp_path / "image", tmp_path / "written", [precopy()], "mapped-ram")
+    assert prepared is None
+    assert made.manifest.form == "mapped-ram"
+    assert list(find_damages(tmp_path / "image", Manifest.load(tmp_path / "image"))) == []

@@ -255,8 +255,6 @@ class SnapshotJob:
     async def _save(
         self, order: str, more: Mapping[str, Any], borrowed: BorrowedSettings | None = None
     ) -> Mapping[str, Any]:
-        loading = asyncio.create_task(asyncio.to_thread(_finalize))  # while the machine writes
-        loading.add_done_callback(lambda task: task.cancelled() or task.exception())
         try:
             uri = await file_uri(self._machine, self._written)
             if self._disks is not None:
@@ -268,6 +266,11 @@ class SnapshotJob:
             if self._disks is not None:
                 await until_protected(self._machine)
                 await self._disks.resume()
+            # While the machine writes, and the guest does not wait: to import takes a while.
+            loading = asyncio.create_task(asyncio.to_thread(_finalize))
+            loading.add_done_callback(lambda task: task.cancelled() or task.exception())
+            if self._arriving is not None:
+                self._arriving.begin()
             if borrowed is not None:  # now: the guest does not stand still for it
                 await self._check(borrowed)
             answer = await self._until_stopped()

@@ -9,40 +9,18 @@ written the last byte, only the end is left to do.
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, Final
-
-import numpy as np
+from typing import IO, TYPE_CHECKING, Final
 
 from postcopy.channel.whole_file import WholeFile
 from postcopy.errors import MigrationCancelled, PostcopyError
-from postcopy.image.base import LARGEST_RAM_BYTES, ImageBlock
-from postcopy.image.digests import CHUNK_BYTES, ChunkDigests, digest, is_zero
-from postcopy.image.finalize import NO_TIMES, Prepared
-from postcopy.image.manifest import Manifest
 from postcopy.image.options import Form
-from postcopy.image.parser import formats_of
 from postcopy.kernel import threads
-from postcopy.receive.page_file import PageFile
-from postcopy.stream.precopy_decoder import PrecopyDecoder
-from postcopy.stream.records import (
-    Configuration,
-    Description,
-    DeviceSection,
-    Pages,
-    RamSetup,
-    Record,
-    XbzrlePage,
-    ZeroPages,
-)
+
+if TYPE_CHECKING:
+    from postcopy.image.finalize import Prepared
 
 _POLL_S: Final = 0.005
-_TAKERS: Final[dict[type, Callable[[PageFile, Any], None]]] = {
-    Pages: PageFile.write,
-    ZeroPages: PageFile.clear,
-    XbzrlePage: PageFile.change,
-}
 
 
 class ArrivingImage:
@@ -73,11 +51,15 @@ class ArrivingImage:
             if self._form == "mapped-ram":
                 # Before the QEMU's file is there: it would be taken for what a killed writer has left.
                 self._file = WholeFile(self._path)
-            self._is_running = threads.start_if_possible(self._thread)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.give_up()
+
+    def begin(self) -> None:
+        """Read from now on; the thread first imports what it needs, which keeps other threads waiting."""
+        if self._file is not None or self._form == "stream":
+            self._is_running = threads.start_if_possible(self._thread)
 
     def give_up(self) -> None:
         """End the thread, and remove what has not been published.  Any number of times."""
@@ -90,7 +72,7 @@ class ArrivingImage:
         if self._file is not None:
             self._file.close()
 
-    def finish(self) -> Prepared | None:
+    def finish(self) -> "Prepared | None":
         """Wait until all is done of a file that is written no more; ``None``: it has to be done anew."""
         if not self._is_running:
             return None
@@ -104,9 +86,15 @@ class ArrivingImage:
 
     def _run(self) -> None:
         try:
+            from postcopy.receive import making
+
             with self._open() as source:
-                make = self._as_it_is if self._file is None else self._rewritten
-                self._prepared = make(source)
+                if self._file is None:
+                    self._prepared = making.sum_up(lambda buffer: self._fill(source, buffer))
+                else:
+                    self._prepared = making.write_anew(
+                        lambda buffer: self._fill(source, buffer), self._file
+                    )
         except (PostcopyError, OSError, MemoryError):
             self._close()  # it takes room, of which there may be too little
 
@@ -135,72 +123,3 @@ class ArrivingImage:
             if count or complete:
                 return count
             self._wait()
-
-    # Section: the same file
-
-    def _as_it_is(self, source: IO[bytes]) -> Prepared:
-        present, found = [], bytearray()
-        while chunk := self._chunk(source):
-            present.append(not is_zero(chunk))
-            if present[-1]:
-                found += digest(chunk)
-        mask = np.array(present, np.bool_)
-        return Prepared(ChunkDigests.of(self._read_bytes, mask, bytes(found)))
-
-    def _chunk(self, source: IO[bytes]) -> bytes:
-        chunk = bytearray(CHUNK_BYTES)
-        view, size = memoryview(chunk), 0
-        while size < CHUNK_BYTES and (count := self._fill(source, view[size:])):
-            size += count
-        return bytes(view[:size])
-
-    # Section: a mapped-ram file
-
-    def _rewritten(self, source: IO[bytes]) -> Prepared:
-        file = self._file
-        assert file is not None
-        configuration: Configuration | None = None
-        blocks: tuple[ImageBlock, ...] = ()
-        pages: PageFile | None = None
-        devices: list[DeviceSection] = []
-        text = None
-        with contextlib.ExitStack() as opened:
-            for record in self._records(source):
-                match record:
-                    case Configuration():
-                        configuration = record
-                    case RamSetup():
-                        assert configuration is not None
-                        pages = PageFile(file, configuration, record)
-                        opened.callback(pages.close)
-                        blocks = tuple(
-                            ImageBlock(each.name, each.size_bytes) for each in record.blocks
-                        )
-                    case DeviceSection():
-                        devices.append(record)
-                    case Description():
-                        text = record.text
-                    case Pages() | ZeroPages() | XbzrlePage():
-                        assert pages is not None
-                        _TAKERS[type(record)](pages, record)
-            assert pages is not None
-            assert configuration is not None
-            written = pages.finish(devices, text)
-        manifest = Manifest("mapped-ram", configuration.machine, blocks, written.digests, NO_TIMES)
-        return Prepared(written.digests, manifest, file, written.data_bytes)
-
-    def _records(self, source: IO[bytes]) -> Iterator[Record]:
-        decoder = PrecopyDecoder(formats_of, LARGEST_RAM_BYTES)
-        ended = False
-        while True:
-            record = decoder.next_record()
-            if record is not None:
-                yield record
-            elif ended:
-                break
-            elif count := self._fill(source, decoder.buffer()):
-                decoder.received(count)
-            else:
-                ended = True
-                decoder.end_input()
-        decoder.finish()
