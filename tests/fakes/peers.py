@@ -35,6 +35,9 @@ class Feature(StrEnum):
     RECOVERY = "recovery"
     PREEMPT_RECOVERY = "recovery with `postcopy-preempt`"
     TLS = "precopy with `tls-creds`"
+    MULTIFD = "precopy with `multifd`"
+    MULTIFD_TLS = "precopy with `multifd` and `tls-creds`"
+    MULTIFD_POSTCOPY = "postcopy with `multifd`, `postcopy-preempt` and `tls-creds`"
     TLS_RECOVERY = "postcopy with `tls-creds`, and its recovery"
     SNAPSHOT = "background snapshot, loaded at the other side"
     SAVED = "saved as a stream, loaded later"
@@ -93,12 +96,21 @@ _TCG = Lack(
     "it does not see all that a guest in TCG writes while it sends: pages arrive as they were before, at "
     "another QEMU 7.2 as well",
 )
+_FLUSH = Lack("no", "it knows no flush of `multifd` on the main channel, with which our rounds end")
+_PRECOPY_ONLY = Lack("n/a", "it permits `multifd` and `postcopy-ram` not together")
 LACKS: Final[Mapping[tuple[str, Way, Feature], Lack]] = {
     (OLDEST, T, Feature.MAPPED): _MAPPED,
     (OLDEST, F, Feature.MAPPED): _MAPPED,
     (OLDEST, T, Feature.FILE): _FILE,
     (OLDEST, F, Feature.FILE): _FILE,
     (OLDEST, F, Feature.TCG): _TCG,
+    (OLDEST, T, Feature.MULTIFD): _FLUSH,
+    (OLDEST, T, Feature.MULTIFD_TLS): _FLUSH,
+    **{
+        (version, way, Feature.MULTIFD_POSTCOPY): _PRECOPY_ONLY
+        for version in (OLDEST, "10.0")
+        for way in Way
+    },
 }
 
 Proof = tuple[str, Way, Feature]

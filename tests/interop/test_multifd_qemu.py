@@ -2,9 +2,13 @@
 
 import pytest
 
+from fakes.peers import Feature, Way
+from fakes.qemu_versions import ALL
+from fakes.waiting import wait_until
 from interop.arrival import check_arrived, check_back, send_to_qemu
-from interop.our_guest import OurGuest
+from interop.our_guest import TIMEOUT_S, OurGuest
 from interop.qemu_guest import QemuGuest
+from interop.test_tls_qemu import encrypted, ours_encrypted
 from machine.machines import MIB, need
 from postcopy.machine import workload as workloads
 from postcopy.parameters import Capability
@@ -13,6 +17,9 @@ from postcopy.status import Status
 pytestmark = pytest.mark.qemu("10.0", "11.1")
 
 MEMORY_BYTES = 32 * MIB
+THREE = {"multifd-channels": 3}
+POSTCOPY = (Capability.MULTIFD, Capability.POSTCOPY_RAM, Capability.POSTCOPY_PREEMPT)
+SOME_BYTES = 2 * MIB
 LIMITS = {"max-bandwidth": 1 << 40, "downtime-limit": 5000}
 
 
@@ -32,6 +39,7 @@ def parameters(channels, compression, zeros):
     }
 
 
+@pytest.mark.proves(Way.FROM, Feature.MULTIFD)
 @pytest.mark.parametrize(
     ("accelerator", "channels", "compression", "zeros"),
     [
@@ -45,6 +53,7 @@ def test_back_from_qemu(tmp_path, workload, accelerator, channels, compression, 
 
 
 @pytest.mark.qemu("7.2")
+@pytest.mark.proves(Way.FROM, Feature.MULTIFD)
 def test_back_from_a_qemu_that_sends_no_flushes(tmp_path, workload):
     """The end of each section is one, and the main channel has all zero pages."""
     come_back(tmp_path, workload, "kvm", {"multifd-channels": 2})
@@ -64,6 +73,7 @@ def come_back(folder, workload, accelerator, settings):
         check_back(ours, workload, qemu)
 
 
+@pytest.mark.proves(Way.TO, Feature.MULTIFD)
 @pytest.mark.parametrize(
     ("accelerator", "channels", "compression", "zeros"),
     [
@@ -86,3 +96,74 @@ def test_to_qemu(tmp_path, workload, accelerator, channels, compression, zeros):
         assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
         check_arrived(qemu, workload, ours)
         assert ours.migration.info().ram.multifd_bytes > 0
+
+
+@pytest.fixture
+def qemu(tmp_path):
+    with QemuGuest(tmp_path, "microvm", "kvm", MEMORY_BYTES, 2) as qemu:
+        yield qemu
+
+
+def both(qemu, ours, folder, of_qemu, *capabilities):
+    """Switch the same on at both sides, for three channels that are encrypted."""
+    encrypted(qemu, folder, of_qemu)
+    ours_encrypted(ours, folder, "client" if of_qemu == "server" else "server")
+    qemu.capabilities(*capabilities)
+    ours.switch_on(*capabilities)
+    qemu("migrate-set-parameters", **THREE)
+    ours.migration.set_parameters(THREE)
+
+
+@pytest.mark.qemu(*ALL)
+@pytest.mark.proves(Way.TO, Feature.MULTIFD_TLS)
+def test_encrypted_to_qemu(workload, qemu, tls_host):
+    with OurGuest.running(workload, "kvm") as ours:
+        both(qemu, ours, tls_host, "server", Capability.MULTIFD)
+        ours.migration.set_parameters({"downtime-limit": 5000})
+        ours.migration.migrate(qemu.listen("tcp:127.0.0.1:0"))
+        assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
+        check_arrived(qemu, workload, ours)
+        assert ours.migration.info().ram.multifd_bytes > 0
+
+
+@pytest.mark.qemu(*ALL)
+@pytest.mark.proves(Way.FROM, Feature.MULTIFD_TLS)
+def test_encrypted_back_from_qemu(workload, qemu, tls_host):
+    with OurGuest.waiting(workload, "kvm") as ours:
+        send_to_qemu(workload, qemu)
+        both(qemu, ours, tls_host, "client", Capability.MULTIFD)
+        qemu("migrate-set-parameters", **LIMITS)
+        qemu("migrate", uri=ours.listen("tcp:127.0.0.1:0"))
+        check_back(ours, workload, qemu)
+
+
+@pytest.mark.qemu("11.1")
+@pytest.mark.proves(Way.TO, Feature.MULTIFD_POSTCOPY)
+def test_to_qemu_by_postcopy(workload, qemu, tls_host):
+    """Postcopy goes over the main and the preempt channel."""
+    with OurGuest.running(workload, "kvm") as ours:
+        both(qemu, ours, tls_host, "server", *POSTCOPY)
+        ours.migration.set_parameters({"downtime-limit": 0, "max-bandwidth": 10 * MIB})
+        ours.migration.migrate(qemu.listen("tcp:127.0.0.1:0"))
+        wait_until(lambda: ours.migration.info().ram.multifd_bytes > SOME_BYTES, TIMEOUT_S)
+        ours.migration.start_postcopy()
+        assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
+        check_arrived(qemu, workload, ours)
+        assert ours.migration.info().ram.postcopy_bytes > 0
+
+
+@pytest.mark.qemu("11.1")
+@pytest.mark.proves(Way.FROM, Feature.MULTIFD_POSTCOPY)
+def test_back_from_qemu_by_postcopy(workload, qemu, tls_host):
+    with OurGuest.waiting(workload, "kvm") as ours:
+        send_to_qemu(workload, qemu)
+        both(qemu, ours, tls_host, "client", *POSTCOPY)
+        qemu.parameters(max_bandwidth=10 * MIB, downtime_limit=1)
+        qemu("migrate", uri=ours.listen("tcp:127.0.0.1:0"))
+        wait_until(
+            lambda: qemu("query-migrate").get("ram", {}).get("multifd-bytes", 0) > SOME_BYTES,
+            TIMEOUT_S,
+        )
+        qemu("migrate-start-postcopy")
+        check_back(ours, workload, qemu)
+        assert qemu("query-migrate")["ram"]["postcopy-bytes"] > 0
