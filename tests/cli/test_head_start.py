@@ -111,7 +111,10 @@ def maps(process: Path) -> str:
 
 
 def test_the_engine_is_a_process_of_its_own(image):
-    """A session, an input and descriptors of its own; and it ends with its guest's process."""
+    """A process group, an input and descriptors of its own; and it ends with its guest's process.
+
+    The session is its guest's: the kernel shares CPUs out among sessions.
+    """
     reader, writer = os.pipe()
     os.set_inheritable(writer, True)
     process = subprocess.Popen(
@@ -126,7 +129,7 @@ def test_the_engine_is_a_process_of_its_own(image):
     (engine,) = children(process.pid)
     wait_until(lambda: str(image) in maps(engine), DEADLINE_S, "the image in the engine")
     number = int(engine.name)
-    assert os.getsid(number) == number
+    assert (os.getsid(number), os.getpgid(number)) == (os.getsid(process.pid), number)
     assert (engine / "fd/0").readlink() == Path(os.devnull)
     inherited = f"pipe:[{os.fstat(reader).st_ino}]"
     assert inherited not in {str(link.readlink()) for link in (engine / "fd").iterdir()}

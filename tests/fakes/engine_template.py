@@ -80,7 +80,7 @@ class EngineTemplate:
                 stdin=subprocess.DEVNULL,
                 env=os.environ
                 | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
-                start_new_session=True,
+                process_group=0,
             )
         self._like = _surroundings()
         return ours
@@ -188,7 +188,7 @@ def _become_engine(serve, commands, fds, installed, folder, environment) -> NoRe
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-        os.setsid()
+        os.setpgid(0, 0)
         taken = [os.dup2(fd, _CLEAR_OF_ALL + number) for number, fd in enumerate(fds)]
         for fd, wanted in zip(taken, (_LINK, 1, 2), strict=True):
             os.dup2(fd, wanted)

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import socket
 import sys
 import threading
@@ -42,6 +43,8 @@ def serve(link: int, commands: Iterable[type[Any]]) -> None:
     :param commands: what it is to be ready for before it takes orders.
     """
     tell_when_asked()
+    # Of the terminal it is in the background, where `stty tostop` would stop it at its first word.
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     engine = Engine(socket.socket(fileno=link))
     end_on_fault(engine.tell_fault)

@@ -1,4 +1,9 @@
-"""An engine's process, from its start to its end, and this end of the link to it."""
+"""An engine's process, from its start to its end, and this end of the link to it.
+
+It is in the session of the guest's process, whose vCPUs wait for it: the kernel may share CPUs out among
+sessions (``sched_autogroup_enabled``), and an engine that is mostly at work on one CPU gets next to nothing
+of another then (``docs/decisions``, 0039).  A process group of its own keeps the terminal's signals away.
+"""
 
 import contextlib
 import errno
@@ -92,7 +97,7 @@ class EngineProcess:
                         stdin=subprocess.DEVNULL,
                         env=os.environ | _ENVIRONMENT,
                         # A Ctrl-C is for the monitor; the engine ends with its link.
-                        start_new_session=True,
+                        process_group=0,
                     )
                 )
             undo.pop_all()
@@ -278,7 +283,7 @@ class _Forked:
 def _be_engine(link: int, serve: Callable[[int], None]) -> NoReturn:
     """What :meth:`EngineProcess.start` has done to a new interpreter, in a process that goes on."""
     try:
-        os.setsid()
+        os.setpgid(0, 0)
         kept = os.dup2(link, 3)
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)
