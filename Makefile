@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 CODE := src tests benchmarks scripts
 
-.PHONY: help venv demo test soak fuzz check bench bench-all clean
+.PHONY: help venv demo test soak fuzz check docs man bench bench-all clean
 
 help:
 	@echo "make demo   a running guest moves, and you watch; make demo WATCH=1: in a browser"
@@ -13,6 +13,7 @@ help:
 	@echo "make soak   break migrations at random for MINUTES=10, one line a minute"
 	@echo "make fuzz   mutate what is read from peers and files until stopped, or MUTATIONS=1000000 times"
 	@echo "make check  format, lint, types, layers, spelling"
+	@echo "make docs   the documentation site, in build/site; make man: the man pages, in build/man"
 	@echo "make bench  measure, side by side with a real QEMU; bench-all: that and all that follows"
 	@echo "make bench-snapshots, bench-snapshotting, bench-restores, bench-receives, bench-working_sets, bench-recoveries, bench-block_reads, bench-back_ends, bench-inspecting, bench-waking, bench-linux   a part each"
 
@@ -65,6 +66,15 @@ check: venv
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell $(CODE) docs *.md changelog.d .ci Makefile pyproject.toml
+
+# A warning is an error: a link that leads nowhere, a page that no table of contents has.
+docs: venv
+	$(BIN)/python -m sphinx -q -W --keep-going -d build/doctrees docs build/site
+	@echo "build/site/index.html"
+
+man: venv
+	$(BIN)/python scripts/make_man.py build/man
+	@echo "man -l build/man/postcopy.1"
 
 # What benchmarks run beside; where .ci/install-qemu unpacks it.
 CACHES := $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)
