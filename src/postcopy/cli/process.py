@@ -1,6 +1,7 @@
 """Set-up of a process: UTF-8, standard streams, Ctrl-C; and notices on standard error."""
 
 import contextlib
+import importlib
 import os
 import select
 import signal
@@ -8,6 +9,7 @@ import sys
 from typing import Final
 
 _INPUT, _OUTPUT, _ERRORS = range(3)
+_BLAS_THREADS: Final = "OPENBLAS_NUM_THREADS"
 _INTERRUPTED: Final = b"postcopy: interrupted\n"
 
 
@@ -27,6 +29,19 @@ def use_utf8() -> None:
     os.execv(  # noqa: S606 - no shell is needed
         sys.executable, [os.fsencode(sys.executable), b"-X", b"utf8", *rest]
     )
+
+
+def import_numpy() -> None:
+    """Import numpy without the threads of its linear algebra, which no command uses.
+
+    They keep all other processors busy for a tenth of a second, while a QEMU starts there.  Processes that
+    are started later have the environment as it was.
+    """
+    kept = os.environ.get(_BLAS_THREADS)
+    os.environ.setdefault(_BLAS_THREADS, "1")
+    importlib.import_module("numpy")
+    if kept is None:
+        del os.environ[_BLAS_THREADS]
 
 
 def exit_when_interrupted() -> None:

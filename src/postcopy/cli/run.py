@@ -113,6 +113,9 @@ def restore(context: click.Context, /, **given: Any) -> None:
     QMP socket and its times are printed on standard error; its exit code is that of the command.
     """
     if given["qemu"] is not None:
+        from postcopy.cli.process import import_numpy
+
+        import_numpy()
         from postcopy.cli import restore_qemu
 
         restore_qemu.check_options(context)
