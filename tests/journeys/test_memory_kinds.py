@@ -118,11 +118,12 @@ def test_files_in_a_hugetlbfs(huge_pages, journey, tmp_path, postcopy):
 
 def test_preempt(journey, kind):
     capabilities = (*POSTCOPY, Capability.POSTCOPY_PREEMPT)
-    trip = journey(writer(), capabilities=capabilities, parameters=SLOW, **kind)
+    trip = journey(writer(), capabilities=capabilities, parameters=TRICKLE, **kind)
     trip.migrate()
     trip.source.control.start_postcopy()
+    wait_until(lambda: trip.source.control.info().ram.postcopy_requests, 20, "a request")
+    trip.source.set(parameters={"max-postcopy-bandwidth": 0})
     trip.finish()
-    assert trip.source.control.info().ram.postcopy_requests > 0
 
 
 @pytest.mark.parametrize("preempt", [False, True], ids=["plain", "preempt"])

@@ -31,13 +31,26 @@ EVENTS = Feature.EVENT_REMOVE | Feature.EVENT_UNMAP | Feature.EVENT_REMAP
 MREMAP, MAY_MOVE, FIXED = 25, 1, 2
 
 
+class TellsOfReads(Userfaultfd):
+    """Calls ``on_event`` between the reading of an event and its handling."""
+
+    def read_messages(self, limit):
+        messages = super().read_messages(limit)
+        if any(message[0] != EventCode.PAGEFAULT for message in MESSAGE.iter_unpack(messages)):
+            self.on_event()
+        return messages
+
+    def on_event(self):
+        """What happens then; replaced by tests."""
+
+
 class Told:
     """Memory whose changes are told, a pager, and what places pages."""
 
     def __init__(self):
         self.fd = memfd.create(RAM, PAGES * PAGE)
         self.memory = Mapping.shared(self.fd, PAGES * PAGE)
-        self.userfaultfd = Userfaultfd.open(MISSING_FEATURES | EVENTS)
+        self.userfaultfd = TellsOfReads.open(MISSING_FEATURES | EVENTS)
         self.userfaultfd.register(self.memory.address, PAGES * PAGE, MISSING_MODE)
         region = Region(RAM, PAGES * PAGE, PAGE, 0, self.memory.address, os.dup(self.fd))
         self.ram = IncomingRam([region], [page_map_file.create(PAGES)])
@@ -102,6 +115,26 @@ def test_a_removed_page_is_zero_and_what_comes_for_it_later_is_dropped(told):
     assert told.asked == []
 
 
+@pytest.mark.parametrize("pages", [[4], [3, 4, 5]])
+def test_what_comes_after_a_removal_and_before_it_is_handled_is_dropped(told, pages):
+    """The process goes on as soon as the event has been read: its pages may be gone by then."""
+    placing = []
+
+    def place():
+        removing.join(10)  # the memory is removed now
+        placing.append(told.begin(told.place, pages, 8))
+        placing[0].join(0.2)  # it ends if nothing holds it up
+
+    told.userfaultfd.on_event = place
+    at = told.memory.address + 3 * PAGE
+    arguments = at, 3 * PAGE, linux.MADV_REMOVE
+    removing = threading.Thread(target=calls.madvise, args=arguments, daemon=True)
+    removing.start()
+    wait_until(lambda: placing, what="the event")
+    told.wait_for(placing[0])
+    assert [told.memory.read(page * PAGE, 1)[0] for page in (3, 4, 5)] == [0, 0, 0]
+
+
 def test_a_thread_that_waits_for_a_page_that_is_removed_goes_on_with_zeros(told):
     seen = []
     waiting = told.begin(lambda: seen.append(told.memory.read(9 * PAGE, 1)))
@@ -159,6 +192,8 @@ class TestMoves:
 
 class Forking:
     """As the userfaultfd of a process that forks: one message, and a pipe in place of the child's."""
+
+    tells_of_changes = True
 
     def __init__(self):
         self.child, self.other = os.pipe()

@@ -140,6 +140,7 @@ class Arriving:
         """Another engine goes on."""
         with PagemapScanner(os.getpid()) as scanner:
             self.paged.adopt(mapped_pages(scanner, self.paged.block))
+        self.handler.discard()
         self._begin()
         self.note()
 
@@ -152,6 +153,7 @@ class Arriving:
             self._bring(4.0)
 
     def close(self):
+        self.handler.discard()
         self.ram.close()
 
 

@@ -394,7 +394,9 @@ def test_a_fault_whose_page_came_before_it_was_noted_is_no_sample(arriving):
     faults = list(MESSAGE.iter_unpack(arriving.userfaultfd.read_messages(8)))
     arriving.place([4], 3)
     asked = AskedPages()
-    pager_of(arriving, asked).serve(faults, 0)
+    pager = pager_of(arriving, asked)
+    pager.serve(faults, 0)
+    pager.discard()
     assert asked == []
     for thread in threads:
         thread.join(10)

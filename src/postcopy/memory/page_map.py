@@ -44,7 +44,7 @@ class PageMap:
         self.touched: npt.NDArray[np.uint8] = self._mapping.view()[room : room + pages]
         """Which pages a thread has waited for since the map was made, and whether these were among the
         first; no lock, one pager writes."""
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # also held while events are read that change it
         os.close(fd)
 
     def request(self, page: int) -> bool:

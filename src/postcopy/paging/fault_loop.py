@@ -14,6 +14,10 @@ kernel does then (measured on Linux 6.18):
 * From the system call to that moment nothing can be placed (``EAGAIN``).
 * One ``read`` gives faults before the events that are older than they.  So the events of a batch are
   handled first.  A fault that is really older than the removal of its page may get zeros, too.
+
+From the first of these follows that nothing may be placed between the reading of an event and its handling:
+the memory may have been removed already, and what came for it before would stay in it.  The locks under
+which pages are claimed and completed are held meanwhile.
 """
 
 import os
@@ -21,6 +25,7 @@ import select
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Final, Protocol
 
 from postcopy.abi.userfaultfd import EventCode
@@ -81,6 +86,7 @@ class FaultLoop:
 
     :param userfaultfd: of the guest's process.
     :param shared: other processes that have its memory mapped; one may be added at any time.
+    :param locks: under which other threads place pages; held while events are read and handled.
     """
 
     def __init__(
@@ -89,8 +95,10 @@ class FaultLoop:
         handler: FaultHandler,
         background: Background | None = None,
         shared: SharedSpaces | None = None,
+        locks: Sequence[AbstractContextManager[object]] = (),
     ) -> None:
         self._userfaultfd = userfaultfd
+        self._locks = locks if userfaultfd.tells_of_changes else ()
         self._handler = handler
         self._background = background
         self._shared = shared
@@ -166,11 +174,14 @@ class FaultLoop:
 
     def _read(self, since_ns: int) -> None:
         faults: list[Fault] = []
-        for message in MESSAGE.iter_unpack(self._userfaultfd.read_messages(_MOST_MESSAGES)):
-            if message[0] == _PAGEFAULT:
-                faults.append(message)
-            else:
-                self._change(*message)
+        with ExitStack() as held:
+            for lock in self._locks:
+                held.enter_context(lock)
+            for message in MESSAGE.iter_unpack(self._userfaultfd.read_messages(_MOST_MESSAGES)):
+                if message[0] == _PAGEFAULT:
+                    faults.append(message)
+                else:
+                    self._change(*message)
         if faults:
             self._handler.serve(faults, since_ns)
 

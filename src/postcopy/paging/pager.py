@@ -54,7 +54,8 @@ class Pager:
         self._table = faults
         self._source = source
         self._awake = awake
-        self._loop = FaultLoop(userfaultfd, self, shared=shared)
+        locks = [paged.pages.lock for paged in ram]
+        self._loop = FaultLoop(userfaultfd, self, shared=shared, locks=locks)
         self.faults = 0
 
     def run(self) -> None:
