@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Final
 
 from benchmarks.clock import Clock, rdtsc
 from benchmarks.qmp import Qmp, QmpFailed
+from benchmarks.shaped_link import ShapedLink
 from benchmarks.workload import Workload
 
 _LOG_TAIL_CHARACTERS: Final = 600
@@ -50,6 +51,7 @@ class Setup:
     """What every process of one run has in common; ``directory`` has its sockets and logs.
 
     :param huge_pages: the guest's memory is of 2 MiB pages from the host's pool.
+    :param link: what joins source and destination; None: loopback.
     """
 
     directory: Path
@@ -58,6 +60,7 @@ class Setup:
     workload: Workload
     clock: Clock
     huge_pages: bool = False
+    link: ShapedLink | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ class Engine:
             command = self.waking_command(setup, qmp_path, awakening)
         else:
             command = self.command(setup, qmp_path, incoming=role == "destination")
+        if setup.link is not None:
+            command = [*setup.link.prefix(role), *command]
         self.began = rdtsc()
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(

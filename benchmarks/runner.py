@@ -12,6 +12,7 @@ from benchmarks import host
 from benchmarks.clock import Clock, rdtsc
 from benchmarks.engines import Engine, Setup
 from benchmarks.scenario import CAPPED_S, Case, Contender
+from benchmarks.shaped_link import ShapedLink
 from benchmarks.timings import Figures, Moments, Observation, Offsets
 from benchmarks.workload import MIB, Records
 
@@ -31,6 +32,7 @@ class Settings:
     """What is the same in all runs.
 
     :param warm_mib: memory to touch as huge pages, and free, just before the measured phase.
+    :param link: what joins source and destination; None: loopback.
     """
 
     clock: Clock
@@ -38,6 +40,7 @@ class Settings:
     memory_mib: int
     warm_mib: int
     timeout_s: float
+    link: ShapedLink | None = None
 
 
 class Run:
@@ -53,7 +56,9 @@ class Run:
         time.sleep(_SETTLE_S)
         self._source_offset = records.tsc_offset()
         self._destination = self._start("destination", setup)
-        self._uri = f"tcp:127.0.0.1:{host.free_port()}"
+        self._link = settings.link
+        address = self._link.address if self._link else "127.0.0.1"
+        self._uri = f"tcp:{address}:{host.free_port()}"
 
     def _start(self, role: str, setup: Setup) -> Engine:
         engine = self._contender.engine(role, setup)
@@ -75,8 +80,10 @@ class Run:
         if self._case.stop_first:
             self._source.qmp.execute("stop")
         command, switch = self._migrate()
+        began, sent_before = self._link_so_far(command)
         lifted = self._lift_cap()
         info = self._wait_ended()
+        sent_bytes = self._link.sent_bytes() - sent_before if self._link else 0
         load = meter.stop()
         figures = _reported(info) | load
         result: dict[str, Any] = {
@@ -89,6 +96,9 @@ class Run:
             figures["requests"] = lifted[1]
         figures["total_ms"] = self._clock.ms(moments.completed - command)
         figures["mib_s"] = _rate(figures["sent_mib"], figures["total_ms"])
+        if self._link:
+            seconds = self._clock.ms(moments.completed - began) / 1e3
+            figures["link_use"] = self._link.use(sent_bytes, seconds)
         for side in ("source", "destination"):
             figures[f"{side}_cpu_s_gib"] = _each_gib(figures[f"{side}_cpu_s"], figures["sent_mib"])
         if not self._case.stop_first:
@@ -126,6 +136,18 @@ class Run:
         switch = rdtsc()
         self._source.qmp.execute("migrate-start-postcopy")
         return command, switch
+
+    def _link_so_far(self, command: int) -> tuple[int, int]:
+        """Host TSC from which the use of the link is measured, and the bytes that it had carried by then.
+
+        In postcopy that is as soon as it has begun, in precopy the command.
+        """
+        if self._link is None:
+            return command, 0
+        if self._case.is_postcopy:
+            self._source.qmp.wait_event("MIGRATION", "postcopy-active")
+            command = rdtsc()
+        return command, self._link.sent_bytes()
 
     def _limit_push(self, bytes_per_second: int) -> None:
         self._source.qmp.execute("migrate-set-parameters", max_postcopy_bandwidth=bytes_per_second)
@@ -227,6 +249,7 @@ def started(case: Case, contender: Contender, settings: Settings) -> Iterator[Ru
             workload=case.workload,
             clock=settings.clock.anchored(),
             huge_pages=case.huge_pages,
+            link=settings.link,
         )
         run = Run(case, contender, setup, settings)
         try:

@@ -102,6 +102,7 @@ _STREAM: Final = (
     Figure("total_ms", "total time, ms"),
     Figure("sent_mib", "sent, MiB"),
 )
+_LINK_USE: Final = Figure("link_use", "bytes on the wire / what the link can carry")
 _LOAD: Final = (
     Figure("syncs", "bitmap synchronisations"),
     Figure("source_cpu_s", "CPU time of the source, s"),
@@ -167,6 +168,12 @@ _UNCAPPED_PREEMPT_TARGETS: Final = {
     "fault_p99_us": Target(1 / 3),
     "postcopy_ms": Target(1.2),
 }
+_LINK_TARGETS: Final = {
+    "guest_downtime_ms": Target(1.0),
+    "fault_p50_us": Target(1.0),
+    "fault_p99_us": Target(1.0),
+    "total_ms": Target(1.0),
+}
 _HUGE_TARGETS: Final = {
     "fault_p50_us": Target(1.0),
     "fault_p99_us": Target(1.0),
@@ -216,6 +223,23 @@ def cases(scale: float = 1.0) -> dict[str, Case]:
         Case("huge-preempt", "as huge, both with preempt", hammer, _POSTCOPY, _TWO_CHANNELS,
              _HUGE_TARGETS, switch_after_passes=0, huge_pages=True,
              compared=(OURS_PREEMPT.name, QEMU_PREEMPT.name)),
+    )  # fmt: skip
+    return {case.name: case for case in found}
+
+
+def link_cases() -> dict[str, Case]:
+    """The cases over a link that is slower than loopback, by name."""
+    hammer = Workload(128 * MIB, 384 * MIB, random=True)
+    walker = Workload(32 * MIB, 384 * MIB, random=False)
+    figures = (_LINK_USE, *_POSTCOPY)
+    found = (
+        Case("preempt", "postcopy at once, hot set written at random, both with preempt", hammer,
+             figures, _TWO_CHANNELS, _LINK_TARGETS, switch_after_passes=0,
+             compared=(OURS_PREEMPT.name, QEMU_PREEMPT.name)),
+        Case("one", "postcopy at once, hot set written at random, one channel", hammer, figures, _TWO,
+             _LINK_TARGETS, switch_after_passes=0),
+        Case("precopy", "precopy, hot set written at full speed", walker, (_LINK_USE, *_PRECOPY), _TWO,
+             {"total_ms": Target(1.0)}),
     )  # fmt: skip
     return {case.name: case for case in found}
 
