@@ -190,12 +190,23 @@ class Machine:
         return Migration(_wait(self.asynchronous.migrate(uri, to=theirs, **options)))
 
     def recover(
-        self, uri: str | None = None, *, to: "Machine", auto_recover: float | None = None
+        self,
+        uri: str | None = None,
+        *,
+        to: "Machine",
+        auto_recover: float | None = None,
+        tls: str | None = None,
+        tls_hostname: str | None = None,
     ) -> Migration:
         """As :meth:`postcopy.client.Machine.recover`."""
-        return Migration(
-            _wait(self.asynchronous.recover(uri, to=to.asynchronous, auto_recover=auto_recover))
+        migration = self.asynchronous.recover(
+            uri,
+            to=to.asynchronous,
+            auto_recover=auto_recover,
+            tls=tls,
+            tls_hostname=tls_hostname,
         )
+        return Migration(_wait(migration))
 
     def start_snapshot(self, path: str | Path, **options: Unpack[SnapshotOptions]) -> SnapshotJob:
         """As :meth:`postcopy.client.Machine.start_snapshot`."""

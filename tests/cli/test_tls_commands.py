@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fakes.certificates import client
-from fakes.commands import DEADLINE_S, POSTCOPY, Running, one_line, postcopy
+from fakes.commands import DEADLINE_S, POSTCOPY, Running, one_line, pair, postcopy
+from fakes.pair import NEVER_ENDS
 from fakes.precopy import precopy
 from fakes.waiting import wait_until
 from postcopy.channel.address import TcpAddress
@@ -87,6 +88,30 @@ def test_one_command_gives_both_sides_their_credentials(folders, tmp_path):
             *("--tls", str(folders / "source"), "--tls-hostname", "localhost"),
         )
         assert (outcome.returncode, outcome.stderr) == (0, "")
+
+
+@pytest.mark.kvm
+def test_a_recovery_gives_them_again(folders, tmp_path):
+    with pair(tmp_path, "hammer") as (source, target):
+        source.ask("migrate-set-parameters", **NEVER_ENDS, **{"max-postcopy-bandwidth": 256 << 10})
+        sides = ["--from", source.qmp, "--to", target.qmp]
+        tls = ["--tls", str(folders / "source"), "--tls-hostname", "localhost"]
+        line = [*POSTCOPY, "migrate", "--json", *sides, *tls, "--postcopy", "now"]
+        with subprocess.Popen(
+            [*line, f"unix:{tmp_path}/way"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as command:
+            looks = (json.loads(text) for text in iter(command.stdout.readline, ""))
+            assert any(look.get("phase") == "postcopy" for look in looks)
+            source.ask("migrate-pause")
+            assert command.wait(DEADLINE_S) == 4
+        source.ask("migrate-set-parameters", **{"max-postcopy-bandwidth": 0})
+        outcome = postcopy("recover", *sides, *tls, f"unix:{tmp_path}/again")
+        assert (outcome.returncode, outcome.stderr) == (0, "")
+        for side in (source, target):
+            assert side.ask("query-migrate-parameters")["return"]["tls-creds"] == ""
 
 
 @pytest.mark.kvm

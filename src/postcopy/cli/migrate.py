@@ -177,30 +177,27 @@ async def _estimate(
     metavar="SECONDS",
     help="After another break, try again for so long.",
 )
+@TLS
+@TLS_HOSTNAME
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-def recover(
-    uri: str | None,
-    source: str,
-    destination: str,
-    auto_recover: float | None,
-    as_json: bool,
-) -> None:
+def recover(source: str, destination: str, as_json: bool, **options: Any) -> None:
     """Connect both sides of a broken postcopy again, and watch the migration to its end.
 
     The destination listens at URI, such as tcp:HOST:PORT or unix:PATH; the default is a free TCP port of
-    its host.  Exit code 4: it still needs recovery, and nothing is lost.
+    its host.  Give --tls again if the migration had it.  Exit code 4: it still needs recovery, and nothing
+    is lost.
     """
     from postcopy.cli import interrupts
 
-    interrupts.run(_recover(uri, source, destination, auto_recover, as_json=as_json))
+    interrupts.run(_recover(source, destination, options, as_json=as_json))
 
 
 async def _recover(
-    uri: str | None, source: str, destination: str, auto_recover: float | None, *, as_json: bool
+    source: str, destination: str, options: dict[str, Any], *, as_json: bool
 ) -> None:
     from postcopy.cli.watch import show_to_the_end
     from postcopy.client import Machine
 
     async with await Machine.connect(source) as ours, await Machine.connect(destination) as theirs:
-        migration = await ours.recover(uri, to=theirs, auto_recover=auto_recover)
+        migration = await ours.recover(to=theirs, **options)
         await show_to_the_end(migration, as_json=as_json)

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Generic, Literal, Protocol, Self, TypedDict, TypeVar, Unpack
 
+from postcopy.client.credentials import Credentials
 from postcopy.client.estimate import Estimate, estimate
 from postcopy.client.launch import MachineProcess
 from postcopy.client.machine_settings import set_capabilities
@@ -238,6 +239,7 @@ class Machine:
             auto_recover=options.get("auto_recover"),
             notes=order.notes,
             at_the_end=order.put_back,
+            credentials=order.credentials,
             deadline=deadline,
         )
         if postcopy == "now":
@@ -316,15 +318,34 @@ class Machine:
         await self.execute("x-reset-end")
 
     async def recover(
-        self, uri: str | None = None, *, to: "Machine", auto_recover: float | None = None
+        self,
+        uri: str | None = None,
+        *,
+        to: "Machine",
+        auto_recover: float | None = None,
+        tls: str | None = None,
+        tls_hostname: str | None = None,
     ) -> Migration:
         """Recover a broken postcopy from this machine, which any client may have begun, and watch it.
 
         :param uri: where the destination listens; None: at a free TCP port of its host.
         :param to: the destination, where the guest runs.
-        :param auto_recover: see :class:`MigrateOptions`.
+        :param auto_recover: see :class:`MigrateOptions`; ``tls`` and ``tls_hostname`` as well.
         :raises Refused: there is nothing to recover, or one side refuses; nothing has changed.
         """
         theirs = to._connection  # noqa: SLF001 - one of our own class
-        await bring_together(self._connection, theirs, uri)
-        return Migration(self._connection, theirs, "manual", uri=uri, auto_recover=auto_recover)
+        credentials = Credentials(tls, tls_hostname)
+        await credentials.use(self._connection, theirs)
+        try:
+            await bring_together(self._connection, theirs, uri)
+        except BaseException:
+            await credentials.take_back()
+            raise
+        return Migration(
+            self._connection,
+            theirs,
+            "manual",
+            uri=uri,
+            auto_recover=auto_recover,
+            credentials=credentials,
+        )

@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, Literal
 
+from postcopy.client.credentials import Credentials
 from postcopy.client.deadline import Deadline, DeadlineJudge, Judgement
 from postcopy.client.explain import explain
 from postcopy.client.progress import STOPPED, Phase, Progress, ProgressTracker, status_of
@@ -50,10 +51,12 @@ class Migration:
         notes: Sequence[str] = (),
         at_the_end: Callable[[], Awaitable[None]] | None = None,
         deadline: Deadline | None = None,
+        credentials: Credentials | None = None,
     ) -> None:
         self.notes = tuple(notes)
         """Notes for the user: settings of the machine that do not apply to this migration."""
         self._at_the_end = at_the_end
+        self._credentials = credentials or Credentials(None, None)
         self._deadline = deadline
         self._judge = None if deadline is None else DeadlineJudge(deadline)
         self._judgement: Judgement | None = None
@@ -147,7 +150,13 @@ class Migration:
         """
         if not self._task.done() or self.progress.phase is not Phase.PAUSED:
             raise WrongState("the migration is not paused: there is nothing to recover")
-        await bring_together(self._source, self._driven(), uri)
+        destination = self._driven()
+        await self._credentials.use(self._source, destination)
+        try:
+            await bring_together(self._source, destination, uri)
+        except BaseException:
+            await self._credentials.take_back()
+            raise
         self._uri = uri
         self._task = self._begin()
 
@@ -175,6 +184,7 @@ class Migration:
             await self._put_limit_back()
             if self._at_the_end is not None:
                 await self._at_the_end()
+            await self._credentials.take_back()
             for queue in self._listeners:
                 queue.put_nowait(None)
 

@@ -2,12 +2,11 @@
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Final, Literal, TypedDict
 
+from postcopy.client.credentials import Credentials
 from postcopy.client.deadline import Deadline
 from postcopy.client.machine_settings import capabilities_of
 from postcopy.client.memory_check import check_same_memory
@@ -82,8 +81,7 @@ class MigrationOrder:
         self._destination = destination
         self._options = options
         self._borrowed: list[BorrowedSettings] = []
-        self._credentials: list[QmpConnection] = []  # the machines that have ours
-        self._credentials_name = f"postcopy-{os.urandom(4).hex()}"
+        self.credentials = Credentials(options.get("tls"), options.get("tls_hostname"))
         self.uri = uri
         self.notes: list[str] = []
 
@@ -106,10 +104,7 @@ class MigrationOrder:
         """Restore the settings of both sides; harmless when done."""
         for borrowed in self._borrowed:
             await borrowed.put_back()
-        machines, self._credentials = self._credentials, []
-        for machine in machines:
-            with contextlib.suppress(PostcopyError):  # it is gone, or has ended
-                await machine.execute("object-del", {"id": self._credentials_name})
+        await self.credentials.take_back()
 
     def _may_go_over(self) -> bool:
         deadline = self._options.get("deadline")
@@ -141,7 +136,7 @@ class MigrationOrder:
             parameters={
                 **own,
                 **channels,
-                **await self._tls_of(machine),
+                **await self.credentials.give(machine, destination=destination),
                 **self._options.get("parameters", {}),
             },
         )
@@ -151,24 +146,6 @@ class MigrationOrder:
             limits = {} if destination else await machine.execute("query-migrate-parameters")
             self.notes += needs.counting(on, limits, machine.address)
         return needs
-
-    async def _tls_of(self, machine: QmpConnection) -> Mapping[str, Any]:
-        """Give the machine its credentials; return the parameters that use them."""
-        folder = self._options.get("tls")
-        if folder is None:
-            return {}
-        destination = machine is self._destination
-        arguments = {
-            "qom-type": "tls-creds-x509",
-            "id": self._credentials_name,
-            "dir": str(Path(folder).absolute()),
-            "endpoint": "server" if destination else "client",
-            "verify-peer": True,
-        }
-        await machine.execute("object-add", arguments)
-        self._credentials.append(machine)
-        hostname = "" if destination else self._options.get("tls_hostname") or ""
-        return {"tls-creds": self._credentials_name, "tls-hostname": hostname}
 
     def _channels(self) -> dict[str, Any]:
         """The parameters of ``multifd``; empty: it is left as it is set.
