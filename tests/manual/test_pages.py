@@ -70,6 +70,7 @@ def test_each_command_has_a_man_page_with_each_of_its_options(tmp_path):
         plain = text.replace("\\-", "-")
         for option in (each for each in command.params if isinstance(each, click.Option)):
             assert all(each in plain for each in option.opts), (name, option.opts)
+            assert option.help, (name, option.opts)
         requests = {line.split()[0] for line in text.splitlines() if line.startswith((".", "'"))}
         assert requests <= {".TH", ".SH", ".B", ".PP", ".TP", ".br"}, name
         assert "\b" not in text

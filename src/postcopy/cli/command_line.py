@@ -200,7 +200,11 @@ def _subscribe(_context: click.Context, _parameter: click.Parameter, file: str |
 
 ACCELERATION: Final = (
     click.option(
-        "--accel", type=click.Choice(["auto", "kvm", "unicorn"]), default="auto", show_default=True
+        "--accel",
+        type=click.Choice(["auto", "kvm", "unicorn"]),
+        default="auto",
+        show_default=True,
+        help="What runs the guest; auto: KVM if it can be used, and else unicorn.",
     ),
     click.option("--huge-pages", is_flag=True, help="Use 2 MiB pages for the guest's memory."),
     click.option(
@@ -276,7 +280,13 @@ MONITORS: Final = (
         help="Append each trace point as a line of JSON.",
     ),
     click.option("--name", metavar="NAME", help="Name of the process in 'ps'."),
-    click.option("--serial", default="none", metavar="stdio|none|file:PATH", show_default=True),
+    click.option(
+        "--serial",
+        default="none",
+        metavar="stdio|none|file:PATH",
+        show_default=True,
+        help="Where the output of the guest's serial port goes.",
+    ),
 )
 
 

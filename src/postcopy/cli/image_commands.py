@@ -279,7 +279,14 @@ def _runs(block: "BlockDifference") -> Iterator[str]:
 
 @click.command(short_help="Write an image's memory to a raw file.")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--ram", "out", required=True, type=click.Path(path_type=Path), metavar="OUT")
+@click.option(
+    "--ram",
+    "out",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="OUT",
+    help="The file to write.",
+)
 @click.option("--block", metavar="NAME", help="One RAM block; without it, the physical memory.")
 def extract(path: Path, out: Path, block: str | None) -> None:
     """Write the physical memory to OUT, each byte at its address, or one RAM block; zeros become holes.

@@ -17,9 +17,19 @@ if TYPE_CHECKING:
 @click.option(
     "--to", "destination", metavar="QMP-ADDRESS", help="The destination, to be driven as well."
 )
-@click.option("--postcopy", type=PostcopyTime(), metavar="after=first-round|after=5s|now")
+@click.option(
+    "--postcopy",
+    type=PostcopyTime(),
+    metavar="after=first-round|after=5s|now",
+    help="Switch to postcopy then, unless precopy has ended.",
+)
 @click.option("--bandwidth", type=Size("M"), metavar="SIZE", help="Limit a second, such as 1G.")
-@click.option("--downtime-limit", type=click.IntRange(0), metavar="MS")
+@click.option(
+    "--downtime-limit",
+    type=click.IntRange(0),
+    metavar="MS",
+    help="How long the guest may stand still at the switchover, in milliseconds.",
+)
 @click.option(
     "--within",
     type=Time(),
@@ -43,7 +53,12 @@ if TYPE_CHECKING:
 )
 @TLS
 @TLS_HOSTNAME
-@click.option("--timeout", type=Seconds(), metavar="S")
+@click.option(
+    "--timeout",
+    type=Seconds(),
+    metavar="S",
+    help="Cancel what has not ended after so many seconds; a postcopy that has begun goes on.",
+)
 @click.option(
     "--multifd",
     type=click.IntRange(1, 255),

@@ -21,14 +21,26 @@ _FOR_QEMU = ("preempt", "bandwidth", "count", "on_running", "overlay_dir", "ephe
 
 @click.command(short_help="Run a guest, or wait for an incoming one.")
 @click.option("--image", type=click.Path(exists=True, dir_okay=False), help="Raw 64-bit code.")
-@click.option("--load-address", type=Number(), default=_LOAD_ADDRESS, metavar="ADDRESS")
+@click.option(
+    "--load-address",
+    type=Number(),
+    default=_LOAD_ADDRESS,
+    metavar="ADDRESS",
+    help=f"Where the image is put; default: {_LOAD_ADDRESS:#x}.",
+)
 @click.option(
     "--entry",
     type=Number(),
     metavar="ADDRESS",
     help="First instruction; default: the load address.",
 )
-@click.option("--privilege", type=click.Choice(["0", "3"]), default="3", show_default=True)
+@click.option(
+    "--privilege",
+    type=click.Choice(["0", "3"]),
+    default="3",
+    show_default=True,
+    help="Ring in which the guest begins.",
+)
 @click.option(
     "--workload", type=click.Choice(_WORKLOADS), help="A guest that postcopy has built in."
 )

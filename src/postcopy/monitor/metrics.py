@@ -56,7 +56,7 @@ class Reading:
     measured: Measured
     xbzrle: XbzrleStatistics | None
     pages: Mapping[str, int]
-    phase: Phase
+    phase: Phase | None
     running: bool
     memory_bytes: int
     engine_restarts: int
@@ -66,7 +66,7 @@ class Reading:
         """Ask the machine; waits for its engine, for some seconds at most."""
         info = backend.migration.info()
         order = backend.machine.ownership.last_order
-        phase = PHASES[info.status]
+        phase = None if info.status is Status.NONE else PHASES[info.status]
         if phase is Phase.PRECOPY and order is not None and order.name == "snapshot":
             phase = Phase.SAVING
         pages: Mapping[str, int] = {}
@@ -191,7 +191,7 @@ METRICS: Final = (
         lambda reading: {each.value: each is reading.info.status for each in Status}, "status",
     ),
     MetricRow(
-        "postcopy_phase", "gauge", "1 for the phase of the last order, 0 for each other one",
+        "postcopy_phase", "gauge", "1 for the phase of the last order, if there was one, 0 for each other",
         lambda reading: {each.value: each is reading.phase for each in Phase}, "phase",
     ),
     MetricRow(
