@@ -89,10 +89,10 @@ class Pager:
     ) -> None:
         """See :class:`postcopy.paging.fault_loop.FaultHandler`."""
         del since_ns
-        self._awake.a_while()
         wanted = [request for fault in faults if (request := self._note(fault, space)) is not None]
         if wanted:
             self._source.request(wanted)
+        self._awake.a_while()  # it may have to start a thread: a vCPU does not wait for that
 
     def removed(self, start: int, end: int) -> None:
         """See :class:`postcopy.paging.fault_loop.FaultHandler`."""
