@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import stat
 import subprocess
 from pathlib import Path
@@ -106,9 +107,12 @@ def test_a_recovery_gives_them_again(folders, tmp_path):
             looks = (json.loads(text) for text in iter(command.stdout.readline, ""))
             assert any(look.get("phase") == "postcopy" for look in looks)
             source.ask("migrate-pause")
-            assert command.wait(DEADLINE_S) == 4
+            said = command.communicate(timeout=DEADLINE_S)[1]
+            assert command.returncode == 4
+        _, typed, _ = said.split("'")  # what the message says is what is typed
+        assert shlex.split(typed) == ["postcopy", "recover", *sides, *tls]
         source.ask("migrate-set-parameters", **{"max-postcopy-bandwidth": 0})
-        outcome = postcopy("recover", *sides, *tls, f"unix:{tmp_path}/again")
+        outcome = postcopy(*shlex.split(typed)[1:], f"unix:{tmp_path}/again")
         assert (outcome.returncode, outcome.stderr) == (0, "")
         for side in (source, target):
             assert side.ask("query-migrate-parameters")["return"]["tls-creds"] == ""

@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any, Final
 
 from postcopy.client.qmp import QmpConnection
@@ -25,6 +26,12 @@ class Credentials:
         self._name = f"postcopy-{os.urandom(4).hex()}"
         self._machines: list[QmpConnection] = []  # that have the object
         self._before: list[tuple[QmpConnection, Mapping[str, Any]]] = []
+
+    @property
+    def typed(self) -> str:
+        """The options that mean these credentials, as typed after a command; empty: there are none."""
+        options = {"--tls": self._folder, "--tls-hostname": self._hostname}
+        return "".join(f" {name} {quote(value)}" for name, value in options.items() if value)
 
     async def give(self, machine: QmpConnection, *, destination: bool) -> Mapping[str, Any]:
         """Give a machine its object; return the parameters that use it.

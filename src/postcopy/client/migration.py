@@ -327,15 +327,16 @@ class Migration:
         if status is Status.FAILED:
             raise MigrationFailed(f"the migration failed: {why}; the guest is at the source")
         there = None if self._destination is None else self._destination.address
+        # A QEMU that is recovered without them goes on in the clear.
+        recover = how_to_recover(self._source.address, there, self._credentials.typed)
         if self._destination_is_gone:
             raise NeedsRecovery(
                 f"the migration broke after the switchover: {why}; the destination's monitor at {there} is "
                 "gone: if its process has ended, the guest is lost; else recover it ("
-                f"'{how_to_recover(self._source.address, there)}')"
+                f"'{recover}')"
             )
         raise NeedsRecovery(
-            f"the migration broke after the switchover: {why}; nothing is lost: type "
-            f"'{how_to_recover(self._source.address, there)}'"
+            f"the migration broke after the switchover: {why}; nothing is lost: type '{recover}'"
         )
 
 

@@ -203,6 +203,9 @@ def is_restoring(info: Mapping[str, Any]) -> bool:
     return "demand-faults" in measured and "restore-complete-us" not in measured
 
 
-def how_to_recover(source: str, destination: str | None) -> str:
-    """Return the command that recovers a broken postcopy between these QMP addresses."""
-    return _RECOVER.format(source=source, destination=destination or "QMP-ADDRESS")
+def how_to_recover(source: str, destination: str | None, options: str = "") -> str:
+    """Return the command that recovers a broken postcopy between these QMP addresses.
+
+    :param options: further ones, as typed; empty, or with a space in front.
+    """
+    return _RECOVER.format(source=source, destination=destination or "QMP-ADDRESS") + options
