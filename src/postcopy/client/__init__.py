@@ -7,9 +7,9 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from postcopy.client.estimate import Estimate
     from postcopy.client.machine import Machine, RunOptions
     from postcopy.client.migration import Migration, Postcopy
+    from postcopy.client.migration_model import Estimate
     from postcopy.client.migration_order import MigrateOptions
     from postcopy.client.progress import Phase, Progress
     from postcopy.client.reset_point import Reset, ResetPoint
@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 _WHERE: Final = {
-    "Estimate": "estimate",
+    "Estimate": "migration_model",
     "Machine": "machine",
     "RunOptions": "machine",
     "Migration": "migration",

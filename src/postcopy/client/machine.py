@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Final, Generic, Literal, Protocol, Self, TypedDict, TypeVar, Unpack
 
 from postcopy.client.credentials import Credentials
-from postcopy.client.estimate import Estimate, estimate
+from postcopy.client.estimate import estimate
 from postcopy.client.launch import MachineProcess
 from postcopy.client.machine_settings import set_capabilities
 from postcopy.client.migration import Migration
+from postcopy.client.migration_model import Estimate
 from postcopy.client.migration_order import MigrateOptions, MigrationOrder, listen, listens
 from postcopy.client.order_settings import BorrowedSettings
 from postcopy.client.qmp import QmpConnection
