@@ -4,6 +4,7 @@ The figures are those of QEMU 11.1's ``query-migrate`` (``MigrationInfo`` in ``q
 What QEMU does not measure is apart, in :class:`Measured`.
 """
 
+import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -12,6 +13,28 @@ from postcopy.status import GIVEN_UP, Status
 
 LATENCY_BUCKETS = 24
 """Fault latencies are counted by power of two: [1, 2) us up to [2**23, 2**24) us."""
+
+
+class WaitCause(enum.StrEnum):
+    """What vCPUs wait for when a page is missing."""
+
+    PAGE = "page"
+    PREEMPT = "preempt"
+    PAUSED = "paused"
+    RECOVERY = "recovery"
+    ENGINE = "engine"
+    IMAGE = "image"
+
+
+WAIT_CAUSES: Mapping[str, str] = {
+    WaitCause.PAGE: "a page asked of the source, which comes on the main channel",
+    WaitCause.PREEMPT: "a page asked of the source, which comes on the channel for such pages",
+    WaitCause.PAUSED: "the connection is broken",
+    WaitCause.RECOVERY: "the connection is there again, and the sides compare what has come",
+    WaitCause.ENGINE: "an engine has died, and its successor waits for the source",
+    WaitCause.IMAGE: "a page read from an image",
+}
+"""What each means; ``docs/watch.md`` lists them."""
 
 _WITH_FIGURES = GIVEN_UP | {
     Status.ACTIVE,
@@ -90,6 +113,9 @@ class Measured:
         "how long no vCPU ran, as the guest's own clock would say"
     )
     blocktime_us: tuple[int, ...] = _measured("how long each vCPU waited for pages", ())
+    blocktime_causes_us: Mapping[str, tuple[int, ...]] | None = _measured(
+        "of that, how long each vCPU waited for what: see [watch.md](watch.md)"
+    )
     overlapped_blocktime_us: int | None = _measured("how long all vCPUs waited at the same time")
     fault_latency_p50_us: int | None = _measured("half of the page faults took no longer")
     fault_latency_p99_us: int | None = _measured("99 of 100 page faults took no longer")
@@ -117,9 +143,9 @@ class Measured:
         """The ``x-postcopy`` member: only what was measured."""
         members = {f.name.replace("_", "-"): getattr(self, f.name) for f in fields(self)}
         return {
-            name: list(value) if isinstance(value, tuple) else value
+            name: _as_json(value)
             for name, value in members.items()
-            if value is not None and value != ()
+            if value is not None and value not in ((), {})
         }
 
 
@@ -208,6 +234,12 @@ class MigrationInfo:
 
 def _present(values: Mapping[str, int | None]) -> dict[str, int]:
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _as_json(each) for name, each in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 MAP_CELLS = 2048

@@ -39,6 +39,10 @@ def _sample(n: int, count: int, vcpus: int) -> Sample:
         p99_us=255 if faults else None,
         max_us=255 if faults else None,
         blocktime_us=tuple([faults * 200] * vcpus),
+        blocktime_causes_us={
+            "page": (min(faults, 200) * 200,) * vcpus,
+            "paused": (max(0, faults - 200) * 200,) * vcpus,
+        },
         downtime_ms=3.25 if n > 9 else None,
         source="memory is sent",
         destination="a guest's memory is arriving",

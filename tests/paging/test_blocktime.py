@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from postcopy.paging.blocktime import Blocktime
 from postcopy.paging.fault_table import FaultTable
-from postcopy.statistics import LATENCY_BUCKETS
+from postcopy.statistics import LATENCY_BUCKETS, WAIT_CAUSES, WaitCause
 
 US = 1000
 THREADS = {100: 0, 101: 1}
@@ -108,6 +108,36 @@ def test_a_report_waits_for_nothing_that_the_fault_path_holds():
     assert [report.faults for report in reports] == [0, 1, 2]
 
 
+def test_the_causes_by_hand():
+    """One vCPU, whose wait outlives a broken connection; microseconds.
+
+    ::
+
+        vCPU 1  |10---------------------60|    |80---90|
+                |page   |30 paused |50 page
+    """
+    time = table()
+    blocktime = time.blocktime
+    time.begin("ram", 1, 101, 10 * US)
+    assert blocktime.report(25 * US).causes_us == {"page": (0, 15)}
+    blocktime.because(WaitCause.PAUSED, 30 * US)
+    assert blocktime.report(45 * US).vcpu_us == (0, 35)
+    assert blocktime.report(45 * US).causes_us == {"page": (0, 20), "paused": (0, 15)}
+    blocktime.because(WaitCause.PAGE, 50 * US)
+    time.end("ram", [1], 60 * US)
+    assert blocktime.report(70 * US).causes_us == {"page": (0, 30), "paused": (0, 20)}
+    blocktime.because(WaitCause.RECOVERY, 70 * US)
+    time.begin("ram", 2, 101, 80 * US)
+    time.end("ram", [2], 90 * US)
+    report = blocktime.report()
+    assert report.causes_us == {"page": (0, 30), "paused": (0, 20), "recovery": (0, 10)}
+    assert report.vcpu_us == (0, 60)
+
+
+def test_each_cause_has_a_meaning():
+    assert set(WAIT_CAUSES) == set(WaitCause)
+
+
 def test_the_room_does_not_grow_with_the_faults():
     time = table()
     time.begin("ram", 0, 100, 0)
@@ -157,6 +187,26 @@ def test_any_timeline(timeline):
     assert report.overlapped_us == slow.blocked({100, 101})
     assert report.faults == sum(report.distribution) == len(slow.waits)
     assert report.overlapped_us <= min(report.vcpu_us)
+
+
+@given(steps, st.lists(st.sampled_from(WaitCause), min_size=61, max_size=61))
+def test_the_causes_of_any_timeline_are_all_of_it_and_nothing_decreases(timeline, causes):
+    time = table()
+    now = 0
+    before = time.blocktime.report(0)
+    for (what, number, thread, later), cause in zip(timeline, causes, strict=False):
+        now += later
+        if what == "fault":
+            time.begin("ram", number, thread, now * US)
+        else:
+            time.end("ram", [number], now * US)
+        if number == 4:
+            time.blocktime.because(cause, now * US)
+        report = time.blocktime.report((now + number) * US)
+        for vcpu, waited_us in enumerate(report.vcpu_us):
+            assert sum(each[vcpu] for each in report.causes_us.values()) == waited_us
+            assert waited_us >= before.vcpu_us[vcpu]
+        before = report
 
 
 class Slow:

@@ -11,6 +11,7 @@ from fakes.commands import POSTCOPY, pair, postcopy
 from fakes.pair import NEVER_ENDS
 from fakes.waiting import wait_until
 from fakes.watching import HEADER, browser_program, record, samples
+from postcopy.statistics import WAIT_CAUSES
 from postcopy.watch.recording import Header
 
 playwright = pytest.importorskip(
@@ -146,6 +147,8 @@ def test_a_migration_as_it_happens_and_the_end_of_both_machines(tmp_path, pages)
             )
             measured = there["x-postcopy"]
             assert exact(page, "blocktime_0") == str(measured["blocktime-us"][0])
+            waited = page.locator("[data-cause=page_0]").get_attribute("data-value")
+            assert waited == str(measured["blocktime-causes-us"]["page"][0])
             assert exact(page, "p99_us") == str(measured["fault-latency-p99-us"])
             statuses = page.locator("#statuses").inner_text()
             assert statuses.index("active") < statuses.index("postcopy-active")
@@ -186,6 +189,27 @@ def test_it_tries_again_when_its_server_has_ended(tmp_path, pages):
         wait_status(page, "setup")
         process.kill()
         page.locator("#notes", has_text="this page tries again").wait_for(timeout=WAIT_MS)
+
+
+def test_each_cause_of_a_wait_has_its_colour_and_its_words(tmp_path, pages):
+    causes = {name: (10_000 * (n + 1),) for n, name in enumerate(WAIT_CAUSES)}
+    made = samples(vcpus=1)
+    last = dataclasses.replace(
+        made[-1], blocktime_us=(sum(us for (us,) in causes.values()),), blocktime_causes_us=causes
+    )
+    page = pages.open(report_of(tmp_path, [made[0], last]))
+    wait_status(page, "completed")
+    rows = page.locator("#causes tbody tr").all_inner_texts()
+    assert [text.split("\t")[0] for text in rows] == [
+        f"{name}: {meaning}" for name, meaning in WAIT_CAUSES.items()
+    ]
+    marks = page.locator("#causes .mark").evaluate_all(
+        "(all) => all.map((each) => getComputedStyle(each).backgroundColor)"
+    )
+    assert len(set(marks)) == len(WAIT_CAUSES)
+    assert "rgba(0, 0, 0, 0)" not in marks
+    # As much of each as there is room for, and the text and what lies between.
+    assert colours(page, "vcpus") > len(WAIT_CAUSES)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -264,6 +288,10 @@ def test_what_a_screen_reader_is_told(report, pages):
         'table "Figures of the shown moment"',
         'row "remaining 0.0 MiB"',
         'table "Memory by state"',
+        'img "vCPU 0 has waited 72.00 ms, page 40.00 ms, paused 32.00 ms; vCPU 1 has waited',
+        "stopped for the switch-over: 3.3 ms",
+        'table "Blocktime by cause"',
+        'row "paused: the connection is broken 32.00 ms 32.00 ms"',
         'region "Statuses"',
     ):
         assert line in tree, tree

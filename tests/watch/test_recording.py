@@ -63,6 +63,8 @@ def hostile(**changes):
         (hostile(remaining_bytes=1 << 64), "'remaining_bytes' of a sample"),
         (hostile(latency=[0] * 1000), "'latency' of a sample"),
         (hostile(blocktime_us=["0"]), "'blocktime_us' of a sample"),
+        (hostile(blocktime_causes_us={"sloth": [1]}), "'blocktime_causes_us' of a sample"),
+        (hostile(blocktime_causes_us={"page": [-1]}), "'blocktime_causes_us' of a sample"),
         (hostile(source="\x1b[2J"), "'source' of a sample"),
         (hostile(notes=["a" * 5000]), "'notes' of a sample"),
         (hostile(map={"side": "source", "cells": "q", "pages": {}}), "'map' of a sample"),

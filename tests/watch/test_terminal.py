@@ -37,11 +37,31 @@ def test_without_a_map_it_says_so():
     import dataclasses
 
     made = [
-        dataclasses.replace(sample, map=None, latency=(), blocktime_us=()) for sample in samples()
+        dataclasses.replace(
+            sample,
+            map=None,
+            latency=(),
+            blocktime_us=(),
+            blocktime_causes_us=None,
+            downtime_ms=None,
+        )
+        for sample in samples()
     ]
     text = shown(made, 160, 50)
     assert "does not tell where its pages are" in text
     assert "no fault yet" in text
+    assert "not known" in text
+
+
+def test_it_has_what_vcpus_wait_for():
+    text = shown(samples(), 160, 50)
+    for words in ("(page 40.0, paused 32.0)", "p connection broken", "s switch-over"):
+        assert words in text, words
+    series = Series()
+    for sample in samples():
+        series.add(sample)
+    assert series.timeline(1) == "         s" + "░" * 5 + "p" * 4
+    assert series.timeline(2) == "         s" + " " * 9
 
 
 def test_elsewhere_a_line_a_second(capsys):

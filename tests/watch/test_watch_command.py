@@ -15,7 +15,7 @@ from fakes.pair import NEVER_ENDS
 from fakes.real_qemu import QemuProcess
 from fakes.waiting import wait_until
 from postcopy.cli.watch_command import WatchBeside
-from postcopy.statistics import MAP_STATES
+from postcopy.statistics import MAP_STATES, WAIT_CAUSES
 from postcopy.watch import sampler as sampling
 from postcopy.watch.recording import read
 from postcopy.watch.sample import Sample
@@ -76,6 +76,7 @@ def test_the_samples_of_a_postcopy(tmp_path):
     assert last.downtime_ms == info["x-postcopy"]["guest-downtime-us"] / 1000
     assert list(last.latency) == there["postcopy-latency-dist"]
     assert list(last.blocktime_us) == there["x-postcopy"]["blocktime-us"]
+    assert last.blocktime_causes_us == {"page": last.blocktime_us}
     assert last.map["pages"] == {"in-place": PAGES}
     fractions = [sample.fraction for sample in found]
     assert fractions == sorted(fractions)
@@ -223,5 +224,7 @@ def test_the_page_of_the_manual_has_each_member_and_each_state():
     page = (ROOT / "docs/watch.md").read_text()
     for each in dataclasses.fields(Sample):
         assert f"| `{each.name}` | {each.metadata['meaning']} |" in page
+    for name, meaning in WAIT_CAUSES.items():
+        assert f"| `{name}` | {meaning} |" in page
     for letter, name in MAP_STATES.items():
         assert f"| {name} | `{letter}` |" in page

@@ -29,7 +29,7 @@ from postcopy.paging.fault_table import FaultTable
 from postcopy.paging.placement import Placement
 from postcopy.paging.ram import IncomingRam
 from postcopy.parameters import Capabilities, Capability, Parameters
-from postcopy.statistics import MigrationInfo
+from postcopy.statistics import MigrationInfo, WaitCause
 from postcopy.status import AFTER_SWITCHOVER, Status, StatusMachine
 from postcopy.stream import records
 from postcopy.stream.decoder import Decoder
@@ -109,6 +109,7 @@ class Destination:
     def set_capabilities(self, capabilities: Capabilities) -> None:
         """Take over capabilities that were set before the source has connected."""
         self._capabilities = capabilities
+        self._postcopy.waits_for(self._loader.page_cause)
         if capabilities.enabled(Capability.POSTCOPY_RAM):
             self._populating.hide()
 
@@ -168,6 +169,7 @@ class Destination:
 
     def adopt(self) -> None:
         """Take over a paused postcopy whose engine has died."""
+        self._postcopy.waits_for(WaitCause.ENGINE)
         userfaultfd = self._postcopy.adopt()
         self._placement.listen(userfaultfd, self._postcopy.mapper.later)
         trace("destination.adopted")
@@ -216,6 +218,7 @@ class Destination:
         self._postcopy.serve_again()
         self._return_path.open(channel, hold_requests=True)
         self._progress.move(Status.POSTCOPY_RECOVER)
+        self._postcopy.waits_for(WaitCause.RECOVERY)
         trace("destination.recovery-connected")
         self._receive(channel)
 
@@ -345,9 +348,9 @@ class Destination:
                 self.error = ChannelBroken("Postcopy migration is paused by the user")
             self._return_path.close()
             # A wait for a recovery that did not begin leaves the status as it is.
-            self._progress.move(
-                Status.POSTCOPY_PAUSED, only_from=AFTER_SWITCHOVER - {Status.POSTCOPY_PAUSED}
-            )
+            breaks = AFTER_SWITCHOVER - {Status.POSTCOPY_PAUSED}
+            if self._progress.move(Status.POSTCOPY_PAUSED, only_from=breaks):
+                self._postcopy.waits_for(WaitCause.PAUSED)
             return
         try:
             self._return_path.shut(failed=True)

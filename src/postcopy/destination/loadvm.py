@@ -23,6 +23,7 @@ from postcopy.memory.runs import Mask
 from postcopy.paging.placement import Placement
 from postcopy.paging.ram import IncomingRam
 from postcopy.parameters import Capabilities, Capability
+from postcopy.statistics import WaitCause
 from postcopy.status import Status, StatusMachine
 from postcopy.stream import records
 from postcopy.stream.decoder import Decoder
@@ -255,6 +256,12 @@ class RecordLoader:
 
     # --- recovery
 
+    @property
+    def page_cause(self) -> WaitCause:
+        """What a thread waits for that waits for a page, while the source is connected."""
+        preempt = Capability.POSTCOPY_PREEMPT in self._capabilities().on
+        return WaitCause.PREEMPT if preempt else WaitCause.PAGE
+
     def _recv_bitmap(self, command: records.RecvBitmap) -> None:
         self._check_recovering("CMD_RECV_BITMAP")
         trace("destination.bitmap-asked")
@@ -277,6 +284,7 @@ class RecordLoader:
         self._preempt_channel.accept()
         self._preempt_channel.start(self._postcopy.userfaultfd)
         self._progress.move(Status.POSTCOPY_ACTIVE)
+        self._postcopy.waits_for(self.page_cause)
         self._return_path.resume_ack()
         trace("destination.resume-acknowledged")
         self._return_path.release_requests()

@@ -7,6 +7,7 @@ pages that a device touches.
 """
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -25,7 +26,7 @@ from postcopy.paging.pager import Pager
 from postcopy.paging.ram import IncomingRam, mapped_pages
 from postcopy.paging.shared_space import SharedSpaces
 from postcopy.parameters import Capabilities, Capability
-from postcopy.statistics import Measured, MigrationInfo
+from postcopy.statistics import Measured, MigrationInfo, WaitCause
 from postcopy.status import Status, StatusMachine
 from postcopy.stream import records
 from postcopy.stream.decoder import Decoder
@@ -179,6 +180,10 @@ class Postcopy:
         if self._pager is not None:
             self._pager.ask_again()
 
+    def waits_for(self, cause: WaitCause) -> None:
+        """From now on threads that wait for a page do so for this."""
+        self._faults.blocktime.because(cause, time.monotonic_ns())
+
     def finish(self) -> None:
         """All pages have been sent: unregister the memory from the userfaultfd.
 
@@ -223,9 +228,10 @@ class Postcopy:
         info = MigrationInfo(status=status, incoming=True)
         if not capabilities.enabled(Capability.POSTCOPY_BLOCKTIME):
             return info
-        report = self._faults.blocktime.report()
+        report = self._faults.blocktime.report(time.monotonic_ns())
         measured = Measured(
             blocktime_us=report.vcpu_us,
+            blocktime_causes_us=report.causes_us,
             overlapped_blocktime_us=report.overlapped_us,
             fault_latency_p50_us=report.p50_us,
             fault_latency_p99_us=report.p99_us,

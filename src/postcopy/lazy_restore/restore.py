@@ -182,7 +182,13 @@ class Restore:
         copies = self._opened.copies(self._ram) if working_set else None
         pace = Pace(self._limiter, holds_for_recording=self._options.record, copies=copies)
         self._pager = RestorePager(
-            userfaultfd, restorers, working_set, pace, self._on_progress, self._shared
+            userfaultfd,
+            restorers,
+            working_set,
+            pace,
+            self._on_progress,
+            self._shared,
+            {vcpu.thread_id: vcpu.index for vcpu in self._guest.vcpu_threads()},
         )
         self.statistics.watch(restorers, self._pager, working_set)
         if self._hurried:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 from postcopy.abi.userfaultfd import PagefaultFlag
@@ -24,9 +25,10 @@ from postcopy.lazy_restore.prefetch import PrefetchWork, from_copies, from_image
 from postcopy.lazy_restore.prefetch_budget import HeadStart
 from postcopy.memory.page_map import RECEIVED
 from postcopy.memory.runs import Mask
-from postcopy.paging.fault_loop import Fault, FaultLoop
-from postcopy.paging.latencies import LatencyHistogram
+from postcopy.paging.blocktime import Blocktime
+from postcopy.paging.fault_loop import LOW_WORD, Fault, FaultLoop
 from postcopy.paging.shared_space import SharedSpace, SharedSpaces
+from postcopy.statistics import WaitCause
 from postcopy.trace import trace
 
 _SHORT_STEP_BYTES: Final = 128 << 10
@@ -58,6 +60,7 @@ class RestorePager:
     :param working_set: what to bring first, in pages of each block's own size.
     :param on_progress: called once, when anything has been placed.
     :param shared: the other processes that have the guest's memory mapped.
+    :param vcpu_of_thread: see :class:`postcopy.paging.blocktime.Blocktime`.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class RestorePager:
         pace: Pace,
         on_progress: Callable[[], None] = lambda: None,
         shared: SharedSpaces | None = None,
+        vcpu_of_thread: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
         self._userfaultfd = userfaultfd
         self._restorers = restorers
@@ -90,7 +94,7 @@ class RestorePager:
         self._recording = pace.holds_for_recording
         # A recording sees only pages that have not come unasked.
         self.head_start = HeadStart(wanted=bool(working_set) and not pace.holds_for_recording)
-        self.latencies = LatencyHistogram()
+        self.blocktime = Blocktime(vcpu_of_thread, WaitCause.IMAGE)
         self.ready_ns: int | None = None
         """When the working set was in, or, recording, when the faults had settled; monotonic."""
 
@@ -99,7 +103,7 @@ class RestorePager:
     @property
     def faults(self) -> int:
         """How many faults have been served."""
-        return self.latencies.count
+        return self.blocktime.latencies.count
 
     def hurry(self, *, wanted: bool = True) -> None:
         """Go on at full speed, since a user waits for the end; or no longer."""
@@ -176,7 +180,9 @@ class RestorePager:
         """See :class:`postcopy.paging.fault_loop.FaultHandler`."""
         since_ns = time.monotonic_ns()
         self._awake.a_while()
-        for _, flags, address, _ in faults:
+        for _, _, _, thread in faults:
+            self.blocktime.begin(thread & LOW_WORD, since_ns)
+        for _, flags, address, thread in faults:
             if space is not None:
                 self._serve_shared(space, address)
             else:
@@ -187,7 +193,7 @@ class RestorePager:
                 else:
                     restorer.bring(page)
             self._last_fault_ns = now_ns = time.monotonic_ns()
-            self.latencies.add(now_ns - since_ns)
+            self.blocktime.end(thread & LOW_WORD, since_ns, now_ns)
         self._note_progress()
 
     def _serve_shared(self, space: SharedSpace, address: int) -> None:

@@ -10,7 +10,7 @@ from postcopy.lazy_restore.block_restorer import BlockRestorer
 from postcopy.lazy_restore.restore_pager import RestorePager
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Mask
-from postcopy.paging.latencies import LatencyFigures
+from postcopy.paging.blocktime import BlocktimeReport
 from postcopy.paging.ram import IncomingBlock
 from postcopy.statistics import Measured, MigrationInfo, RamStatistics
 from postcopy.status import Status
@@ -57,15 +57,15 @@ class RestoreStatistics:
     def info(self, status: Status, error: str | None) -> MigrationInfo:
         """What ``query-migrate`` says."""
         end_ns = self._complete_ns or time.monotonic_ns()
-        latencies = self._latencies()
+        faults = self._faults()
         return MigrationInfo(
             status=status,
             incoming=True,
             ram=self._ram() if self._restorers else None,
             total_time_ms=(end_ns - self._began_ns) // 1_000_000,
             error_desc=error,
-            postcopy_latency_ns=latencies.mean_ns if latencies is not None else None,
-            measured=self._measured(latencies),
+            postcopy_latency_ns=faults.mean_ns if faults is not None else None,
+            measured=self._measured(faults),
         )
 
     def _ram(self) -> RamStatistics:
@@ -81,17 +81,21 @@ class RestoreStatistics:
             page_size=TARGET_PAGE_BYTES,
         )
 
-    def _latencies(self) -> LatencyFigures | None:
-        figures = self._pager.latencies.figures() if self._pager is not None else None
-        return figures if figures is not None and figures.count else None
+    def _faults(self) -> BlocktimeReport | None:
+        if self._pager is None:
+            return None
+        report = self._pager.blocktime.report(time.monotonic_ns())
+        return report if report.faults else None
 
-    def _measured(self, latencies: LatencyFigures | None) -> Measured:
+    def _measured(self, faults: BlocktimeReport | None) -> Measured:
         pager = self._pager
         return Measured(
-            fault_latency_p50_us=latencies.p50_us if latencies is not None else None,
-            fault_latency_p99_us=latencies.p99_us if latencies is not None else None,
-            fault_latency_max_us=latencies.max_us if latencies is not None else None,
-            fault_latency_dist=latencies.distribution if latencies is not None else (),
+            blocktime_us=faults.vcpu_us if faults is not None else (),
+            blocktime_causes_us=faults.causes_us if faults is not None else None,
+            fault_latency_p50_us=faults.p50_us if faults is not None else None,
+            fault_latency_p99_us=faults.p99_us if faults is not None else None,
+            fault_latency_max_us=faults.max_us if faults is not None else None,
+            fault_latency_dist=faults.distribution if faults is not None else (),
             restore_running_us=self._since(self._running_ns),
             restore_ready_us=self._since(self._ready_ns()),
             restore_complete_us=self._since(self._complete_ns),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final, Self
 
-from postcopy.statistics import LATENCY_BUCKETS, MAP_CELLS, MAP_STATES
+from postcopy.statistics import LATENCY_BUCKETS, MAP_CELLS, MAP_STATES, WAIT_CAUSES
 
 _MOST: Final = (1 << 63) - 1
 _MOST_TEXT: Final = 2000
@@ -58,6 +58,14 @@ def _is_map(value: Any) -> bool:
     )
 
 
+def _is_causes(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and set(value) <= set(WAIT_CAUSES)
+        and all(map(_list_of(_is_integer, _MOST_VCPUS), value.values()))
+    )
+
+
 def _member(check: Check, meaning: str, **default: Any) -> Any:
     return field(metadata={"check": check, "meaning": meaning}, **default)
 
@@ -92,6 +100,11 @@ class Sample:
     blocktime_us: tuple[int, ...] = _member(
         _list_of(_is_integer, _MOST_VCPUS), "how long each vCPU has waited for pages", default=()
     )
+    blocktime_causes_us: Mapping[str, tuple[int, ...]] | None = _member(
+        _or_none(_is_causes),
+        "of that, how long each vCPU has waited for what; null: nothing, or not known",
+        default=None,
+    )
     downtime_ms: float | None = _member(
         _or_none(_is_number), "how long no vCPU ran, once that is known", default=None
     )
@@ -112,11 +125,7 @@ class Sample:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON can carry it."""
-        found = {each.name: getattr(self, each.name) for each in fields(self)}
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in found.items()
-        }
+        return {each.name: _as_json(getattr(self, each.name)) for each in fields(self)}
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
@@ -136,8 +145,16 @@ class Sample:
         for name, given in value.items():
             if not known[name].metadata["check"](given):
                 raise ValueError(f"{name!r} of a sample is not what it must be")
-        members: dict[str, Any] = {
-            name: tuple(given) if isinstance(given, list) else given
-            for name, given in value.items()
-        }
-        return cls(**members)
+        return cls(**{name: _as_member(given) for name, given in value.items()})
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _as_json(each) for name, each in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _as_member(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _as_member(each) for name, each in value.items()}
+    return tuple(value) if isinstance(value, list) else value

@@ -15,6 +15,7 @@ from postcopy.client.progress import STOPPED, Phase, Progress, ProgressTracker, 
 from postcopy.client.status_help import StatusHelp
 from postcopy.errors import CannotConnect, ChannelBroken, Reason, Refused
 from postcopy.watch.sample import Sample
+from postcopy.watch.waits import Waited, total
 
 INTERVAL_S: Final = 0.25
 _AGAIN_S: Final = 1.0
@@ -155,6 +156,7 @@ class Sampler:
         self._tracker = ProgressTracker()
         self._progress: Progress | None = None
         self._standstill = _Standstill()
+        self._waited = Waited()
         self._was_busy = False
         self._began_s = time.monotonic()
 
@@ -233,7 +235,14 @@ class Sampler:
             map=self._map(progress),
             **_downtime(here.info if here is not None else {}),
         )
-        return replace(found, **_latencies(there.info if there is not None else {}))
+        info = there.info if there is not None else {}
+        return replace(found, **_latencies(info), **self._blocktime(info))
+
+    def _blocktime(self, info: Mapping[str, Any]) -> dict[str, Any]:
+        waits = self._waited.take(info)
+        if not waits:
+            return {}
+        return {"blocktime_us": total(waits), "blocktime_causes_us": waits}
 
     def _take(self) -> Progress:
         """The progress: as the source says it, or the destination when there is no source any more."""
@@ -284,7 +293,11 @@ class Sampler:
         if not any(side.has_map for side in self._sides):
             notes.append(_NO_MAP)
         there = self.destination
-        if there is not None and progress.phase is Phase.POSTCOPY and not _latencies(there.info):
+        if (
+            there is not None
+            and progress.phase is Phase.POSTCOPY
+            and not (_latencies(there.info) or there.info.get("x-postcopy", {}).get("blocktime-us"))
+        ):
             notes.append(_NO_LATENCY)
         return notes
 
@@ -305,7 +318,7 @@ def _downtime(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _latencies(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Latencies and blocktime; ours are told as they grow, a QEMU's at the end."""
+    """Ours are told as they grow, a QEMU's at the end."""
     ours = info.get("x-postcopy", {})
     found: dict[str, Any] = {}
     distribution = ours.get("fault-latency-dist") or info.get("postcopy-latency-dist")
@@ -314,8 +327,4 @@ def _latencies(info: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("p50", "p99", "max"):
         if (value := ours.get(f"fault-latency-{name}-us")) is not None:
             found[f"{name}_us"] = value
-    if blocktime := ours.get("blocktime-us"):
-        found["blocktime_us"] = tuple(blocktime)
-    elif blocktime := info.get("postcopy-vcpu-blocktime"):
-        found["blocktime_us"] = tuple(each * 1000 for each in blocktime)
     return found

@@ -4,11 +4,13 @@ import itertools
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
+from math import ceil
 from typing import TYPE_CHECKING, Final, Self
 
 import click
 
 from postcopy.statistics import LATENCY_BUCKETS, MAP_STATES
+from postcopy.watch import waits
 from postcopy.watch.sample import Sample
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ _COLOURS: Final = {
     "z": "bright_black",
     "l": "red",
 }
+_WAIT_MARKS: Final = {"paused": "p", "recovery": "r", "engine": "e"}
+_STOPPED: Final = "s"
 _MOST_STATUSES: Final = 8
 _MAP_ROWS: Final = 6
 
@@ -62,17 +66,20 @@ class Series:
             for a, b in self.pairs()
         ]
 
-    def blocked(self, vcpu: int) -> list[float]:
-        """Of each interval, the share in which a vCPU waited for pages: 0 to 1."""
-        shares = []
-        for a, b in self.pairs():
-            if vcpu >= len(b.blocktime_us):
-                shares.append(0.0)
-                continue
-            then = a.blocktime_us[vcpu] if vcpu < len(a.blocktime_us) else 0
-            span_us = max(1, b.t_ms - a.t_ms) * 1000
-            shares.append(min(1.0, max(0, b.blocktime_us[vcpu] - then) / span_us))
-        return shares
+    def timeline(self, vcpu: int) -> str:
+        """Of each interval a mark: what a vCPU waited for, or a shade for how long it waited for pages."""
+        return "".join(_wait_mark(a, b, vcpu) for a, b in self.pairs())
+
+
+def _wait_mark(before: Sample, after: Sample, vcpu: int) -> str:
+    if waits.stopped(before, after):
+        return _STOPPED
+    shares = waits.shares(before, after, vcpu)
+    most = max(shares, key=shares.__getitem__, default="")
+    if most in _WAIT_MARKS:
+        return _WAIT_MARKS[most]
+    share = sum(shares.values())
+    return _SHADES[-1 if share > 0.8 else ceil(share * 4)]
 
 
 def figures(sample: Sample) -> list[tuple[str, str]]:
@@ -95,7 +102,9 @@ def figures(sample: Sample) -> list[tuple[str, str]]:
             ("fault latency", f"p50 {ms[0]:.2f} ms, p99 {ms[1]:.2f} ms, max {ms[2]:.2f} ms")
         )
     for vcpu, waited_us in enumerate(sample.blocktime_us[:8]):
-        rows.append((f"blocktime of vCPU {vcpu}", f"{waited_us / 1000:.1f} ms"))
+        parts = [f"{name} {ms:.1f}" for name, ms in waits.causes(sample, vcpu)]
+        causes = f" ({', '.join(parts)})" if parts else ""
+        rows.append((f"blocktime of vCPU {vcpu}", f"{waited_us / 1000:.1f} ms{causes}"))
     if sample.downtime_ms is not None:
         rows.append(("downtime", f"{sample.downtime_ms:.1f} ms"))
     elif sample.expected_downtime_ms is not None:
@@ -195,7 +204,7 @@ def screen(series: Series, width: int, height: int) -> "Layout":
     whole["lower"].split_row(Layout(_panel("figures", _table(last))), Layout(name="right"))
     whole["right"].split_column(
         Layout(_panel("bandwidth, dirty rate, faults/s", _sparks(series, half)), size=5),
-        Layout(_panel("vCPUs that wait for pages", _timelines(series, half)), size=5),
+        Layout(_panel("what vCPUs wait for", _timelines(series, half)), size=7),
         Layout(_panel("latency of faults", _heat(series, half))),
     )
     return whole
@@ -215,8 +224,8 @@ def _words(series: Series) -> "Text":
     parts = [f"{last.t_ms / 1000:.1f} s  {last.fraction:.0%}  {path}"]
     parts += [f"source: {last.source}" if last.source else ""]
     parts += [f"destination: {last.destination}" if last.destination else ""]
-    waits = f"waits for {last.waits_for}" if last.waits_for else ""
-    parts.append("; ".join([*([waits] if waits else []), *last.notes]))
+    waits_for = f"waits for {last.waits_for}" if last.waits_for else ""
+    parts.append("; ".join([*([waits_for] if waits_for else []), *last.notes]))
     return Text("\n".join(part for part in parts if part), overflow="ellipsis", no_wrap=True)
 
 
@@ -276,13 +285,13 @@ def _timelines(series: Series, width: int) -> "Text":
     from rich.text import Text
 
     count = min(3, len(series.samples[-1].blocktime_us))
-    if not count:
+    lines = [series.timeline(vcpu)[-(width - 3) :] for vcpu in range(max(1, count))]
+    if not count and not lines[0].strip():
         return Text("not known")
     text = Text(no_wrap=True)
-    for vcpu in range(count):
-        shares = series.blocked(vcpu)[-(width - 3) :]
-        marks = "".join(_SHADES[-1 if share > 0.8 else round(share * 4)] for share in shares)
-        text.append(f"{vcpu:>2} {marks}\n", "red")
+    for vcpu, marks in enumerate(lines):
+        text.append(f"{vcpu if count else '':>2} {marks}\n", "red")
+    text.append("░▒▓█ for a page, p connection broken,\nr recovery, e engine died, s switch-over")
     return text
 
 

@@ -5,6 +5,15 @@ const MIB = 1048576;
 const STATES = {
   s: "at-source", w: "on-its-way", i: "in-place", d: "dirty-again", a: "asked-for", z: "zero", l: "lost",
 };
+// What a vCPU may wait for; docs/watch.md has the same words.
+const CAUSES = {
+  page: "a page asked of the source, which comes on the main channel",
+  preempt: "a page asked of the source, which comes on the channel for such pages",
+  paused: "the connection is broken",
+  recovery: "the connection is there again, and the sides compare what has come",
+  engine: "an engine has died, and its successor waits for the source",
+  image: "a page read from an image",
+};
 const samples = [];
 const maps = new Map(); // the moments whose map this page has, by number of the sample
 let first = 0; // number of samples[0]
@@ -209,9 +218,7 @@ function drawMap(number, sample) {
     body.dataset.names = names;
     body.replaceChildren(...known.map(([letter, name]) => {
       const made = row([name, ""], true);
-      const mark = document.createElement("span");
-      mark.className = `mark mark-${letter}`;
-      made.cells[0].prepend(mark);
+      made.cells[0].prepend(marked(letter));
       return made;
     }));
   }
@@ -298,28 +305,91 @@ function drawHeat(shown) {
   }
 }
 
+// What a vCPU waited for between two samples: the share of the time by cause, and of what it has waited until now.
+function waits(before, after, vcpu) {
+  const span = 1000 * Math.max(1, after.t_ms - before.t_ms);
+  return Object.entries(after.blocktime_causes_us ?? {}).map(([cause, us]) => [cause,
+    Math.max(0, (us[vcpu] ?? 0) - (before.blocktime_causes_us?.[cause]?.[vcpu] ?? 0)) / span])
+    .filter(([, share]) => share > 0);
+}
+
+// The number of the interval in which the stop of the switch-over has become known; -1: none.
+function stopOf(shown) {
+  return shown.findIndex((each, n) => n > 0 && each.downtime_ms !== null && shown[n - 1].downtime_ms === null) - 1;
+}
+
 function drawVcpus(shown) {
   const last = shown[shown.length - 1];
   const count = last.blocktime_us.length;
-  part("vcpus").setAttribute("aria-label", count
-    ? last.blocktime_us.map((us, n) => `vCPU ${n} has waited ${ms(us)}`).join(", ")
-    : "how long vCPUs wait is not known");
+  const stop = stopOf(shown);
+  const stopped = stop < 0 ? "" : `stopped for the switch-over: ${last.downtime_ms.toFixed(1)} ms`;
+  drawCauses(last, count, stopped);
+  const said = last.blocktime_us.map((us, n) => [`vCPU ${n} has waited ${ms(us)}`,
+    ...Object.entries(last.blocktime_causes_us ?? {}).filter(([, all]) => all[n]).map(([cause, all]) => `${cause} ${ms(all[n])}`),
+  ].join(", "));
+  part("vcpus").setAttribute("aria-label",
+    [count ? said.join("; ") : "how long vCPUs wait is not known", ...(stopped ? [stopped] : [])].join("; "));
   const p = pen("vcpus");
   if (!p) return;
   const x = scale(shown, p.width - 44);
-  const h = Math.min(24, p.height / Math.max(1, count));
-  for (let vcpu = 0; vcpu < count; vcpu += 1) {
+  const rows = Math.max(1, count);
+  const h = Math.min(24, p.height / rows);
+  const fill = (colour, from, to, top, height) => {
+    p.context.fillStyle = p.colour(`--${colour}`);
+    p.context.fillRect(44 + from, top, Math.max(1, to - from), height);
+  };
+  for (let vcpu = 0; vcpu < rows; vcpu += 1) {
+    const ground = (vcpu + 1) * h - 1;
     p.context.fillStyle = p.colour("--dim");
-    p.context.fillText(`vCPU ${vcpu}`, 2, vcpu * h + h / 2 + 4);
+    p.context.fillText(count ? `vCPU ${vcpu}` : "vCPUs", 2, vcpu * h + h / 2 + 4);
     shown.slice(1).forEach((each, n) => {
-      const waited = (each.blocktime_us[vcpu] ?? 0) - (shown[n].blocktime_us[vcpu] ?? 0);
-      const share = Math.min(1, waited / (1000 * Math.max(1, each.t_ms - shown[n].t_ms)));
-      if (share <= 0) return;
-      const left = x(shown[n].t_ms);
-      p.context.fillStyle = `rgba(${p.colour("--wait")}, ${0.15 + 0.85 * share})`;
-      p.context.fillRect(44 + left, vcpu * h + 1, Math.max(1, x(each.t_ms) - left), h - 2);
+      const [left, right] = [x(shown[n].t_ms), x(each.t_ms)];
+      let low = 0;
+      for (const [cause, share] of waits(shown[n], each, vcpu)) {
+        const height = Math.min(1 - low, share) * (h - 2);
+        fill(cause, left, right, ground - low * (h - 2) - Math.max(1, height), Math.max(1, height));
+        low = Math.min(1, low + share);
+      }
+      if (n === stop) fill("stopped", left, left + 2, ground - h + 2, h - 2);
     });
   }
+}
+
+// The legend, which has the colours' names and meanings and how long each vCPU has waited.
+function drawCauses(last, count, stopped) {
+  const known = Object.keys(CAUSES).filter((cause) => last.blocktime_causes_us?.[cause]);
+  const vcpus = [...Array(Math.min(8, count)).keys()];
+  part("causes").hidden = !known.length;
+  part("stopped").hidden = !stopped;
+  if (part("stopped").dataset.text !== stopped) {
+    part("stopped").dataset.text = stopped;
+    part("stopped").replaceChildren(marked("stopped"), stopped);
+  }
+  const body = part("causes").tBodies[0];
+  const names = `${known.join()} ${vcpus.length}`;
+  if (body.dataset.names !== names) {
+    body.dataset.names = names;
+    const heads = row(["cause", ...vcpus.map((n) => `vCPU ${n}`)], false);
+    part("causes").tHead.replaceChildren(heads);
+    body.replaceChildren(...known.map((cause) => {
+      const made = row([`${cause}: ${CAUSES[cause]}`, ...vcpus.map(() => "")], true);
+      made.cells[0].prepend(marked(cause));
+      return made;
+    }));
+  }
+  known.forEach((cause, n) => vcpus.forEach((vcpu) => {
+    const us = last.blocktime_causes_us[cause][vcpu] ?? 0;
+    const cell = body.rows[n].cells[vcpu + 1];
+    text(cell, ms(us));
+    cell.dataset.cause = `${cause}_${vcpu}`;
+    cell.dataset.value = us;
+  }));
+}
+
+function marked(letter) {
+  const mark = document.createElement("span");
+  mark.className = `mark mark-${letter}`;
+  return mark;
 }
 
 function drawPast(number) {
