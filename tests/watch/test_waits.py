@@ -24,6 +24,7 @@ def test_a_successor_begins_at_zero_and_nothing_is_lost():
     found = waits.take(ours(engine=(0, 9)))
     assert found == {"engine": (300, 9), "page": (11, 6)}
     assert total(found) == (311, 15)
+    assert waits.take({"status": "postcopy-active"}) == found
 
 
 def test_a_qemu_tells_no_cause():

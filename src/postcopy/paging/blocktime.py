@@ -7,10 +7,11 @@ what QEMU calls ``postcopy-blocktime``.
 What a vCPU waits for is the same for all at any moment: it is what the whole migration waits for.  So the
 causes cost a fault nothing: when the cause changes, what has been waited since it last did is its.
 
-Waits are counted under the lock of :class:`postcopy.paging.fault_table.FaultTable`.  A report takes no
-lock: measuring must not make faults longer.
+Waits are counted under the lock of :class:`postcopy.paging.fault_table.FaultTable`.  A report does not take
+it, but one of its own: measuring must not make faults longer.
 """
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -88,7 +89,7 @@ class _Cause:
         now = zip(before, waited_us, self.since_us, strict=True)
         return {
             **self.before_us,
-            name: tuple(had + max(0, all_of_it - then) for had, all_of_it, then in now),
+            name: tuple(had + all_of_it - then for had, all_of_it, then in now),
         }
 
 
@@ -111,6 +112,8 @@ class Blocktime:
         self.latencies = LatencyHistogram()
         """Of all threads."""
         none = (0,) * len(self._vcpus)
+        # Under the lock; what has been told never decreases.
+        self._telling = threading.Lock()
         self._told_us = none
         self._cause = _Cause(cause, none, {})
 
@@ -161,8 +164,9 @@ class Blocktime:
 
     def because(self, cause: WaitCause, now_ns: int) -> None:
         """From now on who waits does so for this."""
-        waited_us = self._waited_us(now_ns)
-        self._cause = _Cause(cause, waited_us, self._cause.shares_us(waited_us))
+        with self._telling:
+            waited_us = self._waited_us(now_ns)
+            self._cause = _Cause(cause, waited_us, self._cause.shares_us(waited_us))
 
     # --- any thread
 
@@ -174,14 +178,12 @@ class Blocktime:
         # Before the vCPUs' own times, which are counted first: so it is never more than these.
         overlapped_ns = self._overlapped_ns
         latencies = self.latencies.figures()
-        # Before what has been waited, so that none of it is from before the cause.
-        cause = self._cause
-        waited_us = self._waited_us(now_ns)
+        with self._telling:
+            waited_us = self._waited_us(now_ns)
+            causes_us = self._cause.shares_us(waited_us)
         return BlocktimeReport(
             vcpu_us=waited_us,
-            causes_us={
-                name: each for name, each in cause.shares_us(waited_us).items() if any(each)
-            },
+            causes_us={name: each for name, each in causes_us.items() if any(each)},
             overlapped_us=overlapped_ns // 1000,
             vcpu_mean_ns=tuple(vcpu.latencies.mean_ns for vcpu in self._vcpus),
             others_mean_ns=self._others.mean_ns,

@@ -1,5 +1,6 @@
 """How long each vCPU has waited for what, as the destination says it again and again."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,14 +19,14 @@ class Waited:
         self._last: Waits = {}
 
     def take(self, info: Mapping[str, Any]) -> Waits:
-        """Process one answer to ``query-migrate``; empty: it says nothing of this.
+        """Process one answer to ``query-migrate``; one that says nothing of this changes nothing.
 
         A QEMU says at the end how long its vCPUs have waited for pages, and knows no other cause.
         """
         found = _said(info)
         if not found:
-            return {}
-        if any(now < then for now, then in zip(_sums(found), _sums(self._last), strict=False)):
+            return _added(self._before, self._last)
+        if _began_anew(self._last, found):
             self._before = _added(self._before, self._last)
         self._last = found
         return _added(self._before, found)
@@ -39,6 +40,14 @@ def _said(info: Mapping[str, Any]) -> Waits:
         return {WaitCause.PAGE.value: tuple(waited_us)}
     waited_ms = info.get("postcopy-vcpu-blocktime", ())
     return {WaitCause.PAGE.value: tuple(ms * 1000 for ms in waited_ms)} if waited_ms else {}
+
+
+def _began_anew(before: Waits, now: Waits) -> bool:
+    """What one engine says never decreases, and no cause is forgotten."""
+    return any(
+        any(a > b for a, b in zip(waited_us, now.get(name, itertools.repeat(0)), strict=False))
+        for name, waited_us in before.items()
+    )
 
 
 def _added(a: Waits, b: Waits) -> Waits:
