@@ -318,6 +318,34 @@ def test_without_a_map_the_page_says_so(tmp_path, pages):
     assert not page.locator("#map").is_visible()
 
 
+def at_each_moment(page):
+    """What the page shows of a run that has ended, moment by moment."""
+    page.locator("#notes", has_text="the run has ended").wait_for(timeout=WAIT_MS)
+    page.locator("#moment").focus()
+    page.keyboard.press("Home")
+    shown = []
+    for number in range(int(page.locator("#moment").get_attribute("max")) + 1):
+        drawn = """(n) => document.getElementById("moment").ariaValueText === `${(n / 4).toFixed(1)} s`"""
+        page.wait_for_function(drawn, arg=number)
+        parts = ("#figures", "#states", "#causes", "#statuses")
+        labels = [page.locator(f"#{each}").get_attribute("aria-label") for each in ("map", "rates")]
+        shown.append([*labels, *(page.locator(each).inner_text() for each in parts)])
+        page.keyboard.press("ArrowRight")
+    return shown
+
+
+def test_a_page_that_is_opened_late_shows_the_past(tmp_path, pages):
+    run = record(tmp_path / "run", samples())
+    with serving(str(run), "--speed", "20") as (_, url):
+        early = pages.open(url)
+        shown = at_each_moment(early)
+        assert len(shown) == len(samples())
+        assert shown[4][0].startswith("map of the memory, as the source says it: at-source 50 MiB")
+        assert at_each_moment(pages.open(url)) == shown
+        early.reload()
+        assert at_each_moment(early) == shown
+
+
 def test_a_recorded_run_is_played(tmp_path, pages):
     run = record(tmp_path / "run", samples())
     with serving(str(run), "--speed", "50") as (_, url):

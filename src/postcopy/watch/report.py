@@ -5,6 +5,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Final
 
+from postcopy.watch.past import thinned
 from postcopy.watch.server import page_file
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def page_of(found: "Recording") -> str:
     )
     data = {
         "header": found.header.to_json(),
-        "samples": [sample.to_json() for sample in found.samples],
+        "samples": [sample.to_json() for sample in thinned(found.samples)],
     }
     # '<' only stands in strings of JSON: so no text in them ends the element.
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")

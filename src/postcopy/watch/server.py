@@ -10,7 +10,6 @@ import contextlib
 import ipaddress
 import json
 import socket
-from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from importlib import resources
 from typing import Any, Final
@@ -24,6 +23,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from postcopy.errors import CannotListen, Refused
+from postcopy.watch.past import Past
 from postcopy.watch.recording import Header
 from postcopy.watch.sample import Sample
 
@@ -42,7 +42,6 @@ _HEADERS: Final = (
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"cache-control", b"no-store"),
 )
-_KEPT: Final = 7200
 _MOST_WATCHERS: Final = 100
 _SILENCE_S: Final = 10.0
 
@@ -55,22 +54,18 @@ def page_file(name: str) -> str:
 class SampleFeed:
     """The samples so far, encoded once for all watchers; of one event loop."""
 
-    def __init__(self, header: Header) -> None:
+    def __init__(self, header: Header, past: Past | None = None) -> None:
         self._header = _event("header", header.to_json())
-        self._kept: deque[bytes] = deque(maxlen=_KEPT)
-        self._count = 0
-        self._last = b""
+        self._past = past or Past()
         self._ended = False
         self._news = asyncio.Event()
         self.watchers = 0
 
     def add(self, sample: Sample) -> None:
         """Give it to all."""
-        value = sample.to_json()
-        self._last = _event("sample", value, self._count)
-        # A late watcher gets the figures of all the past, and the map of the present.
-        self._kept.append(_event("sample", value | {"map": None}, self._count))
-        self._count += 1
+        past = self._past
+        kind = "change" if past.is_change(sample) else "sample"
+        past.add(sample, _event(kind, sample.to_json(), past.count))
         self._tell()
 
     def end(self) -> None:
@@ -90,12 +85,15 @@ class SampleFeed:
         self.watchers += 1
         try:
             yield self._header
-            position, has_ended = after + 1, False
+            position, step, has_ended = after + 1, 1, False
             while True:
-                news = self._news
-                for event in self._from(position):
+                # More may come while this is sent.
+                news, events, position = self._news, self._past.since(position), self._past.count
+                if step != self._past.step:
+                    step = self._past.step
+                    yield _event("step", step)
+                for event in events:
                     yield event
-                position = self._count
                 if self._ended and not has_ended:
                     has_ended = True
                     yield _event("end", {})
@@ -108,11 +106,6 @@ class SampleFeed:
                     yield b": alive\n\n"
         finally:
             self.watchers -= 1
-
-    def _from(self, position: int) -> list[bytes]:
-        begin = self._count - len(self._kept)
-        found = list(self._kept)[max(0, position - begin) :]
-        return [*found[:-1], self._last] if found else []
 
 
 def _event(kind: str, value: Any, number: int | None = None) -> bytes:

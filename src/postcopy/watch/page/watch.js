@@ -14,12 +14,11 @@ const CAUSES = {
   engine: "an engine has died, and its successor waits for the source",
   image: "a page read from an image",
 };
-const samples = [];
-const maps = new Map(); // the moments whose map this page has, by number of the sample
-let first = 0; // number of samples[0]
+const samples = []; // each with its `number`, which only grows, and whether it is a `change` of the status
+let step = 1; // as the server says it: other numbers are let go of, or a long run would not fit
 let ended = false;
 let connected = true;
-let wanted = null; // the number of the moment to show; null: the newest
+let wanted = null; // the number of the sample to show; null: the newest
 let due = false;
 
 const part = (id) => document.getElementById(id);
@@ -68,16 +67,23 @@ function begin(header) {
   text(part("who"), `${sides.map((side) => side.join(" ")).join(" ")}, ${header.began}`);
 }
 
-function add(number, sample) {
-  if (samples.length && number < first + samples.length) return; // the server has sent it again
-  if (!samples.length) first = number;
-  samples.push(sample);
-  if (sample.map) maps.set(number, sample.map);
-  if (samples.length > 7200) {
-    maps.delete(first);
-    samples.shift();
-    first += 1;
-  }
+function stays(sample) {
+  return sample.change || sample.number % step === 0;
+}
+
+function add(number, sample, change) {
+  const newest = samples[samples.length - 1];
+  if (newest && number <= newest.number) return; // the server has sent it again
+  if (newest && !stays(newest)) samples.pop();
+  samples.push({ ...sample, number, change });
+  later();
+}
+
+// Keep what the server keeps of the past; so it does not matter when this page was opened.
+function thin(wider) {
+  step = wider;
+  const kept = samples.filter((each, n) => stays(each) || n === samples.length - 1);
+  samples.splice(0, samples.length, ...kept);
   later();
 }
 
@@ -92,7 +98,10 @@ function later() {
 function listen() {
   const events = new EventSource("events");
   events.addEventListener("header", (event) => begin(JSON.parse(event.data)));
-  events.addEventListener("sample", (event) => add(Number(event.lastEventId), JSON.parse(event.data)));
+  for (const kind of ["sample", "change"]) {
+    events.addEventListener(kind, (event) => add(Number(event.lastEventId), JSON.parse(event.data), kind === "change"));
+  }
+  events.addEventListener("step", (event) => thin(JSON.parse(event.data)));
   events.addEventListener("end", () => { ended = true; later(); });
   events.addEventListener("open", () => { connected = true; later(); });
   events.addEventListener("error", () => { connected = false; later(); });
@@ -103,21 +112,22 @@ function listen() {
 function draw() {
   due = false;
   if (!samples.length) return;
-  const last = first + samples.length - 1;
-  const number = Math.min(last, Math.max(first, wanted ?? last));
-  const sample = samples[number - first];
-  const shown = samples.slice(Math.max(0, number - first - 600), number - first + 1);
-  drawWords(sample, number === last);
-  drawTime(number, last, sample);
+  const last = samples.length - 1;
+  const at = wanted === null ? last : Math.max(0, samples.findLastIndex((each) => each.number <= wanted));
+  const sample = samples[at];
+  const seen = samples.slice(0, at + 1);
+  const shown = seen.slice(-601);
+  drawWords(sample, at === last);
+  drawTime(at, last, sample);
   drawFigures(sample);
-  drawStatuses(number);
-  drawMap(number, sample);
+  drawStatuses(seen);
+  drawMap(sample);
   drawLines("rates", shown, [["rate_bytes", "--rate", "bandwidth"], ["dirty_rate_bytes", "--dirty", "dirty rate"]],
     (value) => `${mib(value)} MiB/s`);
   drawLines("faults", shown, [["faults_per_s", "--faults", "faults/s"]], String);
   drawHeat(shown);
   drawVcpus(shown);
-  drawPast(number);
+  drawPast(seen);
 }
 
 function drawWords(sample, newest) {
@@ -141,11 +151,10 @@ function drawWords(sample, newest) {
   part("fraction").value = sample.fraction;
 }
 
-function drawTime(number, last, sample) {
+function drawTime(at, last, sample) {
   const moment = part("moment");
-  moment.min = first;
   moment.max = last;
-  moment.value = number;
+  moment.value = at;
   const seconds = `${(sample.t_ms / 1000).toFixed(1)} s`;
   moment.setAttribute("aria-valuetext", seconds);
   text(part("moment-text"), wanted === null ? `${seconds}, newest` : seconds);
@@ -169,9 +178,9 @@ function drawFigures(sample) {
   });
 }
 
-function drawStatuses(number) {
+function drawStatuses(seen) {
   const found = [];
-  for (const sample of samples.slice(0, number - first + 1)) {
+  for (const sample of seen) {
     if (!found.length || found[found.length - 1][1] !== sample.status) found.push([sample.t_ms, sample.status]);
   }
   const list = part("statuses");
@@ -200,17 +209,11 @@ function pen(id) {
   return { canvas, context, width, height, colour: (name) => style.getPropertyValue(name).trim() };
 }
 
-function drawMap(number, sample) {
-  const map = maps.get(number);
+function drawMap({ map }) {
   part("no-map").hidden = Boolean(map);
   part("map").hidden = !map;
   part("states").hidden = !map;
-  if (!map) {
-    text(part("no-map"), number === first + samples.length - 1 || maps.size === 0
-      ? "There is no map: the machine does not tell where its pages are."
-      : "This page has no map of this moment: it was opened later.");
-    return;
-  }
+  if (!map) return;
   const body = part("states").tBodies[0];
   const known = Object.entries(STATES).filter(([, name]) => map.pages[name]);
   const names = known.map(([letter]) => letter).join();
@@ -392,10 +395,9 @@ function marked(letter) {
   return mark;
 }
 
-function drawPast(number) {
+function drawPast(seen) {
   const body = part("past").tBodies[0];
   if (!body.closest("details").open) return;
-  const seen = samples.slice(0, number - first + 1);
   const rows = seen.filter((each, n) => n === seen.length - 1
     || Math.floor(each.t_ms / 1000) !== Math.floor(seen[n + 1].t_ms / 1000)).slice(-300);
   body.replaceChildren(...rows.map((each) => row([(each.t_ms / 1000).toFixed(1), each.status,
@@ -405,8 +407,8 @@ function drawPast(number) {
 // --- the user
 
 part("moment").addEventListener("input", (event) => {
-  const number = Number(event.target.value);
-  wanted = number >= first + samples.length - 1 ? null : number;
+  const at = Number(event.target.value);
+  wanted = at >= samples.length - 1 ? null : samples[at].number;
   later();
 });
 part("now").addEventListener("click", () => { wanted = null; later(); });
@@ -418,7 +420,7 @@ const recorded = part("recorded");
 if (recorded) {
   const { header, samples: all } = JSON.parse(recorded.textContent);
   begin(header);
-  all.forEach((sample, number) => add(number, sample));
+  all.forEach((sample, number) => add(number, sample, false));
   ended = true;
 } else {
   listen();
