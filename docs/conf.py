@@ -13,11 +13,10 @@ html_title = f"postcopy {release}"
 copyright = ""  # noqa: A001 - Sphinx' name
 html_show_copyright = False
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinxcontrib.mermaid"]
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
 html_theme = "furo"
 exclude_patterns = ["README.md"]  # the index of those who read the files themselves
 myst_heading_anchors = 3
-myst_fence_as_directive = ["mermaid"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 pygments_style = "default"

@@ -31,7 +31,7 @@ USERS = {
 
 def page() -> str:
     """The whole page."""
-    return f"{HEAD}\n```mermaid\n{ownership.diagram()}\n```\n\n{_owners()}\n{_orders()}"
+    return f"{HEAD}\n{ownership.table()}\n\n{_owners()}\n{_orders()}"
 
 
 def _owners() -> str:

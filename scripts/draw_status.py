@@ -27,7 +27,7 @@ does ours: it says `failed` when the guest runs again.
 
 def page() -> str:
     """The whole page."""
-    return f"{HEAD}\n```mermaid\n{status.diagram()}\n```\n"
+    return f"{HEAD}\n{status.table()}\n"
 
 
 if __name__ == "__main__":

@@ -293,16 +293,14 @@ class Ownership:
         return found
 
 
-def diagram() -> str:
-    """The table as a Mermaid state diagram; moves that change nothing are left out."""
-    ids = {owner: owner.name.lower() for owner in Owner}
-    lines = ["stateDiagram-v2"]
-    lines += [f'    state "{owner.value}" as {ids[owner]}' for owner in Owner]
+def table() -> str:
+    """The table for a page of the manual; moves that change nothing are left out."""
+    lines = ["| from | to | by |", "| --- | --- | --- |"]
     for origin in Owner:
         for to in Owner:
             names = [
                 move.value for move in Move if MOVES[move].get(origin) is to and origin is not to
             ]
             if names:
-                lines.append(f"    {ids[origin]} --> {ids[to]}: {', '.join(names)}")
+                lines.append(f"| `{origin.value}` | `{to.value}` | {', '.join(names)} |")
     return "\n".join(lines)

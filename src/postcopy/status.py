@@ -141,15 +141,15 @@ class StatusMachine:
             return self._status
 
 
-def diagram() -> str:
-    """The table as a Mermaid state diagram."""
-    lines = ["stateDiagram-v2"]
-    ids = {status: status.name.lower() for status in Status}
-    lines += [f'    state "{s.value}" as {ids[s]}' for s in Status if MOVES[s]]
+def table() -> str:
+    """The table for a page of the manual; a status that is never entered is left out."""
+    lines = ["| from | to |", "| --- | --- |"]
     for origin, targets in MOVES.items():
-        lines += [f"    {ids[origin]} --> {ids[to]}" for to in Status if to in targets]
+        if targets:
+            to = ", ".join(f"`{status.value}`" for status in Status if status in targets)
+            lines.append(f"| `{origin.value}` | {to} |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    print(diagram())
+    print(table())

@@ -93,3 +93,9 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     site = tmp_path / "site"
     assert 'id="postcopy.Machine.migrate"' in (site / "python.html").read_text()
     assert 'id="postcopy-migrate"' in (site / "cli.html").read_text()
+    loaded = re.compile(
+        r"""<(?:script|img|iframe|source)\b[^>]*?\bsrc=["']?(?:https?:)?//[^>]*>|"""
+        r"""<link\b[^>]*?\bhref=["']?(?:https?:)?//[^>]*>|\bimport\b[^;\n]*["']https?://"""
+    )
+    for page in site.rglob("*.html"):
+        assert not loaded.findall(page.read_text()), page.name
