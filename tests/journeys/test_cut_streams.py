@@ -22,6 +22,8 @@ from postcopy.status import Status
 MEMORY_MIB = 8
 EVERY_BYTE = 4096
 AT_RANDOM = 200
+ROOM = 32 << 10
+"""So much a socket takes at once: no thread is needed to write it."""
 
 
 def record(folder, *, postcopy):
@@ -64,13 +66,17 @@ def feed(data, memory_mib=MEMORY_MIB, capabilities=POSTCOPY):
         theirs.detach(), memory_mib << 20, Capabilities(frozenset(capabilities))
     )
     writer = threading.Thread(target=_write, args=(ours, data), daemon=True)
-    writer.start()
+    if len(data) <= ROOM:
+        _write(ours, data)
+    else:
+        writer.start()
     try:
         status = destination.run()
         return status, destination.job.error, destination.guest.calls
     finally:
         destination.close()
-        writer.join(10)
+        if writer.ident is not None:
+            writer.join(10)
         ours.close()
         assert not writer.is_alive()
 
