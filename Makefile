@@ -15,7 +15,7 @@ help:
 	@echo "make check  format, lint, types, layers, spelling"
 	@echo "make docs   the documentation site, in build/site; make man: the man pages, in build/man"
 	@echo "make bench  measure, side by side with a real QEMU; bench-all: that and all that follows"
-	@echo "make bench-snapshots, bench-snapshotting, bench-restores, bench-receives, bench-working_sets, bench-recoveries, bench-block_reads, bench-back_ends, bench-inspecting, bench-waking, bench-linux, bench-links   a part each"
+	@echo "make bench-snapshots, bench-snapshotting, bench-restores, bench-receives, bench-working_sets, bench-recoveries, bench-block_reads, bench-back_ends, bench-inspecting, bench-waking, bench-linux, bench-links, bench-watching, bench-felt   a part each"
 
 venv: $(VENV)/.ready
 
@@ -87,7 +87,7 @@ bench: venv
 # One after the other, whichever fails: make -k bench-all.
 bench-all: bench bench-snapshots bench-snapshotting bench-restores bench-receives bench-working_sets bench-recoveries bench-block_reads bench-back_ends bench-inspecting bench-waking bench-linux
 
-bench-all: bench-watching bench-links
+bench-all: bench-watching bench-felt bench-links
 
 # bench-recoveries and so on: the other commands in benchmarks/.
 bench-%: venv
