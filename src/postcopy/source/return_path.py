@@ -6,6 +6,7 @@ otherwise hold the interpreter at the moment of a request.
 """
 
 import threading
+import time
 from collections.abc import Callable
 
 from postcopy.channel.channel import Channel
@@ -45,8 +46,9 @@ class ReturnPath:
         self._on_end = on_end
         self._changed = threading.Condition()
         # Under `_changed`: what has come so far, and why no more will come.
-        self._pongs: set[int] = set()
+        self._pongs: dict[int, float] = {}  # and when each was read, in monotonic seconds
         self._shut: int | None = None
+        self._shut_s = 0.0
         self._end: PostcopyError | None = None
         self._bitmaps: dict[str, Mask] = {}
         self._resumed = False
@@ -111,19 +113,24 @@ class ReturnPath:
         :raises ChannelBroken: it will not any more. :raises StreamError: it has failed.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._pongs.intersection(values) or self._over)
-            if not (found := self._pongs.intersection(values)):
+            self._changed.wait_for(lambda: self._pongs.keys() & set(values) or self._over)
+            if not (found := self._pongs.keys() & set(values)):
                 raise self._reason()
             return found.pop()
+
+    def pong_s(self, value: int) -> float:
+        """When a pong that has been waited for was read, in monotonic seconds."""
+        return self._pongs[value]
 
     def answers_within(self, value: int, timeout_s: float) -> bool:
         """Whether the destination answers the ping in time; True as well if its return path has ended."""
         with self._changed:
             return self._changed.wait_for(lambda: value in self._pongs or self._over, timeout_s)
 
-    def wait_shut(self) -> None:
+    def wait_shut(self) -> float:
         """Wait until the destination has closed the return path (``SHUT``).
 
+        :return: when that was read, in monotonic seconds: who waits may go on much later.
         :raises StreamError: the guest has not arrived.
         :raises ChannelBroken: the channel ended before.
         """
@@ -131,6 +138,7 @@ class ReturnPath:
             self._changed.wait_for(lambda: self._over)
             if self._shut != 0:
                 raise self._reason()
+            return self._shut_s
 
     def wait_bitmap(self, block: str) -> Mask:
         """Wait for the received-bitmap of a block: one bit a target page, set = received.
@@ -197,6 +205,7 @@ class ReturnPath:
         return self._shut is None
 
     def _handle(self, message: object) -> None:
+        now_s = time.monotonic()
         if isinstance(message, RequestPages):
             assert message.block is not None  # the decoder has filled it in
             self._serve(message.block, message.start, message.length_bytes)
@@ -204,11 +213,11 @@ class ReturnPath:
             self.peer_is_ours |= is_ours(message.value)
             self._on_pong(message.value)
             with self._changed:
-                self._pongs.add(message.value)
+                self._pongs[message.value] = now_s
                 self._changed.notify_all()
         elif isinstance(message, Shut):
             with self._changed:
-                self._shut = message.value
+                self._shut, self._shut_s = message.value, now_s
                 self._changed.notify_all()
         elif isinstance(message, RecvBitmapReply):
             with self._changed:

@@ -201,7 +201,7 @@ class Source:
             if self._paused_by_user:
                 self._break()
             trace("source.package-taken")
-            self._clock.confirmed = time.monotonic()
+            self._clock.confirmed = connection.answers.pong_s(PACKAGE_PING)
             self._complete_postcopy(connection)
         connection.sender.count()
         dirty.stop()

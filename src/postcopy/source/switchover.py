@@ -152,11 +152,11 @@ class Switchover:
         description = encoder.description(self._describe(states))
         if self._return_path is not None:
             self._channel.send(description)
-            self._return_path.wait_shut()
+            self._clock.confirmed = self._return_path.wait_shut()
         else:
             with self._connection.taking():
                 self._channel.send(description)
-        self._clock.confirmed = time.monotonic()
+            self._clock.confirmed = time.monotonic()
 
     def _send_rest(self) -> None:
         for pages in self._dirty.blocks:
