@@ -1,5 +1,6 @@
 """The thread that pushes reads what the destination says, while it has to wait anyway."""
 
+import itertools
 import socket
 import threading
 
@@ -8,6 +9,7 @@ import pytest
 from postcopy.channel.rate_limit import RateLimiter
 from postcopy.channel.sockets import SocketChannel
 from postcopy.errors import ChannelBroken, StreamError
+from postcopy.source import return_path
 from postcopy.source.flow_control import FlightWindow
 from postcopy.source.push import PushWaits
 from postcopy.source.return_path import ReturnPath
@@ -156,3 +158,15 @@ def test_without_answers_it_only_waits():
     over.set()
     assert waits.wait(10)
     assert waits.is_set()
+
+
+def test_it_is_told_when_an_answer_was_read_whenever_one_asks(push, monkeypatch):
+    now = itertools.count(100.0)
+    monkeypatch.setattr(return_path.time, "monotonic", now.__next__)
+    push.peer.send(encode_message(Pong(7)))
+    assert push.answers.wait_pong(7) == 7
+    push.peer.send(encode_message(Shut(0)))
+    shut_s = push.answers.wait_shut()
+    next(now)
+    assert push.answers.pong_s(7) == 100.0
+    assert push.answers.wait_shut() == shut_s > 100.0
