@@ -161,10 +161,12 @@ class RunControl(Protocol):
     def describe(self) -> Description:
         """What does not change."""
 
-    def pause(self, *, to_move: bool = False) -> None:
+    def pause(self, *, to_move: bool = False) -> int:
         """Stop every vCPU; on return none of them writes to memory.  Harmless when stopped.
 
         :param to_move: for the switchover of a migration.
+        :return: when it began to stop them, in nanoseconds of the monotonic clock, which the host's
+            processes share.
         :raises WrongState: ``to_move``, and the migration has been cancelled.
         """
 
@@ -296,7 +298,12 @@ class Keeper(Protocol):
 
 
 class Saving(Protocol):
-    """The devices of a stopped guest are being saved."""
+    """The devices of a stopped guest are being saved.
+
+    :ivar began_ns: when its vCPUs began to be stopped: see :meth:`RunControl.pause`.
+    """
+
+    began_ns: int
 
     def states(self) -> Sequence[DeviceState]:
         """Wait for their states."""

@@ -41,6 +41,7 @@ class SlowToSave:
     def pause(self, *, to_move=False):
         if self.failure is not None:
             raise self.failure
+        return 4711
 
     def save(self, *, to_move=False):
         self.saves += 1
@@ -79,6 +80,7 @@ def aside(call):
 
 def test_the_engine_goes_on_while_devices_are_saved(slow):
     saving = slow.guest.pause_to_save()
+    assert saving.began_ns == 4711  # as its process says it
     slow.guest.resume()  # any other call
     slow.may_save.set()
     assert saving.states() == STATES

@@ -5,6 +5,7 @@ number of times, and by several servers at once.
 """
 
 import contextlib
+import time
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -132,6 +133,7 @@ class _Saved:
 
     def __init__(self, states: Sequence[DeviceState]) -> None:
         self._states = states
+        self.began_ns = time.monotonic_ns()
 
     def states(self) -> Sequence[DeviceState]:
         """Give them."""

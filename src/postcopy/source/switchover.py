@@ -114,6 +114,8 @@ class Switchover:
         self._clock.stopped = time.monotonic()
         self.stopped = True
         self._saving = self._pause_to_save()
+        # Not before: a busy host may take milliseconds to bring the order to the guest's process.
+        self._clock.stopped = self._saving.began_ns / 1e9
         if self._capabilities.enabled(Capability.PAUSE_BEFORE_SWITCHOVER):
             self._progress.move(Status.PRE_SWITCHOVER)
             self._requests.wait_to_proceed()

@@ -11,8 +11,9 @@ from postcopy.link.rpc import Answer, Link, senders
 class Saving:
     """See :class:`postcopy.guest.Saving`."""
 
-    def __init__(self, answer: Answer[Sequence[DeviceState]]) -> None:
+    def __init__(self, answer: Answer[Sequence[DeviceState]], began_ns: int) -> None:
         self._answer = answer
+        self.began_ns = began_ns
 
     def states(self) -> Sequence[DeviceState]:
         """Wait for their states."""
@@ -51,11 +52,11 @@ class GuestProxy(Guest):
         parked = self._link.ask(RunControl.pause, to_move=True)
         saved = self._link.ask(RunControl.pause_and_save, to_move=True)
         try:
-            parked.wait()
+            began_ns = parked.wait()
         except PostcopyError:
             saved.settle()  # it may have stopped them after all, but does no more
             raise
-        return Saving(saved)
+        return Saving(saved, began_ns)
 
     def begin_to_resume(self) -> Resuming:
         """Let the vCPUs run, while the caller does something else."""

@@ -6,6 +6,7 @@ missing, the descriptor kept here is what makes a thread that touches it wait in
 
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -309,8 +310,10 @@ class _EngineCalls(RunControl, Ownership):
         threads = tuple(self._guest.vcpu_threads())
         return Description(self._guest.machine_name, self._guest.accelerator_name == "kvm", threads)
 
-    def pause(self, *, to_move: bool = False) -> None:
+    def pause(self, *, to_move: bool = False) -> int:
+        began_ns = time.monotonic_ns()
         self._guest.pause(to_move=to_move)
+        return began_ns
 
     def resume(self) -> None:
         self._guest.resume(self._arrival)
