@@ -124,7 +124,6 @@ class Observation:
         during = self.rate(command, stopped)
         return {
             "guest_downtime_ms": self.downtime_ms(),
-            "first_access_ms": self._first_access_ms(),
             "longest_gap_ms": self.longest_gap_ms(),
             "rate_before": before,
             "rate_source": during,
