@@ -280,7 +280,10 @@ class Parameters:
         *("none", "legacy", "multifd"), default="multifd",
         help="with `multifd`: zero pages are told on its channels, on the main one, or sent whole",
     )  # fmt: skip
-    direct_io: bool = _parameter(Kind.BOOLEAN, default=False)
+    direct_io: bool = _parameter(
+        Kind.BOOLEAN, default=False,
+        help="with `mapped-ram` and `multifd`: pages go past the page cache (`O_DIRECT`)",
+    )  # fmt: skip
     # These two wait in vain for their use: for RDMA, and for the mode cpr-exec.
     x_rdma_chunk_size: int = _size(
         1 << 20,

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from fakes.page_cache import cached, need_disk
 from postcopy.channel.address import FileAddress
 from postcopy.channel.connect import connect
 from postcopy.channel.files import FileChannel
 from postcopy.channel.listen import Listener
-from postcopy.errors import ChannelBroken
+from postcopy.errors import ChannelBroken, HostCannot
+from postcopy.kernel.mapping import Mapping
 
 
 def opened(path, offset=0):
@@ -53,6 +55,60 @@ def test_reading_beyond_the_end_gives_what_there_is(tmp_path):
         room = memoryview(bytearray(4))
         assert channel.read_at(3, room) == 2
         assert channel.read_at(5, room) == 0
+
+
+@pytest.fixture
+def page():
+    """A page of memory where a page begins, as ``O_DIRECT`` has to have it."""
+    mapping = Mapping.anonymous(4096)
+    yield mapping.view().reshape(-1).data
+    mapping.close()
+
+
+def test_a_direct_duplicate_goes_past_the_page_cache(tmp_path, page):
+    need_disk(tmp_path)
+    path = tmp_path / "f"
+    page[:] = b"x" * 4096
+    with connect(FileAddress(str(path))) as channel:
+        channel.send(b"begin")
+        with channel.duplicate(direct=True) as direct:
+            direct.write_at(8192, page)
+    assert not cached(path)[1:].any()
+    with path.open("ab") as file:
+        file.write(b"end")
+    with opened(path) as channel, channel.duplicate(direct=True) as direct:
+        page[:] = bytes(4096)
+        assert direct.read_at(8192, page) == 4096
+        assert bytes(page) == b"x" * 4096
+        assert not cached(path)[1:-1].any()
+        assert direct.read_at(12288, page) == 3
+        assert bytes(page[:3]) == b"end"
+        assert direct.read_at(16384, page) == 0
+    assert path.read_bytes() == b"begin".ljust(8192, b"\0") + b"x" * 4096 + b"end"
+
+
+def test_a_file_system_without_direct_io_is_named():
+    """As that of /proc is, whatever the host; its files are regular ones."""
+    says = (
+        "^file:/proc/self/comm: filesystem does not support O_DIRECT; switch direct-io off, or give a "
+        "file on another file system$"
+    )
+    with opened("/proc/self/comm") as channel, pytest.raises(HostCannot, match=says):
+        channel.duplicate(direct=True)
+
+
+def test_a_disk_that_wants_other_places_is_explained(tmp_path, page):
+    need_disk(tmp_path)
+    says = (
+        f"^file:{tmp_path}/f: Invalid argument; its disk may take no direct I/O in pages of 4096 bytes: "
+        "switch direct-io off$"
+    )
+    with (
+        connect(FileAddress(str(tmp_path / "f"))) as channel,
+        channel.duplicate(direct=True) as direct,
+        pytest.raises(ChannelBroken, match=says),
+    ):
+        direct.write_at(100, page)
 
 
 def test_each_way_only(tmp_path):

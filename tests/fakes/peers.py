@@ -42,6 +42,7 @@ class Feature(StrEnum):
     SNAPSHOT = "background snapshot, loaded at the other side"
     SAVED = "saved as a stream, loaded later"
     MAPPED = "saved with `mapped-ram`, loaded later"
+    DIRECT = "the same with `multifd` and `direct-io`"
     TCP = "`tcp:HOST:PORT`"
     TCP6 = "`tcp:[IPv6]:PORT`"
     UNIX = "`unix:PATH`"
@@ -101,6 +102,8 @@ _PRECOPY_ONLY = Lack("n/a", "it permits `multifd` and `postcopy-ram` not togethe
 LACKS: Final[Mapping[tuple[str, Way, Feature], Lack]] = {
     (OLDEST, T, Feature.MAPPED): _MAPPED,
     (OLDEST, F, Feature.MAPPED): _MAPPED,
+    (OLDEST, T, Feature.DIRECT): _MAPPED,
+    (OLDEST, F, Feature.DIRECT): _MAPPED,
     (OLDEST, T, Feature.FILE): _FILE,
     (OLDEST, F, Feature.FILE): _FILE,
     (OLDEST, F, Feature.TCG): _TCG,

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from fakes.page_cache import need_disk
 from fakes.peers import Feature, Way
 from fakes.qemu_versions import ALL
 from fakes.real_qemu import QmpRefused
@@ -122,6 +123,61 @@ def test_we_run_what_qemu_saved(tmp_path, accelerator, vcpus, stopped, extra):
         check_goes_on(read, workload, left_at)
         ours.machine.stop()
         check_memory(read, workload)
+
+
+DIRECT = (Capability.MAPPED_RAM, Capability.MULTIFD)
+
+
+@pytest.mark.proves(Way.TO, Feature.DIRECT)
+def test_qemu_loads_past_the_page_cache_what_we_saved_so(tmp_path):
+    need_disk(tmp_path)
+    workload = hammer()
+    uri = f"file:{tmp_path}/saved,offset=0x1234"
+    with ours_running(workload) as ours:
+        ours.switch_on(*DIRECT)
+        ours.migration.set_parameters({"direct-io": True})
+        left_at = save(ours, uri)
+    with QemuGuest(tmp_path, "microvm", "kvm", MEMORY_BYTES) as qemu:
+        qemu.capabilities(*DIRECT)
+        qemu.parameters(direct_io=True)
+        qemu.listen(uri)
+        check_at_qemu(qemu, workload, left_at)
+
+
+@pytest.mark.proves(Way.FROM, Feature.DIRECT)
+def test_we_load_past_the_page_cache_what_qemu_saved_so(tmp_path):
+    need_disk(tmp_path)
+    workload = hammer()
+    path = tmp_path / "saved"
+    with QemuGuest(tmp_path, "microvm", "kvm", MEMORY_BYTES) as qemu:
+        send_to_qemu(workload, qemu)
+        qemu.capabilities(*DIRECT)
+        qemu.parameters(max_bandwidth=1 << 40, direct_io=True)
+        qemu("stop")
+        qemu("migrate", uri=f"file:{path}")
+        qemu.wait_migration("completed")
+        memory = qemu.read_memory(0, MEMORY_BYTES)
+    with OurGuest.waiting(workload, "kvm") as ours:
+        ours.switch_on(*DIRECT)
+        ours.migration.set_parameters({"direct-io": True})
+        ours.listen(f"file:{path}")
+        assert ours.wait_end() is Status.COMPLETED, ours.error
+        assert ours.machine.read_memory(0, MEMORY_BYTES) == memory
+
+
+@TO
+@pytest.mark.parametrize("capabilities", [(), DIRECT[:1], DIRECT[1:], DIRECT], ids=str)
+def test_both_accept_direct_io_with_any_capabilities(tmp_path, capabilities):
+    """It is a parameter: QEMU looks at it when it opens the file for multifd, and refuses no order for it."""
+    with (
+        QemuGuest(tmp_path, "microvm", "kvm", MEMORY_BYTES) as qemu,
+        OurGuest.waiting(hammer(), "kvm") as ours,
+    ):
+        qemu.capabilities(*capabilities)
+        ours.switch_on(*capabilities)
+        qemu.parameters(direct_io=True)
+        ours.migration.set_parameters({"direct-io": True})
+        assert qemu("query-migrate-parameters")["direct-io"] is True
 
 
 @TO

@@ -1,5 +1,6 @@
 """A guest in a file in which each page has its place: saved stopped or running, and loaded again."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 
+from fakes.page_cache import cached, need_disk
 from fakes.pair import NEVER_ENDS, QUICK, hammer, idle, tiny
 from postcopy.errors import Refused
 from postcopy.machine.workload import PAGE_BYTES
@@ -83,6 +85,75 @@ def test_compression_is_refused_in_qemus_words(journey, tmp_path):
     with pytest.raises(Refused, match=r"^Cannot use compression with mapped-ram$"):
         trip.source.control.migrate(f"file:{tmp_path}/saved")
     assert not (tmp_path / "saved").exists()
+
+
+DIRECT = {"direct-io": True}
+TOGETHER = (*MAPPED, Capability.MULTIFD)
+
+
+def forget(path):
+    """Have the kernel keep nothing of a file."""
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "through the page cache"])
+def test_with_direct_io_the_kernel_keeps_nothing_of_the_pages(journey, tmp_path, direct):
+    need_disk(tmp_path)
+    trip = journey(hammer(256, fill_kib=64 << 10), capabilities=TOGETHER, paused=True)
+    parameters = DIRECT if direct else {}
+    trip.source.set(parameters=parameters)
+    trip.destination.set(parameters=parameters)
+    path = tmp_path / "saved"
+    uri = save(trip, path)
+    # The kernel reads ahead of the head of the file, as its disk is set: seldom more than 8 MiB.
+    pages = slice(32 * MIB // PAGE_BYTES, 256 * MIB // PAGE_BYTES)
+    assert cached(path)[pages].any() != direct
+    forget(path)
+    assert not cached(path)[pages].any()
+    load(trip, uri)
+    assert cached(path)[pages].any() != direct
+    assert (trip.destination.ram() == trip.source.ram()).all()
+
+
+def test_direct_io_over_many_rounds(journey, tmp_path):
+    trip = journey(hammer(vcpus=2), capabilities=TOGETHER, parameters=NEVER_ENDS | DIRECT)
+    trip.source.control.migrate(f"file:{tmp_path}/saved,offset=4660")
+    trip.source.wait_rounds(3)
+    trip.source.set(parameters=QUICK)
+    trip.source.wait(Status.COMPLETED)
+    trip.destination.set(parameters=DIRECT)
+    load(trip, f"file:{tmp_path}/saved,offset=4660")
+
+
+def test_direct_io_with_one_thread_is_as_without(journey, tmp_path):
+    """As in QEMU, whose main channel alone writes what has no alignment."""
+    need_disk(tmp_path)
+    trip = journey(hammer(), capabilities=MAPPED, paused=True)
+    trip.source.set(parameters=DIRECT)
+    load(trip, save(trip, tmp_path / "saved"))
+    assert cached(tmp_path / "saved")[PAGES_ALIGNMENT_BYTES // PAGE_BYTES :].any()
+
+
+def test_direct_io_where_there_is_none(journey, tmp_path, without_direct_io):
+    trip = journey(hammer(), capabilities=TOGETHER)
+    trip.source.set(parameters=DIRECT)
+    path = without_direct_io / "saved"
+    trip.source.control.migrate(f"file:{path}")
+    trip.source.wait(Status.FAILED)
+    says = (
+        f"file:{path}: filesystem does not support O_DIRECT; switch direct-io off, or give a file on "
+        "another file system"
+    )
+    assert trip.source.error == says
+    trip.verify_source()
+    trip.source.set(parameters={"direct-io": False})
+    uri = save(trip, path)
+    trip.destination.set(parameters=DIRECT)
+    refused(trip, uri, says)
+    load(trip, uri)
 
 
 def test_behind_an_offset(journey, tmp_path):
@@ -253,18 +324,30 @@ def test_one_that_failed_leaves_nothing_behind(journey, tmp_path):
     assert (trip.destination.ram() == trip.source.ram()).all()
 
 
+@contextlib.contextmanager
+def file_system(folder, kind, *options):
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", kind, *options, "none", str(folder)], check=False)
+    if mounted.returncode:
+        pytest.skip(f"needs to mount a {kind}: run as root with CAP_SYS_ADMIN")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system with room for a few MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)], check=False
-    )
-    if mounted.returncode:
-        pytest.skip("needs to mount a tmpfs: run as root with CAP_SYS_ADMIN")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with file_system(tmp_path / "disk", "tmpfs", "-o", "size=4m") as folder:
+        yield folder
+
+
+@pytest.fixture
+def without_direct_io(tmp_path):
+    """A file system that knows no ``O_DIRECT``."""
+    with file_system(tmp_path / "disk", "ramfs") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("paused", [False, True], ids=["running", "stopped"])

@@ -1,13 +1,16 @@
 """A channel over a file or a block device: a stream from some byte on, and any other place besides."""
 
+import errno
 import os
 
 from postcopy.channel.channel import Buffer, Channel
 from postcopy.channel.writev import PendingPieces
-from postcopy.errors import ChannelBroken, Refused
+from postcopy.errors import ChannelBroken, HostCannot, Refused
 
 PIECE_BYTES = 16 << 20
 """How much is read or written in one call, so that a cancel does not wait long."""
+PAGE_BYTES = 4096
+"""What ``O_DIRECT`` is used with: places in a mapped-ram file are multiples of it."""
 
 
 class FileChannel(Channel):
@@ -16,10 +19,20 @@ class FileChannel(Channel):
     :param description: the file, as it stands in errors.
     :param position: byte of the file at which the stream goes on.
     :param writable: it is open for writing, and else for reading.
+    :param direct: it was opened with ``O_DIRECT``: places and lengths are whole pages.
     """
 
-    def __init__(self, description: str, fd: int, position: int = 0, *, writable: bool) -> None:
+    def __init__(
+        self,
+        description: str,
+        fd: int,
+        position: int = 0,
+        *,
+        writable: bool,
+        direct: bool = False,
+    ) -> None:
         super().__init__(description)
+        self._direct = direct
         self._fd = fd
         self._writable = writable
         self._position = position
@@ -43,16 +56,31 @@ class FileChannel(Channel):
         """How long the file is now."""
         return os.lseek(self._fd, 0, os.SEEK_END)
 
-    def duplicate(self) -> "FileChannel":
+    def duplicate(self, *, direct: bool = False) -> "FileChannel":
         """Another channel over the same file, for places; the stream goes on over this one alone.
 
+        :param direct: past the page cache (``O_DIRECT``).
         :raises ChannelBroken: there can be no more descriptors.
+        :raises HostCannot: the file's file system has no ``O_DIRECT``.
         """
         try:
-            fd = self._persist(os.dup, self._fd)
+            fd = self._open_direct() if direct else self._persist(os.dup, self._fd)
         except OSError as failure:
             raise self._broken(failure) from failure
-        return FileChannel(self.description, fd, writable=self._writable)
+        return FileChannel(self.description, fd, writable=self._writable, direct=direct)
+
+    def _open_direct(self) -> int:
+        # A duplicate would share its flags with this one, whose stream has no alignment.
+        flags = os.O_DIRECT | os.O_CLOEXEC | (os.O_WRONLY if self._writable else os.O_RDONLY)
+        try:
+            return self._persist(os.open, f"/proc/self/fd/{self._fd}", flags)
+        except OSError as failure:
+            if failure.errno != errno.EINVAL:
+                raise
+            raise HostCannot(
+                f"{self.description}: filesystem does not support O_DIRECT",
+                "switch direct-io off, or give a file on another file system",
+            ) from failure
 
     def write_at(self, position: int, data: Buffer) -> None:
         """Write all of ``data`` from a byte of the file on; the stream goes on where it was.
@@ -85,9 +113,10 @@ class FileChannel(Channel):
                     self._check(writing=False)
                     piece = into[done : done + PIECE_BYTES]
                     n_read = self._persist(os.preadv, self._fd, [piece], position + done)
-                    if not n_read:
-                        break
                     done += n_read
+                    # What ends within a page is the end; O_DIRECT cannot go on from there.
+                    if not n_read or (self._direct and n_read % PAGE_BYTES):
+                        break
             except (OSError, ValueError) as failure:
                 raise self._broken(failure) from failure
             self.received_bytes += done
@@ -134,6 +163,15 @@ class FileChannel(Channel):
             raise ValueError("shut down")
         if writing is not self._writable:
             raise ValueError(f"it can only be {'written to' if self._writable else 'read from'}")
+
+    def _broken(self, failure: Exception | None) -> ChannelBroken:
+        broken = super()._broken(failure)
+        if self._direct and isinstance(failure, OSError) and failure.errno == errno.EINVAL:
+            return ChannelBroken(
+                f"{broken}; its disk may take no direct I/O in pages of {PAGE_BYTES} bytes: switch "
+                "direct-io off"
+            )
+        return broken
 
     def _wake(self) -> None:
         """No thread waits: each call looks whether it is still wanted."""

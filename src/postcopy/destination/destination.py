@@ -79,7 +79,7 @@ class Destination:
         self._formats = formats
         surroundings = Surroundings(ram, faults, self._layout, self._link_timeout_ms, self._break)
         self._preempt_channel = PreemptChannel(surroundings, self._preempt)
-        self._multifd = IncomingMultifd(surroundings, self._channel_count)
+        self._multifd = IncomingMultifd(surroundings, lambda: self._parameters)
         self._loader = RecordLoader(
             guest,
             formats,
@@ -123,9 +123,6 @@ class Destination:
 
     def _preempt(self) -> bool:
         return self._capabilities.enabled(Capability.POSTCOPY_PREEMPT)
-
-    def _channel_count(self) -> int:
-        return self._parameters.multifd_channels
 
     def _link_timeout_ms(self) -> int:
         return self._parameters.x_link_timeout

@@ -12,7 +12,7 @@ from postcopy.guest import Guest
 from postcopy.kernel import threads
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import numbers_in, runs
-from postcopy.multifd.threads import FileThreads, FileWork
+from postcopy.multifd.threads import ALONE, FileAccess, FileThreads, FileWork
 from postcopy.paging.ram import IncomingBlock, IncomingRam
 from postcopy.stream.mapped_ram import decode_bitmap
 from postcopy.stream.records import MappedBlock
@@ -116,13 +116,14 @@ def empty_missing(ram: IncomingRam) -> None:
 
 
 def read_pages(
-    channel: FileChannel, paged: IncomingBlock, block: MappedBlock, threads: int = 0
+    channel: FileChannel, paged: IncomingBlock, block: MappedBlock, access: FileAccess = ALONE
 ) -> None:
     """Read all pages of one block from a mapped-ram file; of a guest that does not run yet.
 
-    :param threads: how many read at the same time; 0: the caller alone.
+    :param access: how the file is read.
     :raises StreamError: the bitmap is wrong.
     :raises StreamCut: the file ends too early.
+    :raises HostCannot: it cannot be read so.
     """
     raw = bytearray(block.bitmap_bytes)
     count = channel.read_at(block.bitmap_offset, memoryview(raw))
@@ -149,11 +150,11 @@ def read_pages(
 
         return read
 
-    if not threads:
+    if not access.threads:
         for piece in pieces:
             reading(*piece)(channel)
         return
-    with closing(FileThreads(channel, threads)) as several:
+    with closing(FileThreads(channel, access)) as several:
         for piece in pieces:
             several.do(reading(*piece))
         several.flush()

@@ -20,6 +20,7 @@ from postcopy.guest import DeviceState, Guest
 from postcopy.memory.page_map import RECEIVED
 from postcopy.memory.ram_block import TARGET_PAGE_BYTES
 from postcopy.memory.runs import Mask
+from postcopy.multifd.threads import FileAccess
 from postcopy.paging.placement import Placement
 from postcopy.paging.ram import IncomingRam
 from postcopy.parameters import Capabilities, Capability
@@ -147,9 +148,8 @@ class RecordLoader:
         channel = self.channel
         assert isinstance(channel, FileChannel)
         if block.name in layout_of(self._ram):
-            several = self._capabilities().enabled(Capability.MULTIFD)
-            count = self._multifd.count() if several else 0
-            read_pages(channel, self._ram[block.name], block, count)
+            access = FileAccess.wanted(self._capabilities(), self._multifd.parameters())
+            read_pages(channel, self._ram[block.name], block, access)
         channel.seek(block.end_offset)
 
     def _ram_body_end(self, end: records.RamBodyEnd) -> None:

@@ -10,6 +10,7 @@ from postcopy.destination.incoming_channels import Surroundings
 from postcopy.errors import ChannelBroken, PostcopyError
 from postcopy.multifd.group import ExpectedChannels, MultifdGroup
 from postcopy.paging.placement import Placement
+from postcopy.parameters import Parameters
 from postcopy.stream.layout import BlockLayout
 from postcopy.stream.records import Pages, RamSetup, ZeroPages
 
@@ -38,12 +39,12 @@ class _Placing:
 class IncomingMultifd:
     """The channels of one source.  Does nothing until :meth:`switch_on` has been called.
 
-    :param count: the parameter ``multifd-channels``.
+    :ivar parameters: as they are now.
     """
 
-    def __init__(self, surroundings: Surroundings, count: Callable[[], int]) -> None:
+    def __init__(self, surroundings: Surroundings, parameters: Callable[[], Parameters]) -> None:
         self._surroundings = surroundings
-        self.count = count
+        self.parameters = parameters
         self._over = False  # what happens to a channel is of no consequence any more
         self._settled = False
         # QEMU 8.0 and older send no flushes: the end of each section is one.
@@ -53,7 +54,9 @@ class IncomingMultifd:
 
     def switch_on(self) -> MultifdGroup:
         """Expect channels; return what is to run them."""
-        self.group = MultifdGroup(self._failed, ExpectedChannels(self.count))
+        self.group = MultifdGroup(
+            self._failed, ExpectedChannels(lambda: self.parameters().multifd_channels)
+        )
         return self.group
 
     def settle(self) -> None:

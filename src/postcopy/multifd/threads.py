@@ -6,12 +6,14 @@
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import Final, Self, TypeAlias
 
 from postcopy.channel.files import FileChannel
 from postcopy.errors import ChannelBroken, PostcopyError
 from postcopy.kernel import threads
+from postcopy.parameters import Capabilities, Capability, Parameters
 
 FileWork: TypeAlias = Callable[[FileChannel], None]
 """What one thread does with its descriptor."""
@@ -61,22 +63,45 @@ class MultifdThreads:
             thread.join()
 
 
+@dataclass(frozen=True, slots=True)
+class FileAccess:
+    """How the pages of a mapped-ram file are written or read.
+
+    :ivar threads: so many do it at the same time; 0: the caller alone.
+    :ivar direct: the threads do it past the page cache (``O_DIRECT``).
+    """
+
+    threads: int = 0
+    direct: bool = False
+
+    @classmethod
+    def wanted(cls, capabilities: Capabilities, parameters: Parameters) -> Self:
+        """As the user wants it; as in QEMU, ``direct-io`` is for the threads of multifd alone."""
+        if not capabilities.enabled(Capability.MULTIFD):
+            return cls()
+        return cls(parameters.multifd_channels, parameters.direct_io)
+
+
+ALONE: Final = FileAccess()
+
+
 class FileThreads(MultifdThreads):
     """Does what it is given, in any order, until :meth:`flush`.  One thread calls all but :meth:`shutdown`.
 
-    :param file: the threads get duplicates of it.
-    :raises HostCannot: there can be no more threads.
+    :param file: the threads get descriptors of their own of it.
+    :raises HostCannot: there can be no more threads, or no direct access to the file.
+    :raises ChannelBroken: there can be no more descriptors.
     """
 
-    def __init__(self, file: FileChannel, count: int) -> None:
+    def __init__(self, file: FileChannel, access: FileAccess) -> None:
         super().__init__()
         # Under `_changed`:
         self._work: deque[FileWork] = deque()
         self._busy = 0
         self._files: list[FileChannel] = []
         try:
-            for _ in range(count):
-                self._files.append(file.duplicate())
+            for _ in range(access.threads):
+                self._files.append(file.duplicate(direct=access.direct))
                 self._start(partial(self._run, self._files[-1]))
         except BaseException:
             self.close()

@@ -9,7 +9,7 @@ from postcopy.channel.rate_limit import Interrupt, RateLimiter
 from postcopy.memory.ram_block import PageBlock
 from postcopy.memory.runs import Indices
 from postcopy.multifd.sender import MultifdSender
-from postcopy.multifd.threads import FileThreads
+from postcopy.multifd.threads import ALONE, FileAccess, FileThreads
 from postcopy.parameters import Capabilities, Capability
 from postcopy.source.counters import Counters, Rate
 from postcopy.source.dirty_pages import BlockPages
@@ -88,14 +88,15 @@ def page_sink_for(
     counters: Counters,
     cache_bytes: Callable[[], int] = lambda: 0,
     multifd: MultifdSender | None = None,
-    channels: int = 0,
+    access: FileAccess = ALONE,
 ) -> PageSink:
     """Return the sink that these capabilities ask for.
 
     :param cache_bytes: the parameter ``xbzrle-cache-size`` as it is.
     :param multifd: the channels for precopy, if there are any.
-    :param channels: ``multifd-channels``: threads that write a file with mapped-ram and multifd.
+    :param access: how a file with mapped-ram is written.
     :raises Refused: this channel cannot be one; it has been closed.
+    :raises ChannelBroken: likewise.
     """
     if multifd is not None:
         return MultifdSink(channel, limiter, counters, multifd)
@@ -104,5 +105,9 @@ def page_sink_for(
     if not capabilities.enabled(Capability.MAPPED_RAM):
         return WireSink(channel, limiter, counters)
     file = check_seekable(channel)
-    several = channels if capabilities.enabled(Capability.MULTIFD) else 0
-    return FileSink(file, limiter, counters, FileThreads(file, several) if several else None)
+    try:
+        threads = FileThreads(file, access) if access.threads else None
+    except BaseException:
+        file.close()
+        raise
+    return FileSink(file, limiter, counters, threads)

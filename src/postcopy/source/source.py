@@ -15,6 +15,7 @@ from postcopy.channel.rate_limit import RateLimiter
 from postcopy.errors import ChannelBroken, MigrationCancelled, PostcopyError, WrongState
 from postcopy.guest import DeviceState, LeavingGuest
 from postcopy.multifd.sender import MultifdSender, sender_for
+from postcopy.multifd.threads import FileAccess
 from postcopy.ownership import Move
 from postcopy.parameters import Capabilities, Capability, Parameters
 from postcopy.source.auto_converge import Convergence
@@ -259,8 +260,8 @@ class Source:
         assert self._dirty is not None
         channel.watch(self._parameters.x_link_timeout / 1000)
         on, cache = self._options.capabilities, lambda: self._parameters.xbzrle_cache_size
-        count = self._parameters.multifd_channels
-        sink = page_sink_for(channel, on, self._limiter, self._counters, cache, beside, count)
+        access = FileAccess.wanted(on, self._parameters)
+        sink = page_sink_for(channel, on, self._limiter, self._counters, cache, beside, access)
         self._connection = Connection(
             channel,
             self._dirty,
