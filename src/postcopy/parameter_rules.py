@@ -1,7 +1,8 @@
 """What a parameter's value may be, and QEMU's complaints about one that it may not be."""
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from postcopy.errors import Refused
 
@@ -90,3 +91,38 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
         if not isinstance(item, str):
             raise Refused(f"Invalid parameter type for '{name}[{index}]', expected: string")
     return tuple(value)
+
+
+# --- the fields of `Parameters`
+
+
+def parameter(kind: Kind, default: object, **rule: Any) -> Any:
+    """A parameter of this kind; ``rule`` as for :class:`Rule`."""
+    return field(default=default, metadata={"rule": Rule(kind, **rule)})
+
+
+def size(default: int, **rule: Any) -> Any:
+    """Bytes, or another large number."""
+    return parameter(Kind.SIZE, default, **rule)
+
+
+def percent(default: int, most: int, meaning: str) -> Any:
+    """A share in percent, 1 to ``most``."""
+    return parameter(
+        Kind.UINT8,
+        default,
+        least=1,
+        most=most,
+        help=meaning,
+        complaint="Option {name} expects an integer in the range of {least} to {most}",
+    )
+
+
+def uint8(default: int, least: int, most: int, **rule: Any) -> Any:
+    """A small number."""
+    return parameter(Kind.UINT8, default, least=least, most=most, **rule)
+
+
+def choice(*choices: str, default: str, **rule: Any) -> Any:
+    """One of these words."""
+    return parameter(Kind.CHOICE, default, choices=choices, **rule)

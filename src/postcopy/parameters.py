@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 from postcopy.errors import Refused
-from postcopy.parameter_rules import Kind, Rule
+from postcopy.parameter_rules import Kind, Rule, choice, parameter, percent, size, uint8
 from postcopy.tls_options import TlsOptions
 
 
@@ -56,6 +56,7 @@ MEANINGS: Mapping[Capability, str] = {
     C.BACKGROUND_SNAPSHOT: "`migrate` writes an image of a guest that goes on",
     C.VALIDATE_UUID: "accepted; the machine has no UUID, and takes a guest of any, as a QEMU without one",
     C.POSTCOPY_PREEMPT: "pages that are asked for have a connection of their own",
+    C.SWITCHOVER_ACK: "the guest waits for devices that must be made ready there; none of ours must",
     C.DIRTY_LIMIT: "a guest that writes too fast is held to `vcpu-dirty-limit`; needs KVM",
     C.MAPPED_RAM: "each page has a fixed place in the file",
 }
@@ -66,7 +67,6 @@ REASONS: Mapping[Capability, str] = {
     C.X_COLO: "no second machine is kept in step with this one",
     C.RELEASE_RAM: "pages are kept until the destination has them: a recovery sends them again",
     C.DIRTY_BITMAPS: "the drive is a raw file, which has no dirty bitmaps",
-    C.SWITCHOVER_ACK: "no device here has to be made ready for the switchover, or asks for it",
     C.X_IGNORE_SHARED: "no memory is shared with the destination, so all of it is sent",
 }
 """Why a capability has no meaning for this machine."""
@@ -173,33 +173,6 @@ class Capabilities:
         return [{"state": c in self.on, "capability": c.value} for c in Capability]
 
 
-def _parameter(kind: Kind, default: object, **rule: Any) -> Any:
-    return field(default=default, metadata={"rule": Rule(kind, **rule)})
-
-
-def _size(default: int, **rule: Any) -> Any:
-    return _parameter(Kind.SIZE, default, **rule)
-
-
-def _percent(default: int, most: int, meaning: str) -> Any:
-    return _parameter(
-        Kind.UINT8,
-        default,
-        least=1,
-        most=most,
-        help=meaning,
-        complaint="Option {name} expects an integer in the range of {least} to {most}",
-    )
-
-
-def _uint8(default: int, least: int, most: int, **rule: Any) -> Any:
-    return _parameter(Kind.UINT8, default, least=least, most=most, **rule)
-
-
-def _choice(*choices: str, default: str, **rule: Any) -> Any:
-    return _parameter(Kind.CHOICE, default, choices=choices, **rule)
-
-
 @dataclass(frozen=True)
 class Parameters:
     """Everything that can be tuned.  Bandwidths are bytes per second, times milliseconds.
@@ -207,101 +180,103 @@ class Parameters:
     The Python name is QEMU's with ``_`` for ``-``.  Order: that of QEMU's schema.
     """
 
-    announce_initial: int = _size(50, most=100000)
-    announce_max: int = _size(550, most=100000)
-    announce_rounds: int = _size(5, most=1000)
+    announce_initial: int = size(50, most=100000)
+    announce_max: int = size(550, most=100000)
+    announce_rounds: int = size(5, most=1000)
     # QEMU refuses 0 and says that 0 is allowed.
-    announce_step: int = _size(
+    announce_step: int = size(
         100, least=1, most=10000, complaint="Option {name} expects a value between 0 and {most}"
     )
-    throttle_trigger_threshold: int = _percent(
+    throttle_trigger_threshold: int = percent(
         50, 100, "of the bytes sent: a guest that writes more is slowed down"
     )
-    cpu_throttle_initial: int = _percent(20, 99, "of the time: how long vCPUs are held at first")
-    cpu_throttle_increment: int = _percent(10, 99, "of the time: more at each step")
-    cpu_throttle_tailslow: bool = _parameter(
+    cpu_throttle_initial: int = percent(20, 99, "of the time: how long vCPUs are held at first")
+    cpu_throttle_increment: int = percent(10, 99, "of the time: more at each step")
+    cpu_throttle_tailslow: bool = parameter(
         Kind.BOOLEAN, default=False, help="steps no larger than are needed, by what was written"
     )
-    tls_creds: str = _parameter(
+    tls_creds: str = parameter(
         Kind.STRING, "", help="the object with the certificates (`tls-creds-x509`); empty: no TLS"
     )
-    tls_hostname: str = _parameter(
+    tls_hostname: str = parameter(
         Kind.STRING, "", help="name in the destination's certificate; empty: that of the address"
     )
-    tls_authz: str = _parameter(
+    tls_authz: str = parameter(
         Kind.STRING, "", help="the object that says which sources may connect; empty: all of the CA"
     )
-    max_bandwidth: int = _size(
+    max_bandwidth: int = size(
         128 << 20, mebibytes=True, help="most bytes a second before the switchover; 0: no limit"
     )
-    avail_switchover_bandwidth: int = _size(
+    avail_switchover_bandwidth: int = size(
         0, mebibytes=True, help="bytes a second that the switchover will have; 0: as measured"
     )
-    downtime_limit: int = _size(
+    downtime_limit: int = size(
         300,
         most=2000 * 1000,
         complaint="Option {name} expects an integer in the range of 0 to (2000 * 1000) ms",
         help="longest time in ms for which a precopy may stop the guest at the switchover",
     )
-    x_checkpoint_delay: int = _parameter(Kind.UINT32, 20000)
-    multifd_channels: int = _uint8(
-        2, 1, 255, help="connections of `multifd`, as many at both sides"
-    )
-    xbzrle_cache_size: int = _size(
+    x_checkpoint_delay: int = parameter(Kind.UINT32, 20000)
+    multifd_channels: int = uint8(2, 1, 255, help="connections of `multifd`, as many at both sides")
+    xbzrle_cache_size: int = size(
         64 << 20,
         least=4096,
         power_of_two=True,
         complaint="Option {name} expects a power of two no less than the target page size",
         help="bytes of copies of pages that `xbzrle` keeps",
     )
-    max_postcopy_bandwidth: int = _size(
+    max_postcopy_bandwidth: int = size(
         0, help="most bytes a second of pages that nothing waits for, after it; 0: no limit"
     )
-    max_cpu_throttle: int = _parameter(Kind.UINT8, 99, help="of the time: the most")
-    multifd_compression: str = _choice(
+    max_cpu_throttle: int = parameter(Kind.UINT8, 99, help="of the time: the most")
+    multifd_compression: str = choice(
         *("none", "zlib", "zstd"),
         default="none",
         help="how `multifd` compresses pages, at both sides",
     )
-    multifd_zlib_level: int = _uint8(1, 0, 9, help="0: not at all, 1: fastest, 9: smallest")
-    multifd_qatzip_level: int = _uint8(1, 1, 9)
-    multifd_zstd_level: int = _uint8(1, 0, 20, help="1: fastest, 20: smallest; 0: that of zstd")
-    x_vcpu_dirty_limit_period: int = _size(
+    multifd_zlib_level: int = uint8(1, 0, 9, help="0: not at all, 1: fastest, 9: smallest")
+    multifd_qatzip_level: int = uint8(1, 1, 9)
+    multifd_zstd_level: int = uint8(1, 0, 20, help="1: fastest, 20: smallest; 0: that of zstd")
+    x_vcpu_dirty_limit_period: int = size(
         1000, least=1, most=1000, help="ms over which `dirty-limit` measures"
     )
-    vcpu_dirty_limit: int = _size(
+    vcpu_dirty_limit: int = size(
         1, least=1, complaint="Parameter '{name}' must be greater than 1 MB/s",
         help="MiB a second that `dirty-limit` lets the vCPUs write",
     )  # fmt: skip
-    mode: str = _choice(
+    mode: str = choice(
         "normal", "cpr-reboot", "cpr-transfer", "cpr-exec", default="normal", only=("normal",)
     )
-    zero_page_detection: str = _choice(
+    zero_page_detection: str = choice(
         *("none", "legacy", "multifd"), default="multifd",
         help="with `multifd`: zero pages are told on its channels, on the main one, or sent whole",
     )  # fmt: skip
-    direct_io: bool = _parameter(
+    direct_io: bool = parameter(
         Kind.BOOLEAN, default=False,
         help="with `mapped-ram` and `multifd`: pages go past the page cache (`O_DIRECT`)",
     )  # fmt: skip
     # These two wait in vain for their use: for RDMA, and for the mode cpr-exec.
-    x_rdma_chunk_size: int = _size(
+    x_rdma_chunk_size: int = size(
         1 << 20,
         least=1 << 20,
         most=1 << 30,
         power_of_two=True,
         complaint="Option x_rdma_chunk_size expects a power of 2 in the range 1MiB to 1024MiB",
     )
-    cpr_exec_command: tuple[str, ...] = _parameter(Kind.STRINGS, ())
-    x_dirty_tracking: str = _choice(
+    cpr_exec_command: tuple[str, ...] = parameter(Kind.STRINGS, ())
+    x_dirty_tracking: str = choice(
         *("auto", "pagemap", "kvm"), default="auto", ours=True,
         help="how writes to guest memory are noticed; `auto`: the best that this host has",
     )  # fmt: skip
-    x_on_loss: str = _choice(
+    x_on_loss: str = choice(
         *("hold", "poison", "quit"), default="hold", ours=True,
         help="what `x-migrate-lost` does at a destination about the pages that will never come",
     )  # fmt: skip
-    x_link_timeout: int = _size(
+    x_switchover_ack_legacy: bool = parameter(
+        Kind.BOOLEAN, default=False, ours=True,
+        help="with `switchover-ack`: the destination always answers, as QEMU's did before 11.1",
+    )  # fmt: skip
+    x_link_timeout: int = size(
         5000, most=3600 * 1000, ours=True, help="silence in ms after which a link is dead; 0: never"
     )
 
@@ -326,6 +301,13 @@ class Parameters:
             expects = "expects an integer in the range of cpu-throttle-initial to 99"
             raise Refused(f"Option max-cpu-throttle {expects}")
         return changed
+
+    def acknowledged(self, capabilities: Capabilities) -> bool:
+        """Whether a destination lets its source switch over even if nothing has to be made ready.
+
+        Before QEMU 11.1 ``switchover-ack`` was so; since then the source counts what it has to wait for.
+        """
+        return self.x_switchover_ack_legacy and capabilities.enabled(Capability.SWITCHOVER_ACK)
 
     def to_qapi(self) -> dict[str, Any]:
         """As ``query-migrate-parameters`` returns it, ours included."""

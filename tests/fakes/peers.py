@@ -34,6 +34,7 @@ class Feature(StrEnum):
     PREEMPT = "postcopy with `postcopy-preempt`"
     RECOVERY = "recovery"
     PREEMPT_RECOVERY = "recovery with `postcopy-preempt`"
+    SWITCHOVER_ACK = "precopy and postcopy with `switchover-ack`"
     TLS = "precopy with `tls-creds`"
     MULTIFD = "precopy with `multifd`"
     MULTIFD_TLS = "precopy with `multifd` and `tls-creds`"
@@ -90,6 +91,7 @@ class Lack(NamedTuple):
     note: str
 
 
+_ACK = Lack("n/a", "it has no `switchover-ack`")
 _MAPPED = Lack("n/a", "it has no `mapped-ram`")
 _FILE = Lack("n/a", "it has no `file:`; images are saved and loaded through `exec:cat` there")
 _TCG = Lack(
@@ -102,6 +104,8 @@ _PRECOPY_ONLY = Lack("n/a", "it permits `multifd` and `postcopy-ram` not togethe
 LACKS: Final[Mapping[tuple[str, Way, Feature], Lack]] = {
     (OLDEST, T, Feature.MAPPED): _MAPPED,
     (OLDEST, F, Feature.MAPPED): _MAPPED,
+    (OLDEST, T, Feature.SWITCHOVER_ACK): _ACK,
+    (OLDEST, F, Feature.SWITCHOVER_ACK): _ACK,
     (OLDEST, T, Feature.DIRECT): _MAPPED,
     (OLDEST, F, Feature.DIRECT): _MAPPED,
     (OLDEST, T, Feature.FILE): _FILE,

@@ -168,7 +168,7 @@ def test_we_load_past_the_page_cache_what_qemu_saved_so(tmp_path):
 @TO
 @pytest.mark.parametrize("capabilities", [(), DIRECT[:1], DIRECT[1:], DIRECT], ids=str)
 def test_both_accept_direct_io_with_any_capabilities(tmp_path, capabilities):
-    """It is a parameter: QEMU looks at it when it opens the file for multifd, and refuses no order for it."""
+    """QEMU looks at it when it opens the file for multifd, and refuses no order for it."""
     with (
         QemuGuest(tmp_path, "microvm", "kvm", MEMORY_BYTES) as qemu,
         OurGuest.waiting(hammer(), "kvm") as ours,

@@ -180,6 +180,8 @@ class RecordLoader:
     def _open_return_path(self, _: records.OpenReturnPath) -> None:
         assert self.channel is not None
         self._return_path.open(self.channel)
+        if self._multifd.parameters().acknowledged(self._capabilities()):
+            self._return_path.switchover_ack()
         self._multifd.settle()  # now a source can be told why it is refused
 
     def _ping(self, ping: records.Ping) -> None:

@@ -19,6 +19,7 @@ from postcopy.stream.records import (
     RequestPages,
     ResumeAck,
     Shut,
+    SwitchoverAck,
 )
 
 
@@ -72,6 +73,10 @@ class ReturnPath:
     def resume_ack(self) -> None:
         """Acknowledge the recovery (``RESUME_ACK``)."""
         self._send(wire.encode_message(ResumeAck(1)))
+
+    def switchover_ack(self) -> None:
+        """Let the source switch over (``SWITCHOVER_ACK``)."""
+        self._send(wire.encode_message(SwitchoverAck()))
 
     def request(self, wanted: Sequence[tuple[RamBlock, int]]) -> None:
         """Request pages, all in one write."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from postcopy.channel.address import Address
 from postcopy.channel.channel import Channel
 from postcopy.channel.peer_timeout import AckedBytes, PeerTimeout
-from postcopy.errors import ChannelBroken, PostcopyError
+from postcopy.errors import ChannelBroken, PostcopyError, StreamError
 from postcopy.multifd.sender import MultifdSender
 from postcopy.source.connector import Connector
 from postcopy.source.counters import Counters
@@ -100,15 +100,25 @@ class Connection:
         assert self.return_path is not None
         return self.return_path
 
-    def wait_until_let_in(self) -> None:
+    def wait_until_let_in(self, *, acknowledged: bool) -> None:
         """Wait until an encrypted destination has answered, if it can, after the header has been sent.
 
         In TLS 1.3 it may refuse this side's certificate after this side's handshake has ended.
 
+        :param acknowledged: it must let us switch over (``switchover-ack`` as QEMU had it before 11.1).  It
+            counts its own devices that have something to get ready.  Ours have nothing, and so it
+            does it before it answers.
         :raises ChannelBroken: it has closed the connection.
+        :raises StreamError: it has not let us switch over.
         """
-        if self.channel.encrypted and self.return_path is not None:
-            self.return_path.wait_pong(HEADER_PING)
+        if self.return_path is None or not (acknowledged or self.channel.encrypted):
+            return
+        self.return_path.wait_pong(HEADER_PING)
+        if acknowledged and not self.return_path.acknowledged:
+            raise StreamError(
+                "the destination does not acknowledge the switchover as QEMU did before 11.1; switch "
+                "switchover-ack and x-switchover-ack-legacy on there too, or the latter off here"
+            )
 
     # --- the channels of multifd
 

@@ -16,7 +16,14 @@ from postcopy.kernel.borrowed_reader import BorrowedReader
 from postcopy.kernel.threads import run_soon
 from postcopy.memory.runs import Mask
 from postcopy.stream.pings import is_ours
-from postcopy.stream.records import Pong, RecvBitmapReply, RequestPages, ResumeAck, Shut
+from postcopy.stream.records import (
+    Pong,
+    RecvBitmapReply,
+    RequestPages,
+    ResumeAck,
+    Shut,
+    SwitchoverAck,
+)
 from postcopy.stream.return_path import ReturnPathDecoder
 
 _LAST_MESSAGE_S = 1.0
@@ -56,6 +63,8 @@ class ReturnPath:
         self._failure: PostcopyError | None = None  # of the thread that had borrowed the turn
         self._thread = threading.Thread(target=self.run, name="return-path", daemon=True)
         self.peer_is_ours = False
+        self.acknowledged = False
+        """Whether the destination has let us switch over (``SWITCHOVER_ACK``)."""
 
     def start(self) -> None:
         """Start the thread."""
@@ -209,6 +218,8 @@ class ReturnPath:
         if isinstance(message, RequestPages):
             assert message.block is not None  # the decoder has filled it in
             self._serve(message.block, message.start, message.length_bytes)
+        elif isinstance(message, SwitchoverAck):
+            self.acknowledged = True
         elif isinstance(message, Pong):
             self.peer_is_ours |= is_ours(message.value)
             self._on_pong(message.value)

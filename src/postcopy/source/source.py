@@ -232,7 +232,7 @@ class Source:
         channel.send(stream_header(name, page_sizes, capabilities, answered=answered))
         connection.open_multifd(self._connector, address, self._parameters.multifd_channels)
         self._open_preempt_if_awaited(connection, self._options.uri)
-        connection.wait_until_let_in()
+        connection.wait_until_let_in(acknowledged=self._parameters.acknowledged(capabilities))
         connection.sender.begin(blocks, postcopy=postcopy)
         dirty.start()
         self._on_pass(dirty.syncs)
