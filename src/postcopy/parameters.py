@@ -55,6 +55,7 @@ MEANINGS: Mapping[Capability, str] = {
     C.LATE_BLOCK_ACTIVATE: "accepted; it is about disks, and there are none",
     C.BACKGROUND_SNAPSHOT: "`migrate` writes an image of a guest that goes on",
     C.VALIDATE_UUID: "accepted; the machine has no UUID, and takes a guest of any, as a QEMU without one",
+    C.ZERO_COPY_SEND: "the kernel sends pages over `multifd` without a copy, where the network card can",
     C.POSTCOPY_PREEMPT: "pages that are asked for have a connection of their own",
     C.SWITCHOVER_ACK: "the guest waits for devices that must be made ready there; none of ours must",
     C.DIRTY_LIMIT: "a guest that writes too fast is held to `vcpu-dirty-limit`; needs KVM",
@@ -88,6 +89,8 @@ _NOT_WITH_BACKGROUND_SNAPSHOT = (
     C.ZERO_COPY_SEND,
 )
 
+_NO_ZERO_COPY = "Zero copy only available for non-compressed non-TLS multifd migration"
+
 # (these together, without that, the complaint), in the order in which QEMU looks at them.
 _CONFLICTS: tuple[tuple[Set[Capability], Capability | None, str], ...] = (
     ({C.X_COLO}, C.RETURN_PATH, "Capability 'x-colo' requires capability 'return-path'"),
@@ -100,11 +103,8 @@ _CONFLICTS: tuple[tuple[Set[Capability], Capability | None, str], ...] = (
         )
         for other in _NOT_WITH_BACKGROUND_SNAPSHOT
     ),
-    (
-        {C.ZERO_COPY_SEND},
-        C.MULTIFD,
-        "Zero copy only available for non-compressed non-TLS multifd migration",
-    ),
+    ({C.ZERO_COPY_SEND}, C.MULTIFD, _NO_ZERO_COPY),
+    ({C.ZERO_COPY_SEND, C.XBZRLE}, None, _NO_ZERO_COPY),
     ({C.POSTCOPY_PREEMPT}, C.POSTCOPY_RAM, "Postcopy preempt requires postcopy-ram"),
     (
         {C.SWITCHOVER_ACK},
@@ -361,13 +361,25 @@ class Settings:
     def overridden(self, overrides: Overrides) -> "Settings":
         """What an order with ``overrides`` begins with.
 
-        :raises Refused: see :meth:`Capabilities.with_changes` and :meth:`Parameters.with_changes`.
+        :raises Refused: see :meth:`Capabilities.with_changes`, :meth:`Parameters.with_changes` and
+            :meth:`checked`.
         """
         return replace(
             self,
             capabilities=self.capabilities.with_changes(overrides.capabilities),
             parameters=self.parameters.with_changes(overrides.parameters),
-        )
+        ).checked()
+
+    def checked(self) -> Self:
+        """Itself, if capabilities and parameters go together.
+
+        :raises Refused: they do not, in QEMU's words.
+        """
+        if self.enabled(Capability.ZERO_COPY_SEND):
+            plain = self.parameters.multifd_compression == "none" and not self.parameters.tls_creds
+            if not plain:
+                raise Refused(_NO_ZERO_COPY)
+        return self
 
 
 def python_name(name: str) -> str:

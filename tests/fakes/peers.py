@@ -37,6 +37,7 @@ class Feature(StrEnum):
     SWITCHOVER_ACK = "precopy and postcopy with `switchover-ack`"
     TLS = "precopy with `tls-creds`"
     MULTIFD = "precopy with `multifd`"
+    ZERO_COPY = "precopy with `multifd` and `zero-copy-send`"
     MULTIFD_TLS = "precopy with `multifd` and `tls-creds`"
     MULTIFD_POSTCOPY = "postcopy with `multifd`, `postcopy-preempt` and `tls-creds`"
     TLS_RECOVERY = "postcopy with `tls-creds`, and its recovery"
@@ -113,6 +114,7 @@ LACKS: Final[Mapping[tuple[str, Way, Feature], Lack]] = {
     (OLDEST, F, Feature.TCG): _TCG,
     (OLDEST, T, Feature.MULTIFD): _FLUSH,
     (OLDEST, T, Feature.MULTIFD_TLS): _FLUSH,
+    (OLDEST, T, Feature.ZERO_COPY): _FLUSH,
     **{
         (version, way, Feature.MULTIFD_POSTCOPY): _PRECOPY_ONLY
         for version in (OLDEST, "10.0")

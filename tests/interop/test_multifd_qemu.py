@@ -59,13 +59,39 @@ def test_back_from_a_qemu_that_sends_no_flushes(tmp_path, workload):
     come_back(tmp_path, workload, "kvm", {"multifd-channels": 2})
 
 
-def come_back(folder, workload, accelerator, settings):
+@pytest.mark.qemu("7.2", "10.0", "11.1")
+@pytest.mark.proves(Way.FROM, Feature.ZERO_COPY)
+def test_back_from_a_qemu_that_copies_nothing(tmp_path, workload):
+    come_back(tmp_path, workload, "kvm", {"multifd-channels": 2}, "zero-copy-send")
+
+
+@pytest.mark.proves(Way.TO, Feature.ZERO_COPY)
+def test_to_qemu_without_a_copy(tmp_path, workload):
+    with (
+        QemuGuest(tmp_path, "microvm", "kvm", MEMORY_BYTES, 2) as qemu,
+        OurGuest.running(workload, "kvm") as ours,
+    ):
+        qemu.capabilities("multifd")
+        ours.switch_on(Capability.MULTIFD, Capability.ZERO_COPY_SEND)
+        # At this pace the guest writes faster than it is sent.
+        ours.migration.set_parameters({"downtime-limit": 0, "max-bandwidth": 100 * MIB})
+        ours.migration.migrate(qemu.listen("tcp:127.0.0.1:0"))
+        wait_until(lambda: ours.events.count("MIGRATION_PASS") > 3, 20, "no fourth round")
+        ours.migration.set_parameters(LIMITS)
+        assert ours.wait_end() is Status.COMPLETED, (ours.error, qemu.log)
+        check_arrived(qemu, workload, ours)
+        assert (
+            ours.migration.info().ram.dirty_sync_missed_zero_copy > 0
+        )  # over loopback all is copied
+
+
+def come_back(folder, workload, accelerator, settings, *capabilities):
     with (
         QemuGuest(folder, "microvm", accelerator, MEMORY_BYTES, 2) as qemu,
         OurGuest.waiting(workload, "kvm") as ours,
     ):
         send_to_qemu(workload, qemu)
-        qemu.capabilities("multifd")
+        qemu.capabilities("multifd", *capabilities)
         qemu("migrate-set-parameters", **settings, **LIMITS)
         ours.switch_on(Capability.MULTIFD)
         ours.migration.set_parameters({"multifd-channels": settings["multifd-channels"]})

@@ -71,6 +71,74 @@ def test_with_tls_each_connection_has_its_own_handshake(journey, tls_host, compr
     assert trip.source.control.info().ram.multifd_bytes > 0
 
 
+ZERO_COPY = (Capability.MULTIFD, Capability.ZERO_COPY_SEND)
+QEMU_SAYS = r"^Zero copy only available for non-compressed non-TLS multifd migration$"
+
+
+@pytest.mark.parametrize("zeros", ["multifd", "legacy", "none"])
+def test_without_a_copy_by_the_kernel(journey, relay, zeros):
+    parameters = NEVER_ENDS | {"zero-page-detection": zeros}
+    trip = journey(hammer(vcpus=2), capabilities=ZERO_COPY, parameters=parameters)
+    begin(trip, relay)
+    trip.source.wait_rounds(3)
+    trip.source.set(parameters=QUICK)
+    trip.finish()
+    ram = trip.source.control.info().ram
+    # The loopback device takes a copy, whoever wants none: at the end of each round, on each channel.
+    assert 0 < ram.dirty_sync_missed_zero_copy <= 2 * ram.dirty_sync_count
+    assert 0 < ram.multifd_bytes < ram.transferred
+
+
+def test_without_a_copy_and_then_by_postcopy(journey):
+    trip = journey(hammer(vcpus=2), capabilities=(*BOTH, Capability.ZERO_COPY_SEND))
+    trip.source.set(parameters=NEVER_ENDS)
+    trip.migrate()
+    trip.source.wait_rounds(1)
+    trip.source.control.start_postcopy()
+    trip.finish()
+    assert trip.source.control.info().ram.dirty_sync_missed_zero_copy > 0
+
+
+def test_no_zero_copy_counts_none(journey):
+    trip = journey(hammer(), capabilities=MULTIFD)
+    trip.migrate()
+    trip.finish()
+    assert trip.source.control.info().ram.dirty_sync_missed_zero_copy == 0
+
+
+@pytest.mark.parametrize("way", ["unix", "file"])
+def test_zero_copy_needs_tcp(journey, tmp_path, way):
+    more = (Capability.MAPPED_RAM,) if way == "file" else ()
+    trip = journey(hammer(), capabilities=(*ZERO_COPY, *more))
+    uri = f"{way}:{tmp_path}/there"
+    says = f"^zero-copy-send needs tcp:, which {uri} is not; switch it off$"
+    with pytest.raises(Refused, match=says):
+        trip.source.control.migrate(uri)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["capability first", "parameter first"])
+def test_zero_copy_goes_with_no_compression(journey, first):
+    trip = journey(hammer(), capabilities=MULTIFD)
+    steps = [
+        lambda: trip.source.set((Capability.ZERO_COPY_SEND,)),
+        lambda: trip.source.set(parameters={"multifd-compression": "zstd"}),
+    ]
+    before, after = steps if first else steps[::-1]
+    before()
+    with pytest.raises(Refused, match=QEMU_SAYS):
+        after()
+
+
+def test_zero_copy_goes_with_no_tls(journey, tls_host):
+    trip = journey(hammer(), capabilities=MULTIFD, tls=tls_host)
+    with pytest.raises(Refused, match=QEMU_SAYS):
+        trip.source.set((Capability.ZERO_COPY_SEND,))
+    trip.source.set(parameters={"tls-creds": ""})
+    trip.source.set((Capability.ZERO_COPY_SEND,))
+    with pytest.raises(Refused, match=QEMU_SAYS):
+        trip.source.set(parameters={"tls-creds": "tls"})
+
+
 def test_rounds_over_a_guest_that_writes(journey, relay):
     trip = journey(hammer(vcpus=2), capabilities=MULTIFD, parameters=NEVER_ENDS)
     begin(trip, relay)

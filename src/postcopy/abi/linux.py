@@ -1,4 +1,4 @@
-"""What Linux's headers say about memory, files in memory, mounts, processes and scheduling: what we use.
+"""What Linux's headers say about memory, files in memory, mounts, processes, scheduling and sockets we use.
 
 Nothing here makes a call: that is :mod:`postcopy.kernel`.
 """
@@ -7,7 +7,7 @@ import ctypes
 
 HEADER = """
     <sys/mman.h> <linux/mman.h> <linux/memfd.h> <linux/falloc.h> <linux/mount.h> <linux/sched/types.h>
-    <linux/futex.h> <linux/prctl.h>
+    <linux/futex.h> <linux/prctl.h> <sys/socket.h> <linux/errqueue.h>
 """
 
 PROT_NONE = 0x0
@@ -45,6 +45,25 @@ FUTEX_OP_OPARG_SHIFT = 8  # the argument is 1 << argument
 FUTEX_OP_CMP_EQ = 0
 
 PR_SET_PDEATHSIG = 1
+
+SO_ZEROCOPY = 60
+MSG_ZEROCOPY = 0x4000000
+SO_EE_ORIGIN_ZEROCOPY = 5
+SO_EE_CODE_ZEROCOPY_COPIED = 1
+
+
+class msghdr(ctypes.Structure):
+    """``struct msghdr``: what sendmsg(2) sends, and to whom."""
+
+    _fields_ = [
+        ("msg_name", ctypes.c_void_p),
+        ("msg_namelen", ctypes.c_uint32),
+        ("msg_iov", ctypes.c_void_p),
+        ("msg_iovlen", ctypes.c_size_t),
+        ("msg_control", ctypes.c_void_p),
+        ("msg_controllen", ctypes.c_size_t),
+        ("msg_flags", ctypes.c_int),
+    ]
 
 
 class sched_attr(ctypes.Structure):

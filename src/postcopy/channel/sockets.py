@@ -8,6 +8,7 @@ import termios
 
 from postcopy.channel.channel import Channel
 from postcopy.channel.writev import PendingPieces
+from postcopy.channel.zero_copy import ZeroCopy
 
 _RTT_OFFSET = 68  # of tcpi_rtt in struct tcp_info, microseconds
 _NEAR_S = 0.001
@@ -28,6 +29,7 @@ class SocketChannel(Channel):
     def __init__(self, connected: socket.socket, description: str) -> None:
         super().__init__(description)
         self._socket = connected
+        self._zero_copy: ZeroCopy | None = None
         self._is_tcp = connected.family in (socket.AF_INET, socket.AF_INET6)
         connected.settimeout(None)
         if self._is_tcp:
@@ -48,6 +50,28 @@ class SocketChannel(Channel):
         with self._sending, self._receiving, self._ending:
             self._closed = True
             return socket.socket(fileno=self._socket.detach())
+
+    def send_uncopied(self) -> None:
+        """Let :meth:`send_gathered` copy nothing from now on.
+
+        Its memory has to stay until :meth:`finish_uncopied` returns.
+
+        :raises HostCannot: this host, or this kind of socket, can send nothing so.
+        """
+        self._zero_copy = ZeroCopy(self._socket, self.description)
+
+    def finish_uncopied(self) -> bool:
+        """Wait until nothing of what was sent uncopied is read any more.
+
+        :return: whether the kernel has copied all of it since the last time, because it had to.
+        :raises ChannelBroken: the peer is gone, or ``shutdown`` was called.
+        """
+        assert self._zero_copy is not None
+        with self._sending:
+            try:
+                return self._zero_copy.finish()
+            except (OSError, ValueError) as failure:
+                raise self._broken(failure) from failure
 
     def bound_buffers(self, n_bytes: int) -> None:
         """See :meth:`Channel.bound_buffers`; the kernel doubles it for its own book-keeping.
@@ -107,6 +131,8 @@ class SocketChannel(Channel):
         return self._socket.sendmsg(pieces)
 
     def _gather_some(self, left: PendingPieces) -> int:
+        if self._zero_copy is not None:
+            return self._zero_copy.write(left)
         return left.write(self._socket.fileno())
 
     def _receive_some(self, view: memoryview) -> int:

@@ -6,7 +6,7 @@ to copy them together.  Here the kernel reads the array of pieces as numpy has w
 
 from typing import TYPE_CHECKING
 
-from postcopy.kernel.calls import read_pieces, write_pieces
+from postcopy.kernel.calls import read_pieces, send_pieces, write_pieces
 
 # Only for types: numpy takes long to import, and a restored guest does not run before that.
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ class PendingPieces:
         :raises OSError: as :func:`os.writev`.
         """
         return self.passed(write_pieces(fd, self._left.ctypes.data, self._count))
+
+    def send(self, fd: int, flags: int) -> int:
+        """As :meth:`write`, over a socket and with flags of sendmsg(2)."""
+        return self.passed(send_pieces(fd, self._left.ctypes.data, self._count, flags))
 
     def read(self, fd: int) -> int:
         """Fill one byte or more from a socket, in one call; return how many, 0 = it has ended.

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
+from postcopy.abi import linux
 from postcopy.abi.ioctl import Argument, Ioctl, PlainIoctl
 from postcopy.errors import HostCannot, KernelError
 from postcopy.kernel import patience
@@ -60,6 +61,7 @@ _writev = _declare("writev", ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ct
 _pwritev = _declare(
     "pwritev", ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_long
 )
+_sendmsg = _declare("sendmsg", ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
 _UNUSED = (0,) * 6  # a call takes no notice of more arguments than it has
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _byref = ctypes.byref
@@ -201,6 +203,18 @@ def write_pieces(fd: int, pieces: int, count: int, position: int | None = None) 
             result: int = _writev(fd, pieces, count)
         else:
             result = _pwritev(fd, pieces, count, position)
+        if result >= 0:
+            return result
+        error = ctypes.get_errno()
+        if error != errno.EINTR:
+            raise OSError(error, _LOST if error == errno.EFAULT else os.strerror(error))
+
+
+def send_pieces(fd: int, pieces: int, count: int, flags: int) -> int:
+    """As :func:`write_pieces`, over a socket: sendmsg(2) with ``flags``."""
+    message = linux.msghdr(msg_iov=pieces, msg_iovlen=count)
+    while True:
+        result: int = _sendmsg(fd, _byref(message), flags)
         if result >= 0:
             return result
         error = ctypes.get_errno()

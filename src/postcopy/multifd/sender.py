@@ -6,7 +6,7 @@ torn: it is dirty then, and is sent again in a later round.  Between two rounds 
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from postcopy.channel.channel import Channel
 from postcopy.channel.peer_timeout import AckedBytes
+from postcopy.channel.sockets import SocketChannel
 from postcopy.errors import ChannelBroken, PostcopyError
 from postcopy.multifd.threads import MultifdThreads
 from postcopy.parameters import Capabilities, Capability, Parameters
@@ -27,6 +28,7 @@ from postcopy.stream.multifd_encoder import (
     encode_sync,
     gathered,
     page_headers,
+    page_pieces,
     zero_headers,
 )
 from postcopy.stream.records import Offsets, PageRows
@@ -53,6 +55,12 @@ class _Job:
     source: PageRows | None
     rows: npt.NDArray[np.int64]
 
+    def packets(self) -> Iterator[tuple[Headers, npt.NDArray[np.int64]]]:
+        """The header of each packet, to be changed in place, and the rows of its pages."""
+        for number in range(len(self.headers)):
+            rows = self.rows[number * PACKET_PAGES : (number + 1) * PACKET_PAGES]
+            yield self.headers[number : number + 1], rows
+
 
 class _Member:
     """One channel, used by its own thread."""
@@ -71,12 +79,47 @@ class _Member:
         elif self._compress is None:
             self.channel.send_gathered(gathered(job.headers, job.source, job.rows))
         else:
-            for number in range(len(job.headers)):
-                rows = job.rows[number * PACKET_PAGES : (number + 1) * PACKET_PAGES]
+            for header, rows in job.packets():
                 data = self._compress(job.source[rows].data.cast("B"))
-                header = job.headers[number : number + 1]
                 header["size"] = len(data)
                 self.channel.send_many((header.tobytes(), data))
+
+    def finish(self) -> bool:
+        """Wait until the kernel reads no page any more; return whether it had to copy what it need not."""
+        return False
+
+
+class _UncopiedMember(_Member):
+    """One whose pages the kernel sends from where they are (``zero-copy-send``).
+
+    A page that the guest writes before it has gone out may arrive torn, as one that is written while it is
+    copied: it is dirty then, and is sent again.  Nothing writes to the pages of the last round, since the
+    guest has been stopped before it.  The headers are copied, so that only guest memory has to stay.
+    """
+
+    def __init__(self, channel: Channel, number: int, compression: Compression) -> None:
+        super().__init__(channel, number, compression)
+        assert isinstance(
+            channel, SocketChannel
+        )  # other addresses are refused before anything begins
+        channel.send_uncopied()
+        self._socket = channel
+        self._held: list[PageRows] = []  # what the kernel may still read
+
+    def send(self, job: _Job) -> None:
+        if job.source is None:
+            self.channel.send(job.headers.tobytes())
+            return
+        if not self._held or self._held[-1] is not job.source:
+            self._held.append(job.source)
+        for header, rows in job.packets():
+            self.channel.send(header.tobytes())
+            self.channel.send_gathered(page_pieces(job.source, rows))
+
+    def finish(self) -> bool:
+        missed = self._socket.finish_uncopied()
+        self._held.clear()
+        return missed
 
 
 class MultifdSender(MultifdThreads):
@@ -86,9 +129,12 @@ class MultifdSender(MultifdThreads):
     :ivar on_failure: called in the thread of a channel that has failed.
     """
 
-    def __init__(self, compression: Compression, zero_pages: str = "multifd") -> None:
+    def __init__(
+        self, compression: Compression, zero_pages: str = "multifd", *, zero_copy: bool = False
+    ) -> None:
         super().__init__()
         self.zero_pages = zero_pages
+        self._make_member = _UncopiedMember if zero_copy else _Member
         self._compression = compression
         self.on_failure: Callable[[PostcopyError], None] = lambda _: None
         self._members: list[_Member] = []
@@ -96,6 +142,7 @@ class MultifdSender(MultifdThreads):
         self._jobs: deque[_Job] = deque()
         self._syncs = 0  # that each channel has to send
         self._packets = 0
+        self._missed_zero_copy = 0
         self._unsynced = (
             False  # for the one thread that calls: whether there are pages since the last
         )
@@ -104,9 +151,9 @@ class MultifdSender(MultifdThreads):
         """Use one more channel, which becomes ours; its destination is told at once what it is.
 
         :raises ChannelBroken: it has broken already.
-        :raises HostCannot: there can be no more threads.
+        :raises HostCannot: there can be no more threads, or no sending without a copy.
         """
-        member = _Member(channel, len(self._members), self._compression)
+        member = self._make_member(channel, len(self._members), self._compression)
         self._members.append(member)
         channel.send(encode_initial(member.number))
         self._start(partial(self._run, member))
@@ -115,6 +162,11 @@ class MultifdSender(MultifdThreads):
     def sent_bytes(self) -> int:
         """Bytes sent so far, on all channels."""
         return sum(member.channel.sent_bytes for member in self._members)
+
+    @property
+    def missed_zero_copy(self) -> int:
+        """In how many rounds of a channel the kernel has copied all that it should have sent uncopied."""
+        return self._missed_zero_copy
 
     @property
     def taken_bytes(self) -> int:
@@ -216,8 +268,10 @@ class MultifdSender(MultifdThreads):
             member.send(job)
             return True
         member.channel.send(encode_sync(number))
+        missed = member.finish()
         with self._changed:
             member.syncs += 1
+            self._missed_zero_copy += missed
             self._changed.notify_all()
         return True
 
@@ -229,4 +283,5 @@ def sender_for(capabilities: Capabilities, parameters: Parameters) -> MultifdSen
     name = parameters.multifd_compression
     levels = {"zlib": parameters.multifd_zlib_level, "zstd": parameters.multifd_zstd_level}
     compression = Compression(name, levels.get(name, 1))
-    return MultifdSender(compression, parameters.zero_page_detection)
+    zero_copy = capabilities.enabled(Capability.ZERO_COPY_SEND)
+    return MultifdSender(compression, parameters.zero_page_detection, zero_copy=zero_copy)

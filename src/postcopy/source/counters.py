@@ -31,6 +31,8 @@ class Counters:
     requests: int = 0
     multifd_bytes: int = 0
     """What has gone over the channels of multifd; part of the phases' figures, too."""
+    missed_zero_copy: int = 0
+    """See :attr:`postcopy.multifd.sender.MultifdSender.missed_zero_copy`."""
     dirty_pages_per_second: int = 0
     preempt_bytes: int = 0
     """What has gone over the preempt channel; part of no phase's figure."""
@@ -156,6 +158,7 @@ def describe(
         precopy_bytes=counters.precopy_bytes,
         downtime_bytes=counters.downtime_bytes,
         postcopy_bytes=postcopy_bytes,
+        dirty_sync_missed_zero_copy=counters.missed_zero_copy,
     )
     silence_us = None
     if clock.stopped and clock.confirmed:

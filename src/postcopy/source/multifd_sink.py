@@ -94,6 +94,7 @@ class MultifdSink(WireSink):
         """See :meth:`PacedChannel.count`; the channels count, too."""
         super().count()
         self._counters.multifd_bytes = self._sender.sent_bytes
+        self._counters.missed_zero_copy = self._sender.missed_zero_copy
 
     def _all_sent_bytes(self) -> int:
         return super()._all_sent_bytes() + self._sender.sent_bytes

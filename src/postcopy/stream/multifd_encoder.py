@@ -127,19 +127,33 @@ def gathered(headers: Headers, source: PageRows, rows: npt.NDArray[np.int64]) ->
     :param rows: which of them are the pages; the packets have them in this order.
     :return: holds as long as ``headers`` and ``source`` are there.
     """
-    new_run = np.ones(len(rows), np.bool_)
-    new_run[1:] = rows[1:] != rows[:-1] + 1
-    new_run[::PACKET_PAGES] = True
-    starts = np.flatnonzero(new_run)
+    starts, pages = _page_pieces(source, rows)
     packets = starts // PACKET_PAGES
     table = np.empty((len(starts) + len(headers), 2), np.uint64)
-    at = np.arange(len(starts)) + packets + 1
-    table[at, 0] = rows[starts] * TARGET_PAGE_BYTES
-    table[at, 0] += np.uint64(address_of(source))
-    table[at, 1] = np.diff(starts, append=len(rows)) * TARGET_PAGE_BYTES
+    table[np.arange(len(starts)) + packets + 1] = pages
     numbers = np.arange(len(headers))
     heads = np.searchsorted(packets, numbers) + numbers
     table[heads, 0] = numbers * PACKET_BYTES
     table[heads, 0] += np.uint64(address_of(headers))
     table[heads, 1] = PACKET_BYTES
     return table
+
+
+def page_pieces(source: PageRows, rows: npt.NDArray[np.int64]) -> IovecTable:
+    """As :func:`gathered`, of the pages of one packet without its header."""
+    return _page_pieces(source, rows)[1]
+
+
+def _page_pieces(
+    source: PageRows, rows: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.intp], IovecTable]:
+    """Where neighbouring pages of the same packet lie, and which of ``rows`` each piece begins with."""
+    new_run = np.ones(len(rows), np.bool_)
+    new_run[1:] = rows[1:] != rows[:-1] + 1
+    new_run[::PACKET_PAGES] = True
+    starts = np.flatnonzero(new_run)
+    table = np.empty((len(starts), 2), np.uint64)
+    table[:, 0] = rows[starts] * TARGET_PAGE_BYTES
+    table[:, 0] += np.uint64(address_of(source))
+    table[:, 1] = np.diff(starts, append=len(rows)) * TARGET_PAGE_BYTES
+    return starts, table

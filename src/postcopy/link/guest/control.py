@@ -135,7 +135,7 @@ class MigrationControl:
             def switched(before: Settings) -> Settings:
                 changed = before.capabilities.with_changes(changes, incoming_started=started)
                 check_host(changed, self._guest, awaits=state.awaits)
-                return replace(before, capabilities=changed)
+                return replace(before, capabilities=changed).checked()
 
             _change_all([job, self] if job.busy else [self], switched)
             if state.listening:

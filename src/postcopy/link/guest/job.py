@@ -152,17 +152,18 @@ class Job:
         :raises Refused: in QEMU's words, where QEMU does not find it out half-way.
         """
         address, settings = parse(uri), self.settings
-        if settings.enabled(Capability.MAPPED_RAM) and not isinstance(address, FileAddress):
+        mapped, multifd = map(settings.enabled, (Capability.MAPPED_RAM, Capability.MULTIFD))
+        if mapped and not isinstance(address, FileAddress):
             raise Refused("Migration requires seekable transport (e.g. file)")
-        mapped = {Capability.MAPPED_RAM, Capability.MULTIFD} <= settings.capabilities.on
-        if mapped and settings.parameters.multifd_compression != "none":
+        if mapped and multifd and settings.parameters.multifd_compression != "none":
             raise Refused("Cannot use compression with mapped-ram")
-        several = {Capability.POSTCOPY_PREEMPT, Capability.MULTIFD} & settings.capabilities.on
-        opens_several = isinstance(address, TcpAddress | UnixAddress) or (
-            isinstance(address, FileAddress) and settings.enabled(Capability.MAPPED_RAM)
-        )
+        several = multifd or settings.enabled(Capability.POSTCOPY_PREEMPT)
+        opens_several = mapped or isinstance(address, TcpAddress | UnixAddress)
         if several and not opens_several:
             raise Refused("Migration requires multi-channel URIs (e.g. tcp)")
+        zero_copy = settings.enabled(Capability.ZERO_COPY_SEND) and not self.incoming
+        if zero_copy and not isinstance(address, TcpAddress):
+            raise Refused(f"zero-copy-send needs tcp:, which {address} is not; switch it off")
         if isinstance(address, FdAddress):
             check_descriptor(address.number, Use.RECEIVE if self.incoming else Use.SEND)
         if settings.tls is not None:
