@@ -14,6 +14,10 @@ from benchmarks.shaped_link import ShapedLink
 from benchmarks.workload import Workload
 
 _LOG_TAIL_CHARACTERS: Final = 600
+_CREDENTIALS: Final = "tls0"
+
+CERTIFIED_HOST: Final = "localhost"
+"""Whom the certificates of a run name."""
 
 
 class GuestMemory:
@@ -124,6 +128,17 @@ class Engine:
         """Switch migration capabilities on."""
         wanted = [{"capability": name, "state": True} for name in names]
         self.qmp.execute("migrate-set-capabilities", capabilities=wanted)
+
+    def encrypt(self, certificates: Path) -> None:
+        """Use TLS, with the certificates of a host ``localhost``."""
+        endpoint = "client" if self.role == "source" else "server"
+        self.qmp.execute(
+            "object-add", qom_type="tls-creds-x509", id=_CREDENTIALS, dir=str(certificates),
+            endpoint=endpoint, verify_peer=True,
+        )  # fmt: skip
+        self.qmp.execute(
+            "migrate-set-parameters", tls_creds=_CREDENTIALS, tls_hostname=CERTIFIED_HOST
+        )
 
     def info(self) -> dict[str, Any]:
         """The answer to ``query-migrate``."""

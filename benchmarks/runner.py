@@ -10,11 +10,12 @@ from typing import Any, Final
 
 from benchmarks import host
 from benchmarks.clock import Clock, rdtsc
-from benchmarks.engines import Engine, Setup
+from benchmarks.engines import CERTIFIED_HOST, Engine, Setup
 from benchmarks.scenario import CAPPED_S, Case, Contender
 from benchmarks.shaped_link import ShapedLink
 from benchmarks.timings import Figures, Moments, Observation, Offsets
 from benchmarks.workload import MIB, Records
+from postcopy.channel.certificates import write_hosts
 
 _UNLIMITED: Final = 1 << 40  # bytes per second
 _NO_DOWNTIME_MS: Final = 1
@@ -49,6 +50,7 @@ class Run:
     def __init__(self, case: Case, contender: Contender, setup: Setup, settings: Settings) -> None:
         self._case, self._contender, self._settings = case, contender, settings
         self._clock = setup.clock
+        self._directory = setup.directory
         self._closing = ExitStack()
         self._source = self._start("source", setup)
         records = Records(self._source.memory, case.workload)
@@ -114,6 +116,11 @@ class Run:
             for engine in (self._source, self._destination):
                 engine.set_capabilities("multifd")
                 engine.qmp.execute("migrate-set-parameters", multifd_channels=self._case.channels)
+        if self._case.encrypted:
+            hosts = {CERTIFIED_HOST: CERTIFIED_HOST}
+            (certificates,) = write_hosts(self._directory / "certificates", hosts)
+            for engine in (self._source, self._destination):
+                engine.encrypt(certificates)
         if self._case.is_postcopy:
             names = ("postcopy-ram", *self._contender.capabilities)
             self._source.set_capabilities(*names)

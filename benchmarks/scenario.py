@@ -75,6 +75,7 @@ class Case:
         figures are of that time alone, and then the cap is lifted so that the run ends; 0: no cap.
     :param huge_pages: the guest's memory is of 2 MiB pages from the host's pool.
     :param channels: of multifd, on both sides; 0: it is off.
+    :param encrypted: with TLS, as the users of both have it: TLS 1.3, each checks the other's certificate.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Case:
     push_limit: int = 0
     huge_pages: bool = False
     channels: int = 0
+    encrypted: bool = False
 
     @property
     def is_postcopy(self) -> bool:
@@ -205,13 +207,14 @@ def cases(scale: float = 1.0) -> dict[str, Case]:
         Case("idle", "precopy, guest only reads", reader, _PRECOPY, _TWO,
              {**_FASTER_STREAM, "guest_downtime_ms": Target(1.0)}),
         Case("stopped", "precopy, guest stopped before: the stream alone", walker,
-             (*_STREAM, *_LOAD), _TWO, _FASTER_STREAM, stop_first=True),
+             (*_STREAM, *_CPU_OF_DATA, *_LOAD), _TWO, _FASTER_STREAM, stop_first=True),
         Case("postcopy", "postcopy after the first pass, hot set written at random", hammer,
              _POSTCOPY, _ONE_CHANNEL, _POSTCOPY_TARGETS, switch_after_passes=1),
         Case("now", "postcopy at once, hot set written at random", hammer, _POSTCOPY, _ONE_CHANNEL,
              _POSTCOPY_TARGETS, switch_after_passes=0),
         *(_capped(mb_s, hammer) for mb_s in (20, 50)),
         *(case for channels in (2, 4) for case in _multifd(channels, walker)),
+        *(_encrypted(channels, walker) for channels in (0, 4)),
         Case("uncapped-preempt", "postcopy at once, hot set written at random, both with preempt",
              hammer, _POSTCOPY, _TWO_CHANNELS, _UNCAPPED_PREEMPT_TARGETS, switch_after_passes=0,
              compared=(OURS_PREEMPT.name, QEMU_PREEMPT.name)),
@@ -254,6 +257,15 @@ def _multifd(channels: int, workload: Workload) -> tuple[Case, Case]:
         Case(f"multifd-{channels}", f"as precopy, {channels} channels of multifd", workload,
              (*_PRECOPY, *_CPU_OF_DATA), _TWO, faster | kept, channels=channels),
     )  # fmt: skip
+
+
+def _encrypted(channels: int, workload: Workload) -> Case:
+    name, title = "stopped", "as stopped"
+    if channels:
+        name, title = f"multifd-{channels}-stopped", f"as multifd-{channels}-stopped"
+    return Case(f"tls-{name}", f"{title}, encrypted", workload, (*_STREAM, *_CPU_OF_DATA, *_LOAD), _TWO,
+                {"mib_s": Target(1.0, at_least=True)}, stop_first=True, channels=channels,
+                encrypted=True)  # fmt: skip
 
 
 def _capped(mb_s: int, workload: Workload) -> Case:
