@@ -257,6 +257,7 @@ def _channel(compression: str) -> bytes:
     writer = ChannelWriter(compression)
     pages = [(number * PAGE, bytes([number]) * PAGE) for number in range(4)]
     parts = [initial(), writer.packet("ram", pages, [9 * PAGE]), writer.packet(sync=True)]
+    parts += [writer.packet("rom", zeros=[0]) for _ in range(4)]
     parts.append(writer.packet("rom", pages[:1]))
     return b"".join(parts)
 
@@ -271,5 +272,6 @@ def _multifd(raw: bytes) -> None:
         while (record := decoder.next_record()) is not None:
             if isinstance(record, Pages):
                 assert record.data.shape == (len(record.offsets), PAGE)
+            if isinstance(record, Pages | ZeroPages):
                 assert int(record.offsets.max(initial=0)) < LAYOUT[record.block].size_bytes
     decoder.finish()

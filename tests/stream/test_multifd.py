@@ -146,6 +146,58 @@ def test_wrong_packets_are_refused_by_name_and_offset(packet, offset, text):
     assert caught.value.offset == INITIAL_BYTES + offset
 
 
+@pytest.mark.parametrize("n_zeros", [1, 127, 128])
+@pytest.mark.parametrize("count", [1, 2, 3, 130])
+@pytest.mark.parametrize("piece", [None, 1000, 5 * PACKET_BYTES, 1 << 22])
+def test_packets_of_zero_pages(n_zeros, count, piece):
+    """Many are read at once, and nothing of what stands between them is lost."""
+    writer = ChannelWriter()
+    chance = random.Random(n_zeros)
+    zeros = [[page * PAGE for page in chance.sample(range(600), n_zeros)] for _ in range(count)]
+    other = [0, PAGE]
+    raw = initial() + b"".join(writer.packet("ram", zeros=each) for each in zeros)
+    raw += writer.packet("rom", zeros=other) + writer.packet("rom", pages_of(3), other)
+    raw += writer.packet("ram", pages_of(1, 2)) + writer.packet("ram", zeros=other)
+    raw += writer.packet("ram", zeros=other, sync=True) + writer.packet("ram", zeros=other)
+    found = {"ram": [], "rom": []}
+    kinds = []
+    for record in read_all(raw, piece):
+        if isinstance(record, ZeroPages):
+            found[record.block] += record.offsets.tolist()
+        kinds.append(type(record))
+    assert found["rom"] == 2 * other
+    assert found["ram"] == [offset for each in zeros for offset in each] + 3 * other
+    assert kinds[-3:] == [ZeroPages, MultifdSync, ZeroPages]
+    assert kinds.count(tuple) == 2
+
+
+def test_packets_of_zero_pages_come_in_few_records():
+    writer = ChannelWriter()
+    raw = b"".join(writer.packet("ram", zeros=range(0, 128 * PAGE, PAGE)) for _ in range(130))
+    assert sum(type(record) is ZeroPages for record in read_all(initial() + raw)) <= 5
+
+
+@pytest.mark.parametrize("name", ["magic", "version", "device state", "flags", "slots", "pages",
+                                  "zeros", "no name", "name", "not aligned", "outside"])  # fmt: skip
+@pytest.mark.parametrize("before", [2, 5])
+def test_a_wrong_packet_among_those_of_zero_pages(name, before):
+    good = [ChannelWriter().packet("ram", zeros=[0, PAGE]) for _ in range(before)]
+    packet, offset, text = REFUSED[name]
+    if name in {"pages", "zeros"}:
+        wrong = packet
+    else:
+        wrong = bytearray(good[0])
+        wrong[offset : offset + 4] = packet[offset : offset + 4]
+        if offset >= HEADER_BYTES:
+            wrong[offset + 4 : offset + 8] = packet[offset + 4 : offset + 8]
+    with pytest.raises(StreamError) as caught:
+        list(read_all(b"".join([initial(), *good, bytes(wrong), *good])))
+    assert (
+        text.replace("2 pages", "0 pages") in caught.value.message or text in caught.value.message
+    )
+    assert caught.value.offset == INITIAL_BYTES + before * PACKET_BYTES + offset
+
+
 def bomb(compression: str, size: int) -> bytes:
     if compression == "zlib":
         return zlib.compress(bytes(size), 9)

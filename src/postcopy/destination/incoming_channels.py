@@ -19,7 +19,7 @@ from postcopy.multifd.group import MAGIC_BYTES, MOST_CHANNELS, MultifdGroup, fir
 from postcopy.paging.fault_table import FaultTable
 from postcopy.paging.placement import Placement
 from postcopy.paging.ram import IncomingRam
-from postcopy.stream import multifd, numbers
+from postcopy.stream import multifd_header, numbers
 from postcopy.stream.layout import Layout
 
 _PATIENCE_S: Final = 30.0
@@ -209,7 +209,7 @@ class IncomingChannels:
         except ChannelBroken:
             return
         magic = int.from_bytes(first, "big") if len(first) == MAGIC_BYTES else None
-        if magic == multifd.MAGIC:
+        if magic == multifd_header.MAGIC:
             group.run(channel, first, lambda: None)
             return
         with self._changed:

@@ -54,7 +54,7 @@ class PageTarget(Protocol):
 
 Place: TypeAlias = Callable[[str, int, int], memoryview | None]
 """``place(block, offset, length)`` gives the memory of neighbouring pages, to be received there, in bytes;
-None: they belong nowhere."""
+None: they are to be given to the target."""
 
 
 class _Member:
@@ -199,7 +199,9 @@ class MultifdGroup:
                     self._obey(member, record)
                 elif self._receive_in_place(channel, decoder):
                     pass
-                elif count := channel.receive_into(decoder.buffer()[: decoder.wanted]):
+                elif count := channel.receive_into(
+                    decoder.buffer()[: decoder.wanted], whole=decoder.is_sure
+                ):
                     decoder.received(count)
                 else:
                     decoder.finish()

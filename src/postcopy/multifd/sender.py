@@ -20,7 +20,6 @@ from postcopy.channel.sockets import SocketChannel
 from postcopy.errors import ChannelBroken, PostcopyError
 from postcopy.multifd.threads import MultifdThreads
 from postcopy.parameters import Capabilities, Capability, Parameters
-from postcopy.stream.multifd import PACKET_PAGES
 from postcopy.stream.multifd_encoder import (
     COMPRESSORS,
     Headers,
@@ -31,6 +30,7 @@ from postcopy.stream.multifd_encoder import (
     page_pieces,
     zero_headers,
 )
+from postcopy.stream.multifd_header import PACKET_PAGES
 from postcopy.stream.records import Offsets, PageRows
 
 _JOB_PAGES: Final = 8 * PACKET_PAGES

@@ -14,7 +14,7 @@ from postcopy.channel.listen import Listener
 from postcopy.errors import ChannelBroken, PostcopyError, StreamError
 from postcopy.kernel import threads
 from postcopy.multifd.group import IDENTIFY_S, MAGIC_BYTES, MOST_CHANNELS, MultifdGroup, first_bytes
-from postcopy.stream import multifd, numbers
+from postcopy.stream import multifd_header, numbers
 
 _LOOK_S: Final = 0.02
 """While a source connects: how often it is looked whether no connection waits any more."""
@@ -152,10 +152,10 @@ class SourceChannels:
             is_main = magic == numbers.MAGIC and self._main is None
             if is_main:
                 self._main = channel, first
-            if magic != multifd.MAGIC:
+            if magic != multifd_header.MAGIC:
                 self._unknown -= 1
             self._changed.notify_all()
-        if magic == multifd.MAGIC:
+        if magic == multifd_header.MAGIC:
             self._group.run(channel, first, self._known)
         elif not is_main:
             self._forget(

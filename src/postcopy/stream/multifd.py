@@ -21,25 +21,19 @@ from dataclasses import dataclass
 from typing import Final, NoReturn, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from postcopy.errors import StreamCut
 from postcopy.stream.layout import Layout
 from postcopy.stream.multifd_data import COMPRESSIONS, PageData, plain_pages
+from postcopy.stream.multifd_header import MAGIC, PACKET_BYTES, PACKET_PAGES, VERSION
+from postcopy.stream.multifd_zeros import MOST_BYTES, leading_zeros
 from postcopy.stream.numbers import FLAGS_MASK, TARGET_PAGE_BYTES
 from postcopy.stream.reader import DecoderInput, Incomplete
 from postcopy.stream.records import Offsets, Pages, ZeroPages
 
-MAGIC: Final = 0x11223344
-"""Leads the initial packet and each other; a main channel begins with
-:data:`postcopy.stream.numbers.MAGIC`."""
-VERSION: Final = 1
-
-PACKET_PAGES: Final = 128
-"""Page slots of each packet: 512 KiB of pages of 4 KiB."""
-
 INITIAL_BYTES: Final = 64
-HEADER_BYTES: Final = 320
-PACKET_BYTES: Final = HEADER_BYTES + 8 * PACKET_PAGES
+HEADER_BYTES: Final = PACKET_BYTES - 8 * PACKET_PAGES
 _LARGEST_DATA_BYTES: Final = 2 * PACKET_PAGES * TARGET_PAGE_BYTES
 """Of compressed pages: the room that QEMU has for them."""
 
@@ -108,20 +102,28 @@ class MultifdDecoder(DecoderInput):
         self._begun = False
         self._name, self._named = b"", ""  # the last block
         self._packet: _Packet | None = None
+        self._zeros_come = False  # the last packet had nothing but zero pages
         self._ready: deque[MultifdRecord] = deque()
 
     @property
     def wanted(self) -> int:
-        """How many bytes complete what is being read; never 0.
+        """How many bytes complete what is being read, or are to be taken if they are there; never 0.
 
         A reader that receives no more than that at once has each packet at the start of the buffer: none
         is moved.
         """
+        if self._zeros_come:
+            return MOST_BYTES
         if not self._begun:
             size = INITIAL_BYTES
         else:
             size = PACKET_BYTES if self._packet is None else self._packet.size
         return max(1, size - self._reader.pending)
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether so many bytes will come as are :attr:`wanted`."""
+        return not self._zeros_come
 
     def next_record(self) -> MultifdRecord | None:
         """Decode the next record; ``None``: it needs more bytes.
@@ -168,7 +170,11 @@ class MultifdDecoder(DecoderInput):
             self._read_initial()
             self._begun = True
         elif self._packet is None:
-            self._packet = self._read_header()
+            if not (self._zeros_come and self._read_zeros()):
+                self._packet = packet = self._read_header()
+                self._zeros_come = bool(packet.n_zeros) and not (
+                    packet.n_pages or packet.flags & _SYNC
+                )
         else:
             self._read_data(self._packet)
             self._packet = None
@@ -217,6 +223,15 @@ class MultifdDecoder(DecoderInput):
             if z or not neighbours or not self._fits(block, int(offsets[0]), n):
                 self._check_offsets(block, offsets)
         return _Packet(flags, n, z, size, number, block, offsets, neighbours)
+
+    def _read_zeros(self) -> bool:
+        """Read many packets of zero pages of the last block; return whether there are some."""
+        found = leading_zeros(self._reader.rest(), self._name, _COMPRESSION)
+        if found is None or not self._are_inside(self._named, found[1]).all():
+            return False
+        self._reader.skip(found[0])
+        self._ready.append(ZeroPages(self._named, found[1]))
+        return True
 
     def _fits(self, block: str, offset: int, n_pages: int) -> bool:
         assert self._layout is not None
@@ -274,15 +289,23 @@ class MultifdDecoder(DecoderInput):
         return text
 
     def _check_offsets(self, block: str, offsets: Offsets) -> None:
-        assert self._layout is not None
-        last = self._layout[block].size_bytes - TARGET_PAGE_BYTES
-        wrong = (offsets > np.uint64(max(last, 0))) | ((offsets & np.uint64(FLAGS_MASK)) != 0)
-        if last < 0 or wrong.any():
-            first = int(wrong.argmax())
+        inside = self._are_inside(block, offsets)
+        if not inside.all():
+            first = int(inside.argmin())
             self._wrong(
                 f"multifd: offset outside of block {block}: {int(offsets[first]):x}",
                 HEADER_BYTES + 8 * first,
             )
+
+    def _are_inside(self, block: str, offsets: Offsets) -> npt.NDArray[np.bool_]:
+        """Tell which of these are offsets of pages of a block."""
+        assert self._layout is not None
+        last = self._layout[block].size_bytes - TARGET_PAGE_BYTES
+        if last < 0:
+            return np.zeros(len(offsets), np.bool_)
+        inside: npt.NDArray[np.bool_] = offsets <= np.uint64(last)
+        inside &= (offsets & np.uint64(FLAGS_MASK)) == 0
+        return inside
 
     def _read_data(self, packet: _Packet) -> None:
         ready, n, offsets = self._ready, packet.n_pages, packet.offsets

@@ -12,7 +12,8 @@ from typing import Any, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from postcopy.stream.multifd import INITIAL_BYTES, MAGIC, PACKET_BYTES, PACKET_PAGES, VERSION
+from postcopy.stream.multifd import INITIAL_BYTES
+from postcopy.stream.multifd_header import HEADER, MAGIC, PACKET_BYTES, PACKET_PAGES, VERSION
 from postcopy.stream.numbers import TARGET_PAGE_BYTES
 from postcopy.stream.ram_encoder import IovecTable, address_of
 from postcopy.stream.records import Offsets, PageRows
@@ -20,22 +21,8 @@ from postcopy.stream.records import Offsets, PageRows
 Headers = npt.NDArray[np.void]
 """The headers of some packets, as they stand on the wire."""
 
-_HEADER: Final = np.dtype(
-    [
-        ("magic", ">u4"),
-        ("version", ">u4"),
-        ("flags", ">u4"),
-        ("slots", ">u4"),
-        ("normal", ">u4"),
-        ("size", ">u4"),
-        ("number", ">u8"),
-        ("zero", ">u4"),
-        ("reserved", "V28"),
-        ("block", "S256"),
-        ("offsets", ">u8", (PACKET_PAGES,)),
-    ]
-)
 _SYNC: Final = 1
+_NAME_BYTES: Final = HEADER["block"].itemsize
 _FLAGS: Final[Mapping[str, int]] = {"none": 0 << 1, "zlib": 1 << 1, "zstd": 2 << 1}
 
 
@@ -104,7 +91,7 @@ def zero_headers(block: str, offsets: Offsets, compression: str) -> Headers:
 def _filled(kind: str, block: str, offsets: Offsets, compression: str) -> Headers:
     count = -(-len(offsets) // PACKET_PAGES)
     headers = _headers(count, _FLAGS[compression])
-    headers["block"] = block.encode()
+    headers["block"] = np.void(block.encode().ljust(_NAME_BYTES, b"\0"))
     places = np.zeros(count * PACKET_PAGES, ">u8")
     places[: len(offsets)] = offsets
     headers["offsets"] = places.reshape(count, PACKET_PAGES)
@@ -114,7 +101,7 @@ def _filled(kind: str, block: str, offsets: Offsets, compression: str) -> Header
 
 
 def _headers(count: int, flags: int) -> Headers:
-    headers: npt.NDArray[Any] = np.zeros(count, _HEADER)
+    headers: npt.NDArray[Any] = np.zeros(count, HEADER)
     headers["magic"], headers["version"], headers["flags"] = MAGIC, VERSION, flags
     headers["slots"] = PACKET_PAGES
     return headers
