@@ -5,13 +5,15 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from postcopy.channel.writev import PendingPieces
 from postcopy.errors import GuestError, HostCannot, KernelError
 from postcopy.guest import MappedRange, Region
-from postcopy.kernel import memfd
+from postcopy.kernel import calls, memfd
 from postcopy.kernel.mapping import Mapping
 from postcopy.memory.file_pages import FilePages
 from postcopy.memory.runs import Indices, runs
@@ -81,6 +83,10 @@ class PageBlock(ABC):
         """Let go of it."""
 
 
+_LEAST_WRITTEN_PAGES: Final = 16
+"""Fewer are written through the mapping, wherever they are: to find out costs more."""
+
+
 class RamBlock(PageBlock):
     """The memory of one block, mapped into the engine.
 
@@ -97,6 +103,10 @@ class RamBlock(PageBlock):
         self._fd = region.fd
         self._fd_offset = region.fd_offset
         self._mapping = Mapping.shared(region.fd, region.size_bytes, region.fd_offset)
+        # Of a tmpfs that gives out huge pages, and of hugetlbfs, that is the size of these.
+        self._has_small_pages = os.fstat(region.fd).st_blksize == TARGET_PAGE_BYTES
+        # The kernel lets one thread write to a file at a time: others would wait for it on a CPU.
+        self._writing = threading.Lock()
         self.pages: npt.NDArray[np.uint8] = self._mapping.view().reshape(-1, TARGET_PAGE_BYTES)
         self._looking = threading.Lock()
         # Under the lock until it is made, with the first look at huge pages; None: not to be had here.
@@ -162,6 +172,40 @@ class RamBlock(PageBlock):
     def gather(self, target: Indices) -> tuple[npt.NDArray[np.uint8], Indices]:
         """Give all of the block: nothing is copied."""
         return self.pages, target
+
+    def is_quick_to_touch(self, first: int, end: int) -> bool:
+        """Tell whether no access to these pages of the wire makes the kernel allocate 4 KiB at a time.
+
+        See :meth:`write_run`.
+        """
+        if not self._has_small_pages or end - first < _LEAST_WRITTEN_PAGES:
+            return True
+        where, length = first * TARGET_PAGE_BYTES, (end - first) * TARGET_PAGE_BYTES
+        return bool(self._mapping.resident(where, length).all())
+
+    def write_run(self, first: int, rows: npt.NDArray[np.uint8]) -> None:
+        """Write neighbouring pages of the wire, from ``first`` on.
+
+        Many that are not in memory are written to the file: the kernel then neither clears each nor maps it
+        here, which takes longer than the copy (``docs/decisions``, 0041).
+
+        :param rows: their contents, shape ``(n, 4096)``, each contiguous.
+        :raises KernelError: the host has not so much memory.
+        """
+        if self.is_quick_to_touch(first, first + len(rows)):
+            self.pages[first : first + len(rows)] = rows
+            return
+        pieces = np.empty((len(rows), 2), np.uint64)
+        pieces[:, 0] = np.arange(len(rows)) * rows.strides[0]
+        pieces[:, 0] += np.uint64(rows.__array_interface__["data"][0])
+        pieces[:, 1] = TARGET_PAGE_BYTES
+        if rows.strides[0] == TARGET_PAGE_BYTES:
+            pieces = np.array([[pieces[0, 0], rows.nbytes]], np.uint64)
+        left, position = PendingPieces(pieces), self._fd_offset + first * TARGET_PAGE_BYTES
+        where = f"{len(rows)} pages of RAM block '{self.name}'"
+        with self._writing:
+            while left:
+                position += calls.of_python("pwritev", where, left.write_at, self._fd, position)
 
     def discard(self, start: int, end: int) -> None:
         """Free the pages ``start`` to ``end`` (not included), so that a touch finds them missing."""

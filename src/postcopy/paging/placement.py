@@ -118,14 +118,16 @@ class Placement:
         else:
             self._place(paged, target, None)
 
-    def place(self, name: str, offset: int, length: int) -> memoryview:
-        """Give the memory of target pages, in bytes, to be received there.
+    def place(self, name: str, offset: int, length: int) -> memoryview | None:
+        """Give the memory of target pages, in bytes, to be received there; None: :meth:`pages` takes them.
 
         They count as received: the guest does not run yet, and never will if only a part of them comes.
         """
         assert self._placers is None
         paged = self._ram[name]
         first, end = offset // TARGET_PAGE_BYTES, (offset + length) // TARGET_PAGE_BYTES
+        if not paged.block.is_quick_to_touch(first, end):
+            return None
         per_page = paged.block.target_pages_per_page
         paged.pages.receive(slice(first // per_page, -(-end // per_page)))
         return paged.block.pages[first:end].data.cast("B")
@@ -135,7 +137,7 @@ class Placement:
     ) -> bool:
         """Take neighbouring pages on the shortest way; return whether that was possible."""
         if self._placers is None:
-            paged.block.pages[first:end] = data
+            paged.block.write_run(first, data)
             per_page = paged.block.target_pages_per_page
             paged.pages.receive(slice(first // per_page, -(-end // per_page)))
             return True
@@ -198,7 +200,7 @@ class Placement:
         """Write neighbouring pages of 4 KiB and map them; return False if one of them has come before."""
         if not paged.pages.claim_run(first, end):
             return False
-        paged.block.pages[first:end] = rows
+        paged.block.write_run(first, rows)
         self._map_written(paged, first, end)
         return True
 
