@@ -33,6 +33,9 @@ class Memory:
     def clear(self, zeros):
         self.rows[(zeros.offsets // PAGE).astype(int)] = 0
 
+    def place(self, block, offset, length):
+        return self.rows.reshape(-1).data[offset : offset + length]
+
 
 class Incoming:
     """A destination that waits for two channels of multifd, and for a main channel."""
@@ -110,6 +113,55 @@ def test_any_order_and_the_newer_copy_counts(incoming, capsys):
     wanted[:20], wanted[20:60], wanted[60] = old[:20], new[20:60], 0
     np.testing.assert_array_equal(incoming.memory.rows, wanted)
     assert incoming.failures == []
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 50])
+@pytest.mark.parametrize("synced", ["behind the pages", "with the last pages, as QEMU 7.2 does"])
+def test_neighbours_are_received_where_they_belong(incoming, pieces, synced):
+    """However the bytes arrive; and a flush does not wait for what comes behind it."""
+    peers = [incoming.connect(initial(number)) for number in range(2)]
+    incoming.main()
+    incoming.group.wait_for_all(10)
+    incoming.group.begin(LAYOUT, incoming.memory, incoming.memory.place)
+    wanted = np.full((PAGES, PAGE), 7, np.uint8)
+    for number, peer in enumerate(peers):
+        new, writer, start = rows(number), ChannelWriter(), 32 * number
+        at_once = synced.startswith("with")
+        raw = writer.packet("ram", [(page * PAGE, new[page]) for page in range(start, start + 20)])
+        raw += writer.packet("ram", zeros=[(start + 20) * PAGE])
+        last = [(page * PAGE, new[page]) for page in range(start + 21, start + 30)]
+        raw += writer.packet("ram", last, sync=at_once)
+        raw += b"" if at_once else writer.packet(sync=True)
+        for piece in np.array_split(np.frombuffer(raw, np.uint8), pieces):
+            peer.sendall(piece.tobytes())
+        wanted[start : start + 30] = new[start : start + 30]
+        wanted[start + 20] = 0
+    incoming.group.rendezvous()
+    np.testing.assert_array_equal(incoming.memory.rows, wanted)
+    assert incoming.failures == []
+
+
+@pytest.mark.parametrize("missing", [1, PAGE, 3 * PAGE - 1])
+def test_one_ends_in_pages_that_are_received_where_they_belong(incoming, missing):
+    peers = [incoming.connect(initial(number)) for number in range(2)]
+    incoming.main()
+    incoming.group.begin(LAYOUT, incoming.memory, incoming.memory.place)
+    packet = ChannelWriter().packet("ram", [(page * PAGE, rows(0)[page]) for page in range(3)])
+    peers[0].sendall(packet[:-missing])
+    peers[0].shutdown(socket.SHUT_WR)
+    assert "multifd channel 0: The channel ends in a packet" in str(incoming.failure())
+
+
+def test_one_ends_behind_its_pages(incoming):
+    peers = [incoming.connect(initial(number)) for number in range(2)]
+    incoming.main()
+    incoming.group.begin(LAYOUT, incoming.memory, incoming.memory.place)
+    peers[0].sendall(ChannelWriter().packet("ram", [(0, rows(0)[0])]))
+    peers[0].shutdown(socket.SHUT_WR)
+    with pytest.raises(StreamError, match="multifd channel 0 ends before a flush"):
+        incoming.group.rendezvous()
+    assert incoming.failures == []
+    np.testing.assert_array_equal(incoming.memory.rows[0], rows(0)[0])
 
 
 def test_the_connection_behind_them_is_the_preempt_channel(tmp_path):

@@ -160,17 +160,22 @@ class Channel(abc.ABC):
         """
         return self.receive_into(view)
 
-    def receive_all(self, view: memoryview) -> bool:
-        """Receive until all of ``view`` is full, in few calls.
+    def receive_all(self, view: memoryview, behind: memoryview | None = None) -> int:
+        """Receive until ``view`` is full, and ``behind`` after it, in few calls.
 
-        :return: False: the peer has ended the stream before.
+        :return: how many bytes; fewer: the peer has ended the stream before.
         :raises ChannelBroken: as :meth:`receive_into`.
         """
-        while len(view):
-            if not (count := self.receive_into(view, whole=True)):
-                return False
-            view = view[count:]
-        return True
+        self._waits_for_all = True
+        left = [view] if behind is None else [view, behind]
+        done = 0
+        while left:
+            count = self._receive_with(self._receive_some_of, left)
+            if not count:
+                break
+            done += count
+            left = _rest(left, count)
+        return done
 
     def shutdown(self) -> None:
         """Break the channel: threads that wait in ``send`` or ``receive_into`` raise.
@@ -238,6 +243,10 @@ class Channel(abc.ABC):
     @abc.abstractmethod
     def _receive_some(self, view: memoryview) -> int:
         """Receive one byte or more; 0 = end."""
+
+    def _receive_some_of(self, views: list[memoryview]) -> int:
+        """As :meth:`_receive_some`, into one after the other."""
+        return self._receive_some(views[0])
 
     @abc.abstractmethod
     def _wake(self) -> None:

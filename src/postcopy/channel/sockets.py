@@ -138,6 +138,11 @@ class SocketChannel(Channel):
     def _receive_some(self, view: memoryview) -> int:
         return self._socket.recv_into(view, 0, socket.MSG_WAITALL if self._waits_for_all else 0)
 
+    def _receive_some_of(self, views: list[memoryview]) -> int:
+        if len(views) == 1:
+            return self._receive_some(views[0])
+        return self._socket.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
+
     def _wake(self) -> None:
         try:
             self._socket.shutdown(socket.SHUT_RDWR)

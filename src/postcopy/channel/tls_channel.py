@@ -122,6 +122,9 @@ class TlsChannel(SocketChannel):
             self._feed(self._socket.recv_into(self._received))
         return count
 
+    def _receive_some_of(self, views: list[memoryview]) -> int:
+        return self._receive_some(views[0])
+
     def _receive_now(self, view: memoryview) -> int | None:
         if (count := self._decrypt(view)) is not None:
             return count

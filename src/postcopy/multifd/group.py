@@ -221,9 +221,11 @@ class MultifdGroup:
         run = decoder.plain_run()
         if run is None or self._place is None or (memory := self._place(*run)) is None:
             return False
-        if not channel.receive_all(memory):
+        n_behind = channel.receive_all(memory, decoder.behind_run()) - len(memory)
+        if n_behind < 0:
             decoder.finish()  # which raises
         decoder.run_placed()
+        decoder.received(n_behind)
         return True
 
     def _fail(self, member: _Member | None, error: PostcopyError | OSError) -> None:

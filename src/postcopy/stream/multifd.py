@@ -150,6 +150,16 @@ class MultifdDecoder(DecoderInput):
             return None
         return packet.block, int(packet.offsets[0]), packet.size
 
+    def behind_run(self) -> memoryview | None:
+        """Give the room for what comes behind :meth:`plain_run`; None: nothing may come for now.
+
+        A reader that receives it together with the pages says so with :meth:`received`, behind
+        :meth:`run_placed`.
+        """
+        assert self._packet is not None
+        # Behind pages there is a SYNC, if nothing else.  QEMU 7.2 has it in the last packet of pages.
+        return None if self._packet.flags & _SYNC else self.buffer()[:PACKET_BYTES]
+
     def run_placed(self) -> None:
         """All bytes of :meth:`plain_run` have been received elsewhere, and are in place."""
         assert self._packet is not None
