@@ -57,13 +57,8 @@ def page() -> str:
             ),
             "\nThese have no meaning here, and are refused with the reason:\n",
             _table(("capability", ""), ((f"`{c}`", reason) for c, reason in REASONS.items())),
-            f"\nKnown, and refused by name: {_listed(_later())}.\n",
         ]
     )
-
-
-def _later() -> list[Capability]:
-    return [each for each in Capability if each not in SUPPORTED and each not in REASONS]
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

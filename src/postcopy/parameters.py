@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
+from postcopy.announcement import AnnouncementTimes
 from postcopy.errors import Refused
 from postcopy.parameter_rules import Kind, Rule, choice, parameter, percent, size, uint8
 from postcopy.tls_options import TlsOptions
@@ -52,7 +53,7 @@ MEANINGS: Mapping[Capability, str] = {
     C.PAUSE_BEFORE_SWITCHOVER: "precopy waits in `pre-switchover` for `migrate-continue`",
     C.MULTIFD: "pages go over `multifd-channels` connections of their own, compressed or not",
     C.POSTCOPY_BLOCKTIME: "how long vCPUs waited for pages is measured, and told by the destination",
-    C.LATE_BLOCK_ACTIVATE: "accepted; it is about disks, and there are none",
+    C.LATE_BLOCK_ACTIVATE: "accepted; a drive is never locked, and used only while the guest runs",
     C.BACKGROUND_SNAPSHOT: "`migrate` writes an image of a guest that goes on",
     C.VALIDATE_UUID: "accepted; the machine has no UUID, and takes a guest of any, as a QEMU without one",
     C.ZERO_COPY_SEND: "the kernel sends pages over `multifd` without a copy, where the network card can",
@@ -146,8 +147,8 @@ class Capabilities:
         """The set after ``changes``, all of them or none.
 
         :param incoming_started: this side is a destination that already listens.
-        :raises Refused: QEMU has a rule against the combination (then in QEMU's words), or we do
-            not implement one of them.
+        :raises Refused: QEMU has a rule against the combination (then in QEMU's words), or one of them
+            has no meaning for our machine.
         """
         wanted = {c for c in Capability if changes.get(c, c in self.on)}
         for complaint in self._complaints(wanted, incoming_started=incoming_started):
@@ -156,8 +157,6 @@ class Capabilities:
             if capability in wanted - self.on and capability in REASONS:
                 reason = REASONS[capability]
                 raise Refused(f"Capability '{capability}' has no meaning here: {reason}")
-            if capability in wanted - self.on - SUPPORTED:
-                raise Refused(f"Capability '{capability}' is not implemented by postcopy yet")
         return Capabilities(frozenset(wanted))
 
     def _complaints(self, wanted: set[Capability], *, incoming_started: bool) -> Iterator[str]:
@@ -180,13 +179,14 @@ class Parameters:
     The Python name is QEMU's with ``_`` for ``-``.  Order: that of QEMU's schema.
     """
 
-    announce_initial: int = size(50, most=100000)
-    announce_max: int = size(550, most=100000)
-    announce_rounds: int = size(5, most=1000)
+    announce_initial: int = size(50, most=100000, help="ms before the second announcement")
+    announce_max: int = size(550, most=100000, help="longest time in ms between two of them")
+    announce_rounds: int = size(5, most=1000, help="how often an arrived guest is announced (RARP)")
     # QEMU refuses 0 and says that 0 is allowed.
     announce_step: int = size(
-        100, least=1, most=10000, complaint="Option {name} expects a value between 0 and {most}"
-    )
+        100, least=1, most=10000, complaint="Option {name} expects a value between 0 and {most}",
+        help="so many ms more before each further announcement",
+    )  # fmt: skip
     throttle_trigger_threshold: int = percent(
         50, 100, "of the bytes sent: a guest that writes more is slowed down"
     )
@@ -308,6 +308,12 @@ class Parameters:
         Before QEMU 11.1 ``switchover-ack`` was so; since then the source counts what it has to wait for.
         """
         return self.x_switchover_ack_legacy and capabilities.enabled(Capability.SWITCHOVER_ACK)
+
+    @property
+    def announcement(self) -> AnnouncementTimes:
+        """How a guest that has arrived is announced."""
+        times = self.announce_initial, self.announce_step, self.announce_max
+        return AnnouncementTimes(self.announce_rounds, *times)
 
     def to_qapi(self) -> dict[str, Any]:
         """As ``query-migrate-parameters`` returns it, ours included."""

@@ -9,6 +9,7 @@ from postcopy.errors import Refused, WrongState
 from postcopy.events import EventBus
 from postcopy.guest import Region
 from postcopy.link.guest.user_objects import UserObjects
+from postcopy.machine.announcing import Announcer
 from postcopy.machine.dirty_rate import DirtyRate
 from postcopy.machine.vcpu_throttle import DirtyLimit, VcpuThrottle
 from postcopy.monitor.controls import Backend
@@ -28,6 +29,7 @@ class FakeMachine:
         self._events = events
         self.ownership = Ownership()
         self.dirty_rate = DirtyRate(self)
+        self.announcer = Announcer()
         self.dirty_limit = DirtyLimit(self, VcpuThrottle(()), ())
         self.run_state = "running"
         self.ram = bytearray(self.memory_bytes)

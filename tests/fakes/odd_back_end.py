@@ -66,6 +66,8 @@ class OddBackEnd:
         self._listener.bind(str(path))
         self._listener.listen()
         self._connected = None
+        self.connected = False
+        """Whether there is a front end."""
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -88,8 +90,10 @@ class OddBackEnd:
         with contextlib.suppress(OSError):
             while True:
                 self._connected, _ = self._listener.accept()
+                self.connected = True
                 with self._connected as connected, contextlib.suppress(ConnectionError, EOFError):
                     self._serve(connected)
+                self.connected = False
 
     def _serve(self, connected):
         self._postcopy = False

@@ -11,6 +11,7 @@ from postcopy.errors import GuestError, KernelError, Refused, StreamError, Wrong
 from postcopy.guest import DeviceState, Region, SharingProcess, VcpuThread
 from postcopy.kernel.mapping import Buffer
 from postcopy.machine import accelerator, boot, sections
+from postcopy.machine.announcing import Announcer
 from postcopy.machine.config import MachineConfig
 from postcopy.machine.dirty_log import MIGRATION, DirtyLog
 from postcopy.machine.dirty_rate import DirtyRate
@@ -71,6 +72,7 @@ class Machine:
         self.dirty_rate = DirtyRate(self)
         self._throttle = VcpuThrottle(self._vcpus)
         self.dirty_limit = DirtyLimit(self, self._throttle, self._vcpus)
+        self.announcer = Announcer()
         self._serial = SerialPort(on_serial)
         self._closed = False
         try:
@@ -87,7 +89,7 @@ class Machine:
         on_lost = self.run_control.fail
         queue = open_device(self.config, self._memory, self._ram.parts, self, on_lost)
         if queue is not None:
-            self._drive = VirtioMmio(queue)
+            self._drive, self.announcer.device = VirtioMmio(queue), queue
             for number, fd in enumerate(queue.kick_fds):
                 self._accelerator.signal_at_write(NOTIFY_ADDRESS, number, fd)
 
@@ -374,9 +376,8 @@ class Machine:
         if self._closed:
             return
         self._closed = True
-        self.dirty_rate.close()
-        self.dirty_limit.close()
-        self._throttle.close()
+        for part in (self.announcer, self.dirty_rate, self.dirty_limit, self._throttle):
+            part.close()
         self.run_control.close()
         for vcpu in self._vcpus:
             vcpu.close()

@@ -110,6 +110,9 @@ class RequestQueue:
         """See :class:`~postcopy.machine.virtio_mmio.Queues`."""
         self._device.flush()
 
+    def announce(self) -> None:
+        """See :class:`~postcopy.machine.virtio_mmio.Queues`: a disk is on no network."""
+
     def close(self) -> bool:
         """See :class:`~postcopy.machine.virtio_mmio.Queues`."""
         ended = self.runner.close()

@@ -177,6 +177,15 @@ class VhostUserDevice:
         """See :class:`~postcopy.machine.virtio_mmio.Queues`."""
         self._back_ends.check_config(config)
 
+    def announce(self) -> None:
+        """See :class:`~postcopy.machine.virtio_mmio.Queues`."""
+        process = self._back_ends.process
+        if process is not None:
+            with contextlib.suppress(
+                PostcopyError
+            ):  # a lost one is replaced, and a later round is for that
+                process.announce(self.config)
+
     def flush(self) -> None:
         """See :class:`~postcopy.machine.virtio_mmio.Queues`: vhost-user has no message for that."""
 

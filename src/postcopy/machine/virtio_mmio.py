@@ -120,6 +120,9 @@ class Queues(Protocol):
         :raises GuestError: that fails.
         """
 
+    def announce(self) -> None:
+        """Tell the device's network, if it is on one, where the guest is."""
+
     def close(self) -> bool:
         """End it; return whether it touches no guest memory any more."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from postcopy.monitor import hmp_info, hmp_values, memory_dump, objects, version
 from postcopy.monitor.addresses import CHANNELS, uri_of_call
+from postcopy.monitor.announce_commands import ANNOUNCE
 from postcopy.monitor.argument_types import (
     Arguments,
     Check,
@@ -259,6 +260,7 @@ TABLE = (
         lambda b, _: b.migration.parameters.to_qapi(), human=Human(show=hmp_info.parameters),
     ),
     *RATES,
+    *ANNOUNCE,
     *objects.COMMANDS,
     Command("stop", "stop the guest", lambda b, _: b.machine.stop(), human=Human("stop|s")),
     Command("cont", "let the guest run", lambda b, _: b.machine.cont(), human=Human("cont|c")),

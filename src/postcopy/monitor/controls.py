@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from postcopy.events import EventBus
 from postcopy.guest import Region, VcpuThread
+from postcopy.machine.announcing import Announcer
 from postcopy.machine.dirty_rate import DirtyRate
 from postcopy.machine.vcpu_throttle import DirtyLimit
 from postcopy.ownership import Ownership
@@ -24,10 +25,12 @@ class MachineControl(Protocol):
     """The guest as a user controls it.
 
     :ivar dirty_rate: measures how fast it writes to its memory; ``dirty_limit`` limits that.
+    :ivar announcer: tells its network where it is.
     """
 
     dirty_rate: DirtyRate
     dirty_limit: DirtyLimit
+    announcer: Announcer
 
     @property
     def run_state(self) -> str:

@@ -87,6 +87,17 @@ class BackEndProcess:
         with self._exchange(ANSWER_S):
             return self._front_end.configuration(length_bytes)
 
+    def announce(self, address: bytes) -> None:
+        """Have it tell its network where the guest with this address is, if it can.
+
+        Any thread: nothing is answered.
+
+        :raises GuestError: it has ended, or waits for a page.
+        """
+        if ProtocolFeature.RARP in self._front_end.protocol:
+            with self._exchange(ANSWER_S):
+                self._front_end.announce(address)
+
     # --- rings, on the front end's own thread
 
     def start_rings(self, rings: Sequence[Ring], features: int) -> None:

@@ -17,6 +17,7 @@ from postcopy.vhost_user.messages import (
     FEATURE_LOG_ALL,
     FEATURE_PROTOCOL_FEATURES,
     FRONT_END,
+    Kind,
     ProtocolFeature,
     Request,
 )
@@ -40,6 +41,7 @@ _PROTOCOL: Final = (
     | ProtocolFeature.REPLY_ACK
     | ProtocolFeature.PAGEFAULT
     | ProtocolFeature.CONFIG
+    | ProtocolFeature.RARP
 )
 """Not CONFIGURE_MEM_SLOTS: with it libvhost-user cannot do postcopy (its ADD_MEM_REG fails there)."""
 
@@ -166,6 +168,14 @@ class FrontEnd:
             )
         data: bytes = answer.data
         return data
+
+    def announce(self, address: bytes) -> None:
+        """Have it tell its network where the guest with this address is; it does not say when it has.
+
+        :param address: six bytes.
+        """
+        number = Number(int.from_bytes(address, "little"))
+        self.connection.send(Kind(Request.SEND_RARP, Number, needs=ProtocolFeature.RARP), number)
 
     # Memory
 

@@ -86,8 +86,13 @@ class MigrationControl:
         self._maps = MemoryMaps(state)
         self.objects = state.objects
         state.shown = (IncomingMigration if incoming else OutgoingMigration)(state, self.settings)
+        self._keeper.arrived = self._guest_arrived
         check, complete = self._check_can_start, self._complete_restore
         self.resetting = Resetting(guest, self._keeper, pool, self._lock, check, complete)
+
+    def _guest_arrived(self) -> None:
+        if isinstance(job := self._state.work, IncomingJob):
+            job.guest_arrived()
 
     def prepare(self) -> None:
         """Start what takes time: an engine, and for a destination its memory."""

@@ -153,6 +153,10 @@ class IncomingJob(Job, ABC):
     def completed(self) -> None:
         self.state.awaits = False
 
+    def guest_arrived(self) -> None:
+        """The guest is ours from now on."""
+        self.state.guest.announcer.begin(self.settings.parameters.announcement)
+
     def has_arrived(self) -> bool:
         return self.state.guest.owned and not self.state.keeper.watches_missing
 
@@ -270,6 +274,7 @@ class IncomingMigration(IncomingJob):
             return
         if not self.state.guest.owned:
             self.resume_guest()  # its devices are loaded, and the source has been told so
+            self.guest_arrived()
         self.pause_for(engine)
         self.supervisor.begin()
 

@@ -83,6 +83,8 @@ class GuestKeeper:
         """How many pages of each block are lost."""
         # What has been poisoned of a guest whose missing pages are being given up.
         self._poisoned: dict[str, int] | None = None
+        self.arrived: Callable[[], None] = lambda: None
+        """Called when a guest has begun to be ours, by its engine's word."""
         self.slowed = False
         """Whether an engine may have had the vCPUs held."""
         self.reset_point = False
@@ -316,7 +318,10 @@ class _EngineCalls(RunControl, Ownership):
         return began_ns
 
     def resume(self) -> None:
+        was_ours = self._guest.owned
         self._guest.resume(self._arrival)
+        if not was_ours:
+            self._keeper.arrived()
 
     def pause_and_save(self, *, to_move: bool = False) -> Sequence[DeviceState]:
         self._guest.pause(to_move=to_move)
@@ -331,7 +336,7 @@ class _EngineCalls(RunControl, Ownership):
             if not self._guest.owned:
                 self._ownership.check(Move.ARRIVE)  # an arrival given up loads nothing
                 self._guest.load_devices(states)
-                self._guest.resume(self._arrival)
+                self.resume()
 
     def throttle(self, percent: int) -> None:
         self._keeper.slowed = True

@@ -4,12 +4,20 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from postcopy import ownership
+from postcopy.announcement import AnnouncementTimes
 from postcopy.guest import DeviceState, VcpuThread
 from postcopy.link.guest.sharing import SharingGuest
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+
+class Announces(Protocol):
+    """Announcements; any thread may call."""
+
+    def begin(self, times: AnnouncementTimes, name: str = "") -> None:
+        """Announce now, and then again and again, in place of the series of the same name."""
 
 
 class OwnedGuest(SharingGuest, Protocol):
@@ -38,6 +46,10 @@ class OwnedGuest(SharingGuest, Protocol):
     @property
     def has_drive(self) -> bool:
         """Whether it has a drive, whose bytes no reset takes back."""
+
+    @property
+    def announcer(self) -> Announces:
+        """What tells its network where it is."""
 
     def vcpu_threads(self) -> Sequence[VcpuThread]:
         """The threads that run vCPUs, in order of the vCPUs' numbers."""
