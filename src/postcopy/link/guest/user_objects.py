@@ -113,8 +113,8 @@ def _x509(properties: dict[str, Any]) -> _Credentials:
 def _psk(_: dict[str, Any]) -> _Credentials:
     version = ".".join(map(str, sys.version_info[:2]))
     raise HostCannot(
-        f"tls-creds-psk: pre-shared keys are not in postcopy's TLS (the ssl module of Python {version}; "
-        "only that of 3.13 and later knows them)",
+        "tls-creds-psk: postcopy's TLS has certificates only (Python's ssl module knows pre-shared keys "
+        f"since 3.13, and postcopy needs no more than 3.11; this is {version})",
         "use certificates: tls-creds-x509 and 'postcopy tls init'",
     )
 
