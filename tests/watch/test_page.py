@@ -232,6 +232,13 @@ def test_sizes_and_colours(report, pages, width, scheme):
         assert colours(page, canvas) > 1, canvas
 
 
+def test_what_many_vcpus_wait_for_fits_a_narrow_screen(tmp_path, pages):
+    page = pages.open(report_of(tmp_path, samples(vcpus=16)), 360)
+    wait_status(page, "completed")
+    assert page.locator("#causes thead th").count() == 9
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
 def contrast(page, element):
     """WCAG's contrast of a text with its ground."""
     found = page.evaluate(

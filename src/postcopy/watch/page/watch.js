@@ -350,7 +350,7 @@ function drawVcpus(shown) {
       let low = 0;
       for (const [cause, share] of waits(shown[n], each, vcpu)) {
         const height = Math.min(1 - low, share) * (h - 2);
-        fill(cause, left, right, ground - low * (h - 2) - Math.max(1, height), Math.max(1, height));
+        fill(cause, left, right, ground - low * (h - 2) - Math.max(3, height), Math.max(3, height));
         low = Math.min(1, low + share);
       }
       if (n === stop) fill("stopped", left, left + 2, ground - h + 2, h - 2);
@@ -372,7 +372,13 @@ function drawCauses(last, count, stopped) {
   const names = `${known.join()} ${vcpus.length}`;
   if (body.dataset.names !== names) {
     body.dataset.names = names;
-    const heads = row(["cause", ...vcpus.map((n) => `vCPU ${n}`)], false);
+    const heads = document.createElement("tr");
+    heads.append(...["cause", ...vcpus.map((n) => `vCPU ${n}`)].map((name) => {
+      const cell = document.createElement("th");
+      cell.scope = "col";
+      cell.textContent = name;
+      return cell;
+    }));
     part("causes").tHead.replaceChildren(heads);
     body.replaceChildren(...known.map((cause) => {
       const made = row([`${cause}: ${CAUSES[cause]}`, ...vcpus.map(() => "")], true);
