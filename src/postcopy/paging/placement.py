@@ -118,16 +118,14 @@ class Placement:
         else:
             self._place(paged, target, None)
 
-    def place(self, name: str, offset: int, length: int) -> memoryview | None:
-        """Give the memory of target pages, in bytes, to be received there; None: :meth:`pages` takes them.
+    def place(self, name: str, offset: int, length: int) -> memoryview:
+        """Give the memory of target pages, in bytes, to be received there.
 
         They count as received: the guest does not run yet, and never will if only a part of them comes.
         """
         assert self._placers is None
         paged = self._ram[name]
         first, end = offset // TARGET_PAGE_BYTES, (offset + length) // TARGET_PAGE_BYTES
-        if not paged.block.is_quick_to_touch(first, end):
-            return None
         per_page = paged.block.target_pages_per_page
         paged.pages.receive(slice(first // per_page, -(-end // per_page)))
         return paged.block.pages[first:end].data.cast("B")
