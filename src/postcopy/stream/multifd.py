@@ -26,8 +26,14 @@ import numpy.typing as npt
 from postcopy.errors import StreamCut
 from postcopy.stream.layout import Layout
 from postcopy.stream.multifd_data import COMPRESSIONS, PageData, plain_pages
-from postcopy.stream.multifd_header import MAGIC, PACKET_BYTES, PACKET_PAGES, VERSION
-from postcopy.stream.multifd_zeros import MOST_BYTES, leading_zeros
+from postcopy.stream.multifd_header import (
+    MAGIC,
+    MOST_BYTES,
+    PACKET_BYTES,
+    PACKET_PAGES,
+    VERSION,
+    leading_zeros,
+)
 from postcopy.stream.numbers import FLAGS_MASK, TARGET_PAGE_BYTES
 from postcopy.stream.reader import DecoderInput, Incomplete
 from postcopy.stream.records import Offsets, Pages, ZeroPages
