@@ -18,6 +18,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from postcopy.bench.link_bench import LinkBench, measure_link
     from postcopy.client import (
         Estimate,
         FaultLatency,
@@ -72,6 +73,8 @@ __all__ = [
     "Reset",
     "RunOptions",
     "Estimate",
+    "measure_link",
+    "LinkBench",
     "MigrateOptions",
     "SnapshotOptions",
     "RestoreOptions",
@@ -99,6 +102,7 @@ _ELSEWHERE = {
         "ImageError",
     },
     "postcopy.status": {"Status"},
+    "postcopy.bench.link_bench": {"measure_link", "LinkBench"},
 }
 
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, Self, TypeVar, Unpack
 
 from postcopy.client.machine import AwaitableContext, Closable, RunOptions
 from postcopy.client.machine import Machine as AsyncMachine
@@ -22,6 +22,9 @@ from postcopy.client.restored_machine import restore as restore_asynchronously
 from postcopy.client.snapshot import SnapshotJob as AsyncSnapshotJob
 from postcopy.client.snapshot import SnapshotOptions
 from postcopy.status import Status
+
+if TYPE_CHECKING:
+    from postcopy.bench.link_bench import LinkBench, LinkOptions
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -245,6 +248,13 @@ class RestoredMachine(Machine):
 def restore(path: str | Path, **options: Unpack[RestoreOptions]) -> RestoredMachine:
     """As :func:`postcopy.client.restore`."""
     return RestoredMachine(_wait(_opened(restore_asynchronously(path, **options))))
+
+
+def measure_link(uri: str, **options: "Unpack[LinkOptions]") -> "LinkBench":
+    """As :func:`postcopy.measure_link`."""
+    from postcopy.bench import link_bench  # it needs numpy, which takes long to import
+
+    return _wait(link_bench.measure_link(uri, **options))
 
 
 async def _opened(opening: AwaitableContext[C]) -> C:

@@ -1,6 +1,7 @@
 """Readers of what comes over a channel."""
 
 import contextlib
+import socket
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ from fakes.multifd import FLAGS, ChannelWriter, initial
 from fakes.precopy import TAIL
 from fakes.streams import LAYOUT, PAGE, SETUP, CountedFormats, Writer, device, offsets
 from fuzzing.readers import Reader
+from postcopy.bench import wire
+from postcopy.bench.wire import Greeting, Kind, Wire
+from postcopy.channel.sockets import SocketChannel
 from postcopy.channel.whole_file import WholeFile
 from postcopy.image.parser import formats_of
 from postcopy.receive.page_file import PageFile
@@ -69,6 +73,7 @@ def readers(folder: Path) -> Iterator[Reader]:
     precopies = [_precopy(), _precopy(switch=True)]
     yield Reader.of_bytes("precopy", precopies, _precopy_channel, 14)
     yield Reader.of_bytes("received", precopies, _received(folder / "received"), 4)
+    yield Reader.of_bytes("bench", [_measurement()], _measured, 2)
     yield Reader.of_bytes("xbzrle", [_delta(), b"\x05\x02ab\x10\x01c"], _xbzrle, 6)
     for compression in FLAGS:
         yield Reader.of_bytes(f"multifd-{compression}", [_channel(compression)], _multifd, 4)
@@ -177,6 +182,32 @@ def _return_path(raw: bytes) -> None:
     for message in _drain(decoder, decoder.next_message, raw):
         if isinstance(message, RecvBitmapReply):
             assert len(message.bitmap) * PAGE == LAYOUT[message.block].size_bytes
+
+
+# Section: the two ends of a measurement
+
+
+def _measurement() -> bytes:
+    pages = wire.encode(Kind.PAGES, wire.IN_PLACE, 100) + bytes(100)
+    said = [wire.encode(kind, 1) for kind in (Kind.PING, Kind.PONG, Kind.MARK)]
+    said += [wire.encode_marked(1, 2, 3), wire.encode(Kind.END), wire.encode_refusal("no")]
+    return Greeting(1, b"s" * wire.SESSION_BYTES).encode() + pages + b"".join(said)
+
+
+def _measured(raw: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    with theirs, SocketChannel(ours, "peer") as channel:
+        theirs.sendall(raw[: 64 << 10])
+        theirs.shutdown(socket.SHUT_WR)
+        reader = Wire(channel, wire.FROM_MEASURER | wire.FROM_LISTENER)
+        if not raw:
+            return
+        reader.greeting()
+        while (message := reader.message()).kind is not Kind.END:
+            if message.kind is Kind.MARKED:
+                reader.marked(message)
+            elif message.length:
+                reader.body_into(memoryview(bytearray(message.length)))
 
 
 # Section: a stock QEMU that migrates into an image

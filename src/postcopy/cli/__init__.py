@@ -31,6 +31,7 @@ COMMANDS: Final = {
     "watch": "postcopy.cli.watch_command",
     "report": "postcopy.cli.watch_command",
     "vhost-user-blk": "postcopy.cli.vhost_user",
+    "bench": "postcopy.cli.bench",
     "tls": "postcopy.cli.tls",
     "doctor": "postcopy.cli.doctor",
     "demo": "postcopy.cli.demo",

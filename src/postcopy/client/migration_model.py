@@ -52,13 +52,16 @@ class Writes:
         """Bytes of different pages that are written in a time: ``h * (1 - x ** t)``."""
         if not self.short_bytes or not seconds:
             return 0.0
-        kept = self._kept
         turns = seconds / self.short_s
-        if kept >= _SHRINKS:  # no bend to be seen
+        if self._is_straight or (kept := self._kept) >= _SHRINKS:  # no bend to be seen
             written = self.long_bytes * seconds / self.long_s
         else:
             written = self.short_bytes / (1 - kept) * float(1 - kept**turns)
         return written if self.most_bytes is None else min(written, self.most_bytes)
+
+    @property
+    def _is_straight(self) -> bool:
+        return self.long_bytes * self.short_s >= self.short_bytes * self.long_s
 
     @property
     def _kept(self) -> float:
