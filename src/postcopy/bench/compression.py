@@ -8,8 +8,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from postcopy.stream.multifd import PACKET_PAGES
 from postcopy.stream.multifd_encoder import COMPRESSORS
+from postcopy.stream.multifd_header import PACKET_PAGES
 from postcopy.stream.numbers import TARGET_PAGE_BYTES
 
 _SAMPLE_PAGES: Final = 24 * PACKET_PAGES

@@ -28,8 +28,8 @@ from postcopy.channel.tls_channel import secure
 from postcopy.errors import ChannelBroken, PostcopyError, Refused
 from postcopy.kernel import threads
 from postcopy.source.flow_control import PushPolicy
-from postcopy.stream.multifd import PACKET_PAGES
 from postcopy.stream.multifd_encoder import gathered, page_headers
+from postcopy.stream.multifd_header import PACKET_PAGES
 from postcopy.stream.numbers import TARGET_PAGE_BYTES
 from postcopy.stream.ram_encoder import Iovecs, IovecTable, PageEncoder, joined
 from postcopy.tls_options import TlsOptions

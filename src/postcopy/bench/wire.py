@@ -26,7 +26,7 @@ from typing import Final, NoReturn
 from postcopy.channel.channel import Channel
 from postcopy.errors import ChannelBroken, StreamCut, StreamError, on_one_line
 from postcopy.multifd.group import MAGIC_BYTES
-from postcopy.stream import multifd, numbers
+from postcopy.stream import multifd_header, numbers
 
 MAGIC: Final = b"PCBENCH\n"
 VERSION: Final = 1
@@ -235,7 +235,7 @@ def _stranger(begun: bytes) -> str:
             "the peer sends a migration stream; a destination takes it ('postcopy run --incoming'), and "
             "here 'postcopy bench' measures"
         )
-    if word == multifd.MAGIC:
+    if word == multifd_header.MAGIC:
         return "the peer sends a channel of multifd, and here 'postcopy bench' measures"
     if begun.startswith(b'{"QMP"'):
         return "there is a QMP monitor; give the address of 'postcopy bench --listen'"
