@@ -9,9 +9,10 @@ other processes log theirs (:mod:`postcopy.dirty.shared`).
 import numpy as np
 import numpy.typing as npt
 
-from postcopy.guest import AddressSpace, Keeper
+from postcopy.dirty.huge_pages import HUGE_BYTES, HugePages
+from postcopy.guest import AddressSpace, Keeper, MappedRange
 from postcopy.kernel.pagemap import PagemapScanner
-from postcopy.memory.ram_block import PageBlock
+from postcopy.memory.ram_block import TARGET_PAGE_BYTES, PageBlock
 from postcopy.memory.runs import Mask, mask_of, runs
 
 
@@ -23,6 +24,7 @@ class PagemapTracker:
     def __init__(self, guest: Keeper) -> None:
         self._guest = guest
         self._scanners: list[tuple[AddressSpace, PagemapScanner]] = []
+        self._huge: dict[MappedRange, HugePages] = {}
 
     def start(self) -> None:
         """Arm the protection; nothing is protected yet, so all counts as written."""
@@ -50,12 +52,35 @@ class PagemapTracker:
                 base = part.address - part.offset
                 first = max(start, part.offset // size)
                 last = min(end, (part.offset + part.length_bytes) // size)
-                written = scanner.scan(base + first * size, base + last * size, protect=protect)
+                here = base + first * size, base + last * size
+                if protect and size == TARGET_PAGE_BYTES:
+                    written = self._protect(scanner, part, *here)
+                else:
+                    written = scanner.scan(*here, protect=protect)
                 found.append(((written - np.uint64(base)) // np.uint64(size)).astype(np.int64))
         if len(found) == 1:
             return found[0]
         masks = [mask_of(ranges - start, end - start) for ranges in found]
         return runs(np.logical_or.reduce(masks)) + start
+
+    def _protect(
+        self, scanner: PagemapScanner, part: MappedRange, start: int, end: int
+    ) -> npt.NDArray[np.uint64]:
+        """Find what was written, and protect it, some of the huge pages in small pieces."""
+        huge = self._huge.setdefault(part, HugePages(part.address, part.length_bytes))
+        chosen = []
+        if huge.may_split(start, end):
+            chosen = huge.to_split(scanner.scan(start, end, protect=False), start, end)
+        found = [
+            scanner.scan(at, at + HUGE_BYTES // 2, protect=True)
+            for each in chosen
+            for at in (each, each + HUGE_BYTES // 2)
+        ]
+        written = scanner.scan(start, end, protect=True)
+        if found:
+            written = _united([*found, written], start, end)
+        huge.note(written, start, end)
+        return written
 
     def stop(self) -> None:
         """Disarm."""
@@ -63,4 +88,13 @@ class PagemapTracker:
             for _, scanner in self._scanners:
                 scanner.close()
             self._scanners = []
+            self._huge = {}
             self._guest.unwatch_writes()
+
+
+def _united(found: list[npt.NDArray[np.uint64]], start: int, end: int) -> npt.NDArray[np.uint64]:
+    """Return the addresses that are in one of the results or more, as one result."""
+    count = (end - start) // TARGET_PAGE_BYTES
+    pages = [(each - np.uint64(start)).astype(np.int64) // TARGET_PAGE_BYTES for each in found]
+    mask = np.logical_or.reduce([mask_of(each, count) for each in pages])
+    return (runs(mask) * TARGET_PAGE_BYTES + start).astype(np.uint64)
