@@ -23,9 +23,9 @@ _DENSE: Final = 0.5
 class HugePages:
     """The huge pages of a range of addresses.
 
-    Of those that are found to be written again, one in eight is split.  As soon as four of these have been
-    written to, it is known how much of a huge page this guest writes to: if that is less than half, all that
-    are written again are split from then on.
+    Of those that are found to be written again, one in eight is split.  When four of these have been
+    written to, it is known how much of a huge page this guest writes to between two looks.  If that is less
+    than half, all that are written again are split from then on.
 
     :param address: of the range, in bytes, as is its length.
     """
