@@ -8,6 +8,8 @@ import pytest
 
 from fakes.pair import NEVER_ENDS, POSTCOPY, QUICK, hammer, idle, tiny
 from fakes.waiting import wait_until
+from machine.machines import MIB
+from postcopy.machine.workload import load
 from postcopy.parameters import Capability
 from postcopy.status import Status
 
@@ -27,6 +29,14 @@ def test_a_hammered_guest_loses_no_write_over_many_rounds(journey, tracking):
     trip.source.set(parameters=QUICK)
     trip.finish()
     assert trip.source.control.info().ram.dirty_sync_count >= 4
+
+
+def test_a_guest_that_writes_here_and_there_is_sent_by_the_page(journey):
+    """A page in each huge page in each round: with these as a whole, every round would be all of it."""
+    workload = load("hammer", 48 * MIB, hot_bytes=40 * MIB, delay_cycles=1_000_000)
+    trip = journey(workload, parameters={"max-bandwidth": 48 * MIB, "downtime-limit": 100})
+    trip.migrate()
+    trip.finish()
 
 
 @pytest.mark.parametrize(
