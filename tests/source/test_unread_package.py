@@ -28,7 +28,7 @@ FAR_TOO_MUCH_BYTES = 8 << 20
 def saved(states):
     answer = Answer()
     answer.give(states)
-    return Saving(answer)
+    return Saving(answer, began_ns=0)
 
 
 def hand_over(switchover, connection):
