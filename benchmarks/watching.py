@@ -59,11 +59,17 @@ def browsers(source: str, destination: str) -> Iterator[None]:
         url = next(word for word in said.split() if word.startswith("http")).rstrip(";") + "events"
         with urllib.request.urlopen(url) as events:
             events.readline()
-        read = "import sys, urllib.request as u\nfor _ in u.urlopen(sys.argv[1]): pass"
-        for _ in range(WATCHERS):
-            reader = subprocess.Popen([sys.executable, "-c", read, url])
-            stack.callback(reader.wait)
+        read = "import sys, urllib.request as u\nfor _ in u.urlopen(sys.argv[1]): print(flush=True)"
+        readers = [
+            subprocess.Popen([sys.executable, "-c", read, url], stdout=subprocess.PIPE)
+            for _ in range(WATCHERS)
+        ]
+        for reader in readers:
+            stack.callback(reader.communicate)
             stack.callback(reader.kill)
+        for reader in readers:  # to start an interpreter takes more than to read
+            assert reader.stdout is not None
+            reader.stdout.readline()
         yield
 
 

@@ -21,6 +21,7 @@ from postcopy.kernel import calls
 from postcopy.kernel.calls import ioctl
 from postcopy.kernel.patience import NONE, Patience
 
+_PAGE_BYTES, _ENTRY_BYTES = 4096, 8  # of the file, see Documentation/admin-guide/mm/pagemap.rst
 _CURES = {
     errno.ENOTTY: "this kernel has no PAGEMAP_SCAN; use Linux 6.7 or newer",
     errno.EPERM: "the range is not registered with a userfaultfd of the feature WP_ASYNC",
@@ -90,6 +91,8 @@ class PagemapScanner:
             elif count:
                 _append(found, self._regions[:count, :2].copy())
             at = argument.walk_end
+        if not found and start < end:
+            self._check_alive(start)
         return np.concatenate(found) if found else np.empty((0, 2), np.uint64)
 
     def mapped(self, address: int, pages: int, page_size_bytes: int) -> npt.NDArray[np.bool_]:
@@ -102,6 +105,15 @@ class PagemapScanner:
             start, stop = first - address, last - address
             found[start // page_size_bytes : stop // page_size_bytes] = True
         return found
+
+    def _check_alive(self, address: int) -> None:
+        """Some kernels find nothing in the memory of a process that is gone; all read it as ended.
+
+        :raises KernelError: it is gone.
+        """
+        where = address // _PAGE_BYTES * _ENTRY_BYTES
+        if not calls.of_python("pread", "pagemap", os.pread, self._fd, _ENTRY_BYTES, where):
+            raise KernelError("PAGEMAP_SCAN", errno.ESRCH, _CURES[errno.ESRCH])
 
     def _ask(self, argument: pm_scan_arg) -> tuple[int, bool]:
         """Return how many ranges were found, and whether it has failed before."""

@@ -243,7 +243,8 @@ class MultifdSender(MultifdThreads):
             while self._send_next(member):
                 pass
         except PostcopyError as error:
-            if not member.syncs and isinstance(error, ChannelBroken):
+            # A first SYNC comes before all pages, and the kernel takes it of a peer that ignores the channel.
+            if member.syncs <= 1 and isinstance(error, ChannelBroken):
                 error = ChannelBroken(
                     f"{error}; is multifd switched on there, with as many multifd-channels?"
                 )
