@@ -243,7 +243,7 @@ class MultifdSender(MultifdThreads):
             while self._send_next(member):
                 pass
         except PostcopyError as error:
-            # A first SYNC comes before all pages, and the kernel takes it of a peer that ignores the channel.
+            # A first SYNC comes before all pages; the kernel takes it, though the peer ignores the channel.
             if member.syncs <= 1 and isinstance(error, ChannelBroken):
                 error = ChannelBroken(
                     f"{error}; is multifd switched on there, with as many multifd-channels?"
