@@ -37,8 +37,8 @@ picture: venv
 	.ci/install-browser
 	$(BIN)/python scripts/draw_watch.py
 
-# Processes that tests run in, side by side; 0: pytest's own alone.  Two, as in CI, take 17 to 25 minutes on
-# two CPUs in place of 33 or more, but each guest and each QEMU then has half a CPU.
+# Processes that tests run in, side by side; 0: pytest's own alone.  Two take 17 minutes on two CPUs in place
+# of about 30, but each guest and each QEMU then has half a CPU, on which one test in 5000 has been late.
 WORKERS ?= 0
 
 test: venv
