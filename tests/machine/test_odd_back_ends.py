@@ -328,7 +328,8 @@ def test_a_guest_with_it_runs_on_while_it_closes_each_connection(odd, caplog):
         machine.pause()
         machine.resume()
         assert machine.running
-        assert len([each for each in caplog.messages if "requests wait for" in each]) < 9
+        told = len([each for each in caplog.messages if "requests wait for" in each])
+        assert told <= back_end.heard.count(SET_VRING_KICK)  # once a try, and they become fewer
 
 
 def answer_with_log(answers, log):
