@@ -78,7 +78,7 @@ class PagemapTracker:
         ]
         written = scanner.scan(start, end, protect=True)
         if found:
-            written = _united([*found, written], start, end)
+            written = _united(np.concatenate(found), written, start, end)
         huge.note(written, start, end)
         return written
 
@@ -92,9 +92,16 @@ class PagemapTracker:
             self._guest.unwatch_writes()
 
 
-def _united(found: list[npt.NDArray[np.uint64]], start: int, end: int) -> npt.NDArray[np.uint64]:
-    """Return the addresses that are in one of the results or more, as one result."""
+def _united(
+    pieces: npt.NDArray[np.uint64], written: npt.NDArray[np.uint64], start: int, end: int
+) -> npt.NDArray[np.uint64]:
+    """Return the addresses that are in one of two results, or in both, as one result.
+
+    The ranges of each may touch each other, and do not overlap.
+    """
     count = (end - start) // TARGET_PAGE_BYTES
-    pages = [(each - np.uint64(start)).astype(np.int64) // TARGET_PAGE_BYTES for each in found]
-    mask = np.logical_or.reduce([mask_of(each, count) for each in pages])
-    return (runs(mask) * TARGET_PAGE_BYTES + start).astype(np.uint64)
+    one, other = (
+        mask_of((each - np.uint64(start)).astype(np.int64) // TARGET_PAGE_BYTES, count)
+        for each in (pieces, written)
+    )
+    return (runs(one | other) * TARGET_PAGE_BYTES + start).astype(np.uint64)
